@@ -1,0 +1,123 @@
+import pytest
+import torch
+from torch import nn
+
+from zsnr import Conditioning, Denoiser, Guidance, NoiseSchedule, prediction_target
+
+SCHEDULE = NoiseSchedule()
+X, T = torch.randn(2, 4, 3, 3), torch.tensor([999, 400])
+
+
+class Linear(nn.Module):
+    """v = w x_t + mean of the context."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor(0.5))
+        self.seen = []
+
+    def forward(self, x_t, t, conditioning):
+        self.seen.append((x_t, t, conditioning))
+        if conditioning is None:
+            return self.w * x_t
+        return self.w * x_t + conditioning.context.mean((1, 2)).view(-1, 1, 1, 1)
+
+
+def contexts(*values):
+    return Conditioning(torch.tensor(values).view(-1, 1, 1).expand(-1, 3, 5).contiguous())
+
+
+def test_unconditional():
+    x_0 = Denoiser(Linear(), SCHEDULE)(X, T)
+    alpha, sigma = (s.float().view(-1, 1, 1, 1) for s in SCHEDULE(T))
+    torch.testing.assert_close(x_0, alpha * X - sigma * 0.5 * X)
+
+
+def test_guidance_acts_on_the_raw_output():
+    network = Linear()
+    guidance = Guidance(3.0, 0.7)
+    denoiser = Denoiser(
+        network, SCHEDULE, "v_prediction", contexts(1.0, 2.0), contexts(-1.0), guidance
+    )
+    x_0 = denoiser(X, T)
+    pos = 0.5 * X + torch.tensor([1.0, 2.0]).view(-1, 1, 1, 1)
+    v = guidance(pos, 0.5 * X - 1)
+    alpha, sigma = (s.float().view(-1, 1, 1, 1) for s in SCHEDULE(T))
+    torch.testing.assert_close(x_0, alpha * X - sigma * v)
+    assert len(network.seen) == 1  # one pass over the doubled batch
+    assert len(network.seen[0][0]) == 4
+
+
+@pytest.mark.parametrize("guidance", [None, Guidance(1.0, 0.7)])
+def test_scale_1_skips_the_unconditional_pass(guidance):
+    network = Linear()
+    Denoiser(network, SCHEDULE, cond=contexts(1.0, 2.0), uncond=contexts(0.0), guidance=guidance)(
+        X, T
+    )
+    assert len(network.seen[0][0]) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_networks_get_half_inputs_and_give_float32(dtype):
+    network = Linear().to(dtype)
+    denoiser = Denoiser(network, SCHEDULE, cond=contexts(1.0, 2.0))
+    x_0 = denoiser(X, T)
+    x_t, t, conditioning = network.seen[0]
+    assert x_t.dtype == conditioning.context.dtype == dtype
+    assert t.dtype == torch.int64
+    assert x_0.dtype == torch.float32
+    reference = Denoiser(Linear(), SCHEDULE, cond=contexts(1.0, 2.0))(X, T)
+    torch.testing.assert_close(x_0, reference, rtol=2e-2, atol=2e-2)
+
+
+def test_true_target_gives_x0_back():
+    x_0, eps = torch.randn(2, 2, 4, 3, 3, dtype=torch.float64)
+    x_t = SCHEDULE.add_noise(x_0, eps, T)
+    for kind in ("sample", "v_prediction"):
+        target = prediction_target(x_0, eps, *SCHEDULE(T), kind)
+        denoiser = Denoiser(lambda x, t, c, target=target: target, SCHEDULE, kind)
+        torch.testing.assert_close(denoiser(x_t, T), x_0, rtol=1e-12, atol=1e-12)
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="no x_0 at t=999"):
+        Denoiser(Linear(), SCHEDULE, "epsilon")
+    with pytest.raises(ValueError, match="both cond and uncond"):
+        Denoiser(Linear(), SCHEDULE, cond=contexts(1.0), guidance=Guidance())
+    with pytest.raises(ValueError, match="2 samples but 3 rows"):
+        Denoiser(Linear(), SCHEDULE, cond=contexts(1.0, 2.0, 3.0))(X, T)
+    with pytest.raises(ValueError, match="2 rows of conditioning for a batch of 3"):
+        Denoiser(
+            Linear(),
+            SCHEDULE,
+            "v_prediction",
+            contexts(1.0, 2.0, 3.0),
+            contexts(1.0, 2.0),
+            Guidance(),
+        )
+
+
+def full(rows, value):
+    return Conditioning(
+        torch.full((rows, 3, 5), value),
+        torch.ones(rows, 3, dtype=torch.bool),
+        torch.full((rows, 7), value),
+        torch.full((rows, 6), value),
+    )
+
+
+def test_conditioning_rows():
+    joined = Conditioning.cat([full(2, 1.0), full(1, 2.0)])
+    assert len(joined) == 3
+    assert joined.pooled[:, 0].tolist() == [1, 1, 2]
+    chosen = full(3, 1.0).where(torch.tensor([True, False, True]), full(1, 0.0))
+    for part in (chosen.context, chosen.pooled, chosen.sizes):
+        assert part.flatten(1)[:, 0].tolist() == [1, 0, 1]
+    moved = full(1, 1.0).to("cpu", torch.bfloat16)
+    assert moved.context.dtype == torch.bfloat16
+    assert moved.mask.dtype == torch.bool
+    unpooled = Conditioning(torch.ones(1, 3, 5), torch.ones(1, 3, dtype=torch.bool))
+    with pytest.raises(ValueError, match="has pooled"):
+        Conditioning.cat([full(1, 1.0), unpooled])
+    with pytest.raises(ValueError, match=r"\(3, 5\) and \(4, 5\)"):
+        Conditioning.cat([contexts(1.0), Conditioning(torch.ones(1, 4, 5))])

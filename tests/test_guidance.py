@@ -1,0 +1,81 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zsnr import Guidance, classifier_free_guidance, rescale_guidance
+
+POS, NEG = torch.randn(2, 3, 4, 5, 5, generator=torch.Generator().manual_seed(0))
+
+
+@given(st.floats(-3, 20), st.floats(0, 1))
+def test_against_equations_13_to_16_a_sample_at_a_time(w, phi):
+    got = Guidance(w, phi)(POS.double(), NEG.double())
+    for i in range(3):
+        pos, neg = POS[i].double(), NEG[i].double()
+        cfg = neg + w * (pos - neg)
+        rescaled = cfg * pos.std() / cfg.std()
+        wanted = phi * rescaled + (1 - phi) * cfg
+        torch.testing.assert_close(got[i], wanted, rtol=1e-11, atol=1e-11)
+
+
+def test_ends_of_the_scale():
+    torch.testing.assert_close(classifier_free_guidance(POS, NEG, 1.0), POS)
+    assert torch.equal(classifier_free_guidance(POS, NEG, 0.0), NEG)
+    assert torch.equal(rescale_guidance(NEG, POS, 0.0), NEG)
+
+
+def test_full_rescale_has_the_conditional_spread():
+    full = Guidance(7.5, 1.0)(POS, NEG)
+    torch.testing.assert_close(full.flatten(1).std(1), POS.flatten(1).std(1))
+
+
+def test_defaults_are_the_papers():
+    assert Guidance() == Guidance(scale=7.5, rescale=0.7)
+
+
+@pytest.mark.parametrize("constant", ["guided", "cond", "both"])
+def test_zero_std_is_finite_with_finite_gradients(constant):
+    flat = torch.full((2, 3, 4, 4), 0.5)
+    noisy = torch.randn(2, 3, 4, 4)
+    guided = (flat if constant in ("guided", "both") else noisy).clone().requires_grad_()
+    cond = (flat if constant in ("cond", "both") else noisy).clone().requires_grad_()
+    out = rescale_guidance(guided, cond, 0.7)
+    if constant != "cond":
+        assert torch.equal(out, guided)
+    out.square().sum().backward()
+    assert guided.grad.isfinite().all()
+    assert cond.grad.isfinite().all()
+
+
+def test_one_constant_sample_leaves_its_neighbours_alone():
+    guided = POS.clone()
+    guided[1] = 2.0
+    out = rescale_guidance(guided, NEG, 0.7)
+    assert torch.equal(out[1], guided[1])
+    alone = rescale_guidance(guided[:1], NEG[:1], 0.7)
+    torch.testing.assert_close(out[:1], alone, rtol=0, atol=0)
+
+
+def test_gradients():
+    pos, neg = (
+        x.double().clone().requires_grad_() for x in (POS[:, :1, :2, :2], NEG[:, :1, :2, :2])
+    )
+    assert torch.autograd.gradcheck(Guidance(7.5, 0.7), (pos, neg))
+
+
+def test_half_precision_does_not_overflow():
+    big = (POS * 300).half()
+    out = rescale_guidance(big, big / 2, 1.0)
+    assert out.dtype == torch.float16
+    torch.testing.assert_close(out, big / 2, rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("scale", "rescale"), [(math.nan, 0.7), (math.inf, 0.7), (7.5, -0.1), (7.5, 1.1)]
+)
+def test_wrong_settings_are_refused(scale, rescale):
+    with pytest.raises(ValueError, match="wanted a"):
+        Guidance(scale, rescale)

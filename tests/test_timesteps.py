@@ -1,0 +1,121 @@
+from fractions import Fraction
+
+import pytest
+import torch
+
+from zsnr import (
+    NoiseSchedule,
+    available_spacings,
+    get_timesteps,
+    leading,
+    linspace,
+    register_spacing,
+    timestep_pairs,
+    trailing,
+)
+from zsnr import timesteps as module
+
+
+@pytest.mark.parametrize(
+    ("spacing", "row"),
+    [
+        (leading, [1, 101, 201, 301, 401, 501, 601, 701, 801, 901]),
+        (linspace, [1, 112, 223, 334, 445, 556, 667, 778, 889, 1000]),
+        (trailing, [100, 200, 300, 400, 500, 600, 700, 800, 900, 1000]),
+    ],
+)
+def test_table_2(spacing, row):
+    assert (spacing(10).flip(0) + 1).tolist() == row
+
+
+@pytest.mark.parametrize("T", [10, 100, 999, 1000])
+@pytest.mark.parametrize("spacing", [trailing, leading, linspace])
+def test_every_step_count(spacing, T):
+    for S in range(1, min(T, 1000) + 1):
+        grid = spacing(S, T)
+        assert grid.dtype == torch.int64
+        assert grid.shape == (S,)
+        assert (grid.diff() < 0).all()
+        assert grid[-1] >= 0
+        if spacing is leading:
+            assert grid[-1] == 0
+            assert grid[0] == (T // S) * (S - 1)
+        else:
+            assert grid[0] == T - 1
+
+
+@pytest.mark.parametrize("T", [10, 999, 1000])
+def test_values_are_the_rounded_fractions(T):
+    for S in range(1, T + 1):  # Python rounds fractions half to even
+        assert trailing(S, T).tolist() == [round(Fraction(T * (S - i), S)) - 1 for i in range(S)]
+        if S > 1:
+            wanted = [round(1 + Fraction((T - 1) * i, S - 1)) - 1 for i in range(S)]
+            assert linspace(S, T).tolist() == wanted[::-1]
+
+
+def test_linspace_rounds_the_papers_values():
+    assert linspace(5).tolist() == [999, 749, 499, 250, 0]
+    assert linspace(1).tolist() == [999]
+
+
+@pytest.mark.parametrize("spacing", available_spacings())
+@pytest.mark.parametrize(("S", "T"), [(0, 10), (-1, 10), (11, 10), (2.0, 10), (True, 10), (1, 0)])
+def test_wrong_counts_are_refused(spacing, S, T):
+    with pytest.raises(ValueError, match="num_steps"):
+        get_timesteps(spacing, S, T)
+
+
+def test_pairs_read_their_neighbour_from_the_grid():
+    assert timestep_pairs(trailing(3, 10)) == [(9, 6), (6, 2), (2, -1)]
+    assert timestep_pairs([7]) == [(7, -1)]
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ([], "empty"),
+        ([1, 2], "descending"),
+        ([5, 5], "descending"),
+        ([3, -1], "wanted"),
+        ([3.0], "integers"),
+        (torch.tensor([3.0]), "wanted 1-D"),
+        (torch.tensor([[3]]), "wanted 1-D"),
+    ],
+)
+def test_wrong_grids_are_refused(grid, message):
+    with pytest.raises(ValueError, match=message):
+        timestep_pairs(grid)
+
+
+def test_registry(monkeypatch):
+    monkeypatch.setattr(module, "_SPACINGS", dict(module._SPACINGS))
+
+    @register_spacing("ends")
+    def ends(num_steps, num_timesteps=1000):
+        return torch.tensor([num_timesteps - 1, *reversed(range(num_steps - 1))])
+
+    seen = []
+
+    @register_spacing("by_snr")
+    def by_snr(num_steps, num_timesteps=1000, *, schedule):
+        seen.append(schedule)
+        return trailing(num_steps, num_timesteps)
+
+    @register_spacing("broken")
+    def broken(num_steps, num_timesteps=1000):
+        return trailing(num_steps + 1, num_timesteps)
+
+    assert available_spacings() == ["broken", "by_snr", "ends", "leading", "linspace", "trailing"]
+    assert get_timesteps("ends", 3).tolist() == [999, 1, 0]
+    schedule = NoiseSchedule("linear", 50)
+    get_timesteps("by_snr", 3, 50)
+    get_timesteps("by_snr", 3, 50, schedule=schedule)
+    assert seen == [NoiseSchedule(num_timesteps=50), schedule]
+    with pytest.raises(ValueError, match="pass num_timesteps=50"):
+        get_timesteps("by_snr", 3, schedule=schedule)
+    with pytest.raises(ValueError, match="gave 4 timesteps: wanted 3"):
+        get_timesteps("broken", 3)
+    with pytest.raises(ValueError, match="registered already"):
+        register_spacing("ends")(ends)
+    with pytest.raises(ValueError, match="Known: 'broken'"):
+        get_timesteps("karras", 3)

@@ -1,0 +1,75 @@
+"""Diffusion schedules, losses, timesteps, guidance and samplers that are right at zero SNR.
+
+After arXiv:2305.08891, "Common Diffusion Noise Schedules and Sample Steps are Flawed". This
+namespace needs torch only; networks, training and the command line are imported from their files.
+"""
+
+from zsnr.denoiser import Conditioning, Denoiser
+from zsnr.guidance import Guidance, classifier_free_guidance, rescale_guidance
+from zsnr.loss import LossWeighting, diffusion_loss
+from zsnr.noise import SampleNoise, derive_seed, offset_noise
+from zsnr.oracle import EmpiricalDenoiser, GaussianDenoiser
+from zsnr.prediction import PredictionType, prediction_target, to_eps, to_v, to_x0
+from zsnr.samplers import (
+    DDIM,
+    DDPM,
+    Euler,
+    EulerAncestral,
+    Sampler,
+    available_samplers,
+    get_sampler,
+    register_sampler,
+)
+from zsnr.schedule import NoiseSchedule, rescale_zero_terminal_snr
+from zsnr.timesteps import (
+    TimestepSpacing,
+    available_spacings,
+    get_timesteps,
+    leading,
+    linspace,
+    register_spacing,
+    timestep_pairs,
+    trailing,
+)
+from zsnr.transition import reverse_transition
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DDIM",
+    "DDPM",
+    "Conditioning",
+    "Denoiser",
+    "EmpiricalDenoiser",
+    "Euler",
+    "EulerAncestral",
+    "GaussianDenoiser",
+    "Guidance",
+    "LossWeighting",
+    "NoiseSchedule",
+    "PredictionType",
+    "SampleNoise",
+    "Sampler",
+    "TimestepSpacing",
+    "available_samplers",
+    "available_spacings",
+    "classifier_free_guidance",
+    "derive_seed",
+    "diffusion_loss",
+    "get_sampler",
+    "get_timesteps",
+    "leading",
+    "linspace",
+    "offset_noise",
+    "prediction_target",
+    "register_sampler",
+    "register_spacing",
+    "rescale_guidance",
+    "rescale_zero_terminal_snr",
+    "reverse_transition",
+    "timestep_pairs",
+    "to_eps",
+    "to_v",
+    "to_x0",
+    "trailing",
+]

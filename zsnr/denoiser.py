@@ -1,0 +1,205 @@
+"""From a network to a denoiser (x_t, t) -> x_0: guidance on its output, then conversion to x_0."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from zsnr.guidance import Guidance
+from zsnr.prediction import PredictionType, check_prediction_type, to_x0
+from zsnr.schedule import NoiseSchedule
+
+
+@dataclass(frozen=True, eq=False)
+class Conditioning:
+    """What a network is told beside x_t and t. Rows are samples.
+
+    Args:
+        context: Token embeddings, (B, L, D).
+        mask: True where a token counts, (B, L). None = all count.
+        pooled: One embedding for the whole prompt, (B, P), for networks that take one.
+        sizes: Original height and width, crop top and left, target height and width in pixels,
+            (B, 6), for networks that take them.
+    """
+
+    context: Tensor
+    mask: Tensor | None = None
+    pooled: Tensor | None = None
+    sizes: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.context)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Conditioning:
+        """Move every part to a device; floating parts to a dtype."""
+        return Conditioning(
+            *(
+                None
+                if part is None
+                else part.to(device, dtype if part.is_floating_point() else None)
+                for part in self._parts()
+            )  # type: ignore[arg-type]
+        )
+
+    def expand(self, batch_size: int) -> Conditioning:
+        """Repeat a single row batch_size times; leave that many rows as they are.
+
+        Raises:
+            ValueError: There are several rows, and another number of them.
+        """
+        if len(self) == batch_size:
+            return self
+        if len(self) != 1:
+            raise ValueError(f"{len(self)} rows of conditioning for a batch of {batch_size}.")
+        return Conditioning(
+            *(
+                None if part is None else part.expand(batch_size, *part.shape[1:])
+                for part in self._parts()
+            )  # type: ignore[arg-type]
+        )
+
+    def where(self, keep: Tensor, other: Conditioning) -> Conditioning:
+        """Take rows from `self` where `keep` (B,) is True, and from `other` (B or 1 rows) else.
+
+        Raises:
+            ValueError: The two have other parts or row shapes.
+        """
+        other = other.expand(len(self))
+        parts: list[Tensor | None] = []
+        for name, mine, theirs in self._zip(other):
+            if mine is None or theirs is None:
+                _both_or_none(name, mine, theirs)
+                parts.append(None)
+                continue
+            rows = keep.to(mine.device).view(-1, *(1,) * (mine.ndim - 1))
+            parts.append(torch.where(rows, mine, theirs.to(mine)))
+        return Conditioning(*parts)  # type: ignore[arg-type]
+
+    @staticmethod
+    def cat(conditionings: Sequence[Conditioning]) -> Conditioning:
+        """Join batches, in order.
+
+        Raises:
+            ValueError: One has a part or a row shape that another lacks.
+        """
+        first, *rest = conditionings
+        parts: list[Tensor | None] = []
+        for name in (f.name for f in fields(Conditioning)):
+            mine = getattr(first, name)
+            for other in rest:
+                theirs = getattr(other, name)
+                if mine is None or theirs is None:
+                    _both_or_none(name, mine, theirs)
+                elif mine.shape[1:] != theirs.shape[1:]:
+                    raise ValueError(
+                        f"Conditioning {name} has rows of shape {tuple(mine.shape[1:])} and "
+                        f"{tuple(theirs.shape[1:])}: wanted one shape."
+                    )
+            parts.append(
+                None if mine is None else torch.cat([getattr(c, name) for c in (first, *rest)])
+            )
+        return Conditioning(*parts)  # type: ignore[arg-type]
+
+    def _parts(self) -> list[Tensor | None]:
+        return [getattr(self, f.name) for f in fields(self)]
+
+    def _zip(self, other: Conditioning) -> list[tuple[str, Tensor | None, Tensor | None]]:
+        return [(f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self)]
+
+
+def _both_or_none(name: str, mine: Tensor | None, theirs: Tensor | None) -> None:
+    if (mine is None) != (theirs is None):
+        raise ValueError(f"One conditioning has {name}, the other has none: give both or neither.")
+
+
+class Network(Protocol):
+    """What predicts: (x_t (B, *), t (B,) int64, conditioning or None) -> raw output (B, *)."""
+
+    def __call__(self, x_t: Tensor, t: Tensor, conditioning: Conditioning | None) -> Tensor: ...
+
+
+class Denoiser:
+    """A network as a function (x_t, t) -> x_0.
+
+    With guidance, one pass over the doubled batch [uncond, cond]; guidance and its rescale act on
+    the raw output, in float32, before the conversion to x_0.
+
+    Args:
+        network: (x_t, t, conditioning) -> raw output.
+        schedule: The schedule the network was trained on.
+        prediction_type: What the raw output is.
+        cond: The prompts, one row a sample. None = an unconditional network.
+        uncond: Negative or null prompts, one row a sample or one for all.
+        guidance: None = no guidance. The scale 1 skips the unconditional pass.
+        dtype: What x_t and the conditioning are cast to for the network. None = the dtype of its
+            parameters where it is a module, else as they are.
+
+    Raises:
+        ValueError: epsilon at zero SNR; guidance without both `cond` and `uncond`.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        schedule: NoiseSchedule,
+        prediction_type: PredictionType = "v_prediction",
+        cond: Conditioning | None = None,
+        uncond: Conditioning | None = None,
+        guidance: Guidance | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_prediction_type(prediction_type, schedule)
+        self.network, self.schedule, self.prediction_type = network, schedule, prediction_type
+        self.guidance = None if guidance is None or guidance.scale == 1 else guidance
+        self.dtype = dtype or _parameter_dtype(network)
+        if self.guidance is not None:
+            if cond is None or uncond is None:
+                raise ValueError(
+                    f"Guidance of scale {self.guidance.scale} needs both cond and uncond: pass "
+                    "both, or guidance=None."
+                )
+            cond = Conditioning.cat([uncond.expand(len(cond)), cond])
+        if cond is not None:
+            cond = cond.to(cond.context.device, self.dtype)
+        self._conditioning = cond
+
+    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """Predict clean data.
+
+        Args:
+            x_t: Noisy data, (B, *), float32.
+            t: int64 timesteps, (B,).
+
+        Returns:
+            x_0, (B, *), in x_t's dtype, at least float32.
+        """
+        if self.guidance is None:
+            output = self._run(x_t, t)
+        else:
+            uncond, cond = self._run(torch.cat([x_t, x_t]), torch.cat([t, t])).chunk(2)
+            output = self.guidance(cond, uncond)
+        alpha_t, sigma_t = self.schedule(t)
+        return to_x0(output, x_t, alpha_t, sigma_t, self.prediction_type)
+
+    def _run(self, x_t: Tensor, t: Tensor) -> Tensor:
+        c = self._conditioning
+        if c is not None and len(c) != len(x_t):
+            factor = 1 if self.guidance is None else 2
+            raise ValueError(
+                f"{len(x_t) // factor} samples but {len(c) // factor} rows of conditioning: "
+                "wanted one row a sample."
+            )
+        output = self.network(x_t if self.dtype is None else x_t.to(self.dtype), t, c)
+        return output.to(torch.promote_types(x_t.dtype, torch.float32))
+
+
+def _parameter_dtype(network: Network) -> torch.dtype | None:
+    if not isinstance(network, nn.Module):
+        return None
+    floating = (p.dtype for p in network.parameters() if p.is_floating_point())
+    return next(floating, None)

@@ -1,0 +1,83 @@
+"""Exact denoisers that need no training: callables (x_t, t) -> x_0, usable as any Denoiser."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from zsnr.schedule import NoiseSchedule, per_sample
+
+
+class GaussianDenoiser:
+    """The optimal denoiser of x_0 ~ N(m, s^2), elementwise.
+
+    E[x_0 | x_t] = m + alpha_t s^2 / (alpha_t^2 s^2 + sigma_t^2) (x_t - alpha_t m)
+
+    Args:
+        schedule: The noise schedule.
+        mean: m, a number or a tensor that broadcasts with x_t.
+        std: s, likewise; not negative.
+    """
+
+    def __init__(self, schedule: NoiseSchedule, mean: Tensor | float, std: Tensor | float) -> None:
+        self.schedule, self.mean, self.std = schedule, mean, std
+
+    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
+        alpha_t, sigma_t = (per_sample(scale, x_t) for scale in self.schedule(t))
+        m, s = (p.to(x_t) if isinstance(p, Tensor) else p for p in (self.mean, self.std))
+        variance = s**2
+        gain = alpha_t * variance / (alpha_t**2 * variance + sigma_t**2)
+        return m + gain * (x_t - alpha_t * m)
+
+
+class EmpiricalDenoiser:
+    """The optimal denoiser of a finite data set: a softmax average of its members.
+
+    E[x_0 | x_t] = sum_i w_i x^i
+    w = softmax_i((alpha_t <x_t, x^i> - alpha_t^2 |x^i|^2 / 2) / sigma_t^2)
+
+    At alpha_t = 0 it is the mean of the data whatever x_t is (section 5.2). The logits are float64:
+    near t = 0 they reach 1e6.
+
+    Args:
+        schedule: The noise schedule.
+        images: The data set, (N, *).
+
+    Raises:
+        ValueError: The data set is empty.
+    """
+
+    def __init__(self, schedule: NoiseSchedule, images: Tensor) -> None:
+        if len(images) == 0:
+            raise ValueError("EmpiricalDenoiser got no images: wanted at least one.")
+        self.schedule = schedule
+        self._shape = images.shape[1:]
+        self._images = images.flatten(1).to(torch.float64)
+        self._half_norms = self._images.square().sum(1) / 2
+
+    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
+        if x_t.shape[1:] != self._shape:
+            raise ValueError(
+                f"x_t has samples of shape {tuple(x_t.shape[1:])}, the data set "
+                f"{tuple(self._shape)}: wanted equal shapes."
+            )
+        x = x_t.flatten(1).to(torch.float64)
+        alpha_t, sigma_t = (scale.to(torch.float64).view(-1, 1) for scale in self.schedule(t))
+        logits = (
+            alpha_t * _rows_matmul(x, self._images.T) - alpha_t**2 * self._half_norms
+        ) / sigma_t**2
+        x_0 = _rows_matmul(logits.softmax(1), self._images)
+        return x_0.view(x_t.shape).to(torch.promote_types(x_t.dtype, torch.float32))
+
+
+def _rows_matmul(x: Tensor, matrix: Tensor, block: int = 16) -> Tensor:
+    """Compute x @ matrix so that no row's rounding depends on the rows beside it.
+
+    A matrix product rounds by its shape, so every product here has the same one: one row where the
+    matrix is small, a block of rows filled up with zeros else.
+    """
+    if matrix.numel() <= 2**16:
+        return torch.stack([row @ matrix for row in x])
+    blocks = pad(x, (0, 0, 0, -len(x) % block)).split(block)
+    return torch.cat([rows @ matrix for rows in blocks])[: len(x)]

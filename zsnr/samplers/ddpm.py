@@ -1,0 +1,39 @@
+"""DDPM: ancestral sampling in x_0 form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from zsnr.samplers.base import (
+    Callback,
+    DenoiserFunction,
+    RandnLike,
+    Sampler,
+    run_steps,
+    transition_coefficients,
+)
+from zsnr.samplers.registry import register_sampler
+from zsnr.schedule import NoiseSchedule
+
+
+@register_sampler("ddpm")
+@dataclass(frozen=True)
+class DDPM(Sampler):
+    """Ancestral sampling with the posterior variance (equations 20 and 9)."""
+
+    def sample(
+        self,
+        denoiser: DenoiserFunction,
+        schedule: NoiseSchedule,
+        x_T: Tensor,
+        timesteps: Tensor | Sequence[int],
+        *,
+        randn_like: RandnLike = torch.randn_like,
+        callback: Callback | None = None,
+    ) -> Tensor:
+        coefficients = transition_coefficients(schedule, timesteps, eta=1.0)
+        return run_steps(coefficients, denoiser, x_T, timesteps, randn_like, callback)

@@ -1,0 +1,75 @@
+"""Euler's method, deterministic and ancestral, in coordinates that are finite at zero SNR."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from zsnr.samplers.base import (
+    Callback,
+    DenoiserFunction,
+    RandnLike,
+    Sampler,
+    run_steps,
+    transition_coefficients,
+)
+from zsnr.samplers.registry import register_sampler
+from zsnr.schedule import NoiseSchedule
+
+
+@register_sampler("euler")
+@dataclass(frozen=True)
+class Euler(Sampler):
+    """Euler's method on dy/dk = (y - x_0) / k, with y = x_t / alpha_t and k = sigma_t / alpha_t.
+
+    A step is y_s = x_0 + (k_s / k_t) (y_t - x_0). Times alpha_s that is the shared transition with
+    eta = 0, which has a value at alpha_t = 0, where y and k have none.
+    """
+
+    def sample(
+        self,
+        denoiser: DenoiserFunction,
+        schedule: NoiseSchedule,
+        x_T: Tensor,
+        timesteps: Tensor | Sequence[int],
+        *,
+        randn_like: RandnLike = torch.randn_like,
+        callback: Callback | None = None,
+    ) -> Tensor:
+        coefficients = transition_coefficients(schedule, timesteps, eta=0.0)
+        return run_steps(coefficients, denoiser, x_T, timesteps, randn_like, callback)
+
+
+@register_sampler("euler_ancestral")
+@dataclass(frozen=True)
+class EulerAncestral(Sampler):
+    """Euler's method to k_down, then noise of size k_up.
+
+    k_up = eta k_s sqrt(1 - k_s^2 / k_t^2),  k_down^2 = k_s^2 - k_up^2; times alpha_s that is the
+    shared transition with this eta.
+
+    Args:
+        eta: Share of ancestral noise, in [0, 1]. 1 = DDPM, 0 = Euler.
+    """
+
+    eta: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta={self.eta!r}: wanted a number in [0, 1].")
+
+    def sample(
+        self,
+        denoiser: DenoiserFunction,
+        schedule: NoiseSchedule,
+        x_T: Tensor,
+        timesteps: Tensor | Sequence[int],
+        *,
+        randn_like: RandnLike = torch.randn_like,
+        callback: Callback | None = None,
+    ) -> Tensor:
+        coefficients = transition_coefficients(schedule, timesteps, eta=self.eta)
+        return run_steps(coefficients, denoiser, x_T, timesteps, randn_like, callback)

@@ -1,0 +1,54 @@
+"""Samplers by name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from zsnr.samplers.base import Sampler
+
+_SamplerClass = TypeVar("_SamplerClass", bound=type[Sampler])
+_SAMPLERS: dict[str, type[Sampler]] = {}
+
+
+def register_sampler(name: str) -> Callable[[_SamplerClass], _SamplerClass]:
+    """Register a Sampler class under a name.
+
+    Raises:
+        ValueError: The name is taken.
+        TypeError: Not a subclass of Sampler.
+    """
+
+    def register(sampler: _SamplerClass) -> _SamplerClass:
+        if name in _SAMPLERS:
+            raise ValueError(f"Sampler {name!r} is registered already. Choose another name.")
+        if not (isinstance(sampler, type) and issubclass(sampler, Sampler)):
+            raise TypeError(f"{sampler!r} is not a subclass of zsnr.Sampler.")
+        _SAMPLERS[name] = sampler
+        return sampler
+
+    return register
+
+
+def get_sampler(name: str, **options: Any) -> Sampler:
+    """Build the sampler of a name with its options, such as "ddim" with eta=0.5.
+
+    Raises:
+        ValueError: Unknown name or option; the known ones are listed.
+    """
+    if name not in _SAMPLERS:
+        known = ", ".join(repr(known) for known in available_samplers())
+        raise ValueError(f"Sampler {name!r} is unknown. Known: {known}.")
+    sampler = _SAMPLERS[name]
+    try:
+        inspect.signature(sampler).bind(**options)
+    except TypeError as error:
+        accepted = ", ".join(inspect.signature(sampler).parameters) or "none"
+        raise ValueError(f"Sampler {name!r}: {error}. Its options: {accepted}.") from error
+    return sampler(**options)
+
+
+def available_samplers() -> list[str]:
+    """List the registered names."""
+    return sorted(_SAMPLERS)

@@ -1,0 +1,325 @@
+"""Noise schedules and their rescale to zero terminal SNR (section 3.1).
+
+`alpha_t` and `sigma_t` are scales everywhere in this package: sqrt(abar_t) and sqrt(1 - abar_t).
+Code counts timesteps t = 0 .. T-1 where the paper counts 1 .. T; t = -1 means clean data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+from operator import mul
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+BetaKind = Literal["linear", "cosine", "scaled_linear"]
+
+_USUAL_BETAS = {"linear": (0.0001, 0.02), "scaled_linear": (0.00085, 0.012)}
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """A variance-preserving noise schedule.
+
+    x_t = alpha_t x_0 + sigma_t eps,  alpha_t^2 + sigma_t^2 = 1    (equation 4)
+
+    Equality, hash, pickle and `settings()` see the settings only; the tables are derived from
+    them once, in float64 on the CPU.
+
+    Args:
+        betas: Kind of schedule (Table 1). Ignored, and to be left alone, with an own table.
+        num_timesteps: T, at least 2.
+        beta_start: First beta, in (0, 1). None = the usual one of the kind: 0.0001 for linear,
+            0.00085 for scaled_linear. Must be None for cosine and with an own table.
+        beta_end: Last beta, in (0, 1). None = 0.02 for linear, 0.012 for scaled_linear.
+        zero_terminal_snr: End at SNR 0: Algorithm 1 for linear, scaled_linear and an own table;
+            cosine drops its cap of 0.999 instead. False = the schedule as it was published.
+        alphas_cumprod_table: Own abar_t, T numbers, strictly decreasing in (0, 1), the last may
+            be 0. None = computed from `betas`.
+
+    Attributes:
+        alphas_cumprod: abar_t, shape (T,).
+        snr: abar_t / (1 - abar_t), shape (T,) (equation 5).
+        log_snr: Natural logarithm of `snr`, shape (T,); -inf where `snr` is 0.
+        beta_table: 1 - abar_t / abar_{t-1}, shape (T,).
+
+    Raises:
+        ValueError: The settings contradict each other or do not give a decreasing table.
+    """
+
+    betas: BetaKind = "scaled_linear"
+    num_timesteps: int = 1000
+    beta_start: float | None = None
+    beta_end: float | None = None
+    zero_terminal_snr: bool = True
+    alphas_cumprod_table: tuple[float, ...] | None = None
+
+    alphas_cumprod: Tensor = field(init=False, repr=False, compare=False)
+    snr: Tensor = field(init=False, repr=False, compare=False)
+    log_snr: Tensor = field(init=False, repr=False, compare=False)
+    beta_table: Tensor = field(init=False, repr=False, compare=False)
+    _scales: tuple[tuple[float, ...], tuple[float, ...]] = field(
+        init=False, repr=False, compare=False
+    )
+    _device_scales: dict[torch.device, tuple[Tensor, Tensor]] = field(
+        init=False, repr=False, compare=False
+    )
+
+    def __post_init__(self) -> None:
+        if self.alphas_cumprod_table is not None:
+            object.__setattr__(self, "alphas_cumprod_table", _floats(self.alphas_cumprod_table))
+        abar = _alphas_cumprod(self)
+        if self.zero_terminal_snr:
+            abar = _rescale(abar)
+        _check_table(abar, "the schedule")
+        snr = [a / (1 - a) for a in abar]
+        derived: dict[str, list[float]] = {
+            "alphas_cumprod": abar,
+            "snr": snr,
+            "log_snr": [math.log(r) if r > 0 else -math.inf for r in snr],
+            "beta_table": [1 - a / p for p, a in zip([1.0, *abar], abar, strict=False)],
+        }
+        for name, values in derived.items():
+            object.__setattr__(self, name, torch.tensor(values, dtype=torch.float64))
+        alpha = (1.0, *(math.sqrt(a) for a in abar))
+        sigma = (0.0, *(math.sqrt(1 - a) for a in abar))
+        object.__setattr__(self, "_scales", (alpha, sigma))
+        object.__setattr__(self, "_device_scales", {})
+
+    @overload
+    def __call__(self, t: int) -> tuple[float, float]: ...
+
+    @overload
+    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def __call__(self, t: int | Tensor) -> tuple[float | Tensor, float | Tensor]:
+        """Look up alpha_t and sigma_t.
+
+        Args:
+            t: Timesteps in {-1, ..., T-1}: int64 of any shape, or one Python int. -1 is clean
+                data and gives (1, 0).
+
+        Returns:
+            (alpha_t, sigma_t): float64 tensors of t's shape on t's device (float32 where the
+            device has no float64), or two floats for an int. No host sync.
+
+        Raises:
+            TypeError: t is not an integer.
+            IndexError: t is out of range (on an accelerator: its own device-side assertion).
+        """
+        if not isinstance(t, Tensor):
+            if isinstance(t, bool) or not isinstance(t, int):
+                raise TypeError(f"t={t!r}: wanted an int or an integer tensor.")
+            if not -1 <= t < self.num_timesteps:
+                raise IndexError(_out_of_range(self.num_timesteps))
+            return self._scales[0][t + 1], self._scales[1][t + 1]
+        if t.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"t has dtype {t.dtype}: wanted int64, timesteps are indices.")
+        alpha, sigma = self._scales_for(t)
+        index = (t + 1).flatten()  # index_select refuses what is negative, so t = -2 as well
+        try:
+            return (
+                alpha.index_select(0, index).view(t.shape),
+                sigma.index_select(0, index).view(t.shape),
+            )
+        except IndexError as error:
+            raise IndexError(_out_of_range(self.num_timesteps)) from error
+
+    def _scales_for(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both tables (T + 1,) on t's device, clean data first."""
+        found = self._device_scales.get(t.device)
+        if found is not None and type(t) is Tensor:
+            return found
+        dtype = torch.float32 if t.device.type == "mps" else torch.float64
+        alpha, sigma = (torch.tensor(v, dtype=dtype, device=t.device) for v in self._scales)
+        if type(alpha) is Tensor:  # a fake tensor must not outlive its mode
+            self._device_scales[t.device] = (alpha, sigma)
+        return alpha, sigma
+
+    def add_noise(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """Noise clean data: x_t = alpha_t x_0 + sigma_t eps    (equation 4).
+
+        Args:
+            x_0: Clean data, (B, *).
+            eps: Standard normal noise, (B, *).
+            t: int64 timesteps, (B,) or broadcastable to x_0.
+
+        Returns:
+            x_t (B, *) in the common dtype of x_0 and eps, at least float32.
+        """
+        alpha_t, sigma_t = (per_sample(scale, x_0, eps) for scale in self(t))
+        return alpha_t * x_0 + sigma_t * eps
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings as plain values; `NoiseSchedule(**settings)` builds it again."""
+        table = self.alphas_cumprod_table
+        return {
+            "betas": self.betas,
+            "num_timesteps": self.num_timesteps,
+            "beta_start": self.beta_start,
+            "beta_end": self.beta_end,
+            "zero_terminal_snr": self.zero_terminal_snr,
+            "alphas_cumprod_table": None if table is None else list(table),
+        }
+
+    @classmethod
+    def from_alphas_cumprod(
+        cls, table: Tensor | Sequence[float], zero_terminal_snr: bool = False
+    ) -> NoiseSchedule:
+        """Build a schedule from an own table of abar_t, shape (T,), strictly decreasing."""
+        values = _floats(table)
+        return cls(
+            num_timesteps=len(values),
+            zero_terminal_snr=zero_terminal_snr,
+            alphas_cumprod_table=values,
+        )
+
+    def __reduce__(self) -> tuple[Callable[..., NoiseSchedule], tuple[dict[str, Any]]]:
+        return _from_settings, (self.settings(),)
+
+
+def rescale_zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
+    """Rescale abar_t to end at zero SNR, keeping the first value.
+
+    s_t = sqrt(abar_t),  s_t <- (s_t - s_T) s_1 / (s_1 - s_T)    (Algorithm 1)
+
+    Args:
+        alphas_cumprod: abar_t, shape (T,), strictly decreasing in (0, 1), the last may be 0.
+
+    Returns:
+        A new float64 tensor, shape (T,): first value unchanged, last value exactly 0.
+
+    Raises:
+        ValueError: The table is not of that form.
+    """
+    values = list(_floats(alphas_cumprod))
+    _check_table(values, "alphas_cumprod")
+    return torch.tensor(_rescale(values), dtype=torch.float64)
+
+
+def per_sample(scale: Tensor | float, *tensors: Tensor) -> Tensor | float:
+    """Fit a scale to data: (B,) becomes (B, 1, ...), the dtype becomes the data's.
+
+    Args:
+        scale: A float, a (B,) tensor (one number a sample), or one that broadcasts as it is.
+        *tensors: The data (B, *) it will meet.
+
+    Returns:
+        The scale in the data's common dtype, at least float32: scales never widen data.
+    """
+    if not isinstance(scale, Tensor):
+        return scale
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    if scale.ndim == 1:
+        scale = scale.view(-1, *(1,) * (tensors[0].ndim - 1))
+    return scale.to(dtype)
+
+
+def _from_settings(settings: dict[str, Any]) -> NoiseSchedule:
+    return NoiseSchedule(**settings)
+
+
+def _floats(table: Tensor | Sequence[float]) -> tuple[float, ...]:
+    if isinstance(table, Tensor):
+        if table.ndim != 1:
+            shape = tuple(table.shape)
+            raise ValueError(f"The table of abar_t has shape {shape}: wanted one axis, (T,).")
+        table = table.tolist()
+    return tuple(float(value) for value in table)
+
+
+def _alphas_cumprod(schedule: NoiseSchedule) -> list[float]:
+    """Compute abar_t before any rescale; cosine with its cap only if it keeps signal at T."""
+    T, ends = schedule.num_timesteps, (schedule.beta_start, schedule.beta_end)
+    if isinstance(T, bool) or not isinstance(T, int) or T < 2:
+        raise ValueError(f"num_timesteps={T!r}: wanted an int of at least 2.")
+    if schedule.alphas_cumprod_table is not None:
+        return _own_table(schedule)
+    if schedule.betas == "cosine":
+        if ends != (None, None):
+            raise ValueError(
+                "betas='cosine' has no beta_start and beta_end: leave both None, or choose "
+                "'linear' or 'scaled_linear'."
+            )
+        return _cosine(T, capped=not schedule.zero_terminal_snr)
+    if schedule.betas not in _USUAL_BETAS:
+        known = ", ".join(repr(kind) for kind in ("linear", "cosine", "scaled_linear"))
+        raise ValueError(f"betas={schedule.betas!r} is unknown. Known: {known}.")
+    usual = _USUAL_BETAS[schedule.betas]
+    first, last = (u if e is None else e for e, u in zip(ends, usual, strict=True))
+    for name, beta in (("beta_start", first), ("beta_end", last)):
+        if not 0 < beta < 1:
+            raise ValueError(f"{name}={beta!r}: wanted a number between 0 and 1, both excluded.")
+    power = 2 if schedule.betas == "scaled_linear" else 1
+    lo, hi = first ** (1 / power), last ** (1 / power)
+    betas = [(lo * (1 - i / (T - 1)) + hi * (i / (T - 1))) ** power for i in range(T)]
+    abar = list(accumulate((1 - beta for beta in betas), mul))
+    _check_table(abar, f"betas={schedule.betas!r} from {first} to {last} over {T} timesteps")
+    return abar
+
+
+def _own_table(schedule: NoiseSchedule) -> list[float]:
+    table = list(schedule.alphas_cumprod_table or ())
+    if (schedule.beta_start, schedule.beta_end) != (None, None) or (
+        schedule.betas != NoiseSchedule.betas
+    ):
+        raise ValueError(
+            "alphas_cumprod_table replaces betas, beta_start and beta_end: leave those at their "
+            "defaults, or drop the table."
+        )
+    if len(table) != schedule.num_timesteps:
+        raise ValueError(
+            f"alphas_cumprod_table has {len(table)} entries but num_timesteps is "
+            f"{schedule.num_timesteps}: set num_timesteps={len(table)}."
+        )
+    _check_table(table, "alphas_cumprod_table")
+    return table
+
+
+def _cosine(T: int, capped: bool) -> list[float]:
+    """abar_t = f(t/T) / f(0), f(i) = cos((i + 0.008) / 1.008 pi/2)^2, t = 1 .. T    (Table 1)."""
+    f = [math.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(T + 1)]
+    if not capped:
+        return [*(f[t] / f[0] for t in range(1, T)), 0.0]
+    return list(accumulate((1 - min(1 - f[t] / f[t - 1], 0.999) for t in range(1, T + 1)), mul))
+
+
+def _rescale(abar: list[float]) -> list[float]:
+    """Algorithm 1 on plain floats; the identity where the table already ends at 0."""
+    if abar[-1] == 0:
+        return abar
+    s = [math.sqrt(a) for a in abar]
+    stretch = s[0] / (s[0] - s[-1])
+    # Both ends are set, not computed: rounding would move abar_1 by an ulp.
+    return [abar[0], *(((s_t - s[-1]) * stretch) ** 2 for s_t in s[1:-1]), 0.0]
+
+
+def _check_table(abar: Sequence[float], what: str) -> None:
+    if len(abar) < 2:
+        raise ValueError(f"{what} has {len(abar)} entries: wanted at least 2.")
+    if not all(math.isfinite(a) for a in abar):
+        raise ValueError(f"{what} has values that are not finite: wanted abar_t in [0, 1).")
+    if not (abar[0] < 1 and abar[-1] >= 0):
+        raise ValueError(
+            f"{what}: abar_t runs from {abar[0]} to {abar[-1]}: wanted values below 1, none "
+            "negative."
+        )
+    for t, (p, a) in enumerate(pairwise(abar), start=1):
+        if not a < p:
+            raise ValueError(
+                f"{what}: abar_t does not decrease at t={t} ({p} then {a}): wanted a strictly "
+                "decreasing table. Check the betas."
+            )
+
+
+def _out_of_range(num_timesteps: int) -> str:
+    return (
+        f"A timestep is out of range: wanted -1 (clean data) to {num_timesteps - 1}, since the "
+        f"schedule has {num_timesteps} timesteps."
+    )

@@ -1,0 +1,194 @@
+"""Which timesteps a sampler visits (section 3.3).
+
+A grid is a 1-D int64 tensor, 0-based, strictly descending. The arithmetic is exact, in integers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from zsnr.schedule import NoiseSchedule
+
+
+class TimestepSpacing(Protocol):
+    """A rule (num_steps, num_timesteps) -> grid; it may take a keyword `schedule` as well."""
+
+    def __call__(self, num_steps: int, num_timesteps: int = 1000) -> Tensor: ...
+
+
+_Spacing = TypeVar("_Spacing", bound=Callable[..., Tensor])
+_SPACINGS: dict[str, Callable[..., Tensor]] = {}
+
+
+def register_spacing(name: str) -> Callable[[_Spacing], _Spacing]:
+    """Register a rule (num_steps, num_timesteps[, *, schedule]) -> grid under a name.
+
+    Raises:
+        ValueError: The name is taken.
+    """
+
+    def register(spacing: _Spacing) -> _Spacing:
+        if name in _SPACINGS:
+            raise ValueError(f"Spacing {name!r} is registered already. Choose another name.")
+        _SPACINGS[name] = spacing
+        return spacing
+
+    return register
+
+
+def available_spacings() -> list[str]:
+    """List the registered names."""
+    return sorted(_SPACINGS)
+
+
+@register_spacing("trailing")
+def trailing(num_steps: int, num_timesteps: int = 1000) -> Tensor:
+    """Count back from the last timestep: t_i = round(T (S - i) / S) - 1    (Table 2).
+
+    Rounds half to even. S points for every S in 1..T, the first is T-1.
+
+    Args:
+        num_steps: S, 1 to T.
+        num_timesteps: T.
+
+    Returns:
+        int64, shape (S,), descending.
+
+    Raises:
+        ValueError: S or T is out of range.
+    """
+    S, T = _check_counts(num_steps, num_timesteps)
+    return torch.tensor([_round_half_even(T * (S - i), S) - 1 for i in range(S)])
+
+
+@register_spacing("leading")
+def leading(num_steps: int, num_timesteps: int = 1000) -> Tensor:
+    """Count up from the first timestep: floor(T / S) i    (Table 2).
+
+    Never contains the last timestep unless S = T: kept to show the flaw. Else as `trailing`.
+    """
+    S, T = _check_counts(num_steps, num_timesteps)
+    return torch.tensor([(T // S) * i for i in reversed(range(S))])
+
+
+@register_spacing("linspace")
+def linspace(num_steps: int, num_timesteps: int = 1000) -> Tensor:
+    """Divide 1..T evenly, both ends included: round(1 + (T - 1) i / (S - 1))    (Table 2).
+
+    The paper's 1-based values are rounded, half to even. S = 1 gives the last timestep.
+    Else as `trailing`.
+    """
+    S, T = _check_counts(num_steps, num_timesteps)
+    if S == 1:
+        return torch.tensor([T - 1])
+    return torch.tensor(
+        [_round_half_even(S - 1 + (T - 1) * i, S - 1) - 1 for i in reversed(range(S))]
+    )
+
+
+def get_timesteps(
+    spacing: str,
+    num_steps: int,
+    num_timesteps: int = 1000,
+    *,
+    schedule: NoiseSchedule | None = None,
+) -> Tensor:
+    """Make the grid of a registered spacing.
+
+    Args:
+        spacing: A registered name, see `available_spacings`.
+        num_steps: S, 1 to T.
+        num_timesteps: T.
+        schedule: For grids that depend on it; None = the paper's with that T.
+
+    Returns:
+        int64, shape (S,), S distinct timesteps, descending.
+
+    Raises:
+        ValueError: Unknown name, counts out of range, a schedule of another T, or a registered
+            rule that broke its promise.
+    """
+    if spacing not in _SPACINGS:
+        known = ", ".join(repr(name) for name in available_spacings())
+        raise ValueError(f"Timestep spacing {spacing!r} is unknown. Known: {known}.")
+    S, T = _check_counts(num_steps, num_timesteps)
+    if schedule is not None and schedule.num_timesteps != T:
+        raise ValueError(
+            f"num_timesteps={T} but the schedule has {schedule.num_timesteps}: pass "
+            f"num_timesteps={schedule.num_timesteps}."
+        )
+    rule = _SPACINGS[spacing]
+    if "schedule" in inspect.signature(rule).parameters:
+        grid = rule(S, T, schedule=schedule or NoiseSchedule(num_timesteps=T))
+    else:
+        grid = rule(S, T)
+    steps = check_timesteps(grid, T)
+    if len(steps) != S:
+        raise ValueError(f"Spacing {spacing!r} gave {len(steps)} timesteps: wanted {S}.")
+    return grid
+
+
+def timestep_pairs(timesteps: Tensor | Sequence[int]) -> list[tuple[int, int]]:
+    """Pair each timestep t with the next one, s: [(t, s), ..., (t_last, -1)].
+
+    Raises:
+        ValueError: Not a descending list of timesteps.
+    """
+    steps = check_timesteps(timesteps)
+    return list(zip(steps, [*steps[1:], -1], strict=True))
+
+
+def check_timesteps(
+    timesteps: Tensor | Sequence[int], num_timesteps: int | None = None
+) -> list[int]:
+    """Return a grid as Python ints, or say what is wrong with it.
+
+    Args:
+        timesteps: 1-D integers, strictly descending, none negative.
+        num_timesteps: T, the bound from above; None = no bound.
+
+    Raises:
+        ValueError: Anything else came.
+    """
+    if isinstance(timesteps, Tensor):
+        if timesteps.ndim != 1 or timesteps.is_floating_point() or timesteps.is_complex():
+            raise ValueError(
+                f"timesteps is {timesteps.dtype} of shape {tuple(timesteps.shape)}: wanted 1-D "
+                "int64."
+            )
+        timesteps = timesteps.tolist()
+    steps = list(timesteps)
+    if not steps:
+        raise ValueError("timesteps is empty: wanted at least one.")
+    if any(isinstance(t, bool) or not isinstance(t, int) for t in steps):
+        raise ValueError(f"timesteps {steps[:8]} are not all integers.")
+    if any(s >= t for t, s in pairwise(steps)):
+        raise ValueError(f"timesteps {steps[:8]}... are not strictly descending.")
+    if steps[-1] < 0 or (num_timesteps is not None and steps[0] >= num_timesteps):
+        bound = "T - 1" if num_timesteps is None else num_timesteps - 1
+        raise ValueError(f"timesteps run from {steps[0]} to {steps[-1]}: wanted {bound} to 0.")
+    return steps
+
+
+def _check_counts(num_steps: int, num_timesteps: int) -> tuple[int, int]:
+    for name, count in (("num_steps", num_steps), ("num_timesteps", num_timesteps)):
+        if isinstance(count, bool) or not isinstance(count, int):
+            raise ValueError(f"{name}={count!r}: wanted an int.")
+    if not 1 <= num_steps <= num_timesteps:
+        raise ValueError(
+            f"num_steps={num_steps}: wanted 1 to {num_timesteps}, the number of training timesteps."
+        )
+    return num_steps, num_timesteps
+
+
+def _round_half_even(numerator: int, denominator: int) -> int:
+    quotient, remainder = divmod(numerator, denominator)
+    if 2 * remainder > denominator or (2 * remainder == denominator and quotient % 2 == 1):
+        quotient += 1
+    return quotient
