@@ -115,8 +115,9 @@ def main() -> None:
         versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers"))
         out.write_text(
             f"# Cost of one sampler step\n\n{date.today()}, {versions}, Python "
-            f"{platform.python_version()}, {platform.machine()}, 1 thread, float32 {SHAPE}; medians "
-            f"of 40 interleaved rounds.\nMade by `python benchmarks/sampler_step.py --write`.\n\n"
+            f"{platform.python_version()}, {platform.machine()}, 1 thread, float32 {SHAPE}; "
+            "medians of 40 interleaved rounds.\n"
+            "Made by `python benchmarks/sampler_step.py --write`.\n\n"
             f"{text}\n"
         )
 

@@ -70,6 +70,40 @@ def test_half_networks_get_half_inputs_and_give_float32(dtype):
     torch.testing.assert_close(x_0, reference, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_guidance_of_half_networks_runs_in_float32(dtype):
+    raw, guidance = torch.randn(4, 4, 3, 3).to(dtype), Guidance(7.5, 0.7)
+    cond, uncond = contexts(1.0, 2.0), contexts(0.0)
+    denoiser = Denoiser(lambda x, t, c: raw, SCHEDULE, "sample", cond, uncond, guidance)
+    assert torch.equal(denoiser(X, T), guidance(raw[2:].float(), raw[:2].float()))
+
+
+def test_each_row_has_its_own_negative():
+    guidance, uncond = Guidance(3.0, 0.0), contexts(-1.0, 5.0)
+    x_0 = Denoiser(Linear(), SCHEDULE, "sample", contexts(1.0, 2.0), uncond, guidance)(X, T)
+    wanted = 0.5 * X + torch.tensor([-1 + 3 * 2.0, 5 + 3 * -3.0]).view(-1, 1, 1, 1)
+    torch.testing.assert_close(x_0, wanted)
+
+
+def test_dtype_of_the_networks_input_can_be_named():
+    seen = []
+
+    def network(x, t, c):
+        seen.append((x.dtype, c.context.dtype))
+        return x.float()
+
+    Denoiser(network, SCHEDULE, cond=contexts(1.0, 2.0), dtype=torch.bfloat16)(X, T)
+    assert seen == [(torch.bfloat16, torch.bfloat16)]
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda x: x[:, :1], lambda x: x[:1], lambda x: x[0], lambda x: (x,)]
+)
+def test_outputs_of_another_shape_are_refused(wrong):
+    with pytest.raises(ValueError, match=r"network gave .*: wanted a tensor of shape \(2, 4, 3, 3"):
+        Denoiser(lambda x, t, c: wrong(x), SCHEDULE)(X, T)
+
+
 def test_true_target_gives_x0_back():
     x_0, eps = torch.randn(2, 2, 4, 3, 3, dtype=torch.float64)
     x_t = SCHEDULE.add_noise(x_0, eps, T)
@@ -119,5 +153,14 @@ def test_conditioning_rows():
     unpooled = Conditioning(torch.ones(1, 3, 5), torch.ones(1, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match="has pooled"):
         Conditioning.cat([full(1, 1.0), unpooled])
+    sized = Conditioning(torch.ones(1, 1, 1), sizes=torch.tensor([[513.0, 769, 0, 0, 1001, 1023]]))
+    assert sized.to("cpu", torch.bfloat16).sizes[0, 0] == 513
+    with pytest.raises(ValueError, match="pooled has 2 rows, context 3"):
+        Conditioning(torch.ones(3, 7, 5), pooled=torch.ones(2, 4))
+    for other in (Conditioning(torch.ones(1, 1, 5)), Conditioning(torch.ones(1, 4, 5))):
+        with pytest.raises(ValueError, match="wanted one shape"):
+            contexts(1.0).where(torch.tensor([True]), other)
+    with pytest.raises(ValueError, match=r"wanted bool, \(2,\)"):
+        contexts(1.0, 2.0).where(torch.tensor([True]), contexts(0.0))
     with pytest.raises(ValueError, match=r"\(3, 5\) and \(4, 5\)"):
         Conditioning.cat([contexts(1.0), Conditioning(torch.ones(1, 4, 5))])

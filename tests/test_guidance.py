@@ -36,15 +36,19 @@ def test_defaults_are_the_papers():
     assert Guidance() == Guidance(scale=7.5, rescale=0.7)
 
 
+@pytest.mark.parametrize("value", [0.5, 0.1, 0.3, -0.8])  # the last three are not exact
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("constant", ["guided", "cond", "both"])
-def test_zero_std_is_finite_with_finite_gradients(constant):
-    flat = torch.full((2, 3, 4, 4), 0.5)
-    noisy = torch.randn(2, 3, 4, 4)
+def test_zero_std_is_finite_with_finite_gradients(constant, dtype, value):
+    flat = torch.full((2, 4, 64, 64), value, dtype=dtype)
+    noisy = torch.randn(2, 4, 64, 64, dtype=dtype)
     guided = (flat if constant in ("guided", "both") else noisy).clone().requires_grad_()
     cond = (flat if constant in ("cond", "both") else noisy).clone().requires_grad_()
     out = rescale_guidance(guided, cond, 0.7)
     if constant != "cond":
         assert torch.equal(out, guided)
+    else:
+        torch.testing.assert_close(out, 0.3 * guided)
     out.square().sum().backward()
     assert guided.grad.isfinite().all()
     assert cond.grad.isfinite().all()
@@ -71,6 +75,11 @@ def test_half_precision_does_not_overflow():
     out = rescale_guidance(big, big / 2, 1.0)
     assert out.dtype == torch.float16
     torch.testing.assert_close(out, big / 2, rtol=2e-3, atol=0)
+
+
+def test_flat_outputs_are_guided_without_rescale():
+    cond, uncond = (torch.full((1, 4, 64, 64), value) for value in (0.3, 0.1))
+    torch.testing.assert_close(Guidance()(cond, uncond), torch.full((1, 4, 64, 64), 1.6))
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,27 @@ def test_it_is_torchs_stream():
     assert torch.equal(SampleNoise([5]).randn((3, 4))[0], wanted)
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_it_is_float32_on_the_cpu_whatever_the_defaults_are(default):
+    wanted = SampleNoise([0, 1]).randn((3,))
+    torch.set_default_dtype(default)
+    try:
+        assert torch.equal(SampleNoise([0, 1]).randn((3,)), wanted)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        assert torch.equal(SampleNoise([0, 1]).randn((3,)), wanted)
+    x = torch.empty(2, 3, dtype=torch.float64)
+    assert torch.equal(SampleNoise([0, 1]).randn_like(x), wanted.double())
+    assert SampleNoise([0, 1]).randn_like(torch.empty(2)).shape == (2,)
+
+
+@pytest.mark.parametrize("seeds", [[], [-1], [2**32], [True], [0.5]])
+def test_wrong_seeds_are_refused(seeds):
+    with pytest.raises((ValueError, TypeError)):
+        SampleNoise(seeds)
+
+
 def test_another_count_is_refused():
     with pytest.raises(ValueError, match="2 samples but 1 seeds"):
         SampleNoise([0]).randn_like(torch.empty(2, 3))
@@ -31,7 +52,16 @@ def test_derived_seeds_are_stable_and_apart():
     keys = [(a, b, c) for a in range(12) for b in range(12) for c in range(12)]
     seeds = {derive_seed(*key) for key in keys} | {derive_seed(1, 11), derive_seed(11, 1)}
     assert len(seeds) == len(keys) + 2
-    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert all(0 <= seed < 2**32 for seed in seeds)
+    assert derive_seed(torch.tensor(1), 2) == derive_seed(1, 2)
+    with pytest.raises(TypeError):
+        derive_seed(1.0)
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 1), (2, 3, 1, 1)])
+def test_offset_noise_of_another_shape_is_refused(shape):
+    with pytest.raises(ValueError, match=r"\(2, 3\)"):
+        offset_noise(torch.ones(2, 3, 4, 4), torch.ones(shape))
 
 
 def test_offset_noise_moves_channels_together():

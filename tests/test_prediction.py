@@ -57,11 +57,28 @@ def test_one_scale_a_sample_meets_the_batch_axis():
     assert torch.equal(x_0[3], -square[3])
 
 
-def test_float32_stays_float32_and_half_is_widened():
-    alpha, sigma = NoiseSchedule()(torch.tensor([10]))
-    for dtype, wanted in ((torch.float32, torch.float32), (torch.bfloat16, torch.float32)):
-        x = torch.ones(1, 4, dtype=dtype)
-        assert to_x0(x, x, alpha, sigma, "v_prediction").dtype == wanted
+@pytest.mark.parametrize("convert", [to_x0, to_eps, to_v, prediction_target])
+@pytest.mark.parametrize("prediction_type", TYPES)
+@pytest.mark.parametrize("scales", [(0.6, 0.8), NoiseSchedule()(torch.tensor([10]))])
+def test_the_result_has_the_datas_dtype_at_least_float32(convert, prediction_type, scales):
+    for a, b, wanted in (
+        (torch.float32, torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.float64, torch.float64),
+        (torch.float64, torch.float16, torch.float64),
+    ):
+        x, y = torch.ones(1, 4, dtype=a), torch.ones(1, 4, dtype=b)
+        assert convert(x, y, *scales, prediction_type).dtype == wanted
+
+
+@pytest.mark.parametrize("convert", [to_x0, to_eps, to_v, prediction_target])
+def test_shapes_that_would_broadcast_are_refused(convert):
+    x = torch.ones(4, 3, 4, 4)
+    with pytest.raises(ValueError, match="wanted equal ones"):
+        convert(x, x[:1], 0.6, 0.8, "v_prediction")
+    for scale in (torch.ones(4, 1), torch.ones(3), torch.ones(3, 4, 4)):
+        with pytest.raises(ValueError, match="one number a sample"):
+            convert(x, x, scale, scale, "v_prediction")
 
 
 def test_epsilon_is_refused_at_zero_snr():

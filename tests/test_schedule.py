@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zsnr import NoiseSchedule, rescale_zero_terminal_snr
+from zsnr import NoiseSchedule, rescale_zero_terminal_snr, trailing
 
 KINDS = ("linear", "scaled_linear", "cosine")
 
@@ -31,11 +31,14 @@ def test_original_schedules_end_at_the_papers_table_1(betas, snr, root):
     assert f"{schedule.alphas_cumprod[-1].sqrt():.6{digits}}" == root
 
 
+@pytest.mark.peer
 def test_cosine_in_float32_is_the_papers_row():
-    f = torch.cos(((torch.arange(1001) / 1000 + 0.008) / 1.008) * math.pi / 2) ** 2
-    abar = (1 - (1 - f[1:] / f[:-1]).clamp(max=0.999)).cumprod(0)
+    from diffusers import DDPMScheduler
+
+    abar = DDPMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod
+    assert f"{abar[-1] / (1 - abar[-1]):.6e}" == "2.428735e-09"  # as printed in Table 1
     exact = NoiseSchedule("cosine", zero_terminal_snr=False).alphas_cumprod
-    torch.testing.assert_close(abar.double(), exact, rtol=2e-4, atol=0)
+    torch.testing.assert_close(abar.double(), exact, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("T", [2, 10, 999, 1000])
@@ -129,6 +132,34 @@ def test_default_is_the_papers():
     }
 
 
+def test_settings_go_through_a_weights_only_checkpoint(tmp_path):
+    schedule = NoiseSchedule.from_alphas_cumprod([0.9, 0.5, 0.1])
+    torch.save(schedule.settings(), tmp_path / "schedule.pt")
+    again = NoiseSchedule(**torch.load(tmp_path / "schedule.pt", weights_only=True))
+    assert again == schedule
+
+
+def test_tables_are_on_the_cpu_whatever_the_default_device_is():
+    with torch.device("meta"):
+        schedule = NoiseSchedule()
+        rescaled = rescale_zero_terminal_snr(NoiseSchedule(zero_terminal_snr=False).alphas_cumprod)
+        grid = trailing(5)
+    assert schedule.alphas_cumprod.device.type == rescaled.device.type == grid.device.type == "cpu"
+
+
+@given(st.integers(1, 4), st.floats(0.5, 0.999), st.floats(1e-4, 0.4))
+def test_a_rescale_never_returns_a_table_that_does_not_decrease(ulps, first, last):
+    second = first
+    for _ in range(ulps):
+        second = math.nextafter(second, 0)
+    try:
+        rescaled = rescale_zero_terminal_snr(torch.tensor([first, second, last]).double())
+    except ValueError as error:
+        assert "decrease" in str(error)  # noqa: PT017 (either outcome is right)
+    else:
+        assert (rescaled.diff() < 0).all()
+
+
 def test_value_semantics():
     schedule = NoiseSchedule("linear")
     assert schedule == NoiseSchedule("linear") != NoiseSchedule("cosine")
@@ -164,7 +195,9 @@ def test_timesteps_out_of_range_are_refused(t):
             NoiseSchedule()(wrong)
 
 
-@pytest.mark.parametrize("t", [0.5, True, torch.tensor([0.5]), "0"])
+@pytest.mark.parametrize(
+    "t", [0.5, True, torch.tensor([0.5]), "0", torch.tensor([5], dtype=torch.uint8)]
+)
 def test_timesteps_are_integers(t):
     with pytest.raises(TypeError, match="wanted"):
         NoiseSchedule()(t)
@@ -178,6 +211,14 @@ def test_add_noise():
     assert torch.equal(x_t[2], eps[2])
     alpha, sigma = schedule(500)
     torch.testing.assert_close(x_t[1], alpha * x_0[1] + sigma * eps[1])
+
+
+def test_add_noise_refuses_what_would_broadcast():
+    x_0 = torch.ones(4, 3, 4, 4)
+    with pytest.raises(ValueError, match="equal ones"):
+        NoiseSchedule().add_noise(x_0, x_0[:1], torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(ValueError, match="one number a sample"):
+        NoiseSchedule().add_noise(x_0, x_0, torch.zeros(4, 1, dtype=torch.int64))
 
 
 def test_half_precision_data_keeps_its_noise_at_the_first_step():
@@ -195,6 +236,9 @@ def test_half_precision_data_keeps_its_noise_at_the_first_step():
         ({"num_timesteps": 1}, "at least 2"),
         ({"num_timesteps": 10.0}, "wanted an int"),
         ({"num_timesteps": True}, "wanted an int"),
+        ({"zero_terminal_snr": "false"}, "wanted True or False"),
+        ({"beta_start": "0.1"}, "beta_start='0.1'"),
+        ({"betas": ["linear"]}, "is unknown"),
         ({"betas": "sigmoid"}, "Known: 'linear', 'cosine', 'scaled_linear'"),
         ({"beta_start": 0.0}, "beta_start=0.0"),
         ({"beta_end": 1.0}, "beta_end=1.0"),

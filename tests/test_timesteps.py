@@ -101,11 +101,24 @@ def test_registry(monkeypatch):
         seen.append(schedule)
         return trailing(num_steps, num_timesteps)
 
+    @register_spacing("upward")
+    def upward(num_steps, num_timesteps=1000):
+        return list(range(num_steps))
+
+    @register_spacing("listed")
+    def listed(num_steps, num_timesteps=1000):
+        return trailing(num_steps, num_timesteps).int().tolist()
+
     @register_spacing("broken")
     def broken(num_steps, num_timesteps=1000):
         return trailing(num_steps + 1, num_timesteps)
 
-    assert available_spacings() == ["broken", "by_snr", "ends", "leading", "linspace", "trailing"]
+    own = {"broken", "by_snr", "ends", "listed", "upward"}
+    assert set(available_spacings()) == own | {"leading", "linspace", "trailing"}
+    assert register_spacing("ends")(ends) is ends  # a reload
+    assert torch.equal(get_timesteps("listed", 7), trailing(7))
+    with pytest.raises(ValueError, match="descending"):
+        get_timesteps("upward", 3)
     assert get_timesteps("ends", 3).tolist() == [999, 1, 0]
     schedule = NoiseSchedule("linear", 50)
     get_timesteps("by_snr", 3, 50)
@@ -116,6 +129,6 @@ def test_registry(monkeypatch):
     with pytest.raises(ValueError, match="gave 4 timesteps: wanted 3"):
         get_timesteps("broken", 3)
     with pytest.raises(ValueError, match="registered already"):
-        register_spacing("ends")(ends)
+        register_spacing("ends")(broken)
     with pytest.raises(ValueError, match="Known: 'broken'"):
         get_timesteps("karras", 3)

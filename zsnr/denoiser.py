@@ -31,18 +31,24 @@ class Conditioning:
     pooled: Tensor | None = None
     sizes: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        for name, part in zip(_PARTS, self._parts(), strict=True):
+            if part is not None and len(part) != len(self.context):
+                raise ValueError(
+                    f"Conditioning {name} has {len(part)} rows, context {len(self.context)}: "
+                    "wanted one row a sample in each."
+                )
+
     def __len__(self) -> int:
         return len(self.context)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Conditioning:
-        """Move every part to a device; floating parts to a dtype."""
+        """Move every part to a device; context and pooled to a dtype (sizes are exact pixels)."""
         return Conditioning(
-            *(
-                None
-                if part is None
-                else part.to(device, dtype if part.is_floating_point() else None)
-                for part in self._parts()
-            )  # type: ignore[arg-type]
+            self.context.to(device, dtype),
+            None if self.mask is None else self.mask.to(device),
+            None if self.pooled is None else self.pooled.to(device, dtype),
+            None if self.sizes is None else self.sizes.to(device),
         )
 
     def expand(self, batch_size: int) -> Conditioning:
@@ -66,18 +72,24 @@ class Conditioning:
         """Take rows from `self` where `keep` (B,) is True, and from `other` (B or 1 rows) else.
 
         Raises:
-            ValueError: The two have other parts or row shapes.
+            ValueError: The two have other parts or row shapes, or `keep` is not (B,).
         """
+        if keep.shape != (len(self),) or keep.dtype != torch.bool:
+            raise ValueError(
+                f"keep is {keep.dtype} of shape {tuple(keep.shape)}: wanted bool, ({len(self)},)."
+            )
         other = other.expand(len(self))
-        parts: list[Tensor | None] = []
-        for name, mine, theirs in self._zip(other):
-            if mine is None or theirs is None:
-                _both_or_none(name, mine, theirs)
-                parts.append(None)
-                continue
-            rows = keep.to(mine.device).view(-1, *(1,) * (mine.ndim - 1))
-            parts.append(torch.where(rows, mine, theirs.to(mine)))
-        return Conditioning(*parts)  # type: ignore[arg-type]
+        _check_rows([self, other])
+        return Conditioning(
+            *(
+                None
+                if mine is None or theirs is None
+                else torch.where(
+                    keep.to(mine.device).view(-1, *(1,) * (mine.ndim - 1)), mine, theirs.to(mine)
+                )
+                for mine, theirs in zip(self._parts(), other._parts(), strict=True)
+            )  # type: ignore[arg-type]
+        )
 
     @staticmethod
     def cat(conditionings: Sequence[Conditioning]) -> Conditioning:
@@ -86,34 +98,35 @@ class Conditioning:
         Raises:
             ValueError: One has a part or a row shape that another lacks.
         """
-        first, *rest = conditionings
-        parts: list[Tensor | None] = []
-        for name in (f.name for f in fields(Conditioning)):
-            mine = getattr(first, name)
-            for other in rest:
-                theirs = getattr(other, name)
-                if mine is None or theirs is None:
-                    _both_or_none(name, mine, theirs)
-                elif mine.shape[1:] != theirs.shape[1:]:
-                    raise ValueError(
-                        f"Conditioning {name} has rows of shape {tuple(mine.shape[1:])} and "
-                        f"{tuple(theirs.shape[1:])}: wanted one shape."
-                    )
-            parts.append(
-                None if mine is None else torch.cat([getattr(c, name) for c in (first, *rest)])
-            )
-        return Conditioning(*parts)  # type: ignore[arg-type]
+        _check_rows(conditionings)
+        columns = zip(*(c._parts() for c in conditionings), strict=True)
+        return Conditioning(
+            *(None if parts[0] is None else torch.cat(parts) for parts in columns)  # type: ignore[arg-type]
+        )
 
     def _parts(self) -> list[Tensor | None]:
-        return [getattr(self, f.name) for f in fields(self)]
-
-    def _zip(self, other: Conditioning) -> list[tuple[str, Tensor | None, Tensor | None]]:
-        return [(f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self)]
+        return [getattr(self, name) for name in _PARTS]
 
 
-def _both_or_none(name: str, mine: Tensor | None, theirs: Tensor | None) -> None:
-    if (mine is None) != (theirs is None):
-        raise ValueError(f"One conditioning has {name}, the other has none: give both or neither.")
+_PARTS = tuple(f.name for f in fields(Conditioning))
+
+
+def _check_rows(conditionings: Sequence[Conditioning]) -> None:
+    """Refuse conditionings whose rows cannot stand in one batch."""
+    first, *rest = conditionings
+    for name in _PARTS:
+        mine = getattr(first, name)
+        for other in rest:
+            theirs = getattr(other, name)
+            if (mine is None) != (theirs is None):
+                raise ValueError(
+                    f"One conditioning has {name}, the other has none: give both or neither."
+                )
+            if mine is not None and mine.shape[1:] != theirs.shape[1:]:
+                raise ValueError(
+                    f"Conditioning {name} has rows of shape {tuple(mine.shape[1:])} and "
+                    f"{tuple(theirs.shape[1:])}: wanted one shape."
+                )
 
 
 class Network(Protocol):
@@ -195,6 +208,11 @@ class Denoiser:
                 "wanted one row a sample."
             )
         output = self.network(x_t if self.dtype is None else x_t.to(self.dtype), t, c)
+        if not isinstance(output, Tensor) or output.shape != x_t.shape:
+            got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise ValueError(
+                f"The network gave {got}: wanted a tensor of shape {tuple(x_t.shape)}."
+            )
         return output.to(torch.promote_types(x_t.dtype, torch.float32))
 
 

@@ -58,9 +58,10 @@ class Guidance:
     rescale: float = 0.7
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.scale):
+        numbers = (int, float)
+        if not isinstance(self.scale, numbers) or not math.isfinite(self.scale):
             raise ValueError(f"Guidance scale {self.scale!r}: wanted a finite number.")
-        if not 0 <= self.rescale <= 1:
+        if not isinstance(self.rescale, numbers) or not 0 <= self.rescale <= 1:
             raise ValueError(f"Guidance rescale {self.rescale!r}: wanted a number in [0, 1].")
 
     def __call__(self, cond: Tensor, uncond: Tensor) -> Tensor:
@@ -71,8 +72,11 @@ class Guidance:
 
 def _std(x: Tensor) -> Tensor:
     """Standard deviation a sample, (B, 1, ...), in float32 at least, with gradient 0 at 0."""
+    shape = (-1, *(1,) * (x.ndim - 1))
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    # The mean of squares, not the unbiased one: only ratios count, and one element has a value.
-    variance = x.flatten(1).var(dim=1, correction=0).view(-1, *(1,) * (x.ndim - 1))
+    x = x.flatten(1)
+    # Shifted by its first element: else a constant such as 0.1 has a variance of 1e-17, not 0.
+    # correction=0: only ratios count, and so a single element has a value.
+    variance = (x - x[:, :1].detach()).var(dim=1, correction=0)
     constant = variance == 0
-    return torch.where(constant, 0.0, torch.where(constant, 1.0, variance).sqrt())
+    return torch.where(constant, 0.0, torch.where(constant, 1.0, variance).sqrt()).view(shape)

@@ -54,8 +54,14 @@ class LossWeighting:
         if self.name not in get_args(WeightingName):
             known = ", ".join(repr(name) for name in get_args(WeightingName))
             raise ValueError(f"Loss weighting {self.name!r} is unknown. Known: {known}.")
-        if not (math.isfinite(self.gamma) and self.gamma > 0):
+        number = isinstance(self.gamma, (int, float))
+        if not (number and math.isfinite(self.gamma) and self.gamma > 0):
             raise ValueError(f"gamma={self.gamma!r}: wanted a positive number.")
+        if not isinstance(self.allow_zero_terminal_weight, bool):
+            raise ValueError(
+                f"allow_zero_terminal_weight={self.allow_zero_terminal_weight!r}: wanted True or "
+                "False."
+            )
 
     def table(
         self, schedule: NoiseSchedule, prediction_type: PredictionType = "v_prediction"
@@ -126,7 +132,7 @@ def diffusion_loss(
         A scalar, or (B,); in float32, or float64 where the inputs are.
 
     Raises:
-        ValueError: The shapes differ.
+        ValueError: Shapes or the reduction are wrong.
     """
     if output.shape != target.shape:
         raise ValueError(
@@ -134,6 +140,13 @@ def diffusion_loss(
             f"{tuple(target.shape)}: wanted equal shapes."
         )
     dtype = torch.promote_types(torch.promote_types(output.dtype, target.dtype), torch.float32)
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"reduction={reduction!r} is unknown. Known: 'mean', 'none'.")
+    if isinstance(lambda_t, Tensor) and lambda_t.shape not in ((), output.shape[:1]):
+        raise ValueError(
+            f"lambda_t has shape {tuple(lambda_t.shape)}: wanted one weight a sample, "
+            f"{tuple(output.shape[:1])}, such as table[t]."
+        )
     error = (output.to(dtype) - target.to(dtype)).square().flatten(1).mean(1)
     losses = per_sample(lambda_t, error) * error
     return losses.mean() if reduction == "mean" else losses

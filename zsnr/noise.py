@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -16,11 +17,16 @@ class SampleNoise:
     sample's noise does not depend on the batch it is in, its place there, or the device.
 
     Args:
-        seeds: One integer a sample.
+        seeds: One integer a sample, 0 to 2^32 - 1.
+
+    Raises:
+        ValueError: There are no seeds, or one is out of range.
     """
 
     def __init__(self, seeds: Iterable[int]) -> None:
-        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._generators = [sample_generator(seed) for seed in seeds]
+        if not self._generators:
+            raise ValueError("There are no seeds: wanted one a sample.")
 
     def randn(
         self,
@@ -30,7 +36,10 @@ class SampleNoise:
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
         """Draw (B, *shape): `shape` is one sample's, B the number of seeds."""
-        rows = [torch.randn(*shape, generator=generator) for generator in self._generators]
+        rows = [
+            torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device="cpu")
+            for generator in self._generators
+        ]
         return torch.stack(rows).to(device=device, dtype=dtype)
 
     def randn_like(self, x: Tensor) -> Tensor:
@@ -46,11 +55,21 @@ class SampleNoise:
         return self.randn(x.shape[1:], device=x.device, dtype=x.dtype)
 
 
+def sample_generator(seed: int) -> torch.Generator:
+    """Make the CPU generator of a seed.
+
+    Raises:
+        ValueError: Not in 0 .. 2^32 - 1: torch's CPU generator ignores higher bits.
+    """
+    if isinstance(seed, bool) or not 0 <= operator.index(seed) < 2**32:
+        raise ValueError(f"seed={seed!r}: wanted an integer from 0 to 4294967295.")
+    return torch.Generator(device="cpu").manual_seed(operator.index(seed))
+
+
 def derive_seed(*keys: int) -> int:
-    """Hash integers, such as (seed, step, sample), to an independent 63-bit seed."""
-    text = ",".join(str(key) for key in keys)
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+    """Hash integers, such as (seed, step, sample), to a seed of 32 bits."""
+    text = ",".join(str(operator.index(key)) for key in keys)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big")
 
 
 def offset_noise(z: Tensor, d: Tensor, strength: float = 0.1) -> Tensor:
@@ -62,5 +81,13 @@ def offset_noise(z: Tensor, d: Tensor, strength: float = 0.1) -> Tensor:
         z: Standard normal noise, (B, C, *).
         d: Standard normal, one number a sample and channel, (B, C).
         strength: Scale of the shift; the paper's is 0.1.
+
+    Raises:
+        ValueError: d has another shape.
     """
+    if d.shape != z.shape[:2]:
+        raise ValueError(
+            f"d has shape {tuple(d.shape)}: wanted one number a sample and channel, "
+            f"{tuple(z.shape[:2])}."
+        )
     return z + strength * d.view(*d.shape, *(1,) * (z.ndim - 2))

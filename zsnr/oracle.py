@@ -24,8 +24,11 @@ class GaussianDenoiser:
         self.schedule, self.mean, self.std = schedule, mean, std
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
-        alpha_t, sigma_t = (per_sample(scale, x_t) for scale in self.schedule(t))
-        m, s = (p.to(x_t) if isinstance(p, Tensor) else p for p in (self.mean, self.std))
+        dtype = torch.promote_types(x_t.dtype, torch.float32)
+        alpha_t, sigma_t = (per_sample(scale, x_t.to(dtype)) for scale in self.schedule(t))
+        m, s = (
+            p.to(x_t.device, dtype) if isinstance(p, Tensor) else p for p in (self.mean, self.std)
+        )
         variance = s**2
         gain = alpha_t * variance / (alpha_t**2 * variance + sigma_t**2)
         return m + gain * (x_t - alpha_t * m)
@@ -79,5 +82,5 @@ def _rows_matmul(x: Tensor, matrix: Tensor, block: int = 16) -> Tensor:
     """
     if matrix.numel() <= 2**16:
         return torch.stack([row @ matrix for row in x])
-    blocks = pad(x, (0, 0, 0, -len(x) % block)).split(block)
+    blocks = pad(x, (0, 0, 0, -len(x) % block)).split(block)  # type: ignore[no-untyped-call]
     return torch.cat([rows @ matrix for rows in blocks])[: len(x)]

@@ -1,7 +1,8 @@
 """What the network predicts, and the maps between x_0, eps and v (sections 3.2 and 6).
 
-Every function takes data of shape (B, *) and scales alpha_t, sigma_t that are floats, (B,) tensors
-or broadcastable ones; it returns the common dtype of the data, at least float32.
+Every function takes data of equal shapes (B, *), and scales alpha_t, sigma_t that are floats, (B,)
+tensors or tensors with as many axes as the data. The result has the common dtype of the data, at
+least float32.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from zsnr.schedule import NoiseSchedule, per_sample
+from zsnr.schedule import NoiseSchedule, aligned
 
 PredictionType = Literal["epsilon", "sample", "v_prediction"]
 Scale = Tensor | float
@@ -32,9 +33,9 @@ def to_x0(
         prediction_type: What `output` is.
 
     Raises:
-        ValueError: Unknown prediction type.
+        ValueError: Unknown prediction type, or shapes that do not fit.
     """
-    alpha_t, sigma_t = per_sample(alpha_t, x_t, output), per_sample(sigma_t, x_t, output)
+    alpha_t, sigma_t, x_t, output = aligned(alpha_t, sigma_t, x_t, output)
     match prediction_type:
         case "v_prediction":
             return alpha_t * x_t - sigma_t * output
@@ -56,7 +57,7 @@ def to_eps(
 
     Arguments and errors as `to_x0`.
     """
-    alpha_t, sigma_t = per_sample(alpha_t, x_t, output), per_sample(sigma_t, x_t, output)
+    alpha_t, sigma_t, x_t, output = aligned(alpha_t, sigma_t, x_t, output)
     match prediction_type:
         case "v_prediction":
             return sigma_t * x_t + alpha_t * output
@@ -78,7 +79,7 @@ def to_v(
 
     Arguments and errors as `to_x0`.
     """
-    alpha_t, sigma_t = per_sample(alpha_t, x_t, output), per_sample(sigma_t, x_t, output)
+    alpha_t, sigma_t, x_t, output = aligned(alpha_t, sigma_t, x_t, output)
     match prediction_type:
         case "v_prediction":
             return output
@@ -105,9 +106,9 @@ def prediction_target(
         prediction_type: What the network predicts.
 
     Raises:
-        ValueError: Unknown prediction type.
+        ValueError: Unknown prediction type, or shapes that do not fit.
     """
-    alpha_t, sigma_t = per_sample(alpha_t, x_0, eps), per_sample(sigma_t, x_0, eps)
+    alpha_t, sigma_t, x_0, eps = aligned(alpha_t, sigma_t, x_0, eps)
     match prediction_type:
         case "v_prediction":
             return alpha_t * eps - sigma_t * x_0

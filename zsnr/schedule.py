@@ -7,6 +7,7 @@ Code counts timesteps t = 0 .. T-1 where the paper counts 1 .. T; t = -1 means c
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
@@ -28,7 +29,7 @@ class NoiseSchedule:
     x_t = alpha_t x_0 + sigma_t eps,  alpha_t^2 + sigma_t^2 = 1    (equation 4)
 
     Equality, hash, pickle and `settings()` see the settings only; the tables are derived from
-    them once, in float64 on the CPU.
+    them once, in float64 on the CPU, and are not to be changed. Checkpoints store `settings()`.
 
     Args:
         betas: Kind of schedule (Table 1). Ignored, and to be left alone, with an own table.
@@ -72,10 +73,11 @@ class NoiseSchedule:
     def __post_init__(self) -> None:
         if self.alphas_cumprod_table is not None:
             object.__setattr__(self, "alphas_cumprod_table", _floats(self.alphas_cumprod_table))
+        if not isinstance(self.zero_terminal_snr, bool):
+            raise ValueError(f"zero_terminal_snr={self.zero_terminal_snr!r}: wanted True or False.")
         abar = _alphas_cumprod(self)
         if self.zero_terminal_snr:
             abar = _rescale(abar)
-        _check_table(abar, "the schedule")
         snr = [a / (1 - a) for a in abar]
         derived: dict[str, list[float]] = {
             "alphas_cumprod": abar,
@@ -84,7 +86,8 @@ class NoiseSchedule:
             "beta_table": [1 - a / p for p, a in zip([1.0, *abar], abar, strict=False)],
         }
         for name, values in derived.items():
-            object.__setattr__(self, name, torch.tensor(values, dtype=torch.float64))
+            tensor = torch.tensor(values, dtype=torch.float64, device="cpu")
+            object.__setattr__(self, name, tensor)
         alpha = (1.0, *(math.sqrt(a) for a in abar))
         sigma = (0.0, *(math.sqrt(1 - a) for a in abar))
         object.__setattr__(self, "_scales", (alpha, sigma))
@@ -112,8 +115,9 @@ class NoiseSchedule:
             IndexError: t is out of range (on an accelerator: its own device-side assertion).
         """
         if not isinstance(t, Tensor):
-            if isinstance(t, bool) or not isinstance(t, int):
+            if isinstance(t, bool) or not hasattr(t, "__index__"):
                 raise TypeError(f"t={t!r}: wanted an int or an integer tensor.")
+            t = operator.index(t)
             if not -1 <= t < self.num_timesteps:
                 raise IndexError(_out_of_range(self.num_timesteps))
             return self._scales[0][t + 1], self._scales[1][t + 1]
@@ -146,12 +150,15 @@ class NoiseSchedule:
         Args:
             x_0: Clean data, (B, *).
             eps: Standard normal noise, (B, *).
-            t: int64 timesteps, (B,) or broadcastable to x_0.
+            t: int64 timesteps, (B,) or with as many axes as x_0.
 
         Returns:
             x_t (B, *) in the common dtype of x_0 and eps, at least float32.
+
+        Raises:
+            ValueError: The shapes do not fit.
         """
-        alpha_t, sigma_t = (per_sample(scale, x_0, eps) for scale in self(t))
+        alpha_t, sigma_t, x_0, eps = aligned(*self(t), x_0, eps)
         return alpha_t * x_0 + sigma_t * eps
 
     def settings(self) -> dict[str, Any]:
@@ -198,27 +205,48 @@ def rescale_zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
     """
     values = list(_floats(alphas_cumprod))
     _check_table(values, "alphas_cumprod")
-    return torch.tensor(_rescale(values), dtype=torch.float64)
+    return torch.tensor(_rescale(values), dtype=torch.float64, device="cpu")
 
 
-def per_sample(scale: Tensor | float, *tensors: Tensor) -> Tensor | float:
+def per_sample(scale: Tensor | float, data: Tensor) -> Tensor | float:
     """Fit a scale to data: (B,) becomes (B, 1, ...), the dtype becomes the data's.
 
     Args:
-        scale: A float, a (B,) tensor (one number a sample), or one that broadcasts as it is.
-        *tensors: The data (B, *) it will meet.
+        scale: A float, one number a sample (B,), or a tensor with as many axes as the data.
+        data: (B, *).
 
-    Returns:
-        The scale in the data's common dtype, at least float32: scales never widen data.
+    Raises:
+        ValueError: The scale has another shape, and would broadcast along the wrong axis.
     """
     if not isinstance(scale, Tensor):
         return scale
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    if scale.ndim == 1:
-        scale = scale.view(-1, *(1,) * (tensors[0].ndim - 1))
-    return scale.to(dtype)
+    if scale.ndim == 1 and len(scale) in (1, len(data)):
+        scale = scale.view(-1, *(1,) * (data.ndim - 1))
+    elif scale.ndim not in (0, data.ndim):
+        raise ValueError(
+            f"A scale of shape {tuple(scale.shape)} for data of shape {tuple(data.shape)}: wanted "
+            "one number a sample, (B,), or as many axes as the data."
+        )
+    return scale.to(data.dtype)
+
+
+def aligned(
+    alpha_t: Tensor | float, sigma_t: Tensor | float, a: Tensor, b: Tensor
+) -> tuple[Tensor | float, Tensor | float, Tensor, Tensor]:
+    """Fit two scales and two data tensors (B, *) to each other.
+
+    Returns:
+        (alpha_t, sigma_t, a, b) in the data's common dtype, at least float32: scales never widen
+        data.
+
+    Raises:
+        ValueError: a and b have different shapes, or a scale does not fit.
+    """
+    if a.shape != b.shape:
+        raise ValueError(f"Shapes {tuple(a.shape)} and {tuple(b.shape)}: wanted equal ones.")
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    a, b = a.to(dtype), b.to(dtype)
+    return per_sample(alpha_t, a), per_sample(sigma_t, a), a, b
 
 
 def _from_settings(settings: dict[str, Any]) -> NoiseSchedule:
@@ -248,13 +276,13 @@ def _alphas_cumprod(schedule: NoiseSchedule) -> list[float]:
                 "'linear' or 'scaled_linear'."
             )
         return _cosine(T, capped=not schedule.zero_terminal_snr)
-    if schedule.betas not in _USUAL_BETAS:
+    if not isinstance(schedule.betas, str) or schedule.betas not in _USUAL_BETAS:
         known = ", ".join(repr(kind) for kind in ("linear", "cosine", "scaled_linear"))
         raise ValueError(f"betas={schedule.betas!r} is unknown. Known: {known}.")
     usual = _USUAL_BETAS[schedule.betas]
     first, last = (u if e is None else e for e, u in zip(ends, usual, strict=True))
     for name, beta in (("beta_start", first), ("beta_end", last)):
-        if not 0 < beta < 1:
+        if not isinstance(beta, (int, float)) or not 0 < beta < 1:
             raise ValueError(f"{name}={beta!r}: wanted a number between 0 and 1, both excluded.")
     power = 2 if schedule.betas == "scaled_linear" else 1
     lo, hi = first ** (1 / power), last ** (1 / power)
@@ -297,7 +325,9 @@ def _rescale(abar: list[float]) -> list[float]:
     s = [math.sqrt(a) for a in abar]
     stretch = s[0] / (s[0] - s[-1])
     # Both ends are set, not computed: rounding would move abar_1 by an ulp.
-    return [abar[0], *(((s_t - s[-1]) * stretch) ** 2 for s_t in s[1:-1]), 0.0]
+    rescaled = [abar[0], *(((s_t - s[-1]) * stretch) ** 2 for s_t in s[1:-1]), 0.0]
+    _check_table(rescaled, "the table after its rescale to zero terminal SNR")
+    return rescaled
 
 
 def _check_table(abar: Sequence[float], what: str) -> None:

@@ -6,7 +6,8 @@ A grid is a 1-D int64 tensor, 0-based, strictly descending. The arithmetic is ex
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Protocol, TypeVar
 
@@ -29,12 +30,15 @@ _SPACINGS: dict[str, Callable[..., Tensor]] = {}
 def register_spacing(name: str) -> Callable[[_Spacing], _Spacing]:
     """Register a rule (num_steps, num_timesteps[, *, schedule]) -> grid under a name.
 
+    A reloaded rule takes its own place again.
+
     Raises:
-        ValueError: The name is taken.
+        ValueError: Another rule has the name.
     """
 
     def register(spacing: _Spacing) -> _Spacing:
-        if name in _SPACINGS:
+        known = _SPACINGS.get(name)
+        if known is not None and known.__qualname__ != spacing.__qualname__:  # a reload may
             raise ValueError(f"Spacing {name!r} is registered already. Choose another name.")
         _SPACINGS[name] = spacing
         return spacing
@@ -64,7 +68,7 @@ def trailing(num_steps: int, num_timesteps: int = 1000) -> Tensor:
         ValueError: S or T is out of range.
     """
     S, T = _check_counts(num_steps, num_timesteps)
-    return torch.tensor([_round_half_even(T * (S - i), S) - 1 for i in range(S)])
+    return _grid(_round_half_even(T * (S - i), S) - 1 for i in range(S))
 
 
 @register_spacing("leading")
@@ -74,7 +78,7 @@ def leading(num_steps: int, num_timesteps: int = 1000) -> Tensor:
     Never contains the last timestep unless S = T: kept to show the flaw. Else as `trailing`.
     """
     S, T = _check_counts(num_steps, num_timesteps)
-    return torch.tensor([(T // S) * i for i in reversed(range(S))])
+    return _grid((T // S) * i for i in reversed(range(S)))
 
 
 @register_spacing("linspace")
@@ -86,10 +90,8 @@ def linspace(num_steps: int, num_timesteps: int = 1000) -> Tensor:
     """
     S, T = _check_counts(num_steps, num_timesteps)
     if S == 1:
-        return torch.tensor([T - 1])
-    return torch.tensor(
-        [_round_half_even(S - 1 + (T - 1) * i, S - 1) - 1 for i in reversed(range(S))]
-    )
+        return _grid([T - 1])
+    return _grid(_round_half_even(S - 1 + (T - 1) * i, S - 1) - 1 for i in reversed(range(S)))
 
 
 def get_timesteps(
@@ -131,7 +133,7 @@ def get_timesteps(
     steps = check_timesteps(grid, T)
     if len(steps) != S:
         raise ValueError(f"Spacing {spacing!r} gave {len(steps)} timesteps: wanted {S}.")
-    return grid
+    return _grid(steps)
 
 
 def timestep_pairs(timesteps: Tensor | Sequence[int]) -> list[tuple[int, int]]:
@@ -166,14 +168,19 @@ def check_timesteps(
     steps = list(timesteps)
     if not steps:
         raise ValueError("timesteps is empty: wanted at least one.")
-    if any(isinstance(t, bool) or not isinstance(t, int) for t in steps):
+    if any(isinstance(t, bool) or not hasattr(t, "__index__") for t in steps):
         raise ValueError(f"timesteps {steps[:8]} are not all integers.")
+    steps = [operator.index(t) for t in steps]
     if any(s >= t for t, s in pairwise(steps)):
         raise ValueError(f"timesteps {steps[:8]}... are not strictly descending.")
     if steps[-1] < 0 or (num_timesteps is not None and steps[0] >= num_timesteps):
         bound = "T - 1" if num_timesteps is None else num_timesteps - 1
         raise ValueError(f"timesteps run from {steps[0]} to {steps[-1]}: wanted {bound} to 0.")
     return steps
+
+
+def _grid(steps: Iterable[int]) -> Tensor:
+    return torch.tensor(list(steps), dtype=torch.int64, device="cpu")
 
 
 def _check_counts(num_steps: int, num_timesteps: int) -> tuple[int, int]:

@@ -14,7 +14,6 @@ from zsnr.samplers.base import (
     RandnLike,
     Sampler,
     run_steps,
-    transition_coefficients,
 )
 from zsnr.samplers.registry import register_sampler
 from zsnr.schedule import NoiseSchedule
@@ -32,7 +31,7 @@ class DDIM(Sampler):
     eta: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.eta <= 1:
+        if not isinstance(self.eta, (int, float)) or not 0 <= self.eta <= 1:
             raise ValueError(f"eta={self.eta!r}: wanted a number in [0, 1].")
 
     def sample(
@@ -45,5 +44,4 @@ class DDIM(Sampler):
         randn_like: RandnLike = torch.randn_like,
         callback: Callback | None = None,
     ) -> Tensor:
-        coefficients = transition_coefficients(schedule, timesteps, eta=self.eta)
-        return run_steps(coefficients, denoiser, x_T, timesteps, randn_like, callback)
+        return run_steps(self.eta, denoiser, schedule, x_T, timesteps, randn_like, callback)

@@ -14,7 +14,6 @@ from zsnr.samplers.base import (
     RandnLike,
     Sampler,
     run_steps,
-    transition_coefficients,
 )
 from zsnr.samplers.registry import register_sampler
 from zsnr.schedule import NoiseSchedule
@@ -35,5 +34,4 @@ class DDPM(Sampler):
         randn_like: RandnLike = torch.randn_like,
         callback: Callback | None = None,
     ) -> Tensor:
-        coefficients = transition_coefficients(schedule, timesteps, eta=1.0)
-        return run_steps(coefficients, denoiser, x_T, timesteps, randn_like, callback)
+        return run_steps(1.0, denoiser, schedule, x_T, timesteps, randn_like, callback)

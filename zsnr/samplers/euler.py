@@ -14,7 +14,6 @@ from zsnr.samplers.base import (
     RandnLike,
     Sampler,
     run_steps,
-    transition_coefficients,
 )
 from zsnr.samplers.registry import register_sampler
 from zsnr.schedule import NoiseSchedule
@@ -39,8 +38,7 @@ class Euler(Sampler):
         randn_like: RandnLike = torch.randn_like,
         callback: Callback | None = None,
     ) -> Tensor:
-        coefficients = transition_coefficients(schedule, timesteps, eta=0.0)
-        return run_steps(coefficients, denoiser, x_T, timesteps, randn_like, callback)
+        return run_steps(0.0, denoiser, schedule, x_T, timesteps, randn_like, callback)
 
 
 @register_sampler("euler_ancestral")
@@ -58,7 +56,7 @@ class EulerAncestral(Sampler):
     eta: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.eta <= 1:
+        if not isinstance(self.eta, (int, float)) or not 0 <= self.eta <= 1:
             raise ValueError(f"eta={self.eta!r}: wanted a number in [0, 1].")
 
     def sample(
@@ -71,5 +69,4 @@ class EulerAncestral(Sampler):
         randn_like: RandnLike = torch.randn_like,
         callback: Callback | None = None,
     ) -> Tensor:
-        coefficients = transition_coefficients(schedule, timesteps, eta=self.eta)
-        return run_steps(coefficients, denoiser, x_T, timesteps, randn_like, callback)
+        return run_steps(self.eta, denoiser, schedule, x_T, timesteps, randn_like, callback)

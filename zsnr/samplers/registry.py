@@ -15,16 +15,21 @@ _SAMPLERS: dict[str, type[Sampler]] = {}
 def register_sampler(name: str) -> Callable[[_SamplerClass], _SamplerClass]:
     """Register a Sampler class under a name.
 
+    A reloaded class takes its own place again.
+
     Raises:
-        ValueError: The name is taken.
-        TypeError: Not a subclass of Sampler.
+        ValueError: Another class has the name.
+        TypeError: Not a subclass of Sampler, or one without `sample`.
     """
 
     def register(sampler: _SamplerClass) -> _SamplerClass:
-        if name in _SAMPLERS:
-            raise ValueError(f"Sampler {name!r} is registered already. Choose another name.")
         if not (isinstance(sampler, type) and issubclass(sampler, Sampler)):
             raise TypeError(f"{sampler!r} is not a subclass of zsnr.Sampler.")
+        known = _SAMPLERS.get(name)
+        if known is not None and known.__qualname__ != sampler.__qualname__:
+            raise ValueError(f"Sampler {name!r} is registered already. Choose another name.")
+        if inspect.isabstract(sampler):
+            raise TypeError(f"{sampler.__name__} has no `sample` method: write one.")
         _SAMPLERS[name] = sampler
         return sampler
 

@@ -1,0 +1,75 @@
+"""This package's checkpoints, as training writes them."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zsnr.checkpoints.model import Model
+from zsnr.codecs import LatentCodec
+from zsnr.conditioning import Conditioner
+from zsnr.described import build, describe
+from zsnr.networks import UNet
+from zsnr.schedule import NoiseSchedule
+
+KEY = "zsnr"
+
+
+def describe_model(model: Model) -> dict[str, Any]:
+    """Return plain values that `read_checkpoint` builds the model from."""
+    return {
+        "codec": describe(model.codec),
+        "conditioner": describe(model.conditioner),
+        "unet": describe(model.unet),
+        "schedule": model.schedule.settings(),
+        "prediction_type": model.prediction_type,
+        "image_size": model.image_size,
+    }
+
+
+def read_checkpoint(path: str | Path, *, ema: bool = True) -> Model:
+    """Read a checkpoint file that training wrote, on the CPU.
+
+    Args:
+        path: The .ckpt file.
+        ema: Take the averaged weights, else the raw ones.
+
+    Raises:
+        ValueError: No such file, not a checkpoint, or not one of this package's.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} is no file: wanted a checkpoint (.ckpt) that training wrote.")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise ValueError(f"{path} is not a readable checkpoint: {reason}") from error
+    if not isinstance(checkpoint, dict) or KEY not in checkpoint:
+        raise ValueError(f"{path} was not written by zsnr: it has no {KEY!r} entry.")
+    description, weights = checkpoint[KEY], checkpoint["state_dict"]
+    model = Model(
+        codec=build(description["codec"], LatentCodec),  # type: ignore[type-abstract]
+        conditioner=build(description["conditioner"], Conditioner),  # type: ignore[type-abstract]
+        unet=build(description["unet"], UNet),
+        schedule=NoiseSchedule(**description["schedule"]),
+        prediction_type=description["prediction_type"],
+        image_size=description["image_size"],
+    )
+    prefix = "ema" if ema and any(name.startswith("ema.") for name in weights) else "trained"
+    _load(model.unet, weights, f"{prefix}.unet.", path)
+    if model.conditioner.trainable:
+        _load(model.conditioner, weights, f"{prefix}.conditioner.", path)
+    return model
+
+
+def _load(module: nn.Module, weights: dict[str, Tensor], prefix: str, path: Path) -> None:
+    own = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
+    try:
+        module.load_state_dict(own)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: {prefix}* does not fit its own description: {error}") from error

@@ -1,0 +1,155 @@
+"""The command line: `zsnr COMMAND ...`, the same as `python cli.py COMMAND ...`.
+
+Each command imports only the floor it needs, when it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+TRAINING = {
+    "fit": "train from YAML, with validation and previews",
+    "validate": "compute the validation loss of a checkpoint",
+    "test": "the same on test data",
+    "predict": "make images from a prompts file",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code: 0 for success, 2 for wrong input."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if arguments and arguments[0] in TRAINING:
+            from zsnr.training.lightning_cli import run
+
+            run(arguments)
+            return 0
+        options = _parser().parse_args(arguments)
+        options.run(options)
+    except (ValueError, OSError, IndexError) as error:
+        if os.environ.get("ZSNR_TRACEBACK") or not _is_ours(error):
+            raise
+        print(f"zsnr: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    from zsnr import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="zsnr",
+        description="Train and sample latent diffusion models with zero terminal SNR.",
+        epilog="`zsnr COMMAND --help` explains every option. After a one-line error, "
+        "ZSNR_TRACEBACK=1 shows where it came from.",
+    )
+    parser.add_argument("--version", action="version", version=f"zsnr {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for name, text in TRAINING.items():
+        commands.add_parser(name, help=text, add_help=False)
+
+    data = commands.add_parser("data", help="make data").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    openmoji = data.add_parser(
+        "openmoji",
+        help="write shards of OpenMoji pictures with captions",
+        description="Write webdataset shards of OpenMoji pictures on grey backgrounds, with "
+        "captions such as 'grinning face on a black background', split into train and val.",
+    )
+    openmoji.add_argument("folder", help="where to write; must be empty or not exist")
+    openmoji.add_argument("--size", type=int, default=64, help="pixels (default: 64)")
+    openmoji.add_argument(
+        "--glyphs",
+        choices=("demo", "all"),
+        default="all",
+        help="the quickstart's few glyphs, or all of them (default: all)",
+    )
+    openmoji.set_defaults(run=_data_openmoji)
+
+    configs = commands.add_parser("configs", help="list, show and copy the shipped YAML")
+    actions = configs.add_subparsers(required=True, metavar="COMMAND")
+    actions.add_parser("list", help="list the names").set_defaults(run=_configs_list)
+    show = actions.add_parser("show", help="print one")
+    show.add_argument("name", help="a name that `list` shows")
+    show.set_defaults(run=_configs_show)
+    copy = actions.add_parser("copy", help="copy one to change it")
+    copy.add_argument("name", help="a name that `list` shows")
+    copy.add_argument("to", nargs="?", default=".", help="file or folder (default: here)")
+    copy.set_defaults(run=_configs_copy)
+
+    report = commands.add_parser(
+        "report",
+        help="write report.md of a run: pictures, loss, brightness",
+        description="Write RUN/report.md with the pictures that predict made in RUN/samples, the "
+        "loss curve, and the brightness of samples and data. Also shows the flaw of the usual "
+        "schedule without training, by an exact denoiser on the same pictures.",
+    )
+    report.add_argument("run_folder", metavar="RUN", help="the run's folder")
+    report.add_argument("--data", required=True, help="the shards it was trained on")
+    report.set_defaults(run=_report)
+    return parser
+
+
+def _data_openmoji(options: argparse.Namespace) -> None:
+    from zsnr.data.openmoji import write_openmoji_shards
+
+    write_openmoji_shards(options.folder, size=options.size, glyphs=options.glyphs)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from zsnr.reports.run import write_report
+
+    print(write_report(options.run_folder, options.data))
+
+
+def _configs_folder() -> Path:
+    shipped = Path(__file__).parent / "configs"
+    return shipped if shipped.is_dir() else Path(__file__).parents[1] / "configs"
+
+
+def _config(name: str) -> Path:
+    folder = _configs_folder()
+    path = folder / f"{name.removesuffix('.yaml')}.yaml"
+    if not path.is_file():
+        raise ValueError(f"There is no config {name!r}. Known: {', '.join(_config_names())}.")
+    return path
+
+
+def _config_names() -> list[str]:
+    folder = _configs_folder()
+    return sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml"))
+
+
+def _configs_list(options: argparse.Namespace) -> None:
+    for name in _config_names():
+        first = _config(name).read_text().partition("\n")[0]
+        print(f"{name:24} {first.lstrip('# ')}")
+
+
+def _configs_show(options: argparse.Namespace) -> None:
+    print(_config(options.name).read_text(), end="")
+
+
+def _configs_copy(options: argparse.Namespace) -> None:
+    source, to = _config(options.name), Path(options.to)
+    target = to / source.name if to.is_dir() else to
+    if target.exists():
+        raise ValueError(f"{target} exists: choose another name.")
+    target.write_text(source.read_text())
+    print(target)
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether an error was raised by this package, so that its text is meant for the user."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

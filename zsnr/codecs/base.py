@@ -1,0 +1,87 @@
+"""What a codec is: images to moments to latents of unit scale, and back."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class LatentCodec(ABC):
+    """A frozen map between images and latents.
+
+    Images are (B, 3, H, W) in [-1, 1]. Moments are (B, 2 C, h, w), the mean and the standard
+    deviation of the raw latents, side by side. Latents are (B, C, h, w) = (raw - shift) * scale,
+    of about unit variance. h = H / factor, w = W / factor.
+
+    Attributes:
+        channels: C.
+        factor: Image pixels along one side of a latent pixel.
+        scale: One number for all channels.
+        shift: One number for all channels.
+    """
+
+    channels: int
+    factor: int
+    scale: float
+    shift: float
+
+    @abstractmethod
+    def encode(self, images: Tensor) -> Tensor:
+        """Encode images (B, 3, H, W) in [-1, 1] to moments (B, 2 C, h, w), float32."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode latents (B, C, h, w) to images (B, 3, H, W), float32, not clamped."""
+
+    @abstractmethod
+    def to(self, device: torch.device | str) -> LatentCodec:
+        """Move to a device, in place, and return self."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """Return the arguments that build this codec again."""
+
+    def latents(self, moments: Tensor, z: Tensor | None = None) -> Tensor:
+        """Draw latents: (mean + std z - shift) * scale.
+
+        Args:
+            moments: (B, 2 C, h, w).
+            z: Standard normal noise (B, C, h, w). None = the mean itself.
+        """
+        mean, std = moments.chunk(2, dim=1)
+        raw = mean if z is None else mean + std * z
+        return (raw - self.shift) * self.scale
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Return (C, h, w) of an image's latents.
+
+        Raises:
+            ValueError: The size is not a positive multiple of the factor.
+        """
+        for name, size in (("height", height), ("width", width)):
+            if size <= 0 or size % self.factor:
+                near = max(1, round(size / self.factor)) * self.factor
+                raise ValueError(
+                    f"{name}={size}: wanted a positive multiple of {self.factor}, the codec's "
+                    f"factor; {near} is the nearest."
+                )
+        return self.channels, height // self.factor, width // self.factor
+
+
+def measure_scale(codec: LatentCodec, images: Tensor) -> tuple[float, float]:
+    """Measure (scale, shift) that give the latents of `images` mean 0 and variance 1.
+
+    One number each for all channels: scaling per channel would hide the mean's leak from the
+    schedule unevenly.
+
+    Args:
+        codec: Its own scale and shift do not count.
+        images: (B, 3, H, W) in [-1, 1].
+    """
+    mean, std = codec.encode(images).double().chunk(2, dim=1)
+    shift = mean.mean()
+    variance = (mean - shift).square().mean() + std.square().mean()
+    return 1 / float(variance.sqrt()), float(shift)

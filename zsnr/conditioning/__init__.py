@@ -1,0 +1,8 @@
+"""Conditioners: from prompts to what the network is told."""
+
+from zsnr.conditioning.base import Conditioner
+from zsnr.conditioning.null import NullConditioner
+from zsnr.conditioning.open_clip_text import OpenClipConditioner
+from zsnr.conditioning.transformers_text import TransformersConditioner
+
+__all__ = ["Conditioner", "NullConditioner", "OpenClipConditioner", "TransformersConditioner"]

@@ -1,0 +1,57 @@
+"""Tokenizers: prompts to token ids and a mask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Tokenizer = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
+
+
+def open_clip_tokenizer(max_length: int) -> tuple[Tokenizer, int]:
+    """Make CLIP's BPE tokenizer from the vocabulary that open_clip ships; no network.
+
+    Returns:
+        The tokenizer, prompts -> (ids (B, L) int64, mask (B, L) True up to the end token), and
+        the size of its vocabulary.
+    """
+    import open_clip
+
+    bpe = open_clip.SimpleTokenizer(context_length=max_length)
+
+    def tokenize(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        ids = bpe(list(prompts))
+        ends = ids.argmax(dim=1, keepdim=True)  # the end token has the largest id
+        return ids, torch.arange(max_length) <= ends
+
+    return tokenize, int(bpe.vocab_size)
+
+
+def transformers_tokenizer(
+    pretrained: str, subfolder: str | None, max_length: int
+) -> tuple[Tokenizer, int]:
+    """Load any tokenizer of transformers from a folder or the hub; returns as above."""
+    from transformers import AutoTokenizer
+
+    try:
+        auto = AutoTokenizer.from_pretrained(pretrained, subfolder=subfolder or "")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        where = pretrained if subfolder is None else f"{pretrained} (subfolder {subfolder})"
+        raise ValueError(f"Cannot load a tokenizer from {where}: {reason}") from error
+    if auto.pad_token is None:
+        auto.pad_token = auto.eos_token
+
+    def tokenize(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        encoded = auto(
+            list(prompts),
+            padding="max_length",
+            truncation=True,
+            max_length=max_length,
+            return_tensors="pt",
+        )
+        return encoded["input_ids"], encoded["attention_mask"].bool()
+
+    return tokenize, len(auto)

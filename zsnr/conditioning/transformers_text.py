@@ -1,0 +1,140 @@
+"""Text encoders of transformers: CLIP, T5, BERT and their like."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zsnr.conditioning.base import Conditioner
+from zsnr.conditioning.tokenizers import open_clip_tokenizer, transformers_tokenizer
+from zsnr.denoiser import Conditioning
+from zsnr.pretrained import load_pretrained
+
+
+class TransformersConditioner(Conditioner):
+    """A text encoder of transformers, pretrained or built small from a config.
+
+    Args:
+        pretrained: A folder or hub id. None = build a new encoder from `config`.
+        config: Settings of a new encoder: `model_type` such as "clip_text_model", "t5" or "bert",
+            and that model's own names (hidden_size, num_hidden_layers, ...). The vocabulary's size
+            and the longest prompt are filled in.
+        tokenizer: "open_clip" for CLIP's BPE, shipped with open_clip; else a folder or hub id.
+            None = beside the pretrained encoder.
+        subfolder: Folder of the encoder inside `pretrained`, such as "text_encoder".
+        tokenizer_subfolder: Folder of the tokenizer, such as "tokenizer".
+        max_length: L, tokens a prompt; longer prompts are cut.
+        layer: Which hidden state is the context: -1 the last, -2 the one before.
+        final_norm: Put the encoder's final layer norm on an earlier hidden state, as Stable
+            Diffusion 2 does. The last hidden state has it already.
+        use_mask: Tell the network which tokens are padding. Stable Diffusion's CLIP does not; T5
+            and BERT want it. None = by model type.
+        trainable: Train it along; else frozen.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        config: dict[str, Any] | None = None,
+        tokenizer: str | None = None,
+        subfolder: str | None = None,
+        tokenizer_subfolder: str | None = None,
+        max_length: int = 77,
+        layer: int = -1,
+        final_norm: bool = True,
+        use_mask: bool | None = None,
+        trainable: bool = False,
+    ) -> None:
+        super().__init__()
+        if (pretrained is None) == (config is None):
+            raise ValueError("Give either `pretrained` or `config`: a text encoder needs one.")
+        if tokenizer is None and pretrained is None:
+            raise ValueError("A text encoder from a config needs `tokenizer`, such as 'open_clip'.")
+        self._settings = {
+            "pretrained": pretrained,
+            "config": config,
+            "tokenizer": tokenizer,
+            "subfolder": subfolder,
+            "tokenizer_subfolder": tokenizer_subfolder,
+            "max_length": max_length,
+            "layer": layer,
+            "final_norm": final_norm,
+            "use_mask": use_mask,
+            "trainable": trainable,
+        }
+        if tokenizer == "open_clip":
+            self._tokenize, vocabulary = open_clip_tokenizer(max_length)
+        else:
+            source = tokenizer or str(pretrained)
+            folder = tokenizer_subfolder if tokenizer_subfolder else None
+            self._tokenize, vocabulary = transformers_tokenizer(source, folder, max_length)
+        encoder: Any = (
+            _new_encoder(config, vocabulary, max_length)
+            if config is not None
+            else _pretrained_encoder(str(pretrained), subfolder)
+        )
+        self.encoder = encoder
+        model_type: str = encoder.config.model_type
+        self._use_mask = not model_type.startswith("clip") if use_mask is None else use_mask
+        self._layer, self._final_norm = layer, final_norm
+        self.context_dim = int(encoder.config.hidden_size)
+        self.trainable = trainable
+        if not trainable:
+            self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> TransformersConditioner:
+        """Switch to training mode, unless frozen: dropout of a frozen encoder stays off."""
+        super().train(mode and self.trainable)
+        return self
+
+    def forward(self, prompts: Sequence[str]) -> Conditioning:
+        device = next(self.encoder.parameters()).device
+        ids, mask = (part.to(device) for part in self._tokenize(prompts))
+        with torch.set_grad_enabled(self.trainable and torch.is_grad_enabled()):
+            out = self.encoder(ids, attention_mask=mask.long(), output_hidden_states=True)
+            context: Tensor = out.last_hidden_state
+            if self._layer != -1:
+                context = out.hidden_states[self._layer]
+                norm = _final_norm(self.encoder)
+                if self._final_norm and norm is not None:
+                    context = norm(context)
+        return Conditioning(context, mask if self._use_mask else None)
+
+    def settings(self) -> dict[str, Any]:
+        return dict(self._settings)
+
+
+def _new_encoder(config: dict[str, Any], vocabulary: int, max_length: int) -> nn.Module:
+    from transformers import AutoConfig, AutoModel, T5EncoderModel
+
+    settings = dict(config)
+    model_type = settings.pop("model_type", None)
+    if model_type is None:
+        raise ValueError("The text encoder's config has no model_type, such as 'clip_text_model'.")
+    defaults = {"vocab_size": vocabulary, "max_position_embeddings": max(max_length, 16)}
+    try:
+        full = AutoConfig.for_model(model_type, **{**defaults, **settings})
+    except ValueError as error:
+        raise ValueError(f"model_type={model_type!r} is not one of transformers'.") from error
+    if model_type == "clip_text_model" and "eos_token_id" not in settings:
+        full.eos_token_id = vocabulary - 1
+    encoder: nn.Module = T5EncoderModel(full) if model_type == "t5" else AutoModel.from_config(full)
+    return encoder
+
+
+def _pretrained_encoder(pretrained: str, subfolder: str | None) -> nn.Module:
+    from transformers import AutoConfig, AutoModel, CLIPTextModel, T5EncoderModel
+
+    config = load_pretrained(AutoConfig, pretrained, subfolder, what="a text encoder's config")
+    by_type = {"clip": CLIPTextModel, "clip_text_model": CLIPTextModel, "t5": T5EncoderModel}
+    cls = by_type.get(config.model_type, AutoModel)
+    encoder: nn.Module = load_pretrained(cls, pretrained, subfolder, what="a text encoder")
+    return encoder
+
+
+def _final_norm(encoder: nn.Module) -> nn.Module | None:
+    found = {name.rpartition(".")[2]: module for name, module in encoder.named_modules()}
+    return found.get("final_layer_norm") if "final_layer_norm" in found else None

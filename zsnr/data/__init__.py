@@ -1,0 +1,1 @@
+"""Data: tar shards of pictures and captions, in webdataset's layout."""

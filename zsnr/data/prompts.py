@@ -1,0 +1,99 @@
+"""Prompts files: one line a prompt, plain text or JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class PromptRequest:
+    """One image that a prompts file asks for.
+
+    Args:
+        prompt: What to show.
+        negative_prompt: What to guide away from; "" = nothing.
+        seed: Seed of the image.
+        height: Pixels. None = the model's own.
+        width: Likewise.
+        line: Line in the file, from 1.
+    """
+
+    prompt: str
+    negative_prompt: str = ""
+    seed: int = 0
+    height: int | None = None
+    width: int | None = None
+    line: int = 0
+
+    @property
+    def filename(self) -> str:
+        return f"{self.line:05d}-{self.seed}.png"
+
+
+_TYPES = {
+    "prompt": str,
+    "negative_prompt": str,
+    "seed": int,
+    "count": int,
+    "height": int,
+    "width": int,
+}
+_DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(PromptRequest)}
+
+
+def read_prompts(path: str | Path) -> list[PromptRequest]:
+    """Read a prompts file.
+
+    In a .txt every line is a prompt with seed 0; in a .jsonl every line is an object with prompt
+    and, if wanted, negative_prompt, seed, count (seeds s .. s+n-1), height, width. Empty lines are
+    skipped.
+
+    Raises:
+        ValueError: No such file, another suffix, no prompts, or a bad line, with its number.
+    """
+    path = Path(path)
+    if path.suffix not in (".txt", ".jsonl"):
+        raise ValueError(f"{path}: wanted a prompts file that ends in .txt or .jsonl.")
+    if not path.is_file():
+        raise ValueError(f"{path}: no such prompts file.")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error.reason}.") from error
+    requests: list[PromptRequest] = []
+    for number, text in enumerate(lines, start=1):
+        if not text.strip():
+            continue
+        if path.suffix == ".txt":
+            requests.append(PromptRequest(text.strip(), line=number))
+            continue
+        try:
+            requests += _parse(json.loads(text), number)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+    if not requests:
+        raise ValueError(f"{path} holds no prompts.")
+    return requests
+
+
+def _parse(record: Any, line: int) -> list[PromptRequest]:
+    if not isinstance(record, dict):
+        raise ValueError('wanted an object such as {"prompt": "a black cat", "seed": 0}.')
+    for name, value in record.items():
+        if name not in _TYPES:
+            raise ValueError(f"{name!r} is unknown. Known: {', '.join(_TYPES)}.")
+        nothing = value is None and name not in ("prompt", "count")
+        if not nothing and (not isinstance(value, _TYPES[name]) or isinstance(value, bool)):
+            raise ValueError(f"{name}={value!r}: wanted {_TYPES[name].__name__}.")
+    if "prompt" not in record:
+        raise ValueError("there is no prompt.")
+    values = {k: _DEFAULTS[k] if v is None else v for k, v in record.items()}
+    count, seed = values.pop("count", 1), values.pop("seed", 0)
+    if count < 1:
+        raise ValueError(f"count={count}: wanted at least 1.")
+    if not 0 <= seed <= 2**32 - count:
+        raise ValueError(f"seed={seed}: wanted 0 to 4294967295, with count={count}.")
+    return [PromptRequest(**values, seed=seed + i, line=line) for i in range(count)]

@@ -1,0 +1,48 @@
+"""Components as plain values: what a checkpoint stores to build them again."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any, Protocol, TypeVar
+
+
+class Described(Protocol):
+    """A component that can name the arguments it was built with, as plain values."""
+
+    def settings(self) -> dict[str, Any]: ...
+
+
+T = TypeVar("T")
+
+
+def describe(component: Described) -> dict[str, Any]:
+    """Return {"class_path": ..., "init_args": ...}, as a YAML would say it."""
+    cls = type(component)
+    return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": component.settings()}
+
+
+def build(description: Mapping[str, Any], base: type[T]) -> T:
+    """Build a component from its description.
+
+    Args:
+        description: What `describe` returned.
+        base: The class it must be derived from.
+
+    Raises:
+        ValueError: The class is not installed, is no `base`, or refuses the arguments.
+    """
+    path = description.get("class_path", "")
+    module_name, _, name = str(path).rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{path!r} cannot be imported: {error}. Install what defines it."
+        ) from error
+    if not (isinstance(cls, type) and issubclass(cls, base)):
+        raise ValueError(f"{path!r} is not a {base.__name__}.")
+    try:
+        return cls(**description.get("init_args", {}))
+    except TypeError as error:
+        raise ValueError(f"{path}: {error}.") from error

@@ -1,0 +1,155 @@
+"""The UNet: diffusers' UNet2DConditionModel, new or pretrained."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from zsnr.denoiser import Conditioning
+from zsnr.pretrained import load_pretrained
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Size of a new UNet. The input's channels and the context's width come from the codec and
+    the conditioner.
+
+    Args:
+        block_out_channels: Channels of each resolution, finest first.
+        layers_per_block: Residual blocks at each resolution.
+        attention: Whether each resolution has self- and cross-attention.
+        attention_head_dim: Channels of an attention head.
+        transformer_layers: Transformer blocks in each attention.
+        norm_groups: Groups of the group norms; must divide every number of channels.
+    """
+
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int = 2
+    attention: tuple[bool, ...] = (True, True, True, False)
+    attention_head_dim: int = 64
+    transformer_layers: int = 1
+    norm_groups: int = 32
+
+    def __post_init__(self) -> None:
+        for name in ("block_out_channels", "attention"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if len(self.attention) != len(self.block_out_channels):
+            raise ValueError(
+                f"attention has {len(self.attention)} entries, block_out_channels "
+                f"{len(self.block_out_channels)}: wanted one for each resolution."
+            )
+        for channels in self.block_out_channels:
+            if channels % self.norm_groups:
+                raise ValueError(
+                    f"block_out_channels={self.block_out_channels}: {channels} is not a multiple "
+                    f"of norm_groups={self.norm_groups}."
+                )
+            if channels % self.attention_head_dim:
+                raise ValueError(
+                    f"block_out_channels={self.block_out_channels}: {channels} is not a multiple "
+                    f"of attention_head_dim={self.attention_head_dim}."
+                )
+
+
+class UNet(nn.Module):
+    """A UNet2DConditionModel as a network (x_t, t, conditioning) -> raw output.
+
+    Args:
+        config: Size of a new UNet, with `channels` and `context_dim`; or a full config of
+            diffusers as a dict.
+        channels: Channels of the latents.
+        context_dim: Width of the context.
+        pretrained: A folder or hub id whose weights to start from; then `config` must be None.
+        subfolder: Folder inside `pretrained`.
+
+    Raises:
+        ValueError: Neither or both were given, or the pretrained UNet has other channels.
+    """
+
+    def __init__(
+        self,
+        config: UNetConfig | dict[str, Any] | None = None,
+        channels: int | None = None,
+        context_dim: int | None = None,
+        pretrained: str | None = None,
+        subfolder: str | None = "unet",
+    ) -> None:
+        super().__init__()
+        from diffusers import UNet2DConditionModel
+
+        if (config is None) == (pretrained is None):
+            raise ValueError("Give either the UNet's `config` or `pretrained`.")
+        if pretrained is not None:
+            self.unet = load_pretrained(
+                UNet2DConditionModel, pretrained, subfolder, what="a UNet2DConditionModel"
+            )
+        else:
+            settings = config if isinstance(config, dict) else None
+            if settings is None:
+                assert isinstance(config, UNetConfig)
+                if channels is None or context_dim is None:
+                    raise ValueError("A new UNet needs `channels` and `context_dim`.")
+                settings = _diffusers_config(config, channels, context_dim)
+            self.unet = UNet2DConditionModel.from_config(settings)
+        self._check(channels, context_dim)
+
+    def forward(self, x_t: Tensor, t: Tensor, conditioning: Conditioning | None) -> Tensor:
+        if conditioning is None:
+            raise ValueError("This UNet needs conditioning: pass Conditioning, or null()'s.")
+        added = None
+        if conditioning.pooled is not None and conditioning.sizes is not None:
+            added = {"text_embeds": conditioning.pooled, "time_ids": conditioning.sizes}
+        output: Tensor = self.unet(
+            x_t,
+            t,
+            encoder_hidden_states=conditioning.context,
+            encoder_attention_mask=conditioning.mask,
+            added_cond_kwargs=added,
+        ).sample
+        return output
+
+    def settings(self) -> dict[str, Any]:
+        """Return the arguments that build this UNet again, without its weights' origin."""
+        keep = {k: v for k, v in self.unet.config.items() if not k.startswith("_")}
+        return {"config": {k: list(v) if isinstance(v, tuple) else v for k, v in keep.items()}}
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Trade time for memory: recompute activations in the backward pass."""
+        self.unet.enable_gradient_checkpointing()
+
+    def _check(self, channels: int | None, context_dim: int | None) -> None:
+        config = self.unet.config
+        for name, wanted in (("in_channels", channels), ("out_channels", channels)):
+            if wanted is not None and config[name] != wanted:
+                raise ValueError(
+                    f"The UNet has {name}={config[name]} but the codec's latents have {wanted} "
+                    "channels: choose a codec and a UNet that belong together."
+                )
+        if context_dim is not None and config["cross_attention_dim"] != context_dim:
+            raise ValueError(
+                f"The UNet's cross-attention takes width {config['cross_attention_dim']} but the "
+                f"conditioner gives {context_dim}: choose ones that belong together."
+            )
+
+
+def _diffusers_config(config: UNetConfig, channels: int, context_dim: int) -> dict[str, Any]:
+    own = asdict(config)
+    down = ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in config.attention]
+    up = ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(config.attention)]
+    return {
+        "in_channels": channels,
+        "out_channels": channels,
+        "block_out_channels": list(own["block_out_channels"]),
+        "layers_per_block": own["layers_per_block"],
+        "down_block_types": down,
+        "up_block_types": up,
+        "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "cross_attention_dim": context_dim,
+        # diffusers counts heads under the name attention_head_dim
+        "attention_head_dim": [c // own["attention_head_dim"] for c in own["block_out_channels"]],
+        "transformer_layers_per_block": own["transformer_layers"],
+        "norm_num_groups": own["norm_groups"],
+        "use_linear_projection": True,
+    }

@@ -1,0 +1,267 @@
+"""Prompts to images: the one sampling path of users, previews and predict."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from zsnr.checkpoints import Model, read_checkpoint, read_diffusers_folder
+from zsnr.denoiser import Conditioning, Denoiser, Network
+from zsnr.files import replacing
+from zsnr.guidance import Guidance
+from zsnr.noise import SampleNoise
+from zsnr.prediction import check_prediction_type
+from zsnr.samplers import DDIM, Sampler, available_samplers, get_sampler
+from zsnr.schedule import NoiseSchedule
+from zsnr.timesteps import get_timesteps
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How images are sampled; the defaults are the paper's.
+
+    Args:
+        sampler: The sampler, by class.
+        num_steps: S, the number of network calls.
+        spacing: A registered timestep spacing.
+        guidance: Guidance scale and rescale.
+    """
+
+    sampler: Sampler = field(default_factory=DDIM)
+    num_steps: int = 50
+    spacing: str = "trailing"
+    guidance: Guidance = field(default_factory=Guidance)
+
+
+class TextToImage:
+    """A latent diffusion model as a function from prompts to images.
+
+    Args:
+        model: The parts.
+        network: Instead of the model's UNet, such as its averaged copy.
+    """
+
+    def __init__(self, model: Model, network: Network | None = None) -> None:
+        check_prediction_type(model.prediction_type, model.schedule)
+        self.model = model
+        self.network: Network = network or model.unet
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_hub: str | Path,
+        schedule: NoiseSchedule | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> TextToImage:
+        """Load a model.
+
+        Args:
+            path_or_hub: A folder of diffusers, a hub id, or a .ckpt file of this package.
+            schedule: Instead of the one the model declares.
+            device: Where to run. None = the GPU if there is one.
+            dtype: Of the UNet's weights. None = as they are.
+
+        Raises:
+            ValueError: Nothing readable is there.
+        """
+        source = str(path_or_hub)
+        if source.endswith(".ckpt"):
+            model = read_checkpoint(source)
+            if schedule is not None:
+                model = Model(**{**vars(model), "schedule": schedule})
+        else:
+            model = read_diffusers_folder(source, schedule)
+        model.unet.to(dtype=dtype).eval().requires_grad_(False)
+        pipe = cls(model)
+        return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def to(self, device: torch.device | str) -> TextToImage:
+        """Move every part to a device, in place, and return self."""
+        self.model.codec.to(device)
+        self.model.conditioner.to(device)
+        self.model.unet.to(device)
+        return self
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        *,
+        negative_prompts: Sequence[str] | None = None,
+        seeds: Sequence[int] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        sampler: Sampler | str | None = None,
+        num_steps: int = Sampling.num_steps,
+        spacing: str = Sampling.spacing,
+        guidance: Guidance | None = None,
+        batch_size: int = 8,
+        progress: bool = True,
+    ) -> list[Image]:
+        """Make one image a prompt.
+
+        The same prompt and seed give the same image whatever stands beside them in the list.
+
+        Args:
+            prompts: What to show.
+            negative_prompts: What to guide away from, one a prompt; "" = nothing. None = nothing.
+            seeds: One a prompt. None = 0, 1, 2, ...
+            height: Pixels. None = the size the model was trained at.
+            width: Likewise.
+            sampler: A sampler, or the name of a registered one. None = DDIM.
+            num_steps: S, the number of network calls.
+            spacing: A registered timestep spacing.
+            guidance: None = the paper's, scale 7.5 and rescale 0.7.
+            batch_size: Images at a time.
+            progress: Show a bar on stderr.
+
+        Returns:
+            Images whose `info["zsnr"]` is a JSON text with all that made them; `save_png` keeps it.
+
+        Raises:
+            ValueError: Lists of different lengths, or settings out of range.
+        """
+        from tqdm import tqdm
+
+        prompts = _texts("prompts", prompts)
+        negatives = [""] * len(prompts)
+        if negative_prompts is not None:
+            negatives = _texts("negative_prompts", negative_prompts)
+        seeds = list(range(len(prompts))) if seeds is None else list(seeds)
+        for name, values in (("negative_prompts", negatives), ("seeds", seeds)):
+            if len(values) != len(prompts):
+                raise ValueError(
+                    f"{len(values)} {name} for {len(prompts)} prompts: wanted one a prompt."
+                )
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: wanted at least 1.")
+        sampler = get_sampler(sampler) if isinstance(sampler, str) else sampler or DDIM()
+        sampling = Sampling(sampler, num_steps, spacing, guidance or Guidance())
+        schedule = self.model.schedule
+        timesteps = get_timesteps(spacing, num_steps, schedule.num_timesteps, schedule=schedule)
+        height, width = height or self.model.image_size, width or self.model.image_size
+        shape = self.model.codec.latent_shape(height, width)
+
+        images: list[Image] = []
+        batches = range(0, len(prompts), batch_size)
+        bar = tqdm(
+            total=len(batches) * num_steps, desc="sampling", unit="step", disable=not progress
+        )
+        with bar:
+            for i in batches:
+                rows = slice(i, i + batch_size)
+                latents = self._sample(
+                    prompts[rows], negatives[rows], seeds[rows], shape, sampling, timesteps, bar
+                )
+                for row, pixels in enumerate(self.model.codec.decode(latents), start=i):
+                    images.append(to_image(pixels))
+                    images[-1].info["zsnr"] = json.dumps(
+                        {
+                            "prompt": prompts[row],
+                            "negative_prompt": negatives[row],
+                            "seed": seeds[row],
+                            "height": height,
+                            "width": width,
+                            **self.describe(sampling),
+                        }
+                    )
+        return images
+
+    def describe(self, sampling: Sampling) -> dict[str, Any]:
+        """Return all that makes an image beside prompt, seed and size, as plain values."""
+        from zsnr import __version__
+
+        return {
+            "sampler": _sampler_name(sampling.sampler),
+            "sampler_options": asdict(sampling.sampler),  # type: ignore[call-overload]
+            "num_steps": sampling.num_steps,
+            "spacing": sampling.spacing,
+            "guidance_scale": sampling.guidance.scale,
+            "guidance_rescale": sampling.guidance.rescale,
+            "prediction_type": self.model.prediction_type,
+            "schedule": self.model.schedule.settings(),
+            "zsnr_version": __version__,
+        }
+
+    def _sample(
+        self,
+        prompts: list[str],
+        negatives: list[str],
+        seeds: list[int],
+        shape: tuple[int, int, int],
+        sampling: Sampling,
+        timesteps: Tensor,
+        bar: Any,
+    ) -> Tensor:
+        conditioner = self.model.conditioner
+        cond = conditioner(prompts)
+        uncond = None
+        if sampling.guidance.scale != 1:
+            uncond = conditioner.null().expand(len(prompts))
+            asked = torch.tensor([text != "" for text in negatives])
+            if asked.any():
+                uncond = conditioner(negatives).where(asked, uncond)
+        denoiser = Denoiser(
+            self.network,
+            self.model.schedule,
+            self.model.prediction_type,
+            cond,
+            uncond,
+            None if uncond is None else sampling.guidance,
+        )
+        noise = SampleNoise(seeds)
+        return sampling.sampler.sample(
+            denoiser,
+            self.model.schedule,
+            noise.randn(shape, device=_device(cond)),
+            timesteps,
+            randn_like=noise.randn_like,
+            callback=lambda *_: bar.update(),
+        )
+
+
+def to_image(pixels: Tensor) -> Image:
+    """Turn (3, H, W) in [-1, 1] into an 8-bit picture; what is outside is clamped."""
+    from PIL import Image
+
+    levels = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
+    return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
+
+
+def save_png(image: Image, path: str | Path) -> None:
+    """Write an image with its `info["zsnr"]` as PNG text; a crash leaves no half-written file."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    if "zsnr" in image.info:
+        info.add_text("zsnr", image.info["zsnr"])
+    with replacing(Path(path)) as beside:
+        image.save(beside, format="PNG", pnginfo=info)
+
+
+def _texts(name: str, texts: Sequence[str]) -> list[str]:
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{name}: wanted a list of strings, such as ['a black cat'].")
+    return list(texts)
+
+
+def _device(cond: Conditioning) -> torch.device:
+    return cond.context.device
+
+
+def _sampler_name(sampler: Sampler) -> str:
+    for name in available_samplers():
+        if type(get_sampler(name)) is type(sampler):
+            return name
+    return f"{type(sampler).__module__}.{type(sampler).__qualname__}"

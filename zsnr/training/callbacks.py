@@ -1,0 +1,180 @@
+"""What is seen and written while a model trains and predicts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+from lightning.pytorch.callbacks import BasePredictionWriter, Callback
+from lightning.pytorch.utilities import rank_zero_only
+
+from zsnr.data.prompts import PromptRequest
+from zsnr.files import replacing
+from zsnr.pipeline import save_png
+from zsnr.reports.pictures import picture_grid
+from zsnr.training.module import LatentDiffusion
+
+
+class Previews(Callback):
+    """Samples from the same prompts and seeds as training goes on, by the sampling path of predict.
+
+    Written to the folder `previews` of the run and, as grids, to TensorBoard and W&B.
+
+    Args:
+        prompts: One picture each.
+        seeds: One a prompt. None = 0, 1, 2, ...
+        every_n_steps: Optimizer steps between grids.
+        columns: Pictures in a row.
+    """
+
+    def __init__(
+        self,
+        prompts: list[str],
+        seeds: list[int] | None = None,
+        every_n_steps: int = 1000,
+        columns: int = 8,
+    ) -> None:
+        if seeds is not None and len(seeds) != len(prompts):
+            raise ValueError(f"{len(seeds)} seeds for {len(prompts)} preview prompts.")
+        if every_n_steps < 1:
+            raise ValueError(f"every_n_steps={every_n_steps}: wanted at least 1.")
+        self.prompts, self.seeds = prompts, seeds
+        self.every_n_steps, self.columns = every_n_steps, columns
+        self._done = 0
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if step % self.every_n_steps == 0 and step != self._done:
+            self._done = step
+            self._show(trainer, pl_module, step)
+
+    @rank_zero_only
+    def _show(self, trainer: L.Trainer, module: LatentDiffusion, step: int) -> None:
+        sampling = module.sampling
+        with module.pipeline() as pipe:
+            images = pipe(
+                self.prompts,
+                seeds=self.seeds,
+                sampler=sampling.sampler,
+                num_steps=sampling.num_steps,
+                spacing=sampling.spacing,
+                guidance=sampling.guidance,
+                progress=False,
+            )
+        grid = picture_grid(images, self.columns)
+        save_png(grid, Path(trainer.default_root_dir) / "previews" / f"step-{step:08d}.png")
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_image"):  # W&B
+                logger.log_image("previews", [grid], step=step)
+            elif hasattr(logger.experiment, "add_image"):  # TensorBoard
+                pixels = np.asarray(grid)
+                logger.experiment.add_image("previews", pixels, step, dataformats="HWC")
+
+
+class Throughput(Callback):
+    """Logs images a second, over all devices, between two logged steps."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self._since, self._step = time.perf_counter(), trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        steps = trainer.global_step - self._step
+        if steps >= trainer.log_every_n_steps:
+            now = time.perf_counter()
+            rate = steps * batch["global_batch_size"] / (now - self._since)
+            pl_module.log("train/images_per_second", rate)
+            self._since, self._step = now, trainer.global_step
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Writes the images of predict and one manifest.jsonl; an interrupted run goes on.
+
+    A folder belongs to one run: the same checkpoint, prompts and settings. Another run's folder is
+    refused.
+
+    Args:
+        folder: Where to write. None = only allowed where nothing is predicted.
+    """
+
+    MANIFEST, RUN = "manifest.jsonl", "run.json"
+
+    def __init__(self, folder: str | None = None) -> None:
+        super().__init__(write_interval="batch")
+        self.folder = None if folder is None else Path(folder)
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        if stage != "predict":
+            return
+        if self.folder is None:
+            raise ValueError("--output is not set: say which folder predict shall write to.")
+        data: Any = trainer.datamodule
+        data.done = self._open(run_identity(pl_module, data.prompts, trainer.ckpt_path))
+
+    def write_on_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: Any,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
+        batch: list[PromptRequest],
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        assert self.folder is not None
+        for request, image in zip(batch, prediction, strict=True):
+            save_png(image, self.folder / request.filename)
+            entry = {"file": request.filename, **json.loads(image.info["zsnr"])}
+            with open(self.folder / self.MANIFEST, "a", encoding="utf-8") as manifest:
+                manifest.write(json.dumps(entry) + "\n")
+
+    def _open(self, identity: str) -> set[str]:
+        """Make the folder, or find out what an interrupted run has written into it."""
+        assert self.folder is not None
+        run = self.folder / self.RUN
+        if run.is_file():
+            if json.loads(run.read_text())["identity"] != identity:
+                raise ValueError(
+                    f"{self.folder} holds images of another checkpoint, prompts file or settings: "
+                    "choose another --output."
+                )
+            return _finished(self.folder / self.MANIFEST)
+        if self.folder.exists() and any(self.folder.iterdir()):
+            raise ValueError(f"{self.folder} is not empty: choose another --output.")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        run.write_text(json.dumps({"identity": identity}) + "\n")
+        return set()
+
+
+def run_identity(module: LatentDiffusion, prompts: str, checkpoint: Any) -> str:
+    """Hash what decides the images: checkpoint, prompts and sampling settings."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(Path(prompts).read_bytes())
+    with module.pipeline() as pipe:
+        digest.update(json.dumps(pipe.describe(module.sampling), sort_keys=True).encode())
+    if checkpoint is not None and Path(checkpoint).is_file():
+        stat = Path(checkpoint).stat()
+        digest.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
+    return digest.hexdigest()
+
+
+def _finished(manifest: Path) -> set[str]:
+    """Read which files are done; a line cut short by a crash, or without its file, goes."""
+    if not manifest.is_file():
+        return set()
+    text = manifest.read_text(encoding="utf-8")
+    lines = text[: text.rfind("\n") + 1].splitlines(keepends=True)
+    done = {json.loads(line)["file"]: line for line in lines}
+    done = {name: line for name, line in done.items() if (manifest.parent / name).is_file()}
+    with replacing(manifest) as beside:
+        beside.write_text("".join(done.values()), encoding="utf-8")
+    return set(done)

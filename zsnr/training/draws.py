@@ -1,0 +1,91 @@
+"""Every random number of training, as a function of (seed, position) only.
+
+A position counts samples over the whole run: sample j of the global batch of step k stands at
+k B + j. So neither the batch's division over ranks nor a restart changes what is drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from zsnr.noise import derive_seed, sample_generator
+
+_TIMESTEPS, _SAMPLES, _VALIDATION = 0, 1, 2  # independent streams of one seed
+
+
+@dataclass(frozen=True, eq=False)
+class Draws:
+    """What one batch of training is made with; all on the CPU.
+
+    Args:
+        t: Timesteps, (B,).
+        keep: Whether each caption is kept, (B,).
+        z: Noise of the codec's posterior, (B, C, h, w).
+        eps: Noise of the diffusion, (B, C, h, w).
+        d: One number a channel, for offset noise, (B, C).
+    """
+
+    t: Tensor
+    keep: Tensor
+    z: Tensor
+    eps: Tensor
+    d: Tensor
+
+
+def training_draws(
+    seed: int,
+    positions: Sequence[int],
+    global_batch_size: int,
+    shape: tuple[int, int, int],
+    num_timesteps: int,
+    caption_dropout: float,
+) -> Draws:
+    """Draw timesteps stratified over the global batch, and everything else per sample."""
+    B, T = global_batch_size, num_timesteps
+    t = torch.tensor([_timestep(seed, *divmod(p, B), B, T) for p in positions])
+    return _draws(seed, _SAMPLES, positions, t, shape, caption_dropout)
+
+
+def validation_draws(
+    seed: int, positions: Sequence[int], strata: Tensor, shape: tuple[int, int, int]
+) -> Draws:
+    """Draw fixed noise; sample p gets timestep p modulo their number of `strata`."""
+    t = strata[torch.tensor(positions) % len(strata)]
+    return _draws(seed, _VALIDATION, positions, t, shape, 0.0)
+
+
+def _draws(
+    seed: int,
+    stream: int,
+    positions: Sequence[int],
+    t: Tensor,
+    shape: tuple[int, int, int],
+    caption_dropout: float,
+) -> Draws:
+    keep, z, eps, d = [], [], [], []
+    for position in positions:
+        generator = sample_generator(derive_seed(seed, stream, position))
+        keep.append(torch.rand((), generator=generator, dtype=torch.float32) >= caption_dropout)
+        z.append(torch.randn(shape, generator=generator, dtype=torch.float32))
+        eps.append(torch.randn(shape, generator=generator, dtype=torch.float32))
+        d.append(torch.randn(shape[0], generator=generator, dtype=torch.float32))
+    return Draws(t, *(torch.stack(rows) for rows in (keep, z, eps, d)))
+
+
+def _timestep(seed: int, step: int, slot: int, batch_size: int, num_timesteps: int) -> int:
+    """One of the batch's equal slices of [0, T), a random one for each slot, and a place in it."""
+    permutation, offsets = _strata(seed, step, batch_size)
+    return int((permutation[slot] + offsets[slot]) / batch_size * num_timesteps)
+
+
+@lru_cache(maxsize=4)
+def _strata(seed: int, step: int, batch_size: int) -> tuple[list[int], list[float]]:
+    generator = sample_generator(derive_seed(seed, _TIMESTEPS, step))
+    permutation: list[int] = torch.randperm(batch_size, generator=generator).tolist()
+    offsets: list[float] = torch.rand(batch_size, generator=generator, dtype=torch.float64).tolist()
+    return permutation, offsets

@@ -1,0 +1,173 @@
+"""LightningCLI with this package's defaults, links, short options and short errors."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+
+from jsonargparse import ArgumentError
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from zsnr.codecs import LatentCodec
+from zsnr.conditioning import Conditioner
+from zsnr.data.prompts import read_prompts
+from zsnr.data.shards import find_shards
+from zsnr.guidance import Guidance
+from zsnr.loss import LossWeighting
+from zsnr.samplers import Sampler, get_sampler
+from zsnr.schedule import NoiseSchedule
+from zsnr.training.callbacks import PredictionWriter
+from zsnr.training.data import DataModule
+from zsnr.training.module import LatentDiffusion, check_settings
+
+# Short options of every command that samples; --sampler takes a registered name.
+SHORT_OPTIONS = {
+    "--num-steps": "--model.sampling.num_steps",
+    "--spacing": "--model.sampling.spacing",
+    "--guidance-scale": "--model.sampling.guidance.scale",
+    "--guidance-rescale": "--model.sampling.guidance.rescale",
+    "--seed": "--data.seed",
+    "--prompts": "--data.prompts",
+    "--output": "--output.folder",
+}
+
+DEFAULTS = {
+    # The train loader is endless: a step counts, an epoch does not.
+    "trainer.max_epochs": 1,
+    "trainer.check_val_every_n_epoch": None,
+    "trainer.use_distributed_sampler": False,
+    "trainer.num_sanity_val_steps": 0,
+}
+
+
+class ZsnrCLI(LightningCLI):
+    """fit, validate, test and predict from YAML."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(PredictionWriter, "output")
+        parser.link_arguments("data.image_size", "model.image_size")
+        parser.link_arguments("data.seed", "model.seed")
+        parser.set_defaults(DEFAULTS)
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError) as error:
+            raise ValueError(_short(str(error))) from error
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse what cannot work before a model or data is loaded."""
+        config = self.config[self.subcommand]
+        model, data = config.model, config.data
+        check_settings(
+            NoiseSchedule(**model.schedule.as_dict()),
+            model.prediction_type,
+            LossWeighting(**model.loss.as_dict()),
+            model.sampling.spacing,
+            model.sampling.num_steps,
+        )
+        Guidance(**model.sampling.guidance.as_dict())
+        if self.subcommand == "predict":
+            if data.prompts is None or config.output.folder is None:
+                raise ValueError("predict needs --prompts FILE and --output FOLDER.")
+            read_prompts(data.prompts)
+        else:
+            for name in ("train", "val") if self.subcommand == "fit" else ("val",):
+                if data[name] is not None:
+                    find_shards(data[name])
+                elif name == "train" or self.subcommand != "fit":
+                    raise ValueError(f"{self.subcommand} needs data.{name}: a folder of shards.")
+
+
+def expand_short_options(arguments: Sequence[str]) -> list[str]:
+    """Replace short options by the settings they stand for.
+
+    Raises:
+        ValueError: --sampler names none that is registered.
+    """
+    expanded: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        name, equals, value = argument.partition("=")
+        if name == "--sampler":
+            sampler = get_sampler(value if equals else next(rest, ""))
+            cls = type(sampler)
+            expanded.append(f"--model.sampling.sampler={cls.__module__}.{cls.__qualname__}")
+        elif name in SHORT_OPTIONS:
+            expanded.append(SHORT_OPTIONS[name] + equals + value)
+        else:
+            expanded.append(argument)
+    return expanded
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Run one of fit, validate, test, predict.
+
+    Raises:
+        ValueError: The command line or a YAML is wrong; one line.
+    """
+    _quieten()
+    sys.argv = ["zsnr", *expand_short_options(arguments)]
+    try:
+        ZsnrCLI(
+            LatentDiffusion,
+            DataModule,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            parser_kwargs={"exit_on_error": False},
+        )
+    except ArgumentError as error:
+        raise ValueError(_short(str(error))) from error
+
+
+def _quieten() -> None:
+    """Hide what Lightning says of things that are meant."""
+    warnings.filterwarnings("ignore", message=".*in eval mode at the start of training")  # EMA
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec")
+    warnings.filterwarnings("ignore", message=".*does not have many workers")
+    warnings.filterwarnings("ignore", message=".*infer the batch indices fetched")
+    warnings.filterwarnings("ignore", message=".*across ranks is zero")  # no validation data
+    warnings.filterwarnings("ignore", message=".*dirpath has changed from")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "Tip:" not in record.getMessage()
+    )
+
+
+def _short(message: str) -> str:
+    """Make one line of jsonargparse's message, with the known names where a name is wrong."""
+    key = re.search(r"Parser key \"([\w.]+)\"", message)
+    for suffix, base in _BASES.items():
+        if key and key[1].endswith(suffix) and "import path" in message:
+            known = ", ".join(sorted(cls.__name__ for cls in base.__subclasses__()))
+            return f"{key[1]}: no such class. Known: {known}, or the import path of your own."
+    union = re.search(r"Errors:\s+- (.*)", message)
+    if union and "Does not validate against" in message:
+        return union[1]
+    unknown = re.search(r"(?:accept option '|arguments: --)([\w.]+)", message)
+    line = " ".join(message.split())
+    if unknown:
+        near = difflib.get_close_matches(unknown[1], _option_names(), n=1)
+        line += f". Did you mean {near[0]}?" if near else ". `zsnr fit --help` lists them all."
+    return line
+
+
+_BASES = {"codec": LatentCodec, "conditioner": Conditioner, "sampler": Sampler}
+
+
+def _option_names() -> list[str]:
+    """List the settings of model, data and trainer, down to the fields of dataclasses."""
+    names: list[str] = []
+    for group, cls in (("model", LatentDiffusion), ("data", DataModule), ("trainer", Trainer)):
+        for name, parameter in inspect.signature(cls.__init__).parameters.items():
+            names.append(f"{group}.{name}")
+            default = parameter.default
+            if dataclasses.is_dataclass(default):
+                names += [f"{group}.{name}.{f.name}" for f in dataclasses.fields(default) if f.init]
+    return names
