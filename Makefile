@@ -4,12 +4,22 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: test check format lint types bench clean
+RUN := runs/quickstart
+CONFIG := configs/quickstart.yaml
+# An interrupted quickstart goes on where it stopped; `rm -r runs/quickstart` starts anew.
+
+.PHONY: quickstart test check format lint types bench clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
+
+quickstart: $(READY)
+	test -d $(RUN)/data || $(BIN)/zsnr data openmoji $(RUN)/data --glyphs demo
+	$(BIN)/zsnr fit -c $(CONFIG) --ckpt_path last
+	$(BIN)/zsnr predict -c $(CONFIG) --ckpt_path $(RUN)/checkpoints/last.ckpt --output $(RUN)/samples
+	$(BIN)/zsnr report $(RUN) --data $(RUN)/data
 
 test: $(READY)
 	$(BIN)/python -m pytest

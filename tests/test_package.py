@@ -25,6 +25,7 @@ FLOORS = (
         "networks",
         "checkpoints",
         "pipeline",
+        "metrics",
         "data",
         "reports",
     ),

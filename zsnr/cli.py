@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         options = _parser().parse_args(arguments)
         options.run(options)
-    except (ValueError, OSError, IndexError) as error:
+    except (ValueError, OSError, IndexError, ImportError) as error:
         if os.environ.get("ZSNR_TRACEBACK") or not _is_ours(error):
             raise
         print(f"zsnr: error: {error}", file=sys.stderr)

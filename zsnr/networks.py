@@ -23,6 +23,8 @@ class UNetConfig:
         attention_head_dim: Channels of an attention head.
         transformer_layers: Transformer blocks in each attention.
         norm_groups: Groups of the group norms; must divide every number of channels.
+        pooled_context: Add a learned pooling of the context to the time embedding.
+        scale_shift: Let the time embedding scale as well as shift each residual block.
     """
 
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
@@ -31,6 +33,8 @@ class UNetConfig:
     attention_head_dim: int = 64
     transformer_layers: int = 1
     norm_groups: int = 32
+    pooled_context: bool = False
+    scale_shift: bool = False
 
     def __post_init__(self) -> None:
         for name in ("block_out_channels", "attention"):
@@ -138,7 +142,10 @@ def _diffusers_config(config: UNetConfig, channels: int, context_dim: int) -> di
     own = asdict(config)
     down = ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in config.attention]
     up = ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(config.attention)]
+    pooled = {"addition_embed_type": "text", "addition_embed_type_num_heads": 4}
     return {
+        **(pooled if config.pooled_context else {}),
+        "resnet_time_scale_shift": "scale_shift" if config.scale_shift else "default",
         "in_channels": channels,
         "out_channels": channels,
         "block_out_channels": list(own["block_out_channels"]),

@@ -57,7 +57,10 @@ class AutoencoderKLCodec(LatentCodec):
         )
         config = vae.config
         overflows = dtype == "float16" and config.get("force_upcast", False)
-        vae.requires_grad_(False).eval().to(torch.float32 if overflows else getattr(torch, dtype))
+        vae.requires_grad_(False).eval()
+        wanted = torch.float32 if overflows else getattr(torch, dtype)
+        if vae.dtype != wanted:
+            vae.to(wanted)
         if tiling:
             vae.enable_tiling()
         if slicing:

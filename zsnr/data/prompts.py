@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,23 @@ def read_prompts(path: str | Path) -> list[PromptRequest]:
             raise ValueError(f"{path}, line {number}: {error}") from error
     if not requests:
         raise ValueError(f"{path} holds no prompts.")
+    return requests
+
+
+def parse_prompts(records: Sequence[Any]) -> list[PromptRequest]:
+    """Read prompts from a list of objects, as a YAML may hold them; `line` is their number.
+
+    Raises:
+        ValueError: A bad one, with its number, or none at all.
+    """
+    requests: list[PromptRequest] = []
+    for number, record in enumerate(records, start=1):
+        try:
+            requests += _parse(record, number)
+        except ValueError as error:
+            raise ValueError(f"data.prompts, entry {number}: {error}") from error
+    if not requests:
+        raise ValueError("data.prompts holds no prompts.")
     return requests
 
 

@@ -118,7 +118,7 @@ class PredictionWriter(BasePredictionWriter):
         if self.folder is None:
             raise ValueError("--output is not set: say which folder predict shall write to.")
         data: Any = trainer.datamodule
-        data.done = self._open(run_identity(pl_module, data.prompts, trainer.ckpt_path))
+        data.done = self._open(run_identity(pl_module, data.requests, trainer.ckpt_path))
 
     def write_on_batch_end(
         self,
@@ -155,10 +155,12 @@ class PredictionWriter(BasePredictionWriter):
         return set()
 
 
-def run_identity(module: LatentDiffusion, prompts: str, checkpoint: Any) -> str:
+def run_identity(
+    module: LatentDiffusion, requests: Sequence[PromptRequest], checkpoint: Any
+) -> str:
     """Hash what decides the images: checkpoint, prompts and sampling settings."""
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(Path(prompts).read_bytes())
+    digest.update(repr(requests).encode())
     with module.pipeline() as pipe:
         digest.update(json.dumps(pipe.describe(module.sampling), sort_keys=True).encode())
     if checkpoint is not None and Path(checkpoint).is_file():

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from zsnr.data.dataset import ShardDataset, collate
 from zsnr.data.order import ShuffledOrder, StepBatches
-from zsnr.data.prompts import PromptRequest, read_prompts
+from zsnr.data.prompts import PromptRequest, parse_prompts, read_prompts
 from zsnr.data.shards import index_shards
 
 
@@ -29,7 +29,8 @@ class DataModule(L.LightningDataModule):
         val_samples: Use only the first so many validation samples. None = all.
         caption_field: Field of a sample's json that holds its caption, where it has no txt.
         seed: Of the order of the training data.
-        prompts: The prompts file of predict, .txt or .jsonl.
+        prompts: What predict makes: a prompts file, .txt or .jsonl, or a list of objects with
+            prompt and, if wanted, negative_prompt, seed, count, height, width.
         predict_batch_size: Images that predict makes at a time, per device.
     """
 
@@ -43,7 +44,7 @@ class DataModule(L.LightningDataModule):
         val_samples: int | None = None,
         caption_field: str = "caption",
         seed: int = 0,
-        prompts: str | None = None,
+        prompts: str | list[dict[str, Any]] | None = None,
         predict_batch_size: int = 8,
     ) -> None:
         super().__init__()
@@ -63,7 +64,7 @@ class DataModule(L.LightningDataModule):
         if stage in ("fit", "validate", "test") and self.val is not None:
             self._val = index_shards(self.val)[: self.val_samples]
         if stage == "predict":
-            self._requests = read_prompts(_wanted(self.prompts, "data.prompts (--prompts)"))
+            self.requests = read_requests(self.prompts)
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         trainer = self.trainer
@@ -97,7 +98,7 @@ class DataModule(L.LightningDataModule):
     def predict_dataloader(self) -> DataLoader[list[PromptRequest]]:
         trainer = self.trainer
         assert trainer is not None
-        left = [r for r in self._requests if r.filename not in self.done]
+        left = [r for r in self.requests if r.filename not in self.done]
         mine = left[trainer.global_rank :: trainer.world_size]
         batches: list[list[PromptRequest]] = []
         for request in mine:  # a batch has one size
@@ -129,6 +130,16 @@ class DataModule(L.LightningDataModule):
             collate_fn=partial(_collate, global_batch_size=self.batch_size),
             persistent_workers=self.num_workers > 0,
         )
+
+
+def read_requests(prompts: str | list[dict[str, Any]] | None) -> list[PromptRequest]:
+    """Read data.prompts, a file or a list.
+
+    Raises:
+        ValueError: It is not set, or wrong.
+    """
+    prompts = _wanted(prompts, "data.prompts (--prompts)")
+    return read_prompts(prompts) if isinstance(prompts, str) else parse_prompts(prompts)
 
 
 def _wanted(value: Any, name: str) -> Any:

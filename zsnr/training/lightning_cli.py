@@ -10,6 +10,7 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 from jsonargparse import ArgumentError
 from lightning.pytorch import Trainer
@@ -17,14 +18,13 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from zsnr.codecs import LatentCodec
 from zsnr.conditioning import Conditioner
-from zsnr.data.prompts import read_prompts
 from zsnr.data.shards import find_shards
 from zsnr.guidance import Guidance
 from zsnr.loss import LossWeighting
 from zsnr.samplers import Sampler, get_sampler
 from zsnr.schedule import NoiseSchedule
 from zsnr.training.callbacks import PredictionWriter
-from zsnr.training.data import DataModule
+from zsnr.training.data import DataModule, read_requests
 from zsnr.training.module import LatentDiffusion, check_settings
 
 # Short options of every command that samples; --sampler takes a registered name.
@@ -40,7 +40,7 @@ SHORT_OPTIONS = {
 
 DEFAULTS = {
     # The train loader is endless: a step counts, an epoch does not.
-    "trainer.max_epochs": 1,
+    "trainer.max_epochs": -1,
     "trainer.check_val_every_n_epoch": None,
     "trainer.use_distributed_sampler": False,
     "trainer.num_sanity_val_steps": 0,
@@ -74,10 +74,14 @@ class ZsnrCLI(LightningCLI):
             model.sampling.num_steps,
         )
         Guidance(**model.sampling.guidance.as_dict())
+        checkpoint = config.ckpt_path
+        if checkpoint not in (None, "last", "best", "hpc") and not Path(checkpoint).exists():
+            raise ValueError(f"--ckpt_path {checkpoint}: no such file.")
         if self.subcommand == "predict":
+            config.trainer.logger = False  # it logs nothing, and a CSV logger would start anew
             if data.prompts is None or config.output.folder is None:
                 raise ValueError("predict needs --prompts FILE and --output FOLDER.")
-            read_prompts(data.prompts)
+            read_requests(data.prompts)
         else:
             for name in ("train", "val") if self.subcommand == "fit" else ("val",):
                 if data[name] is not None:
@@ -147,9 +151,9 @@ def _short(message: str) -> str:
         if key and key[1].endswith(suffix) and "import path" in message:
             known = ", ".join(sorted(cls.__name__ for cls in base.__subclasses__()))
             return f"{key[1]}: no such class. Known: {known}, or the import path of your own."
-    union = re.search(r"Errors:\s+- (.*)", message)
+    union = re.search(r"Errors:\s+- (.*?)(?:\n *- |\nGiven |$)", message, re.DOTALL)
     if union and "Does not validate against" in message:
-        return union[1]
+        return " ".join(union[1].split())
     unknown = re.search(r"(?:accept option '|arguments: --)([\w.]+)", message)
     line = " ".join(message.split())
     if unknown:
@@ -158,7 +162,7 @@ def _short(message: str) -> str:
     return line
 
 
-_BASES = {"codec": LatentCodec, "conditioner": Conditioner, "sampler": Sampler}
+_BASES: dict[str, type] = {"codec": LatentCodec, "conditioner": Conditioner, "sampler": Sampler}
 
 
 def _option_names() -> list[str]:

@@ -1,0 +1,351 @@
+"""The command line, in one process: imports are paid once."""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import yaml
+from PIL import Image
+
+from zsnr.cli import main
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    tiny.write_shards(folder / "shards", [6, 5])
+    tiny.write_shards(folder / "shards", [4], "val")
+    config = {
+        "trainer": {
+            "accelerator": "cpu",
+            "max_steps": 4,
+            "log_every_n_steps": 1,
+            "val_check_interval": 2,
+            "enable_model_summary": False,
+            "enable_progress_bar": False,
+            "default_root_dir": str(folder / "run"),
+            "logger": [
+                {
+                    "class_path": "TensorBoardLogger",
+                    "init_args": {"save_dir": str(folder / "run"), "name": "tb", "version": ""},
+                },
+                {
+                    "class_path": "CSVLogger",
+                    "init_args": {"save_dir": str(folder / "run"), "name": "metrics"},
+                },
+            ],
+            "callbacks": [
+                {
+                    "class_path": "ModelCheckpoint",
+                    "init_args": {
+                        "dirpath": str(folder / "run" / "checkpoints"),
+                        "save_last": True,
+                        "save_top_k": 0,
+                        "every_n_train_steps": 2,
+                    },
+                },
+                {
+                    "class_path": "zsnr.training.Previews",
+                    "init_args": {"prompts": ["grey 3", ""], "every_n_steps": 2},
+                },
+                {"class_path": "zsnr.training.Throughput"},
+            ],
+        },
+        "model": {
+            "codec": {"class_path": "PixelCodec", "init_args": {"patch_size": 2}},
+            "conditioner": {
+                "class_path": "TransformersConditioner",
+                "init_args": {
+                    "tokenizer": "open_clip",
+                    "max_length": 8,
+                    "trainable": True,
+                    "config": tiny.TEXT,
+                },
+            },
+            "unet": {
+                "block_out_channels": [16, 32],
+                "attention": [False, True],
+                "layers_per_block": 1,
+                "attention_head_dim": 16,
+                "norm_groups": 8,
+            },
+            "sampling": {"num_steps": 3},
+        },
+        "data": {
+            "train": f"{folder}/shards/train-*.tar",
+            "val": f"{folder}/shards/val-*.tar",
+            "image_size": 16,
+            "batch_size": 4,
+            "num_workers": 0,
+            "prompts": [{"prompt": "grey 1 on a black background"}, {"prompt": "", "count": 3}],
+        },
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(folder):
+    """A finished training run."""
+    assert main(["fit", "-c", str(folder / "config.yaml")]) == 0
+    return folder / "run"
+
+
+def predict(folder, *options):
+    checkpoint = str(folder / "run" / "checkpoints" / "last.ckpt")
+    config = str(folder / "config.yaml")
+    return main(["predict", "-c", config, "--ckpt_path", checkpoint, *options])
+
+
+def test_fit_writes_checkpoints_logs_and_previews(run):
+    assert (run / "checkpoints" / "last.ckpt").is_file()
+    assert sorted(p.name for p in (run / "previews").iterdir()) == [
+        "step-00000002.png",
+        "step-00000004.png",
+    ]
+    with open(run / "metrics" / "version_0" / "metrics.csv", newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    names = {name for row in rows for name, value in row.items() if value}
+    assert {
+        "train/loss",
+        "train/grad_norm",
+        "train/images_per_second",
+        "val/loss",
+        "val_by_timestep/t0999",
+        "train_by_timestep/t0750_0999",
+    } <= names
+
+
+def test_tensorboard_holds_scalars_and_previews(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tb"))
+    events.Reload()
+    assert "train/loss" in events.Tags()["scalars"]
+    assert [image.step for image in events.Images("previews")] == [2, 4]
+
+
+def test_saved_config_runs_again(run, folder, tmp_path):
+    saved = next(run.rglob("config.yaml"))
+    out = ["--trainer.default_root_dir", str(tmp_path), "--trainer.logger", "false"]
+    assert main(["fit", "-c", str(saved), *out, "--trainer.max_steps", "1"]) == 0
+
+
+def test_validate(run, folder, capsys):
+    checkpoint = str(run / "checkpoints" / "last.ckpt")
+    config = str(folder / "config.yaml")
+    assert main(["validate", "-c", config, "--ckpt_path", checkpoint]) == 0
+    assert "val_by_timestep/t0999" in capsys.readouterr().out
+
+
+def test_predict_resumes_and_keeps_to_its_folder(run, folder, tmp_path, capsys):
+    out = tmp_path / "samples"
+    assert predict(folder, "--output", str(out)) == 0
+    entries = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
+    files = sorted(entry["file"] for entry in entries)
+    assert files == sorted(path.name for path in out.glob("*.png"))
+    assert files == ["00001-0.png", "00002-0.png", "00002-1.png", "00002-2.png"]
+    with Image.open(out / files[0]) as image:
+        facts = json.loads(image.info["zsnr"])
+    assert facts["num_steps"] == 3
+    before = {name: (out / name).stat().st_mtime_ns for name in files}
+
+    # A crash: one picture missing, one line cut short.
+    pixels = np.asarray(Image.open(out / files[2]))
+    (out / files[2]).unlink()
+    with open(out / "manifest.jsonl", "a") as manifest:
+        manifest.write('{"file": "00')
+    assert predict(folder, "--output", str(out)) == 0
+    assert np.array_equal(np.asarray(Image.open(out / files[2])), pixels)
+    lines = (out / "manifest.jsonl").read_text().splitlines()
+    assert sorted(json.loads(line)["file"] for line in lines) == files
+    for name in (files[0], files[1], files[3]):
+        assert (out / name).stat().st_mtime_ns == before[name]
+
+    capsys.readouterr()
+    assert predict(folder, "--output", str(out), "--num-steps", "4") == 2
+    assert "choose another --output" in capsys.readouterr().err
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "mine.txt").write_text("mine")
+    assert predict(folder, "--output", str(other)) == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert [p.name for p in other.iterdir()] == ["mine.txt"]
+
+
+def test_predict_with_short_options_and_a_file(run, folder, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(
+        '{"prompt": "grey 2", "seed": 5, "height": 8}\n{"prompt": "b", "negative_prompt": "c"}\n'
+    )
+    options = [
+        *("--prompts", str(prompts), "--output", str(tmp_path / "out"), "--sampler", "ddpm"),
+        *("--num-steps=2", "--spacing", "linspace", "--guidance-scale", "2"),
+        *("--guidance-rescale", "0.5"),
+    ]
+    assert predict(folder, *options) == 0
+    with Image.open(tmp_path / "out" / "00001-5.png") as image:
+        assert image.size == (16, 8)
+        facts = json.loads(image.info["zsnr"])
+    wanted = {
+        "sampler": "ddpm",
+        "num_steps": 2,
+        "spacing": "linspace",
+        "guidance_scale": 2.0,
+        "guidance_rescale": 0.5,
+    }
+    assert {name: facts[name] for name in wanted} == wanted
+
+
+def test_report(run, folder):
+    if not (run / "samples").exists():
+        assert predict(folder, "--output", str(run / "samples")) == 0
+    assert main(["report", str(run), "--data", str(folder / "shards")]) == 0
+    text = (run / "report.md").read_text()
+    for picture in re.findall(r"!\[.*?\]\((.*?)\)", text):
+        with Image.open(run / picture) as image:
+            assert min(image.size) > 8
+    assert "rescaled schedule, trailing (fixed)" in text
+    assert "kept fraction" in text
+
+
+OWN_SAMPLER = """
+from dataclasses import dataclass
+import torch
+from zsnr import DDIM, Sampler, register_sampler
+
+@register_sampler("own")
+@dataclass(frozen=True)
+class Own(Sampler):
+    gain: float = 1.0
+
+    def sample(self, denoiser, schedule, x_T, timesteps, *, randn_like=torch.randn_like,
+               callback=None):
+        return self.gain * DDIM().sample(denoiser, schedule, x_T, timesteps)
+"""
+
+
+def test_an_own_sampler_by_its_class_path(run, folder, tmp_path, monkeypatch):
+    (tmp_path / "own_sampler.py").write_text(OWN_SAMPLER)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "own.yaml").write_text(
+        "model:\n  sampling:\n    sampler:\n      class_path: own_sampler.Own\n"
+        "      init_args: {gain: 0.5}\n"
+    )
+    out = str(tmp_path / "out")
+    assert predict(folder, "-c", str(tmp_path / "own.yaml"), "--output", out) == 0
+    entry = json.loads((tmp_path / "out" / "manifest.jsonl").read_text().splitlines()[0])
+    assert (entry["sampler"], entry["sampler_options"]) == ("own", {"gain": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model.lerning_rate", "1"], "Did you mean model.learning_rate?"),
+        (["--modle.x=1"], "modle.x"),
+        (["-c", "BAD"], "Did you mean model.schedule.betas?"),
+        (["-c", "/nowhere.yaml"], "does not exist: '/nowhere.yaml'"),
+        (["--model.codec=Pixels"], "Known: AutoencoderKLCodec, PixelCodec"),
+        (["--model.sampling.sampler=PLMS"], "Known: DDIM, DDPM, Euler, EulerAncestral"),
+        (["--sampler", "plms"], "Sampler 'plms' is unknown. Known: 'ddim'"),
+        (["--model.codec.init_args.patchsize=3"], "'patchsize' is not accepted"),
+        (["--model.schedule.betas=sigmoid"], "'linear', 'cosine', 'scaled_linear'"),
+        (["--trainer.max_steps=many"], "trainer.max_steps"),
+        (["--model.prediction_type=epsilon"], "no x_0 at t=999"),
+        (["--model.loss.name=min_snr"], "allow_zero_terminal_weight=True"),
+        (["--num-steps=1001"], "num_steps=1001"),
+        (["--spacing=karras"], "Known: 'leading', 'linspace', 'trailing'"),
+        (["--guidance-rescale=2"], "Guidance rescale 2.0"),
+        (["--data.image_size=15"], "height=15: wanted a positive multiple of 2"),
+        (["--data.train=/nowhere"], "No shards at /nowhere"),
+        (["--data.batch_size=0"], "data.batch_size=0"),
+        (["--ckpt_path=/nowhere.ckpt"], "/nowhere.ckpt"),
+        (
+            ["--model.codec={class_path: AutoencoderKLCodec, init_args: {pretrained: ./x}}"],
+            "x holds no config.json: wanted a folder with an AutoencoderKL",
+        ),
+        (["--model.unet=./nowhere"], "holds no config.json"),
+        (["--model.unet.attention=[true]"], "wanted one for each resolution"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(folder, tmp_path, capsys, options, message):
+    (tmp_path / "bad.yaml").write_text("model:\n  schedul: {betas: linear}\n")
+    options = [str(tmp_path / "bad.yaml") if o == "BAD" else o for o in options]
+    out = ["--trainer.default_root_dir", str(tmp_path / "run"), "--trainer.logger", "false"]
+    assert main(["fit", "-c", str(folder / "config.yaml"), *out, *options]) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(error) == 1
+    assert error[0].startswith("zsnr: error: ")
+    assert message in error[0]
+    assert len(error[0]) < 400
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["predict", "-c", "CONFIG"], "predict needs"),
+        (["predict", "-c", "CONFIG", "--output", "x", "--prompts", "/no.txt"], "no such prompts"),
+        (["report", "/nowhere", "--data", "/nowhere"], "manifest.jsonl is missing"),
+        (["configs", "show", "nothing"], "Known: "),
+        (["data", "openmoji", "FULL"], "not empty"),
+    ],
+)
+def test_other_wrong_input(folder, capsys, arguments, message):
+    names = {"CONFIG": str(folder / "config.yaml"), "FULL": str(folder)}
+    assert main([names.get(argument, argument) for argument in arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_config_is_parsed_and_says_what_it_does(config, capsys):
+    assert config.read_text().startswith("# ")
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "-c", str(config), "--print_config"])
+    assert end.value.code == 0
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["schedule"]["zero_terminal_snr"]
+
+
+def test_configs_list_show_copy(tmp_path, capsys):
+    assert main(["configs", "list"]) == 0
+    assert "quickstart" in capsys.readouterr().out
+    assert main(["configs", "show", "quickstart"]) == 0
+    assert capsys.readouterr().out == (ROOT / "configs" / "quickstart.yaml").read_text()
+    assert main(["configs", "copy", "quickstart", str(tmp_path)]) == 0
+    assert main(["configs", "copy", "quickstart", str(tmp_path)]) == 2
+
+
+@pytest.mark.parametrize("command", [[], ["--version"], ["data", "openmoji", "--help"]])
+def test_help_and_version_load_nothing_heavy(command):
+    code = (
+        "import sys\nfrom zsnr.cli import main\n"
+        f"try: main({[*command] or ['--help']})\nexcept SystemExit as end: assert not end.code\n"
+        "heavy = {'lightning', 'diffusers', 'transformers', 'open_clip'} & set(sys.modules)\n"
+        "sys.exit(f'loaded {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_the_shim_is_the_command(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "cli.py"), "configs", "show", "nothing"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("zsnr: error: There is no config 'nothing'.")

@@ -1,0 +1,137 @@
+import io
+
+import pytest
+import torch
+
+from zsnr.assets import resolve_asset
+from zsnr.codecs import AutoencoderKLCodec, LatentCodec, PixelCodec, measure_scale
+from zsnr.data.images import decode_image
+from zsnr.data.openmoji import BACKGROUNDS, list_glyphs, render
+from zsnr.described import build, describe
+
+
+def png(image):
+    data = io.BytesIO()
+    image.save(data, "PNG")
+    return data.getvalue()
+
+
+def tiny_vae(folder, **settings):
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        **{"latent_channels": 4, "scaling_factor": 0.5, **settings},
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("patch_size", [1, 2, 4])
+def test_pixels_lose_nothing(patch_size):
+    codec = PixelCodec(patch_size, scale=1.7, shift=-0.2)
+    images = torch.rand(2, 3, 8, 12) * 2 - 1
+    latents = codec.latents(
+        codec.encode(images), torch.randn(2, 3 * patch_size**2, 8 // patch_size, 12 // patch_size)
+    )
+    assert latents.shape[1:] == codec.latent_shape(8, 12)
+    torch.testing.assert_close(codec.decode(latents), images)
+    torch.testing.assert_close(latents.mean(), (images.mean() + 0.2) * 1.7)
+
+
+@pytest.mark.parametrize("size", [0, -4, 10])
+def test_sizes_that_do_not_fit_are_refused(size):
+    with pytest.raises(ValueError, match=r"height=.*multiple of 4"):
+        PixelCodec(4).latent_shape(size, 8)
+
+
+def test_autoencoder_kl_is_diffusers(tmp_path):
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(tiny_vae(tmp_path, shift_factor=0.1))
+    codec = AutoencoderKLCodec(str(tmp_path), slicing=True)
+    assert (codec.channels, codec.factor, codec.scale, codec.shift) == (4, 2, 0.5, 0.1)
+    images, z = torch.rand(3, 3, 8, 8) * 2 - 1, torch.randn(3, 4, 4, 4)
+    posterior = vae.encode(images).latent_dist
+    wanted = (posterior.mean + posterior.std * z - 0.1) * 0.5
+    latents = codec.latents(codec.encode(images), z)
+    torch.testing.assert_close(latents, wanted)
+    torch.testing.assert_close(codec.decode(latents), vae.decode(latents / 0.5 + 0.1).sample)
+    assert not latents.requires_grad
+
+
+def test_measured_scale_gives_unit_variance(tmp_path):
+    images = torch.rand(8, 3, 8, 8) * 2 - 1
+    scale, shift = measure_scale(AutoencoderKLCodec(tiny_vae(tmp_path)), images)
+    codec = AutoencoderKLCodec(str(tmp_path), scale=scale, shift=shift)
+    moments = codec.encode(images)
+    drawn = torch.cat([codec.latents(moments, torch.randn(8, 4, 4, 4)) for _ in range(200)])
+    assert drawn.mean().item() == pytest.approx(0, abs=0.02)
+    assert drawn.std().item() == pytest.approx(1, abs=0.02)
+
+
+def test_force_upcast_keeps_float32(tmp_path):
+    images = torch.rand(1, 3, 8, 8)
+    for force, wanted in ((True, torch.float32), (False, torch.float16)):
+        codec = AutoencoderKLCodec(
+            tiny_vae(tmp_path / str(force), force_upcast=force), dtype="float16"
+        )
+        assert next(codec._vae.parameters()).dtype == wanted
+        if force:
+            assert codec.decode(codec.latents(codec.encode(images))).dtype == torch.float32
+
+
+def test_shipped_vae_reconstructs_the_demonstration():
+    codec = AutoencoderKLCodec("asset:openmoji_vae")
+    pictures = [
+        decode_image(png(render(glyph, 64, rgb)), 64)
+        for glyph in list_glyphs("demo")[::4]
+        for rgb in BACKGROUNDS.values()
+    ]
+    images = torch.stack(pictures)
+    latents = codec.latents(codec.encode(images))
+    again = codec.decode(latents)
+    assert (again - images).abs().mean() < 0.08
+    assert (again.mean((1, 2, 3)) - images.mean((1, 2, 3))).abs().max() < 0.06
+    assert latents.std().item() == pytest.approx(1, abs=0.15)
+    assert latents.mean().item() == pytest.approx(0, abs=0.15)
+    with pytest.raises(ValueError, match="Known: openmoji_vae"):
+        resolve_asset("asset:nothing")
+
+
+def test_described_codecs_are_built_again(tmp_path):
+    for codec in (PixelCodec(2, 1.5, 0.1), AutoencoderKLCodec(tiny_vae(tmp_path), scale=2.0)):
+        again = build(describe(codec), LatentCodec)
+        assert (type(again), again.settings()) == (type(codec), codec.settings())
+
+
+@pytest.mark.parametrize(
+    ("description", "message"),
+    [
+        ({"class_path": "os.system", "init_args": {}}, "is not a LatentCodec"),
+        ({"class_path": "zsnr.codecs.Nothing"}, "cannot be imported"),
+        ({"class_path": "no.such.module.C"}, "cannot be imported"),
+        ({}, "cannot be imported"),
+        ({"class_path": "zsnr.codecs.PixelCodec", "init_args": {"patch": 1}}, "patch"),
+    ],
+)
+def test_wrong_descriptions_are_refused(description, message):
+    with pytest.raises(ValueError, match=message):
+        build(description, LatentCodec)
+
+
+def test_wrong_folders_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no config\.json: wanted a folder with an Auto"):
+        AutoencoderKLCodec(str(tmp_path))
+    with pytest.raises(ValueError, match=r"holds no config\.json"):
+        AutoencoderKLCodec("./nowhere")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="Cannot load an AutoencoderKL"):
+        AutoencoderKLCodec(str(tmp_path))
+    tiny_vae(tmp_path)
+    (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"garbage")
+    with pytest.raises(ValueError, match="Cannot load an AutoencoderKL"):
+        AutoencoderKLCodec(str(tmp_path))

@@ -1,0 +1,374 @@
+import copy
+import math
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from lightning.pytorch import Trainer
+from torch import nn
+
+from zsnr import EmpiricalDenoiser, LossWeighting, NoiseSchedule
+from zsnr.codecs import AutoencoderKLCodec, PixelCodec
+from zsnr.pipeline import Sampling, TextToImage
+from zsnr.training import DataModule, EMAConfig, LatentDiffusion, LearningRate
+from zsnr.training.draws import training_draws, validation_draws
+from zsnr.training.ema import averaged_copy, update_average
+
+SHAPE, T = (12, 8, 8), 1000
+
+
+def module(**options):
+    torch.manual_seed(0)
+    settings = {
+        "codec": PixelCodec(2),
+        "conditioner": tiny.conditioner(trainable=True),
+        "unet": tiny.UNET,
+        "image_size": 16,
+        "optimizer": lambda p: torch.optim.AdamW(p, lr=2e-3),
+        "sampling": Sampling(num_steps=3),
+        **options,
+    }
+    return LatentDiffusion(**settings)
+
+
+def trainer(folder, steps, **options):
+    settings = {
+        "accelerator": "cpu",
+        "max_steps": steps,
+        "max_epochs": -1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+        "default_root_dir": folder,
+        **options,
+    }
+    return Trainer(**settings)
+
+
+def data(folder, **options):
+    if not folder.exists():
+        tiny.write_shards(folder, [7, 4])
+        tiny.write_shards(folder, [11], "val")
+    settings = {"train": f"{folder}/train-*.tar", "image_size": 16, "batch_size": 4}
+    return DataModule(**{**settings, "num_workers": 0, **options})
+
+
+# Draws
+
+
+def draws(positions, batch_size=8, seed=3, dropout=0.5):
+    return training_draws(seed, positions, batch_size, SHAPE, T, dropout)
+
+
+def test_draws_belong_to_the_sample():
+    whole = draws(range(16, 24))
+    for i, position in enumerate(range(16, 24)):
+        alone = draws([position])
+        for name in ("t", "keep", "z", "eps", "d"):
+            assert torch.equal(getattr(alone, name)[0], getattr(whole, name)[i])
+    torch.manual_seed(123)
+    assert torch.equal(draws(range(16, 24)).eps, whole.eps)
+    assert not torch.equal(draws(range(16, 24), seed=4).eps, whole.eps)
+    assert not torch.equal(draws(range(24, 32)).t, whole.t)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8, 32])
+def test_timesteps_are_stratified_over_the_global_batch(batch_size):
+    for step in range(20):
+        t = draws(range(step * batch_size, (step + 1) * batch_size), batch_size).t
+        strata = sorted((t.double() / T * batch_size).floor().int().tolist())
+        # a timestep may straddle two strata where T / B is no integer
+        assert max(abs(s - i) for i, s in enumerate(strata)) <= (T % batch_size > 0)
+
+
+def test_every_timestep_is_as_likely_the_last_included():
+    t = torch.cat([draws(range(k * 50, k * 50 + 50), 50).t for k in range(400)])
+    counts = torch.bincount(t, minlength=T)  # 20 each, binomial within a stratum of 20
+    assert counts.sum() == 20000
+    assert (counts > 0).all()
+    assert (counts.double() - 20).square().mean() / (20 * 0.95) == pytest.approx(1, abs=0.2)
+    assert counts[T - 1] == pytest.approx(20, abs=4 * math.sqrt(20))
+
+
+def test_dropout_and_noise_have_their_distributions():
+    many = draws(range(2000), dropout=0.3)
+    assert many.keep.float().mean().item() == pytest.approx(0.7, abs=0.05)
+    for noise in (many.z, many.eps, many.d):
+        assert noise.mean().item() == pytest.approx(0, abs=0.03)
+        assert noise.std().item() == pytest.approx(1, abs=0.03)
+    assert not draws(range(50), dropout=1.0).keep.any()
+    assert draws(range(50), dropout=0.0).keep.all()
+
+
+def test_validation_draws_are_fixed_and_cover_the_strata():
+    strata = torch.tensor([999, 500, 100])
+    one = validation_draws(0, range(7), strata, SHAPE)
+    assert one.t.tolist() == [999, 500, 100, 999, 500, 100, 999]
+    assert one.keep.all()
+    assert torch.equal(validation_draws(0, [5], strata, SHAPE).eps[0], one.eps[5])
+
+
+# EMA and learning rate
+
+
+@pytest.mark.parametrize("warmup", [True, False])
+def test_average_equals_a_float64_reference(warmup):
+    config = EMAConfig(0.9, warmup)
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    average = averaged_copy(net)
+    reference = {k: v.double().clone() for k, v in net.named_parameters()}
+    for n in range(30):
+        with torch.no_grad():
+            for p in net.parameters():
+                p.add_(torch.randn_like(p))
+        net(torch.randn(5, 3))
+        decay = min(0.9, (1 + n) / (10 + n)) if warmup else 0.9
+        assert config.decay_at(n) == decay
+        update_average(average, net, config.decay_at(n))
+        for k, v in net.named_parameters():
+            reference[k] = decay * reference[k] + (1 - decay) * v.double()
+    for k, v in average.named_parameters():
+        torch.testing.assert_close(v.double(), reference[k], rtol=1e-5, atol=1e-6)
+        assert not v.requires_grad
+    assert torch.equal(average[1].running_mean, net[1].running_mean)
+
+
+def test_average_of_half_precision_weights_is_float32():
+    net = nn.Linear(3, 4).bfloat16()
+    average = averaged_copy(net)
+    update_average(average, net, 0.5)
+    assert average.weight.dtype == torch.float32
+
+
+def test_learning_rates():
+    rate = LearningRate(warmup_steps=4, decay="cosine", final=0.1)
+    factors = [rate.factor(step, 14) for step in range(15)]
+    assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert factors[9] == pytest.approx(0.55)
+    assert factors[14] == pytest.approx(0.1)
+    assert LearningRate(decay="linear").factor(5, 10) == 0.5
+    assert LearningRate().factor(10**6, 10) == 1
+
+
+# The module
+
+
+def test_the_loss_is_the_papers_by_hand(tmp_path):
+    model = module(caption_dropout=0.0, loss=LossWeighting("truncated_snr"))
+    loader = data(tmp_path / "shards")
+    loader.setup("fit")
+    loader.trainer = trainer(tmp_path, 1)
+    batch = next(iter(loader.train_dataloader()))
+    schedule, codec = model.schedule, model.codec
+    d = training_draws(0, batch["position"].tolist(), 4, model.latent_shape, T, 0.0)
+    losses = model._losses(batch, d, ema=False)
+    for i in range(4):
+        t = int(d.t[i])
+        alpha, sigma = schedule(t)
+        x_0 = codec.latents(codec.encode(batch["image"][i : i + 1]), d.z[i : i + 1])
+        eps = d.eps[i : i + 1]
+        x_t, v = alpha * x_0 + sigma * eps, alpha * eps - sigma * x_0
+        cond = model.trained["conditioner"](batch["caption"][i : i + 1])
+        output = model.trained["unet"](x_t, torch.tensor([t]), cond)
+        snr = schedule.snr[t].item()
+        wanted = max(snr, 1) / (snr + 1) * (v - output).square().mean()
+        torch.testing.assert_close(losses[i], wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_dropped_captions_are_null(tmp_path):
+    model = module(caption_dropout=1.0)
+    batch = {
+        "image": torch.rand(2, 3, 16, 16),
+        "caption": ["a cat", "a dog"],
+        "position": torch.arange(2),
+    }
+    d = training_draws(0, [0, 1], 2, model.latent_shape, T, 1.0)
+    dropped = model._losses(batch, d, ema=False)
+    empty = model._losses({**batch, "caption": ["", ""]}, d, ema=False)
+    torch.testing.assert_close(dropped, empty)
+
+
+def test_offset_noise_is_used(tmp_path):
+    batch = {"image": torch.rand(2, 3, 16, 16), "caption": ["", ""]}
+    plain, offset = module(), module(offset_noise=0.5)
+    d = training_draws(0, [0, 1], 2, plain.latent_shape, T, 0.0)
+    assert not torch.allclose(
+        plain._losses(batch, d, ema=False), offset._losses(batch, d, ema=False)
+    )
+
+
+def weights(model):
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def close(a, b, **tolerance):
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], **(tolerance or {"rtol": 0, "atol": 0}))
+
+
+def test_a_resumed_run_is_the_same_run(tmp_path):
+    def fit(steps, checkpoint=None):
+        model = module(learning_rate=LearningRate(2, "cosine"), ema=EMAConfig(0.9))
+        # max_steps decides the cosine: the interrupted run knows the same end
+        loop = trainer(tmp_path, 7)
+        if steps < 7:
+            loop.callbacks.append(StopAt(steps))
+        loop.fit(model, datamodule=data(tmp_path / "shards"), ckpt_path=checkpoint)
+        return model, loop
+
+    whole, _ = fit(7)
+    _, first = fit(3)
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    second, loop = fit(7, tmp_path / "a.ckpt")
+    assert loop.global_step == 7
+    close(weights(whole), weights(second))
+    assert not torch.equal(
+        whole.ema["unet"].unet.conv_in.weight, whole.trained["unet"].unet.conv_in.weight
+    )
+
+
+from lightning.pytorch.callbacks import Callback  # noqa: E402
+
+
+class StopAt(Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        trainer.should_stop = trainer.should_stop or trainer.global_step >= self.step
+
+
+def test_accumulation_changes_nothing_but_rounding(tmp_path):
+    results = []
+    for accumulate in (1, 2):
+        model = module(optimizer=lambda p: torch.optim.SGD(p, lr=0.05))
+        loop = trainer(tmp_path, 3, accumulate_grad_batches=accumulate)
+        loop.fit(model, datamodule=data(tmp_path / "shards"))
+        assert loop.global_step == 3
+        results.append(weights(model))
+    close(*results, rtol=1e-4, atol=1e-5)
+
+
+def test_training_learns_the_terminal_step(tmp_path):
+    """Black and white pictures by prompt: only the prompt can say which at pure noise."""
+    shards = tmp_path / "bw"
+    shards.mkdir()
+    members = {}
+    for i in range(8):
+        members[f"{i}.png"] = tiny.png("white" if i % 2 else "black")
+        members[f"{i}.txt"] = b"white" if i % 2 else b"black"
+    tiny.write_shard(shards / "train-000000.tar", members)
+    model = module(
+        ema=EMAConfig(0.9),
+        optimizer=lambda p: torch.optim.AdamW(p, lr=5e-3),
+        sampling=Sampling(num_steps=5),
+    )
+    trainer(tmp_path, 150).fit(model, datamodule=data(shards, batch_size=16))
+    with model.pipeline() as pipe:
+        images = pipe(["black", "white"], seeds=[0, 0], num_steps=5, progress=False)
+    dark, bright = (np.asarray(image).mean() / 127.5 - 1 for image in images)
+    assert dark < -0.5
+    assert bright > 0.5
+
+
+def test_frozen_parts_are_nobodys(tmp_path):
+    frozen = tiny.conditioner()
+    model = module(conditioner=frozen)
+    before = copy.deepcopy(frozen.state_dict())
+    trainer(tmp_path, 2).fit(model, datamodule=data(tmp_path / "shards"))
+    assert all(name.startswith(("trained.unet.", "ema.unet.")) for name in model.state_dict())
+    close(frozen.state_dict(), before)
+    assert not frozen.training
+
+
+def test_validation_is_fixed_and_by_stratum(tmp_path):
+    model, loop = module(), trainer(tmp_path, 2)
+    loader = data(tmp_path / "shards", val=f"{tmp_path}/shards/val-*.tar")
+    first = loop.validate(model, datamodule=loader, verbose=False)[0]
+    again = trainer(tmp_path, 2).validate(
+        model,
+        datamodule=data(tmp_path / "shards", val=f"{tmp_path}/shards/val-*.tar", batch_size=3),
+        verbose=False,
+    )[0]
+    assert (
+        first.keys()
+        == again.keys()
+        == {"val/loss", *(f"val_by_timestep/t{t:04d}" for t in range(99, 1000, 100))}
+    )
+    for name in first:
+        assert first[name] == pytest.approx(again[name], rel=1e-5)
+
+
+def test_a_checkpoint_is_a_pipeline(tmp_path):
+    model = module(ema=EMAConfig(0.5), schedule=NoiseSchedule("cosine"))
+    loop = trainer(tmp_path, 3)
+    loop.fit(model, datamodule=data(tmp_path / "shards"))
+    loop.save_checkpoint(tmp_path / "a.ckpt")
+    torch.load(tmp_path / "a.ckpt", weights_only=True)
+    pipe = TextToImage.from_pretrained(tmp_path / "a.ckpt", device="cpu")
+    assert pipe.model.schedule == NoiseSchedule("cosine")
+    with model.pipeline() as own:
+        images = [p(["a cat"], num_steps=3, progress=False)[0] for p in (own, pipe)]
+    assert np.array_equal(*(np.asarray(image) for image in images))
+    assert own.network is model.ema["unet"]
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda path: None, "is no file"),
+        (lambda path: path.write_bytes(b"garbage"), "not a readable checkpoint"),
+        (lambda path: path.write_bytes(b""), "not a readable checkpoint"),
+        (lambda path: torch.save({"state_dict": {}}, path), "was not written by zsnr"),
+        (lambda path: torch.save([Exploit()], path), "not a readable checkpoint"),
+    ],
+)
+def test_wrong_checkpoints_are_refused(tmp_path, write, message):
+    write(tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match=message):
+        TextToImage.from_pretrained(tmp_path / "a.ckpt")
+
+
+class Exploit:
+    def __reduce__(self):
+        return print, ("a stranger's code ran",)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prediction_type": "epsilon"}, "no x_0 at t=999"),
+        ({"loss": LossWeighting("min_snr")}, "allow_zero_terminal_weight"),
+        ({"caption_dropout": 1.5}, "caption_dropout"),
+        ({"image_size": 15}, "multiple of 2"),
+        ({"sampling": Sampling(spacing="karras")}, "Known"),
+        ({"sampling": Sampling(num_steps=1001)}, "num_steps=1001"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        module(**options)
+
+
+def test_the_flaw_on_real_pictures():
+    """Exact denoiser, flat grey pictures: the original schedule narrows brightness, the fix not."""
+    from zsnr.reports.flaw import ARMS, oracle_brightness
+
+    levels = torch.linspace(-0.9, 0.9, 10)
+    images = levels.view(-1, 1, 1, 1).expand(-1, 3, 32, 32)
+    found = oracle_brightness(images, num_samples=64, num_steps=100)
+    spread = [found[arm.name].std().item() for arm in ARMS]
+    assert spread[3] > 0.85 * levels.std()
+    assert max(spread[0], spread[1]) < 0.5 * levels.std()
+    assert EmpiricalDenoiser(NoiseSchedule(), images).schedule == NoiseSchedule()
+
+
+def test_shipped_vae_is_usable_in_training(tmp_path):
+    model = module(codec=AutoencoderKLCodec("asset:openmoji_vae"))
+    assert model.latent_shape == (4, 4, 4)
+    trainer(tmp_path, 1).fit(model, datamodule=data(tmp_path / "shards"))
+    assert not any("vae" in name for name in model.state_dict())
