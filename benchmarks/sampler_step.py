@@ -2,9 +2,12 @@
 
     python benchmarks/sampler_step.py [--write]
 
-All contenders run in one process on one thread, interleaved; the table quotes medians. "step" takes
-x_0 as given. "from v" also turns the network's v into x_0 as the loop does, which diffusers' step
-always does. The floor is the bare update of two operations, with a randn where a step needs noise.
+All contenders run in one process on one thread, interleaved; the table quotes medians. "step" is
+the update alone, x_0 given; "loop" is `Sampler.sample` over 50 steps with a denoiser that costs
+nothing, everything included, divided by 50; "from v" is the update and the denoiser's conversion of
+the network's v to x_0. diffusers' step always converts: from v, or, where it says "from x_0", with
+prediction_type="sample". The floor is the bare update of two operations, and a randn where a step
+needs noise.
 """
 
 from __future__ import annotations
@@ -48,9 +51,12 @@ def contenders() -> dict[str, Callable[[], object]]:
         "timestep_spacing": "trailing",
     }
     ddim = DDIMScheduler(rescale_betas_zero_snr=True, clip_sample=False, **settings)
+    plain = DDIMScheduler(
+        rescale_betas_zero_snr=True, clip_sample=False, **{**settings, "prediction_type": "sample"}
+    )
     ddpm = DDPMScheduler(rescale_betas_zero_snr=True, clip_sample=False, **settings)
     euler = EulerDiscreteScheduler(**settings)
-    for scheduler in (ddim, ddpm, euler):
+    for scheduler in (ddim, plain, ddpm, euler):
         scheduler.set_timesteps(STEPS)
     euler.is_scale_input_called = True
 
@@ -63,6 +69,7 @@ def contenders() -> dict[str, Callable[[], object]]:
         "zsnr step": lambda: step(x_0, x_t, abc),
         "zsnr ddim loop": loop_of(DDIM()),
         "zsnr step from v": lambda: step(denoiser(x_t, t_row), x_t, abc),
+        "diffusers DDIM from x_0": lambda: plain.step(x_0, plain.timesteps[25], x_t),
         "diffusers DDIM": lambda: ddim.step(x_0, ddim.timesteps[25], x_t),
         "diffusers Euler": euler_step,
         "bare update + randn": lambda: (
@@ -93,12 +100,15 @@ def measure(rounds: int = 40, calls: int = 40) -> dict[str, float]:
 
 def table(medians: dict[str, float]) -> str:
     """Format the medians with their ratios to the floors and to diffusers' DDIM."""
-    lines = ["| step | us | / its floor | cheaper than diffusers DDIM |", "|---|---|---|---|"]
+    lines = [
+        "| step | us | / its floor | diffusers DDIM / it | diffusers Euler / it |",
+        "|---|---|---|---|---|",
+    ]
     for name, us in medians.items():
         stochastic = any(word in name for word in ("randn", "stochastic", "ddpm", "DDPM"))
         floor = medians["bare update + randn" if stochastic else "bare update"]
-        ratio = medians["diffusers DDIM"] / us
-        lines.append(f"| {name} | {us:.1f} | {us / floor:.2f} | {ratio:.1f}x |")
+        ddim, euler = (medians[f"diffusers {name}"] / us for name in ("DDIM", "Euler"))
+        lines.append(f"| {name} | {us:.1f} | {us / floor:.2f} | {ddim:.1f} | {euler:.1f} |")
     return "\n".join(lines)
 
 

@@ -191,9 +191,10 @@ def test_predict_with_short_options_and_a_file(run, folder, tmp_path):
     options = [
         *("--prompts", str(prompts), "--output", str(tmp_path / "out"), "--sampler", "ddpm"),
         *("--num-steps=2", "--spacing", "linspace", "--guidance-scale", "2"),
-        *("--guidance-rescale", "0.5"),
+        *("--guidance-rescale", "0.5", "--seed", "9"),
     ]
     assert predict(folder, *options) == 0
+    assert (tmp_path / "out" / "00002-9.png").is_file()  # --seed is for lines without their own
     with Image.open(tmp_path / "out" / "00001-5.png") as image:
         assert image.size == (16, 8)
         facts = json.loads(image.info["zsnr"])

@@ -66,9 +66,9 @@ def test_frozen_or_trained():
 
 def test_penultimate_layer_is_transformers():
     conditioner = small(layer=-2)
-    ids, mask = conditioner._tokenize(["a black cat"])
+    ids, _ = conditioner._tokenize(["a black cat"])
     encoder = conditioner.encoder
-    out = encoder(ids, attention_mask=mask.long(), output_hidden_states=True)
+    out = encoder(ids, output_hidden_states=True)  # no mask: as Stable Diffusion calls CLIP
     norms = [m for n, m in encoder.named_modules() if n.endswith("final_layer_norm")]
     wanted = norms[0](out.hidden_states[-2])
     torch.testing.assert_close(conditioner(["a black cat"]).context, wanted)

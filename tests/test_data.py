@@ -180,6 +180,8 @@ def test_prompts_files(tmp_path):
     ]
     assert len({r.filename for r in requests}) == 3
     assert parse_prompts([{"prompt": "a", "count": 2}])[1].seed == 1
+    both = parse_prompts([{"prompt": "a"}, {"prompt": "b", "seed": 0}], seed=7)
+    assert [request.seed for request in both] == [7, 0]
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,14 @@ def test_import_is_light():
     assert min(float(run.stdout.splitlines()[0]) for run in runs) < 0.2
 
 
+def test_the_pipeline_needs_no_lightning():
+    code = (
+        "import sys, zsnr.pipeline; heavy = {'lightning', 'jsonargparse', 'diffusers'}; "
+        "sys.exit(bool(heavy & {*sys.modules}))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_readme_blocks_run(tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert blocks

@@ -253,6 +253,22 @@ def test_accumulation_changes_nothing_but_rounding(tmp_path):
     close(*results, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "options", [{"precision": "bf16-mixed"}, {"gradient_checkpointing": True}, {"ema": None}]
+)
+def test_options_of_training(tmp_path, options):
+    precision = options.get("precision", "32-true")
+    own = {k: v for k, v in options.items() if k != "precision"}
+    plain, other = module(), module(**own)
+    trainer(tmp_path, 2).fit(plain, datamodule=data(tmp_path / "shards"))
+    trainer(tmp_path, 2, precision=precision).fit(other, datamodule=data(tmp_path / "shards"))
+    tolerance = 2e-2 if precision == "bf16-mixed" else 1e-6
+    mine, theirs = plain.trained.state_dict(), other.trained.state_dict()
+    close(mine, theirs, rtol=tolerance, atol=tolerance)
+    assert all(w.dtype == torch.float32 for w in theirs.values())
+    assert (other.ema is None) == (options.get("ema", 1) is None)
+
+
 def test_training_learns_the_terminal_step(tmp_path):
     """Black and white pictures by prompt: only the prompt can say which at pure noise."""
     shards = tmp_path / "bw"

@@ -61,6 +61,8 @@ def read_diffusers_folder(source: str, schedule: NoiseSchedule | None = None) ->
     """
     from diffusers import DDIMScheduler
 
+    if source.startswith((".", "/", "~")) and not Path(source).exists():
+        raise ValueError(f"{source}: no such folder or checkpoint.")
     if Path(source).exists() and not (Path(source) / "model_index.json").is_file():
         raise ValueError(f"{source} holds no model_index.json: wanted a folder of diffusers.")
     try:

@@ -30,9 +30,13 @@ def open_clip_tokenizer(max_length: int) -> tuple[Tokenizer, int]:
 
 
 def transformers_tokenizer(
-    pretrained: str, subfolder: str | None, max_length: int
-) -> tuple[Tokenizer, int]:
-    """Load any tokenizer of transformers from a folder or the hub; returns as above."""
+    pretrained: str, subfolder: str | None, max_length: int | None
+) -> tuple[Tokenizer, int, int]:
+    """Load any tokenizer of transformers from a folder or the hub.
+
+    Returns:
+        The tokenizer and the size of its vocabulary, as above, and L.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -44,14 +48,16 @@ def transformers_tokenizer(
     if auto.pad_token is None:
         auto.pad_token = auto.eos_token
 
+    length = max_length or min(auto.model_max_length, 512)
+
     def tokenize(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         encoded = auto(
             list(prompts),
             padding="max_length",
             truncation=True,
-            max_length=max_length,
+            max_length=length,
             return_tensors="pt",
         )
         return encoded["input_ids"], encoded["attention_mask"].bool()
 
-    return tokenize, len(auto)
+    return tokenize, len(auto), length

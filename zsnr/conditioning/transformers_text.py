@@ -26,12 +26,13 @@ class TransformersConditioner(Conditioner):
             None = beside the pretrained encoder.
         subfolder: Folder of the encoder inside `pretrained`, such as "text_encoder".
         tokenizer_subfolder: Folder of the tokenizer, such as "tokenizer".
-        max_length: L, tokens a prompt; longer prompts are cut.
+        max_length: L, tokens a prompt; longer prompts are cut. None = the tokenizer's own, at
+            most 512.
         layer: Which hidden state is the context: -1 the last, -2 the one before.
         final_norm: Put the encoder's final layer norm on an earlier hidden state, as Stable
             Diffusion 2 does. The last hidden state has it already.
-        use_mask: Tell the network which tokens are padding. Stable Diffusion's CLIP does not; T5
-            and BERT want it. None = by model type.
+        use_mask: Hide padding from the encoder and the network. Stable Diffusion's CLIP does not;
+            T5 and BERT want it. None = by model type.
         trainable: Train it along; else frozen.
     """
 
@@ -42,7 +43,7 @@ class TransformersConditioner(Conditioner):
         tokenizer: str | None = None,
         subfolder: str | None = None,
         tokenizer_subfolder: str | None = None,
-        max_length: int = 77,
+        max_length: int | None = None,
         layer: int = -1,
         final_norm: bool = True,
         use_mask: bool | None = None,
@@ -66,11 +67,14 @@ class TransformersConditioner(Conditioner):
             "trainable": trainable,
         }
         if tokenizer == "open_clip":
+            max_length = max_length or 77
             self._tokenize, vocabulary = open_clip_tokenizer(max_length)
         else:
             source = tokenizer or str(pretrained)
             folder = tokenizer_subfolder if tokenizer_subfolder else None
-            self._tokenize, vocabulary = transformers_tokenizer(source, folder, max_length)
+            self._tokenize, vocabulary, max_length = transformers_tokenizer(
+                source, folder, max_length
+            )
         encoder: Any = (
             _new_encoder(config, vocabulary, max_length)
             if config is not None
@@ -94,7 +98,9 @@ class TransformersConditioner(Conditioner):
         device = next(self.encoder.parameters()).device
         ids, mask = (part.to(device) for part in self._tokenize(prompts))
         with torch.set_grad_enabled(self.trainable and torch.is_grad_enabled()):
-            out = self.encoder(ids, attention_mask=mask.long(), output_hidden_states=True)
+            # Stable Diffusion's CLIP sees its padding: a mask would change what follows the end.
+            seen = mask.long() if self._use_mask else None
+            out = self.encoder(ids, attention_mask=seen, output_hidden_states=True)
             context: Tensor = out.last_hidden_state
             if self._layer != -1:
                 context = out.hidden_states[self._layer]

@@ -45,12 +45,12 @@ _TYPES = {
 _DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(PromptRequest)}
 
 
-def read_prompts(path: str | Path) -> list[PromptRequest]:
+def read_prompts(path: str | Path, seed: int = 0) -> list[PromptRequest]:
     """Read a prompts file.
 
-    In a .txt every line is a prompt with seed 0; in a .jsonl every line is an object with prompt
+    In a .txt every line is a prompt; in a .jsonl every line is an object with prompt
     and, if wanted, negative_prompt, seed, count (seeds s .. s+n-1), height, width. Empty lines are
-    skipped.
+    skipped. `seed` is that of lines that name none.
 
     Raises:
         ValueError: No such file, another suffix, no prompts, or a bad line, with its number.
@@ -69,10 +69,10 @@ def read_prompts(path: str | Path) -> list[PromptRequest]:
         if not text.strip():
             continue
         if path.suffix == ".txt":
-            requests.append(PromptRequest(text.strip(), line=number))
+            requests.append(PromptRequest(text.strip(), seed=seed, line=number))
             continue
         try:
-            requests += _parse(json.loads(text), number)
+            requests += _parse(json.loads(text), number, seed)
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
     if not requests:
@@ -80,8 +80,10 @@ def read_prompts(path: str | Path) -> list[PromptRequest]:
     return requests
 
 
-def parse_prompts(records: Sequence[Any]) -> list[PromptRequest]:
+def parse_prompts(records: Sequence[Any], seed: int = 0) -> list[PromptRequest]:
     """Read prompts from a list of objects, as a YAML may hold them; `line` is their number.
+
+    `seed` is that of objects that name none.
 
     Raises:
         ValueError: A bad one, with its number, or none at all.
@@ -89,7 +91,7 @@ def parse_prompts(records: Sequence[Any]) -> list[PromptRequest]:
     requests: list[PromptRequest] = []
     for number, record in enumerate(records, start=1):
         try:
-            requests += _parse(record, number)
+            requests += _parse(record, number, seed)
         except ValueError as error:
             raise ValueError(f"data.prompts, entry {number}: {error}") from error
     if not requests:
@@ -97,7 +99,7 @@ def parse_prompts(records: Sequence[Any]) -> list[PromptRequest]:
     return requests
 
 
-def _parse(record: Any, line: int) -> list[PromptRequest]:
+def _parse(record: Any, line: int, default_seed: int) -> list[PromptRequest]:
     if not isinstance(record, dict):
         raise ValueError('wanted an object such as {"prompt": "a black cat", "seed": 0}.')
     for name, value in record.items():
@@ -108,8 +110,9 @@ def _parse(record: Any, line: int) -> list[PromptRequest]:
             raise ValueError(f"{name}={value!r}: wanted {_TYPES[name].__name__}.")
     if "prompt" not in record:
         raise ValueError("there is no prompt.")
-    values = {k: _DEFAULTS[k] if v is None else v for k, v in record.items()}
-    count, seed = values.pop("count", 1), values.pop("seed", 0)
+    defaults = {**_DEFAULTS, "seed": default_seed}
+    values = {k: defaults[k] if v is None else v for k, v in record.items()}
+    count, seed = values.pop("count", 1), values.pop("seed", default_seed)
     if count < 1:
         raise ValueError(f"count={count}: wanted at least 1.")
     if not 0 <= seed <= 2**32 - count:

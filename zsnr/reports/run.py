@@ -211,7 +211,7 @@ def _plot_losses(metrics: Path, path: Path) -> str:
     curves = {name: sorted(points.items()) for name, points in found.items()}
     figure, axes = _figure(8, 3.5)
     for name, points in curves.items():
-        steps, values = zip(*points, strict=True)
+        steps, values = [step for step, _ in points], [value for _, value in points]
         if name == "train/loss":
             axes.plot(steps, values, color="0.85", linewidth=0.8)
             axes.plot(steps, _smooth(values), color="C0", label="train, smoothed")

@@ -31,6 +31,7 @@ class DataModule(L.LightningDataModule):
         seed: Of the order of the training data.
         prompts: What predict makes: a prompts file, .txt or .jsonl, or a list of objects with
             prompt and, if wanted, negative_prompt, seed, count, height, width.
+        prompt_seed: Seed of the prompts that name none.
         predict_batch_size: Images that predict makes at a time, per device.
     """
 
@@ -45,6 +46,7 @@ class DataModule(L.LightningDataModule):
         caption_field: str = "caption",
         seed: int = 0,
         prompts: str | list[dict[str, Any]] | None = None,
+        prompt_seed: int = 0,
         predict_batch_size: int = 8,
     ) -> None:
         super().__init__()
@@ -54,7 +56,8 @@ class DataModule(L.LightningDataModule):
         self.train, self.val = train, val
         self.image_size, self.batch_size, self.num_workers = image_size, batch_size, num_workers
         self.val_samples, self.caption_field, self.seed = val_samples, caption_field, seed
-        self.prompts, self.predict_batch_size = prompts, predict_batch_size
+        self.prompts, self.prompt_seed = prompts, prompt_seed
+        self.predict_batch_size = predict_batch_size
         self.done: set[str] = set()  # files that an interrupted predict has written already
 
     def setup(self, stage: str) -> None:
@@ -64,7 +67,7 @@ class DataModule(L.LightningDataModule):
         if stage in ("fit", "validate", "test") and self.val is not None:
             self._val = index_shards(self.val)[: self.val_samples]
         if stage == "predict":
-            self.requests = read_requests(self.prompts)
+            self.requests = read_requests(self.prompts, self.prompt_seed)
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         trainer = self.trainer
@@ -132,14 +135,16 @@ class DataModule(L.LightningDataModule):
         )
 
 
-def read_requests(prompts: str | list[dict[str, Any]] | None) -> list[PromptRequest]:
+def read_requests(prompts: str | list[dict[str, Any]] | None, seed: int = 0) -> list[PromptRequest]:
     """Read data.prompts, a file or a list.
 
     Raises:
         ValueError: It is not set, or wrong.
     """
     prompts = _wanted(prompts, "data.prompts (--prompts)")
-    return read_prompts(prompts) if isinstance(prompts, str) else parse_prompts(prompts)
+    read: Any = read_prompts if isinstance(prompts, str) else parse_prompts
+    requests: list[PromptRequest] = read(prompts, seed)
+    return requests
 
 
 def _wanted(value: Any, name: str) -> Any:

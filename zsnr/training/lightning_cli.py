@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import ArgumentError
 from lightning.pytorch import Trainer
@@ -27,13 +28,12 @@ from zsnr.training.callbacks import PredictionWriter
 from zsnr.training.data import DataModule, read_requests
 from zsnr.training.module import LatentDiffusion, check_settings
 
-# Short options of every command that samples; --sampler takes a registered name.
+# Short options of every command that samples; --sampler and --seed need more than a name.
 SHORT_OPTIONS = {
     "--num-steps": "--model.sampling.num_steps",
     "--spacing": "--model.sampling.spacing",
     "--guidance-scale": "--model.sampling.guidance.scale",
     "--guidance-rescale": "--model.sampling.guidance.rescale",
-    "--seed": "--data.seed",
     "--prompts": "--data.prompts",
     "--output": "--output.folder",
 }
@@ -104,6 +104,9 @@ def expand_short_options(arguments: Sequence[str]) -> list[str]:
             sampler = get_sampler(value if equals else next(rest, ""))
             cls = type(sampler)
             expanded.append(f"--model.sampling.sampler={cls.__module__}.{cls.__qualname__}")
+        elif name == "--seed":
+            seed = "--data.prompt_seed" if "predict" in arguments[:1] else "--data.seed"
+            expanded.append(seed + equals + value)
         elif name in SHORT_OPTIONS:
             expanded.append(SHORT_OPTIONS[name] + equals + value)
         else:
@@ -162,7 +165,11 @@ def _short(message: str) -> str:
     return line
 
 
-_BASES: dict[str, type] = {"codec": LatentCodec, "conditioner": Conditioner, "sampler": Sampler}
+_BASES: dict[str, type[Any]] = {
+    "codec": LatentCodec,
+    "conditioner": Conditioner,
+    "sampler": Sampler,
+}
 
 
 def _option_names() -> list[str]:

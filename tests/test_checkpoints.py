@@ -1,0 +1,161 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from zsnr import Guidance, NoiseSchedule
+from zsnr.checkpoints import read_diffusers_folder, schedule_from_diffusers
+from zsnr.pipeline import TextToImage
+
+SCHEDULER = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+    "timestep_spacing": "trailing",
+    "rescale_betas_zero_snr": True,
+    "set_alpha_to_one": True,
+    "steps_offset": 1,
+    "clip_sample": False,
+}
+
+
+def tiny_stable_diffusion(folder, **scheduler):
+    """A Stable Diffusion of diffusers with random weights and a tokenizer of letters."""
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    torch.manual_seed(0)
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{a}</w>" for a in letters)]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=12)
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokens),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=12,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=1,
+        )
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=8,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+    )
+    pipe = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=DDIMScheduler(**{**SCHEDULER, **scheduler}),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(folder)
+    return pipe
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize(("zero", "num_steps"), [(True, 10), (False, 20)])
+def test_a_diffusers_folder_gives_diffusers_images(tmp_path, zero, num_steps):
+    theirs = tiny_stable_diffusion(tmp_path, rescale_betas_zero_snr=zero)
+    ours = TextToImage.from_pretrained(tmp_path, device="cpu")
+    assert ours.model.schedule.zero_terminal_snr == zero
+    prompts, guidance = ["a cat", "dog"], Guidance(4.0, 0.7)
+    images = ours(prompts, seeds=[5, 6], num_steps=num_steps, guidance=guidance, progress=False)
+    latents = torch.cat(
+        [torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(s)) for s in (5, 6)]
+    )
+    wanted = theirs(
+        prompts,
+        latents=latents,
+        num_inference_steps=num_steps,
+        guidance_scale=4.0,
+        guidance_rescale=0.7,
+        height=16,
+        width=16,
+    ).images
+    for mine, other in zip(images, wanted, strict=True):
+        assert mine.size == other.size == (16, 16)
+        difference = np.abs(np.asarray(mine).astype(int) - np.asarray(other).astype(int))
+        assert difference.max() <= 1
+
+
+def test_epsilon_models_are_read_as_they_are(tmp_path):
+    tiny_stable_diffusion(tmp_path, prediction_type="epsilon", rescale_betas_zero_snr=False)
+    model = read_diffusers_folder(str(tmp_path))
+    assert model.prediction_type == "epsilon"
+    TextToImage(model)(["a"], num_steps=2, progress=False)
+    with pytest.raises(ValueError, match="no x_0 at t=999"):
+        TextToImage.from_pretrained(tmp_path, NoiseSchedule())
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
+def test_missing_parts_are_named(tmp_path, part):
+    import shutil
+
+    tiny_stable_diffusion(tmp_path)
+    shutil.rmtree(tmp_path / part)
+    with pytest.raises(ValueError, match=part):
+        TextToImage.from_pretrained(tmp_path)
+
+
+def test_other_folders_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no model_index\.json"):
+        TextToImage.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no such folder"):
+        TextToImage.from_pretrained(tmp_path / "nowhere")
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+        {"rescale_betas_zero_snr": True},
+        {"beta_schedule": "squaredcos_cap_v2"},
+        {"num_train_timesteps": 500},
+        {"trained_betas": [0.01, 0.02, 0.5], "num_train_timesteps": 3},
+    ],
+)
+def test_schedules_are_diffusers(settings):
+    from diffusers import DDIMScheduler
+
+    theirs = DDIMScheduler(**settings)
+    ours = schedule_from_diffusers(theirs.config)
+    abar = theirs.alphas_cumprod.double()
+    torch.testing.assert_close(ours.alphas_cumprod, abar, rtol=2e-4, atol=1e-6)
+    assert schedule_from_diffusers(settings) == ours
+    assert math.isclose(float(ours.alphas_cumprod[-1]), float(abar[-1]), abs_tol=1e-6)
+
+
+def test_unknown_schedules_are_refused():
+    with pytest.raises(ValueError, match="Known: 'linear'"):
+        schedule_from_diffusers({"beta_schedule": "sigmoid"})
