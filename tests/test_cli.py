@@ -138,7 +138,20 @@ def test_tensorboard_holds_scalars_and_previews(run):
 def test_saved_config_runs_again(run, folder, tmp_path):
     saved = next(run.rglob("config.yaml"))
     out = ["--trainer.default_root_dir", str(tmp_path), "--trainer.logger", "false"]
-    assert main(["fit", "-c", str(saved), *out, "--trainer.max_steps", "1"]) == 0
+    more = ["--ckpt_path", str(run / "checkpoints" / "last.ckpt"), "--trainer.callbacks", "null"]
+    assert main(["fit", "-c", str(saved), *out, *more, "--trainer.max_steps", "8"]) == 0
+
+
+def test_an_earlier_runs_checkpoints_are_kept(run, folder, capsys):
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*.ckpt")}
+    assert main(["fit", "-c", str(folder / "config.yaml")]) == 2
+    assert "`--ckpt_path last` resumes it" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*.ckpt")} == before
+    more = ["--ckpt_path", "last", "--trainer.max_steps", "6"]
+    assert main(["fit", "-c", str(folder / "config.yaml"), *more]) == 0
+    assert [path.name for path in run.rglob("*.ckpt")] == ["last.ckpt"]
+    with open(run / "metrics" / "version_0" / "metrics.csv", newline="") as lines:
+        assert max(int(row["step"]) for row in csv.DictReader(lines)) == 3  # the first is kept
 
 
 def test_validate(run, folder, capsys):
@@ -270,6 +283,7 @@ def test_an_own_sampler_by_its_class_path(run, folder, tmp_path, monkeypatch):
         (["--data.image_size=15"], "height=15: wanted a positive multiple of 2"),
         (["--data.train=/nowhere"], "No shards at /nowhere"),
         (["--data.batch_size=0"], "data.batch_size=0"),
+        (["--trainer.max_steps=-1"], "trainer.max_steps is not set"),
         (["--ckpt_path=/nowhere.ckpt"], "/nowhere.ckpt"),
         (
             ["--model.codec={class_path: AutoencoderKLCodec, init_args: {pretrained: ./x}}"],

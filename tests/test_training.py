@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from zsnr import EmpiricalDenoiser, LossWeighting, NoiseSchedule
@@ -143,6 +144,35 @@ def test_average_of_half_precision_weights_is_float32():
     assert average.weight.dtype == torch.float32
 
 
+class Watch(Callback):
+    """Keeps the weights after every optimizer step, and follows the average in float64."""
+
+    def __init__(self, config):
+        self.config, self.average, self.updates = config, None, 0
+
+    def on_train_start(self, trainer, module):
+        self.average = {k: v.double() for k, v in module.trained.named_parameters()}
+
+    def on_train_batch_end(self, trainer, module, *args):
+        if trainer.global_step > self.updates:
+            decay = self.config.decay_at(self.updates)
+            for k, v in module.trained.named_parameters():
+                self.average[k] = decay * self.average[k] + (1 - decay) * v.detach().double()
+            self.updates += 1
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_average_in_training_equals_a_float64_reference(tmp_path, accumulate):
+    watch = Watch(EMAConfig(0.7))
+    model = module(ema=watch.config)
+    loop = trainer(tmp_path, 5, callbacks=[watch], accumulate_grad_batches=accumulate)
+    loop.fit(model, datamodule=data(tmp_path / "shards"))
+    assert watch.updates == 5
+    for name, weight in model.ema.named_parameters():
+        wanted = watch.average[name]
+        torch.testing.assert_close(weight.double(), wanted, rtol=1e-5, atol=1e-7)
+
+
 def test_learning_rates():
     rate = LearningRate(warmup_steps=4, decay="cosine", final=0.1)
     factors = [rate.factor(step, 14) for step in range(15)]
@@ -229,9 +259,6 @@ def test_a_resumed_run_is_the_same_run(tmp_path):
     assert not torch.equal(
         whole.ema["unet"].unet.conv_in.weight, whole.trained["unet"].unet.conv_in.weight
     )
-
-
-from lightning.pytorch.callbacks import Callback  # noqa: E402
 
 
 class StopAt(Callback):

@@ -42,6 +42,7 @@ DEFAULTS = {
     # The train loader is endless: a step counts, an epoch does not.
     "trainer.max_epochs": -1,
     "trainer.check_val_every_n_epoch": None,
+    "trainer.val_check_interval": 1000,
     "trainer.use_distributed_sampler": False,
     "trainer.num_sanity_val_steps": 0,
 }
@@ -62,6 +63,18 @@ class ZsnrCLI(LightningCLI):
         except (ValueError, TypeError) as error:
             raise ValueError(_short(str(error))) from error
 
+    def before_fit(self) -> None:
+        """Keep an earlier run's checkpoints apart from this one's."""
+        if self.config.fit.ckpt_path is not None:
+            return
+        for callback in self.trainer.checkpoint_callbacks:
+            folder = getattr(callback, "dirpath", None)
+            if folder is not None and any(Path(folder).glob("*.ckpt")):
+                raise ValueError(
+                    f"{folder} holds checkpoints of an earlier run. `--ckpt_path last` resumes it; "
+                    "else choose another folder, or remove this one."
+                )
+
     def before_instantiate_classes(self) -> None:
         """Refuse what cannot work before a model or data is loaded."""
         config = self.config[self.subcommand]
@@ -74,6 +87,8 @@ class ZsnrCLI(LightningCLI):
             model.sampling.num_steps,
         )
         Guidance(**model.sampling.guidance.as_dict())
+        if self.subcommand == "fit" and config.trainer.max_steps < 1:
+            raise ValueError("trainer.max_steps is not set: say how many steps to train.")
         checkpoint = config.ckpt_path
         if checkpoint not in (None, "last", "best", "hpc") and not Path(checkpoint).exists():
             raise ValueError(f"--ckpt_path {checkpoint}: no such file.")

@@ -160,16 +160,14 @@ class LatentDiffusion(L.LightningModule):
     # Lightning's hooks
 
     def setup(self, stage: str) -> None:
-        for part in self._frozen.values():
-            part.to(self.device)
+        for part in self._frozen.values():  # Lightning moves what is registered, and later
+            part.to(self.trainer.strategy.root_device)
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer(p for p in self.trained.parameters() if p.requires_grad)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer,
-            lambda step: self.learning_rate.factor(
-                step, int(self.trainer.estimated_stepping_batches)
-            ),
+            lambda step: self.learning_rate.factor(step, self.trainer.max_steps),
         )
         return {
             "optimizer": optimizer,
@@ -192,7 +190,7 @@ class LatentDiffusion(L.LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
         if self.ema is not None and self.ema_config is not None:
-            done = self.trainer.global_step - 1
+            done = self.trainer.global_step  # counts this step only after this hook
             update_average(self.ema, self.trained, self.ema_config.decay_at(done))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
