@@ -136,7 +136,7 @@ def test_tensorboard_holds_scalars_and_previews(run):
 
 
 def test_saved_config_runs_again(run, folder, tmp_path):
-    saved = next(run.rglob("config.yaml"))
+    saved = next(run.rglob("run_config.yaml"))
     out = ["--trainer.default_root_dir", str(tmp_path), "--trainer.logger", "false"]
     more = ["--ckpt_path", str(run / "checkpoints" / "last.ckpt"), "--trainer.callbacks", "null"]
     assert main(["fit", "-c", str(saved), *out, *more, "--trainer.max_steps", "8"]) == 0
@@ -194,6 +194,22 @@ def test_predict_resumes_and_keeps_to_its_folder(run, folder, tmp_path, capsys):
     assert predict(folder, "--output", str(other)) == 2
     assert "is not empty" in capsys.readouterr().err
     assert [p.name for p in other.iterdir()] == ["mine.txt"]
+
+
+def test_predict_refuses_what_cannot_be_before_it_samples(run, folder, tmp_path, capsys):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "a"}\n{"prompt": "a", "height": 15}\n')
+    for options, message in (
+        (["--output", "OUT", "--prompts", "/no.txt"], "no such prompts file"),
+        (["--output", "OUT", "--prompts", str(bad)], "Prompt 2: height=15"),
+        (["--output", "OUT", "--model.schedule.zero_terminal_snr", "false"], "schedule has"),
+        (["--output", "OUT", "--model.prediction_type", "sample"], "prediction_type has"),
+        ([], "predict needs --prompts FILE and --output FOLDER"),
+    ):
+        options = [str(tmp_path / "out") if o == "OUT" else o for o in options]
+        assert predict(folder, *options) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
 
 
 def test_predict_with_short_options_and_a_file(run, folder, tmp_path):
@@ -284,7 +300,11 @@ def test_an_own_sampler_by_its_class_path(run, folder, tmp_path, monkeypatch):
         (["--data.train=/nowhere"], "No shards at /nowhere"),
         (["--data.batch_size=0"], "data.batch_size=0"),
         (["--trainer.max_steps=-1"], "trainer.max_steps is not set"),
-        (["--ckpt_path=/nowhere.ckpt"], "/nowhere.ckpt"),
+        (["--ckpt_path=/nowhere.ckpt"], "/nowhere.ckpt is no file"),
+        (["--ckpt_path=CONFIG"], "is not a readable checkpoint"),
+        (["--data.num_workers=-1"], "data.num_workers=-1"),
+        (["--trainer.accelerator=gpu"], "gpu"),
+        (["--data.val=SHARDS"], "is in data.train and in data.val"),
         (
             ["--model.codec={class_path: AutoencoderKLCodec, init_args: {pretrained: ./x}}"],
             "x holds no config.json: wanted a folder with an AutoencoderKL",
@@ -295,7 +315,10 @@ def test_an_own_sampler_by_its_class_path(run, folder, tmp_path, monkeypatch):
 )
 def test_wrong_input_is_one_line_and_exit_code_2(folder, tmp_path, capsys, options, message):
     (tmp_path / "bad.yaml").write_text("model:\n  schedul: {betas: linear}\n")
+    names = {"CONFIG": str(folder / "config.yaml"), "SHARDS": str(folder / "shards")}
     options = [str(tmp_path / "bad.yaml") if o == "BAD" else o for o in options]
+    for name, path in names.items():
+        options = [option.replace(name, path) for option in options]
     out = ["--trainer.default_root_dir", str(tmp_path / "run"), "--trainer.logger", "false"]
     assert main(["fit", "-c", str(folder / "config.yaml"), *out, *options]) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
@@ -309,8 +332,8 @@ def test_wrong_input_is_one_line_and_exit_code_2(folder, tmp_path, capsys, optio
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["predict", "-c", "CONFIG"], "predict needs"),
-        (["predict", "-c", "CONFIG", "--output", "x", "--prompts", "/no.txt"], "no such prompts"),
+        (["predict", "-c", "CONFIG"], "predict needs a checkpoint"),
+        (["validate", "-c", "CONFIG", "--ckpt_path", "last"], "validate needs a checkpoint"),
         (["report", "/nowhere", "--data", "/nowhere"], "manifest.jsonl is missing"),
         (["configs", "show", "nothing"], "Known: "),
         (["data", "openmoji", "FULL"], "not empty"),

@@ -138,6 +138,10 @@ def test_described_conditioners_are_built_again():
         ({}, "either `pretrained` or `config`"),
         ({"pretrained": "x", "config": {}}, "either `pretrained` or `config`"),
         ({"config": CONFIGS["bert"]}, "needs `tokenizer`"),
+        (
+            {"config": {"model_type": "bert", "hiden_size": 8}, "tokenizer": "open_clip"},
+            "has no 'hiden_size'. Did you mean 'hidden_size'",
+        ),
         ({"config": SMALL, "tokenizer": "open_clip"}, "has no model_type"),
         ({"config": {"model_type": "gtp"}, "tokenizer": "open_clip"}, "'gtp' is not one of"),
         ({"pretrained": "./nowhere", "tokenizer": "open_clip"}, "holds no config.json"),

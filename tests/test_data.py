@@ -1,6 +1,7 @@
 import io
 import itertools
 import json
+import tarfile
 
 import numpy as np
 import pytest
@@ -66,6 +67,18 @@ def test_samples(tmp_path):
         ShardDataset(index, 8, caption_field="nope")[0]
 
 
+def test_names_as_tar_writes_them(tmp_path):
+    for name, key in (("./00001", "00001"), ("v1.0/00001", "v1.0/00001")):
+        members = {f"{name}.png": tiny.png("red"), f"{name}.txt": b"x"}
+        assert index_shard(tiny.write_shard(tmp_path / "x.tar", members))[0].key == key
+    with tarfile.open(tmp_path / "twice.tar", "w") as tar:
+        for _ in range(2):
+            member = tarfile.TarInfo("a.txt")
+            tar.addfile(member, io.BytesIO())
+    with pytest.raises(ValueError, match=r"has a\.txt twice"):
+        index_shard(tmp_path / "twice.tar")
+
+
 def test_broken_shards_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="No shards at .*nowhere"):
         find_shards(str(tmp_path / "nowhere"))
@@ -118,6 +131,9 @@ def test_images_are_resized_and_cropped_to_the_centre():
         ("LA", (0, 0), (1, 1, 1)),
         ("P", 0, (-1, -1, -1)),
         ("1", 1, (1, 1, 1)),
+        ("I;16", 65535, (1, 1, 1)),
+        ("I;16", 0, (-1, -1, -1)),
+        ("I;16", 128 * 257, (0.00392157,) * 3),
     ],
 )
 def test_modes(mode, colour, wanted):
@@ -198,6 +214,7 @@ def test_prompts_files(tmp_path):
         ('{"prompt": "a", "seed": -1}', "line 2: seed=-1"),
         ('{"prompt": "a", "seed": 4294967295, "count": 2}', "line 2: seed=4294967295"),
         ('{"prompt": "a", "count": 0}', "line 2: count=0"),
+        ('{"prompt": "a", "height": 0}', "line 2: height=0"),
     ],
 )
 def test_bad_lines_are_named(tmp_path, line, message):

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import math
 
 import numpy as np
@@ -319,13 +320,33 @@ def test_training_learns_the_terminal_step(tmp_path):
 
 
 def test_frozen_parts_are_nobodys(tmp_path):
-    frozen = tiny.conditioner()
+    frozen = tiny.frozen_conditioner(tmp_path / "text")
     model = module(conditioner=frozen)
     before = copy.deepcopy(frozen.state_dict())
     trainer(tmp_path, 2).fit(model, datamodule=data(tmp_path / "shards"))
     assert all(name.startswith(("trained.unet.", "ema.unet.")) for name in model.state_dict())
     close(frozen.state_dict(), before)
     assert not frozen.training
+    with pytest.raises(ValueError, match="random weights and is frozen"):
+        module(conditioner=tiny.conditioner())
+
+
+def test_a_checkpoint_goes_on_with_its_own_settings(tmp_path):
+    loop = trainer(tmp_path, 1)
+    loop.fit(module(), datamodule=data(tmp_path / "shards"))
+    loop.save_checkpoint(tmp_path / "a.ckpt")
+    unet = dataclasses.replace(tiny.UNET, block_out_channels=(16, 16))
+    for options, message in (
+        ({"schedule": NoiseSchedule("cosine")}, "schedule has {'betas': 'scaled_linear'}"),
+        ({"prediction_type": "sample"}, "prediction_type has v_prediction"),
+        ({"unet": unet}, r"unet has {'block_out_channels': \[16, 32\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trainer(tmp_path, 2).fit(
+                module(**options),
+                datamodule=data(tmp_path / "shards"),
+                ckpt_path=tmp_path / "a.ckpt",
+            )
 
 
 def test_validation_is_fixed_and_by_stratum(tmp_path):
@@ -368,6 +389,7 @@ def test_a_checkpoint_is_a_pipeline(tmp_path):
         (lambda path: path.write_bytes(b""), "not a readable checkpoint"),
         (lambda path: torch.save({"state_dict": {}}, path), "was not written by zsnr"),
         (lambda path: torch.save([Exploit()], path), "not a readable checkpoint"),
+        (lambda path: torch.save({"zsnr": {}, "state_dict": {}}, path), "damaged: it lacks codec"),
     ],
 )
 def test_wrong_checkpoints_are_refused(tmp_path, write, message):

@@ -32,6 +32,13 @@ def conditioner(**options):
     return TransformersConditioner(config=TEXT, tokenizer="open_clip", max_length=8, **options)
 
 
+def frozen_conditioner(folder):
+    """A conditioner whose weights are on disk, as a frozen one must have."""
+    torch.manual_seed(1)
+    conditioner().encoder.save_pretrained(folder)
+    return TransformersConditioner(str(folder), tokenizer="open_clip", max_length=8)
+
+
 def model(schedule=None, **options):
     torch.manual_seed(0)
     codec = PixelCodec(2)

@@ -15,7 +15,7 @@ from pathlib import Path
 TRAINING = {
     "fit": "train from YAML, with validation and previews",
     "validate": "compute the validation loss of a checkpoint",
-    "test": "the same on test data",
+    "test": "the same as validate",
     "predict": "make images from a prompts file",
 }
 
@@ -141,6 +141,8 @@ def _configs_copy(options: argparse.Namespace) -> None:
     target = to / source.name if to.is_dir() else to
     if target.exists():
         raise ValueError(f"{target} exists: choose another name.")
+    if not target.parent.is_dir():
+        raise ValueError(f"{target.parent} is no folder.")
     target.write_text(source.read_text())
     print(target)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,10 @@ from zsnr.checkpoints import Model, read_checkpoint, read_diffusers_folder
 from zsnr.denoiser import Conditioning, Denoiser, Network
 from zsnr.files import replacing
 from zsnr.guidance import Guidance
-from zsnr.noise import SampleNoise
+from zsnr.noise import SampleNoise, sample_generator
 from zsnr.prediction import check_prediction_type
-from zsnr.samplers import DDIM, Sampler, available_samplers, get_sampler
+from zsnr.samplers import DDIM, Sampler, get_sampler
+from zsnr.samplers.registry import sampler_name
 from zsnr.schedule import NoiseSchedule
 from zsnr.timesteps import get_timesteps
 
@@ -47,13 +49,15 @@ class TextToImage:
 
     Args:
         model: The parts.
-        network: Instead of the model's UNet, such as its averaged copy.
+        network: Instead of the model's UNet.
+        name: What pictures call the model that made them, such as its path.
     """
 
-    def __init__(self, model: Model, network: Network | None = None) -> None:
+    def __init__(self, model: Model, network: Network | None = None, name: str = "") -> None:
         check_prediction_type(model.prediction_type, model.schedule)
         self.model = model
         self.network: Network = network or model.unet
+        self.name = name
 
     @classmethod
     def from_pretrained(
@@ -76,6 +80,8 @@ class TextToImage:
             ValueError: Nothing readable is there.
         """
         source = str(path_or_hub)
+        if source.startswith("~"):
+            source = str(Path(source).expanduser())
         if source.endswith(".ckpt"):
             model = read_checkpoint(source)
             if schedule is not None:
@@ -83,7 +89,7 @@ class TextToImage:
         else:
             model = read_diffusers_folder(source, schedule)
         model.unet.to(dtype=dtype).eval().requires_grad_(False)
-        pipe = cls(model)
+        pipe = cls(model, name=source)
         return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     def to(self, device: torch.device | str) -> TextToImage:
@@ -138,7 +144,8 @@ class TextToImage:
         negatives = [""] * len(prompts)
         if negative_prompts is not None:
             negatives = _texts("negative_prompts", negative_prompts)
-        seeds = list(range(len(prompts))) if seeds is None else list(seeds)
+        seeds = range(len(prompts)) if seeds is None else seeds
+        seeds = [operator.index(seed) for seed in seeds]
         for name, values in (("negative_prompts", negatives), ("seeds", seeds)):
             if len(values) != len(prompts):
                 raise ValueError(
@@ -150,9 +157,13 @@ class TextToImage:
         sampling = Sampling(sampler, num_steps, spacing, guidance or Guidance())
         schedule = self.model.schedule
         timesteps = get_timesteps(spacing, num_steps, schedule.num_timesteps, schedule=schedule)
-        height, width = height or self.model.image_size, width or self.model.image_size
+        height = self.model.image_size if height is None else height
+        width = self.model.image_size if width is None else width
         shape = self.model.codec.latent_shape(height, width)
 
+        for seed in seeds:
+            sample_generator(seed)  # a wrong one is refused before anything slow
+        facts = self.describe(sampling)
         images: list[Image] = []
         batches = range(0, len(prompts), batch_size)
         bar = tqdm(
@@ -173,7 +184,7 @@ class TextToImage:
                             "seed": seeds[row],
                             "height": height,
                             "width": width,
-                            **self.describe(sampling),
+                            **facts,
                         }
                     )
         return images
@@ -182,9 +193,11 @@ class TextToImage:
         """Return all that makes an image beside prompt, seed and size, as plain values."""
         from zsnr import __version__
 
+        sampler: Any = sampling.sampler
         return {
-            "sampler": _sampler_name(sampling.sampler),
-            "sampler_options": asdict(sampling.sampler),  # type: ignore[call-overload]
+            "model": self.name,
+            "sampler": sampler_name(sampler),
+            "sampler_options": asdict(sampler) if is_dataclass(type(sampler)) else {},
             "num_steps": sampling.num_steps,
             "spacing": sampling.spacing,
             "guidance_scale": sampling.guidance.scale,
@@ -258,10 +271,3 @@ def _texts(name: str, texts: Sequence[str]) -> list[str]:
 
 def _device(cond: Conditioning) -> torch.device:
     return cond.context.device
-
-
-def _sampler_name(sampler: Sampler) -> str:
-    for name in available_samplers():
-        if type(get_sampler(name)) is type(sampler):
-            return name
-    return f"{type(sampler).__module__}.{type(sampler).__qualname__}"

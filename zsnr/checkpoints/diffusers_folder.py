@@ -22,6 +22,9 @@ def schedule_from_diffusers(config: Mapping[str, Any]) -> NoiseSchedule:
     Raises:
         ValueError: A beta_schedule this package does not know.
     """
+    cls = str(config.get("_class_name", ""))
+    if cls.startswith(("FlowMatch", "EDM", "CM", "VQ")):
+        raise ValueError(f"{cls} is no variance-preserving schedule: this package has none for it.")
     zero = bool(config.get("rescale_betas_zero_snr", False))
     betas = config.get("trained_betas")
     if betas is not None:

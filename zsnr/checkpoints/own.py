@@ -31,12 +31,8 @@ def describe_model(model: Model) -> dict[str, Any]:
     }
 
 
-def read_checkpoint(path: str | Path, *, ema: bool = True) -> Model:
-    """Read a checkpoint file that training wrote, on the CPU.
-
-    Args:
-        path: The .ckpt file.
-        ema: Take the averaged weights, else the raw ones.
+def open_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Open a checkpoint file that training wrote, weights left on disk.
 
     Raises:
         ValueError: No such file, not a checkpoint, or not one of this package's.
@@ -51,6 +47,26 @@ def read_checkpoint(path: str | Path, *, ema: bool = True) -> Model:
         raise ValueError(f"{path} is not a readable checkpoint: {reason}") from error
     if not isinstance(checkpoint, dict) or KEY not in checkpoint:
         raise ValueError(f"{path} was not written by zsnr: it has no {KEY!r} entry.")
+    missing = {"codec", "conditioner", "unet", "schedule", "prediction_type", "image_size"} - set(
+        checkpoint[KEY]
+    )
+    if missing or "state_dict" not in checkpoint:
+        raise ValueError(f"{path} is damaged: it lacks {', '.join(sorted(missing)) or 'weights'}.")
+    return checkpoint
+
+
+def read_checkpoint(path: str | Path, *, ema: bool = True) -> Model:
+    """Read a checkpoint file that training wrote, on the CPU.
+
+    Args:
+        path: The .ckpt file.
+        ema: Take the averaged weights, else the raw ones.
+
+    Raises:
+        ValueError: No such file, not a checkpoint, or not one of this package's.
+    """
+    path = Path(path)
+    checkpoint = open_checkpoint(path)
     description, weights = checkpoint[KEY], checkpoint["state_dict"]
     model = Model(
         codec=build(description["codec"], LatentCodec),  # type: ignore[type-abstract]

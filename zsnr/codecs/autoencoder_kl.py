@@ -74,13 +74,15 @@ class AutoencoderKLCodec(LatentCodec):
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         self.latent_shape(*images.shape[-2:])
-        posterior = self._vae.encode(images.to(self._vae.dtype)).latent_dist
+        with torch.autocast(images.device.type, enabled=False):  # its dtype is its own choice
+            posterior = self._vae.encode(images.to(self._vae.dtype)).latent_dist
         return torch.cat([posterior.mean, posterior.std], dim=1).float()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         raw = latents / self.scale + self.shift
-        images: Tensor = self._vae.decode(raw.to(self._vae.dtype)).sample
+        with torch.autocast(latents.device.type, enabled=False):
+            images: Tensor = self._vae.decode(raw.to(self._vae.dtype)).sample
         return images.float()
 
     def to(self, device: torch.device | str) -> AutoencoderKLCodec:

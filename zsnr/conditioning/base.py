@@ -17,10 +17,12 @@ class Conditioner(nn.Module):
     Attributes:
         context_dim: D of the context (B, L, D).
         trainable: Whether training changes it. A frozen one belongs to nobody's state dict.
+        pretrained: Whether its settings alone give its weights again.
     """
 
     context_dim: int
     trainable: bool = False
+    pretrained: bool = True
 
     @abstractmethod
     def forward(self, prompts: Sequence[str]) -> Conditioning:

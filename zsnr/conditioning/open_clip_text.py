@@ -62,7 +62,7 @@ class OpenClipConditioner(Conditioner):
         self.register_buffer("attn_mask", mask, persistent=False)
         self.layer = layer
         self.context_dim = int(self.ln_final.weight.shape[0])
-        self.trainable = trainable
+        self.trainable, self.pretrained = trainable, pretrained is not None
         if not trainable:
             self.requires_grad_(False).eval()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from typing import Any
 
@@ -85,7 +86,7 @@ class TransformersConditioner(Conditioner):
         self._use_mask = not model_type.startswith("clip") if use_mask is None else use_mask
         self._layer, self._final_norm = layer, final_norm
         self.context_dim = int(encoder.config.hidden_size)
-        self.trainable = trainable
+        self.trainable, self.pretrained = trainable, pretrained is not None
         if not trainable:
             self.requires_grad_(False).eval()
 
@@ -120,15 +121,27 @@ def _new_encoder(config: dict[str, Any], vocabulary: int, max_length: int) -> nn
     model_type = settings.pop("model_type", None)
     if model_type is None:
         raise ValueError("The text encoder's config has no model_type, such as 'clip_text_model'.")
+    _check_keys(model_type, settings)
     defaults = {"vocab_size": vocabulary, "max_position_embeddings": max(max_length, 16)}
-    try:
-        full = AutoConfig.for_model(model_type, **{**defaults, **settings})
-    except ValueError as error:
-        raise ValueError(f"model_type={model_type!r} is not one of transformers'.") from error
+    full = AutoConfig.for_model(model_type, **{**defaults, **settings})
     if model_type == "clip_text_model" and "eos_token_id" not in settings:
         full.eos_token_id = vocabulary - 1
     encoder: nn.Module = T5EncoderModel(full) if model_type == "t5" else AutoModel.from_config(full)
     return encoder
+
+
+def _check_keys(model_type: str, settings: dict[str, Any]) -> None:
+    """Refuse settings that the model's config does not have: transformers would keep quiet."""
+    from transformers import CONFIG_MAPPING
+
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"model_type={model_type!r} is not one of transformers'.")
+    cls = CONFIG_MAPPING[model_type]
+    known = {*cls().to_dict(), *cls.attribute_map}
+    for name in settings.keys() - known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"The config of {model_type!r} has no {name!r}.{hint}")
 
 
 def _pretrained_encoder(pretrained: str, subfolder: str | None) -> nn.Module:

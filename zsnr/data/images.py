@@ -32,6 +32,9 @@ def decode_image(data: bytes, size: int) -> Tensor:
             image = ImageOps.exif_transpose(opened)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"not a readable picture: {error}") from error
+    if image.mode.startswith("I"):  # 16 bits: Pillow would clip them to 8
+        levels = np.asarray(image, dtype=np.float64) / 65535 * 255
+        image = Image.fromarray(levels.round().clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

@@ -187,7 +187,7 @@ def write_openmoji_shards(
         ValueError: An argument is out of range.
     """
     _check_arguments(size, samples_per_shard, validation_fraction, backgrounds)
-    out_dir = Path(out_dir)
+    out_dir = Path(out_dir).resolve()
     _check_vacant(out_dir)
     chosen = list_glyphs(glyphs) if isinstance(glyphs, str) else list(glyphs)
     if not chosen:

@@ -61,7 +61,7 @@ def read_prompts(path: str | Path, seed: int = 0) -> list[PromptRequest]:
     if not path.is_file():
         raise ValueError(f"{path}: no such prompts file.")
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error.reason}.") from error
     requests: list[PromptRequest] = []
@@ -113,6 +113,9 @@ def _parse(record: Any, line: int, default_seed: int) -> list[PromptRequest]:
     defaults = {**_DEFAULTS, "seed": default_seed}
     values = {k: defaults[k] if v is None else v for k, v in record.items()}
     count, seed = values.pop("count", 1), values.pop("seed", default_seed)
+    for name in ("height", "width"):
+        if values.get(name) is not None and values[name] < 1:
+            raise ValueError(f"{name}={values[name]}: wanted at least 1.")
     if count < 1:
         raise ValueError(f"count={count}: wanted at least 1.")
     if not 0 <= seed <= 2**32 - count:

@@ -76,10 +76,15 @@ def index_shard(shard: Path) -> list[Sample]:
             for member in tar:
                 if not member.isfile():
                     continue
-                key, _, suffix = member.name.partition(".")
+                folder, slash, name = member.name.rpartition("/")
+                stem, _, suffix = name.partition(".")
+                key = folder.removeprefix("./").removeprefix(".") + slash * (folder != ".") + stem
                 if member.offset_data + member.size > end:
                     raise ValueError(f"{shard} is cut short inside {member.name}: copy it again.")
-                groups.setdefault(key, {})[suffix.lower()] = Span(member.offset_data, member.size)
+                parts = groups.setdefault(key, {})
+                if suffix.lower() in parts:
+                    raise ValueError(f"{shard} has {member.name} twice: give each sample a key.")
+                parts[suffix.lower()] = Span(member.offset_data, member.size)
     except tarfile.TarError as error:
         raise ValueError(f"{shard} is not a readable tar file: {error}.") from error
     return [_sample(shard, key, parts) for key, parts in groups.items()]

@@ -71,8 +71,8 @@ def write_report(run_folder: str | Path, data: str | Sequence[str]) -> Path:
     sections = [
         f"# {run.name}\n\n{len(prompted)} prompted and {len(free)} unprompted samples, "
         f"{first['sampler']} in {first['num_steps']} steps, {first['spacing']} timesteps, guidance "
-        f"{first['guidance_scale']:g} rescaled by {first['guidance_rescale']:g}. Prompts and seeds "
-        "are those of the config; none was chosen by hand.",
+        f"{first['guidance_scale']:g} rescaled by {first['guidance_rescale']:g}. Every "
+        "sample of the manifest is shown, in its order.",
         f"## Prompted\n\n![prompted samples](report/prompted.png)\n\n{_prompt_list(prompted)}",
         "## Without a prompt\n\n![unprompted samples](report/unprompted.png)",
         _brightness_section(prompted, free_brightness, images, captions),

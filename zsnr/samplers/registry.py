@@ -57,3 +57,10 @@ def get_sampler(name: str, **options: Any) -> Sampler:
 def available_samplers() -> list[str]:
     """List the registered names."""
     return sorted(_SAMPLERS)
+
+
+def sampler_name(sampler: Sampler) -> str:
+    """Return the name a sampler's class is registered under, else its import path."""
+    cls = type(sampler)
+    own_path = f"{cls.__module__}.{cls.__qualname__}"
+    return next((name for name, known in _SAMPLERS.items() if known is cls), own_path)

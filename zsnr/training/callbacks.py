@@ -14,8 +14,10 @@ import numpy as np
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback
 from lightning.pytorch.utilities import rank_zero_only
 
+from zsnr.checkpoints.own import describe_model
 from zsnr.data.prompts import PromptRequest
 from zsnr.files import replacing
+from zsnr.noise import sample_generator
 from zsnr.pipeline import save_png
 from zsnr.reports.pictures import picture_grid
 from zsnr.training.module import LatentDiffusion
@@ -42,6 +44,10 @@ class Previews(Callback):
     ) -> None:
         if seeds is not None and len(seeds) != len(prompts):
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} preview prompts.")
+        if not prompts:
+            raise ValueError("Previews has no prompts: give at least one, or drop the callback.")
+        for seed in seeds or []:
+            sample_generator(seed)
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps={every_n_steps}: wanted at least 1.")
         self.prompts, self.seeds = prompts, seeds
@@ -118,6 +124,15 @@ class PredictionWriter(BasePredictionWriter):
         if self.folder is None:
             raise ValueError("--output is not set: say which folder predict shall write to.")
         data: Any = trainer.datamodule
+        for request in data.requests:
+            try:
+                size = (
+                    request.height or pl_module.image_size,
+                    request.width or pl_module.image_size,
+                )
+                pl_module.codec.latent_shape(*size)
+            except ValueError as error:
+                raise ValueError(f"Prompt {request.line}: {error}") from error
         data.done = self._open(run_identity(pl_module, data.requests, trainer.ckpt_path))
 
     def write_on_batch_end(
@@ -151,18 +166,20 @@ class PredictionWriter(BasePredictionWriter):
         if self.folder.exists() and any(self.folder.iterdir()):
             raise ValueError(f"{self.folder} is not empty: choose another --output.")
         self.folder.mkdir(parents=True, exist_ok=True)
-        run.write_text(json.dumps({"identity": identity}) + "\n")
+        with replacing(run) as beside:
+            beside.write_text(json.dumps({"identity": identity}) + "\n")
         return set()
 
 
 def run_identity(
     module: LatentDiffusion, requests: Sequence[PromptRequest], checkpoint: Any
 ) -> str:
-    """Hash what decides the images: checkpoint, prompts and sampling settings."""
+    """Hash what decides the images: model, checkpoint, prompts and sampling settings."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(repr(requests).encode())
     with module.pipeline() as pipe:
-        digest.update(json.dumps(pipe.describe(module.sampling), sort_keys=True).encode())
+        facts = {**pipe.describe(module.sampling), **describe_model(pipe.model)}
+        digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
     if checkpoint is not None and Path(checkpoint).is_file():
         stat = Path(checkpoint).stat()
         digest.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())

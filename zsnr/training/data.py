@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from zsnr.data.dataset import ShardDataset, collate
 from zsnr.data.order import ShuffledOrder, StepBatches
 from zsnr.data.prompts import PromptRequest, parse_prompts, read_prompts
-from zsnr.data.shards import index_shards
+from zsnr.data.shards import find_shards, index_shards
 
 
 class DataModule(L.LightningDataModule):
@@ -50,9 +50,16 @@ class DataModule(L.LightningDataModule):
         predict_batch_size: int = 8,
     ) -> None:
         super().__init__()
-        for name, value in (("image_size", image_size), ("batch_size", batch_size)):
+        at_least_1 = {
+            "image_size": image_size,
+            "batch_size": batch_size,
+            "predict_batch_size": predict_batch_size,
+        }
+        for name, value in at_least_1.items():
             if value < 1:
                 raise ValueError(f"data.{name}={value}: wanted at least 1.")
+        if num_workers < 0:
+            raise ValueError(f"data.num_workers={num_workers}: wanted 0 or more.")
         self.train, self.val = train, val
         self.image_size, self.batch_size, self.num_workers = image_size, batch_size, num_workers
         self.val_samples, self.caption_field, self.seed = val_samples, caption_field, seed
@@ -145,6 +152,22 @@ def read_requests(prompts: str | list[dict[str, Any]] | None, seed: int = 0) -> 
     read: Any = read_prompts if isinstance(prompts, str) else parse_prompts
     requests: list[PromptRequest] = read(prompts, seed)
     return requests
+
+
+def check_shards(train: str | list[str] | None, val: str | list[str] | None) -> None:
+    """Refuse shards that are not there, or that stand in both data.train and data.val.
+
+    Raises:
+        FileNotFoundError: There are none.
+        ValueError: A shard is in both.
+    """
+    both = [set() if source is None else set(find_shards(source)) for source in (train, val)]
+    shared = both[0] & both[1]
+    if shared:
+        raise ValueError(
+            f"{min(shared)} is in data.train and in data.val: validation would measure what was "
+            "learned by heart. Use patterns such as train-*.tar and val-*.tar."
+        )
 
 
 def _wanted(value: Any, name: str) -> Any:

@@ -14,19 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError
-from lightning.pytorch import Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from zsnr.checkpoints.own import KEY, open_checkpoint
 from zsnr.codecs import LatentCodec
 from zsnr.conditioning import Conditioner
-from zsnr.data.shards import find_shards
 from zsnr.guidance import Guidance
 from zsnr.loss import LossWeighting
 from zsnr.samplers import Sampler, get_sampler
 from zsnr.schedule import NoiseSchedule
 from zsnr.training.callbacks import PredictionWriter
-from zsnr.training.data import DataModule, read_requests
-from zsnr.training.module import LatentDiffusion, check_settings
+from zsnr.training.data import DataModule, check_shards, read_requests
+from zsnr.training.module import LatentDiffusion, check_resumed, check_settings
 
 # Short options of every command that samples; --sampler and --seed need more than a name.
 SHORT_OPTIONS = {
@@ -48,6 +49,23 @@ DEFAULTS = {
 }
 
 
+_NAMED_CHECKPOINTS = ("last", "best", "hpc")  # Lightning finds them
+
+_PREDICT_HELP = (
+    "Short options: --prompts FILE, --output FOLDER, --sampler NAME, --num-steps N, "
+    "--spacing NAME, --guidance-scale W, --guidance-rescale PHI, --seed SEED (of prompts that "
+    "name none)."
+)
+
+
+class SaveConfigOfFit(SaveConfigCallback):
+    """Saves the whole configuration beside the logs of a training run, and of nothing else."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
+
+
 class ZsnrCLI(LightningCLI):
     """fit, validate, test and predict from YAML."""
 
@@ -60,7 +78,7 @@ class ZsnrCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, MisconfigurationException) as error:
             raise ValueError(_short(str(error))) from error
 
     def before_fit(self) -> None:
@@ -90,8 +108,18 @@ class ZsnrCLI(LightningCLI):
         if self.subcommand == "fit" and config.trainer.max_steps < 1:
             raise ValueError("trainer.max_steps is not set: say how many steps to train.")
         checkpoint = config.ckpt_path
-        if checkpoint not in (None, "last", "best", "hpc") and not Path(checkpoint).exists():
-            raise ValueError(f"--ckpt_path {checkpoint}: no such file.")
+        named = checkpoint in _NAMED_CHECKPOINTS
+        if self.subcommand != "fit" and (named or checkpoint is None):
+            if named or not isinstance(model.unet, str):
+                raise ValueError(f"{self.subcommand} needs a checkpoint: --ckpt_path FILE.")
+        elif checkpoint is not None and not named:
+            check_resumed(
+                open_checkpoint(checkpoint)[KEY],
+                {
+                    "schedule": NoiseSchedule(**model.schedule.as_dict()).settings(),
+                    "prediction_type": model.prediction_type,
+                },
+            )
         if self.subcommand == "predict":
             config.trainer.logger = False  # it logs nothing, and a CSV logger would start anew
             if data.prompts is None or config.output.folder is None:
@@ -100,7 +128,7 @@ class ZsnrCLI(LightningCLI):
         else:
             for name in ("train", "val") if self.subcommand == "fit" else ("val",):
                 if data[name] is not None:
-                    find_shards(data[name])
+                    check_shards(data.train if self.subcommand == "fit" else None, data.val)
                 elif name == "train" or self.subcommand != "fit":
                     raise ValueError(f"{self.subcommand} needs data.{name}: a folder of shards.")
 
@@ -136,14 +164,21 @@ def run(arguments: Sequence[str]) -> None:
         ValueError: The command line or a YAML is wrong; one line.
     """
     _quieten()
-    sys.argv = ["zsnr", *expand_short_options(arguments)]
+    for i, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        path = value if equals else "".join(arguments[i + 1 : i + 2])
+        if name == "--ckpt_path" and path not in _NAMED_CHECKPOINTS:
+            open_checkpoint(path)  # LightningCLI reads it before anything of ours can look at it
+    # argv[0] stays: Lightning's launcher starts the other ranks with it.
+    sys.argv[1:] = expand_short_options(arguments)
     try:
         ZsnrCLI(
             LatentDiffusion,
             DataModule,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=SaveConfigOfFit,
+            save_config_kwargs={"overwrite": True, "config_filename": "run_config.yaml"},
             seed_everything_default=0,
-            parser_kwargs={"exit_on_error": False},
+            parser_kwargs={"exit_on_error": False, "predict": {"epilog": _PREDICT_HELP}},
         )
     except ArgumentError as error:
         raise ValueError(_short(str(error))) from error

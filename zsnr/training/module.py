@@ -102,6 +102,11 @@ class LatentDiffusion(L.LightningModule):
         check_settings(schedule, prediction_type, loss, sampling.spacing, sampling.num_steps)
         if not 0 <= caption_dropout <= 1:
             raise ValueError(f"caption_dropout={caption_dropout}: wanted a number in [0, 1].")
+        if not conditioner.trainable and not conditioner.pretrained:
+            raise ValueError(
+                "The text encoder has random weights and is frozen: set trainable: true, or give "
+                "it pretrained weights."
+            )
         self.schedule, self.prediction_type = schedule, prediction_type
         self.caption_dropout, self.offset_strength = caption_dropout, offset_noise
         self.make_optimizer, self.learning_rate = optimizer, learning_rate
@@ -152,7 +157,8 @@ class LatentDiffusion(L.LightningModule):
         try:
             for part, _ in modes:
                 part.eval()
-            yield TextToImage(model)
+            source = None if self._trainer is None else self._trainer.ckpt_path
+            yield TextToImage(model, name=str(source or ""))
         finally:
             for part, mode in modes:
                 part.train(mode)
@@ -212,10 +218,11 @@ class LatentDiffusion(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         sums, counts = self.trainer.strategy.reduce(self._val_sums, reduce_op="sum")
-        self.log("val/loss", sums.sum() / counts.sum(), prog_bar=True)
+        # Reduced already, so the same on every rank.
+        self.log("val/loss", sums.sum() / counts.sum(), prog_bar=True, rank_zero_only=True)
         for t, total, count in zip(self._val_strata.tolist(), sums, counts, strict=True):
             if count > 0:
-                self.log(f"val_by_timestep/t{t:04d}", total / count)
+                self.log(f"val_by_timestep/t{t:04d}", total / count, rank_zero_only=True)
 
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step
@@ -240,6 +247,12 @@ class LatentDiffusion(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[KEY] = describe_model(self.model())
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        own = describe_model(self.model())
+        check_resumed(
+            checkpoint[KEY], {name: own[name] for name in ("schedule", "prediction_type", "unet")}
+        )
+
     # The loss
 
     def _losses(self, batch: dict[str, Any], draws: Draws, *, ema: bool) -> Tensor:
@@ -261,7 +274,8 @@ class LatentDiffusion(L.LightningModule):
         """Log the loss, by quarter of the timesteps, and at the last one on its own."""
         T = self.schedule.num_timesteps
         size = len(losses)
-        self.log("train/loss", losses.mean(), prog_bar=True, batch_size=size)
+        several = self.trainer.world_size > 1
+        self.log("train/loss", losses.mean(), prog_bar=True, batch_size=size, sync_dist=several)
         terminal = t == T - 1
         groups = {"terminal": terminal}
         for quarter in range(4):
@@ -288,6 +302,27 @@ def check_settings(
     check_prediction_type(prediction_type, schedule)
     loss.table(schedule, prediction_type)
     get_timesteps(spacing, num_steps, schedule.num_timesteps, schedule=schedule)
+
+
+def check_resumed(theirs: dict[str, Any], own: dict[str, Any]) -> None:
+    """Refuse a checkpoint that was made with other settings than these.
+
+    Raises:
+        ValueError: One differs; says how.
+    """
+    for name, value in own.items():
+        if theirs[name] == value:
+            continue
+        was, now = theirs[name], value
+        if name == "unet":
+            was, now = was["init_args"]["config"], now["init_args"]["config"]
+        if isinstance(was, dict):
+            keys = [key for key in now if was.get(key) != now[key]]
+            was, now = {k: was.get(k) for k in keys}, {k: now[k] for k in keys}
+        raise ValueError(
+            f"The checkpoint's {name} has {was}, the config has {now}: a checkpoint goes on with "
+            "the settings it was made with."
+        )
 
 
 def _dropped(conditioner: Conditioner, captions: list[str], keep: Tensor) -> Conditioning:
