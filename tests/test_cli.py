@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+import torch
 import yaml
 from PIL import Image
 
 from zsnr.cli import main
+from zsnr.samplers import registry
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -46,21 +48,13 @@ def folder(tmp_path_factory):
             ],
             "callbacks": [
                 {
-                    "class_path": "ModelCheckpoint",
-                    "init_args": {
-                        "dirpath": str(folder / "run" / "checkpoints"),
-                        "save_last": True,
-                        "save_top_k": 0,
-                        "every_n_train_steps": 2,
-                    },
-                },
-                {
                     "class_path": "zsnr.training.Previews",
                     "init_args": {"prompts": ["grey 3", ""], "every_n_steps": 2},
                 },
                 {"class_path": "zsnr.training.Throughput"},
             ],
         },
+        "checkpoint": {"every_n_train_steps": 3},  # 4 steps: the last one counts too
         "model": {
             "codec": {"class_path": "PixelCodec", "init_args": {"patch_size": 2}},
             "conditioner": {
@@ -108,7 +102,9 @@ def predict(folder, *options):
 
 
 def test_fit_writes_checkpoints_logs_and_previews(run):
-    assert (run / "checkpoints" / "last.ckpt").is_file()
+    assert [path.name for path in run.rglob("*.ckpt")] == ["last.ckpt"]
+    last = run / "checkpoints" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == 4
     assert sorted(p.name for p in (run / "previews").iterdir()) == [
         "step-00000002.png",
         "step-00000004.png",
@@ -266,6 +262,7 @@ class Own(Sampler):
 
 
 def test_an_own_sampler_by_its_class_path(run, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "_SAMPLERS", dict(registry._SAMPLERS))
     (tmp_path / "own_sampler.py").write_text(OWN_SAMPLER)
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "own.yaml").write_text(

@@ -15,6 +15,7 @@ from typing import Any
 
 from jsonargparse import ArgumentError
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -46,6 +47,10 @@ DEFAULTS = {
     "trainer.val_check_interval": 1000,
     "trainer.use_distributed_sampler": False,
     "trainer.num_sanity_val_steps": 0,
+    "checkpoint.every_n_train_steps": 1000,
+    "checkpoint.save_last": True,
+    "checkpoint.save_top_k": 0,
+    "checkpoint.enable_version_counter": False,
 }
 
 
@@ -71,6 +76,7 @@ class ZsnrCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(PredictionWriter, "output")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.link_arguments("data.image_size", "model.image_size")
         parser.link_arguments("data.seed", "model.seed")
         parser.set_defaults(DEFAULTS)
@@ -80,6 +86,13 @@ class ZsnrCLI(LightningCLI):
             super().instantiate_classes()
         except (ValueError, TypeError, MisconfigurationException) as error:
             raise ValueError(_short(str(error))) from error
+
+    def after_fit(self) -> None:
+        """Keep the last steps too, where they are fewer than between two checkpoints."""
+        for callback in self.trainer.checkpoint_callbacks:
+            folder = getattr(callback, "dirpath", None)
+            if folder is not None and getattr(callback, "save_last", False):
+                self.trainer.save_checkpoint(Path(folder) / "last.ckpt")
 
     def before_fit(self) -> None:
         """Keep an earlier run's checkpoints apart from this one's."""
@@ -107,6 +120,9 @@ class ZsnrCLI(LightningCLI):
         Guidance(**model.sampling.guidance.as_dict())
         if self.subcommand == "fit" and config.trainer.max_steps < 1:
             raise ValueError("trainer.max_steps is not set: say how many steps to train.")
+        if config.checkpoint.dirpath is None:
+            root = config.trainer.default_root_dir or "."
+            config.checkpoint.dirpath = str(Path(root) / "checkpoints")
         checkpoint = config.ckpt_path
         named = checkpoint in _NAMED_CHECKPOINTS
         if self.subcommand != "fit" and (named or checkpoint is None):
