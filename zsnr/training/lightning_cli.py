@@ -92,7 +92,7 @@ class ZsnrCLI(LightningCLI):
         for callback in self.trainer.checkpoint_callbacks:
             folder = getattr(callback, "dirpath", None)
             if folder is not None and getattr(callback, "save_last", False):
-                self.trainer.save_checkpoint(Path(folder) / "last.ckpt")
+                self.trainer.save_checkpoint(Path(folder) / "last.ckpt", weights_only=False)
 
     def before_fit(self) -> None:
         """Keep an earlier run's checkpoints apart from this one's."""
