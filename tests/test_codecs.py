@@ -1,13 +1,17 @@
 import io
+import json
+from hashlib import blake2b
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from zsnr.assets import resolve_asset
 from zsnr.codecs import AutoencoderKLCodec, LatentCodec, PixelCodec, measure_scale
-from zsnr.data.images import decode_image
+from zsnr.data.images import decode_image, to_unit_range
 from zsnr.data.openmoji import BACKGROUNDS, list_glyphs, render
 from zsnr.described import build, describe
+from zsnr.pretrained import digest, find_weights
 
 
 def png(image):
@@ -84,14 +88,104 @@ def test_force_upcast_keeps_float32(tmp_path):
             assert codec.decode(codec.latents(codec.encode(images))).dtype == torch.float32
 
 
+def test_a_codec_needs_no_weights_until_it_is_used(tmp_path):
+    codec = AutoencoderKLCodec(tiny_vae(tmp_path))
+    (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
+    assert (codec.channels, codec.factor, codec.scale, codec.shift) == (4, 2, 0.5, 0.0)
+    assert codec.latent_shape(8, 12) == (4, 4, 6)
+    assert codec.fingerprint()["weights"] is None
+    assert codec.to("cpu").release() is codec
+    latents = codec.latents(torch.ones(1, 8, 4, 4))
+    for use in (codec.load, lambda: codec.encode(torch.zeros(1, 3, 8, 8))):
+        with pytest.raises(ValueError, match="Cannot load an AutoencoderKL from .*no file named"):
+            use()
+    with pytest.raises(ValueError, match="Cannot load an AutoencoderKL"):
+        codec.decode(latents)
+
+
+def test_released_codecs_load_again(tmp_path):
+    codec, images = AutoencoderKLCodec(tiny_vae(tmp_path)), torch.rand(2, 3, 8, 8) * 2 - 1
+    with torch.inference_mode():
+        first = codec.encode(images)
+    vae = codec._vae
+    assert codec.load()._vae is vae
+    assert not any(p.is_inference() or p.requires_grad for p in vae.parameters())
+    assert codec.release()._loaded is None
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        again = codec.encode(images)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert codec._vae is not vae
+    assert torch.equal(again, first)
+    assert next(codec.release().to("meta")._vae.parameters()).device.type == "meta"
+    pixels = PixelCodec(2)
+    assert torch.equal(pixels.load().release().encode(images), pixels.encode(images))
+
+
+def test_fingerprints_of_codecs(tmp_path):
+    tiny_vae(tmp_path / "a")
+    weights = tmp_path / "a" / "diffusion_pytorch_model.safetensors"
+
+    def fingerprint(name="a", **options):
+        return AutoencoderKLCodec(str(tmp_path / name), **options).fingerprint()
+
+    first = fingerprint()
+    assert json.loads(json.dumps(first)) == first
+    assert first["class"] == "zsnr.codecs.autoencoder_kl.AutoencoderKLCodec"
+    assert first["weights"] == blake2b(weights.read_bytes(), digest_size=16).hexdigest()
+    assert fingerprint(scale=3.0, shift=0.1, slicing=True) == first
+    assert fingerprint(dtype="bfloat16") == {**first, "dtype": "bfloat16"}
+    assert fingerprint(dtype="float16") == first  # force_upcast
+    tiny_vae(tmp_path / "b", scaling_factor=2.0)
+    assert fingerprint("b") == first
+    tiny_vae(tmp_path / "b", act_fn="relu")
+    assert fingerprint("b") == {**first, "config": {**first["config"], "act_fn": "relu"}}
+
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert fingerprint()["weights"] == blake2b(data, digest_size=16).hexdigest()
+    assert {**fingerprint(), "weights": first["weights"]} == first
+
+    assert PixelCodec(2, 1.5, 0.1).fingerprint() == PixelCodec(2).fingerprint()
+    assert PixelCodec(2).fingerprint() != PixelCodec(4).fingerprint()
+    shipped = AutoencoderKLCodec("asset:openmoji_vae").fingerprint()
+    assert len(shipped["weights"]) == 32
+
+
+def test_weights_are_found_in_shards_and_in_the_hubs_cache(tmp_path, monkeypatch):
+    repository = tmp_path / "models--somebody--model"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    folder = repository / "snapshots" / ("0" * 40) / "vae"
+    tiny_vae(folder)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    stem = "diffusion_pytorch_model"
+    cached = find_weights("somebody/model", "vae", stem)
+    assert cached == find_weights(str(folder), None, stem) == [folder / f"{stem}.safetensors"]
+    assert find_weights("somebody/else", "vae", stem) == find_weights("./no", None, stem) == []
+    shards = [folder / f"{stem}-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    cached[0].rename(shards[0])
+    shards[1].write_bytes(b"second")
+    index = {"weight_map": {"b": shards[1].name, "a": shards[0].name, "c": shards[0].name}}
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
+    assert find_weights("somebody/model", "vae", stem) == shards
+    both = shards[0].read_bytes() + b"second"
+    assert digest(shards) == blake2b(both, digest_size=16).hexdigest()
+    shards[1].unlink()
+    assert find_weights("somebody/model", "vae", stem) == []
+    assert digest([]) is None
+
+
 def test_shipped_vae_reconstructs_the_demonstration():
     codec = AutoencoderKLCodec("asset:openmoji_vae")
     pictures = [
-        decode_image(png(render(glyph, 64, rgb)), 64)
+        decode_image(png(render(glyph, 64, rgb)), 64, 64)
         for glyph in list_glyphs("demo")[::4]
         for rgb in BACKGROUNDS.values()
     ]
-    images = torch.stack(pictures)
+    images = to_unit_range(torch.stack(pictures))
     latents = codec.latents(codec.encode(images))
     again = codec.decode(latents)
     assert (again - images).abs().mean() < 0.08
@@ -132,6 +226,23 @@ def test_wrong_folders_are_refused(tmp_path):
     with pytest.raises(ValueError, match="Cannot load an AutoencoderKL"):
         AutoencoderKLCodec(str(tmp_path))
     tiny_vae(tmp_path)
-    (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"garbage")
+    weights = tmp_path / "diffusion_pytorch_model.safetensors"
+    whole = load_file(weights)
+    codec = AutoencoderKLCodec(str(tmp_path))
+    del whole["encoder.conv_in.weight"]
+    save_file(whole, weights)
+    with pytest.raises(
+        ValueError, match=r"lack 1 of the tensors, such as encoder\.conv_in\.weight"
+    ):
+        codec.load()
+    weights.write_bytes(b"garbage")
     with pytest.raises(ValueError, match="Cannot load an AutoencoderKL"):
+        codec.load()
+    weights.unlink()
+    torch.save({}, weights.with_suffix(".bin"))
+    with pytest.raises(ValueError, match="no file named diffusion_pytorch_model.safetensors"):
+        codec.load()
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"AutoencoderKL"', '"VQModel"'))
+    with pytest.raises(ValueError, match="its config is of VQModel"):
         AutoencoderKLCodec(str(tmp_path))

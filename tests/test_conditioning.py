@@ -1,12 +1,18 @@
+import json
+from hashlib import blake2b
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from zsnr.conditioning import (
     Conditioner,
     NullConditioner,
     OpenClipConditioner,
+    Remembered,
     TransformersConditioner,
 )
+from zsnr.denoiser import Conditioning
 from zsnr.described import build, describe
 
 SMALL = {
@@ -34,6 +40,49 @@ def small(model_type="clip_text_model", **options):
     return TransformersConditioner(
         config=CONFIGS[model_type], tokenizer="open_clip", max_length=8, **options
     ).eval()
+
+
+def frozen(folder, **options):
+    small().encoder.save_pretrained(folder)
+    return TransformersConditioner(
+        str(folder), **{"tokenizer": "open_clip", "max_length": 8, **options}
+    )
+
+
+@pytest.fixture(scope="module")
+def tiny_open_clip(tmp_path_factory):
+    """An open_clip model of a config and weights of its own: its name and its weights."""
+    import open_clip
+
+    folder = tmp_path_factory.mktemp("open_clip")
+    text = {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
+    vision = {"image_size": 32, "patch_size": 16, "width": 16, "head_width": 8, "layers": 1}
+    config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
+    (folder / "zsnr-tiny.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder / "zsnr-tiny.json")
+    torch.manual_seed(0)
+    weights = folder / "weights.safetensors"
+    save_file(open_clip.create_model("zsnr-tiny").state_dict(), weights)
+    return "zsnr-tiny", weights
+
+
+class Counting(NullConditioner):
+    """A conditioner that notes what it encodes, and when it is released."""
+
+    def __init__(self):
+        super().__init__(4)
+        self.calls = []
+
+    def forward(self, prompts):
+        self.calls.append(list(prompts))
+        codes = [[[float(ord(c)) for c in prompt.ljust(4)[:4]]] for prompt in prompts]
+        return Conditioning(
+            torch.tensor(codes), torch.tensor([[prompt != ""] for prompt in prompts])
+        )
+
+    def release(self):
+        self.calls.append("released")
+        return super().release()
 
 
 @pytest.mark.parametrize("model_type", CONFIGS)
@@ -156,3 +205,214 @@ def test_wrong_settings_are_refused(options, message):
 def test_unknown_open_clip_models_are_refused():
     with pytest.raises(ValueError, match="open_clip has no model 'ViT-Z'"):
         OpenClipConditioner("ViT-Z")
+
+
+def test_tags_of_no_open_clip_model_are_refused():
+    with pytest.raises(ValueError, match="'laion3b': wanted a path, or a tag.*laion2b_s32b_b79k"):
+        OpenClipConditioner("ViT-H-14", "laion3b")
+    with pytest.raises(ValueError, match="no text tower of CLIP's kind: give 'roberta-base'"):
+        OpenClipConditioner("roberta-ViT-B-32")
+
+
+def test_a_conditioner_needs_no_weights_until_it_is_used(tmp_path, tiny_open_clip):
+    name, _ = tiny_open_clip
+    lost = [frozen(tmp_path / "text"), OpenClipConditioner(name, str(tmp_path / "no.safetensors"))]
+    (tmp_path / "text" / "model.safetensors").unlink()
+    for conditioner in lost:
+        assert conditioner.context_dim == 16
+        assert list(conditioner.parameters()) == []
+        assert conditioner.state_dict() == {}
+        assert not conditioner.train().training
+        assert conditioner.fingerprint()["weights"] is None
+        for use in (conditioner.load, conditioner.null, lambda c=conditioner: c(["a"])):
+            with pytest.raises(ValueError, match="Cannot load (a text encoder|zsnr-tiny) from"):
+                use()
+    (tmp_path / "text" / "model.safetensors").write_bytes(b"garbage")
+    with pytest.raises(ValueError, match="Cannot load a text encoder from .*: Error while"):
+        lost[0].load()
+    (tmp_path / "no.safetensors").write_bytes(b"garbage")
+    with pytest.raises(ValueError, match="Cannot load zsnr-tiny from .*: Error while"):
+        lost[1].load()
+    (tmp_path / "text" / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"holds no config\.json"):
+        TransformersConditioner(str(tmp_path / "text"), tokenizer="open_clip")
+    pickled = tmp_path / "model.pt"
+    torch.save(Conditioner, pickled)
+    with pytest.raises(ValueError, match="Cannot load zsnr-tiny from .*model.pt': Weights only"):
+        OpenClipConditioner(name, str(pickled)).load()
+
+
+@pytest.mark.parametrize("kind", ["transformers", "open_clip"])
+def test_released_conditioners_load_again(tmp_path, tiny_open_clip, kind):
+    if kind == "transformers":
+        conditioner = frozen(tmp_path)
+    else:
+        conditioner = OpenClipConditioner(tiny_open_clip[0], str(tiny_open_clip[1]))
+    prompts = ["a black cat", ""]
+    with torch.inference_mode():
+        first = conditioner(prompts).context
+    weights = list(conditioner.parameters())
+    assert weights
+    assert not any(p.is_inference() or p.requires_grad for p in weights)
+    assert not any(module.training for module in conditioner.modules())
+    assert next(conditioner.load().parameters()) is weights[0]
+    assert list(conditioner.release().parameters()) == []
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        again = conditioner(prompts).context
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(again, first)
+    assert next(conditioner.parameters()) is not weights[0]
+    eager = type(conditioner)(**{**conditioner.settings(), "trainable": True}).eval()
+    assert len(list(eager.release().parameters())) == len(weights)
+    for name, weight in conditioner.state_dict().items():
+        assert torch.equal(eager.state_dict()[name], weight)
+
+
+def test_moves_of_unloaded_conditioners_are_remembered(tmp_path):
+    conditioner = frozen(tmp_path)
+    assert next(conditioner.encoder.parameters()).dtype == torch.float32
+    conditioner.release().bfloat16()
+    assert next(conditioner.encoder.parameters()).dtype == torch.bfloat16
+    conditioner.release()
+    assert next(conditioner.encoder.parameters()).dtype == torch.bfloat16
+    assert next(conditioner.float().release().encoder.parameters()).dtype == torch.float32
+    assert next(conditioner.release().to("meta").encoder.parameters()).device.type == "meta"
+
+
+def test_half_precision_weights_stay_so_unless_cast(tmp_path):
+    small().encoder.half().save_pretrained(tmp_path)
+    conditioner = TransformersConditioner(str(tmp_path), tokenizer="open_clip", max_length=8)
+    assert next(conditioner.to("cpu").encoder.parameters()).dtype == torch.float16
+    assert next(conditioner.release().float().encoder.parameters()).dtype == torch.float32
+
+
+def test_fingerprints_of_conditioners(tmp_path, tiny_open_clip):
+    conditioner = frozen(tmp_path / "a")
+    weights = tmp_path / "a" / "model.safetensors"
+    first = conditioner.fingerprint()
+    assert list(conditioner.parameters()) == []
+    assert json.loads(json.dumps(first)) == first
+    assert first["weights"] == blake2b(weights.read_bytes(), digest_size=16).hexdigest()
+    assert frozen(tmp_path / "b").fingerprint() == first
+    for name, value in (("layer", -2), ("max_length", 7), ("final_norm", False)):
+        assert frozen(tmp_path / "b", **{name: value}).fingerprint() == {**first, name: value}
+    assert frozen(tmp_path / "b", use_mask=False).fingerprint() == first  # as None is for CLIP
+    assert frozen(tmp_path / "b", use_mask=True).fingerprint() == {**first, "use_mask": True}
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert conditioner.fingerprint() != first
+    assert {**conditioner.fingerprint(), "weights": first["weights"]} == first
+
+    name, weights = tiny_open_clip
+    assert OpenClipConditioner(name, str(weights)).fingerprint() == {
+        "class": "zsnr.conditioning.open_clip_text.OpenClipConditioner",
+        "model": name,
+        "layer": "penultimate",
+        "weights": blake2b(weights.read_bytes(), digest_size=16).hexdigest(),
+    }
+    assert NullConditioner(4).fingerprint() != NullConditioner(5).fingerprint()
+    with pytest.raises(ValueError, match="weights are trained along"):
+        small(trainable=True).fingerprint()
+    with pytest.raises(ValueError, match="weights are random"):
+        small().fingerprint()
+
+
+def test_fingerprints_tell_tokenizers_apart(tmp_path):
+    from transformers import CLIPTokenizer
+
+    letters = [*"abc", *(f"{c}</w>" for c in "abc")]
+    found = []
+    for folder, tokens in (("a", letters), ("b", letters), ("c", letters[::-1])):
+        tokens = ["<|startoftext|>", "<|endoftext|>", *tokens]
+        vocabulary = {token: i for i, token in enumerate(tokens)}
+        tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=8)
+        tokenizer.save_pretrained(tmp_path / folder / "tokenizer")
+        options = {"tokenizer": None, "tokenizer_subfolder": "tokenizer"}
+        found.append(frozen(tmp_path / folder, **options).fingerprint())
+    assert found[0] == found[1]
+    assert found[0]["tokenizer"] != found[2]["tokenizer"]
+    assert {**found[0], "tokenizer": found[2]["tokenizer"]} == found[2]
+
+
+def test_checkpoints_of_tags_are_found_on_disk(tmp_path, monkeypatch):
+    from zsnr.conditioning.open_clip_text import _weight_file
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert _weight_file("ViT-H-14", "laion2b_s32b_b79k") is None
+    repository = tmp_path / "models--laion--CLIP-ViT-H-14-laion2B-s32B-b79K"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    folder = repository / "snapshots" / ("0" * 40)
+    folder.mkdir(parents=True)
+    for name in ("open_clip_pytorch_model.bin", "open_clip_model.safetensors"):
+        (folder / name).write_bytes(b"weights")
+        assert _weight_file("ViT-H-14", "laion2b_s32b_b79k") == folder / name
+    assert _weight_file("RN50", "yfcc15m") is None
+
+
+def test_remembered_prompts_are_encoded_once():
+    inner = Counting()
+    remembered = Remembered(inner)
+    prompts = ["cat", "", "dog", "cat"]
+    got = remembered(prompts)
+    assert inner.calls == [["cat", "", "dog"], "released"]
+    wanted = Counting()(prompts)
+    assert torch.equal(got.context, wanted.context)
+    assert torch.equal(got.mask, wanted.mask)
+    again = remembered(["dog", "bird", "", "dog", "bird"])
+    assert inner.calls[2:] == [["bird"], "released"]
+    assert torch.equal(again.context, Counting()(["dog", "bird", "", "dog", "bird"]).context)
+    assert torch.equal(remembered.null().context, wanted.context[1:2])
+    assert len(inner.calls) == 4
+
+
+def test_remembered_rows_are_the_encoders(tmp_path):
+    remembered = Remembered(frozen(tmp_path))
+    prompts = ["a black cat", "", "two dogs"]
+    wanted = frozen(tmp_path)(prompts).context
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        remembered(prompts)
+    assert list(remembered.parameters()) == []
+    order = [2, 0, 0, 1, 2]
+    got = remembered([prompts[i] for i in order]).context
+    assert torch.equal(got, wanted[order])
+    layer = torch.nn.Linear(16, 1)
+    layer(got).sum().backward()  # rows from sampling serve training
+    got.zero_()
+    assert torch.equal(remembered(prompts).context, wanted)
+
+
+def test_known_prompts_load_nothing(tmp_path):
+    conditioner = frozen(tmp_path)
+    rows = conditioner(["a black cat", ""])
+    (tmp_path / "model.safetensors").unlink()
+    remembered = Remembered(conditioner.release())
+    null = Conditioning(rows.context[1:])
+    remembered.add("", null)
+    assert torch.equal(remembered.null().context, rows.context[1:])
+    assert torch.equal(remembered(["", ""]).context, rows.context[[1, 1]])
+    assert remembered.load().context_dim == 16
+    assert list(remembered.parameters()) == []
+    with pytest.raises(ValueError, match="Cannot load a text encoder"):
+        remembered(["", "a black cat"])
+    assert remembered.to("meta")([""]).context.device.type == "meta"
+    moved = Remembered(conditioner.to("meta"))
+    moved.add("", null)
+    assert moved.null().context.device.type == "meta"
+    for wrong in (rows, Conditioning(torch.zeros(1, 8, 5))):
+        with pytest.raises(ValueError, match=r"for 'a': wanted one row, \(1, L, 16\)"):
+            remembered.add("a", wrong)
+
+
+def test_remembered_is_described_as_what_it_holds(tmp_path):
+    inner = frozen(tmp_path)
+    remembered = Remembered(inner)
+    assert describe(remembered) == describe(Remembered(remembered)) == describe(inner)
+    assert remembered.fingerprint() == inner.fingerprint()
+    assert type(build(describe(remembered), Conditioner)) is TransformersConditioner
+    with pytest.raises(ValueError, match="are trained along: its embeddings cannot be kept"):
+        Remembered(small(trainable=True))

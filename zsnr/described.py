@@ -17,9 +17,21 @@ T = TypeVar("T")
 
 
 def describe(component: Described) -> dict[str, Any]:
-    """Return {"class_path": ..., "init_args": ...}, as a YAML would say it."""
+    """Return {"class_path": ..., "init_args": ...}, as a YAML would say it.
+
+    Args:
+        component: One that stands in for another names that as its `described`.
+    """
+    stands_for = getattr(component, "described", None)
+    if stands_for is not None:
+        return describe(stands_for)
+    return {"class_path": class_path(component), "init_args": component.settings()}
+
+
+def class_path(component: object) -> str:
+    """Return the import path of its class."""
     cls = type(component)
-    return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": component.settings()}
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def build(description: Mapping[str, Any], base: type[T]) -> T:

@@ -88,6 +88,8 @@ class TextToImage:
                 model = Model(**{**vars(model), "schedule": schedule})
         else:
             model = read_diffusers_folder(source, schedule)
+        model.codec.load()
+        model.conditioner.load()
         model.unet.to(dtype=dtype).eval().requires_grad_(False)
         pipe = cls(model, name=source)
         return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

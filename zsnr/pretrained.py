@@ -1,8 +1,10 @@
-"""Loading a part of somebody's model from a folder or the hub, with errors that say what to do."""
+"""Somebody's model in a folder or on the hub: loading parts, finding and hashing files."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,3 +32,45 @@ def load_pretrained(cls: Any, source: str, subfolder: str | None, *, what: str) 
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         hint = "" if looks_local else " A name that is no local folder is looked up on the hub."
         raise ValueError(f"Cannot load {what} from {where}: {reason}{hint}") from error
+
+
+def find_file(source: str, subfolder: str | None, name: str) -> Path | None:
+    """Find a file of a local folder, or of a hub id in the local cache; no network."""
+    if Path(source).exists() or source.startswith((".", "/", "~")):
+        path = Path(source, subfolder or "", name)
+        return path if path.is_file() else None
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(source, str(Path(subfolder or "", name)))
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def find_weights(source: str, subfolder: str | None, stem: str) -> list[Path]:
+    """Find STEM.safetensors, or the shards that its index names; [] unless all are there."""
+    whole = find_file(source, subfolder, f"{stem}.safetensors")
+    if whole is not None:
+        return [whole]
+    index = find_file(source, subfolder, f"{stem}.safetensors.index.json")
+    if index is None:
+        return []
+    names = sorted({*json.loads(index.read_text())["weight_map"].values()})
+    shards = [find_file(source, subfolder, name) for name in names]
+    return [path for path in shards if path is not None] if all(shards) else []
+
+
+def read_config(source: str, subfolder: str | None) -> dict[str, Any] | None:
+    """Read config.json without what only its library's version or its place put there."""
+    path = find_file(source, subfolder, "config.json")
+    if path is None:
+        return None
+    config = json.loads(path.read_text())
+    return {k: v for k, v in config.items() if k != "transformers_version" and k[0] != "_"}
+
+
+def digest(paths: Sequence[Path]) -> str | None:
+    """Hash the content of files, one after the other; None if there are no files."""
+    content = hashlib.blake2b(digest_size=16)
+    for path in paths:
+        with path.open("rb") as file:
+            hashlib.file_digest(file, lambda: content)
+    return content.hexdigest() if paths else None

@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from functools import partial
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import Tensor
 
 from zsnr.assets import resolve_asset
 from zsnr.codecs.base import LatentCodec
-from zsnr.pretrained import load_pretrained
+from zsnr.pretrained import digest, find_weights, load_pretrained, read_config
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 Precision = Literal["float32", "float16", "bfloat16"]
 
+_WHAT = "an AutoencoderKL"
+_STEM = "diffusion_pytorch_model"
+_NOT_THE_MOMENTS = {
+    "force_upcast",
+    "latents_mean",
+    "latents_std",
+    "sample_size",
+    "scaling_factor",
+    "shift_factor",
+}
+
 
 class AutoencoderKLCodec(LatentCodec):
     """A pretrained AutoencoderKL of diffusers, frozen.
+
+    Its config is read at once, its weights only when the first image or latent comes.
 
     Args:
         pretrained: A folder or hub id, or "asset:openmoji_vae", the small one this package ships.
@@ -41,8 +56,6 @@ class AutoencoderKLCodec(LatentCodec):
         tiling: bool = False,
         slicing: bool = False,
     ) -> None:
-        from diffusers import AutoencoderKL
-
         self._settings = {
             "pretrained": pretrained,
             "subfolder": subfolder,
@@ -52,42 +65,100 @@ class AutoencoderKLCodec(LatentCodec):
             "tiling": tiling,
             "slicing": slicing,
         }
-        vae: AutoencoderKL = load_pretrained(
-            AutoencoderKL, resolve_asset(pretrained), subfolder, what="an AutoencoderKL"
+        self._source, self._subfolder = resolve_asset(pretrained), subfolder
+        self._tiling, self._slicing = tiling, slicing
+        config = load_pretrained(
+            SimpleNamespace(from_pretrained=_full_config), self._source, subfolder, what=_WHAT
         )
-        config = vae.config
-        overflows = dtype == "float16" and config.get("force_upcast", False)
-        vae.requires_grad_(False).eval()
-        wanted = torch.float32 if overflows else getattr(torch, dtype)
-        if vae.dtype != wanted:
-            vae.to(wanted)
-        if tiling:
-            vae.enable_tiling()
-        if slicing:
-            vae.enable_slicing()
-        self._vae = vae
+        overflows = dtype == "float16" and config["force_upcast"]
+        self._dtype: torch.dtype = torch.float32 if overflows else getattr(torch, dtype)
+        self._device = torch.device("cpu")
+        self._loaded: AutoencoderKL | None = None
         self.channels = config["latent_channels"]
         self.factor = 2 ** (len(config["block_out_channels"]) - 1)
         self.scale = config["scaling_factor"] if scale is None else scale
-        self.shift = (config.get("shift_factor") or 0.0) if shift is None else shift
+        self.shift = (config["shift_factor"] or 0.0) if shift is None else shift
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         self.latent_shape(*images.shape[-2:])
         with torch.autocast(images.device.type, enabled=False):  # its dtype is its own choice
-            posterior = self._vae.encode(images.to(self._vae.dtype)).latent_dist
+            posterior = self._vae.encode(images.to(self._dtype)).latent_dist
         return torch.cat([posterior.mean, posterior.std], dim=1).float()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         raw = latents / self.scale + self.shift
         with torch.autocast(latents.device.type, enabled=False):
-            images: Tensor = self._vae.decode(raw.to(self._vae.dtype)).sample
+            images: Tensor = self._vae.decode(raw.to(self._dtype)).sample
         return images.float()
 
     def to(self, device: torch.device | str) -> AutoencoderKLCodec:
-        self._vae.to(device)
+        self._device = torch.device(device)
+        if self._loaded is not None:
+            self._loaded.to(self._device)
+        return self
+
+    def load(self) -> Self:
+        if self._loaded is None:
+            self._loaded = self._read()
+        return self
+
+    def release(self) -> Self:
+        self._loaded = None
         return self
 
     def settings(self) -> dict[str, Any]:
         return dict(self._settings)
+
+    def _decisive(self) -> dict[str, Any]:
+        config = read_config(self._source, self._subfolder) or {}
+        return {
+            "config": {k: v for k, v in config.items() if k not in _NOT_THE_MOMENTS},
+            "dtype": str(self._dtype).removeprefix("torch."),
+            "tiling": self._tiling,
+            "weights": digest(find_weights(self._source, self._subfolder, _STEM)),
+        }
+
+    @property
+    def _vae(self) -> AutoencoderKL:
+        self.load()
+        return self._loaded
+
+    def _read(self) -> AutoencoderKL:
+        from diffusers import AutoencoderKL
+
+        # The first image may come inside sampling, whose inference tensors could not stay.
+        with torch.inference_mode(False):
+            vae = load_pretrained(
+                SimpleNamespace(
+                    from_pretrained=partial(AutoencoderKL.from_pretrained, torch_dtype=self._dtype)
+                ),
+                self._source,
+                self._subfolder,
+                what=_WHAT,
+            )
+            lacking = [name for name, weight in vae.named_parameters() if weight.is_meta]
+            if lacking:
+                raise ValueError(
+                    f"The weights in {self._source} lack {len(lacking)} of the tensors, "
+                    f"such as {lacking[0]}: wanted the ones that belong to its config."
+                )
+            vae.requires_grad_(False).eval().to(self._device)
+        if self._tiling:
+            vae.enable_tiling()
+        if self._slicing:
+            vae.enable_slicing()
+        return vae
+
+
+def _full_config(source: str, subfolder: str, use_safetensors: bool) -> dict[str, Any]:
+    """Read the config without weights, and add the defaults of what it leaves out."""
+    from diffusers import AutoencoderKL
+
+    config = AutoencoderKL.load_config(source, subfolder=subfolder)
+    name = config.get("_class_name", AutoencoderKL.__name__)
+    if name != AutoencoderKL.__name__:
+        raise ValueError(f"its config is of {name}.")
+    with torch.device("meta"):
+        return dict(AutoencoderKL.from_config(config).config)

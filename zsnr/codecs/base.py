@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
+
+from zsnr.described import class_path
 
 
 class LatentCodec(ABC):
@@ -43,6 +45,30 @@ class LatentCodec(ABC):
     @abstractmethod
     def settings(self) -> dict[str, Any]:
         """Return the arguments that build this codec again."""
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what decides its moments, as plain values; loads nothing.
+
+        Returns:
+            {"class": ..., "weights": a digest of their file, or None where there is none on
+            disk, ...}, the same wherever the files lie.
+        """
+        return {"class": class_path(self), "weights": None, **self._decisive()}
+
+    def _decisive(self) -> dict[str, Any]:
+        return self.settings()
+
+    def load(self) -> Self:
+        """Load the weights, if there are any and they are not, and return self.
+
+        Raises:
+            ValueError: They cannot be read.
+        """
+        return self
+
+    def release(self) -> Self:
+        """Drop the weights from memory and return self; the next image or latent loads them."""
+        return self
 
     def latents(self, moments: Tensor, z: Tensor | None = None) -> Tensor:
         """Draw latents: (mean + std z - shift) * scale.

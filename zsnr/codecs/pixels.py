@@ -41,3 +41,6 @@ class PixelCodec(LatentCodec):
 
     def settings(self) -> dict[str, Any]:
         return {"patch_size": self.factor, "scale": self.scale, "shift": self.shift}
+
+    def _decisive(self) -> dict[str, Any]:
+        return {"patch_size": self.factor}

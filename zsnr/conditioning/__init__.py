@@ -3,6 +3,13 @@
 from zsnr.conditioning.base import Conditioner
 from zsnr.conditioning.null import NullConditioner
 from zsnr.conditioning.open_clip_text import OpenClipConditioner
+from zsnr.conditioning.remembered import Remembered
 from zsnr.conditioning.transformers_text import TransformersConditioner
 
-__all__ = ["Conditioner", "NullConditioner", "OpenClipConditioner", "TransformersConditioner"]
+__all__ = [
+    "Conditioner",
+    "NullConditioner",
+    "OpenClipConditioner",
+    "Remembered",
+    "TransformersConditioner",
+]

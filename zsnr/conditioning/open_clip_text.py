@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zsnr.conditioning.base import Conditioner
 from zsnr.denoiser import Conditioning
+from zsnr.pretrained import digest, find_file
 
 
 class OpenClipConditioner(Conditioner):
@@ -23,6 +26,8 @@ class OpenClipConditioner(Conditioner):
         trainable: Train it along; else frozen.
     """
 
+    parts = ("token_embedding", "transformer", "ln_final", "positional_embedding", "attn_mask")
+
     def __init__(
         self,
         model: str = "ViT-H-14",
@@ -30,7 +35,7 @@ class OpenClipConditioner(Conditioner):
         layer: Literal["penultimate", "last"] = "penultimate",
         trainable: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(trainable, pretrained is not None)
         import open_clip
 
         if model not in open_clip.list_models():
@@ -38,38 +43,24 @@ class OpenClipConditioner(Conditioner):
                 f"open_clip has no model {model!r}. open_clip.list_models() lists them; "
                 "'ViT-H-14' is Stable Diffusion 2's."
             )
+        text = open_clip.CLIPTextCfg(**open_clip.get_model_config(model)["text_cfg"])
+        if text.hf_model_name:
+            raise ValueError(
+                f"{model!r} has no text tower of CLIP's kind: give {text.hf_model_name!r} to a "
+                "TransformersConditioner."
+            )
+        _check_tag(model, pretrained)
         self._settings = {
             "model": model,
             "pretrained": pretrained,
             "layer": layer,
             "trainable": trainable,
         }
-        try:
-            whole = open_clip.create_model(model, pretrained=pretrained, weights_only=True)
-        except (OSError, RuntimeError, ValueError) as error:
-            reason = (str(error).strip() or repr(error)).splitlines()[0]
-            raise ValueError(f"Cannot load {model} from {pretrained!r}: {reason}") from error
         self._tokenize = open_clip.get_tokenizer(model)
-        text = getattr(whole, "text", whole)  # CLIP keeps its tower flat, CustomTextCLIP in .text
-        for name in ("token_embedding", "transformer", "ln_final", "positional_embedding"):
-            if not hasattr(text, name):
-                raise ValueError(f"{model!r} has no text tower of CLIP's kind (no {name}).")
-        self.token_embedding: Any = text.token_embedding
-        self.transformer: Any = text.transformer
-        self.ln_final: Any = text.ln_final
-        self.positional_embedding = text.positional_embedding
-        mask = getattr(text, "attn_mask", None)
-        self.register_buffer("attn_mask", mask, persistent=False)
         self.layer = layer
-        self.context_dim = int(self.ln_final.weight.shape[0])
-        self.trainable, self.pretrained = trainable, pretrained is not None
-        if not trainable:
-            self.requires_grad_(False).eval()
-
-    def train(self, mode: bool = True) -> OpenClipConditioner:
-        """Switch to training mode, unless frozen."""
-        super().train(mode and self.trainable)
-        return self
+        self.context_dim = int(text.width)
+        if not self.reloadable:
+            self.load()
 
     def forward(self, prompts: Sequence[str]) -> Conditioning:
         ids = self._tokenize(list(prompts)).to(self.positional_embedding.device)
@@ -86,3 +77,59 @@ class OpenClipConditioner(Conditioner):
 
     def settings(self) -> dict[str, Any]:
         return dict(self._settings)
+
+    def _decisive(self) -> dict[str, Any]:
+        model, pretrained = self._settings["model"], self._settings["pretrained"]
+        found = _weight_file(str(model), str(pretrained))
+        return {
+            "model": model,
+            "layer": self.layer,
+            "weights": None if found is None else digest([found]),
+        }
+
+    def _read(self) -> dict[str, nn.Module | Tensor | None]:
+        import open_clip
+        from safetensors import SafetensorError
+
+        model, pretrained = str(self._settings["model"]), self._settings["pretrained"]
+        try:
+            whole = open_clip.create_model(model, pretrained=pretrained, weights_only=True)
+        except (OSError, RuntimeError, ValueError, UnpicklingError, SafetensorError) as error:
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            raise ValueError(f"Cannot load {model} from {pretrained!r}: {reason}") from error
+        text = getattr(whole, "text", whole)  # CLIP keeps its tower flat, CustomTextCLIP in .text
+        return {name: getattr(text, name, None) for name in self.parts}
+
+
+def _check_tag(model: str, pretrained: str | None) -> None:
+    """Refuse what is no tag and no path. A path is not looked for: weights may come later."""
+    import open_clip
+
+    if pretrained is None or open_clip.is_pretrained_cfg(model, pretrained):
+        return
+    path = Path(pretrained)
+    if not (path.suffix or len(path.parts) > 1 or path.exists()):
+        tags = open_clip.list_pretrained_tags_by_model(model)
+        raise ValueError(
+            f"pretrained={pretrained!r}: wanted a path, or a tag of {model!r}. "
+            f"Known: {', '.join(tags) or 'none'}."
+        )
+
+
+def _weight_file(model: str, pretrained: str) -> Path | None:
+    """Find a checkpoint where open_clip keeps it; no network."""
+    import open_clip
+    from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
+
+    tag = open_clip.get_pretrained_cfg(model, pretrained)
+    if tag.get("hf_hub"):
+        repository, _, name = tag["hf_hub"].rpartition("/")
+        name = name or HF_WEIGHTS_NAME
+        safe = str(Path(name).with_suffix(".safetensors"))
+        names = (HF_SAFE_WEIGHTS_NAME if name == HF_WEIGHTS_NAME else safe, name)
+        found = (find_file(repository, None, name) for name in names)
+        return next((path for path in found if path is not None), None)
+    path = Path(pretrained)
+    if tag:
+        path = Path("~/.cache/clip", Path(tag["url"]).name).expanduser()
+    return path if path.is_file() else None

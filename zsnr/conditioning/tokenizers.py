@@ -7,6 +7,21 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from zsnr.pretrained import digest, find_file
+
+_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tokenizer.model",
+)
+
 Tokenizer = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
 
 
@@ -61,3 +76,9 @@ def transformers_tokenizer(
         return encoded["input_ids"], encoded["attention_mask"].bool()
 
     return tokenize, len(auto), length
+
+
+def tokenizer_digest(pretrained: str, subfolder: str | None) -> str | None:
+    """Return a digest of a tokenizer's files; None where there are none on disk."""
+    found = (find_file(pretrained, subfolder, name) for name in _FILES)
+    return digest([path for path in found if path is not None])

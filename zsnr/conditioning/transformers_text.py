@@ -10,9 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from zsnr.conditioning.base import Conditioner
-from zsnr.conditioning.tokenizers import open_clip_tokenizer, transformers_tokenizer
+from zsnr.conditioning.tokenizers import (
+    open_clip_tokenizer,
+    tokenizer_digest,
+    transformers_tokenizer,
+)
 from zsnr.denoiser import Conditioning
-from zsnr.pretrained import load_pretrained
+from zsnr.pretrained import digest, find_weights, load_pretrained, read_config
 
 
 class TransformersConditioner(Conditioner):
@@ -37,6 +41,8 @@ class TransformersConditioner(Conditioner):
         trainable: Train it along; else frozen.
     """
 
+    parts = ("encoder",)
+
     def __init__(
         self,
         pretrained: str | None = None,
@@ -50,12 +56,12 @@ class TransformersConditioner(Conditioner):
         use_mask: bool | None = None,
         trainable: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(trainable, pretrained is not None)
         if (pretrained is None) == (config is None):
             raise ValueError("Give either `pretrained` or `config`: a text encoder needs one.")
         if tokenizer is None and pretrained is None:
             raise ValueError("A text encoder from a config needs `tokenizer`, such as 'open_clip'.")
-        self._settings = {
+        self._settings: dict[str, Any] = {
             "pretrained": pretrained,
             "config": config,
             "tokenizer": tokenizer,
@@ -76,24 +82,18 @@ class TransformersConditioner(Conditioner):
             self._tokenize, vocabulary, max_length = transformers_tokenizer(
                 source, folder, max_length
             )
-        encoder: Any = (
-            _new_encoder(config, vocabulary, max_length)
-            if config is not None
-            else _pretrained_encoder(str(pretrained), subfolder)
-        )
-        self.encoder = encoder
-        model_type: str = encoder.config.model_type
-        self._use_mask = not model_type.startswith("clip") if use_mask is None else use_mask
+        self._vocabulary, self._max_length = vocabulary, max_length
         self._layer, self._final_norm = layer, final_norm
-        self.context_dim = int(encoder.config.hidden_size)
-        self.trainable, self.pretrained = trainable, pretrained is not None
-        if not trainable:
-            self.requires_grad_(False).eval()
-
-    def train(self, mode: bool = True) -> TransformersConditioner:
-        """Switch to training mode, unless frozen: dropout of a frozen encoder stays off."""
-        super().train(mode and self.trainable)
-        return self
+        if pretrained is None:
+            encoder_config = self.encoder.config
+        else:
+            encoder_config = _pretrained_config(pretrained, subfolder)
+        self._use_mask = (
+            not encoder_config.model_type.startswith("clip") if use_mask is None else use_mask
+        )
+        self.context_dim = int(encoder_config.hidden_size)
+        if not self.reloadable:
+            self.load()
 
     def forward(self, prompts: Sequence[str]) -> Conditioning:
         device = next(self.encoder.parameters()).device
@@ -112,6 +112,28 @@ class TransformersConditioner(Conditioner):
 
     def settings(self) -> dict[str, Any]:
         return dict(self._settings)
+
+    def _decisive(self) -> dict[str, Any]:
+        own = self._settings
+        source, subfolder = str(own["pretrained"]), own["subfolder"]
+        tokenizer = own["tokenizer"]
+        return {
+            "config": read_config(source, subfolder),
+            "tokenizer": tokenizer
+            if tokenizer == "open_clip"
+            else tokenizer_digest(tokenizer or source, own["tokenizer_subfolder"]),
+            "max_length": self._max_length,
+            "layer": self._layer,
+            "final_norm": self._final_norm,
+            "use_mask": self._use_mask,
+            "weights": digest(find_weights(source, subfolder, "model")),
+        }
+
+    def _read(self) -> dict[str, nn.Module]:
+        own = self._settings
+        if own["config"] is not None:
+            return {"encoder": _new_encoder(own["config"], self._vocabulary, self._max_length)}
+        return {"encoder": _pretrained_encoder(str(own["pretrained"]), own["subfolder"])}
 
 
 def _new_encoder(config: dict[str, Any], vocabulary: int, max_length: int) -> nn.Module:
@@ -144,13 +166,27 @@ def _check_keys(model_type: str, settings: dict[str, Any]) -> None:
         raise ValueError(f"The config of {model_type!r} has no {name!r}.{hint}")
 
 
-def _pretrained_encoder(pretrained: str, subfolder: str | None) -> nn.Module:
-    from transformers import AutoConfig, AutoModel, CLIPTextModel, T5EncoderModel
+def _pretrained_config(pretrained: str, subfolder: str | None) -> Any:
+    """Read the text encoder's config; of a whole CLIP, its text tower's."""
+    from transformers import AutoConfig
 
     config = load_pretrained(AutoConfig, pretrained, subfolder, what="a text encoder's config")
-    by_type = {"clip": CLIPTextModel, "clip_text_model": CLIPTextModel, "t5": T5EncoderModel}
-    cls = by_type.get(config.model_type, AutoModel)
-    encoder: nn.Module = load_pretrained(cls, pretrained, subfolder, what="a text encoder")
+    return getattr(config, "text_config", config)
+
+
+def _pretrained_encoder(pretrained: str, subfolder: str | None) -> nn.Module:
+    from safetensors import SafetensorError
+    from transformers import AutoModel, CLIPTextModel, T5EncoderModel
+
+    by_type = {"clip_text_model": CLIPTextModel, "t5": T5EncoderModel}
+    model_type = _pretrained_config(pretrained, subfolder).model_type
+    cls = by_type.get(model_type, AutoModel)
+    try:
+        encoder: nn.Module = load_pretrained(cls, pretrained, subfolder, what="a text encoder")
+    except (RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        where = pretrained if subfolder is None else f"{pretrained} (subfolder {subfolder})"
+        raise ValueError(f"Cannot load a text encoder from {where}: {reason}") from error
     return encoder
 
 
