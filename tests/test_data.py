@@ -1,35 +1,27 @@
 import io
-import itertools
 import json
-import tarfile
 
 import numpy as np
 import pytest
 import tiny
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
-from zsnr.data.dataset import ShardDataset, collate
-from zsnr.data.images import decode_image
+from zsnr.data.buckets import AspectBuckets
+from zsnr.data.captions import Captions
+from zsnr.data.dataset import Pixels, ShardDataset, collate
+from zsnr.data.faults import BudgetError
+from zsnr.data.index import load_index
 from zsnr.data.openmoji import BACKGROUNDS, list_glyphs, render, write_openmoji_shards
-from zsnr.data.order import ShuffledOrder, StepBatches
+from zsnr.data.order import TrainingOrder
 from zsnr.data.prompts import PromptRequest, parse_prompts, read_prompts
-from zsnr.data.shards import find_shards, index_shard, index_shards
+from zsnr.data.samples import select
+from zsnr.data.storage import Storage
 
 
-def test_shards_by_folder_pattern_and_list(tmp_path):
-    tiny.write_shards(tmp_path, [3, 1, 2])
-    names = [f"train-00000{i}.tar" for i in range(3)]
-    for source in (
-        str(tmp_path),
-        f"{tmp_path}/train-{{000000..000002}}.tar",
-        f"{tmp_path}/train-*.tar",
-        [f"{tmp_path}/{name}" for name in names],
-    ):
-        assert [shard.name for shard in find_shards(source)] == names
-        assert [s.key for s in index_shards(source)] == [f"{i:05d}" for i in range(6)]
+def dataset(source, size=8, order=None, **options):
+    index = load_index(str(source), Storage(), progress=False)
+    return ShardDataset(select(index, size), order, **options)
 
 
 def test_webdatasets_own_writer_and_reader_agree_with_the_index(tmp_path):
@@ -39,141 +31,147 @@ def test_webdatasets_own_writer_and_reader_agree_with_the_index(tmp_path):
     with webdataset.TarWriter(path) as tar:
         for i in range(5):
             tar.write({"__key__": f"dir/{i}", "png": tiny.png((i, 0, 0)), "txt": f"caption {i}"})
-    dataset = ShardDataset(index_shards(path), 8)
+    own = dataset(path)
     theirs = webdataset.WebDataset(path, shardshuffle=False)
-    for mine, other in zip((dataset[i] for i in range(5)), theirs, strict=True):
+    for mine, other in zip((own[i] for i in range(5)), theirs, strict=True):
         assert (mine["key"], mine["caption"]) == (other["__key__"], other["txt"].decode())
 
 
-def test_samples(tmp_path):
-    samples = {
-        "a.jpg": b"",
-        "a.json": json.dumps({"caption": "one", "text": "zwei"}).encode(),
-        "b.webp": b"",
-        "b.txt": b" drei \n",
-        "b.json": b"{}",
-    }
+def test_samples_and_batches(tmp_path):
+    samples = {"a.json": json.dumps({"caption": "one"}).encode(), "b.txt": b" drei \n"}
     for name, kind in (("a.jpg", "JPEG"), ("b.webp", "WEBP")):
         data = io.BytesIO()
         Image.new("RGB", (30, 20), "white").save(data, kind)
         samples[name] = data.getvalue()
-    index = index_shard(tiny.write_shard(tmp_path / "x.tar", samples))
-    assert [ShardDataset(index, 8)[i]["caption"] for i in (0, 1)] == ["one", "drei"]
-    assert ShardDataset(index, 8, caption_field="text")[0]["caption"] == "zwei"
-    batch = collate([ShardDataset(index, 8)[i] for i in (0, 1)])
+    own = dataset(tiny.write_shard(tmp_path / "x.tar", samples))
+    batch = collate([own[i] for i in (0, 1)])
     assert batch["image"].shape == (2, 3, 8, 8)
+    assert batch["image"].dtype == torch.uint8
+    assert batch["caption"] == ["one", "drei"]
     assert batch["position"].tolist() == [0, 1]
-    with pytest.raises(ValueError, match=r"x\.tar, sample 'a': its json has no text in .*'nope'"):
-        ShardDataset(index, 8, caption_field="nope")[0]
+    assert batch["faults"] == []
 
 
-def test_names_as_tar_writes_them(tmp_path):
-    for name, key in (("./00001", "00001"), ("v1.0/00001", "v1.0/00001")):
-        members = {f"{name}.png": tiny.png("red"), f"{name}.txt": b"x"}
-        assert index_shard(tiny.write_shard(tmp_path / "x.tar", members))[0].key == key
-    with tarfile.open(tmp_path / "twice.tar", "w") as tar:
-        for _ in range(2):
-            member = tarfile.TarInfo("a.txt")
-            tar.addfile(member, io.BytesIO())
-    with pytest.raises(ValueError, match=r"has a\.txt twice"):
-        index_shard(tmp_path / "twice.tar")
+def test_a_folder_of_pictures(tmp_path):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(tiny.png("red"))
+    (tmp_path / "a.txt").write_text("\ufeffein Bär")
+    line = {"file_name": "b.png", "text": "from the table"}
+    (tmp_path / "metadata.jsonl").write_text("\n" + json.dumps(line))
+    own = dataset(tmp_path)
+    assert [own[i]["caption"] for i in (0, 1)] == ["ein Bär", "from the table"]
 
 
-def test_broken_shards_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="No shards at .*nowhere"):
-        find_shards(str(tmp_path / "nowhere"))
-    with pytest.raises(FileNotFoundError, match="No shards"):
-        find_shards(str(tmp_path))
-    garbage = tmp_path / "garbage.tar"
-    garbage.write_bytes(b"garbage" * 1000)
-    with pytest.raises(ValueError, match="not a readable tar"):
-        index_shard(garbage)
-    lonely = tiny.write_shard(tmp_path / "lonely.tar", {"a.png": tiny.png("red")})
-    with pytest.raises(ValueError, match="'a' has png: wanted a picture .* and a caption"):
-        index_shard(lonely)
-    whole = tiny.write_shards(tmp_path / "w", [3]) / "train-000000.tar"
-    cut = tmp_path / "cut.tar"
-    cut.write_bytes(whole.read_bytes()[:700])
-    with pytest.raises(ValueError, match="cut"):
-        index_shard(cut)
-    empty = tiny.write_shard(tmp_path / "empty.tar", {})
-    with pytest.raises(ValueError, match="hold no samples"):
-        index_shards(str(empty))
-    bad = tiny.write_shard(tmp_path / "bad.tar", {"a.png": b"no picture", "a.txt": b"x"})
-    with pytest.raises(ValueError, match=r"bad\.tar, sample 'a': not a readable picture"):
-        ShardDataset(index_shard(bad), 8)[0]
-
-
-def encoded(image, kind="PNG", **options):
-    data = io.BytesIO()
-    image.save(data, kind, **options)
-    return data.getvalue()
-
-
-def test_images_are_resized_and_cropped_to_the_centre():
-    pixels = np.zeros((20, 60, 3), dtype=np.uint8)
-    pixels[:, 20:40] = 255
-    image = decode_image(encoded(Image.fromarray(pixels)), 20)
-    assert image.dtype == torch.float32
-    torch.testing.assert_close(image, torch.ones(3, 20, 20))
-    fine = np.indices((64, 64)).sum(0) % 2 * 255  # a checkerboard averages to grey
-    small = decode_image(encoded(Image.fromarray(fine.astype(np.uint8))), 16)
-    assert small.abs().max() < 0.1
+RECORD = json.dumps(
+    {"caption": "c", "text": "t", "long": ["x", "y", "z", 3], "empty": "", "none": None, "txt": "j"}
+).encode()
 
 
 @pytest.mark.parametrize(
-    ("mode", "colour", "wanted"),
+    ("fields", "text", "record", "wanted"),
     [
-        ("RGB", (255, 0, 0), (1, -1, -1)),
-        ("L", 255, (1, 1, 1)),
-        ("RGBA", (255, 0, 0, 255), (1, -1, -1)),
-        ("RGBA", (255, 0, 0, 0), (1, 1, 1)),
-        ("LA", (0, 0), (1, 1, 1)),
-        ("P", 0, (-1, -1, -1)),
-        ("1", 1, (1, 1, 1)),
-        ("I;16", 65535, (1, 1, 1)),
-        ("I;16", 0, (-1, -1, -1)),
-        ("I;16", 128 * 257, (0.00392157,) * 3),
+        ({}, b" a\n", RECORD, {"a"}),
+        ({}, None, RECORD, {"c"}),
+        ({}, None, b'{"text": "t"}', {"t"}),
+        ({}, b"", None, {""}),
+        ({"text": 1}, b"a", RECORD, {"t"}),
+        ({"txt": 1, "text": 1, "absent": 5, "none": 5}, b"a", RECORD, {"a", "t"}),
+        ({"long": 1}, None, RECORD, {"x", "y", "z"}),
+        ({"absent": 1, "txt": 1}, b"a", None, {"a"}),
+        ({"empty": 1}, None, RECORD, {""}),
+        ({"txt": 1}, "雪 ❄".encode(), b"{", {"雪 ❄"}),
     ],
 )
-def test_modes(mode, colour, wanted):
-    pixel = decode_image(tiny.png(colour, mode=mode), 4)[:, 0, 0]
-    torch.testing.assert_close(pixel, torch.tensor(wanted, dtype=torch.float32))
+def test_captions(fields, text, record, wanted):
+    captions = Captions(fields)
+    found = [captions.choose(text, record, seed) for seed in range(60)]
+    assert set(found) == wanted
+    assert found == [captions.choose(text, record, seed) for seed in range(60)]
 
 
-def test_exif_orientation_is_obeyed():
-    pixels = np.zeros((10, 20, 3), dtype=np.uint8)
-    pixels[:, :10] = 255
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn right
-    image = decode_image(encoded(Image.fromarray(pixels), "JPEG", exif=exif, quality=95), 10)
-    assert image[:, 0].mean() > 0.8
-    assert image[:, -1].mean() < -0.8
+def test_caption_probabilities():
+    captions = Captions({"caption": 3.0, "text": 1.0})
+    found = [captions.choose(None, RECORD, seed) for seed in range(4000)]
+    assert found.count("c") / 4000 == pytest.approx(0.75, abs=4 * (0.75 * 0.25 / 4000) ** 0.5)
 
 
-@given(st.integers(1, 40), st.integers(0, 2**31), st.integers(0, 3))
-def test_every_pass_shows_every_sample_once(n, seed, number):
-    order = ShuffledOrder(n, seed)
-    seen = [order[p] for p in range(number * n, (number + 1) * n)]
-    assert sorted(seen) == list(range(n))
-    assert ShuffledOrder(n, seed)[number * n] == seen[0]
+@pytest.mark.parametrize(
+    ("options", "text", "record", "message"),
+    [
+        ({"fields": {"nope": 1.0}}, b"a", RECORD, "no text in nope"),
+        ({}, None, b"{}", "no text in txt, caption, text"),
+        ({}, None, b"[]", "no object"),
+        ({}, None, b"{", "unreadable"),
+        ({}, b"\xff\xfe", None, "not UTF-8"),
+        ({"empty": "drop"}, b"  ", None, "caption is empty"),
+    ],
+)
+def test_captions_that_cannot_be(options, text, record, message):
+    with pytest.raises(ValueError, match=message):
+        Captions(**options).choose(text, record, 0)
 
 
-@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 5), st.integers(0, 7))
-@settings(max_examples=60)
-def test_ranks_and_accumulation_only_divide_the_global_batch(ranks, accumulate, each, first):
-    size = ranks * accumulate * each
-    loads = [StepBatches(size, r, ranks, accumulate, first) for r in range(ranks)]
-    taken = [list(itertools.islice(load, 3 * accumulate)) for load in loads]
-    for k in range(3):
-        own = slice(k * accumulate, (k + 1) * accumulate)
-        positions = [p for rank in taken for batch in rank[own] for p in batch]
-        assert sorted(positions) == list(range((first + k) * size, (first + k + 1) * size))
+def test_bad_caption_settings():
+    with pytest.raises(ValueError, match="wanted positive"):
+        Captions({"txt": 0.0})
+    with pytest.raises(ValueError, match="wanted 'keep' or 'drop'"):
+        Captions(empty="no")
 
 
-def test_batches_that_do_not_divide_are_refused():
-    with pytest.raises(ValueError, match="wanted a multiple of 6"):
-        StepBatches(16, 0, 2, 3)
+def test_crops_and_flips_belong_to_the_position():
+    pixels = Pixels(crop="random", flip=True)
+    draws = [pixels.draw(0, p) for p in range(2000)]
+    assert draws == [pixels.draw(0, p) for p in range(2000)]
+    places = np.array([place for place, _ in draws])
+    assert np.abs(places.mean(0) - 0.5).max() < 4 / (12 * 2000) ** 0.5
+    assert abs(np.mean([flip for _, flip in draws]) - 0.5) < 4 * 0.5 / 2000**0.5
+    assert {Pixels().draw(0, p) for p in range(9)} == {((0.5, 0.5), False)}
+    with pytest.raises(ValueError, match="'center' or 'random'"):
+        Pixels(crop="left")
+
+
+def test_a_broken_picture_is_replaced_by_another_of_its_bucket(tmp_path):
+    broken = ("03", "04")
+    members = {}
+    for i in range(12):
+        data = tiny.png((10 * i, 0, 0), (60, 20) if i % 2 else (20, 60))
+        members[f"{i:02d}.png"] = data[:60] if f"{i:02d}" in broken else data  # a whole header
+        members[f"{i:02d}.txt"] = f"{i:02d}".encode()
+    path = tiny.write_shard(tmp_path / "x.tar", members)
+    index = load_index(str(path), Storage(), progress=False)
+    samples = select(index, 16, aspect=AspectBuckets(step=8, max_ratio=4))
+    order = TrainingOrder(samples, 2, 0)
+    items = [ShardDataset(samples, order)[p] for p in range(48)]
+    again = ShardDataset(samples, TrainingOrder(samples, 2, 0)).__getitems__(range(48))
+    for position, (item, other) in enumerate(zip(items, again, strict=True)):
+        assert torch.equal(item["image"], other["image"])
+        assert item["faults"] == other["faults"]
+        meant = samples[order[position]].key
+        assert item["image"].shape == ((3, 8, 32) if int(meant) % 2 else (3, 32, 8))
+        assert int(item["key"]) % 2 == int(meant) % 2
+        assert item["caption"] == item["key"]
+        if meant in broken:
+            assert item["key"] not in broken
+            assert {(f.key, f.position) for f in item["faults"]} == {(meant, position)}
+            assert "not a readable picture" in item["faults"][0].reason
+        else:
+            assert (item["key"], item["faults"]) == (meant, [])
+    assert any(item["faults"] for item in items)
+
+
+def test_all_broken_stops(tmp_path):
+    members = {"a.png": tiny.png("red")[:60], "a.txt": b""}
+    own = dataset(tiny.write_shard(tmp_path / "x.tar", members))
+    with pytest.raises(BudgetError, match=r"32 samples in a row.*sample 'a'"):
+        own[0]
+
+
+def test_a_shard_that_changed_after_indexing_is_not_read_as_if_it_had_not(tmp_path):
+    path = tiny.write_shards(tmp_path, [4]) / "train-000000.tar"
+    own = dataset(path)
+    path.write_bytes(path.read_bytes()[512:])
+    with pytest.raises(BudgetError, match="changed size"):
+        own[0]
 
 
 def test_prompts_files(tmp_path):
@@ -247,15 +245,14 @@ def test_openmoji_shards(tmp_path):
     for name in files:  # equal arguments, equal bytes
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     splits = {
-        split: {s.key for s in index_shards(f"{tmp_path}/a/{split}-*.tar")}
+        split: set(dataset(f"{tmp_path}/a/{split}-*.tar").samples.keys.to_pylist())
         for split in ("train", "val")
     }
     assert not splits["train"] & splits["val"]
     assert len(splits["train"] | splits["val"]) == len(list_glyphs("demo")) * len(BACKGROUNDS)
-    item = ShardDataset(index_shards(str(tmp_path / "a")), 16)[0]
+    item = dataset(tmp_path / "a", 16)[0]
     ground = item["caption"].partition(" on a ")[2].removesuffix(" background")
-    level = BACKGROUNDS[ground][0] / 127.5 - 1
-    assert item["image"][0, 0, 0].item() == pytest.approx(level, abs=0.01)
+    assert item["image"][:, 0, 0].tolist() == list(BACKGROUNDS[ground])
     with pytest.raises(FileExistsError, match="not empty"):
         write_openmoji_shards(tmp_path / "a", glyphs="demo", progress=False)
 

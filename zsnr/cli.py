@@ -29,12 +29,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             run(arguments)
             return 0
-        options = _parser().parse_args(arguments)
+        parser = _parser()
+        options, settings = parser.parse_known_args(arguments)
+        if settings and options.run is not _data_cache:
+            parser.error(f"unrecognized arguments: {' '.join(settings)}")
+        options.settings = settings
         options.run(options)
     except (ValueError, OSError, IndexError, ImportError) as error:
         if os.environ.get("ZSNR_TRACEBACK") or not _is_ours(error):
             raise
-        print(f"zsnr: error: {error}", file=sys.stderr)
+        print(f"zsnr: error: {_message(error)}", file=sys.stderr)
         return 2
     return 0
 
@@ -53,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in TRAINING.items():
         commands.add_parser(name, help=text, add_help=False)
 
-    data = commands.add_parser("data", help="make data").add_subparsers(
+    data = commands.add_parser("data", help="make, index, cache, look at data").add_subparsers(
         required=True, metavar="COMMAND"
     )
     openmoji = data.add_parser(
@@ -71,6 +75,60 @@ def _parser() -> argparse.ArgumentParser:
         help="the quickstart's few glyphs, or all of them (default: all)",
     )
     openmoji.set_defaults(run=_data_openmoji)
+
+    index = data.add_parser(
+        "index",
+        help="list the samples of shards, and what is broken in them",
+        description="Write an index file beside each shard, or into --output: one row a sample, "
+        "with its place in the shard, the picture's size and the fields of its json. Broken and "
+        "missing samples and shards are named. Training does this by itself for small sets.",
+    )
+    index.add_argument(
+        "source", nargs="+", help="a folder, a pattern such as 'https://host/{000..099}.tar', ..."
+    )
+    index.add_argument(
+        "--output", metavar="FOLDER", help="where to write; shards behind an address need it"
+    )
+    index.add_argument("--ledger", metavar="FILE", help="write what is broken as jsonl")
+    index.add_argument(
+        "--timeout", type=float, default=30.0, help="seconds until a server is stalled (default 30)"
+    )
+    index.add_argument("--attempts", type=int, default=5, help="tries of one read (default 5)")
+    index.add_argument("--json", action="store_true", help="print the summary as JSON")
+    index.set_defaults(run=_data_index)
+
+    cache = data.add_parser(
+        "cache",
+        help="encode the pictures of a training config once",
+        usage="%(prog)s -c CONFIG --output FOLDER [options] [settings, such as --data.val DIR]",
+        description="Encode the pictures of a training config once, so that training needs neither "
+        "VAE nor text encoder: then train with --data.train FOLDER. The cache holds the VAE's mean "
+        "and standard deviation of each picture (and of its mirror image, with data.pixels.flip), "
+        "captions, json fields and, with --text, text embeddings. It is written shard by shard: "
+        "run the same command again and it goes on. Under torchrun, or with --rank and --ranks, "
+        "each process caches its share.",
+    )
+    cache.add_argument(
+        "-c", "--config", action="append", required=True, help="YAML of `zsnr fit`; may be repeated"
+    )
+    cache.add_argument("--output", required=True, metavar="FOLDER", help="where to write")
+    cache.add_argument(
+        "--source", choices=("train", "val"), default="train", help="what to cache (default train)"
+    )
+    cache.add_argument("--text", action="store_true", help="cache text embeddings too")
+    cache.add_argument(
+        "--dtype",
+        choices=("float16", "bfloat16", "float32"),
+        default="float16",
+        help="of what is kept (default float16)",
+    )
+    cache.add_argument(
+        "--batch-size", type=int, default=8, help="pictures encoded at a time (default 8)"
+    )
+    cache.add_argument("--device", help="where to encode (default: the GPU if there is one)")
+    cache.add_argument("--rank", type=int, help="this process (default: RANK, else 0)")
+    cache.add_argument("--ranks", type=int, help="all processes (default: WORLD_SIZE, else 1)")
+    cache.set_defaults(run=_data_cache)
 
     configs = commands.add_parser("configs", help="list, show and copy the shipped YAML")
     actions = configs.add_subparsers(required=True, metavar="COMMAND")
@@ -100,6 +158,27 @@ def _data_openmoji(options: argparse.Namespace) -> None:
     from zsnr.data.openmoji import write_openmoji_shards
 
     write_openmoji_shards(options.folder, size=options.size, glyphs=options.glyphs)
+
+
+def _data_index(options: argparse.Namespace) -> None:
+    from zsnr.data.index import write_indices
+
+    print(
+        write_indices(
+            options.source,
+            None if options.output is None else Path(options.output).expanduser(),
+            ledger=None if options.ledger is None else Path(options.ledger).expanduser(),
+            attempts=options.attempts,
+            timeout=options.timeout,
+            as_json=options.json,
+        )
+    )
+
+
+def _data_cache(options: argparse.Namespace) -> None:
+    from zsnr.training.caching import run_cache
+
+    print(run_cache(options, options.settings))
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -147,8 +226,18 @@ def _configs_copy(options: argparse.Namespace) -> None:
     print(target)
 
 
+def _message(error: BaseException) -> str:
+    """Give the error's text; one that a loading process raised comes with its traceback around."""
+    text, name = str(error), type(error).__name__
+    if not text.startswith(f"Caught {name} in DataLoader worker"):
+        return text
+    return text.strip().rpartition(f"{name}: ")[2]
+
+
 def _is_ours(error: BaseException) -> bool:
     """Whether an error was raised by this package, so that its text is meant for the user."""
+    if type(error).__module__.startswith("zsnr."):
+        return True
     frames = traceback.extract_tb(error.__traceback__)
     return bool(frames) and Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
 

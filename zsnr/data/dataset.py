@@ -1,77 +1,217 @@
-"""Samples of shards by their position in the training order."""
+"""Samples by their position in the run, with others in the place of broken ones."""
 
 from __future__ import annotations
 
-import json
+import os
+import random
+import threading
 from collections.abc import Sequence
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 import torch
 from torch.utils.data import Dataset
 
-from zsnr.data.images import decode_image
-from zsnr.data.order import ShuffledOrder
-from zsnr.data.shards import Sample, Span
+from zsnr.data.captions import Captions
+from zsnr.data.faults import BudgetError, Fault
+from zsnr.data.images import MAX_PIXELS, decode_image
+from zsnr.data.samples import Sample, Samples, Span
+from zsnr.data.storage import Retries, Storage, is_remote
+from zsnr.noise import derive_seed
+
+_CROP, _CAPTION = 3, 4  # streams of the run's seed; those of training.draws come before
+_TRIES = 32  # samples in a row that may be broken
+_GAP = 64 << 10  # bytes between two parts of a sample that are read rather than skipped
+_THREADS = 8  # reads at a time, from a server
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """How a picture becomes the pixels of a bucket.
+
+    Args:
+        crop: What is cut away where the shape differs: the same on both sides ("center"), or by
+            chance ("random").
+        flip: Mirror half of the pictures, by chance.
+        max_pixels: Larger pictures count as broken, before they are decoded.
+    """
+
+    crop: Literal["center", "random"] = "center"
+    flip: bool = False
+    max_pixels: int = MAX_PIXELS
+
+    def __post_init__(self) -> None:
+        if self.crop not in ("center", "random"):
+            raise ValueError(f"crop={self.crop!r}: wanted 'center' or 'random'.")
+
+    def draw(self, seed: int, position: int) -> tuple[tuple[float, float], bool]:
+        """Draw a sample's crop (v, u), 0.5 = the middle, and whether it is mirrored."""
+        draw = random.Random(derive_seed(seed, _CROP, position))
+        place = draw.random(), draw.random()
+        return (place if self.crop == "random" else (0.5, 0.5)), self.flip and draw.random() < 0.5
+
+
+class Order(Protocol):
+    """Positions to rows; `replacement` stands in for a broken sample."""
+
+    def __getitem__(self, position: int) -> int: ...
+
+    def replacement(self, position: int, attempt: int) -> int: ...
+
+
+class AsIndexed:
+    """Samples in the order of the index."""
+
+    def __init__(self, samples: Samples) -> None:
+        self._bucket = samples.bucket
+
+    def __getitem__(self, position: int) -> int:
+        return position
+
+    def replacement(self, position: int, attempt: int) -> int:
+        """Return the row of the attempt-th sample of the bucket behind a broken one."""
+        alike = (self._bucket == self._bucket[position]).nonzero()[0]
+        return int(alike[(int(alike.searchsorted(position)) + attempt) % len(alike)])
 
 
 class ShardDataset(Dataset[dict[str, Any]]):
-    """Pictures and captions read from shards by offset.
+    """Pictures and captions read by offset.
 
-    An item is {"image": (3, size, size) in [-1, 1], "caption": str, "key": str, "position": int}.
+    An item is {"image": uint8 (3, H, W), "caption": str, "key": str, "position": int, "faults":
+    what went wrong on the way, a list of Fault}.
 
     Args:
-        samples: The index of the shards.
-        image_size: Height and width, in pixels.
-        order: Maps positions to samples. None = as they stand in the shards.
-        caption_field: Field of the json that holds the caption, where there is no txt.
+        samples: What there is.
+        order: Maps positions to rows. None = as they are indexed.
+        pixels: How pictures are cut.
+        captions: Which text is the caption.
+        retries: How often a read is tried.
+        seed: Of crops and captions, which belong to a position.
     """
 
     def __init__(
         self,
-        samples: Sequence[Sample],
-        image_size: int,
-        order: ShuffledOrder | None = None,
-        caption_field: str = "caption",
+        samples: Samples,
+        order: Order | None = None,
+        *,
+        pixels: Pixels = Pixels(),
+        captions: Captions = Captions(),
+        retries: Retries = Retries(),
+        seed: int = 0,
     ) -> None:
-        self._samples, self._size, self._order = samples, image_size, order
-        self._field = caption_field
+        self.samples = samples
+        self._order = AsIndexed(samples) if order is None else order
+        self._pixels, self._captions, self._retries = pixels, captions, retries
+        self._seed = seed
+        self._remote = any(is_remote(shard.url) for shard in samples.shards)
+        self._process: _Process | None = None
 
     def __len__(self) -> int:
-        return len(self._samples)
+        return len(self.samples)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_process": None}
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        sample = self._samples[position if self._order is None else self._order[position]]
-        with open(sample.shard, "rb") as shard:
-            data, caption = (_read(shard, span) for span in (sample.image, sample.caption))
-        try:
-            image = decode_image(data, self._size)
-            text = self._caption(caption, sample.caption_suffix)
-        except ValueError as error:
-            raise ValueError(f"{sample.shard}, sample {sample.key!r}: {error}") from error
-        return {"image": image, "caption": text, "key": sample.key, "position": position}
+        """Load the sample at a position, or the one that replaces it.
 
-    def _caption(self, data: bytes, suffix: str) -> str:
-        text = data.decode("utf-8")
-        if suffix == "txt":
-            return text.strip()
-        record = json.loads(text)
-        if not isinstance(record, dict) or not isinstance(record.get(self._field), str):
-            raise ValueError(f"its json has no text in the field {self._field!r}.")
-        caption: str = record[self._field]
-        return caption
+        Raises:
+            BudgetError: So many samples in a row are broken that something else must be wrong.
+        """
+        process = self._here()
+        faults: list[Fault] = []
+        for attempt in range(_TRIES):
+            row = self._order.replacement(position, attempt) if attempt else self._order[position]
+            sample = self.samples[row]
+            process.local.report = lambda url, reason, key=sample.key: faults.append(
+                Fault("passing", url, key, reason, position)
+            )
+            try:
+                item = self._load(sample, row, position, process.storage)
+            except (ValueError, OSError, EOFError) as error:
+                reason = " ".join(str(error).split())
+                faults.append(Fault("sample", sample.shard, sample.key, reason, position))
+                continue
+            return {**item, "key": sample.key, "position": position, "faults": faults}
+        last = faults[-1]
+        raise BudgetError(
+            f"{_TRIES} samples in a row are broken; the last: {last.shard}, sample {last.key!r}: "
+            f"{last.reason}. Mend the data."
+        )
+
+    def __getitems__(self, positions: Sequence[int]) -> list[dict[str, Any]]:
+        """Load a batch; what lies behind an address is read several samples at a time."""
+        if not self._remote:
+            return [self[position] for position in positions]
+        return list(self._here().pool.map(self.__getitem__, positions))
+
+    def _load(self, sample: Sample, row: int, position: int, storage: Storage) -> dict[str, Any]:
+        """Read and decode one sample.
+
+        Raises:
+            ValueError, OSError, EOFError: It is broken.
+        """
+        image, text, record = self._read(sample, row, storage)
+        assert image is not None
+        caption = self._caption(text, record, position)
+        return {"image": self._decode(image, row, position), "caption": caption}
+
+    def _caption(self, text: bytes | None, record: bytes | None, position: int) -> str:
+        return self._captions.choose(text, record, derive_seed(self._seed, _CAPTION, position))
+
+    def _decode(self, data: bytes, row: int, position: int) -> torch.Tensor:
+        height, width = self.samples.shapes[self.samples.bucket[row]]
+        crop, flip = self._pixels.draw(self._seed, position)
+        most = self._pixels.max_pixels
+        return decode_image(data, height, width, crop=crop, flip=flip, max_pixels=most)
+
+    def _read(self, sample: Sample, row: int, storage: Storage) -> list[bytes | None]:
+        """Read image, text and json, with one request where they lie side by side."""
+        spans = [sample.image, sample.text, sample.json]
+        wanted = [span for span in spans if span is not None]
+        size = self.samples.shard_size(row)
+        start = min(span.offset for span in wanted)
+        end = max(span.offset + span.size for span in wanted)
+        together = len({span.url for span in wanted}) == 1
+        if together and end - start <= sum(span.size for span in wanted) + _GAP:
+            block = storage.read(sample.image.url, start, end - start, expected_size=size)
+            return [
+                None if s is None else block[s.offset - start : s.offset - start + s.size]
+                for s in spans
+            ]
+        return [None if span is None else _part(storage, span, size) for span in spans]
+
+    def _here(self) -> _Process:
+        """What belongs to this process: connections and threads do not survive a fork."""
+        if self._process is None or self._process.pid != os.getpid():
+            self._process = _Process(self._retries)
+        return self._process
+
+
+class _Process:
+    def __init__(self, retries: Retries) -> None:
+        self.pid = os.getpid()
+        self.local = threading.local()
+        self.storage = Storage(retries, lambda url, reason: self.local.report(url, reason))
+        self.pool = ThreadPoolExecutor(_THREADS)
 
 
 def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Join items to a batch: image (B, 3, H, W), position (B,), lists of captions and keys."""
-    return {
-        "image": torch.stack([item["image"] for item in items]),
-        "caption": [item["caption"] for item in items],
-        "key": [item["key"] for item in items],
-        "position": torch.tensor([item["position"] for item in items]),
-    }
+    """Join items to a batch: tensors stacked, position (B,), all else as lists; faults in one."""
+    batch: dict[str, Any] = {}
+    for name, first in items[0].items():
+        values = [item[name] for item in items]
+        if isinstance(first, torch.Tensor):
+            batch[name] = torch.stack(values)
+        elif name == "position":
+            batch[name] = torch.tensor(values)
+        elif name == "faults":
+            batch[name] = [fault for faults in values for fault in faults]
+        else:
+            batch[name] = values
+    return batch
 
 
-def _read(shard: Any, span: Span) -> bytes:
-    shard.seek(span.offset)
-    data: bytes = shard.read(span.size)
-    return data
+def _part(storage: Storage, span: Span, size: int | None) -> bytes:
+    return storage.read(span.url, span.offset, span.size, expected_size=size)

@@ -1,35 +1,232 @@
-"""Which sample stands where: the global batch of step k is a function of (seed, k) only."""
+"""Which sample stands where: the global batch of step k is a function of (samples, seed, k) only.
+
+One pass over the data shuffles the shards, cuts their row into windows of several, and shuffles the
+samples of each window. So reads stay near each other and memory stays small, whatever the size of
+the data. Every bucket is an endless stream of its own that passes and windows only cut into pieces:
+what does not fill a batch waits for the next window, or the next pass.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from fractions import Fraction
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch.utils.data import Sampler
 
 from zsnr.noise import derive_seed, sample_generator
 
+if TYPE_CHECKING:
+    import numpy as np
 
-class ShuffledOrder:
-    """An endless seeded order: a fresh permutation of the data set each time through.
+    from zsnr.data.samples import Samples
+
+_SHARDS, _WINDOW, _RANKS, _REPLACEMENT, _MIX = range(5)  # independent streams of one seed
+
+
+class _Pass(NamedTuple):
+    """One pass over the data."""
+
+    shards: np.ndarray  # in their order, (S,)
+    counts: np.ndarray  # samples that each bucket has had before each window, (W + 1, K), of all
+    batches: np.ndarray  # batches that were filled before each window, (W + 1,), of all
+
+
+class TrainingOrder:
+    """The endless order of a run's batches; each batch is of one bucket.
 
     Args:
-        num_samples: Size of the data set.
+        samples: What there is.
+        batch_size: Of the global batch.
         seed: Of the order.
+        window: Shards whose samples are shuffled together.
+
+    Raises:
+        ValueError: An argument is out of range.
     """
 
-    def __init__(self, num_samples: int, seed: int) -> None:
-        self.num_samples, self.seed = num_samples, seed
-        self._pass, self._permutation = -1, torch.empty(0, dtype=torch.int64)
+    def __init__(self, samples: Samples, batch_size: int, seed: int, window: int = 10) -> None:
+        import numpy as np
+
+        if window < 1:
+            raise ValueError(f"data.window_shards={window}: wanted at least 1.")
+        if batch_size < 1:
+            raise ValueError(f"data.batch_size={batch_size}: wanted at least 1.")
+        self.batch_size, self._window = batch_size, window
+        self._seed = derive_seed(seed, int(samples.digest[:8], 16))
+        num_shards, K = len(samples.shards), len(samples.shapes)
+        cell = samples.shard.astype(np.int64) * K + samples.bucket
+        small = np.int32 if len(cell) < 2**31 else np.int64
+        self._rows = np.argsort(cell, kind="stable").astype(small)
+        table = np.bincount(cell, minlength=num_shards * K).reshape(num_shards, K)
+        self._table = table
+        self._starts = np.concatenate([[0], np.cumsum(table.ravel())])
+        weights = [Fraction(shard.weight).limit_denominator(1000) for shard in samples.shards]
+        self._weights = weights
+        # Shards of one weight form a group; of each group and bucket, how many samples there are.
+        self._groups = {
+            weight: np.array([w == weight for w in weights]) for weight in dict.fromkeys(weights)
+        }
+        self._sizes = {w: table[members].sum(0) for w, members in self._groups.items()}
+        self._before = {  # samples of the group in the shards before one
+            w: (table * members[:, None]).cumsum(0) - table * members[:, None]
+            for w, members in self._groups.items()
+            if w.denominator != 1
+        }
 
     def __getitem__(self, position: int) -> int:
-        """Return the index of the sample at a position 0, 1, 2, ... of the stream."""
-        number, offset = divmod(position, self.num_samples)
-        if number != self._pass:
-            generator = sample_generator(derive_seed(self.seed, number))
-            self._permutation = torch.randperm(self.num_samples, generator=generator)
-            self._pass = number
-        return int(self._permutation[offset])
+        """Return the row of the sample at position p = k batch_size + j of the run."""
+        step, slot = divmod(position, self.batch_size)
+        return self.batch(step)[1][slot]
+
+    @lru_cache(maxsize=4)  # noqa: B019 - an order lives as long as its run
+    def batch(self, step: int) -> tuple[int, list[int]]:
+        """Return the bucket of step k's global batch, and the rows of its samples."""
+        number = self._pass_of(step)
+        this = self._pass(number)
+        window = int(this.batches.searchsorted(step, side="right")) - 1
+        bucket, m = self._mixed(number, window)[step - int(this.batches[window])]
+        first = m * self.batch_size
+        rows: list[int] = []
+        while len(rows) < self.batch_size:
+            rows += self._from(bucket, first + len(rows), self.batch_size - len(rows))
+        return bucket, rows
+
+    def replacement(self, position: int, attempt: int) -> int:
+        """Return the row of another sample of the bucket, to stand in for a broken one."""
+        import numpy as np
+
+        bucket, _ = self.batch(position // self.batch_size)
+        ends = np.cumsum(self._table[:, bucket])
+        n = derive_seed(self._seed, _REPLACEMENT, position, attempt) % int(ends[-1])
+        shard = int(ends.searchsorted(n, side="right"))
+        within = n - int(ends[shard] - self._table[shard, bucket])
+        return int(self._rows[self._start(shard, bucket) + within])
+
+    # Counting
+
+    def _seen(self, number: int) -> np.ndarray:
+        """Count the samples of each bucket in all passes before one, (K,).
+
+        A weight f shows sample i of a group of n floor((e + 1) f + u_i) - floor(e f + u_i) times in
+        pass e, with u_i = (i + 1/2) / n. So before pass e, that is the sum of floor(e f + u_i).
+        """
+        import numpy as np
+
+        total = np.zeros(self._table.shape[1], np.int64)
+        for weight, n in self._sizes.items():
+            whole, part = divmod(number * weight, 1)
+            total += n * int(whole)
+            if part:  # those with u_i >= 1 - part, one more
+                p, q = part.numerator, part.denominator
+                total += n - np.maximum(0, -((q - 2 * n * (q - p)) // (2 * q)))
+        return total
+
+    def _filled(self, number: int) -> int:
+        """Count the batches filled before a pass."""
+        return int((self._seen(number) // self.batch_size).sum())
+
+    def _pass_of(self, step: int) -> int:
+        """Find the pass in which the batch of a step is filled."""
+        high = 1
+        while self._filled(high) <= step:
+            high *= 2
+        low = high // 2 if high > 1 else 0
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self._filled(middle) <= step else (low, middle)
+        return low
+
+    @lru_cache(maxsize=4)  # noqa: B019
+    def _pass(self, number: int) -> _Pass:
+        import numpy as np
+
+        shards = _permutation(len(self._table), self._seed, _SHARDS, number)
+        table = np.zeros_like(self._table)
+        for weight, members in self._groups.items():
+            if weight.denominator == 1:
+                table[members] = self._table[members] * int(weight)
+            else:
+                for shard in np.flatnonzero(members).tolist():
+                    for bucket in np.flatnonzero(self._table[shard]).tolist():
+                        table[shard, bucket] = self._times(number, shard, bucket).sum()
+        windows = table[shards]
+        starts = range(0, len(shards), self._window)
+        sums = np.stack([windows[i : i + self._window].sum(0) for i in starts])
+        counts = self._seen(number) + np.concatenate([np.zeros_like(sums[:1]), sums.cumsum(0)])
+        return _Pass(shards, counts, (counts // self.batch_size).sum(1))
+
+    def _times(self, number: int, shard: int, bucket: int) -> np.ndarray:
+        """How often a pass shows each sample of one shard and bucket."""
+        import numpy as np
+
+        weight, count = self._weights[shard], int(self._table[shard, bucket])
+        if weight.denominator == 1:
+            return np.full(count, int(weight))
+        ranks = self._ranks(weight, bucket)
+        before = int(self._before[weight][shard, bucket])
+        i, n = ranks[before : before + count], len(ranks)
+        seen = []
+        for e in (number, number + 1):
+            whole, part = divmod(e * weight, 1)  # floor(e f + u_i), in integers
+            p, q = part.numerator, part.denominator
+            seen.append(int(whole) + (2 * n * p + (2 * i + 1) * q) // (2 * n * q))
+        times: np.ndarray = seen[1] - seen[0]
+        return times
+
+    @lru_cache(maxsize=64)  # noqa: B019
+    def _ranks(self, weight: Fraction, bucket: int) -> np.ndarray:
+        """The place i of each sample in its group, by chance, so that passes take turns fairly."""
+        n = int(self._sizes[weight][bucket])
+        return _permutation(n, self._seed, _RANKS, weight.numerator, weight.denominator, bucket)
+
+    # Windows
+
+    @lru_cache(maxsize=4)  # noqa: B019
+    def _mixed(self, number: int, window: int) -> list[tuple[int, int]]:
+        """List the batches that a window fills, (bucket, number in its stream), buckets mixed."""
+        before, after = self._pass(number).counts[window : window + 2] // self.batch_size
+        due = []
+        for bucket in range(len(before)):
+            count = int(after[bucket] - before[bucket])
+            shift = derive_seed(self._seed, _MIX, number, window, bucket) / 2**32
+            due += [((i + shift) / count, bucket, int(before[bucket]) + i) for i in range(count)]
+        return [(bucket, m) for _, bucket, m in sorted(due)]
+
+    def _from(self, bucket: int, q: int, most: int) -> list[int]:
+        """Take rows from position q of a bucket's stream on, up to the end of a window."""
+        low, high = 0, 1
+        while self._seen(high)[bucket] <= q:
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self._seen(middle)[bucket] <= q else (low, middle)
+        counts = self._pass(low).counts[:, bucket]
+        window = int(counts.searchsorted(q, side="right")) - 1
+        start = q - int(counts[window])
+        rows: list[int] = self._window_rows(low, window, bucket)[start : start + most].tolist()
+        return rows
+
+    @lru_cache(maxsize=64)  # noqa: B019
+    def _window_rows(self, number: int, window: int, bucket: int) -> np.ndarray:
+        """The rows of one bucket in a window, shuffled."""
+        import numpy as np
+
+        first = window * self._window
+        parts = []
+        for shard in self._pass(number).shards[first : first + self._window].tolist():
+            start = self._start(shard, bucket)
+            rows = self._rows[start : start + self._table[shard, bucket]]
+            parts.append(np.repeat(rows, self._times(number, shard, bucket)))
+        rows = np.concatenate(parts)
+        shuffle = _permutation(len(rows), self._seed, _WINDOW, number, window, bucket)
+        shuffled: np.ndarray = rows[shuffle]
+        return shuffled
+
+    def _start(self, shard: int, bucket: int) -> int:
+        return int(self._starts[shard * self._table.shape[1] + bucket])
 
 
 class StepBatches(Sampler[list[int]]):
@@ -74,3 +271,10 @@ class StepBatches(Sampler[list[int]]):
                 start = k * self._size + (micro * self._ranks + self._rank) * each
                 yield list(range(start, start + each))
             k += 1
+
+
+def _permutation(n: int, *keys: int) -> np.ndarray:
+    permutation: np.ndarray = torch.randperm(
+        n, generator=sample_generator(derive_seed(*keys))
+    ).numpy()
+    return permutation

@@ -14,8 +14,11 @@ import torch
 from torch import Tensor
 
 from zsnr.checkpoints import read_checkpoint
-from zsnr.data.dataset import ShardDataset
-from zsnr.data.shards import index_shards
+from zsnr.data.dataset import ShardDataset, collate
+from zsnr.data.images import to_unit_range
+from zsnr.data.index import load_index
+from zsnr.data.samples import select
+from zsnr.data.storage import Storage
 from zsnr.files import replacing
 from zsnr.metrics import brightness, kept_fraction, mean_mode
 from zsnr.reports.flaw import oracle_brightness
@@ -99,10 +102,10 @@ def _read_samples(folder: Path) -> list[dict[str, Any]]:
 
 
 def _read_data(data: str | Sequence[str], size: int, most: int = 1500) -> tuple[Tensor, list[str]]:
-    index = index_shards(data)
-    index = index[:: max(1, len(index) // most)]
-    items = [ShardDataset(index, size)[i] for i in range(len(index))]
-    return torch.stack([item["image"] for item in items]), [item["caption"] for item in items]
+    dataset = ShardDataset(select(load_index(data, Storage()), size))
+    rows = range(0, len(dataset), max(1, len(dataset) // most))
+    batch = collate([dataset[row] for row in rows])
+    return to_unit_range(batch["image"]), batch["caption"]
 
 
 def _tensor(samples: Sequence[Mapping[str, Any]]) -> Tensor:

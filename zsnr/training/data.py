@@ -2,32 +2,72 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 from torch.utils.data import DataLoader
 
-from zsnr.data.dataset import ShardDataset, collate
-from zsnr.data.order import ShuffledOrder, StepBatches
+from zsnr.data.buckets import AspectBuckets
+from zsnr.data.cache import (
+    Cache,
+    CacheDataset,
+    check_cache,
+    find_cache,
+    picture_facts,
+    select_cached,
+    text_embedding,
+)
+from zsnr.data.captions import Captions
+from zsnr.data.dataset import Pixels, ShardDataset, collate
+from zsnr.data.faults import Fault, Ledger, check_budget, summarize
+from zsnr.data.filters import Filter
+from zsnr.data.images import to_unit_range
+from zsnr.data.index import Index, load_index
+from zsnr.data.order import StepBatches, TrainingOrder
 from zsnr.data.prompts import PromptRequest, parse_prompts, read_prompts
-from zsnr.data.shards import find_shards, index_shards
+from zsnr.data.samples import Samples, select
+from zsnr.data.sources import Shard, Source, Sources, find_shards, is_stream
+from zsnr.data.storage import NoRangesError, Retries, Storage, is_remote
+from zsnr.data.stream import StreamDataset
+from zsnr.noise import derive_seed
+
+_INDEX_AT_MOST = 100  # shards behind an address that training indexes by itself
 
 
 class DataModule(L.LightningDataModule):
-    """Pictures and captions from webdataset shards.
+    """Pictures and captions from webdataset shards, or from folders of pictures.
 
-    A batch holds image (B, 3, H, W) in [-1, 1], caption and key (lists), position (B,), the
-    sample's place in the run, and global_batch_size.
+    A batch holds image (B, 3, H, W) in [-1, 1], or from a cache moments (B, 2 C, h, w) and
+    text_embedding (Conditioning or None); caption and key (lists), position (B,), the sample's
+    place in the run, and global_batch_size.
 
     Args:
-        train: Shards to train on: a folder, a file, a pattern with {000..009} or *, or a list.
-        val: Shards to validate on. None = no validation.
+        train: What to train on: a folder of shards or of pictures, a pattern such as
+            "data/{000..099}.tar" or "https://host/{000..099}.tar", "pipe:COMMAND", a list of them,
+            or a list of objects with path and weight. A cache is a folder of shards.
+        val: What to validate on, likewise. None = no validation.
         image_size: Height and width, in pixels; pictures are resized and cropped to it.
         batch_size: Of the global batch: all devices and accumulated batches together.
         num_workers: Processes that load, per device. 0 = load in the main process.
         val_samples: Use only the first so many validation samples. None = all.
-        caption_field: Field of a sample's json that holds its caption, where it has no txt.
+        filters: Which samples to keep, by the fields of their json.
+        aspect: Aspect-ratio buckets instead of squares. None = squares.
+        pixels: How training pictures are cropped and mirrored.
+        captions: Which text of a sample is its caption.
+        window_shards: Shards whose samples are shuffled together.
+        index: Folder of index files, as `zsnr data index --output` writes. None = beside the
+            shards.
+        retries: How long to bear with a server's passing faults.
+        error_budget: Share of the samples, or of the shards, that may be broken before the run
+            stops. Ten samples are always free.
+        accept_changed_data: Resume although the data, its filters or buckets are others than those
+            the run began with.
         seed: Of the order of the training data.
         prompts: What predict makes: a prompts file, .txt or .jsonl, or a list of objects with
             prompt and, if wanted, negative_prompt, seed, count, height, width.
@@ -37,13 +77,21 @@ class DataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        train: str | list[str] | None = None,
-        val: str | list[str] | None = None,
+        train: str | list[str | Source] | None = None,
+        val: str | list[str | Source] | None = None,
         image_size: int = 512,
         batch_size: int = 32,
         num_workers: int = 2,
         val_samples: int | None = None,
-        caption_field: str = "caption",
+        filters: list[Filter] | None = None,
+        aspect: AspectBuckets | None = None,
+        pixels: Pixels = Pixels(),
+        captions: Captions = Captions(),
+        window_shards: int = 10,
+        index: str | None = None,
+        retries: Retries = Retries(),
+        error_budget: float = 0.01,
+        accept_changed_data: bool = False,
         seed: int = 0,
         prompts: str | list[dict[str, Any]] | None = None,
         prompt_seed: int = 0,
@@ -53,6 +101,7 @@ class DataModule(L.LightningDataModule):
         at_least_1 = {
             "image_size": image_size,
             "batch_size": batch_size,
+            "window_shards": window_shards,
             "predict_batch_size": predict_batch_size,
         }
         for name, value in at_least_1.items():
@@ -60,50 +109,240 @@ class DataModule(L.LightningDataModule):
                 raise ValueError(f"data.{name}={value}: wanted at least 1.")
         if num_workers < 0:
             raise ValueError(f"data.num_workers={num_workers}: wanted 0 or more.")
+        if not 0 <= error_budget <= 1:
+            raise ValueError(f"data.error_budget={error_budget:g}: wanted a number in [0, 1].")
+        if aspect is not None:
+            aspect.shapes(image_size)
         self.train, self.val = train, val
         self.image_size, self.batch_size, self.num_workers = image_size, batch_size, num_workers
-        self.val_samples, self.caption_field, self.seed = val_samples, caption_field, seed
+        self.val_samples, self.seed = val_samples, seed
+        self.filters, self.aspect = filters or [], aspect
+        self.pixels, self.captions = pixels, captions
+        self.window_shards, self.retries = window_shards, retries
+        self.index_folder = None if index is None else Path(index).expanduser()
+        self.error_budget, self.accept_changed_data = error_budget, accept_changed_data
         self.prompts, self.prompt_seed = prompts, prompt_seed
         self.predict_batch_size = predict_batch_size
         self.done: set[str] = set()  # files that an interrupted predict has written already
+        self.caches: dict[str, Cache] = {}  # by the setting that names them
+        self._train: Samples | list[Shard] | None = None  # a list = they are streamed
+        self._val: Samples | None = None
+        self._indices: dict[str, Index] = {}
+        self._passing: list[Fault] = []  # what indexing met
+        self._ledger = Ledger(None)
+        self._seen = 0
+
+    # What there is
+
+    def prepare_data(self) -> None:
+        """Index what has no index yet, on one process of a node."""
+        stage = None if self.trainer is None else self.trainer.state.fn
+        for sources in ([self.train, self.val], [self.val])[stage in ("validate", "test")]:
+            if sources is not None and stage != "predict":
+                find_cache(sources)  # refuses one that is not finished
+                self._check_indexed(find_shards(sources))
+                with suppress(NoRangesError):  # setup says what that means
+                    self._load_index(sources, progress=True)
 
     def setup(self, stage: str) -> None:
-        """Index the shards that the stage needs."""
+        """Read the index and decide what the stage uses of it."""
         if stage == "fit":
-            self._train = index_shards(_wanted(self.train, "data.train"))
+            self._train = self._select("data.train", _wanted(self.train, "data.train"))
         if stage in ("fit", "validate", "test") and self.val is not None:
-            self._val = index_shards(self.val)[: self.val_samples]
+            val = self._select("data.val", self.val)
+            if not isinstance(val, Samples):
+                raise ValueError("data.val is a stream: validation wants the same samples again.")
+            self._val = val
         if stage == "predict":
             self.requests = read_requests(self.prompts, self.prompt_seed)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what decides the batches of all steps."""
+        return {
+            "samples": self._train.digest if isinstance(self._train, Samples) else None,
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "window_shards": self.window_shards,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse to go on with other batches.
+
+        Raises:
+            ValueError: Data or settings have changed.
+        """
+        if self._train is None:
+            return  # validate and predict go on with nothing
+        own = self.state_dict()
+        changed = [name for name in own if state_dict.get(name) != own[name]]
+        if changed and not self.accept_changed_data:
+            raise ValueError(
+                f"The run began with other training data: {', '.join(changed)} changed (samples = "
+                "the shards' contents, weights, filters and buckets). Put it back, or go on with "
+                "other batches by --data.accept_changed_data true."
+            )
+
+    def _load_index(self, sources: Sources, progress: bool = False) -> Index:
+        name = repr(sources)
+        if name not in self._indices:
+            self._indices[name] = load_index(
+                sources,
+                self._storage(),
+                folder=self.index_folder,
+                fields=[each.field for each in self.filters],
+                progress=progress,
+            )
+        return self._indices[name]
+
+    def _storage(self) -> Storage:
+        return Storage(
+            self.retries,
+            lambda url, reason: self._passing.append(Fault("passing", url, None, reason)),
+        )
+
+    def _check_indexed(self, shards: list[Shard]) -> None:
+        remote = [s.url for s in shards if is_remote(s.url) and not is_stream(s.url)]
+        if self.index_folder is None and len(remote) > _INDEX_AT_MOST:
+            raise ValueError(
+                f"{len(remote)} shards behind an address have no index, and reading their headers "
+                "takes long: run `zsnr data index ... --output FOLDER` once, then set data.index "
+                "to the folder."
+            )
+
+    def select(self, sources: Sources) -> tuple[Index, Samples]:
+        """Index shards, with all fields, and decide which samples are used."""
+        index = load_index(sources, self._storage(), folder=self.index_folder, fields=None)
+        return index, self._selected(index)
+
+    def _selected(self, index: Index) -> Samples:
+        return select(
+            index,
+            self.image_size,
+            filters=self.filters,
+            aspect=self.aspect,
+            max_pixels=self.pixels.max_pixels,
+        )
+
+    def _select(self, name: str, sources: Sources) -> Samples | list[Shard]:
+        shards = find_shards(sources)
+        cache = find_cache(sources)
+        streams = any(is_stream(shard.url) for shard in shards)
+        try:
+            if cache is not None:
+                facts = picture_facts(self.image_size, self.aspect, self.pixels)
+                check_cache(name, cache, picture=facts)
+                self.caches[name] = cache
+                samples = select_cached(cache, self._load_index(sources), self.filters)
+            elif not streams:
+                samples = self._selected(self._load_index(sources))
+        except NoRangesError:
+            streams = True
+        if streams:
+            return self._streams(shards)
+        rank_zero_info(describe_samples(samples, name))
+        check_budget(samples.faults, samples.total, len(samples.shards), self.error_budget)
+        return samples
+
+    def _streams(self, shards: list[Shard]) -> list[Shard]:
+        if self.aspect is not None or any(shard.weight != 1 for shard in shards):
+            raise ValueError(
+                "data.train can only be read from start to end (a command, or a server without "
+                "ranges): buckets and weights need an index."
+            )
+        rank_zero_info(
+            f"data.train: {len(shards)} shards are read from start to end, without an index: a "
+            "resumed run goes on with other batches than an uninterrupted one would have had."
+        )
+        return shards
+
+    # Batches
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         trainer = self.trainer
         assert trainer is not None
+        assert self._train is not None
+        first = trainer.global_step
+        rank, ranks = trainer.global_rank, trainer.world_size
         batches = StepBatches(
-            self.batch_size,
-            trainer.global_rank,
-            trainer.world_size,
-            trainer.accumulate_grad_batches,
-            first_step=trainer.global_step,
+            self.batch_size, rank, ranks, trainer.accumulate_grad_batches, first_step=first
         )
-        order = ShuffledOrder(len(self._train), self.seed)
-        dataset = ShardDataset(self._train, self.image_size, order, self.caption_field)
+        self._ledger = _open_ledger(
+            Path(trainer.default_root_dir) / "faults", rank, ranks, first * self.batch_size
+        )
+        self._seen = first * self.batch_size // ranks
+        options: dict[str, Any] = {"pixels": self.pixels, "captions": self.captions}
+        options["retries"] = self.retries
+        if not isinstance(self._train, Samples):
+            stream = StreamDataset(
+                self._train,
+                self.image_size,
+                batches,
+                (rank, ranks),
+                filters=self.filters,
+                seed=derive_seed(self.seed, first),
+                **options,
+            )
+            return self._loader(stream, batch_size=None)
+        if rank == 0:
+            self._ledger.write(self._train.faults + self._passing)
+        order = TrainingOrder(self._train, self.batch_size, self.seed, self.window_shards)
+        cls = CacheDataset if "data.train" in self.caches else ShardDataset
+        dataset = cls(self._train, order, seed=self.seed, **options)
         return self._loader(dataset, batch_sampler=batches)
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]] | list[Any]:
-        if self.val is None:
+        if self._val is None:
             return []
         trainer = self.trainer
         assert trainer is not None
-        dataset = ShardDataset(self._val, self.image_size, None, self.caption_field)
-        mine = range(trainer.global_rank, len(dataset), trainer.world_size)
-        each = max(1, self.batch_size // trainer.world_size)
-        return self._loader(
-            dataset, batch_sampler=[list(mine[i : i + each]) for i in range(0, len(mine), each)]
+        cls = CacheDataset if "data.val" in self.caches else ShardDataset
+        dataset = cls(
+            self._val,
+            pixels=Pixels(max_pixels=self.pixels.max_pixels),
+            captions=self.captions,
+            retries=self.retries,
+            seed=self.seed,
         )
+        number = min(len(dataset), self.val_samples or len(dataset))
+        mine = range(trainer.global_rank, number, trainer.world_size)
+        each = max(1, self.batch_size // trainer.world_size)
+        return self._loader(dataset, batch_sampler=batches_by_bucket(self._val, mine, each))
 
     def test_dataloader(self) -> DataLoader[dict[str, Any]] | list[Any]:
         return self.val_dataloader()
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Write down what was broken, when a batch is used; one that only waits is not.
+
+        Raises:
+            BudgetError: Too much is.
+        """
+        if not isinstance(batch, dict) or "faults" not in batch:
+            return batch
+        faults = batch.pop("faults")
+        if self.trainer is not None and self.trainer.training:
+            self._seen += len(batch["position"])
+        if faults:
+            self._ledger.write(faults)
+            met = [fault for fault in self._ledger.faults if fault.position is not None]
+            tried = self._seen + sum(fault.kind == "sample" for fault in met)
+            check_budget(
+                met,
+                tried + (0 if self._val is None else len(self._val)),
+                len(self._train.shards if isinstance(self._train, Samples) else self._train or []),
+                self.error_budget,
+                self._ledger.path,
+            )
+        return batch
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        if isinstance(batch, dict) and "image" in batch:
+            batch["image"] = to_unit_range(batch["image"])
+        if isinstance(batch, dict) and "moments" in batch:
+            numbers = {n: x for n, x in batch.items() if isinstance(x, Tensor)}
+            batch["moments"] = batch["moments"].float()
+            batch["text_embedding"] = text_embedding(numbers)
+        return batch
 
     def predict_dataloader(self) -> DataLoader[list[PromptRequest]]:
         trainer = self.trainer
@@ -132,14 +371,40 @@ class DataModule(L.LightningDataModule):
             return batch
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
-    def _loader(self, dataset: ShardDataset, batch_sampler: Any) -> DataLoader[dict[str, Any]]:
+    def _loader(self, dataset: Any, **batching: Any) -> DataLoader[dict[str, Any]]:
         return DataLoader(
             dataset,
-            batch_sampler=batch_sampler,
             num_workers=self.num_workers,
             collate_fn=partial(_collate, global_batch_size=self.batch_size),
             persistent_workers=self.num_workers > 0,
+            **batching,
         )
+
+
+def batches_by_bucket(samples: Samples, rows: Iterable[int], size: int) -> list[list[int]]:
+    """Divide rows into batches of one shape each, in order; the last of a bucket is smaller."""
+    by_bucket: dict[int, list[int]] = {}
+    for row in rows:
+        by_bucket.setdefault(int(samples.bucket[row]), []).append(row)
+    return [
+        members[i : i + size]
+        for _, members in sorted(by_bucket.items())
+        for i in range(0, len(members), size)
+    ]
+
+
+def describe_samples(samples: Samples, what: str) -> str:
+    """Say what there is, what the filters removed and what is broken, in a few lines."""
+    shards = len(samples.shards)
+    lines = [f"{what}: {len(samples)} samples in {shards} {'shards'[: 5 + (shards > 1)]}"]
+    lines += [f"  removed by {name}: {count}" for name, count in samples.removed.items()]
+    if len(samples.shapes) > 1:
+        counts = [int((samples.bucket == i).sum()) for i in range(len(samples.shapes))]
+        used = sum(count > 0 for count in counts)
+        lines.append(f"  in {used} of {len(counts)} buckets")
+    if samples.faults:
+        lines.append(f"  broken: {summarize(samples.faults)}")
+    return "\n".join(lines)
 
 
 def read_requests(prompts: str | list[dict[str, Any]] | None, seed: int = 0) -> list[PromptRequest]:
@@ -154,20 +419,32 @@ def read_requests(prompts: str | list[dict[str, Any]] | None, seed: int = 0) -> 
     return requests
 
 
-def check_shards(train: str | list[str] | None, val: str | list[str] | None) -> None:
+def check_shards(train: Sources | None, val: Sources | None) -> None:
     """Refuse shards that are not there, or that stand in both data.train and data.val.
 
     Raises:
         FileNotFoundError: There are none.
         ValueError: A shard is in both.
     """
-    both = [set() if source is None else set(find_shards(source)) for source in (train, val)]
+    both = [
+        set() if source is None else {shard.url for shard in find_shards(source)}
+        for source in (train, val)
+    ]
     shared = both[0] & both[1]
     if shared:
         raise ValueError(
             f"{min(shared)} is in data.train and in data.val: validation would measure what was "
             "learned by heart. Use patterns such as train-*.tar and val-*.tar."
         )
+
+
+def _open_ledger(folder: Path, rank: int, ranks: int, position: int) -> Ledger:
+    """Open this rank's ledger, and cut back those of ranks that there are no more."""
+    for file in folder.glob("rank-*.jsonl"):
+        number = int(file.stem.removeprefix("rank-"))
+        if number >= ranks and number % ranks == rank:
+            Ledger(file, position)
+    return Ledger(folder / f"rank-{rank:05d}.jsonl", position)
 
 
 def _wanted(value: Any, name: str) -> Any:

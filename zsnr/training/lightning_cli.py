@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zsnr.checkpoints.own import KEY, open_checkpoint
 from zsnr.codecs import LatentCodec
-from zsnr.conditioning import Conditioner
+from zsnr.conditioning import Conditioner, Remembered
 from zsnr.guidance import Guidance
 from zsnr.loss import LossWeighting
 from zsnr.samplers import Sampler, get_sampler
@@ -200,6 +200,38 @@ def run(arguments: Sequence[str]) -> None:
         raise ValueError(_short(str(error))) from error
 
 
+class _ParseOnly(ZsnrCLI):
+    """Reads a config and builds nothing."""
+
+    def before_instantiate_classes(self) -> None:
+        """Nothing will be instantiated."""
+
+    def instantiate_classes(self) -> None:
+        """Leave it to the caller."""
+
+
+def parse_fit(arguments: Sequence[str]) -> Any:
+    """Read configs and settings of fit, and return their values.
+
+    Raises:
+        ValueError: Something in them is wrong; one line.
+    """
+    _quieten()
+    try:
+        cli = _ParseOnly(
+            LatentDiffusion,
+            DataModule,
+            run=False,
+            args=list(arguments),
+            save_config_callback=None,
+            seed_everything_default=0,
+            parser_kwargs={"exit_on_error": False},
+        )
+    except ArgumentError as error:
+        raise ValueError(_short(str(error))) from error
+    return cli.config
+
+
 def _quieten() -> None:
     """Hide what Lightning says of things that are meant."""
     warnings.filterwarnings("ignore", message=".*in eval mode at the start of training")  # EMA
@@ -208,6 +240,7 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message=".*infer the batch indices fetched")
     warnings.filterwarnings("ignore", message=".*across ranks is zero")  # no validation data
     warnings.filterwarnings("ignore", message=".*dirpath has changed from")
+    warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip:" not in record.getMessage()
     )
@@ -218,7 +251,8 @@ def _short(message: str) -> str:
     key = re.search(r"Parser key \"([\w.]+)\"", message)
     for suffix, base in _BASES.items():
         if key and key[1].endswith(suffix) and "import path" in message:
-            known = ", ".join(sorted(cls.__name__ for cls in base.__subclasses__()))
+            usable = set(base.__subclasses__()) - {Remembered}
+            known = ", ".join(sorted(cls.__name__ for cls in usable))
             return f"{key[1]}: no such class. Known: {known}, or the import path of your own."
     union = re.search(r"Errors:\s+- (.*?)(?:\n *- |\nGiven |$)", message, re.DOTALL)
     if union and "Does not validate against" in message:

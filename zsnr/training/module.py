@@ -17,7 +17,8 @@ from torch.optim import AdamW
 from zsnr.checkpoints import Model
 from zsnr.checkpoints.own import KEY, describe_model
 from zsnr.codecs import LatentCodec
-from zsnr.conditioning import Conditioner
+from zsnr.conditioning import Conditioner, Remembered
+from zsnr.data.cache import Cache, check_cache
 from zsnr.data.prompts import PromptRequest
 from zsnr.denoiser import Conditioning
 from zsnr.loss import LossWeighting, diffusion_loss
@@ -111,7 +112,7 @@ class LatentDiffusion(L.LightningModule):
         self.caption_dropout, self.offset_strength = caption_dropout, offset_noise
         self.make_optimizer, self.learning_rate = optimizer, learning_rate
         self.sampling, self.image_size, self.seed = sampling, image_size, seed
-        self.latent_shape = codec.latent_shape(image_size, image_size)
+        codec.latent_shape(image_size, image_size)  # refuses sizes it cannot encode
         self.register_buffer(
             "lambda_table", loss.table(schedule, prediction_type).float(), persistent=False
         )
@@ -166,8 +167,31 @@ class LatentDiffusion(L.LightningModule):
     # Lightning's hooks
 
     def setup(self, stage: str) -> None:
+        caches: dict[str, Cache] = getattr(self.trainer.datamodule, "caches", {})
+        for name, cache in caches.items():
+            self._use_cache(name, cache)
+        if stage != "predict" and not caches:
+            for part in self._frozen.values():  # what cannot be loaded is found now, not later
+                part.load()
         for part in self._frozen.values():  # Lightning moves what is registered, and later
             part.to(self.trainer.strategy.root_device)
+
+    def _use_cache(self, name: str, cache: Cache) -> None:
+        """See that a cache fits, and encode only those prompts that it does not hold."""
+        check_cache(name, cache, codec=self.codec.fingerprint())
+        if cache.conditioner is None:
+            return
+        if "conditioner" not in self._frozen:
+            raise ValueError(
+                f"{name}={cache.folder} holds text embeddings, but model.conditioner is trained "
+                "along: cache without --text, or freeze it."
+            )
+        conditioner = self._frozen["conditioner"]
+        check_cache(name, cache, conditioner=conditioner.fingerprint())
+        null = cache.null()
+        if name == "data.train" and null is not None and not isinstance(conditioner, Remembered):
+            self._frozen["conditioner"] = Remembered(conditioner)
+            self._frozen["conditioner"].add("", null)
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer(p for p in self.trained.parameters() if p.requires_grad)
@@ -185,7 +209,7 @@ class LatentDiffusion(L.LightningModule):
             self.seed,
             batch["position"].tolist(),
             batch["global_batch_size"],
-            self.latent_shape,
+            self._latent_shape(batch),
             self.schedule.num_timesteps,
             self.caption_dropout,
         )
@@ -209,7 +233,7 @@ class LatentDiffusion(L.LightningModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         draws = validation_draws(
-            self.seed, batch["position"].tolist(), self._val_strata, self.latent_shape
+            self.seed, batch["position"].tolist(), self._val_strata, self._latent_shape(batch)
         )
         losses = self._losses(batch, draws, ema=True)
         stratum = batch["position"] % len(self._val_strata)
@@ -262,13 +286,22 @@ class LatentDiffusion(L.LightningModule):
         if self.offset_strength:
             eps = offset_noise(eps, draws.d.to(device), self.offset_strength)
         with torch.no_grad():
-            x_0 = self.codec.latents(self.codec.encode(batch["image"]), z)
+            moments = batch["moments"] if "moments" in batch else self.codec.encode(batch["image"])
+            x_0 = self.codec.latents(moments, z)
         x_t = self.schedule.add_noise(x_0, eps, t)
         target = prediction_target(x_0, eps, *self.schedule(t), self.prediction_type)
-        output = model.unet(x_t, t, _dropped(model.conditioner, batch["caption"], draws.keep))
+        cond = _conditioning(model.conditioner, batch, draws.keep)
+        output = model.unet(x_t, t, cond)
         weights = self.lambda_table
         assert isinstance(weights, Tensor)
         return diffusion_loss(output, target, weights[t], reduction="none")
+
+    def _latent_shape(self, batch: dict[str, Any]) -> tuple[int, int, int]:
+        """Return (C, h, w) of a batch's latents; batches of other buckets have others."""
+        if "moments" in batch:
+            _, channels, h, w = batch["moments"].shape
+            return channels // 2, h, w
+        return self.codec.latent_shape(*batch["image"].shape[-2:])
 
     def _log_losses(self, losses: Tensor, t: Tensor) -> None:
         """Log the loss, by quarter of the timesteps, and at the last one on its own."""
@@ -325,8 +358,11 @@ def check_resumed(theirs: dict[str, Any], own: dict[str, Any]) -> None:
         )
 
 
-def _dropped(conditioner: Conditioner, captions: list[str], keep: Tensor) -> Conditioning:
-    cond: Conditioning = conditioner(captions)
+def _conditioning(conditioner: Conditioner, batch: dict[str, Any], keep: Tensor) -> Conditioning:
+    """Take captions' embeddings from the batch or the encoder, null's where they are dropped."""
+    cond: Conditioning | None = batch.get("text_embedding")
+    if cond is None:
+        cond = conditioner(batch["caption"])
     return cond if keep.all() else cond.where(keep, conditioner.null())
 
 

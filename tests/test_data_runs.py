@@ -1,0 +1,554 @@
+"""Training data end to end: resume, ranks, workers, faults, streams, cache."""
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import recorder
+import tiny
+import torch
+import yaml
+from faulty_server import Fault, FaultyServer
+from PIL import Image
+
+from zsnr.cli import main
+from zsnr.data.buckets import AspectBuckets
+from zsnr.data.captions import Captions
+from zsnr.data.dataset import Pixels
+from zsnr.data.faults import BudgetError, read_ledger
+from zsnr.data.filters import Filter
+from zsnr.data.sources import Source
+from zsnr.data.storage import Retries
+from zsnr.training import DataModule
+
+QUICK = Retries(attempts=4, backoff=0.01, timeout=0.5)
+
+
+def photographs(folder, counts, broken=(), kind="JPEG"):
+    """Shards of differing pieces of photographs, in three shapes; those named are cut short."""
+    from skimage import data
+
+    sources = [data.astronaut(), data.coffee(), data.chelsea(), data.rocket()]
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    number = 0
+    for shard, count in enumerate(counts):
+        members = {}
+        for _ in range(count):
+            h, w = [(48, 48), (80, 32), (32, 80)][number % 3]
+            source = sources[number % len(sources)]
+            top, left = (rng.integers(0, side - 100) for side in source.shape[:2])
+            stream = io.BytesIO()
+            Image.fromarray(source[top : top + h, left : left + w]).save(stream, kind, quality=95)
+            key, picture = f"{number:05d}", stream.getvalue()
+            members[f"{key}.jpg"] = picture[:-200] if key in broken else picture
+            members[f"{key}.txt"] = f"picture {number}".encode()
+            members[f"{key}.json"] = json.dumps({"score": number, "alt": f"alt {number}"}).encode()
+            number += 1
+        tiny.write_shard(folder / f"{shard:05d}.tar", members)
+    return folder
+
+
+def module(source, **options):
+    settings = {"image_size": 16, "batch_size": 6, "num_workers": 0, "retries": QUICK}
+    return DataModule(source, **{**settings, **options})
+
+
+def take(data, steps, rank=0, ranks=1, first=0, folder="/nonexistent", accumulate=1):
+    """The batches that one rank loads for some steps, through the module's own hooks."""
+    data.trainer = SimpleNamespace(
+        global_rank=rank,
+        world_size=ranks,
+        accumulate_grad_batches=accumulate,
+        global_step=first,
+        default_root_dir=folder,
+        training=True,
+        state=SimpleNamespace(fn="fit"),
+    )
+    data.prepare_data()
+    data.setup("fit")
+    batches, found = iter(data.train_dataloader()), []
+    for _ in range(steps * accumulate):
+        batch = data.on_before_batch_transfer(next(batches), 0)
+        found.append(data.on_after_batch_transfer(batch, 0))
+    return found
+
+
+def rows(batches):
+    """{position: (key, caption, pixels)} of batches."""
+    return {
+        position: (key, caption, image.numpy().tobytes())
+        for batch in batches
+        for position, key, caption, image in zip(
+            batch["position"].tolist(), batch["key"], batch["caption"], batch["image"], strict=True
+        )
+    }
+
+
+BUCKETS = {
+    "aspect": AspectBuckets(step=8, max_ratio=4),
+    "pixels": Pixels(crop="random", flip=True),
+    "captions": Captions({"txt": 1.0, "alt": 1.0}),
+    "window_shards": 2,
+}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ranks_workers_and_stops_change_nothing(tmp_path, workers):
+    photographs(tmp_path / "a", [7, 5, 9])
+    photographs(tmp_path / "b", [4])
+    source = [str(tmp_path / "a"), Source(str(tmp_path / "b"), 0.5)]
+    whole = rows(take(module(source, **BUCKETS), 14))
+    assert sorted(whole) == list(range(14 * 6))
+    for ranks in (1, 2, 3):  # four shards, up to six loading processes
+        parts = {}
+        for first, steps in ((0, 5), (5, 9)):
+            for rank in range(ranks):
+                data = module(source, num_workers=workers, **BUCKETS)
+                parts |= rows(take(data, steps, rank, ranks, first))
+        assert parts == whole
+    shapes = {batch["image"].shape[-2:] for batch in take(module(source, **BUCKETS), 14)}
+    assert len(shapes) == 3
+    accumulated = rows(take(module(source, **BUCKETS), 14, accumulate=3))
+    assert accumulated == whole
+
+
+def test_moved_shards_are_the_same_data(tmp_path):
+    here = photographs(tmp_path / "here", [7, 5])
+    with FaultyServer(here) as server:
+        url = server.url("{00000..00001}.tar").replace("%7B", "{").replace("%7D", "}")
+        assert rows(take(module(url), 5)) == rows(take(module(str(here)), 5))
+
+
+def test_other_data_or_settings_do_not_resume_silently(tmp_path):
+    source = str(photographs(tmp_path, [7, 5]))
+    data = module(source)
+    take(data, 1)
+    state = data.state_dict()
+    for options, changed in (
+        ({}, None),
+        ({"num_workers": 2, "val_samples": 3}, None),
+        ({"batch_size": 4}, "batch_size"),
+        ({"seed": 1}, "seed"),
+        ({"filters": [Filter("score", max=8)]}, "samples"),
+        ({"aspect": AspectBuckets(8, 4)}, "samples"),
+        ({"batch_size": 4, "accept_changed_data": True}, None),
+    ):
+        other = module(source, **options)
+        take(other, 0)
+        if changed is None:
+            other.load_state_dict(state)
+        else:
+            with pytest.raises(ValueError, match=f"began with other.*{changed} changed.*accept"):
+                other.load_state_dict(state)
+
+
+def test_filters_say_what_they_removed(tmp_path, capsys, caplog):
+    import logging
+
+    caplog.set_level(logging.INFO, "lightning.pytorch.utilities.rank_zero")
+    data = module(str(photographs(tmp_path, [12])), filters=[Filter("score", min=3)])
+    assert {int(key) for batch in take(data, 6) for key in batch["key"]} == {*range(3, 12)}
+    assert "removed by score >= 3: 3" in caplog.text
+
+
+def test_faults_of_a_server_are_written_down_exactly(tmp_path):
+    """Passing faults change nothing; lasting ones replace one sample; each stands in the ledger."""
+    folder = photographs(tmp_path / "shards", [8, 8, 8], broken=("00003", "00011"))
+    clean = rows(take(module(str(folder)), 12))
+    names = [f"{i:05d}.tar" for i in range(3)]
+    index = ["--output", str(tmp_path / "index")]
+    with FaultyServer(folder) as server:  # indexed while all is well
+        urls = [server.url(name) for name in names]
+        assert main(["data", "index", *urls, *index, "--ledger", str(tmp_path / "none")]) == 0
+        assert not (tmp_path / "none").exists()
+        injected = [
+            Fault(names[0], "500", 2),
+            Fault(names[1], "reset"),
+            Fault(names[1], "stall"),
+            Fault(names[2], "cut"),
+            Fault(names[2], "503"),
+        ]
+        server._left = [[fault, fault.times] for fault in injected]
+        data = module(urls, index=str(tmp_path / "index"))
+        found = rows(take(data, 12, folder=str(tmp_path)))
+        met = [(request.kind, request.path) for request in server.log]
+    assert found == clean
+    ledger = read_ledger(tmp_path / "faults" / "rank-00000.jsonl")
+    words = {
+        "500": "HTTP 500",
+        "503": "HTTP 503",
+        "reset": "connection reset",
+        "stall": "stalled for 0.5 s",
+        "cut": "body cut short",
+    }
+    passing = [(f.reason, f.shard.rpartition("/")[2]) for f in ledger if f.kind == "passing"]
+    assert len(met) == 6
+    assert sorted(passing) == sorted((words[kind], path) for kind, path in met)
+    assert {f.key for f in ledger if f.kind == "sample"} == {"00003", "00011"}
+    assert len(ledger) == 8
+    # 22 good samples, each once in a pass of 24, and two that stand in
+    counts = np.unique([row[0] for p, row in found.items() if p < 24], return_counts=True)
+    assert len(counts[0]) == 22
+    assert sum(counts[1]) == 24
+
+
+def test_lasting_faults_of_shards_are_found_by_indexing(tmp_path):
+    folder = photographs(tmp_path / "shards", [4, 4, 4, 4])
+    names = [f"{i:05d}.tar" for i in range(4)]
+    cut = (folder / names[1]).read_bytes()
+    (folder / names[1]).write_bytes(cut[: len(cut) // 2])
+    (folder / names[2]).write_bytes(b"garbage" * 999)
+    with FaultyServer(folder, [Fault(names[3], "missing")]) as server:
+        urls = [server.url(name) for name in names]
+        server._left.insert(0, [Fault(names[0], "503"), 1])
+        with pytest.raises(BudgetError, match="3 of 4 shards"):
+            take(module(urls), 1)
+        server._left.insert(0, [Fault(names[0], "503"), 1])
+        data = module(urls, error_budget=0.8)
+        keys = {key for batch in take(data, 8, folder=str(tmp_path)) for key in batch["key"]}
+    ledger = read_ledger(tmp_path / "faults" / "rank-00000.jsonl")
+    shards = {f.shard.rpartition("/")[2]: f.reason for f in ledger if f.kind == "shard"}
+    assert shards.keys() == set(names[1:])
+    passing = [(f.shard.rpartition("/")[2], f.reason) for f in ledger if f.kind == "passing"]
+    assert passing == [(names[0], "HTTP 503")]
+    assert "cut short" in shards[names[1]]
+    assert "not a readable tar" in shards[names[2]]
+    assert shards[names[3]] == "missing"
+    whole = {f"{i:05d}" for i in range(4)}
+    assert whole < keys < {f"{i:05d}" for i in range(8)}
+
+
+def test_a_server_that_stays_down_stops_the_run(tmp_path):
+    folder = photographs(tmp_path / "shards", [30])
+    with FaultyServer(folder) as server:
+        url = server.url("00000.tar")
+        main(["data", "index", url, "--output", str(tmp_path / "index")])
+        server._left = [[Fault(None, "500", 10**6), 10**6]]
+        data = module(url, index=str(tmp_path / "index"), retries=Retries(2, 0.0, 1.0))
+        with pytest.raises(BudgetError, match="32 samples in a row"):
+            take(data, 3)
+
+
+def test_the_error_budget_stops_a_run(tmp_path):
+    broken = [f"{i:05d}" for i in range(0, 60, 2)]
+    folder = photographs(tmp_path / "shards", [60], broken=broken)
+    data = module(str(folder), error_budget=0.3)
+    with pytest.raises(BudgetError, match=r"samples. \d\d x sample: not a readable picture"):
+        take(data, 20, folder=str(tmp_path))
+    ledger = read_ledger(tmp_path / "faults" / "rank-00000.jsonl")
+    assert len(ledger) > 10
+    assert len({f.key for f in ledger}) == len(ledger)
+
+
+def test_the_ledger_of_a_resumed_run_is_that_of_an_uninterrupted_one(tmp_path):
+    broken = ["00001", "00004", "00010", "00017"]
+    folder = photographs(tmp_path / "shards", [9, 9], broken=broken)
+    take(module(str(folder)), 8, folder=str(tmp_path / "whole"))
+    take(module(str(folder)), 5, folder=str(tmp_path / "cut"))  # killed after its checkpoint at 2
+    take(module(str(folder)), 6, first=2, folder=str(tmp_path / "cut"))
+    texts = [
+        (tmp_path / name / "faults" / "rank-00000.jsonl").read_text() for name in ("whole", "cut")
+    ]
+    assert texts[0] == texts[1]
+    assert texts[0].count("\n") == 4
+
+
+def test_ledgers_of_ranks_that_are_gone_are_cut_back_too(tmp_path):
+    broken = [f"{i:05d}" for i in range(0, 18, 2)]
+    folder = photographs(tmp_path / "shards", [9, 9], broken=broken)
+    for rank in range(3):
+        take(module(str(folder)), 8, rank, 3, folder=str(tmp_path))
+    take(module(str(folder)), 1, first=2, folder=str(tmp_path))
+    for rank in (1, 2):
+        ledger = read_ledger(tmp_path / "faults" / f"rank-0000{rank}.jsonl")
+        assert ledger
+        assert all(fault.position < 12 for fault in ledger)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_streams_show_everything_and_say_what_they_cannot(tmp_path, caplog, ranks, workers):
+    import logging
+
+    caplog.set_level(logging.INFO, "lightning.pytorch.utilities.rank_zero")
+    folder = photographs(tmp_path / "shards", [7, 5, 9], broken=("00003",))
+    sources = [f"pipe:cat {folder}/{i:05d}.tar" for i in range(3)]
+    keys, positions = [], []
+    for rank in range(ranks):
+        data = module(sources, num_workers=workers, filters=[Filter("score", max=18)])
+        batches = take(data, 40, rank, ranks, folder=str(tmp_path))
+        keys += [key for batch in batches for key in batch["key"]]
+        positions += [p for batch in batches for p in batch["position"].tolist()]
+    assert sorted(positions) == list(range(240))
+    assert set(keys) == {f"{i:05d}" for i in range(19)} - {"00003"}
+    assert "a resumed run goes on with other batches" in caplog.text
+    faults = [f for p in (tmp_path / "faults").iterdir() for f in read_ledger(p)]
+    assert {f.key for f in faults} == {"00003"}
+
+
+def test_a_server_without_ranges_is_streamed(tmp_path):
+    folder = photographs(tmp_path / "shards", [7, 5])
+    (folder / "00002.tar").write_bytes((folder / "00001.tar").read_bytes()[:-9000])
+    with FaultyServer(folder, ranges=False) as server:
+        data = module([server.url(f"{i:05d}.tar") for i in range(3)], error_budget=0.5)
+        batches = take(data, 20, folder=str(tmp_path))
+        first = [key for batch in batches for key in batch["key"]]
+        resumed = [
+            key
+            for batch in take(module(data.train, error_budget=0.5), 5, first=20)
+            for key in batch["key"]
+        ]
+    assert set(first) == {f"{i:05d}" for i in range(12)}
+    assert resumed != first[:30]
+    ledger = read_ledger(tmp_path / "faults" / "rank-00000.jsonl")
+    assert {f.shard[-9:] for f in ledger} == {"00002.tar"}
+    assert {(f.kind, f.key) for f in ledger} == {("shard", None), ("sample", "00011")}
+
+
+def test_a_command_that_fails_is_no_silence(tmp_path):
+    folder = photographs(tmp_path / "shards", [7])
+    good, bad = f"pipe:cat {folder}/00000.tar", f"pipe:cat {folder}/00000.tar; exit 3"
+    data = module([good, bad], error_budget=0.5)
+    take(data, 10, folder=str(tmp_path))
+    ledger = read_ledger(tmp_path / "faults" / "rank-00000.jsonl")
+    assert [(f.kind, f.shard) for f in ledger] == [("shard", bad)]
+    with pytest.raises(ValueError, match="buckets and weights need an index"):
+        take(module(good, aspect=AspectBuckets(8)), 1)
+    with pytest.raises(BudgetError, match="No shard gives a sample"):
+        take(module(bad.replace("00000", "nothing")), 1)
+
+
+def test_many_shards_behind_an_address_want_an_index():
+    with pytest.raises(ValueError, match="101 shards behind an address have no index.*data index"):
+        take(module("http://127.0.0.1:9/{000..100}.tar"), 1)
+
+
+# The cache
+
+
+def config(folder, **data):
+    """A small training config in which all is frozen but the UNet."""
+    if not (folder / "text").exists():
+        tiny.frozen_conditioner(folder / "text")
+    settings = {"image_size": 16, "batch_size": 4, "num_workers": 0, "error_budget": 0.5}
+    text = {"pretrained": str(folder / "text"), "tokenizer": "open_clip", "max_length": 8}
+    values = {
+        "trainer": {
+            "accelerator": "cpu",
+            "devices": 1,
+            "max_steps": 5,
+            "log_every_n_steps": 1,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "default_root_dir": str(folder / "run"),
+            "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": str(folder / "log")}},
+        },
+        "checkpoint": {"every_n_train_steps": 2},
+        "model": {
+            "codec": {
+                "class_path": "AutoencoderKLCodec",
+                "init_args": {"pretrained": str(folder / "vae")},
+            },
+            "conditioner": {"class_path": "TransformersConditioner", "init_args": text},
+            "unet": {
+                "block_out_channels": [16, 32],
+                "attention": [False, True],
+                "layers_per_block": 1,
+                "attention_head_dim": 16,
+                "norm_groups": 8,
+            },
+            "caption_dropout": 0.3,
+        },
+        "data": {**settings, **data},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    return folder / "config.yaml"
+
+
+@pytest.fixture
+def cached(tmp_path):
+    """Photographs in three shapes, two of them broken, and a config with buckets and flips."""
+    from zsnr.assets import resolve_asset
+
+    folder = photographs(tmp_path / "shards", [9, 6, 8], broken=("00002", "00013"))
+    (tmp_path / "vae").symlink_to(resolve_asset("asset:openmoji_vae"))
+    path = config(
+        tmp_path,
+        train=str(folder),
+        aspect={"step": 8, "max_ratio": 4},
+        pixels={"flip": True},
+        filters=[{"field": "score", "max": 21}],
+    )
+    return tmp_path, path
+
+
+def losses(folder):
+    with open(folder / "metrics.csv", newline="") as lines:
+        return [float(row["train/loss"]) for row in csv.DictReader(lines) if row["train/loss"]]
+
+
+def weights(folder):
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+def fit(path, out, *options):
+    return main(["fit", "-c", str(path), f"--trainer.default_root_dir={out}", *options])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_training_from_the_cache_is_training_from_the_pictures(cached, dtype):
+    folder, path = cached
+    make = ["data", "cache", "-c", str(path), "--text", "--dtype", dtype]
+    assert main([*make, "--output", str(folder / "cache")]) == 0
+    assert fit(path, folder / "plain") == 0
+    (folder / "vae").unlink()  # neither is needed any more
+    (folder / "text" / "model.safetensors").unlink()
+    (folder / "shards").rename(folder / "away")
+    config_only = folder / "vae"
+    config_only.mkdir()
+    from zsnr.assets import resolve_asset
+
+    source = Path(resolve_asset("asset:openmoji_vae"))
+    (config_only / "config.json").write_text((source / "config.json").read_text())
+    assert fit(path, folder / "fast", f"--data.train={folder}/cache") == 0
+    theirs, mine = (losses(folder / "log" / "lightning_logs" / f"version_{i}") for i in (0, 1))
+    assert len(mine) == 5
+    assert mine == pytest.approx(theirs, rel=1e-5 if dtype == "float32" else 1e-3)
+    ledgers = [
+        read_ledger(folder / run / "faults" / "rank-00000.jsonl") for run in ("plain", "fast")
+    ]
+    broken = [{f.key for f in ledger if f.kind == "sample"} for ledger in ledgers]
+    assert broken[1] <= {"00002", "00013"}
+    assert broken[0] == broken[1] & {f.key for f in ledgers[0]}
+
+
+def test_a_cache_is_resumed_and_shared(cached, capsys):
+    folder, path = cached
+    make = ["data", "cache", "-c", str(path), "--dtype", "float32"]
+    whole, parts = folder / "whole", folder / "parts"
+    assert main([*make, "--output", str(whole)]) == 0
+    for rank in ("1", "0"):
+        assert main([*make, "--output", str(parts), "--rank", rank, "--ranks", "2"]) == 0
+        if rank == "1":
+            assert fit(path, folder / "run", f"--data.train={parts}") == 2
+            assert "is not finished: 2 of 3 shards" in capsys.readouterr().err
+    files = sorted(p.name for p in whole.glob("*.tar"))
+    assert files == ["000000-00000.tar", "000001-00001.tar", "000002-00002.tar"]
+    for name in files:
+        assert (parts / name).read_bytes() == (whole / name).read_bytes()
+    stamps = {name: (whole / name).stat().st_mtime_ns for name in files}
+    (whole / f"{files[1]}.index").unlink()  # as a kill between shard and index leaves it
+    assert main([*make, "--output", str(whole)]) == 0
+    changed = [name for name in files if (whole / name).stat().st_mtime_ns != stamps[name]]
+    assert changed == [files[1]]
+    assert not list(whole.glob(".*"))
+
+
+def test_stale_caches_are_refused(cached, capsys):
+    folder, path = cached
+    cache = folder / "cache"
+    make = ["data", "cache", "-c", str(path), "--output", str(cache)]
+    assert main([*make, "--text"]) == 0
+    train = f"--data.train={cache}"
+    for options, message in (
+        (["--data.image_size=24"], "stale: it was made with picture {'image_size': 16}"),
+        (["--data.pixels.flip=false"], "stale: .*'flip': True.*'flip': False"),
+        (["--data.aspect=null"], "stale: .*aspect"),
+        (["--model.codec.init_args.dtype=bfloat16"], "stale: it was made with codec"),
+        (["--model.conditioner.init_args.max_length=9"], "stale: it was made with conditioner"),
+    ):
+        assert fit(path, folder / "run", train, *options) == 2
+        import re
+
+        assert re.search(message, capsys.readouterr().err)
+    assert main([*make, "--text", "--dtype", "float32"]) == 2
+    assert "made with another dtype" in capsys.readouterr().err
+    assert main([*make[:-1], str(folder / "shards")]) == 2
+    assert "holds no cache" in capsys.readouterr().err
+    vae = folder / "own"
+    vae.mkdir()
+    for file in (folder / "vae").resolve().iterdir():
+        data = bytearray(file.read_bytes())
+        if file.suffix == ".safetensors":
+            data[-1] ^= 1
+        (vae / file.name).write_bytes(data)
+    assert fit(path, folder / "run", train, f"--model.codec.init_args.pretrained={vae}") == 2
+    assert "made with codec {'weights'" in capsys.readouterr().err
+    scaled = ["--model.codec.init_args.scale=0.5", "--trainer.max_steps=1"]
+    assert fit(path, folder / "run", train, *scaled) == 0  # moments are raw: the scale is free
+
+
+def test_more_filters_on_a_cache(cached):
+    folder, path = cached
+    cache = str(folder / "cache")
+    assert main(["data", "cache", "-c", str(path), "--output", cache]) == 0
+    facts = {"image_size": 16, "aspect": AspectBuckets(8, 4), "pixels": Pixels(flip=True)}
+    same = module(cache, filters=[Filter("score", max=21)], **facts)
+    plain = module(str(folder / "shards"), filters=[Filter("score", max=21)], **facts)
+    mine, theirs = take(same, 9), take(plain, 9)
+    assert [b["key"] for b in mine] == [b["key"] for b in theirs]
+    assert same.state_dict() == plain.state_dict()
+    fewer = module(cache, filters=[Filter("score", max=7)], **facts)
+    assert {int(key) for batch in take(fewer, 9) for key in batch["key"]} <= {*range(8)} - {2}
+    assert fewer.state_dict() != same.state_dict()
+    batch = mine[0]
+    assert batch["moments"].shape[1] == 8
+    assert batch["text_embedding"] is None
+
+
+# The whole way
+
+
+def launch(path, *options, kill=None, record=None):
+    callback = {"class_path": "recorder.Recorder", "init_args": {"path": str(record)}}
+    if kill is not None:
+        callback["init_args"]["kill_after_step"] = kill
+    command = [sys.executable, "-m", "zsnr.cli", "fit", "-c", str(path)]
+    command += [f"--trainer.callbacks={json.dumps([callback])}", *options]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
+
+
+def test_a_killed_run_on_a_faulty_server_trains_on_the_same_batches(tmp_path):
+    folder = photographs(tmp_path / "shards", [9, 6, 8], broken=("00002", "00013"))
+    names = [f"{i:05d}.tar" for i in range(3)]
+    faults = [Fault(name, kind) for name in names for kind in ("503", "reset", "cut")]
+    options = {
+        "index": str(tmp_path / "index"),
+        "num_workers": 2,
+        "retries": {"attempts": 6, "backoff": 0.01, "timeout": 0.5},
+        "aspect": {"step": 8, "max_ratio": 4},
+        "pixels": {"flip": True},
+    }
+    from zsnr.assets import resolve_asset
+
+    (tmp_path / "vae").symlink_to(resolve_asset("asset:openmoji_vae"))
+    path = config(tmp_path, train=str(folder), **options)
+    runs = [f"--trainer.default_root_dir={tmp_path}/{name}" for name in ("whole", "killed")]
+    done = launch(path, runs[0], record=tmp_path / "whole.jsonl")
+    assert done.returncode == 0, done.stderr
+    with FaultyServer(folder, faults, rate={"503": 7}) as server:
+        path = config(tmp_path, train=[server.url(name) for name in names], **options)
+        killed = launch(path, runs[1], record=tmp_path / "killed.jsonl", kill=3)
+        assert killed.returncode == -9
+        resumed = launch(
+            path,
+            runs[1],
+            "--ckpt_path=last",
+            "--data.num_workers=0",
+            record=tmp_path / "killed.jsonl",
+        )
+        assert resumed.returncode == 0, resumed.stderr
+        met = {request.kind for request in server.log}
+    assert met == {"503", "reset", "cut"}
+    assert recorder.read(tmp_path / "killed.jsonl") == recorder.read(tmp_path / "whole.jsonl")
+    mine, theirs = weights(tmp_path / "killed"), weights(tmp_path / "whole")
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)

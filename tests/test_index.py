@@ -1,0 +1,377 @@
+"""The index, what is selected of it, and what is broken."""
+
+import io
+import json
+import os
+import tarfile
+
+import numpy as np
+import pytest
+import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from zsnr.data.buckets import AspectBuckets, assign
+from zsnr.data.faults import BudgetError, Fault, Ledger, check_budget, read_ledger, summarize
+from zsnr.data.filters import Filter
+from zsnr.data.index import index_path, load_index, make_index, read_index
+from zsnr.data.samples import select
+from zsnr.data.sources import Shard, Source, find_shards
+from zsnr.data.storage import Storage
+
+
+def index(source, **options):
+    return load_index(str(source), Storage(), progress=False, **options)
+
+
+def keys(index):
+    return index.table.column("key").to_pylist()
+
+
+def reasons(index):
+    return {fault.key: fault.reason for fault in index.faults}
+
+
+def test_shards_by_folder_pattern_and_list(tmp_path):
+    tiny.write_shards(tmp_path, [3, 1, 2])
+    names = [f"train-00000{i}.tar" for i in range(3)]
+    for source in (
+        str(tmp_path),
+        f"{tmp_path}/train-{{000000..000002}}.tar",
+        f"{tmp_path}/train-*.tar",
+        f"file://{tmp_path}/train-*.tar",
+        [f"{tmp_path}/{name}" for name in names],
+        [Source([f"{tmp_path}/{name}" for name in names])],
+    ):
+        assert [shard.name for shard in find_shards(source)] == names
+    assert keys(index(tmp_path)) == [f"{i:05d}" for i in range(6)]
+    weighted = [Source(f"{tmp_path}/train-000000.tar", 2), f"{tmp_path}/train-000001.tar"]
+    assert [shard.weight for shard in find_shards(weighted)] == [2, 1]
+
+
+def test_addresses_are_spelled_out():
+    assert [s.url for s in find_shards("https://host/{00..02}.tar?a=b")] == [
+        f"https://host/0{i}.tar?a=b" for i in range(3)
+    ]
+    assert [s.url for s in find_shards("pipe:cat {a,b}.tar")] == ["pipe:cat {a,b}.tar"]
+    with pytest.raises(FileNotFoundError, match="a web server lists no files"):
+        find_shards("https://host/*.tar")
+
+
+def test_patterns_and_folders_of_other_file_systems():
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    for name in ("b.tar", "a.tar", "c.txt"):
+        memory.pipe(f"/shards/{name}", b"")
+    wanted = ["memory://shards/a.tar", "memory://shards/b.tar"]
+    assert [s.url for s in find_shards("memory://shards/*.tar")] == wanted
+    assert [s.url for s in find_shards("memory://shards/")] == wanted
+    with pytest.raises(FileNotFoundError, match="No shards at memory://nothing/"):
+        find_shards("memory://nothing/")
+
+
+@pytest.mark.parametrize("source", ["nowhere", "nowhere-*.tar", "{0..3}.tar"])
+def test_nothing_there(tmp_path, source):
+    with pytest.raises(FileNotFoundError, match="No shards at .*wanted .tar files"):
+        find_shards(str(tmp_path / source))
+    with pytest.raises(FileNotFoundError, match="empty"):
+        find_shards([])
+
+
+def test_rows_say_where_the_parts_are(tmp_path):
+    record = {"caption": "x" * 80, "aesthetic": 5.5, "width": 3, "nsfw": "no", "sub": {"a": 1}}
+    members = {
+        "./v1.0/00001.png": tiny.png("red", (20, 24)),
+        "./v1.0/00001.txt": b"red",
+        "./v1.0/00001.json": json.dumps(record).encode(),
+    }
+    path = tiny.write_shard(tmp_path / "x.tar", members)
+    found = index(path, fields=["aesthetic", "nsfw", "caption", "absent"])
+    row = found.table.to_pylist()[0]
+    assert (row["key"], row["height"], row["width"]) == ("v1.0/00001", 24, 20)
+    data = path.read_bytes()
+    for part, name in (("image", "png"), ("text", "txt"), ("json", "json")):
+        offset, size = row[f"{part}_offset"], row[f"{part}_size"]
+        assert data[offset : offset + size] == members[f"./v1.0/00001.{name}"]
+    assert (row["json.aesthetic"], row["json.nsfw"]) == (5.5, "no")
+    assert "json.caption" not in row  # too long for a filter
+    assert not found.faults
+
+
+def test_exif_turns_the_size(tmp_path):
+    from PIL import Image
+
+    exif, data = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    Image.new("RGB", (30, 10)).save(data, "JPEG", exif=exif)
+    path = tiny.write_shard(tmp_path / "x.tar", {"a.jpg": data.getvalue(), "a.txt": b""})
+    row = index(path).table.to_pylist()[0]
+    assert (row["height"], row["width"]) == (30, 10)
+
+
+def test_what_is_broken_is_named_and_the_rest_is_there(tmp_path):
+    good = tiny.png("red")
+    members = {
+        "a.png": good,
+        "a.txt": b"fine",
+        "b.png": b"",
+        "b.txt": b"zero bytes",
+        "c.png": good,
+        "d.txt": b"no picture",
+        "e.png": good,
+        "e.txt": b"bad json",
+        "e.json": b"{",
+        "f.png": b"no picture at all",
+        "f.txt": b"f",
+        "g.png": good,
+        "g.json": b'{"caption": "g"}',
+    }
+    found = index(tiny.write_shard(tmp_path / "x.tar", members))
+    assert keys(found) == ["a", "g"]
+    why = reasons(found)
+    assert why.keys() == {"b", "c", "d", "e", "f"}
+    for key, text in {
+        "b": "0 bytes",
+        "c": "no caption",
+        "d": "no picture",
+        "e": "json is unreadable",
+        "f": "not a readable picture",
+    }.items():
+        assert text in why[key]
+
+
+def test_a_name_twice(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name in ("a.txt", "a.txt", "a.png", "b.png", "b.txt"):
+            member = tarfile.TarInfo(name)
+            data = tiny.png("red") if name.endswith("png") else b"x"
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    found = index(tmp_path / "x.tar")
+    assert keys(found) == ["b"]
+    assert "twice" in reasons(found)["a"]
+
+
+def test_every_truncation_is_noticed(tmp_path):
+    whole = (tiny.write_shards(tmp_path / "w", [4]) / "train-000000.tar").read_bytes()
+    with tarfile.open(tmp_path / "w" / "train-000000.tar") as tar:
+        ends = [(m.name, m.offset_data + m.size) for m in tar]
+    content = max(end for _, end in ends)
+    path = tmp_path / "cut.tar"
+    for size in range(100, content + 512, 100):  # beyond that, the end's zeros begin
+        path.write_bytes(whole[:size])
+        found = index(path, write=False)
+        assert [f.kind for f in found.faults if f.key is None] == ["shard"], size
+        complete = [name for name, end in ends if end <= size]
+        pairs = [key for key in ("00000", "00001", "00002", "00003") if f"{key}.txt" in complete]
+        assert keys(found) == pairs, size
+
+
+def test_garbage_and_missing_shards_are_faults(tmp_path):
+    tiny.write_shards(tmp_path, [2])
+    (tmp_path / "train-000001.tar").write_bytes(b"garbage" * 1000)
+    (tmp_path / "train-000002.tar").write_bytes(b"")
+    found = index(f"{tmp_path}/train-{{000000..000003}}.tar")
+    assert len(keys(found)) == 2
+    assert [f.kind for f in found.faults] == ["shard"] * 3
+    text = [f.reason for f in found.faults]
+    assert "not a readable tar" in text[0]
+    assert text[2] == "missing"
+    garbled = bytearray((tmp_path / "train-000000.tar").read_bytes())
+    garbled[2048:2560] = os.urandom(512)  # a header in the middle
+    (tmp_path / "train-000000.tar").write_bytes(garbled)
+    found = make_index(Shard(f"{tmp_path}/train-000000.tar"), Storage())
+    assert "no end" in found.faults[0].reason
+
+
+def test_an_index_is_kept_and_made_again_when_the_shard_changes(tmp_path):
+    path = tiny.write_shards(tmp_path, [3]) / "train-000000.tar"
+    first = index(path)
+    kept = index_path(Shard(str(path)), None)
+    assert kept.is_file()
+    assert index(path).digest == first.digest
+    kept.write_bytes(b"no parquet")
+    assert index(path).digest == first.digest
+    assert read_index(kept) is not None  # mended
+    tiny.write_shard(path, {"z.png": tiny.png("red"), "z.txt": b"z"})
+    assert keys(index(path)) == ["z"]
+    other = tmp_path / "elsewhere"
+    index(path, folder=other)
+    assert len(list(other.glob("*.index"))) == 1
+
+
+def test_the_digest_is_of_the_content(tmp_path):
+    for name, counts in (("a", [2, 3]), ("b", [2, 3]), ("c", [3, 2])):
+        tiny.write_shards(tmp_path / name, counts)
+    digests = [index(tmp_path / name).digest for name in "abc"]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_a_folder_of_pictures(tmp_path):
+    for name in ("a.png", "sub/b.png", "c.png", "d.PNG"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(tiny.png("red"))
+    (tmp_path / "a.txt").write_text("a cat")
+    lines = [{"file_name": "sub/b.png", "text": "bär", "score": 3}, {"file_name": "gone.png"}]
+    lines = "\n".join(map(json.dumps, lines)) + "\n\n{\n"
+    (tmp_path / "metadata.jsonl").write_text(lines + json.dumps({"file_name": "d.PNG"}))
+    found = index(tmp_path, fields=["score"])
+    assert keys(found) == ["a.png", "d.PNG", "sub/b.png"]
+    assert found.table.column("json.score").to_pylist() == [None, None, 3.0]
+    why = reasons(found)
+    assert why.keys() == {"c.png", "gone.png", "metadata.jsonl, line 4"}
+    assert "no caption" in why["c.png"]
+    samples = select(found, 8)
+    sample = samples[2]
+    assert Storage().read(sample.json.url, sample.json.offset, sample.json.size).startswith(b"{")
+    assert not list(tmp_path.rglob("*.index"))
+
+
+def shard_with(tmp_path, records, sizes=None):
+    members = {}
+    for i, record in enumerate(records):
+        size = (20, 24) if sizes is None else sizes[i]
+        members |= {
+            f"{i}.png": tiny.png("red", size),
+            f"{i}.txt": b"x",
+            f"{i}.json": json.dumps(record).encode(),
+        }
+    return tiny.write_shard(tmp_path / "x.tar", members)
+
+
+def kept_by(tmp_path, *filters, records):
+    found = index(shard_with(tmp_path, records), fields=[f.field for f in filters])
+    samples = select(found, 8, filters=filters)
+    return [int(key.as_py()) for key in samples.keys], samples.removed
+
+
+def test_filters(tmp_path):
+    records = [
+        {"aesthetic": 4.0, "lang": "en", "unsafe": False},
+        {"aesthetic": 6, "lang": "de", "unsafe": True},
+        {"aesthetic": 7.5, "lang": "en", "unsafe": True},
+        {"lang": None, "unsafe": False},
+        {"aesthetic": float("nan"), "lang": "fr", "unsafe": False},
+    ]
+    kept, removed = kept_by(
+        tmp_path,
+        Filter("aesthetic", min=5, missing="keep"),
+        Filter("lang", one_of=("en", "fr"), missing="drop"),
+        records=records,
+    )
+    assert kept == [2, 4]
+    assert list(removed.values()) == [1, 2]
+    assert kept_by(tmp_path, Filter("aesthetic", max=6, missing="drop"), records=records)[0] == [
+        0,
+        1,
+    ]
+    assert kept_by(tmp_path, Filter("lang", none_of=("de",), missing="keep"), records=records)[
+        0
+    ] == [
+        0,
+        2,
+        3,
+        4,
+    ]
+    assert kept_by(tmp_path, Filter("image_height", min=24), records=records)[0] == [0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match="No samples are left of 5.*image_width >= 21 removed 5"):
+        kept_by(tmp_path, Filter("image_width", min=21), records=records)
+    with pytest.raises(ValueError, match="2 of 5 samples have no 'aesthetic'.*keep or drop"):
+        kept_by(tmp_path, Filter("aesthetic", min=5), records=records)
+    with pytest.raises(ValueError, match="5 of 5 samples have no 'typo'"):
+        kept_by(tmp_path, Filter("typo", min=5), records=records)
+    with pytest.raises(ValueError, match="does not fit the field, which holds string"):
+        kept_by(tmp_path, Filter("lang", min=5, missing="keep"), records=records)
+    with pytest.raises(ValueError, match="does not fit"):
+        kept_by(tmp_path, Filter("lang", one_of=(1.0,), missing="keep"), records=records)
+    with pytest.raises(ValueError, match="does not fit"):
+        kept_by(tmp_path, Filter("aesthetic", one_of=("a",), missing="keep"), records=records)
+
+
+@given(st.lists(st.one_of(st.none(), st.floats(-5, 5)), min_size=1, max_size=30), st.floats(-5, 5))
+@settings(max_examples=60, deadline=None)
+def test_a_filter_decides_as_plain_python_does(values, limit):
+    import pyarrow as pa
+
+    column = pa.array(values, pa.float64())
+    for missing in ("keep", "drop"):
+        mine = Filter("f", min=limit, missing=missing).keeps(column, len(values))
+        theirs = [missing == "keep" if v is None else v >= limit for v in values]
+        assert mine.tolist() == theirs
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "no min, max"),
+        ({"min": 2, "max": 1}, "keeps nothing"),
+        ({"min": 1, "missing": "x"}, "x"),
+    ],
+)
+def test_bad_filters(options, message):
+    with pytest.raises(ValueError, match=message):
+        Filter("f", **options)
+
+
+def test_huge_pictures_are_faults(tmp_path):
+    path = shard_with(tmp_path, [{}, {}], [(20, 24), (40, 10)])
+    samples = select(index(path), 8, max_pixels=450)
+    assert [key.as_py() for key in samples.keys] == ["1"]
+    assert samples.faults[0].reason == "20 x 24 pixels: wanted at most 450"
+
+
+def test_bucket_shapes():
+    shapes = AspectBuckets(step=64, max_ratio=2).shapes(512)
+    assert (512, 512) in shapes
+    for h, w in shapes:
+        assert h % 64 == w % 64 == 0
+        assert h * w <= 512**2
+        assert max(h, w) / min(h, w) <= 2
+        assert (w, h) in shapes
+        assert (h, w + 64) not in shapes  # no larger one has the same height
+    with pytest.raises(ValueError, match="no multiple of data.aspect.step"):
+        AspectBuckets(step=64).shapes(500)
+
+
+@given(st.integers(1, 4000), st.integers(1, 4000))
+@settings(max_examples=60, deadline=None)
+def test_the_bucket_is_the_nearest_in_ratio(h, w):
+    shapes = AspectBuckets(step=64, max_ratio=3).shapes(512)
+    mine = assign(np.array([h]), np.array([w]), shapes)[0]
+    off = [abs(np.log(h / w) - np.log(a / b)) for a, b in shapes]
+    assert off[mine] == pytest.approx(min(off))
+
+
+def fault(i, kind="sample", position=None):
+    return Fault(kind, "s.tar", str(i), "broken", position)
+
+
+def test_the_budget():
+    check_budget([fault(i) for i in range(10)], 10, 1, 0.0)  # ten are free
+    with pytest.raises(BudgetError, match=r"0 of 1 shards, 11 of 100 samples. 11 x sample: broken"):
+        check_budget([fault(i) for i in range(11)], 100, 1, 0.1)
+    check_budget([fault(i) for i in range(11)], 110, 1, 0.1)
+    check_budget([fault(0)] * 50 + [fault(i, "passing") for i in range(90)], 1, 1, 0.0)
+    shard = Fault("shard", "a.tar", None, "missing")
+    check_budget([shard], 0, 2, 0.5)
+    with pytest.raises(BudgetError, match="1 of 3 shards"):
+        check_budget([shard], 0, 3, 0.3)
+
+
+def test_the_ledger(tmp_path):
+    path = tmp_path / "faults" / "rank-0.jsonl"
+    ledger = Ledger(path)
+    ledger.write([fault(1, position=3), fault(1, position=9), fault(2, "passing", 5)])
+    ledger.write([fault(2, "passing", 12), fault(3, position=20)])
+    wanted = [fault(1, position=3), fault(2, "passing", 5), fault(2, "passing", 12)]
+    assert read_ledger(path) == [*wanted, fault(3, position=20)]
+    with open(path, "a") as file:
+        file.write('{"kind": "samp')  # a crash
+    ledger = Ledger(path, position=13)
+    assert read_ledger(path) == wanted
+    ledger.write([fault(1, position=30), fault(3, position=20)])
+    assert read_ledger(path) == [*wanted, fault(3, position=20)]
+    assert "3 x" not in summarize(wanted)
+    assert summarize([]) == ""

@@ -1,0 +1,62 @@
+"""Aspect-ratio buckets: shapes of about equal area, and which picture goes into which."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(frozen=True)
+class AspectBuckets:
+    """Shapes whose sides are multiples of `step` and whose area is at most image_size^2.
+
+    A picture goes to the shape nearest in aspect ratio, and is resized and cropped to it.
+
+    Args:
+        step: Pixels; a multiple of what codec and UNet together shrink by.
+        max_ratio: Longest side over shortest. Pictures beyond it are cropped to it.
+    """
+
+    step: int = 64
+    max_ratio: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.step < 1:
+            raise ValueError(f"aspect.step={self.step}: wanted at least 1.")
+        if self.max_ratio < 1:
+            raise ValueError(f"aspect.max_ratio={self.max_ratio:g}: wanted at least 1.")
+
+    def shapes(self, image_size: int) -> list[tuple[int, int]]:
+        """List the (height, width) of all buckets, from the widest to the tallest.
+
+        Raises:
+            ValueError: image_size is no multiple of step.
+        """
+        if image_size % self.step:
+            raise ValueError(
+                f"data.image_size={image_size} is no multiple of data.aspect.step={self.step}."
+            )
+        found = set()
+        for short in range(self.step, image_size + 1, self.step):
+            long = image_size**2 // short // self.step * self.step
+            if long / short <= self.max_ratio:
+                found |= {(short, long), (long, short)}
+        return sorted(found)
+
+
+def assign(
+    heights: np.ndarray, widths: np.ndarray, shapes: list[tuple[int, int]], block: int = 1 << 20
+) -> np.ndarray:
+    """Choose for each picture the shape nearest in log aspect ratio: (N,) int16."""
+    import numpy as np
+
+    logs = np.log([h / w for h, w in shapes])
+    chosen = np.empty(len(heights), np.int16)
+    for i in range(0, len(heights), block):
+        part = slice(i, i + block)
+        own = np.log(heights[part] / widths[part])
+        chosen[part] = np.abs(own[:, None] - logs).argmin(1)
+    return chosen

@@ -1,0 +1,138 @@
+"""Filters over the fields of a sample's json, decided on the index."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+
+PICTURE_FIELDS = ("image_width", "image_height", "image_bytes")
+"""Fields that every sample has: measured from the picture itself."""
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Keep the samples whose field lies in a range, or in a list.
+
+    Args:
+        field: A field of the sample's json, such as aesthetic, pwatermark, punsafe, similarity,
+            original_width or LANGUAGE; or image_width, image_height (pixels) or image_bytes,
+            measured from the picture.
+        min: Keep values of at least this.
+        max: Keep values of at most this.
+        one_of: Keep values of this list.
+        none_of: Drop values of this list.
+        missing: What to do with a sample that lacks the field, or has null in it: "error" refuses
+            the data, "keep" and "drop" say so.
+    """
+
+    field: str
+    min: float | None = None
+    max: float | None = None
+    one_of: tuple[float | str, ...] | None = None
+    none_of: tuple[float | str, ...] | None = None
+    missing: Literal["error", "keep", "drop"] = "error"
+
+    def __post_init__(self) -> None:
+        for name in ("min", "max"):  # 5 and 5.0 are one filter
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else float(value))
+        for name in ("one_of", "none_of"):
+            values = getattr(self, name)
+            if values is not None:
+                same = tuple(v if isinstance(v, str) else float(v) for v in values)
+                object.__setattr__(self, name, same)
+        limits = (self.min, self.max, self.one_of, self.none_of)
+        if all(limit is None for limit in limits):
+            raise ValueError(f"The filter of {self.field!r} has no min, max, one_of or none_of.")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"The filter of {self.field!r} keeps nothing: min > max.")
+        if self.missing not in ("error", "keep", "drop"):
+            raise ValueError(f"missing={self.missing!r}: wanted 'error', 'keep' or 'drop'.")
+
+    def __str__(self) -> str:
+        parts = [] if self.min is None else [f">= {self.min:g}"]
+        parts += [] if self.max is None else [f"<= {self.max:g}"]
+        parts += [] if self.one_of is None else [f"in {', '.join(map(str, self.one_of))}"]
+        parts += [] if self.none_of is None else [f"not in {', '.join(map(str, self.none_of))}"]
+        return f"{self.field} {' and '.join(parts)}"
+
+    def keeps(self, values: pa.Array | pa.ChunkedArray | None, count: int) -> np.ndarray:
+        """Decide for each sample.
+
+        Args:
+            values: The field's column, null where it is missing. None = no sample has the field.
+            count: Number of samples.
+
+        Returns:
+            bool (count,).
+
+        Raises:
+            ValueError: The field is missing and `missing` is "error", or is of another type.
+        """
+        import numpy as np
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        absent = np.ones(count, bool) if values is None else values.is_null().to_numpy(False)
+        if absent.any() and self.missing == "error":
+            raise ValueError(
+                f"{absent.sum()} of {count} samples have no {self.field!r}, which a filter wants: "
+                "set its missing to keep or drop."
+            )
+        if values is None:
+            return np.full(count, self.missing == "keep")
+        keep = pa.chunked_array([pa.array(np.ones(count, bool))])
+        try:
+            for limit, test in ((self.min, pc.greater_equal), (self.max, pc.less_equal)):
+                if limit is not None:
+                    keep = pc.and_(keep, test(values, pa.scalar(float(limit))))
+            for listed, wanted in ((self.one_of, True), (self.none_of, False)):
+                if listed is not None:
+                    found = pc.is_in(values, value_set=_typed(listed, values.type))
+                    keep = pc.and_(keep, found if wanted else pc.invert(found))
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
+            raise ValueError(
+                f"The filter {self} does not fit the field, which holds {values.type}."
+            ) from error
+        kept: np.ndarray = pc.fill_null(keep, False).to_numpy()
+        return np.where(absent, self.missing == "keep", kept)
+
+
+def apply_filters(
+    filters: Sequence[Filter], columns: Mapping[str, Any], count: int
+) -> tuple[np.ndarray, dict[str, int]]:
+    """Put filters one after the other.
+
+    Args:
+        filters: In order; a sample counts for the first that drops it.
+        columns: Arrow columns by field.
+        count: Number of samples.
+
+    Returns:
+        What is kept, bool (count,), and how many each filter removed.
+    """
+    import numpy as np
+
+    kept, removed = np.ones(count, bool), {}
+    for each in filters:
+        after = kept & each.keeps(columns.get(each.field), count)
+        removed[str(each)] = int(kept.sum() - after.sum())
+        kept = after
+    return kept, removed
+
+
+def _typed(listed: Sequence[float | str], kind: pa.DataType) -> pa.Array:
+    import pyarrow as pa
+
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        if not all(isinstance(value, str) for value in listed):
+            raise pa.ArrowTypeError("numbers listed for text")
+        return pa.array(list(listed), kind)
+    if any(isinstance(value, str) for value in listed):
+        raise pa.ArrowTypeError("text listed for numbers")
+    return pa.array([float(value) for value in listed]).cast(kind)

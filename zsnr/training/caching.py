@@ -1,0 +1,97 @@
+"""`zsnr data cache`: the parts of a training config that caching needs, and nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser
+from lightning.pytorch.utilities import rank_zero_info
+
+from zsnr.codecs import LatentCodec
+from zsnr.conditioning import Conditioner
+from zsnr.data.cache import Cache, filter_facts, picture_facts, shard_files, write_cache
+from zsnr.data.faults import check_budget, summarize
+from zsnr.training.data import DataModule, describe_samples
+from zsnr.training.lightning_cli import parse_fit
+
+
+def run_cache(options: argparse.Namespace, settings: Sequence[str]) -> Path:
+    """Write this process's share of a cache; return its folder.
+
+    Args:
+        options: Of the command.
+        settings: Other arguments, as fit takes them.
+
+    Raises:
+        ValueError: The config or the data is wrong, or the folder holds something else.
+    """
+    rank = int(os.environ.get("RANK", 0)) if options.rank is None else options.rank
+    ranks = int(os.environ.get("WORLD_SIZE", 1)) if options.ranks is None else options.ranks
+    if not 0 <= rank < ranks:
+        raise ValueError(f"--rank {rank} --ranks {ranks}: wanted 0 <= rank < ranks.")
+    if options.batch_size < 1:
+        raise ValueError(f"--batch-size {options.batch_size}: wanted at least 1.")
+    configs = [part for path in options.config for part in ("-c", path)]
+    config = parse_fit([*configs, *settings])
+    data: Any = build("data", DataModule, config.data)
+    sources = getattr(data, options.source)
+    if sources is None:
+        raise ValueError(f"data.{options.source} is not set: there is nothing to cache.")
+    codec: Any = build("codec", LatentCodec, config.model.codec)
+    codec.latent_shape(data.image_size, data.image_size)
+    conditioner: Any = None
+    if options.text:
+        conditioner = build("conditioner", Conditioner, config.model.conditioner)
+    index, samples = data.select(sources)
+    if rank == 0:
+        rank_zero_info(describe_samples(samples, f"data.{options.source}"))
+    check_budget(samples.faults, samples.total, len(samples.shards), data.error_budget)
+    folder = Path(options.output).expanduser()
+    cache = Cache(
+        folder=folder,
+        codec=codec.fingerprint(),
+        conditioner=None if conditioner is None else conditioner.fingerprint(),
+        picture=picture_facts(data.image_size, data.aspect, data.pixels),
+        filters=filter_facts(data.filters),
+        samples=samples.digest,
+        dtype=options.dtype,
+        shards=shard_files(samples.shards),
+    )
+    faults = write_cache(
+        folder,
+        samples,
+        codec,
+        conditioner,
+        index,
+        cache=cache,
+        pixels=data.pixels,
+        captions=data.captions,
+        retries=data.retries,
+        batch_size=options.batch_size,
+        num_workers=data.num_workers,
+        rank=rank,
+        num_ranks=ranks,
+        device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        on_shard=lambda broken, done: check_budget(
+            broken, done, len(samples.shards), data.error_budget
+        ),
+    )
+    if faults:
+        rank_zero_info(f"broken pictures, kept as gaps: {summarize(faults)}")
+    return folder
+
+
+def build(name: str, cls: type[Any], values: Any) -> Any:
+    """Instantiate one part of a parsed config."""
+    parser = ArgumentParser(exit_on_error=False)
+    if cls is DataModule:
+        parser.add_class_arguments(cls, name)
+    else:
+        parser.add_subclass_arguments(cls, name)
+    values = values.as_dict() if hasattr(values, "as_dict") else values
+    return parser.instantiate_classes(parser.parse_object({name: values}))[name]
