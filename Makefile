@@ -39,6 +39,7 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/sampler_step.py --write
+	$(BIN)/python benchmarks/data_throughput.py --write
 
 clean:
 	rm -rf $(VENV) runs
