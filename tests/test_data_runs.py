@@ -19,11 +19,14 @@ from faulty_server import Fault, FaultyServer
 from PIL import Image
 
 from zsnr.cli import main
+from zsnr.codecs import AutoencoderKLCodec
+from zsnr.conditioning import TransformersConditioner
 from zsnr.data.buckets import AspectBuckets
 from zsnr.data.captions import Captions
 from zsnr.data.dataset import Pixels
 from zsnr.data.faults import BudgetError, read_ledger
 from zsnr.data.filters import Filter
+from zsnr.data.openmoji import write_openmoji_shards
 from zsnr.data.sources import Source
 from zsnr.data.storage import Retries
 from zsnr.training import DataModule
@@ -121,10 +124,34 @@ def test_ranks_workers_and_stops_change_nothing(tmp_path, workers):
 
 
 def test_moved_shards_are_the_same_data(tmp_path):
-    here = photographs(tmp_path / "here", [7, 5])
-    with FaultyServer(here) as server:
-        url = server.url("{00000..00001}.tar").replace("%7B", "{").replace("%7D", "}")
-        assert rows(take(module(url), 5)) == rows(take(module(str(here)), 5))
+    photographs(tmp_path / "photographs", [7, 5])
+    write_openmoji_shards(
+        tmp_path / "glyphs", glyphs="demo", size=24, samples_per_shard=40, progress=False
+    )
+    for name, pattern in (("photographs", "{00000..00001}"), ("glyphs", "train-{000000..000002}")):
+        here = tmp_path / name
+        with FaultyServer(here) as server:
+            url = f"http://127.0.0.1:{server.port}/{pattern}.tar"
+            assert rows(take(module(url), 5)) == rows(take(module(f"{here}/{pattern}.tar"), 5))
+
+
+def test_a_run_behind_http_sees_each_sample_exactly_once_a_pass(tmp_path):
+    write_openmoji_shards(
+        tmp_path / "glyphs", glyphs="demo", size=24, samples_per_shard=30, progress=False
+    )
+    names = sorted(path.name for path in (tmp_path / "glyphs").glob("train-*.tar"))
+    with FaultyServer(tmp_path / "glyphs", rate={"503": 5, "cut": 7, "reset": 11}) as server:
+        patient = Retries(attempts=12, backoff=0.0, timeout=0.5)
+        data = module([server.url(name) for name in names], retries=patient)
+        batches = take(data, 36, folder=str(tmp_path))  # 216 = two passes over 108
+        met = sum(request.kind is not None for request in server.log)
+    keys = [key for batch in batches for key in batch["key"]]
+    assert len(set(keys[:108])) == len(set(keys[108:])) == 108
+    assert set(keys[:108]) == set(keys[108:])
+    assert keys[:108] != keys[108:]
+    ledger = read_ledger(tmp_path / "faults" / "rank-00000.jsonl")
+    assert len(ledger) == met > 30
+    assert {fault.kind for fault in ledger} == {"passing"}
 
 
 def test_other_data_or_settings_do_not_resume_silently(tmp_path):
@@ -450,6 +477,26 @@ def test_a_cache_is_resumed_and_shared(cached, capsys):
     changed = [name for name in files if (whole / name).stat().st_mtime_ns != stamps[name]]
     assert changed == [files[1]]
     assert not list(whole.glob(".*"))
+
+
+def test_previews_from_a_cache_encode_their_prompts_once(cached, monkeypatch):
+    folder, path = cached
+    cache = str(folder / "cache")
+    assert main(["data", "cache", "-c", str(path), "--output", cache, "--text"]) == 0
+    loads, released = [], []
+    for cls, name in ((TransformersConditioner, "text"), (AutoencoderKLCodec, "vae")):
+        read, release = cls._read, cls.release
+        monkeypatch.setattr(cls, "_read", lambda s, r=read, n=name: (loads.append(n), r(s))[1])
+        monkeypatch.setattr(cls, "release", lambda s, r=release: (released.append(s), r(s))[1])
+    previews = [{"class_path": "zsnr.training.Previews", "init_args": {}}]
+    previews[0]["init_args"] = {"prompts": ["picture 3", ""], "every_n_steps": 2}
+    options = [f"--data.train={cache}", f"--trainer.callbacks={json.dumps(previews)}"]
+    assert fit(path, folder / "run", *options) == 0
+    assert sorted(loads) == ["text", "vae"]  # two previews, each part loaded once
+    assert len(released) == 1
+    assert not released[0]._loaded
+    pictures = sorted(p.name for p in (folder / "run" / "previews").iterdir())
+    assert pictures == ["step-00000002.png", "step-00000004.png"]
 
 
 def test_stale_caches_are_refused(cached, capsys):

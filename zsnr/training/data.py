@@ -155,6 +155,7 @@ class DataModule(L.LightningDataModule):
             self._val = val
         if stage == "predict":
             self.requests = read_requests(self.prompts, self.prompt_seed)
+        self._indices.clear()  # what is used of it stays
 
     def state_dict(self) -> dict[str, Any]:
         """Return what decides the batches of all steps."""
