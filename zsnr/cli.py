@@ -93,6 +93,13 @@ def _parser() -> argparse.ArgumentParser:
     index.add_argument(
         "--timeout", type=float, default=30.0, help="seconds until a server is stalled (default 30)"
     )
+    index.add_argument(
+        "--processes",
+        type=int,
+        default=0,
+        metavar="N",
+        help="shards read at once, each by a process (default: threads of one process)",
+    )
     index.add_argument("--attempts", type=int, default=5, help="tries of one read (default 5)")
     index.add_argument("--json", action="store_true", help="print the summary as JSON")
     index.set_defaults(run=_data_index)
@@ -129,6 +136,40 @@ def _parser() -> argparse.ArgumentParser:
     cache.add_argument("--rank", type=int, help="this process (default: RANK, else 0)")
     cache.add_argument("--ranks", type=int, help="all processes (default: WORLD_SIZE, else 1)")
     cache.set_defaults(run=_data_cache)
+
+    look = data.add_parser(
+        "report",
+        help="look at a data set: sizes, captions, brightness, and the schedule's effect",
+        description="Write FOLDER/report.md with pictures: sizes, aspect ratios, caption lengths, "
+        "what filters keep, brightness, and how much of its range the usual schedule would keep.",
+    )
+    look.add_argument("source", nargs="+", help="as for `data index`, or a folder of pictures")
+    look.add_argument("--output", required=True, metavar="FOLDER", help="where to write; new")
+    look.add_argument("--image-size", type=int, default=512, help="pixels (default 512)")
+    look.add_argument(
+        "--samples", type=int, default=2000, help="pictures to look at, evenly (default 2000)"
+    )
+    look.add_argument(
+        "--filter",
+        action="append",
+        default=[],
+        metavar="TEST",
+        help="such as 'aesthetic>=5', 'pwatermark<=0.8', 'LANGUAGE in en,de'; may be repeated",
+    )
+    look.add_argument(
+        "--missing",
+        choices=("error", "keep", "drop"),
+        default="error",
+        help="what filters do with samples that lack the field (default error)",
+    )
+    look.add_argument("--aspect", action="store_true", help="count aspect-ratio buckets")
+    look.add_argument(
+        "--codec", help="measure its latents too: a folder, hub id, or asset:openmoji_vae"
+    )
+    look.add_argument("--codec-subfolder", help="such as vae, in a Stable Diffusion folder")
+    look.add_argument("--index", metavar="FOLDER", help="where `data index --output` wrote")
+    look.add_argument("--json", action="store_true", help="print the figures as JSON")
+    look.set_defaults(run=_data_report)
 
     configs = commands.add_parser("configs", help="list, show and copy the shipped YAML")
     actions = configs.add_subparsers(required=True, metavar="COMMAND")
@@ -170,6 +211,7 @@ def _data_index(options: argparse.Namespace) -> None:
             ledger=None if options.ledger is None else Path(options.ledger).expanduser(),
             attempts=options.attempts,
             timeout=options.timeout,
+            processes=options.processes,
             as_json=options.json,
         )
     )
@@ -179,6 +221,31 @@ def _data_cache(options: argparse.Namespace) -> None:
     from zsnr.training.caching import run_cache
 
     print(run_cache(options, options.settings))
+
+
+def _data_report(options: argparse.Namespace) -> None:
+    import json
+
+    from zsnr.codecs import AutoencoderKLCodec
+    from zsnr.data.buckets import AspectBuckets
+    from zsnr.data.filters import parse_filter
+    from zsnr.reports.data import write_data_report
+
+    codec = None
+    if options.codec is not None:
+        codec = AutoencoderKLCodec(options.codec, subfolder=options.codec_subfolder)
+        codec.latent_shape(options.image_size, options.image_size)
+    report, facts = write_data_report(
+        options.source,
+        Path(options.output).expanduser(),
+        image_size=options.image_size,
+        most=options.samples,
+        filters=[parse_filter(text, options.missing) for text in options.filter],
+        aspect=AspectBuckets() if options.aspect else None,
+        codec=codec,
+        index_folder=None if options.index is None else Path(options.index).expanduser(),
+    )
+    print(json.dumps(facts) if options.json else report)
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -103,6 +104,34 @@ class Filter:
         return np.where(absent, self.missing == "keep", kept)
 
 
+def parse_filter(text: str, missing: Literal["error", "keep", "drop"] = "error") -> Filter:
+    """Read a filter as the command line says it: "aesthetic>=5", "LANGUAGE in en,de".
+
+    Raises:
+        ValueError: It cannot be read.
+    """
+    found = re.fullmatch(r"\s*([\w.-]+?)\s*(>=|<=|\bin\b|\bnot in\b)\s*(\S.*?)\s*", text)
+    try:
+        if found is None:
+            raise ValueError
+        field, test, value = found.groups()
+        if test in (">=", "<="):
+            least, most = (float(value), None) if test == ">=" else (None, float(value))
+            return Filter(field, least, most, missing=missing)
+        listed = tuple(_number(part.strip()) for part in value.split(","))
+        return Filter(
+            field,
+            missing=missing,
+            one_of=listed if test == "in" else None,
+            none_of=listed if test == "not in" else None,
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"--filter {text!r}: wanted such as 'aesthetic>=5', 'pwatermark<=0.8', "
+            "'LANGUAGE in en,de' or 'LANGUAGE not in ru'."
+        ) from error
+
+
 def apply_filters(
     filters: Sequence[Filter], columns: Mapping[str, Any], count: int
 ) -> tuple[np.ndarray, dict[str, int]]:
@@ -136,3 +165,10 @@ def _typed(listed: Sequence[float | str], kind: pa.DataType) -> pa.Array:
     if any(isinstance(value, str) for value in listed):
         raise pa.ArrowTypeError("text listed for numbers")
     return pa.array([float(value) for value in listed]).cast(kind)
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text

@@ -7,9 +7,11 @@ import json
 import os
 import tarfile
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -80,17 +82,19 @@ def load_index(
     folder: Path | None = None,
     fields: Iterable[str] | None = (),
     write: bool = True,
+    processes: int = 0,
     progress: bool = True,
 ) -> Index:
     """Read the index of every shard, and make it where there is none or the shard has changed.
 
     Args:
         sources: What to index.
-        storage: What reads the shards.
+        storage: What reads the shards, and hears of passing faults.
         folder: Where index files are. None = beside the shards; those behind an address are then
             indexed every time.
         fields: Fields of the json that are wanted. None = all.
         write: Keep what was made.
+        processes: How many work at once; below 2, threads of this one.
         progress: Show a bar if it takes long.
 
     Raises:
@@ -101,21 +105,25 @@ def load_index(
     import pyarrow as pa
     from tqdm import tqdm
 
-    shards = find_shards(sources)
-
-    def one(shard: Shard) -> ShardIndex:
-        return _load(shard, storage, folder, write)
-
-    with ThreadPoolExecutor(8) as pool:
+    shards, parts = find_shards(sources), []
+    one = partial(_load_alone, retries=storage.retries, folder=folder, write=write)
+    pool: Executor = ThreadPoolExecutor(8)
+    if processes > 1:
+        pool = ProcessPoolExecutor(processes, get_context("spawn"))
+    with pool as running:
         bar = tqdm(
-            pool.map(one, shards),
+            running.map(one, shards),
             total=len(shards),
             desc="index",
             unit="shard",
             delay=2,
             disable=not progress,
         )
-        parts = list(bar)
+        for part, met in bar:
+            parts.append(part)
+            if storage.on_fault is not None:
+                for fault in met:
+                    storage.on_fault(*fault)
     wanted = None if fields is None else [FIELD + name for name in fields]
     tables = []
     for number, part in enumerate(parts):
@@ -142,6 +150,7 @@ def write_indices(
     ledger: Path | None = None,
     attempts: int = 5,
     timeout: float = 30.0,
+    processes: int = 0,
     as_json: bool = False,
 ) -> str:
     """Index shards and say what was found; `zsnr data index`.
@@ -152,6 +161,7 @@ def write_indices(
         ledger: A jsonl file for what is broken; written anew.
         attempts: Tries of one read.
         timeout: Seconds after which a server is stalled.
+        processes: How many work at once.
         as_json: Say it as JSON.
 
     Raises:
@@ -167,7 +177,7 @@ def write_indices(
         Retries(attempts, timeout=timeout),
         lambda url, reason: passing.append(Fault("passing", url, None, reason)),
     )
-    index = load_index(sources, storage, folder=folder, fields=None)
+    index = load_index(sources, storage, folder=folder, fields=None, processes=processes)
     faults = index.faults + passing
     if ledger is not None:
         ledger.unlink(missing_ok=True)
@@ -270,6 +280,15 @@ def _load(shard: Shard, storage: Storage, folder: Path | None, write: bool) -> S
         with suppress(OSError):  # a read-only data set is indexed again each time
             write_index(made, path)
     return made
+
+
+def _load_alone(
+    shard: Shard, retries: Retries, folder: Path | None, write: bool
+) -> tuple[ShardIndex, list[tuple[str, str]]]:
+    """Load a shard's index with a storage of its own, and say which faults passed."""
+    met: list[tuple[str, str]] = []
+    storage = Storage(retries, lambda url, reason: met.append((url, reason)))
+    return _load(shard, storage, folder, write), met
 
 
 def _is_current(index: ShardIndex, shard: Shard) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,13 +16,22 @@ def brightness(images: Tensor) -> Tensor:
 
 
 def mean_mode(latents: Tensor) -> float:
-    """Measure how far the mean of a picture stands out of the noise: S = sqrt(h w L).
+    """Measure how far the mean of a picture stands out of the noise: S of `principal_mean`."""
+    return principal_mean(latents)[0]
 
-    L is the largest eigenvalue of the covariance, over pictures, of the channels' means. Noise of
-    unit variance has S = 1 along every direction.
+
+def principal_mean(latents: Tensor) -> tuple[float, float, Tensor]:
+    """Find the direction along which the means of pictures differ most.
+
+    S = sqrt(h w L), with L the largest eigenvalue of the covariance, over pictures, of the
+    channels' means. Noise of unit variance has S = 1 along every direction.
 
     Args:
         latents: (B, C, h, w) of at least two pictures, scaled as the network sees them.
+
+    Returns:
+        S; the mean m along the direction, in units of the latents; and the direction, a unit vector
+        (C,) that points to where the mean is not negative.
 
     Raises:
         ValueError: Fewer than two pictures.
@@ -29,10 +40,13 @@ def mean_mode(latents: Tensor) -> float:
         raise ValueError(f"{len(latents)} pictures: wanted at least 2 to measure a spread.")
     h, w = latents.shape[-2:]
     means = latents.double().mean((2, 3))
-    means = means - means.mean(0)
-    covariance = means.T @ means / (len(means) - 1)
-    largest = float(torch.linalg.eigvalsh(covariance)[-1].clamp(min=0))
-    return float((h * w * largest) ** 0.5)
+    centre = means.mean(0)
+    covariance = (means - centre).T @ (means - centre) / (len(means) - 1)
+    values, vectors = torch.linalg.eigh(covariance)
+    direction = vectors[:, -1]
+    if direction @ centre < 0:
+        direction = -direction
+    return float((h * w * values[-1].clamp(min=0)) ** 0.5), float(direction @ centre), direction
 
 
 def kept_fraction(schedule: NoiseSchedule, mode: float) -> float:
@@ -46,3 +60,19 @@ def kept_fraction(schedule: NoiseSchedule, mode: float) -> float:
     """
     abar_T = float(schedule.alphas_cumprod[-1])
     return float((abar_T * mode**2 + 1 - abar_T) ** -0.5)
+
+
+def moved_mean(schedule: NoiseSchedule, mode: float, mean: float) -> float:
+    """Compute where the mean along a mode comes to lie when sampling starts from pure noise.
+
+    m (1 - S a / sqrt(a^2 S^2 + 1 - a^2)) with a = sqrt(abar_T): training ends at noise with mean
+    a m and variance a^2 S^2 + 1 - a^2, sampling starts at mean 0 and variance 1, and the exact
+    probability flow of a Gaussian is linear. At zero terminal SNR it is m.
+
+    Args:
+        schedule: The schedule a model was trained on.
+        mode: S.
+        mean: m, along the same direction.
+    """
+    a = math.sqrt(schedule.alphas_cumprod[-1])
+    return mean * (1 - mode * a * kept_fraction(schedule, mode))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,12 +53,33 @@ def oracle_brightness(
     Returns:
         Brightness of the samples, (num_samples,), by the arm's name.
     """
+    return oracle_samples(images, brightness, ARMS, num_samples, num_steps, batch_size)
+
+
+def oracle_samples(
+    images: Tensor,
+    measure: Callable[[Tensor], Tensor],
+    arms: Sequence[Arm] = ARMS,
+    num_samples: int = 256,
+    num_steps: int = 50,
+    batch_size: int = 64,
+) -> dict[str, Tensor]:
+    """Do as `oracle_brightness`, and measure what is asked for.
+
+    Args:
+        images: (N, C, h, w), in pixels or latents.
+        measure: (B, C, h, w) of samples to (B,).
+        arms: The ways to sample.
+        num_samples: Samples of each arm.
+        num_steps: S.
+        batch_size: Samples at a time.
+    """
     from tqdm import tqdm
 
     found: dict[str, Tensor] = {}
     starts = range(0, num_samples, batch_size)
-    with tqdm(total=len(ARMS) * len(starts), desc="exact denoiser", unit="batch") as bar:
-        for arm in ARMS:
+    with tqdm(total=len(arms) * len(starts), desc="exact denoiser", unit="batch") as bar:
+        for arm in arms:
             schedule = NoiseSchedule(zero_terminal_snr=arm.zero_terminal_snr)
             denoiser = EmpiricalDenoiser(schedule, images)
             timesteps = get_timesteps(arm.spacing, num_steps)
@@ -65,8 +87,7 @@ def oracle_brightness(
             for start in starts:
                 seeds = range(start, min(start + batch_size, num_samples))
                 x_T = SampleNoise(seeds).randn(images.shape[1:])
-                x_0 = DDIM().sample(denoiser, schedule, x_T, timesteps)
-                rows.append(brightness(x_0))
+                rows.append(measure(DDIM().sample(denoiser, schedule, x_T, timesteps)))
                 bar.update()
             found[arm.name] = torch.cat(rows)
     return found

@@ -1,9 +1,12 @@
-"""Grids of pictures."""
+"""Grids of pictures, and figures."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zsnr.files import replacing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -24,3 +27,17 @@ def picture_grid(images: Sequence[Image], columns: int, gap: int = 2) -> Image:
     for i, image in enumerate(images):
         grid.paste(image, (i % columns * width, i // columns * height))
     return grid
+
+
+def figure_of(width: float, height: float, rows: int = 1, sharex: bool = True) -> tuple[Any, Any]:
+    """Make a figure of so many inches, and its axes, one below the other."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, 1, sharex=sharex)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure as PNG."""
+    with replacing(path) as beside:
+        figure.savefig(beside, format="png", dpi=110)

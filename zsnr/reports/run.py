@@ -22,7 +22,7 @@ from zsnr.data.storage import Storage
 from zsnr.files import replacing
 from zsnr.metrics import brightness, kept_fraction, mean_mode
 from zsnr.reports.flaw import oracle_brightness
-from zsnr.reports.pictures import picture_grid
+from zsnr.reports.pictures import figure_of, picture_grid, save_figure
 from zsnr.schedule import NoiseSchedule
 
 ORIGINAL = NoiseSchedule(zero_terminal_snr=False)
@@ -212,7 +212,7 @@ def _plot_losses(metrics: Path, path: Path) -> str:
                     if row.get(name):
                         found[name][int(row["step"])] = float(row[name])
     curves = {name: sorted(points.items()) for name, points in found.items()}
-    figure, axes = _figure(8, 3.5)
+    figure, axes = figure_of(8, 3.5)
     for name, points in curves.items():
         steps, values = [step for step, _ in points], [value for _, value in points]
         if name == "train/loss":
@@ -227,7 +227,7 @@ def _plot_losses(metrics: Path, path: Path) -> str:
             axes.scatter(steps, values, color="C1", s=12, label="train, last timestep alone")
     axes.set(xlabel="optimizer step", ylabel="v loss", yscale="log")
     axes.legend(frameon=False)
-    _save_figure(figure, path)
+    save_figure(figure, path)
     last = {name: points[-1] for name, points in curves.items()}
     return ", ".join(f"{name} {value:.3f} at step {step}" for name, (step, value) in last.items())
 
@@ -244,7 +244,7 @@ def _plot_histograms(groups: Mapping[str, Tensor], path: Path) -> None:
     import numpy as np
 
     shown = {name: values for name, values in groups.items() if len(values)}
-    figure, axes = _figure(8, 1.2 * len(shown) + 0.6, rows=len(shown))
+    figure, axes = figure_of(8, 1.2 * len(shown) + 0.6, rows=len(shown))
     bins = np.linspace(-1, 1, 41)
     for axis, (name, values) in zip(np.atleast_1d(axes), shown.items(), strict=True):
         colour = "0.5" if name == "data" else "C2" if "fixed" in name else "C0"
@@ -253,16 +253,4 @@ def _plot_histograms(groups: Mapping[str, Tensor], path: Path) -> None:
         axis.set_title(f"{name}: std {values.std():.2f}", fontsize=9, loc="left", pad=2)
         axis.set(yticks=[], xlim=(-1, 1))
     np.atleast_1d(axes)[-1].set_xlabel("brightness of a picture, -1 black to 1 white")
-    _save_figure(figure, path)
-
-
-def _figure(width: float, height: float, rows: int = 1) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(rows, 1, sharex=True)
-
-
-def _save_figure(figure: Any, path: Path) -> None:
-    with replacing(path) as beside:
-        figure.savefig(beside, format="png", dpi=110)
+    save_figure(figure, path)

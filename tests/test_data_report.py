@@ -1,0 +1,116 @@
+"""`zsnr data report` and the numbers in it."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from zsnr import GaussianDenoiser, NoiseSchedule, get_sampler, trailing
+from zsnr.cli import main
+from zsnr.data.filters import Filter, parse_filter
+from zsnr.metrics import kept_fraction, mean_mode, moved_mean, principal_mean
+from zsnr.reports.data import measure_space
+
+ORIGINAL = NoiseSchedule(zero_terminal_snr=False)
+
+
+@pytest.mark.parametrize("mode", [0.5, 8.0, 32.0])
+def test_kept_fraction_and_moved_mean_are_what_sampling_from_noise_gives(mode):
+    """DDIM is linear here: x_T = 0 gives the mean, x_T = 1 less that the spread."""
+    mean = 1.3
+    denoiser = GaussianDenoiser(ORIGINAL, mean, mode)
+    x_T = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+    ends = get_sampler("ddim").sample(denoiser, ORIGINAL, x_T, trailing(1000)).double()
+    spread = float(ends[1] - ends[0])
+    assert spread / mode == pytest.approx(kept_fraction(ORIGINAL, mode), rel=0.01)
+    assert float(ends[0]) == pytest.approx(moved_mean(ORIGINAL, mode, mean), rel=0.01)
+    assert moved_mean(NoiseSchedule(), mode, mean) == mean
+
+
+def test_the_direction_is_where_means_differ():
+    u = torch.tensor([2.0, -1.0, 2.0], dtype=torch.float64) / 3
+    y = torch.randn(4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    means = torch.tensor([0.6, 0.0, 0.3]) + 0.5 * y[:, None] * u
+    latents = means[:, :, None, None].expand(-1, -1, 16, 8) + 0.01 * torch.randn(4000, 3, 16, 8)
+    mode, mean, direction = principal_mean(latents)
+    assert mode == mean_mode(latents) == pytest.approx((16 * 8) ** 0.5 * 0.5, rel=0.03)
+    torch.testing.assert_close(direction, u, rtol=0, atol=1e-2)
+    assert mean == pytest.approx(0.6, abs=0.03)  # u . (0.6, 0, 0.3)
+
+
+def test_the_oracle_agrees_with_the_prediction_on_gaussian_colours():
+    """Flat pictures whose grey is evenly spread Gaussian quantiles."""
+    quantiles = (torch.arange(200) + 0.5) / 200
+    grey = -0.3 + 0.4 * torch.erfinv(2 * quantiles - 1) * 2**0.5
+    space = measure_space("flat", grey.view(-1, 1, 1, 1).expand(-1, 3, 32, 32))
+    assert space.std == pytest.approx(0.4 * 3**0.5, rel=0.02)
+    flawed, fixed = space.shown.values()
+    assert flawed[1] / space.std == pytest.approx(space.kept, abs=0.05)
+    assert flawed[0] == pytest.approx(space.moved, abs=0.05)
+    # 50 steps of DDIM lose some of the spread themselves: as much as on a Gaussian of that S.
+    x_T = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+    gaussian = GaussianDenoiser(NoiseSchedule(), 0.0, space.mode)
+    ends = get_sampler("ddim").sample(gaussian, NoiseSchedule(), x_T, trailing(50))
+    assert fixed[1] / space.std == pytest.approx(float(ends[1]) / space.mode, abs=0.05)
+    assert fixed[1] > 1.5 * flawed[1]
+    assert fixed[0] == pytest.approx(space.mean, abs=0.1)
+
+
+def test_the_report(tmp_path, capsys):
+    records = [{"score": i} for i in range(12)]
+    members = {}
+    for i, record in enumerate(records):
+        data = tiny.png((20 * i,) * 3, (20 + i, 24))
+        members[f"{i:02d}.png"] = data[:60] if i == 5 else data
+        members[f"{i:02d}.txt"] = b"word " * i
+        members[f"{i:02d}.json"] = json.dumps(record).encode()
+    source = str(tiny.write_shard(tmp_path / "x.tar", members))
+    out = tmp_path / "out"
+    command = ["data", "report", source, "--output", str(out), "--image-size", "64"]
+    options = ["--filter", "score<=10", "--codec", "asset:openmoji_vae", "--aspect", "--json"]
+    assert main([*command, *options]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["samples"], facts["kept"], facts["looked_at"], facts["faults"]) == (12, 11, 10, 1)
+    assert facts["removed"] == {"score <= 10": 1}
+    assert facts["width"] == [20, 21, 25, 29, 30]
+    assert facts["empty_captions"] == 0.1
+    assert facts["caption_words"][4] == 10
+    assert facts["smaller_than_image_size"] == 1
+    assert facts["brightness_mean"] == pytest.approx(100 / 127.5 - 1, abs=0.01)
+    assert [space["name"].split()[0] for space in facts["spaces"]] == ["64x64", "latents"]
+    text = (out / "report.md").read_text()
+    assert "1 x sample: not a readable picture" in text
+    for picture in ("sizes", "captions", "brightness", "extremes"):
+        assert f"report/{picture}.png" in text
+        assert Image.open(out / "report" / f"{picture}.png").width > 300
+    assert main(command) == 2
+    assert "is not empty and stays as it is" in capsys.readouterr().err
+
+
+def test_data_that_cannot_be_reported(tmp_path, capsys):
+    one = tiny.write_shard(tmp_path / "x.tar", {"a.png": tiny.png("red"), "a.txt": b""})
+    assert main(["data", "report", str(one), "--output", str(tmp_path / "out")]) == 2
+    assert "1 readable pictures: wanted at least 2" in capsys.readouterr().err
+    tiny.write_shards(tmp_path / "grey", [3])
+    same = ["data", "report", str(tmp_path / "grey"), "--output", str(tmp_path / "flat")]
+    assert main([*same, "--filter", "image_width>=99"]) == 2
+    assert "No samples are left of 3" in capsys.readouterr().err
+    assert main([*same, "--filter", "score>5"]) == 2
+    assert "wanted such as 'aesthetic>=5'" in capsys.readouterr().err
+    assert not (tmp_path / "flat").exists()
+    for i in range(2):
+        members = {f"{k}.png": tiny.png("red") for k in "abc"} | {f"{k}.txt": b"" for k in "abc"}
+        tiny.write_shard(tmp_path / "grey" / f"train-00000{i}.tar", members)
+    assert main(same) == 0  # pictures of one colour
+
+
+def test_filters_as_texts():
+    assert parse_filter("aesthetic>=5") == Filter("aesthetic", min=5)
+    assert parse_filter(" p_unsafe <= 0.5 ", "keep") == Filter("p_unsafe", max=0.5, missing="keep")
+    assert parse_filter("LANGUAGE in en, de") == Filter("LANGUAGE", one_of=("en", "de"))
+    assert parse_filter("n not in 1,2") == Filter("n", none_of=(1.0, 2.0))
+    for text in ("", "a", "a>=x", "a in", "a=5", ">=5"):
+        with pytest.raises(ValueError, match="wanted such as"):
+            parse_filter(text)
