@@ -195,6 +195,7 @@ def make_cache(folder: Path, shards: Path, *, text: bool) -> CacheDataset:
         folder=out,
         codec=codec.fingerprint(),
         conditioner=None if conditioner is None else conditioner.fingerprint(),
+        captions=None if conditioner is None else {},
         picture=picture_facts(TARGET, None, Pixels()),
         filters=[],
         samples=samples.digest,

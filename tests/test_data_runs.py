@@ -507,6 +507,7 @@ def test_stale_caches_are_refused(cached, capsys):
     train = f"--data.train={cache}"
     for options, message in (
         (["--data.image_size=24"], "stale: it was made with picture {'image_size': 16}"),
+        (["--data.captions.fields={alt: 1.0}"], "stale: it was made with captions"),
         (["--data.pixels.flip=false"], "stale: .*'flip': True.*'flip': False"),
         (["--data.aspect=null"], "stale: .*aspect"),
         (["--model.codec.init_args.dtype=bfloat16"], "stale: it was made with codec"),
@@ -531,6 +532,46 @@ def test_stale_caches_are_refused(cached, capsys):
     assert "made with codec {'weights'" in capsys.readouterr().err
     scaled = ["--model.codec.init_args.scale=0.5", "--trainer.max_steps=1"]
     assert fit(path, folder / "run", train, *scaled) == 0  # moments are raw: the scale is free
+
+
+def test_a_cache_of_weighted_sources_and_folders_keeps_their_order(cached):
+    folder, path = cached
+    plain = folder / "plain"
+    plain.mkdir()
+    for i in range(3):
+        (plain / f"photo é.{i}.png").write_bytes(tiny.png((80 * i, 0, 0)))
+        (plain / f"photo é.{i}.txt").write_text(f"own {i}")
+    sources = [Source(str(folder / "shards"), 0.5), Source(str(plain), 3)]
+    values = yaml.safe_load(path.read_text())
+    values["data"] |= {"train": [vars(source) for source in sources], "filters": []}
+    path.write_text(yaml.safe_dump(values))
+    cache = str(folder / "cache")
+    assert main(["data", "cache", "-c", str(path), "--output", cache]) == 0
+    facts = {"image_size": 16, "aspect": AspectBuckets(8, 4), "pixels": Pixels(flip=True)}
+    mine, theirs = take(module(cache, **facts), 15), take(module(sources, **facts), 15)
+    for name in ("key", "caption"):
+        assert [b[name] for b in mine] == [b[name] for b in theirs]
+    assert sum("photo" in key for batch in mine for key in batch["key"]) > 30
+    moved = folder / "moved"
+    (folder / "cache").rename(moved)
+    assert [b["key"] for b in take(module(str(moved), **facts), 15)] == [b["key"] for b in mine]
+
+
+def test_a_server_that_is_down_leaves_no_holes_in_a_cache(cached, capsys):
+    folder, path = cached
+    with FaultyServer(folder / "shards") as server:
+        url = server.url("00000.tar")
+        main(["data", "index", url, "--output", str(folder / "index")])
+        server._left = [[Fault(None, "500", 10**6), 10**6]]
+        options = [f"--data.train={url}", f"--data.index={folder}/index"]
+        options += ["--data.retries={attempts: 2, backoff: 0.0, timeout: 1.0}"]
+        command = ["data", "cache", "-c", str(path), "--output", str(folder / "cache"), *options]
+        assert main(command) == 2
+        assert "zsnr: error: " in capsys.readouterr().err
+        assert not list((folder / "cache").glob("*.tar*"))
+        server._left = []
+        assert main(command) == 0
+    assert list((folder / "cache").glob("*.tar"))
 
 
 def test_more_filters_on_a_cache(cached):

@@ -53,6 +53,7 @@ class Cache:
         folder: Where it is.
         codec: The codec's fingerprint.
         conditioner: The text encoder's. None = the cache holds no text embeddings.
+        captions: Which captions the embeddings are of, likewise.
         picture: Size, buckets, crop, flip and limit of the pictures.
         filters: Put on the source.
         samples: Digest of the source's samples, which decides their order.
@@ -63,6 +64,7 @@ class Cache:
     folder: Path
     codec: dict[str, Any]
     conditioner: dict[str, Any] | None
+    captions: dict[str, Any] | None
     picture: dict[str, Any]
     filters: list[dict[str, Any]]
     samples: str
@@ -153,8 +155,8 @@ def check_cache(name: str, cache: Cache, **wanted: Mapping[str, Any] | None) -> 
     Args:
         name: The setting that names the cache, for the message.
         cache: What it was made with.
-        wanted: Parts of it, `codec`, `conditioner` or `picture`, as they should be. A digest of
-            weights that is None, on either side, could not be read, and fits any.
+        wanted: Parts of it, such as `codec` or `picture`, as they should be. A digest of weights
+            that is None, on either side, could not be read, and fits any.
 
     Raises:
         ValueError: They differ; says where.
@@ -325,7 +327,7 @@ class _Raw(ShardDataset):
                 "text": text,
                 "json": record,
             }
-        except (ValueError, OSError, EOFError) as error:
+        except (ValueError, EOFError) as error:  # a server that is down is no broken picture
             return {"row": row, "key": sample.key, "reason": " ".join(str(error).split())}
 
 

@@ -34,6 +34,7 @@ class Source:
     def __post_init__(self) -> None:
         if not 0.001 <= self.weight <= 1000:
             raise ValueError(f"weight={self.weight:g}: wanted a number from 0.001 to 1000.")
+        object.__setattr__(self, "weight", float(self.weight))  # 3 and 3.0 are one weight
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ def run_cache(options: argparse.Namespace, settings: Sequence[str]) -> Path:
         folder=folder,
         codec=codec.fingerprint(),
         conditioner=None if conditioner is None else conditioner.fingerprint(),
+        captions=None if conditioner is None else asdict(data.captions),
         picture=picture_facts(data.image_size, data.aspect, data.pixels),
         filters=filter_facts(data.filters),
         samples=samples.digest,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -231,7 +232,7 @@ class DataModule(L.LightningDataModule):
         try:
             if cache is not None:
                 facts = picture_facts(self.image_size, self.aspect, self.pixels)
-                check_cache(name, cache, picture=facts)
+                check_cache(name, cache, picture=facts, captions=asdict(self.captions))
                 self.caches[name] = cache
                 samples = select_cached(cache, self._load_index(sources), self.filters)
             elif not streams:
