@@ -2,6 +2,7 @@ import json
 from hashlib import blake2b
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import save_file
 
@@ -416,3 +417,15 @@ def test_remembered_is_described_as_what_it_holds(tmp_path):
     assert type(build(describe(remembered), Conditioner)) is TransformersConditioner
     with pytest.raises(ValueError, match="are trained along: its embeddings cannot be kept"):
         Remembered(small(trainable=True))
+
+
+def test_weights_that_are_not_whole_are_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    conditioner = tiny.frozen_conditioner(tmp_path)
+    file = tmp_path / "model.safetensors"
+    whole = load_file(file)
+    name = next(name for name in whole if "q_proj.weight" in name)
+    save_file({n: w for n, w in whole.items() if n != name}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match="lack 1 of the tensors, such as .*q_proj.weight"):
+        conditioner(["a cat"])

@@ -238,6 +238,20 @@ def test_damaged_exif_is_no_orientation(content):
         assert torch.equal(decode_image(data, 8, 13), planes(pixels))
 
 
+def test_exif_behind_a_pngs_pixels_is_not_looked_for():
+    """The index reads headers only: a picture must not turn between it and training."""
+    pixels = noise(8, 13)
+    data = encoded(Image.fromarray(pixels))
+    content = exif(6).tobytes().removeprefix(b"Exif\0\0")
+    chunk = b"eXIf" + content
+    late = struct.pack(">I", len(content)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    data = data[:-12] + late + data[-12:]  # before IEND
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.getexif()[ORIENTATION] == 6
+    assert image_size(data) == (8, 13)
+    assert torch.equal(decode_image(data, 8, 13), planes(pixels))
+
+
 @pytest.mark.parametrize(("size", "floor"), [(256, 39.5), (128, 38.5), (64, 36.0), (170, 42.5)])
 def test_scaled_decoding_is_near_to_scaling_all_of_it(size, floor):
     image = photograph(512 // size * size)
@@ -256,6 +270,8 @@ def test_scaled_decoding_halves_what_is_seen(orientation):
     assert 36 < psnr(scaled, whole) < 60
     wanted = decode_image(encoded(seen), 64, 128)
     assert psnr(scaled, wanted) > 36
+    column, whole = (decode_image(data, 256, 128, scaled_decoding=s) for s in (True, False))
+    assert torch.equal(column, whole)  # a half would not cover its height
 
 
 @pytest.mark.parametrize("side", [256, 253])

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 
-def load_pretrained(cls: Any, source: str, subfolder: str | None, *, what: str) -> Any:
+def load_pretrained(
+    cls: Any,
+    source: str,
+    subfolder: str | None,
+    *,
+    what: str,
+    options: Mapping[str, Any] | None = None,
+) -> Any:
     """Call cls.from_pretrained on safetensors weights; never unpickle, never run remote code.
 
     Args:
@@ -17,6 +24,7 @@ def load_pretrained(cls: Any, source: str, subfolder: str | None, *, what: str) 
         source: A local folder or a hub id.
         subfolder: Folder inside it, or None.
         what: What is wanted, for the error.
+        options: Other arguments of from_pretrained.
 
     Raises:
         ValueError: It cannot be loaded; says where it looked.
@@ -27,11 +35,48 @@ def load_pretrained(cls: Any, source: str, subfolder: str | None, *, what: str) 
     if looks_local and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no config.json: wanted a folder with {what}.")
     try:
-        return cls.from_pretrained(source, subfolder=subfolder or "", use_safetensors=True)
+        return cls.from_pretrained(
+            source, subfolder=subfolder or "", use_safetensors=True, **(options or {})
+        )
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         hint = "" if looks_local else " A name that is no local folder is looked up on the hub."
         raise ValueError(f"Cannot load {what} from {where}: {reason}{hint}") from error
+
+
+def load_whole(
+    cls: Any,
+    source: str,
+    subfolder: str | None,
+    *,
+    what: str,
+    options: Mapping[str, Any] | None = None,
+    spare: str | None = None,
+) -> Any:
+    """Load weights as `load_pretrained`, and refuse files that lack some: they would be random.
+
+    Args:
+        cls: See there; so for the others.
+        source: See there.
+        subfolder: See there.
+        what: See there.
+        options: See there.
+        spare: Part of the names of tensors that nobody needs.
+
+    Raises:
+        ValueError: It cannot be loaded, or is not whole.
+    """
+    wanted = {**(options or {}), "output_loading_info": True}
+    model, info = load_pretrained(cls, source, subfolder, what=what, options=wanted)
+    lacking = {name for name, weight in model.named_parameters() if weight.is_meta}
+    lacking |= {str(name) for name in info["missing_keys"]}
+    lacking = {name for name in lacking if spare is None or spare not in name}
+    if lacking:
+        raise ValueError(
+            f"The weights in {source} lack {len(lacking)} of the tensors, such as {min(lacking)}: "
+            "wanted the ones that belong to its config."
+        )
+    return model
 
 
 def find_file(source: str, subfolder: str | None, name: str) -> Path | None:

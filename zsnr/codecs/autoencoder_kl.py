@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from zsnr.assets import resolve_asset
 from zsnr.codecs.base import LatentCodec
-from zsnr.pretrained import digest, find_weights, load_pretrained, read_config
+from zsnr.pretrained import digest, find_weights, load_pretrained, load_whole, read_config
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -130,20 +129,13 @@ class AutoencoderKLCodec(LatentCodec):
 
         # The first image may come inside sampling, whose inference tensors could not stay.
         with torch.inference_mode(False):
-            vae = load_pretrained(
-                SimpleNamespace(
-                    from_pretrained=partial(AutoencoderKL.from_pretrained, torch_dtype=self._dtype)
-                ),
+            vae: AutoencoderKL = load_whole(
+                AutoencoderKL,
                 self._source,
                 self._subfolder,
                 what=_WHAT,
+                options={"torch_dtype": self._dtype},
             )
-            lacking = [name for name, weight in vae.named_parameters() if weight.is_meta]
-            if lacking:
-                raise ValueError(
-                    f"The weights in {self._source} lack {len(lacking)} of the tensors, "
-                    f"such as {lacking[0]}: wanted the ones that belong to its config."
-                )
             vae.requires_grad_(False).eval().to(self._device)
         if self._tiling:
             vae.enable_tiling()

@@ -16,7 +16,7 @@ from zsnr.conditioning.tokenizers import (
     transformers_tokenizer,
 )
 from zsnr.denoiser import Conditioning
-from zsnr.pretrained import digest, find_weights, load_pretrained, read_config
+from zsnr.pretrained import digest, find_weights, load_pretrained, load_whole, read_config
 
 
 class TransformersConditioner(Conditioner):
@@ -182,7 +182,9 @@ def _pretrained_encoder(pretrained: str, subfolder: str | None) -> nn.Module:
     model_type = _pretrained_config(pretrained, subfolder).model_type
     cls = by_type.get(model_type, AutoModel)
     try:
-        encoder: nn.Module = load_pretrained(cls, pretrained, subfolder, what="a text encoder")
+        encoder: nn.Module = load_whole(
+            cls, pretrained, subfolder, what="a text encoder", spare="pooler"
+        )
     except (RuntimeError, SafetensorError) as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         where = pretrained if subfolder is None else f"{pretrained} (subfolder {subfolder})"

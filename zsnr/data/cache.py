@@ -280,6 +280,8 @@ def write_cache(
                 collate_fn=list,
             )
             path = folder / cache.shards[n]["file"]
+            for part in folder.glob(f".{path.name}.*.part"):
+                part.unlink()  # what a killed process left
             found = _write_shard(path, items, encoder, bar)
             broken = [Fault("sample", samples.shards[n].url, *fault) for fault in found.faults]
             faults += broken

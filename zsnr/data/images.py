@@ -179,7 +179,7 @@ def _check_pixels(size: tuple[int, int], max_pixels: int | None) -> None:
     width, height = size
     if max_pixels is not None and width * height > max_pixels:
         raise ValueError(
-            f"{width} x {height} pixels: wanted at most {max_pixels} (data.max_pixels)."
+            f"{width} x {height} pixels: wanted at most {max_pixels} (data.pixels.max_pixels)."
         )
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 from zsnr.data.storage import is_remote
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif")
 
 CACHE = "cache.json"
 """What a folder of cached shards holds."""
