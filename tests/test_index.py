@@ -11,6 +11,7 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from zsnr.cli import main
 from zsnr.data.buckets import AspectBuckets, assign
 from zsnr.data.faults import BudgetError, Fault, Ledger, check_budget, read_ledger, summarize
 from zsnr.data.filters import Filter
@@ -375,3 +376,24 @@ def test_the_ledger(tmp_path):
     assert read_ledger(path) == [*wanted, fault(3, position=20)]
     assert "3 x" not in summarize(wanted)
     assert summarize([]) == ""
+
+
+def test_processes_find_what_threads_find(tmp_path, capsys):
+    tiny.write_shards(tmp_path / "a", [3, 2])
+    (tmp_path / "a" / "train-000002.tar").write_bytes(b"garbage" * 99)
+    found = []
+    for processes in ("0", "2"):
+        for file in (tmp_path / "a").glob("*.index"):
+            file.unlink()
+        options = ["--json", "--processes", processes, "--ledger", str(tmp_path / processes)]
+        assert main(["data", "index", str(tmp_path / "a"), *options]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+        assert len(list((tmp_path / "a").glob("*.index"))) == 3
+    assert found[0] == found[1]
+    assert (found[0]["samples"], found[0]["broken_shards"]) == (5, 1)
+    assert (tmp_path / "0").read_text() == (tmp_path / "2").read_text()
+
+
+def test_an_index_needs_a_place(capsys):
+    assert main(["data", "index", "http://127.0.0.1:9/a.tar"]) == 2
+    assert "no place beside it; give --output" in capsys.readouterr().err

@@ -23,7 +23,7 @@ from zsnr.data.sources import IMAGE_SUFFIXES, Shard
 from zsnr.data.storage import Retries, Storage
 from zsnr.noise import derive_seed
 
-_SHARDS, _BUFFER = 10, 11  # streams of the run's seed
+_SHARDS, _BUFFER, _CAPTION = 10, 11, 12  # streams of the run's seed
 
 
 class StreamDataset(IterableDataset[list[dict[str, Any]]]):
@@ -96,7 +96,7 @@ class StreamDataset(IterableDataset[list[dict[str, Any]]]):
             raise ValueError("it has no picture")
         if self._filters and not self._keeps(sample, image):
             return None
-        seed = derive_seed(self._seed, _BUFFER, position)
+        seed = derive_seed(self._seed, _CAPTION, position)
         caption = self._captions.choose(sample.get("txt"), sample.get("json"), seed)
         crop, flip = self._pixels.draw(self._seed, position)
         size, most = self._size, self._pixels.max_pixels
