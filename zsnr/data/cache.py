@@ -28,7 +28,7 @@ from zsnr.data.filters import Filter
 from zsnr.data.images import to_unit_range
 from zsnr.data.index import FIELD, Index, ShardIndex, write_index
 from zsnr.data.samples import PARTS, Sample, Samples, select
-from zsnr.data.sources import CACHE, Shard, Sources, as_sources
+from zsnr.data.sources import CACHE, Shard, Sources, as_sources, is_cache
 from zsnr.data.storage import Storage
 from zsnr.denoiser import Conditioning
 from zsnr.files import replacing
@@ -98,12 +98,11 @@ def find_cache(sources: Sources) -> Cache | None:
         for source in as_sources(sources)
         for path in ([source.path] if isinstance(source.path, str) else source.path)
     ]
-    folders = [Path(path).expanduser() for path in paths]
-    if not any((folder / CACHE).is_file() for folder in folders):
+    if not any(is_cache(path) for path in paths):
         return None
-    if len(folders) > 1:
-        raise ValueError(f"{folders[0]}: a cache is a source alone; cache several together.")
-    folder = folders[0]
+    if len(paths) > 1:
+        raise ValueError(f"{paths[0]}: a cache is a source alone; cache several together.")
+    folder = Path(paths[0]).expanduser()
     facts = json.loads((folder / CACHE).read_text(encoding="utf-8"))
     if facts.pop("version", None) != _VERSION:
         raise ValueError(f"{folder} was written by another version of zsnr: cache the data again.")

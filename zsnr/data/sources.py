@@ -67,6 +67,11 @@ def as_sources(sources: Sources) -> list[Source]:
     return [item if isinstance(item, Source) else Source(item) for item in items]
 
 
+def is_cache(path: str) -> bool:
+    """Whether a source is a folder that `zsnr data cache` wrote."""
+    return not is_remote(path) and (Path(path).expanduser() / CACHE).is_file()
+
+
 def is_stream(url: str) -> bool:
     """Whether a source can only be read from its start: the output of a command."""
     return url.startswith("pipe:")
@@ -84,9 +89,8 @@ def find_shards(sources: Sources) -> list[Shard]:
     shards: list[Shard] = []
     for source in as_sources(sources):
         for path in [source.path] if isinstance(source.path, str) else source.path:
-            cache = Path(path).expanduser() / CACHE
-            if cache.is_file():
-                shards += _cached(cache, source.weight)
+            if is_cache(path):
+                shards += _cached(Path(path).expanduser() / CACHE, source.weight)
                 continue
             for url in _expand(path):
                 folder = not is_remote(url) and Path(url).is_dir()
