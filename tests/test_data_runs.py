@@ -164,6 +164,8 @@ def test_other_data_or_settings_do_not_resume_silently(tmp_path):
         ({"num_workers": 2, "val_samples": 3}, None),
         ({"batch_size": 4}, "batch_size"),
         ({"seed": 1}, "seed"),
+        ({"pixels": Pixels(flip=True)}, "pixels"),
+        ({"captions": Captions({"alt": 1.0})}, "captions"),
         ({"filters": [Filter("score", max=8)]}, "samples"),
         ({"aspect": AspectBuckets(8, 4)}, "samples"),
         ({"batch_size": 4, "accept_changed_data": True}, None),

@@ -165,6 +165,9 @@ class DataModule(L.LightningDataModule):
             "seed": self.seed,
             "batch_size": self.batch_size,
             "window_shards": self.window_shards,
+            "image_size": self.image_size,
+            "pixels": asdict(self.pixels),
+            "captions": asdict(self.captions),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
