@@ -11,7 +11,8 @@ from zsnr import GaussianDenoiser, NoiseSchedule, get_sampler, trailing
 from zsnr.cli import main
 from zsnr.data.filters import Filter, parse_filter
 from zsnr.metrics import kept_fraction, mean_mode, moved_mean, principal_mean
-from zsnr.reports.data import measure_space
+from zsnr.reports.data import gaussian_samples, measure_space
+from zsnr.reports.flaw import Arm
 
 ORIGINAL = NoiseSchedule(zero_terminal_snr=False)
 
@@ -27,6 +28,27 @@ def test_kept_fraction_and_moved_mean_are_what_sampling_from_noise_gives(mode):
     assert spread / mode == pytest.approx(kept_fraction(ORIGINAL, mode), rel=0.01)
     assert float(ends[0]) == pytest.approx(moved_mean(ORIGINAL, mode, mean), rel=0.01)
     assert moved_mean(NoiseSchedule(), mode, mean) == mean
+
+
+def test_the_paper_s_brightness_mode():
+    """Flat 64x64 pictures of grey N(-0.8, 0.5^2), 25 steps: S = 32."""
+    assert kept_fraction(ORIGINAL, 32) == pytest.approx(0.416, abs=5e-4)
+    assert moved_mean(ORIGINAL, 32, -0.8) == pytest.approx(-0.0723, abs=5e-5)
+    ends = {
+        (zero, spacing): gaussian_samples(Arm("", zero, spacing), -0.8, 0.5, 64 * 64, 25)[0]
+        for zero in (False, True)
+        for spacing in ("leading", "trailing")
+    }
+    assert {arm: round(mean, 2) for arm, mean in ends.items()} == {
+        (False, "leading"): -0.05,
+        (False, "trailing"): -0.08,
+        (True, "leading"): -0.43,
+        (True, "trailing"): -0.8,
+    }
+    mean, spread = gaussian_samples(Arm("", False, "trailing"), -0.8, 0.5, 64 * 64, 1000)
+    assert spread / 0.5 == pytest.approx(kept_fraction(ORIGINAL, 32), rel=1e-3)
+    assert mean == pytest.approx(moved_mean(ORIGINAL, 32, -0.8), rel=0.01)
+    assert gaussian_samples(Arm("", True, "trailing"), 0.3, 0.0, 16) == pytest.approx((0.3, 0.0))
 
 
 def test_the_direction_is_where_means_differ():
@@ -47,15 +69,11 @@ def test_the_oracle_agrees_with_the_prediction_on_gaussian_colours():
     space = measure_space("flat", grey.view(-1, 1, 1, 1).expand(-1, 3, 32, 32))
     assert space.std == pytest.approx(0.4 * 3**0.5, rel=0.02)
     flawed, fixed = space.shown.values()
+    for shown, expected in zip(space.shown.values(), space.expected.values(), strict=True):
+        assert shown == pytest.approx(expected, abs=0.05)
     assert flawed[1] / space.std == pytest.approx(space.kept, abs=0.05)
     assert flawed[0] == pytest.approx(space.moved, abs=0.05)
-    # 50 steps of DDIM lose some of the spread themselves: as much as on a Gaussian of that S.
-    x_T = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
-    gaussian = GaussianDenoiser(NoiseSchedule(), 0.0, space.mode)
-    ends = get_sampler("ddim").sample(gaussian, NoiseSchedule(), x_T, trailing(50))
-    assert fixed[1] / space.std == pytest.approx(float(ends[1]) / space.mode, abs=0.05)
     assert fixed[1] > 1.5 * flawed[1]
-    assert fixed[0] == pytest.approx(space.mean, abs=0.1)
 
 
 def test_the_report(tmp_path, capsys):
@@ -77,16 +95,50 @@ def test_the_report(tmp_path, capsys):
     assert facts["width"] == [20, 21, 25, 29, 30]
     assert facts["empty_captions"] == 0.1
     assert facts["caption_words"][4] == 10
+    assert facts["caption_characters"][4] == 49  # ten words and nine spaces
+    assert facts["megapixels"][0] == pytest.approx(20 * 24 / 1e6)
     assert facts["smaller_than_image_size"] == 1
     assert facts["brightness_mean"] == pytest.approx(100 / 127.5 - 1, abs=0.01)
-    assert [space["name"].split()[0] for space in facts["spaces"]] == ["64x64", "latents"]
+    assert [space["name"].split()[0] for space in facts["spaces"]] == ["64x64", "4x16x16"]
     text = (out / "report.md").read_text()
     assert "1 x sample: not a readable picture" in text
-    for picture in ("sizes", "captions", "brightness", "extremes"):
+    for picture in ("sizes", "ratios", "captions", "brightness", "extremes"):
         assert f"report/{picture}.png" in text
         assert Image.open(out / "report" / f"{picture}.png").width > 300
     assert main(command) == 2
     assert "is not empty and stays as it is" in capsys.readouterr().err
+
+
+def test_broken_pictures_have_no_replacement(tmp_path, capsys):
+    """More in a row are broken than training bears, and the latents are of the others alone."""
+    members = {}
+    for i in range(40):
+        data = tiny.png((5 * i,) * 3, (16, 16))
+        members[f"{i:02d}.png"] = data[:45] if i < 36 else data
+        members[f"{i:02d}.txt"] = b""
+    source = str(tiny.write_shard(tmp_path / "x.tar", members))
+    command = ["data", "report", source, "--output", str(tmp_path / "out"), "--codec", "pixels"]
+    assert main([*command, "--image-size", "16", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["samples"], facts["looked_at"], facts["faults"]) == (40, 4, 36)
+    pixels, latents = facts["spaces"]
+    assert latents["name"] == "48x4x4 latents, 4 pictures"
+    assert latents["mode"] == pytest.approx(pixels["mode"], rel=1e-6)
+    greys = torch.tensor([5.0 * i / 127.5 - 1 for i in range(36, 40)])
+    assert pixels["mode"] == pytest.approx(16 * 3**0.5 * float(greys.std()), rel=1e-5)
+    assert pixels["kept"] == kept_fraction(ORIGINAL, pixels["mode"])
+
+
+def test_buckets_and_latents_too_large_for_the_exact_denoiser(tmp_path, capsys):
+    source = str(tiny.write_shards(tmp_path / "grey", [4]))
+    command = ["data", "report", source, "--output", str(tmp_path / "out"), "--json"]
+    assert main([*command, "--codec", "pixels", "--image-size", "256", "--aspect"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["buckets"] == {"192 x 320": 0, "256 x 256": 4, "320 x 192": 0}
+    pixels, small, latents = facts["spaces"]
+    assert latents["mode"] == pytest.approx(pixels["mode"], rel=1e-6)
+    assert pixels["mode"] == pytest.approx(4 * small["mode"], rel=1e-6)
+    assert [bool(space["shown"]) for space in (pixels, small, latents)] == [False, True, False]
 
 
 def test_data_that_cannot_be_reported(tmp_path, capsys):
@@ -99,6 +151,15 @@ def test_data_that_cannot_be_reported(tmp_path, capsys):
     assert "No samples are left of 3" in capsys.readouterr().err
     assert main([*same, "--filter", "score>5"]) == 2
     assert "wanted such as 'aesthetic>=5'" in capsys.readouterr().err
+    assert main([*same, "--image-size", "0"]) == 2
+    assert "--image-size 0: wanted at least 1" in capsys.readouterr().err
+    (tmp_path / "cache").mkdir()
+    shards = {"shards": [{"file": "000000.tar", "weight": 1.0}]}
+    (tmp_path / "cache" / "cache.json").write_text(json.dumps(shards))
+    assert main(["data", "report", str(tmp_path / "cache"), *same[3:]]) == 2
+    assert "holds no pictures: give the shards it was cached from" in capsys.readouterr().err
+    assert main([*same, "--codec", str(tmp_path)]) == 2
+    assert main([*same, "--codec", "pixels", "--image-size", "66"]) == 2
     assert not (tmp_path / "flat").exists()
     for i in range(2):
         members = {f"{k}.png": tiny.png("red") for k in "abc"} | {f"{k}.txt": b"" for k in "abc"}

@@ -164,9 +164,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     look.add_argument("--aspect", action="store_true", help="count aspect-ratio buckets")
     look.add_argument(
-        "--codec", help="measure its latents too: a folder, hub id, or asset:openmoji_vae"
+        "--codec", help="measure its latents too: a folder, hub id, asset:openmoji_vae, or pixels"
     )
     look.add_argument("--codec-subfolder", help="such as vae, in a Stable Diffusion folder")
+    look.add_argument("--device", help="where to encode (default: the GPU if there is one)")
     look.add_argument("--index", metavar="FOLDER", help="where `data index --output` wrote")
     look.add_argument("--json", action="store_true", help="print the figures as JSON")
     look.set_defaults(run=_data_report)
@@ -226,14 +227,19 @@ def _data_cache(options: argparse.Namespace) -> None:
 def _data_report(options: argparse.Namespace) -> None:
     import json
 
-    from zsnr.codecs import AutoencoderKLCodec
+    import torch
+
+    from zsnr.codecs import AutoencoderKLCodec, LatentCodec, PixelCodec
     from zsnr.data.buckets import AspectBuckets
     from zsnr.data.filters import parse_filter
     from zsnr.reports.data import write_data_report
 
-    codec = None
-    if options.codec is not None:
+    codec: LatentCodec | None = None
+    if options.codec == "pixels":
+        codec = PixelCodec()
+    elif options.codec is not None:
         codec = AutoencoderKLCodec(options.codec, subfolder=options.codec_subfolder)
+    if codec is not None:
         codec.latent_shape(options.image_size, options.image_size)
     report, facts = write_data_report(
         options.source,
@@ -243,6 +249,7 @@ def _data_report(options: argparse.Namespace) -> None:
         filters=[parse_filter(text, options.missing) for text in options.filter],
         aspect=AspectBuckets() if options.aspect else None,
         codec=codec,
+        device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         index_folder=None if options.index is None else Path(options.index).expanduser(),
     )
     print(json.dumps(facts) if options.json else report)

@@ -140,6 +140,20 @@ class ShardDataset(Dataset[dict[str, Any]]):
             f"{last.reason}. Mend the data."
         )
 
+    def load(self, position: int) -> dict[str, Any]:
+        """Load the sample at a position, and no other in its place.
+
+        Returns:
+            {"image": ..., "caption": ...}
+
+        Raises:
+            ValueError, EOFError: It is broken.
+            OSError: It cannot be reached.
+        """
+        process, row = self._here(), self._order[position]
+        process.local.report = lambda url, reason: None
+        return self._load(self.samples[row], row, position, process.storage)
+
     def __getitems__(self, positions: Sequence[int]) -> list[dict[str, Any]]:
         """Load a batch; what lies behind an address is read several samples at a time."""
         if not self._remote:

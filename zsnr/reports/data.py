@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from zsnr.codecs import LatentCodec
 from zsnr.data.buckets import AspectBuckets
-from zsnr.data.dataset import Pixels, ShardDataset
+from zsnr.data.dataset import ShardDataset
 from zsnr.data.faults import Fault, summarize
 from zsnr.data.filters import Filter
 from zsnr.data.images import to_unit_range
 from zsnr.data.index import load_index
 from zsnr.data.samples import Samples, select
-from zsnr.data.sources import Sources
+from zsnr.data.sources import Sources, as_sources, find_shards
 from zsnr.data.storage import Storage
 from zsnr.files import replacing
 from zsnr.metrics import brightness, kept_fraction, moved_mean, principal_mean
+from zsnr.oracle import GaussianDenoiser
 from zsnr.pipeline import to_image
 from zsnr.reports.flaw import Arm, oracle_samples
 from zsnr.reports.pictures import figure_of, picture_grid, save_figure
+from zsnr.samplers import DDIM
 from zsnr.schedule import NoiseSchedule
+from zsnr.timesteps import get_timesteps
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,6 +40,9 @@ ORIGINAL = NoiseSchedule(zero_terminal_snr=False)
 _SMALL = 64  # pixels a side for statistics of means, which hardly depend on it
 _ORACLE = 256  # pictures that the exact denoiser knows
 _LATENTS = 200  # pictures that are encoded
+_LARGEST = 4 * 64 * 64  # numbers of a sample; of larger ones the exact denoiser takes minutes
+_NUM_STEPS = 50
+_AHEAD = 32  # pictures that wait in memory
 _ARMS = (
     Arm("original schedule", False, "trailing"),
     Arm("rescaled schedule", True, "trailing"),
@@ -53,8 +60,9 @@ class SpaceReport:
         std: Spread of the data along it, sqrt(L).
         kept: Fraction of the spread that the original schedule keeps.
         moved: Where it moves the mean.
-        shown: By the exact denoiser's samples: their mean and spread, by schedule. Empty = the
-            space is too large for it.
+        shown: Mean and spread of the exact denoiser's samples, by schedule. Empty = the space is
+            too large for it.
+        expected: The same for a Gaussian of that mean and spread, in as many steps.
     """
 
     name: str
@@ -64,6 +72,7 @@ class SpaceReport:
     kept: float
     moved: float
     shown: dict[str, tuple[float, float]]
+    expected: dict[str, tuple[float, float]]
 
 
 def write_data_report(
@@ -75,6 +84,7 @@ def write_data_report(
     filters: Sequence[Filter] = (),
     aspect: AspectBuckets | None = None,
     codec: LatentCodec | None = None,
+    device: str = "cpu",
     index_folder: Path | None = None,
 ) -> tuple[Path, dict[str, Any]]:
     """Write FOLDER/report.md and its pictures.
@@ -87,41 +97,45 @@ def write_data_report(
         filters: What training would keep.
         aspect: Count the buckets of these.
         codec: Measure its latents too.
+        device: Where the codec is.
         index_folder: Where index files are. None = beside the shards.
 
     Returns:
         Path of the report, and its figures as plain values.
 
     Raises:
-        ValueError: The folder is not empty, or there are no pictures.
+        ValueError: The folder is not empty, there are no pictures, or a source is a cache.
     """
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise ValueError(f"{folder} is not empty and stays as it is: choose another --output.")
-    if most < 2:
-        raise ValueError(f"--samples {most}: wanted at least 2.")
+    for option, value, least in (("samples", most, 2), ("image-size", image_size, 1)):
+        if value < least:
+            raise ValueError(f"--{option} {value}: wanted at least {least}.")
+    cached = [shard.url for shard in find_shards(sources) if shard.kind == "cache"]
+    if cached:
+        raise ValueError(f"{cached[0]} holds no pictures: give the shards it was cached from.")
     names = [each.field for each in filters]
     index = load_index(sources, Storage(), folder=index_folder, fields=names)
     samples = select(index, image_size, filters=filters, aspect=aspect)
-    images, captions, faults = _look(samples, most)
+    images, captions, faults = _look(samples, min(image_size, _SMALL), most)
     if len(images) < 2:
         raise ValueError(f"{len(images)} readable pictures: wanted at least 2. {summarize(faults)}")
 
-    pictures = folder / "report"
-    values = brightness(images)
-    _plot_sizes(samples, pictures / "sizes.png")
-    _plot_histogram(
-        [len(text.split()) for text in captions], pictures / "captions.png", "words of a caption"
-    )
-    _plot_histogram(
-        values.tolist(),
-        pictures / "brightness.png",
-        "brightness of a picture, -1 black to 1 white",
-        limits=(-1, 1),
-    )
-    _save_extremes(images, values, pictures / "extremes.png")
     spaces = _pixel_spaces(images, image_size)
     if codec is not None:
-        spaces.append(_latent_space(samples, codec, image_size))
+        spaces.append(_latent_space(samples, codec, image_size, device))
+    values = brightness(images)
+    heights, widths = samples.size[:, 0], samples.size[:, 1]
+    words, characters = [len(text.split()) for text in captions], [len(text) for text in captions]
+    pictures = folder / "report"
+    _plot_counts({"height, pixels": heights, "width, pixels": widths}, pictures / "sizes.png")
+    _plot_ratios(widths / heights, pictures / "ratios.png")
+    _plot_counts(
+        {"words of a caption": words, "characters of a caption": characters},
+        pictures / "captions.png",
+    )
+    _plot_brightness(values, pictures / "brightness.png")
+    _save_extremes(images, values, pictures / "extremes.png")
 
     facts = {
         "samples": samples.total,
@@ -130,11 +144,13 @@ def write_data_report(
         "removed": samples.removed,
         "faults": len(samples.faults) + len(faults),
         "looked_at": len(images),
-        "height": _quantiles(samples.size[:, 0]),
-        "width": _quantiles(samples.size[:, 1]),
-        "aspect_ratio": _quantiles(samples.size[:, 1] / samples.size[:, 0]),
+        "height": _quantiles(heights),
+        "width": _quantiles(widths),
+        "megapixels": _quantiles(heights * (widths / 1e6)),
+        "aspect_ratio": _quantiles(widths / heights),
         "smaller_than_image_size": _share(samples.size.min(1) < image_size),
-        "caption_words": _quantiles([len(text.split()) for text in captions]),
+        "caption_words": _quantiles(words),
+        "caption_characters": _quantiles(characters),
         "empty_captions": _share([not text for text in captions]),
         "brightness_mean": float(values.mean()),
         "brightness_std": float(values.std()),
@@ -144,13 +160,15 @@ def write_data_report(
         "spaces": [vars(space) for space in spaces],
     }
     sections = [
-        f"# Data\n\n{_counts(samples, faults)}",
-        f"## Sizes\n\n![sizes](report/sizes.png)\n\n{_table(facts)}",
-        f"## Captions\n\n![captions](report/captions.png)\n\n"
-        f"{facts['empty_captions']:.1%} are empty.",
+        f"# Data\n\n{_counts(sources, samples, faults)}",
+        f"## Sizes\n\n{_table(facts, ('height', 'width', 'megapixels', 'aspect_ratio'))}\n\n"
+        f"{facts['smaller_than_image_size']:.1%} have a side below {image_size} pixels.\n\n"
+        f"![sizes](report/sizes.png)\n\n![ratios](report/ratios.png){_bucket_table(facts)}",
+        f"## Captions\n\n{_table(facts, ('caption_words', 'caption_characters'))}\n\n"
+        f"{facts['empty_captions']:.1%} are empty.\n\n![captions](report/captions.png)",
         "## Brightness\n\n![brightness](report/brightness.png)\n\n"
-        f"Of {len(images)} pictures: mean {values.mean():.2f}, standard deviation "
-        f"{values.std():.2f}; {facts['darker_than_-0.8']:.1%} are darker than -0.8, "
+        f"Of {len(images)} pictures, each its central square: mean {values.mean():.2f}, standard "
+        f"deviation {values.std():.2f}; {facts['darker_than_-0.8']:.1%} are darker than -0.8, "
         f"{facts['brighter_than_0.8']:.1%} brighter than 0.8. The darkest, the middle ones and "
         "the brightest:\n\n![extremes](report/extremes.png)",
         _schedule_section(spaces),
@@ -172,74 +190,113 @@ def measure_space(name: str, latents: Tensor, size: int | None = None) -> SpaceR
     mode, mean, direction = principal_mean(latents)
     h, w = latents.shape[-2:]
     std = mode / (h * w) ** 0.5
-    shown = {}
+    shown, expected = {}, {}
     if size is None:
 
         def along(x: Tensor) -> Tensor:
             return x.double().mean((2, 3)) @ direction
 
-        found = oracle_samples(latents, along, _ARMS)
+        found = oracle_samples(latents, along, _ARMS, num_steps=_NUM_STEPS)
         shown = {arm: (float(x.mean()), float(x.std())) for arm, x in found.items()}
+        expected = {arm.name: gaussian_samples(arm, mean, std, h * w) for arm in _ARMS}
     else:
         mode = std * size
     kept, moved = kept_fraction(ORIGINAL, mode), moved_mean(ORIGINAL, mode, mean)
-    return SpaceReport(name, mode, mean, std, kept, moved, shown)
+    return SpaceReport(name, mode, mean, std, kept, moved, shown, expected)
 
 
-def _look(samples: Samples, most: int) -> tuple[Tensor, list[str], list[Fault]]:
+def gaussian_samples(
+    arm: Arm, mean: float, std: float, pixels: int, num_steps: int = _NUM_STEPS
+) -> tuple[float, float]:
+    """Sample a Gaussian mode with its exact denoiser, by DDIM.
+
+    Each step is linear, so x_T = 0 ends at the samples' mean and x_T = 1 a spread beside it.
+
+    Args:
+        arm: Schedule and spacing.
+        mean: m, of the channels' means along a direction.
+        std: Their spread along it.
+        pixels: h w, over which they are means: the noise's spread is 1 / sqrt(h w).
+        num_steps: S.
+
+    Returns:
+        Mean and spread of the samples, in the units of `mean`.
+    """
+    schedule = NoiseSchedule(zero_terminal_snr=arm.zero_terminal_snr)
+    denoiser = GaussianDenoiser(schedule, mean * pixels**0.5, std * pixels**0.5)
+    x_T = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+    ends = DDIM().sample(denoiser, schedule, x_T, get_timesteps(arm.spacing, num_steps))
+    middle, beside = (ends.double().flatten() / pixels**0.5).tolist()
+    return middle, beside - middle
+
+
+def _look(samples: Samples, size: int, most: int) -> tuple[Tensor, list[str], list[Fault]]:
     """Decode pictures evenly from the set, small; broken ones are left out."""
+    images, captions, faults = [torch.empty(0, 3, size, size, dtype=torch.uint8)], [], []
+    for item in _even(samples, size, most, "pictures"):
+        if isinstance(item, Fault):
+            faults.append(item)
+        else:
+            images.append(item["image"][None])
+            captions.append(item["caption"])
+    return to_unit_range(torch.cat(images)), captions, faults
+
+
+def _even(samples: Samples, size: int, most: int, what: str) -> Iterator[dict[str, Any] | Fault]:
+    """Load samples evenly from the set, as squares, with a bar; broken ones become faults."""
     from tqdm import tqdm
 
-    dataset = ShardDataset(_square(samples, _SMALL), pixels=Pixels())
-    rows = torch.linspace(0, len(samples) - 1, min(most, len(samples))).round().long().tolist()
-    images, captions, faults = [], [], []
-    for row in tqdm(rows, desc="pictures", unit="picture", delay=1):
-        item = dataset[row]
-        broken = [fault for fault in item["faults"] if fault.kind == "sample"]
-        if broken:
-            faults.append(broken[0])
-            continue
-        images.append(item["image"])
-        captions.append(item["caption"])
-    pixels = to_unit_range(torch.stack(images)) if images else torch.empty(0, 3, _SMALL, _SMALL)
-    return pixels, captions, faults
+    dataset = ShardDataset(replace(samples, shapes=[(size, size)], bucket=samples.bucket * 0))
 
+    def load(row: int) -> dict[str, Any] | Fault:
+        try:
+            return dataset.load(row)
+        except (ValueError, EOFError) as error:  # a server that is down is no broken picture
+            sample, reason = samples[row], " ".join(str(error).split())
+            return Fault("sample", sample.shard, sample.key, reason)
 
-def _square(samples: Samples, size: int) -> Samples:
-    """Put all samples into one square bucket."""
-    return replace(samples, shapes=[(size, size)], bucket=samples.bucket * 0)
+    count = min(most, len(samples))
+    rows = [i * (len(samples) - 1) // max(1, count - 1) for i in range(count)]
+    with ThreadPoolExecutor(8) as pool, tqdm(total=count, desc=what, unit="picture") as bar:
+        for start in range(0, count, _AHEAD):
+            for item in pool.map(load, rows[start : start + _AHEAD]):
+                yield item
+                bar.update()
 
 
 def _pixel_spaces(images: Tensor, image_size: int) -> list[SpaceReport]:
     """Measure pixels at the training size, and those that the exact denoiser can do."""
     some = images[:: -(-len(images) // _ORACLE)]
-    size = min(image_size, _SMALL)
-    small = measure_space(
-        f"{size}x{size} pixels, {len(some)} pictures", interpolate(some, size, mode="area")
-    )
+    size = images.shape[-1]
+    small = measure_space(f"{size}x{size} pixels, {len(some)} pictures", some)
     if image_size <= _SMALL:
         return [small]
     return [measure_space(f"{image_size}x{image_size} pixels", images, size=image_size), small]
 
 
-def _latent_space(samples: Samples, codec: LatentCodec, image_size: int) -> SpaceReport:
-    from tqdm import tqdm
-
-    dataset = ShardDataset(_square(samples, image_size), pixels=Pixels())
-    rows = torch.linspace(0, len(samples) - 1, min(_LATENTS, len(samples))).round().long().tolist()
+def _latent_space(
+    samples: Samples, codec: LatentCodec, image_size: int, device: str
+) -> SpaceReport:
+    """Measure the latents of some pictures; of large ones only the channels' means are kept."""
+    shape = codec.latent_shape(image_size, image_size)
+    large = math.prod(shape) > _LARGEST
+    codec.to(device)
     parts = []
-    for row in tqdm(rows, desc="latents", unit="picture", delay=1):
-        moments = codec.encode(to_unit_range(dataset[row]["image"][None]))
-        parts.append(codec.latents(moments))
-    latents = torch.cat(parts)
-    name = f"latents {'x'.join(map(str, latents.shape[1:]))}"
-    size = latents.shape[-1]
-    return measure_space(name, latents, None if latents[0].numel() <= 3 * _SMALL**2 else size)
+    for item in _even(samples, image_size, _LATENTS, "latents"):
+        if not isinstance(item, Fault):
+            images = to_unit_range(item["image"][None]).to(device)
+            latents = codec.latents(codec.encode(images)).cpu()
+            parts.append(latents.double().mean((2, 3), keepdim=True) if large else latents)
+    if len(parts) < 2:
+        raise ValueError(f"{len(parts)} pictures to encode could be read: wanted at least 2.")
+    name = f"{'x'.join(map(str, shape))} latents, {len(parts)} pictures"
+    return measure_space(name, torch.cat(parts), shape[-1] if large else None)
 
 
-def _counts(samples: Samples, faults: Sequence[Fault]) -> str:
+def _counts(sources: Sources, samples: Samples, faults: Sequence[Fault]) -> str:
     shards = f"{len(samples.shards)} shard" + "s" * (len(samples.shards) > 1)
-    lines = [f"{samples.total} samples in {shards}; {len(samples)} are kept."]
+    names = "\n".join(f"- {source.path}" for source in as_sources(sources))
+    lines = [names, "", f"{samples.total} samples in {shards}; {len(samples)} are kept."]
     if samples.removed:
         lines += ["", "| filter | removed |", "|---|---|"]
         lines += [f"| {name} | {count} |" for name, count in samples.removed.items()]
@@ -249,17 +306,19 @@ def _counts(samples: Samples, faults: Sequence[Fault]) -> str:
     return "\n".join(lines)
 
 
-def _table(facts: Mapping[str, Any]) -> str:
+def _table(facts: Mapping[str, Any], names: Sequence[str]) -> str:
     lines = ["| | least | 10 % | median | 90 % | most |", "|---|---|---|---|---|---|"]
-    for name in ("height", "width", "aspect_ratio", "caption_words"):
+    for name in names:
         shown = " | ".join(f"{value:.4g}" for value in facts[name])
         lines.append(f"| {name.replace('_', ' ')} | {shown} |")
-    small = facts["smaller_than_image_size"]
-    lines += ["", f"{small:.1%} have a side that is smaller than the training size."]
-    if facts["buckets"]:
-        lines += ["", "| bucket, height x width | samples |", "|---|---|"]
-        lines += [f"| {name} | {count} |" for name, count in facts["buckets"].items()]
     return "\n".join(lines)
+
+
+def _bucket_table(facts: Mapping[str, Any]) -> str:
+    if not facts["buckets"]:
+        return ""
+    lines = ["", "", "| bucket, height x width | samples |", "|---|---|"]
+    return "\n".join(lines + [f"| {name} | {n} |" for name, n in facts["buckets"].items()])
 
 
 def _schedule_section(spaces: Sequence[SpaceReport]) -> str:
@@ -284,17 +343,18 @@ def _schedule_section(spaces: Sequence[SpaceReport]) -> str:
     if shown:
         lines += [
             "",
-            "What an exact denoiser of these pictures makes, 256 samples, DDIM, 50 trailing steps. "
-            "It knows finitely many pictures, not a Gaussian, and 50 steps lose some of the spread "
-            "themselves, so the two agree roughly:",
+            f"What an exact denoiser of these pictures makes, 256 samples, DDIM, {_NUM_STEPS} "
+            "trailing steps, beside what that many steps make of a Gaussian. It knows finitely "
+            "many pictures, not a Gaussian, so the two agree roughly; few steps lose some of the "
+            "spread on any schedule:",
             "",
-            "| space | sampled with | spread | mean | spread / data's |",
-            "|---|---|---|---|---|",
+            "| space | sampled with | spread | a Gaussian's | mean | a Gaussian's |",
+            "|---|---|---|---|---|---|",
         ]
     for space in shown:
         for arm, (mean, std) in space.shown.items():
-            share = f"{std / space.std:.2f}" if space.std else "-"
-            lines.append(f"| {space.name} | {arm} | {std:.3f} | {mean:.3f} | {share} |")
+            m, s = space.expected[arm]
+            lines.append(f"| {space.name} | {arm} | {std:.3f} | {s:.3f} | {mean:.3f} | {m:.3f} |")
     return "\n".join(lines)
 
 
@@ -319,36 +379,47 @@ def _share(hits: Any) -> float:
     return float(np.mean(np.asarray(hits, bool)))
 
 
-def _plot_sizes(samples: Samples, path: Path) -> None:
-    figure, axes = figure_of(8, 5, rows=2, sharex=False)
-    height, width = samples.size[:, 0], samples.size[:, 1]
-    for values, name in ((height, "height"), (width, "width")):
-        axes[0].hist(values, bins=_bins(values), histtype="step", label=name, linewidth=1.5)
-    axes[0].set(xlabel="pixels", ylabel="pictures")
-    axes[0].legend(frameon=False)
-    ratio = width / height
-    axes[1].hist(ratio, bins=_bins(ratio), color="C2")
-    axes[1].set(xlabel="width / height", ylabel="pictures")
+def _plot_counts(counts: Mapping[str, Any], path: Path) -> None:
+    """Draw histograms of whole numbers, one below the other, with bins around each or several."""
+    import numpy as np
+
+    figure, axes = figure_of(8, 2.3 * len(counts), rows=len(counts), sharex=False)
+    for i, (name, values) in enumerate(counts.items()):
+        low, high = int(np.min(values)), int(np.max(values))
+        step = -(-(high - low + 1) // 60)
+        bins = np.arange(low, high + step + 1, step) - 0.5
+        axes[i].hist(values, bins=bins, color=f"C{i}", edgecolor="white", linewidth=0.5)
+        axes[i].set(xlabel=name, ylabel="pictures")
+        axes[i].locator_params(integer=True)
+        if high - low < 10:
+            axes[i].set_xticks(range(low, high + 1))
     save_figure(figure, path)
 
 
-def _bins(values: Any) -> np.ndarray:
-    """Choose 40 bins that are not empty where all values are one."""
-    import numpy as np
-
-    low, high = float(np.min(values)), float(np.max(values))
-    room = 0.05 * max(abs(low), 1e-3) if low == high else 0.0
-    return np.linspace(low - room, high + room, 41)
-
-
-def _plot_histogram(
-    values: Sequence[float], path: Path, name: str, limits: tuple[float, float] | None = None
-) -> None:
+def _plot_ratios(ratios: np.ndarray, path: Path) -> None:
+    """Draw aspect ratios on a logarithmic axis, where tall and wide ones are alike."""
     import numpy as np
 
     figure, axes = figure_of(8, 2.5)
-    axes.hist(values, bins=_bins(values) if limits is None else np.linspace(*limits, 41))
-    axes.set(xlabel=name, ylabel="pictures", xlim=limits)
+    most = max(2.0, float(np.exp(np.abs(np.log(ratios)).max())))
+    bins = np.geomspace(1 / most, most, 62)  # an odd number of bins: one has 1 in its middle
+    axes.hist(ratios, bins=bins, color="C2", edgecolor="white", linewidth=0.5)
+    axes.set(xlabel="width / height", ylabel="pictures", xscale="log")
+    axes.locator_params(axis="y", integer=True)
+    ticks = [r for r in (0.1, 0.2, 0.33, 0.5, 0.75, 1, 1.33, 2, 3, 5, 10) if 1 / most <= r <= most]
+    axes.set_xticks(ticks, [f"{r:g}" for r in ticks])
+    axes.set_xticks([], minor=True)
+    save_figure(figure, path)
+
+
+def _plot_brightness(values: Tensor, path: Path) -> None:
+    import numpy as np
+
+    figure, axes = figure_of(8, 2.5)
+    axes.hist(values.clamp(-1, 1).numpy(), bins=np.linspace(-1, 1, 41))
+    axes.set(xlabel="brightness of a picture, -1 black to 1 white", ylabel="pictures")
+    axes.set(xlim=(-1, 1))
+    axes.locator_params(axis="y", integer=True)
     save_figure(figure, path)
 
 
