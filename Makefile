@@ -1,4 +1,5 @@
 # make quickstart: install, train on real pictures, sample, report.  make test: install, run the tests.
+# make test-cluster: two nodes, SLURM and kills; half an hour, as root, in a container best.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -8,7 +9,7 @@ RUN := runs/quickstart
 CONFIG := configs/quickstart.yaml
 # An interrupted quickstart goes on where it stopped; `rm -r runs/quickstart` starts anew.
 
-.PHONY: quickstart test check format lint types bench clean
+.PHONY: quickstart test test-cluster check format lint types bench clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +24,12 @@ quickstart: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+test-cluster: $(READY)
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	  ! { command -v ip && command -v slurmctld && command -v munged; } >/dev/null; then \
+	  apt-get update --quiet && apt-get install --yes --quiet iproute2 slurm-wlm munge; fi
+	$(BIN)/python -m pytest tests/cluster -m cluster --write-results benchmarks/results/cluster.md
 
 check: lint types test
 
@@ -40,6 +47,8 @@ format: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/sampler_step.py --write
 	$(BIN)/python benchmarks/data_throughput.py --write
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
+	$(BIN)/python benchmarks/train_step.py --write
 
 clean:
 	rm -rf $(VENV) runs

@@ -56,23 +56,7 @@ def folder(tmp_path_factory):
         },
         "checkpoint": {"every_n_train_steps": 3},  # 4 steps: the last one counts too
         "model": {
-            "codec": {"class_path": "PixelCodec", "init_args": {"patch_size": 2}},
-            "conditioner": {
-                "class_path": "TransformersConditioner",
-                "init_args": {
-                    "tokenizer": "open_clip",
-                    "max_length": 8,
-                    "trainable": True,
-                    "config": tiny.TEXT,
-                },
-            },
-            "unet": {
-                "block_out_channels": [16, 32],
-                "attention": [False, True],
-                "layers_per_block": 1,
-                "attention_head_dim": 16,
-                "norm_groups": 8,
-            },
+            **tiny.MODEL,
             "sampling": {"num_steps": 3},
         },
         "data": {
@@ -101,8 +85,13 @@ def predict(folder, *options):
     return main(["predict", "-c", config, "--ckpt_path", checkpoint, *options])
 
 
+def checkpoints(run):
+    return sorted(path.name for path in run.rglob("*.ckpt"))
+
+
 def test_fit_writes_checkpoints_logs_and_previews(run):
-    assert [path.name for path in run.rglob("*.ckpt")] == ["last.ckpt"]
+    assert checkpoints(run) == ["last.ckpt", "step-00000003.ckpt", "step-00000004.ckpt"]
+    assert (run / "checkpoints" / "last.ckpt").resolve().name == "step-00000004.ckpt"
     last = run / "checkpoints" / "last.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == 4
     assert sorted(p.name for p in (run / "previews").iterdir()) == [
@@ -145,9 +134,24 @@ def test_an_earlier_runs_checkpoints_are_kept(run, folder, capsys):
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*.ckpt")} == before
     more = ["--ckpt_path", "last", "--trainer.max_steps", "6"]
     assert main(["fit", "-c", str(folder / "config.yaml"), *more]) == 0
-    assert [path.name for path in run.rglob("*.ckpt")] == ["last.ckpt"]
+    assert checkpoints(run) == ["last.ckpt", "step-00000004.ckpt", "step-00000006.ckpt"]
     with open(run / "metrics" / "version_0" / "metrics.csv", newline="") as lines:
-        assert max(int(row["step"]) for row in csv.DictReader(lines)) == 3  # the first is kept
+        steps = [int(row["step"]) for row in csv.DictReader(lines) if row["train/loss"]]
+    assert steps == [0, 1, 2, 3, 4, 5]
+    assert not (run / "metrics" / "version_1").exists()
+
+
+def test_a_validation_between_is_no_part_of_the_log(folder, tmp_path):
+    fit = ["-c", str(folder / "config.yaml"), "--trainer.default_root_dir", str(tmp_path)]
+    fit += ["--trainer.callbacks", "null", "--trainer.logger"]
+    fit += [json.dumps({"class_path": "CSVLogger", "init_args": {"save_dir": str(tmp_path)}})]
+    assert main(["fit", *fit]) == 0
+    assert main(["validate", *fit, "--ckpt_path", "last"]) == 0
+    assert main(["fit", *fit, "--ckpt_path", "last", "--trainer.max_steps", "6"]) == 0
+    logs = tmp_path / "lightning_logs"
+    with open(logs / "version_0" / "metrics.csv", newline="") as lines:
+        rows = [row for row in csv.DictReader(lines) if row["train/loss"]]
+    assert [int(row["step"]) for row in rows] == list(range(6))
 
 
 def test_validate(run, folder, capsys):
@@ -330,7 +334,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(folder, tmp_path, capsys, optio
     ("arguments", "message"),
     [
         (["predict", "-c", "CONFIG"], "predict needs a checkpoint"),
-        (["validate", "-c", "CONFIG", "--ckpt_path", "last"], "validate needs a checkpoint"),
+        (["validate", "-c", "CONFIG"], "validate needs a checkpoint"),
         (["report", "/nowhere", "--data", "/nowhere"], "manifest.jsonl is missing"),
         (["configs", "show", "nothing"], "Known: "),
         (["data", "openmoji", "FULL"], "not empty"),
@@ -345,8 +349,9 @@ def test_other_wrong_input(folder, capsys, arguments, message):
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_config_is_parsed_and_says_what_it_does(config, capsys):
     assert config.read_text().startswith("# ")
+    over = ["-c", str(ROOT / "configs/tiny.yaml")] if config.parent.name == "trainer" else []
     with pytest.raises(SystemExit) as end:
-        main(["fit", "-c", str(config), "--print_config"])
+        main(["fit", *over, "-c", str(config), "--print_config"])
     assert end.value.code == 0
     assert yaml.safe_load(capsys.readouterr().out)["model"]["schedule"]["zero_terminal_snr"]
 

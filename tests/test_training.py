@@ -166,8 +166,9 @@ class Watch(Callback):
 def test_average_in_training_equals_a_float64_reference(tmp_path, accumulate):
     watch = Watch(EMAConfig(0.7))
     model = module(ema=watch.config)
-    loop = trainer(tmp_path, 5, callbacks=[watch], accumulate_grad_batches=accumulate)
-    loop.fit(model, datamodule=data(tmp_path / "shards"))
+    loop = trainer(tmp_path, 5, callbacks=[watch])
+    loop.fit(model, datamodule=data(tmp_path / "shards", max_batch_size_per_device=4 // accumulate))
+    assert loop.accumulate_grad_batches == accumulate
     assert watch.updates == 5
     for name, weight in model.ema.named_parameters():
         wanted = watch.average[name]
@@ -272,10 +273,11 @@ class StopAt(Callback):
 
 def test_accumulation_changes_nothing_but_rounding(tmp_path):
     results = []
-    for accumulate in (1, 2):
+    for most in (None, 2):
         model = module(optimizer=lambda p: torch.optim.SGD(p, lr=0.05))
-        loop = trainer(tmp_path, 3, accumulate_grad_batches=accumulate)
-        loop.fit(model, datamodule=data(tmp_path / "shards"))
+        loop = trainer(tmp_path, 3)
+        loop.fit(model, datamodule=data(tmp_path / "shards", max_batch_size_per_device=most))
+        assert loop.accumulate_grad_batches == 4 // (most or 4)
         assert loop.global_step == 3
         results.append(weights(model))
     close(*results, rtol=1e-4, atol=1e-5)

@@ -27,6 +27,26 @@ UNET = UNetConfig(
     norm_groups=8,
 )
 
+MODEL = {  # as a YAML says it
+    "codec": {"class_path": "PixelCodec", "init_args": {"patch_size": 2}},
+    "conditioner": {
+        "class_path": "TransformersConditioner",
+        "init_args": {
+            "tokenizer": "open_clip",
+            "max_length": 8,
+            "trainable": True,
+            "config": TEXT,
+        },
+    },
+    "unet": {
+        "block_out_channels": [16, 32],
+        "attention": [False, True],
+        "layers_per_block": 1,
+        "attention_head_dim": 16,
+        "norm_groups": 8,
+    },
+}
+
 
 def conditioner(**options):
     return TransformersConditioner(config=TEXT, tokenizer="open_clip", max_length=8, **options)

@@ -21,7 +21,9 @@ TRAINING = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; return its exit code: 0 for success, 2 for wrong input."""
+    """Run one command; return its exit code: 0 for success, 1 for a plan that does not fit, 2 for
+    wrong input.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if arguments and arguments[0] in TRAINING:
@@ -31,16 +33,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         parser = _parser()
         options, settings = parser.parse_known_args(arguments)
-        if settings and options.run is not _data_cache:
+        if settings and options.run not in (_data_cache, _plan):
             parser.error(f"unrecognized arguments: {' '.join(settings)}")
         options.settings = settings
-        options.run(options)
+        code: int | None = options.run(options)
     except (ValueError, OSError, IndexError, ImportError) as error:
         if os.environ.get("ZSNR_TRACEBACK") or not _is_ours(error):
             raise
         print(f"zsnr: error: {_message(error)}", file=sys.stderr)
         return 2
-    return 0
+    return code or 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -172,6 +174,52 @@ def _parser() -> argparse.ArgumentParser:
     look.add_argument("--json", action="store_true", help="print the figures as JSON")
     look.set_defaults(run=_data_report)
 
+    plan = commands.add_parser(
+        "plan",
+        allow_abbrev=False,
+        help="say what a training run needs of memory and time",
+        usage="%(prog)s CONFIG [CONFIG ...] [options] [settings, such as --data.batch_size 64]",
+        description="Say what `zsnr fit` with these configs will need, without loading a model or "
+        "data: bytes on each rank, how the global batch is divided, images and hours. Sizes are "
+        "those of weights, gradients, optimizer state, averaged weights, frozen parts, and of what "
+        "a forward and backward pass of one micro-batch keeps and uses. Exit code 1 = it does not "
+        "fit into --memory, 2 = wrong input.",
+    )
+    plan.add_argument(
+        "configs",
+        nargs="*",
+        metavar="CONFIG",
+        help="YAML of `zsnr fit`; later files lay over earlier ones",
+    )
+    plan.add_argument(
+        "-c", "--config", action="append", default=[], help="the same, as `zsnr fit` takes it"
+    )
+    plan.add_argument(
+        "--ranks", type=int, metavar="N", help="processes in all (default: the trainer's)"
+    )
+    plan.add_argument(
+        "--ranks-per-node", type=int, metavar="M", help="of one node (default: the trainer's)"
+    )
+    plan.add_argument(
+        "--memory",
+        type=float,
+        metavar="GIB",
+        help="what one rank may use: say whether it fits, and if not, the way out. On a GPU leave "
+        "1 to 2 GiB for CUDA itself",
+    )
+    rate = plan.add_mutually_exclusive_group()
+    rate.add_argument(
+        "--images-per-second", type=float, metavar="X", help="over all ranks, to tell the hours"
+    )
+    rate.add_argument(
+        "--measure",
+        action="store_true",
+        help="measure it by a few steps on this machine, times the ranks, without loading and "
+        "communication; this builds the model, with random weights",
+    )
+    plan.add_argument("--json", action="store_true", help="print it as JSON, sizes in bytes")
+    plan.set_defaults(run=_plan)
+
     configs = commands.add_parser("configs", help="list, show and copy the shipped YAML")
     actions = configs.add_subparsers(required=True, metavar="COMMAND")
     actions.add_parser("list", help="list the names").set_defaults(run=_configs_list)
@@ -182,6 +230,21 @@ def _parser() -> argparse.ArgumentParser:
     copy.add_argument("name", help="a name that `list` shows")
     copy.add_argument("to", nargs="?", default=".", help="file or folder (default: here)")
     copy.set_defaults(run=_configs_copy)
+
+    checkpoint = commands.add_parser("checkpoint", help="work on checkpoints").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    consolidate = checkpoint.add_parser(
+        "consolidate",
+        help="make one file of a checkpoint in shards",
+        description="Make one file of a sharded checkpoint: weights, averages and optimizer state, "
+        "as a run on one device would have written it. predict, validate and fit read both.",
+    )
+    consolidate.add_argument("folder", help="the checkpoint, such as checkpoints/last.ckpt")
+    consolidate.add_argument(
+        "--output", required=True, metavar="FILE", help="where to write; must not exist"
+    )
+    consolidate.set_defaults(run=_checkpoint_consolidate)
 
     report = commands.add_parser(
         "report",
@@ -255,10 +318,31 @@ def _data_report(options: argparse.Namespace) -> None:
     print(json.dumps(facts) if options.json else report)
 
 
+def _checkpoint_consolidate(options: argparse.Namespace) -> None:
+    from zsnr.checkpoints.sharded import consolidate, is_sharded, save_file
+
+    folder, output = Path(options.folder).expanduser(), Path(options.output).expanduser()
+    if not is_sharded(folder):
+        what = "a file already" if folder.is_file() else "no sharded checkpoint"
+        raise ValueError(f"{folder} is {what}: wanted a folder that training wrote in shards.")
+    if output.exists():
+        raise ValueError(f"{output} exists: choose another name.")
+    save_file(consolidate(folder), output)
+    print(output)
+
+
 def _report(options: argparse.Namespace) -> None:
     from zsnr.reports.run import write_report
 
     print(write_report(options.run_folder, options.data))
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from zsnr.training.planning import run_plan
+
+    text, fits = run_plan(options, options.settings)
+    print(text)
+    return 0 if fits else 1
 
 
 def _configs_folder() -> Path:
@@ -268,7 +352,7 @@ def _configs_folder() -> Path:
 
 def _config(name: str) -> Path:
     folder = _configs_folder()
-    path = folder / f"{name.removesuffix('.yaml')}.yaml"
+    path = folder / (name if Path(name).suffix else f"{name}.yaml")
     if not path.is_file():
         raise ValueError(f"There is no config {name!r}. Known: {', '.join(_config_names())}.")
     return path
@@ -276,12 +360,14 @@ def _config(name: str) -> Path:
 
 def _config_names() -> list[str]:
     folder = _configs_folder()
-    return sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml"))
+    yaml = [str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml")]
+    return sorted(yaml) + sorted(str(p.relative_to(folder)) for p in folder.rglob("*.sbatch"))
 
 
 def _configs_list(options: argparse.Namespace) -> None:
     for name in _config_names():
-        first = _config(name).read_text().partition("\n")[0]
+        lines = _config(name).read_text().splitlines()
+        first = lines[lines[0].startswith("#!")]
         print(f"{name:24} {first.lstrip('# ')}")
 
 

@@ -29,8 +29,9 @@ def describe(component: Described) -> dict[str, Any]:
 
 
 def class_path(component: object) -> str:
-    """Return the import path of its class."""
-    cls = type(component)
+    """Return the import path of its class; sharding puts a class of torch's before it."""
+    classes = type(component).__mro__
+    cls = next(c for c in classes if not c.__module__.startswith("torch.distributed."))
     return f"{cls.__module__}.{cls.__qualname__}"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from zsnr.denoiser import Conditioning
-from zsnr.pretrained import load_pretrained
+from zsnr.pretrained import load_whole
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class UNet(nn.Module):
         if (config is None) == (pretrained is None):
             raise ValueError("Give either the UNet's `config` or `pretrained`.")
         if pretrained is not None:
-            self.unet = load_pretrained(
+            self.unet = load_whole(
                 UNet2DConditionModel, pretrained, subfolder, what="a UNet2DConditionModel"
             )
         else:
@@ -118,6 +118,11 @@ class UNet(nn.Module):
         """Return the arguments that build this UNet again, without its weights' origin."""
         keep = {k: v for k, v in self.unet.config.items() if not k.startswith("_")}
         return {"config": {k: list(v) if isinstance(v, tuple) else v for k, v in keep.items()}}
+
+    def blocks(self) -> list[nn.Module]:
+        """Return the blocks in the order of the forward pass: what is sharded or compiled alone."""
+        middle = [] if self.unet.mid_block is None else [self.unet.mid_block]
+        return [*self.unet.down_blocks, *middle, *self.unet.up_blocks]
 
     def enable_gradient_checkpointing(self) -> None:
         """Trade time for memory: recompute activations in the backward pass."""

@@ -101,7 +101,7 @@ class TextToImage:
         self.model.unet.to(device)
         return self
 
-    @torch.inference_mode()
+    @torch.no_grad()  # a sharded network cannot be gathered in inference mode
     def __call__(
         self,
         prompts: Sequence[str],

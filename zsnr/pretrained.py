@@ -4,9 +4,35 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+from torch import nn
+
+_WEIGHTLESS: ContextVar[bool] = ContextVar("weightless", default=False)
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Let parts be made from their config alone, with random weights in the place of theirs.
+
+    With fake tensors (FakeTensorMode) they then cost no memory, whatever their size.
+    """
+    token = _WEIGHTLESS.set(True)
+    try:
+        yield
+    finally:
+        _WEIGHTLESS.reset(token)
+
+
+def is_weightless() -> bool:
+    """Whether parts are made from their config alone."""
+    return _WEIGHTLESS.get()
 
 
 def load_pretrained(
@@ -66,6 +92,9 @@ def load_whole(
     Raises:
         ValueError: It cannot be loaded, or is not whole.
     """
+    if is_weightless():
+        unloaded = SimpleNamespace(from_pretrained=partial(_from_config, cls))
+        return load_pretrained(unloaded, source, subfolder, what=what, options=options)
     wanted = {**(options or {}), "output_loading_info": True}
     model, info = load_pretrained(cls, source, subfolder, what=what, options=wanted)
     lacking = {name for name, weight in model.named_parameters() if weight.is_meta}
@@ -77,6 +106,26 @@ def load_whole(
             "wanted the ones that belong to its config."
         )
     return model
+
+
+def _from_config(
+    cls: Any,
+    source: str,
+    subfolder: str,
+    use_safetensors: bool,
+    torch_dtype: Any = None,
+) -> Any:
+    """Do as from_pretrained does, without reading weights."""
+    if hasattr(cls, "load_config"):  # diffusers
+        model = cls.from_config(cls.load_config(source, subfolder=subfolder))
+        return model if torch_dtype is None else nn.Module.to(model, torch_dtype)
+    from transformers import AutoConfig, AutoModel
+
+    if cls is AutoModel:
+        config = AutoConfig.from_pretrained(source, subfolder=subfolder)
+        return AutoModel.from_config(config, dtype=config.dtype)
+    config = cls.config_class.from_pretrained(source, subfolder=subfolder)
+    return cls._from_config(config, dtype=config.dtype)
 
 
 def find_file(source: str, subfolder: str | None, name: str) -> Path | None:

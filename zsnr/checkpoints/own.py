@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zsnr.checkpoints import sharded
 from zsnr.checkpoints.model import Model
 from zsnr.codecs import LatentCodec
 from zsnr.conditioning import Conditioner
@@ -32,14 +33,38 @@ def describe_model(model: Model) -> dict[str, Any]:
 
 
 def open_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Open a checkpoint file that training wrote, weights left on disk.
+    """Open a checkpoint that training wrote, a file or a folder of shards.
+
+    Returns:
+        Its contents; of a file, weights are left on disk, of a folder, they are left out.
 
     Raises:
         ValueError: No such file, not a checkpoint, or not one of this package's.
     """
     path = Path(path)
+    if sharded.is_sharded(path):
+        sharded.check(path)
+        checkpoint = sharded.read_rest(path)
+        if KEY not in checkpoint:
+            raise ValueError(f"{path} was not written by zsnr: it has no {KEY!r} entry.")
+    else:
+        checkpoint = _open_file(path)
+        if "state_dict" not in checkpoint:
+            raise ValueError(f"{path} is damaged: it lacks weights.")
+    missing = {"codec", "conditioner", "unet", "schedule", "prediction_type", "image_size"} - set(
+        checkpoint[KEY]
+    )
+    if missing:
+        raise ValueError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}.")
+    return checkpoint
+
+
+def _open_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ValueError(f"{path} is no file: wanted a checkpoint (.ckpt) that training wrote.")
+        raise ValueError(
+            f"{path} is no file: wanted a checkpoint (.ckpt) that training wrote, a file or a "
+            "folder of shards."
+        )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
@@ -47,19 +72,14 @@ def open_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a readable checkpoint: {reason}") from error
     if not isinstance(checkpoint, dict) or KEY not in checkpoint:
         raise ValueError(f"{path} was not written by zsnr: it has no {KEY!r} entry.")
-    missing = {"codec", "conditioner", "unet", "schedule", "prediction_type", "image_size"} - set(
-        checkpoint[KEY]
-    )
-    if missing or "state_dict" not in checkpoint:
-        raise ValueError(f"{path} is damaged: it lacks {', '.join(sorted(missing)) or 'weights'}.")
     return checkpoint
 
 
 def read_checkpoint(path: str | Path, *, ema: bool = True) -> Model:
-    """Read a checkpoint file that training wrote, on the CPU.
+    """Read a checkpoint that training wrote, on the CPU.
 
     Args:
-        path: The .ckpt file.
+        path: The .ckpt file, or folder of shards.
         ema: Take the averaged weights, else the raw ones.
 
     Raises:
@@ -67,7 +87,8 @@ def read_checkpoint(path: str | Path, *, ema: bool = True) -> Model:
     """
     path = Path(path)
     checkpoint = open_checkpoint(path)
-    description, weights = checkpoint[KEY], checkpoint["state_dict"]
+    description = checkpoint[KEY]
+    prefix, weights = _weights(path, checkpoint, ema)
     model = Model(
         codec=build(description["codec"], LatentCodec),  # type: ignore[type-abstract]
         conditioner=build(description["conditioner"], Conditioner),  # type: ignore[type-abstract]
@@ -76,11 +97,23 @@ def read_checkpoint(path: str | Path, *, ema: bool = True) -> Model:
         prediction_type=description["prediction_type"],
         image_size=description["image_size"],
     )
-    prefix = "ema" if ema and any(name.startswith("ema.") for name in weights) else "trained"
     _load(model.unet, weights, f"{prefix}.unet.", path)
     if model.conditioner.trainable:
         _load(model.conditioner, weights, f"{prefix}.conditioner.", path)
     return model
+
+
+def _weights(path: Path, checkpoint: dict[str, Any], ema: bool) -> tuple[str, dict[str, Tensor]]:
+    """Return the averaged weights if they are there and wanted, else the raw ones."""
+    for prefix in ("ema", "trained") if ema else ("trained",):
+        if "state_dict" in checkpoint:
+            weights = checkpoint["state_dict"]
+        else:
+            read = sharded.read_tensors(path, f"state_dict/{prefix}.")
+            weights = {name.removeprefix("state_dict/"): tensor for name, tensor in read.items()}
+        if any(name.startswith(f"{prefix}.") for name in weights):
+            return prefix, weights
+    raise ValueError(f"{path} is damaged: it lacks weights.")
 
 
 def _load(module: nn.Module, weights: dict[str, Tensor], prefix: str, path: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from zsnr.conditioning.base import Conditioner
 from zsnr.denoiser import Conditioning
-from zsnr.pretrained import digest, find_file
+from zsnr.pretrained import digest, find_file, is_weightless
 
 
 class OpenClipConditioner(Conditioner):
@@ -92,8 +92,11 @@ class OpenClipConditioner(Conditioner):
         from safetensors import SafetensorError
 
         model, pretrained = str(self._settings["model"]), self._settings["pretrained"]
+        options: dict[str, Any] = {"pretrained": pretrained}
+        if is_weightless():
+            options = {"pretrained": None, "device": torch.get_default_device()}
         try:
-            whole = open_clip.create_model(model, pretrained=pretrained, weights_only=True)
+            whole = open_clip.create_model(model, weights_only=True, **options)
         except (OSError, RuntimeError, ValueError, UnpicklingError, SafetensorError) as error:
             reason = (str(error).strip() or repr(error)).splitlines()[0]
             raise ValueError(f"Cannot load {model} from {pretrained!r}: {reason}") from error

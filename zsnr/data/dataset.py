@@ -79,7 +79,8 @@ class ShardDataset(Dataset[dict[str, Any]]):
     """Pictures and captions read by offset.
 
     An item is {"image": uint8 (3, H, W), "caption": str, "key": str, "position": int, "faults":
-    what went wrong on the way, a list of Fault}.
+    what went wrong on the way, a list of Fault}. Position ~p = -1 - p stands for the sample at p
+    where only the same amount of work is wanted, and keeps its sign.
 
     Args:
         samples: What there is.
@@ -119,6 +120,8 @@ class ShardDataset(Dataset[dict[str, Any]]):
         Raises:
             BudgetError: So many samples in a row are broken that something else must be wrong.
         """
+        if position < 0:
+            return {**self[~position], "position": position}
         process = self._here()
         faults: list[Fault] = []
         for attempt in range(_TRIES):

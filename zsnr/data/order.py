@@ -273,6 +273,26 @@ class StepBatches(Sampler[list[int]]):
             k += 1
 
 
+def accumulation(batch_size: int, num_ranks: int, most: int | None = None) -> int:
+    """Return into how many micro-batches a rank divides its share of the global batch.
+
+    Args:
+        batch_size: Of the global batch.
+        num_ranks: All processes.
+        most: Samples that a device holds at a time. None = any number.
+
+    Raises:
+        ValueError: The batch does not divide by the ranks.
+    """
+    if batch_size % num_ranks:
+        raise ValueError(
+            f"data.batch_size={batch_size}, the global batch, does not divide into {num_ranks} "
+            f"ranks: wanted a multiple of {num_ranks}."
+        )
+    share = batch_size // num_ranks
+    return next(n for n in range(1, share + 1) if share % n == 0 and share // n <= (most or share))
+
+
 def _permutation(n: int, *keys: int) -> np.ndarray:
     permutation: np.ndarray = torch.randperm(
         n, generator=sample_generator(derive_seed(*keys))

@@ -1,16 +1,25 @@
 """Training with Lightning."""
 
 from zsnr.training.callbacks import PredictionWriter, Previews, Throughput
+from zsnr.training.checkpointing import CheckpointFiles, Checkpoints
 from zsnr.training.data import DataModule
 from zsnr.training.ema import EMAConfig
 from zsnr.training.module import LatentDiffusion, LearningRate
+from zsnr.training.preemption import Preemption
+from zsnr.training.strategy import FullyShardedStrategy
+from zsnr.training.watchdog import Watchdog
 
 __all__ = [
+    "CheckpointFiles",
+    "Checkpoints",
     "DataModule",
     "EMAConfig",
+    "FullyShardedStrategy",
     "LatentDiffusion",
     "LearningRate",
     "PredictionWriter",
+    "Preemption",
     "Previews",
     "Throughput",
+    "Watchdog",
 ]

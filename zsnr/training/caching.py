@@ -18,7 +18,7 @@ from zsnr.conditioning import Conditioner
 from zsnr.data.cache import Cache, filter_facts, picture_facts, shard_files, write_cache
 from zsnr.data.faults import check_budget, summarize
 from zsnr.training.data import DataModule, describe_samples
-from zsnr.training.lightning_cli import parse_fit
+from zsnr.training.lightning_cli import parse_fit, short_message
 
 
 def run_cache(options: argparse.Namespace, settings: Sequence[str]) -> Path:
@@ -89,11 +89,18 @@ def run_cache(options: argparse.Namespace, settings: Sequence[str]) -> Path:
 
 
 def build(name: str, cls: type[Any], values: Any) -> Any:
-    """Instantiate one part of a parsed config."""
+    """Instantiate one part of a parsed config.
+
+    Raises:
+        ValueError: Its settings are wrong; one line.
+    """
     parser = ArgumentParser(exit_on_error=False)
     if cls is DataModule:
         parser.add_class_arguments(cls, name)
     else:
         parser.add_subclass_arguments(cls, name)
     values = values.as_dict() if hasattr(values, "as_dict") else values
-    return parser.instantiate_classes(parser.parse_object({name: values}))[name]
+    try:
+        return parser.instantiate_classes(parser.parse_object({name: values}))[name]
+    except (ValueError, TypeError) as error:
+        raise ValueError(short_message(str(error))) from error

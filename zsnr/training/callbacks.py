@@ -11,9 +11,11 @@ from typing import Any
 
 import lightning as L
 import numpy as np
+import torch
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback
-from lightning.pytorch.utilities import rank_zero_only
+from PIL import Image
 
+from zsnr.checkpoints import sharded
 from zsnr.checkpoints.own import describe_model
 from zsnr.data.prompts import PromptRequest
 from zsnr.files import replacing
@@ -54,6 +56,9 @@ class Previews(Callback):
         self.every_n_steps, self.columns = every_n_steps, columns
         self._done = 0
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self._done = trainer.global_step
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -62,27 +67,37 @@ class Previews(Callback):
             self._done = step
             self._show(trainer, pl_module, step)
 
-    @rank_zero_only
     def _show(self, trainer: L.Trainer, module: LatentDiffusion, step: int) -> None:
+        """Sample on all ranks, each as many pictures: a sharded network waits for all of them."""
+        rank, ranks = trainer.global_rank, trainer.world_size
+        each = -(-len(self.prompts) // ranks)
+        mine = [(rank + i * ranks) % len(self.prompts) for i in range(each)]
+        seeds = self.seeds or range(len(self.prompts))
         sampling = module.sampling
         with module.pipeline() as pipe:
             images = pipe(
-                self.prompts,
-                seeds=self.seeds,
+                [self.prompts[i] for i in mine],
+                seeds=[seeds[i] for i in mine],
                 sampler=sampling.sampler,
                 num_steps=sampling.num_steps,
                 spacing=sampling.spacing,
                 guidance=sampling.guidance,
                 progress=False,
             )
-        grid = picture_grid(images, self.columns)
+        pixels = torch.stack([torch.from_numpy(np.array(image)) for image in images])
+        everyone = trainer.strategy.all_gather(pixels.to(trainer.strategy.root_device))
+        by_prompt = everyone.reshape(ranks, *pixels.shape).transpose(0, 1).flatten(0, 1)
+        if trainer.is_global_zero:
+            pictures = [Image.fromarray(p) for p in by_prompt[: len(self.prompts)].cpu().numpy()]
+            self._write(trainer, picture_grid(pictures, self.columns), step)
+
+    def _write(self, trainer: L.Trainer, grid: Image.Image, step: int) -> None:
         save_png(grid, Path(trainer.default_root_dir) / "previews" / f"step-{step:08d}.png")
         for logger in trainer.loggers:
             if hasattr(logger, "log_image"):  # W&B
                 logger.log_image("previews", [grid], step=step)
             elif hasattr(logger.experiment, "add_image"):  # TensorBoard
-                pixels = np.asarray(grid)
-                logger.experiment.add_image("previews", pixels, step, dataformats="HWC")
+                logger.experiment.add_image("previews", np.asarray(grid), step, dataformats="HWC")
 
 
 class Throughput(Callback):
@@ -133,7 +148,17 @@ class PredictionWriter(BasePredictionWriter):
                 pl_module.codec.latent_shape(*size)
             except ValueError as error:
                 raise ValueError(f"Prompt {request.line}: {error}") from error
-        data.done = self._open(run_identity(pl_module, data.requests, trainer.ckpt_path))
+        self._rank = trainer.global_rank
+        identity = run_identity(pl_module, data.requests, trainer.ckpt_path)
+        problem, done = None, set()
+        if trainer.is_global_zero:
+            try:
+                done = self._open(identity)
+            except ValueError as error:
+                problem = str(error)
+        problem, data.done = trainer.strategy.broadcast((problem, done))
+        if problem is not None:
+            raise ValueError(problem)
 
     def write_on_batch_end(
         self,
@@ -149,8 +174,32 @@ class PredictionWriter(BasePredictionWriter):
         for request, image in zip(batch, prediction, strict=True):
             save_png(image, self.folder / request.filename)
             entry = {"file": request.filename, **json.loads(image.info["zsnr"])}
-            with open(self.folder / self.MANIFEST, "a", encoding="utf-8") as manifest:
+            with open(self._manifest(self._rank), "a", encoding="utf-8") as manifest:
                 manifest.write(json.dumps(entry) + "\n")
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        trainer.strategy.barrier()
+        if trainer.is_global_zero:
+            self._join()
+
+    def _manifest(self, rank: int) -> Path:
+        """Name a rank's list of what it has written; several cannot safely append to one file."""
+        assert self.folder is not None
+        return self.folder / (f".{self.MANIFEST}.{rank:05d}" if rank else self.MANIFEST)
+
+    def _join(self) -> set[str]:
+        """Make one manifest of all ranks', and return which files are done."""
+        assert self.folder is not None
+        parts = sorted(self.folder.glob(f".{self.MANIFEST}.*[0-9]"))
+        lines: dict[str, str] = {}
+        for part in [self.folder / self.MANIFEST, *parts]:
+            lines |= _finished(part)
+        if lines:
+            with replacing(self.folder / self.MANIFEST) as beside:
+                beside.write_text("".join(lines.values()), encoding="utf-8")
+        for part in parts:
+            part.unlink()
+        return set(lines)
 
     def _open(self, identity: str) -> set[str]:
         """Make the folder, or find out what an interrupted run has written into it."""
@@ -162,7 +211,7 @@ class PredictionWriter(BasePredictionWriter):
                     f"{self.folder} holds images of another checkpoint, prompts file or settings: "
                     "choose another --output."
                 )
-            return _finished(self.folder / self.MANIFEST)
+            return self._join()
         if self.folder.exists() and any(self.folder.iterdir()):
             raise ValueError(f"{self.folder} is not empty: choose another --output.")
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -180,20 +229,18 @@ def run_identity(
     with module.pipeline() as pipe:
         facts = {**pipe.describe(module.sampling), **describe_model(pipe.model)}
         digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
-    if checkpoint is not None and Path(checkpoint).is_file():
-        stat = Path(checkpoint).stat()
+    if checkpoint is not None:
+        path = Path(checkpoint)
+        stat = (path / sharded.REST if path.is_dir() else path).stat()
         digest.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
     return digest.hexdigest()
 
 
-def _finished(manifest: Path) -> set[str]:
-    """Read which files are done; a line cut short by a crash, or without its file, goes."""
+def _finished(manifest: Path) -> dict[str, str]:
+    """Read the lines of files that are done; not one cut short by a crash, or without its file."""
     if not manifest.is_file():
-        return set()
+        return {}
     text = manifest.read_text(encoding="utf-8")
     lines = text[: text.rfind("\n") + 1].splitlines(keepends=True)
     done = {json.loads(line)["file"]: line for line in lines}
-    done = {name: line for name, line in done.items() if (manifest.parent / name).is_file()}
-    with replacing(manifest) as beside:
-        beside.write_text("".join(done.values()), encoding="utf-8")
-    return set(done)
+    return {name: line for name, line in done.items() if (manifest.parent / name).is_file()}

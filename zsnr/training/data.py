@@ -55,6 +55,8 @@ class DataModule(L.LightningDataModule):
         val: What to validate on, likewise. None = no validation.
         image_size: Height and width, in pixels; pictures are resized and cropped to it.
         batch_size: Of the global batch: all devices and accumulated batches together.
+        max_batch_size_per_device: Samples that a device holds at a time; what is more of its share
+            is accumulated. None = the whole share.
         num_workers: Processes that load, per device. 0 = load in the main process.
         val_samples: Use only the first so many validation samples. None = all.
         filters: Which samples to keep, by the fields of their json.
@@ -82,6 +84,7 @@ class DataModule(L.LightningDataModule):
         val: str | list[str | Source] | None = None,
         image_size: int = 512,
         batch_size: int = 32,
+        max_batch_size_per_device: int | None = None,
         num_workers: int = 2,
         val_samples: int | None = None,
         filters: list[Filter] | None = None,
@@ -102,6 +105,9 @@ class DataModule(L.LightningDataModule):
         at_least_1 = {
             "image_size": image_size,
             "batch_size": batch_size,
+            "max_batch_size_per_device": 1
+            if max_batch_size_per_device is None
+            else max_batch_size_per_device,
             "window_shards": window_shards,
             "predict_batch_size": predict_batch_size,
         }
@@ -116,6 +122,7 @@ class DataModule(L.LightningDataModule):
             aspect.shapes(image_size)
         self.train, self.val = train, val
         self.image_size, self.batch_size, self.num_workers = image_size, batch_size, num_workers
+        self.max_batch_size_per_device = max_batch_size_per_device
         self.val_samples, self.seed = val_samples, seed
         self.filters, self.aspect = filters or [], aspect
         self.pixels, self.captions = pixels, captions
@@ -309,9 +316,11 @@ class DataModule(L.LightningDataModule):
             seed=self.seed,
         )
         number = min(len(dataset), self.val_samples or len(dataset))
-        mine = range(trainer.global_rank, number, trainer.world_size)
-        each = max(1, self.batch_size // trainer.world_size)
-        return self._loader(dataset, batch_sampler=batches_by_bucket(self._val, mine, each))
+        share = max(1, self.batch_size // trainer.world_size)
+        each = min(share, self.max_batch_size_per_device or share)
+        batches = batches_by_bucket(self._val, range(number), each)
+        mine = dealt(batches, trainer.global_rank, trainer.world_size)
+        return self._loader(dataset, batch_sampler=mine)
 
     def test_dataloader(self) -> DataLoader[dict[str, Any]] | list[Any]:
         return self.val_dataloader()
@@ -355,6 +364,8 @@ class DataModule(L.LightningDataModule):
         left = [r for r in self.requests if r.filename not in self.done]
         mine = left[trainer.global_rank :: trainer.world_size]
         batches: list[list[PromptRequest]] = []
+        if not mine:
+            batches.append([])  # Lightning wants a batch on every rank
         for request in mine:  # a batch has one size
             last = batches[-1] if batches else []
             size = (request.height, request.width)
@@ -396,6 +407,16 @@ def batches_by_bucket(samples: Samples, rows: Iterable[int], size: int) -> list[
         for _, members in sorted(by_bucket.items())
         for i in range(0, len(members), size)
     ]
+
+
+def dealt(batches: list[list[int]], rank: int, ranks: int) -> list[list[int]]:
+    """Deal out batches, as many to each rank: those that lack one get a sample that counts nothing.
+
+    A sharded network's forward pass waits for all ranks.
+    """
+    mine = batches[rank::ranks]
+    full = len(mine) == -(-len(batches) // ranks)
+    return mine if full else [*mine, [~batches[0][0]]]
 
 
 def describe_samples(samples: Samples, what: str) -> str:

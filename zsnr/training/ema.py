@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import nn
+
+from zsnr.training.strategy import local
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -20,20 +23,31 @@ class EMAConfig:
         decay: Of the average; 0 = the weights themselves, 0.9999 is the paper's.
         warmup: Start with a smaller decay, (1 + n) / (10 + n) after n steps, so that the first,
             random weights are forgotten.
+        every_n_steps: Average every n-th step only, by the product of n steps' decays: cheaper, and
+            as long a memory.
     """
 
     decay: float = 0.9999
     warmup: bool = True
+    every_n_steps: int = 1
 
     def __post_init__(self) -> None:
+        if self.every_n_steps < 1:
+            raise ValueError(f"EMA every_n_steps={self.every_n_steps}: wanted at least 1.")
         if not 0 <= self.decay < 1:
             raise ValueError(f"EMA decay {self.decay!r}: wanted a number in [0, 1).")
 
-    def decay_at(self, num_updates: int) -> float:
-        """Return the decay of the update after `num_updates` others."""
+    def decay_at(self, num_steps: int) -> float:
+        """Return the decay of one step after `num_steps` others."""
         if not self.warmup:
             return self.decay
-        return min(self.decay, (1 + num_updates) / (10 + num_updates))
+        return min(self.decay, (1 + num_steps) / (10 + num_steps))
+
+    def decay_after(self, step: int) -> float | None:
+        """Return the decay of the update after optimizer step `step`, from 0. None = no update."""
+        if (step + 1) % self.every_n_steps:
+            return None
+        return math.prod(self.decay_at(n) for n in range(step + 1 - self.every_n_steps, step + 1))
 
 
 def averaged_copy(module: ModuleT) -> ModuleT:
@@ -43,10 +57,13 @@ def averaged_copy(module: ModuleT) -> ModuleT:
 
 @torch.no_grad()
 def update_average(average: nn.Module, module: nn.Module, decay: float) -> None:
-    """Move the average towards the weights, in place; buffers are copied."""
+    """Move the average towards the weights, in place; buffers are copied.
+
+    Of sharded modules each rank moves its shards, without communication.
+    """
     torch._foreach_lerp_(
-        list(average.parameters()),
-        [p.float() for p in module.parameters()],
+        [local(p) for p in average.parameters()],
+        [local(p).float() for p in module.parameters()],
         1 - decay,
     )
     for mine, theirs in zip(average.buffers(), module.buffers(), strict=True):

@@ -7,6 +7,7 @@ import difflib
 import inspect
 import logging
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -15,20 +16,25 @@ from typing import Any
 
 from jsonargparse import ArgumentError
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zsnr.checkpoints.own import KEY, open_checkpoint
 from zsnr.codecs import LatentCodec
 from zsnr.conditioning import Conditioner, Remembered
+from zsnr.data.order import accumulation
 from zsnr.guidance import Guidance
 from zsnr.loss import LossWeighting
 from zsnr.samplers import Sampler, get_sampler
 from zsnr.schedule import NoiseSchedule
 from zsnr.training.callbacks import PredictionWriter
+from zsnr.training.checkpointing import CheckpointFiles, Checkpoints, find_last
 from zsnr.training.data import DataModule, check_shards, read_requests
+from zsnr.training.loggers import continue_loggers
 from zsnr.training.module import LatentDiffusion, check_resumed, check_settings
+from zsnr.training.preemption import Preemption, listen, restarted
+from zsnr.training.strategy import FullyShardedStrategy
+from zsnr.training.watchdog import Watchdog
 
 # Short options of every command that samples; --sampler and --seed need more than a name.
 SHORT_OPTIONS = {
@@ -47,14 +53,8 @@ DEFAULTS = {
     "trainer.val_check_interval": 1000,
     "trainer.use_distributed_sampler": False,
     "trainer.num_sanity_val_steps": 0,
-    "checkpoint.every_n_train_steps": 1000,
-    "checkpoint.save_last": True,
-    "checkpoint.save_top_k": 0,
-    "checkpoint.enable_version_counter": False,
 }
 
-
-_NAMED_CHECKPOINTS = ("last", "best", "hpc")  # Lightning finds them
 
 _PREDICT_HELP = (
     "Short options: --prompts FILE, --output FOLDER, --sampler NAME, --num-steps N, "
@@ -76,7 +76,9 @@ class ZsnrCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(PredictionWriter, "output")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(Checkpoints, "checkpoint")
+        parser.add_lightning_class_args(Watchdog, "watchdog")
+        parser.add_lightning_class_args(Preemption, "preemption")
         parser.link_arguments("data.image_size", "model.image_size")
         parser.link_arguments("data.seed", "model.seed")
         parser.set_defaults(DEFAULTS)
@@ -85,50 +87,40 @@ class ZsnrCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except (ValueError, TypeError, MisconfigurationException) as error:
-            raise ValueError(_short(str(error))) from error
-
-    def after_fit(self) -> None:
-        """Keep the last steps too, where they are fewer than between two checkpoints."""
-        for callback in self.trainer.checkpoint_callbacks:
-            folder = getattr(callback, "dirpath", None)
-            if folder is not None and getattr(callback, "save_last", False):
-                self.trainer.save_checkpoint(Path(folder) / "last.ckpt", weights_only=False)
+            raise ValueError(short_message(str(error))) from error
+        self.trainer.strategy.checkpoint_io = CheckpointFiles()
 
     def before_fit(self) -> None:
-        """Keep an earlier run's checkpoints apart from this one's."""
-        if self.config.fit.ckpt_path is not None:
-            return
+        """Refuse a batch that does not divide; let the loggers go on with a resumed run."""
+        data = self.datamodule
+        accumulation(data.batch_size, self.trainer.world_size, data.max_batch_size_per_device)
+        if isinstance(self.trainer.strategy, FullyShardedStrategy):
+            self.trainer.strategy.shard_size()
+        checkpoint = self.config.fit.ckpt_path
         for callback in self.trainer.checkpoint_callbacks:
-            folder = getattr(callback, "dirpath", None)
-            if folder is not None and any(Path(folder).glob("*.ckpt")):
-                raise ValueError(
-                    f"{folder} holds checkpoints of an earlier run. `--ckpt_path last` resumes it; "
-                    "else choose another folder, or remove this one."
-                )
+            if isinstance(callback, Checkpoints):
+                callback.resumed_from = Path(checkpoint).name if checkpoint else ""
+        if checkpoint is not None and self.trainer.is_global_zero:
+            continue_loggers(self.trainer.loggers, open_checkpoint(checkpoint)["global_step"])
 
     def before_instantiate_classes(self) -> None:
         """Refuse what cannot work before a model or data is loaded."""
         config = self.config[self.subcommand]
         model, data = config.model, config.data
-        check_settings(
-            NoiseSchedule(**model.schedule.as_dict()),
-            model.prediction_type,
-            LossWeighting(**model.loss.as_dict()),
-            model.sampling.spacing,
-            model.sampling.num_steps,
-        )
-        Guidance(**model.sampling.guidance.as_dict())
+        check_model(model)
         if self.subcommand == "fit" and config.trainer.max_steps < 1:
             raise ValueError("trainer.max_steps is not set: say how many steps to train.")
-        if config.checkpoint.dirpath is None:
-            root = config.trainer.default_root_dir or "."
-            config.checkpoint.dirpath = str(Path(root) / "checkpoints")
+        root = config.trainer.default_root_dir or "."
+        folder = Path(config.checkpoint.dirpath or Path(root) / "checkpoints")
+        if self.subcommand == "fit":
+            config.ckpt_path = _resumed(config.ckpt_path, folder)
+        elif config.ckpt_path == "last":
+            config.ckpt_path = str(find_last(folder) or folder / "last.ckpt")
         checkpoint = config.ckpt_path
-        named = checkpoint in _NAMED_CHECKPOINTS
-        if self.subcommand != "fit" and (named or checkpoint is None):
-            if named or not isinstance(model.unet, str):
+        if checkpoint is None:
+            if self.subcommand != "fit" and not isinstance(model.unet, str):
                 raise ValueError(f"{self.subcommand} needs a checkpoint: --ckpt_path FILE.")
-        elif checkpoint is not None and not named:
+        else:
             check_resumed(
                 open_checkpoint(checkpoint)[KEY],
                 {
@@ -147,6 +139,43 @@ class ZsnrCLI(LightningCLI):
                     check_shards(data.train if self.subcommand == "fit" else None, data.val)
                 elif name == "train" or self.subcommand != "fit":
                     raise ValueError(f"{self.subcommand} needs data.{name}: a folder of shards.")
+
+
+def check_model(model: Any) -> None:
+    """Refuse a parsed config's model that contradicts itself; builds nothing.
+
+    Raises:
+        ValueError: Settings contradict each other, or are out of range.
+    """
+    check_settings(
+        NoiseSchedule(**model.schedule.as_dict()),
+        model.prediction_type,
+        LossWeighting(**model.loss.as_dict()),
+        model.sampling.spacing,
+        model.sampling.num_steps,
+    )
+    Guidance(**model.sampling.guidance.as_dict())
+
+
+def _resumed(asked: str | None, folder: Path) -> str | None:
+    """Decide what fit goes on from: what was asked for, the newest checkpoint, or nothing.
+
+    Raises:
+        ValueError: An earlier run's checkpoints are in the way, or none can be read.
+    """
+    if restarted():  # what was asked for is where the first start began
+        last = find_last(folder)
+        if last is not None or asked is None:
+            return None if last is None else str(last)
+    if asked == "last":
+        last = find_last(folder)
+        return None if last is None else str(last)
+    if asked is None and any(folder.glob("*.ckpt")):
+        raise ValueError(
+            f"{folder} holds checkpoints of an earlier run. `--ckpt_path last` resumes it; "
+            "else choose another folder, or remove this one."
+        )
+    return asked
 
 
 def expand_short_options(arguments: Sequence[str]) -> list[str]:
@@ -180,10 +209,12 @@ def run(arguments: Sequence[str]) -> None:
         ValueError: The command line or a YAML is wrong; one line.
     """
     _quieten()
+    if arguments[:1] == ["fit"]:
+        listen(signal.SIGUSR1)
     for i, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         path = value if equals else "".join(arguments[i + 1 : i + 2])
-        if name == "--ckpt_path" and path not in _NAMED_CHECKPOINTS:
+        if name == "--ckpt_path" and path != "last":
             open_checkpoint(path)  # LightningCLI reads it before anything of ours can look at it
     # argv[0] stays: Lightning's launcher starts the other ranks with it.
     sys.argv[1:] = expand_short_options(arguments)
@@ -197,7 +228,7 @@ def run(arguments: Sequence[str]) -> None:
             parser_kwargs={"exit_on_error": False, "predict": {"epilog": _PREDICT_HELP}},
         )
     except ArgumentError as error:
-        raise ValueError(_short(str(error))) from error
+        raise ValueError(short_message(str(error))) from error
 
 
 class _ParseOnly(ZsnrCLI):
@@ -228,7 +259,7 @@ def parse_fit(arguments: Sequence[str]) -> Any:
             parser_kwargs={"exit_on_error": False},
         )
     except ArgumentError as error:
-        raise ValueError(_short(str(error))) from error
+        raise ValueError(short_message(str(error))) from error
     return cli.config
 
 
@@ -239,6 +270,7 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     warnings.filterwarnings("ignore", message=".*infer the batch indices fetched")
     warnings.filterwarnings("ignore", message=".*across ranks is zero")  # no validation data
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers. is deprecated")
     warnings.filterwarnings("ignore", message=".*dirpath has changed from")
     warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
@@ -246,7 +278,7 @@ def _quieten() -> None:
     )
 
 
-def _short(message: str) -> str:
+def short_message(message: str) -> str:
     """Make one line of jsonargparse's message, with the known names where a name is wrong."""
     key = re.search(r"Parser key \"([\w.]+)\"", message)
     for suffix, base in _BASES.items():

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import AdamW
 
@@ -30,6 +35,9 @@ from zsnr.schedule import NoiseSchedule
 from zsnr.timesteps import get_timesteps, trailing
 from zsnr.training.draws import Draws, training_draws, validation_draws
 from zsnr.training.ema import EMAConfig, averaged_copy, update_average
+from zsnr.training.global_batch import GlobalBatch
+from zsnr.training.progress import NonFiniteError, Progress
+from zsnr.training.strategy import FullyShardedStrategy, reshard, squared_norm
 
 
 @dataclass(frozen=True)
@@ -74,6 +82,9 @@ class LatentDiffusion(L.LightningModule):
         ema: Averaged weights. None = no averaging.
         sampling: How previews and predict sample.
         gradient_checkpointing: Trade time for memory in the UNet.
+        compile: Backend of torch.compile for the UNet's blocks, such as "inductor". None = eager.
+        max_skipped_steps: A step whose loss or gradient is not finite is skipped on all ranks; more
+            of them in a row than this stop the run.
         image_size: Height and width, in pixels. Set by data.image_size.
         seed: Of every random number in training. Set by data.seed.
 
@@ -96,10 +107,14 @@ class LatentDiffusion(L.LightningModule):
         ema: EMAConfig | None = EMAConfig(),
         sampling: Sampling = Sampling(),
         gradient_checkpointing: bool = False,
+        compile: str | None = None,
+        max_skipped_steps: int = 10,
         image_size: int = 512,
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if max_skipped_steps < 0:
+            raise ValueError(f"max_skipped_steps={max_skipped_steps}: wanted 0 or more.")
         check_settings(schedule, prediction_type, loss, sampling.spacing, sampling.num_steps)
         if not 0 <= caption_dropout <= 1:
             raise ValueError(f"caption_dropout={caption_dropout}: wanted a number in [0, 1].")
@@ -127,6 +142,16 @@ class LatentDiffusion(L.LightningModule):
             self.trained["unet"].enable_gradient_checkpointing()  # type: ignore[operator]
         self.ema_config = ema
         self.ema = None if ema is None else averaged_copy(self.trained)
+        if compile is not None and compile not in torch._dynamo.list_backends(None):
+            known = ", ".join(torch._dynamo.list_backends(None))
+            raise ValueError(f"model.compile={compile!r}: no such backend. Known: {known}.")
+        self.compile_backend, self.max_skipped_steps = compile, max_skipped_steps
+        self._ready = False  # compiled, and sharded if the strategy does
+        self.stop_requested, self.requeue_requested = False, False  # of this process
+        self.stop_agreed, self.requeue_agreed = False, False  # by all
+        self._micro_batches: list[tuple[list[str], Tensor, Tensor]] = []  # keys, losses, t
+        self._progress = Progress(schedule.num_timesteps)
+        self._skipped_in_a_row, self._skip = 0, False
         self._val_strata = trailing(min(10, schedule.num_timesteps), schedule.num_timesteps)
 
     # Parts
@@ -163,10 +188,46 @@ class LatentDiffusion(L.LightningModule):
         finally:
             for part, mode in modes:
                 part.train(mode)
+            reshard(model.unet)
 
     # Lightning's hooks
 
+    def configure_callbacks(self) -> list[L.Callback]:
+        return [GlobalBatch()]
+
+    def configure_model(self) -> None:
+        """Compile and shard what is trained and averaged."""
+        if self._ready:
+            return
+        self._ready = True
+        if self.compile_backend is not None:
+            for block in self._unet_of(self.trained).blocks():  # forward: hooks stay outside
+                block.forward = torch.compile(block.forward, backend=self.compile_backend)
+        strategy = self.trainer.strategy
+        if isinstance(strategy, FullyShardedStrategy):
+            for modules in (self.trained, self.ema):
+                if modules is not None:
+                    blocks = self._unet_of(modules).blocks()
+                    strategy.shard(modules.values(), blocks, ema=modules is self.ema)
+
+    @staticmethod
+    def _unet_of(modules: nn.ModuleDict) -> UNet:
+        unet = modules["unet"]
+        assert isinstance(unet, UNet)
+        return unet
+
     def setup(self, stage: str) -> None:
+        precision = str(self.trainer.precision)
+        if self.ema is not None and precision in ("bf16-true", "16-true"):
+            raise ValueError(
+                f"trainer.precision={precision} would keep averaged weights in half precision, "
+                "where small updates are lost: use bf16-mixed, FullyShardedStrategy's param_dtype, "
+                "or model.ema null."
+            )
+        if (self.trainer.gradient_clip_val or 0) < 0:
+            raise ValueError(
+                f"trainer.gradient_clip_val={self.trainer.gradient_clip_val:g}: wanted 0 or more."
+            )
         caches: dict[str, Cache] = getattr(self.trainer.datamodule, "caches", {})
         for name, cache in caches.items():
             self._use_cache(name, cache)
@@ -214,19 +275,121 @@ class LatentDiffusion(L.LightningModule):
             self.caption_dropout,
         )
         losses = self._losses(batch, draws, ema=False)
-        self._log_losses(losses.detach(), draws.t)
+        self._micro_batches.append((batch["key"], losses.detach(), draws.t))
         return losses.mean()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
         if self.ema is not None and self.ema_config is not None:
-            done = self.trainer.global_step  # counts this step only after this hook
-            update_average(self.ema, self.trained, self.ema_config.decay_at(done))
+            if self._skip and self.ema_config.every_n_steps == 1:
+                return  # else it is a step in which the weights stood still
+            # counts this step only after this hook
+            decay = self.ema_config.decay_after(self.trainer.global_step)
+            if decay is not None:
+                update_average(self.ema, self.trained, decay)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self.trainer.global_step % self.trainer.log_every_n_steps == 0:
+        """Agree with all ranks, by one reduction: on the loss, on the gradient, and on stopping."""
+        micro_batches, self._micro_batches = self._micro_batches, []
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            scaler.unscale_(optimizer)  # a fused one would do it later, by itself
+        grads = [p.grad for p in self.trained.parameters() if p.grad is not None]
+        losses = torch.cat([losses for _, losses, _ in micro_batches])
+        t = torch.cat([t for _, _, t in micro_batches])
+        asked = torch.tensor([self.stop_requested, self.requeue_requested])
+        sums = self._progress.sums(losses, t)
+        found = [asked.to(sums[0]), squared_norm(grads)[None].to(sums[0]), *sums]
+        reduced = self.trainer.strategy.reduce(torch.cat(found), reduce_op="sum")
+        stop, requeue, squared, *by_group = reduced.tolist()
+        self.stop_agreed, self.requeue_agreed = stop > 0, requeue > 0
+        half = len(by_group) // 2
+        totals, counts = by_group[:half], by_group[half:]
+        loss, norm = sum(totals) / sum(counts), math.sqrt(squared)
+        self._grad_norm = norm
+        self._skip = not (math.isfinite(loss) and math.isfinite(norm))
+        if self._skip:
+            self._skip_step(loss, norm, [(keys, losses) for keys, losses, _ in micro_batches])
+            for p in self.trained.parameters():
+                p.grad = None  # an optimizer changes nothing that has no gradient
+        else:
+            self._skipped_in_a_row = 0
+            self._progress.add(totals, counts)
+        self.log("train/loss", loss, prog_bar=True, rank_zero_only=True)
+        self.log("train/grad_norm", norm, rank_zero_only=True)
+        self.log("train/terminal_exposures", self._progress.terminal, rank_zero_only=True)
+        self.log("train/skipped_steps", self._progress.skipped, rank_zero_only=True)
+        if (self.trainer.global_step + 1) % max(1, self.trainer.log_every_n_steps) == 0:
+            for name, mean in self._progress.means().items():
+                self.log(f"train_by_timestep/{name}", mean, rank_zero_only=True)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the norm that is known already."""
+        if not gradient_clip_val or self._skip:
+            return
+        if gradient_clip_algorithm not in (None, "norm"):
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif self._grad_norm > gradient_clip_val:
             grads = [p.grad for p in self.trained.parameters() if p.grad is not None]
-            self.log("train/grad_norm", nn.utils.get_total_norm(grads))
+            torch._foreach_mul_(grads, gradient_clip_val / self._grad_norm)
+
+    def _skip_step(self, loss: float, norm: float, batches: list[tuple[list[str], Tensor]]) -> None:
+        """Write down a step that is not finite.
+
+        Raises:
+            NonFiniteError: There were too many in a row.
+        """
+        self._skipped_in_a_row += 1
+        self._progress.skipped += 1
+        step = self.trainer.global_step
+        bad = [
+            key
+            for keys, losses in batches
+            for key, value in zip(keys, losses.tolist(), strict=True)
+            if not math.isfinite(value)
+        ]
+        keys = bad or [key for keys, _ in batches for key in keys]
+        everywhere: list[Any] = [keys]
+        if dist.is_initialized():
+            everywhere = [None] * dist.get_world_size()
+            dist.all_gather_object(everywhere, (bool(bad), keys))
+            worst = any(is_bad for is_bad, _ in everywhere)
+            everywhere = [keys for is_bad, keys in everywhere if is_bad or not worst]
+        keys = [key for some in everywhere for key in some]
+        line = {"step": step, "loss": str(loss), "grad_norm": str(norm), "keys": keys}
+        path = Path(self.trainer.default_root_dir) / "skipped_steps.jsonl"
+        if self.trainer.is_global_zero:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            warnings.warn(
+                f"Step {step} is skipped: loss {loss:g}, gradient norm {norm:g}, samples "
+                f"{', '.join(keys[:4])}{' ...' if len(keys) > 4 else ''}; all are in {path}.",
+                stacklevel=2,
+            )
+        if self._skipped_in_a_row > self.max_skipped_steps:
+            raise NonFiniteError(
+                f"{self._skipped_in_a_row} steps in a row had a loss or gradient that is not "
+                f"finite, the last with samples {', '.join(keys[:4])}; see {path}. Set "
+                "trainer.gradient_clip_val, use bf16 in the place of fp16, and go on from a "
+                "checkpoint before them, or start anew with a lower learning rate."
+            )
+
+    def on_train_start(self) -> None:
+        """Say so where a resumed run keeps its learning rate, and the config has another."""
+        asked = self.trainer.optimizers[0].defaults.get("lr")
+        [scheduler] = self.trainer.lr_scheduler_configs
+        own = getattr(scheduler.scheduler, "base_lrs", [asked])[0]
+        if asked != own:
+            rank_zero_warn(
+                f"The run goes on with its checkpoint's learning rate, {own:g}; the config's, "
+                f"{asked:g}, is not used."
+            )
 
     def on_validation_epoch_start(self) -> None:
         self._val_sums = torch.zeros(2, len(self._val_strata), device=self.device)
@@ -236,11 +399,13 @@ class LatentDiffusion(L.LightningModule):
             self.seed, batch["position"].tolist(), self._val_strata, self._latent_shape(batch)
         )
         losses = self._losses(batch, draws, ema=True)
+        counts = (batch["position"] >= 0).to(losses)  # others only keep the ranks in step
         stratum = batch["position"] % len(self._val_strata)
-        self._val_sums[0].index_add_(0, stratum, losses)
-        self._val_sums[1].index_add_(0, stratum, torch.ones_like(losses))
+        self._val_sums[0].index_add_(0, stratum, losses * counts)
+        self._val_sums[1].index_add_(0, stratum, counts)
 
     def on_validation_epoch_end(self) -> None:
+        reshard(self)
         sums, counts = self.trainer.strategy.reduce(self._val_sums, reduce_op="sum")
         # Reduced already, so the same on every rank.
         self.log("val/loss", sums.sum() / counts.sum(), prog_bar=True, rank_zero_only=True)
@@ -253,6 +418,8 @@ class LatentDiffusion(L.LightningModule):
     on_test_epoch_end = on_validation_epoch_end
 
     def predict_step(self, batch: list[PromptRequest], batch_idx: int) -> list[Any]:
+        if not batch:
+            return []
         with self.pipeline() as pipe:
             return pipe(
                 [r.prompt for r in batch],
@@ -270,12 +437,20 @@ class LatentDiffusion(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[KEY] = describe_model(self.model())
+        checkpoint["progress"] = self._progress.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._progress = Progress(self.schedule.num_timesteps, **checkpoint.get("progress", {}))
         own = describe_model(self.model())
         check_resumed(
             checkpoint[KEY], {name: own[name] for name in ("schedule", "prediction_type", "unet")}
         )
+        for name in ("codec", "conditioner"):  # a moved folder is another name of the same weights
+            if checkpoint[KEY][name] != own[name]:
+                rank_zero_warn(
+                    f"The checkpoint's {name} was {checkpoint[KEY][name]}, the config has "
+                    f"{own[name]}: make sure that they are the same."
+                )
 
     # The loss
 
@@ -302,22 +477,6 @@ class LatentDiffusion(L.LightningModule):
             _, channels, h, w = batch["moments"].shape
             return channels // 2, h, w
         return self.codec.latent_shape(*batch["image"].shape[-2:])
-
-    def _log_losses(self, losses: Tensor, t: Tensor) -> None:
-        """Log the loss, by quarter of the timesteps, and at the last one on its own."""
-        T = self.schedule.num_timesteps
-        size = len(losses)
-        several = self.trainer.world_size > 1
-        self.log("train/loss", losses.mean(), prog_bar=True, batch_size=size, sync_dist=several)
-        terminal = t == T - 1
-        groups = {"terminal": terminal}
-        for quarter in range(4):
-            lo, hi = quarter * T // 4, (quarter + 1) * T // 4
-            groups[f"t{lo:04d}_{hi - 1:04d}"] = (t >= lo) & (t < hi) & ~terminal
-        for name, members in groups.items():
-            if members.any():
-                members = members.to(losses.device)
-                self.log(f"train_by_timestep/{name}", losses[members].mean(), batch_size=size)
 
 
 def check_settings(
@@ -359,11 +518,16 @@ def check_resumed(theirs: dict[str, Any], own: dict[str, Any]) -> None:
 
 
 def _conditioning(conditioner: Conditioner, batch: dict[str, Any], keep: Tensor) -> Conditioning:
-    """Take captions' embeddings from the batch or the encoder, null's where they are dropped."""
+    """Take captions' embeddings from the batch or the encoder, null's where they are dropped.
+
+    The encoder is called once whatever is dropped: a sharded one waits for all ranks.
+    """
     cond: Conditioning | None = batch.get("text_embedding")
-    if cond is None:
-        cond = conditioner(batch["caption"])
-    return cond if keep.all() else cond.where(keep, conditioner.null())
+    if cond is not None:
+        return cond if keep.all() else cond.where(keep, conditioner.null())
+    kept = zip(batch["caption"], keep.tolist(), strict=True)
+    encoded: Conditioning = conditioner([caption if keeps else "" for caption, keeps in kept])
+    return encoded
 
 
 def _new_unet(unet: UNetConfig | str, codec: LatentCodec, conditioner: Conditioner) -> UNet:

@@ -1,0 +1,218 @@
+"""What the tests of several ranks run on each of them: one training run, and what it left."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import logging
+import warnings
+from pathlib import Path
+
+import tiny
+import torch
+import torch._dynamo
+import torch.distributed.checkpoint
+import torch.distributed.fsdp
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback
+
+from zsnr.checkpoints.own import read_checkpoint
+from zsnr.codecs import PixelCodec
+from zsnr.pipeline import Sampling
+from zsnr.training import (
+    CheckpointFiles,
+    Checkpoints,
+    DataModule,
+    EMAConfig,
+    FullyShardedStrategy,
+    LatentDiffusion,
+    LearningRate,
+    PredictionWriter,
+    Previews,
+)
+
+BATCH = 8
+DECAY = 0.9
+
+
+def module(**options):
+    torch.manual_seed(0)
+    settings = {
+        "codec": PixelCodec(2),
+        "conditioner": tiny.conditioner(trainable=True),
+        "unet": tiny.UNET,
+        "image_size": 16,
+        "optimizer": lambda p: torch.optim.AdamW(p, lr=2e-3),
+        "learning_rate": LearningRate(2, "cosine"),
+        "sampling": Sampling(num_steps=3),
+        "ema": EMAConfig(DECAY),
+        **options,
+    }
+    return LatentDiffusion(**settings)
+
+
+def data(folder, **options):
+    settings = {
+        "train": f"{folder}/train-*.tar",
+        "val": f"{folder}/val-*.tar",
+        "image_size": 16,
+        "batch_size": BATCH,
+        "num_workers": 0,
+    }
+    return DataModule(**{**settings, **options})
+
+
+def strategy(name, **options):
+    """Name a strategy: one, ddp, sharded (writes folders) or full (sharded, writes one file)."""
+    if name in ("sharded", "full"):
+        return FullyShardedStrategy(save_distributed_checkpoint=name == "sharded", **options)
+    return {"one": "auto", "ddp": "ddp"}[name]
+
+
+class Watch(Callback):
+    """Keeps what is logged, and follows the average in float64 from whole weights."""
+
+    def __init__(self, config):
+        self.config, self.average, self.logged = config, None, []
+        self.stop_at = None
+
+    def on_train_start(self, trainer, module):
+        self.start = whole(module.trained)
+        self.average = {k: v.double() for k, v in self.start.items()}
+        self.done = trainer.global_step
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if trainer.global_step == self.done:
+            return
+        self.done = trainer.global_step
+        metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
+        self.logged.append(metrics)
+        decay = None if self.config is None else self.config.decay_after(self.done - 1)
+        if decay is not None:
+            for k, v in whole(module.trained).items():
+                self.average[k] = decay * self.average[k] + (1 - decay) * v.double()
+        if self.done == self.stop_at:
+            trainer.limit_val_batches = 0
+            trainer.should_stop = True
+
+
+def whole(module):
+    """Gather a module's parameters; every rank calls it."""
+    parameters = {}
+    for name, p in module.named_parameters():
+        p = p.detach()
+        parameters[name] = (p.full_tensor() if hasattr(p, "full_tensor") else p).clone()
+    return parameters
+
+
+def fit(
+    folder,
+    root,
+    kind="one",
+    steps=4,
+    stop_at=None,
+    checkpoint=None,
+    every=0,
+    model=None,
+    data_options=None,
+    trainer_options=None,
+    strategy_options=None,
+    callbacks=(),
+    previews=False,
+):
+    """Train, and return what is to be compared; weights are whole."""
+    quiet()
+    net = module(**(model or {}))
+    watch = Watch(net.ema_config)
+    watch.stop_at = stop_at
+    callbacks = [watch, Checkpoints(f"{root}/checkpoints", every_n_train_steps=every), *callbacks]
+    if previews:
+        callbacks.append(Previews(["a", "b", "c"], every_n_steps=2))
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=int(os.environ.get("WORLD_SIZE", 1)),
+        strategy=strategy(kind, **(strategy_options or {})),
+        max_steps=steps,
+        max_epochs=-1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        log_every_n_steps=1,
+        num_sanity_val_steps=0,
+        check_val_every_n_epoch=None,
+        val_check_interval=2,
+        default_root_dir=root,
+        callbacks=callbacks,
+        **(trainer_options or {}),
+    )
+    trainer.strategy.checkpoint_io = CheckpointFiles()
+    trainer.fit(net, datamodule=data(folder, **(data_options or {})), ckpt_path=checkpoint)
+    return {
+        "logged": watch.logged,
+        "weights": whole(net.trained),
+        "ema": {} if net.ema is None else whole(net.ema),
+        "ema64": watch.average,
+        "start": watch.start,
+        "local": {k: tuple(_local(p).shape) for k, p in net.trained.named_parameters()},
+        "local_ema": {} if net.ema is None else _shapes(net.ema),
+        "progress": net._progress.state(),
+        "accumulate": trainer.accumulate_grad_batches,
+    }
+
+
+def _local(p):
+    return p.to_local() if hasattr(p, "to_local") else p
+
+
+def _shapes(module):
+    return {k: tuple(_local(p).shape) for k, p in module.named_parameters()}
+
+
+def evaluate(folder, root, kind, checkpoint, **data_options):
+    """Validate a checkpoint, and return the metrics."""
+    quiet()
+    trainer = _plain(root, kind)
+    net = module()
+    source = data(folder, **data_options)
+    [metrics] = trainer.validate(net, datamodule=source, ckpt_path=checkpoint, verbose=False)
+    return metrics
+
+
+def predict(folder, root, kind, checkpoint, output, prompts):
+    """Predict into a folder."""
+    quiet()
+    trainer = _plain(root, kind, callbacks=[PredictionWriter(output)])
+    source = data(folder, prompts=prompts, predict_batch_size=2)
+    trainer.predict(module(), datamodule=source, ckpt_path=checkpoint, return_predictions=False)
+
+
+def _plain(root, kind, **options):
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=int(os.environ.get("WORLD_SIZE", 1)),
+        strategy=strategy(kind),
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        use_distributed_sampler=False,
+        default_root_dir=root,
+        **options,
+    )
+    trainer.strategy.checkpoint_io = CheckpointFiles()
+    return trainer
+
+
+def weights_of(checkpoint):
+    """Read the averaged and the raw UNet of a checkpoint."""
+    return [read_checkpoint(checkpoint, ema=ema).unet.state_dict() for ema in (True, False)]
+
+
+def quiet():
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.ERROR)
+
+
+def newest(root):
+    return str(sorted(Path(root, "checkpoints").glob("step-*.ckpt"))[-1])

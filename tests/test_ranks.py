@@ -1,0 +1,392 @@
+"""One run on several ranks: the same numbers, whatever the strategy; one cell of each kind.
+
+tests/cluster holds the whole matrix.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import cells
+import pytest
+import tiny
+import torch
+import yaml
+from lightning.pytorch.callbacks import Callback
+
+from zsnr.checkpoints.own import read_checkpoint
+from zsnr.cli import main
+from zsnr.data.order import accumulation
+from zsnr.training import EMAConfig
+from zsnr.training.progress import NonFiniteError, Progress
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def alone(shards, tmp_path_factory):
+    """The run on one process that all others are compared with."""
+    return cells.fit(shards, tmp_path_factory.mktemp("alone"), previews=True)
+
+
+def losses(run):
+    return [row["train/loss"] for row in run["logged"]]
+
+
+def same_run(run, other):
+    for a, b in zip(run["logged"], other["logged"], strict=True):
+        assert a == pytest.approx(b, rel=1e-5)  # losses, by timestep too, norms, exposures
+    # AdamW magnifies rounding where gradients are all but zero
+    for name, weight in run["weights"].items():
+        torch.testing.assert_close(weight, other["weights"][name], rtol=1e-3, atol=5e-4)
+
+
+def average_is_exact(run):
+    for name, weight in run["ema"].items():
+        assert weight.dtype == torch.float32
+        torch.testing.assert_close(weight.double(), run["ema64"][name], rtol=1e-5, atol=1e-6)
+
+
+CELLS = {
+    "ddp-2": (2, "ddp", {}),
+    "sharded-1": (1, "sharded", {}),
+    "sharded-2-accumulated-checkpointed": (
+        2,
+        "sharded",
+        {
+            "data_options": {"max_batch_size_per_device": 2},
+            "model": {"gradient_checkpointing": True},
+        },
+    ),
+    "sharded-2-kept-compiled": (
+        2,
+        "sharded",
+        {
+            "strategy_options": {"reshard_after_forward": False},
+            "model": {"compile": "aot_eager"},
+        },
+    ),
+    "sharded-4-hybrid": (4, "sharded", {"strategy_options": {"shard_ranks": 2}}),
+}
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_ranks_and_strategies_change_nothing_but_rounding(ranks, shards, alone, tmp_path, name):
+    number, kind, options = CELLS[name]
+    runs = ranks[number](cells.fit, shards, tmp_path, kind, previews=True, **options)
+    for run in runs:
+        same_run(run, alone)
+        average_is_exact(run)
+        assert run["logged"] == runs[0]["logged"]  # on every rank
+    assert len(list((tmp_path / "previews").iterdir())) == 2
+    if kind == "sharded":
+        shard = 2 if "hybrid" in name else number
+        whole = alone["weights"]["unet.unet.conv_in.weight"].shape
+        for local in (runs[0]["local"], runs[0]["local_ema"]):
+            assert local["unet.unet.conv_in.weight"] == (whole[0] // shard, *whole[1:])
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_validating_weights_that_are_trained(ranks, shards, alone, tmp_path, kept):
+    options = {"model": {"ema": None}, "strategy_options": {"reshard_after_forward": not kept}}
+    run = ranks[2](cells.fit, shards, tmp_path, "sharded", previews=True, **options)[0]
+    assert losses(run) == pytest.approx(losses(alone), rel=1e-5)
+
+
+def test_previews_are_those_of_one_process(ranks, shards, alone, tmp_path, tmp_path_factory):
+    import numpy as np
+    from PIL import Image
+
+    one, two = tmp_path / "one", tmp_path / "two"
+    cells.fit(shards, one, previews=True)
+    ranks[2](cells.fit, shards, two, "sharded", previews=True)
+    for name in ("step-00000002.png", "step-00000004.png"):
+        a, b = (np.asarray(Image.open(root / "previews" / name), int) for root in (one, two))
+        assert abs(a - b).max() <= 1
+
+
+@pytest.mark.parametrize("clip", [0.05, 100.0])
+def test_clipping_by_the_global_norm(ranks, shards, tmp_path, clip):
+    options = {"trainer_options": {"gradient_clip_val": clip}}
+    alone = cells.fit(shards, tmp_path / "one", **options)
+    for number, kind in ((2, "sharded"), (2, "ddp")):
+        run = ranks[number](cells.fit, shards, tmp_path / kind, kind, **options)[0]
+        same_run(run, alone)
+
+
+def test_clipped_gradients_have_the_norm(shards, tmp_path):
+    class Norms(Callback):
+        def __init__(self):
+            self.norms = []
+
+        def on_before_zero_grad(self, trainer, module, optimizer):
+            grads = [p.grad for p in module.trained.parameters() if p.grad is not None]
+            if grads:
+                self.norms.append(float(torch.nn.utils.get_total_norm(grads)))
+
+    watch = Norms()
+    options = {"trainer_options": {"gradient_clip_val": 0.05}}
+    cells.fit(shards, tmp_path, callbacks=[watch], **options)
+    assert watch.norms
+    assert watch.norms == pytest.approx([0.05] * len(watch.norms), rel=1e-5)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("bad", [(), (1,)])
+def test_scaled_gradients_are_clipped_and_guarded_unscaled(shards, tmp_path, fused, bad):
+    from lightning.pytorch.plugins import MixedPrecision
+
+    plain = cells.fit(shards, tmp_path / "plain", steps=3, callbacks=[Poison(bad, 3)])
+    scaled = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))
+    scaled.precision = "bf16-mixed"  # what a CPU can do
+    run = cells.fit(
+        shards,
+        tmp_path / "scaled",
+        steps=3,
+        callbacks=[Poison(bad, 3)],
+        model={"optimizer": lambda p: torch.optim.AdamW(p, lr=2e-3, fused=fused)},
+        trainer_options={"plugins": [scaled], "gradient_clip_val": 100.0},
+    )
+    for a, b in zip(run["logged"], plain["logged"], strict=True):
+        assert math.isfinite(a["train/grad_norm"]) == math.isfinite(b["train/grad_norm"])
+        if math.isfinite(b["train/grad_norm"]):
+            assert a["train/grad_norm"] == pytest.approx(b["train/grad_norm"], rel=0.1)
+    assert run["progress"]["skipped"] == len(bad)
+    assert all(weight.isfinite().all() for weight in run["weights"].values())
+
+
+def test_param_dtype_of_the_strategy(ranks, shards, alone, tmp_path):
+    options = {"strategy_options": {"param_dtype": "bfloat16"}}
+    run = ranks[2](cells.fit, shards, tmp_path, "sharded", **options)[0]
+    assert losses(run) == pytest.approx(losses(alone), rel=2e-2)
+    assert losses(run) != losses(alone)
+    assert all(weight.dtype == torch.float32 for weight in run["weights"].values())
+    average_is_exact(run)
+
+
+# Checkpoints
+
+
+RESUMES = [
+    (2, "sharded", 1, "sharded"),
+    (2, "sharded", 1, "one"),
+    (2, "full", 2, "ddp"),
+    (1, "one", 2, "sharded"),
+    (4, "sharded", 2, "full"),
+]
+
+
+@pytest.mark.parametrize(("first", "kind", "second", "then"), RESUMES)
+def test_a_run_resumes_on_other_ranks(ranks, shards, tmp_path, first, kind, second, then):
+    def fit(number, kind, **options):
+        if kind == "one":
+            return cells.fit(shards, tmp_path, "one", every=2, **options)
+        return ranks[number](cells.fit, shards, tmp_path, kind, every=2, **options)[0]
+
+    stopped = fit(first, kind, stop_at=2)
+    checkpoint = cells.newest(tmp_path)
+    assert Path(checkpoint).is_dir() == (kind == "sharded")
+    for ema, name in ((True, "ema"), (False, "weights")):
+        unet = read_checkpoint(checkpoint, ema=ema).unet.state_dict()
+        for key, weight in unet.items():
+            assert torch.equal(weight, stopped[name][f"unet.{key}"])
+    on = fit(second, then, checkpoint=checkpoint, data_options={"max_batch_size_per_device": 2})
+    straight = cells.fit(shards, tmp_path / "straight", "one")
+    assert losses(on) == pytest.approx(losses(straight)[2:], rel=1e-5)
+    assert on["progress"]["terminal"] == straight["progress"]["terminal"]
+    for name, weight in straight["ema"].items():
+        torch.testing.assert_close(on["ema"][name], weight, rtol=1e-3, atol=2e-4)
+
+
+def test_resuming_on_the_same_ranks_is_the_same_run(ranks, shards, tmp_path):
+    straight = ranks[2](cells.fit, shards, tmp_path / "a", "sharded")[0]
+    ranks[2](cells.fit, shards, tmp_path / "b", "sharded", stop_at=2)
+    checkpoint = cells.newest(tmp_path / "b")
+    on = ranks[2](cells.fit, shards, tmp_path / "c", "sharded", checkpoint=checkpoint)[0]
+    assert losses(on) == losses(straight)[2:]
+    for part in ("weights", "ema"):
+        for name, weight in straight[part].items():
+            assert torch.equal(on[part][name], weight)
+
+
+def test_consolidating(ranks, shards, tmp_path, capsys):
+    ranks[2](cells.fit, shards, tmp_path, "sharded")
+    folder, file = tmp_path / "checkpoints" / "last.ckpt", tmp_path / "one.ckpt"
+    assert main(["checkpoint", "consolidate", str(folder), "--output", str(file)]) == 0
+    for a, b in zip(cells.weights_of(folder), cells.weights_of(file), strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in b)
+    # a run on one process goes on from it
+    on = cells.fit(shards, tmp_path / "on", "one", steps=6, checkpoint=str(file))
+    assert len(on["logged"]) == 2
+    assert main(["checkpoint", "consolidate", str(folder), "--output", str(file)]) == 2
+    assert "exists" in capsys.readouterr().err
+    assert main(["checkpoint", "consolidate", str(file), "--output", str(tmp_path / "x")]) == 2
+    assert "a file already" in capsys.readouterr().err
+
+
+# Evaluation
+
+
+def test_validate_and_predict_with_unequal_work(ranks, shards, tmp_path):
+    cells.fit(shards, tmp_path / "run", "one", steps=2)
+    checkpoint = cells.newest(tmp_path / "run")
+    ranks[2](cells.fit, shards, tmp_path / "sharded", "sharded", steps=2)
+    folder = cells.newest(tmp_path / "sharded")
+    prompts = [{"prompt": f"grey {i}"} for i in range(3)]
+    cells.predict(shards, tmp_path, "one", checkpoint, str(tmp_path / "one"), prompts)
+    wanted = {p.name: p.read_bytes() for p in (tmp_path / "one").glob("*.png")}
+    assert len(wanted) == 3
+    alone = cells.evaluate(shards, tmp_path, "one", checkpoint)
+    for number, kind in ((2, "ddp"), (4, "sharded")):  # of 4 ranks one has nothing to do
+        metrics = ranks[number](cells.evaluate, shards, tmp_path, kind, checkpoint)[0]
+        assert metrics == pytest.approx(alone, rel=1e-5)
+        out = tmp_path / f"{kind}-images"
+        for _ in range(2):  # the second finds all done
+            ranks[number](cells.predict, shards, tmp_path, kind, checkpoint, str(out), prompts)
+        assert sorted(p.name for p in out.glob("*.png")) == sorted(wanted)
+        lines = (out / "manifest.jsonl").read_text().splitlines()
+        assert sorted(json.loads(line)["file"] for line in lines) == sorted(wanted)
+        assert not list(out.glob(".manifest*"))
+        same_images(tmp_path / "one", out)
+    metrics = ranks[2](cells.evaluate, shards, tmp_path, "sharded", folder)[0]
+    assert metrics == pytest.approx(alone, rel=1e-4)
+
+
+def same_images(folder, other):
+    import numpy as np
+    from PIL import Image
+
+    for path in folder.glob("*.png"):
+        a, b = (np.asarray(Image.open(p), int) for p in (path, other / path.name))
+        assert abs(a - b).max() <= 1
+
+
+# Guards
+
+
+class Poison(Callback):
+    """Makes the loss of one sample, on the rank that has it, not a number."""
+
+    def __init__(self, steps, position):
+        self.steps, self.position = steps, position
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.global_step in self.steps:
+            batch["image"][batch["position"] % cells.BATCH == self.position] = math.nan
+
+
+@pytest.mark.parametrize(("number", "kind"), [(1, None), (2, "ddp"), (2, "sharded")])
+def test_a_step_that_is_not_finite_is_skipped_on_all_ranks(ranks, shards, tmp_path, number, kind):
+    poison = [Poison({1}, 5)]
+    if kind is None:
+        runs = [cells.fit(shards, tmp_path, callbacks=poison)]
+    else:
+        runs = ranks[number](cells.fit, shards, tmp_path, kind, callbacks=poison)
+    for run in runs:
+        assert [math.isfinite(loss) for loss in losses(run)] == [True, False, True, True]
+        assert all(weight.isfinite().all() for weight in run["weights"].values())
+        assert run["progress"]["skipped"] == 1
+        assert run["logged"][-1]["train/skipped_steps"] == 1
+    [line] = (tmp_path / "skipped_steps.jsonl").read_text().splitlines()
+    line = json.loads(line)
+    assert line["step"] == 1
+    assert len(line["keys"]) == 1
+
+
+def test_a_skipped_step_changes_nothing(shards, tmp_path):
+    before = cells.fit(shards, tmp_path / "a", steps=2)
+    after = cells.fit(shards, tmp_path / "b", steps=3, callbacks=[Poison({2}, 0)])
+    # one step more, but a learning rate that knows of three: compare up to it
+    same = cells.fit(shards, tmp_path / "c", steps=3, stop_at=2)
+    for part in ("weights", "ema"):
+        for name, weight in same[part].items():
+            assert torch.equal(after[part][name], weight)
+    assert before["logged"][0] == after["logged"][0]
+
+
+def test_too_many_in_a_row_stop_the_run(ranks, shards, tmp_path):
+    options = {"model": {"max_skipped_steps": 1}, "steps": 9}
+    with pytest.raises(NonFiniteError, match="2 steps in a row"):
+        cells.fit(shards, tmp_path, callbacks=[Poison({1, 3, 4, 5}, 0)], **options)
+    lines = (tmp_path / "skipped_steps.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 3, 4]
+
+
+# Numbers
+
+
+def test_accumulation_follows_from_batch_ranks_and_bound():
+    assert accumulation(64, 2) == 1
+    assert accumulation(64, 2, 10) == 4  # 8 each
+    assert accumulation(64, 4, 16) == 1
+    assert accumulation(6, 2, 2) == 3
+    assert accumulation(7, 1, 3) == 7
+    with pytest.raises(ValueError, match="does not divide into 3 ranks"):
+        accumulation(64, 3)
+
+
+def test_a_batch_that_does_not_divide_is_refused_before_training(ranks, shards, tmp_path, capsys):
+    values = {
+        "trainer": {"accelerator": "cpu", "max_steps": 1, "default_root_dir": str(tmp_path)},
+        "model": tiny.MODEL,
+        "data": {"train": f"{shards}/train-*.tar", "image_size": 16, "batch_size": 5},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    more = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    assert main(["fit", "-c", str(tmp_path / "config.yaml"), *more]) == 2
+    told = capsys.readouterr().err
+    assert "data.batch_size=5, the global batch, does not divide into 2 ranks" in told
+
+
+def test_another_accumulation_is_refused(shards, tmp_path):
+    with pytest.raises(ValueError, match="accumulate_grad_batches=4, but"):
+        cells.fit(shards, tmp_path, trainer_options={"accumulate_grad_batches": 4})
+
+
+@pytest.mark.parametrize("asked", [1, 4])
+def test_validation_counts_optimizer_steps(shards, tmp_path, asked):
+    options = {"data_options": {"max_batch_size_per_device": 2}, "steps": 5}
+    options["trainer_options"] = {"accumulate_grad_batches": asked}
+    run = cells.fit(shards, tmp_path, **options)
+    assert run["accumulate"] == 4
+    found = ["val/loss" in row for row in run["logged"]]
+    assert found == [False, False, True, True, True]  # after steps 2 and 4
+
+
+def test_resuming_with_another_accumulation(shards, tmp_path):
+    straight = cells.fit(shards, tmp_path / "a", steps=7)
+    for first, then in ((2, 8), (8, 2), (4, 2)):
+        root = tmp_path / f"{first}-{then}"
+        options = [{"max_batch_size_per_device": most} for most in (first, then)]
+        cells.fit(shards, root, steps=7, stop_at=3, data_options=options[0])
+        checkpoint = cells.newest(root)
+        on = cells.fit(shards, root, steps=7, checkpoint=checkpoint, data_options=options[1])
+        assert losses(on) == pytest.approx(losses(straight)[3:], rel=1e-5)
+
+
+def test_average_every_n_steps():
+    for warmup in (True, False):
+        config, every = EMAConfig(0.9, warmup), EMAConfig(0.9, warmup, every_n_steps=3)
+        assert [every.decay_after(step) is None for step in range(6)] == [True, True, False] * 2
+        assert every.decay_after(5) == pytest.approx(math.prod(map(config.decay_at, (3, 4, 5))))
+
+
+def test_average_every_n_steps_in_training(shards, tmp_path):
+    run = cells.fit(shards, tmp_path, steps=5, model={"ema": EMAConfig(0.9, every_n_steps=2)})
+    average_is_exact(run)
+
+
+def test_progress_counts_by_timestep():
+    progress = Progress(1000)
+    t = torch.tensor([0, 249, 250, 998, 999])
+    sums = [each.tolist() for each in progress.sums(torch.arange(5.0), t)]
+    assert sums == [[1, 2, 0, 3, 4], [2, 1, 0, 1, 1]]
+    progress.add(*sums)
+    assert progress.terminal == 1
+    assert progress.means() == {
+        "t0000_0249": 0.5,
+        "t0250_0499": 2,
+        "t0750_0999": 3,
+        "terminal": 4,
+    }
+    assert progress.means() == {}

@@ -1,0 +1,403 @@
+"""Checkpoints in shards: a folder in the format of torch.distributed.checkpoint, and a full file.
+
+A folder holds the tensors of `state_dict` and of the optimizers' states under flat names, one file
+a rank, and everything else in `meta.pt`. So nothing in it needs unpickling of more than tensors and
+plain values, and any number of ranks reads what any other number wrote.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from zsnr.files import replacing
+
+REST = "meta.pt"
+_INDEX = ".metadata"
+# What the index of a folder is made of; nothing else is unpickled.
+_HARMLESS = {
+    ("pathlib", "PosixPath"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    *(
+        ("torch.distributed.checkpoint.metadata", name)
+        for name in (
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        )
+    ),
+}
+
+
+def is_sharded(path: str | Path) -> bool:
+    """Whether a path is a folder that `write_sharded` made."""
+    return (Path(path) / _INDEX).is_file() and (Path(path) / REST).is_file()
+
+
+def write_sharded(checkpoint: dict[str, Any], folder: Path) -> None:
+    """Write a checkpoint whose tensors are sharded over the ranks; every rank calls it.
+
+    The folder appears under its name when it is complete.
+
+    Args:
+        checkpoint: As Lightning dumps it, with DTensors.
+        folder: Where to; what is there is replaced. All ranks must see it.
+
+    Raises:
+        OSError: It cannot be written, or the ranks do not share it.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    part = folder.with_name(f".{folder.name}.part")
+    tensors, rest = _split(checkpoint)
+    first = not dist.is_initialized() or dist.get_rank() == 0
+
+    def make() -> None:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+
+    def complete() -> None:
+        files = {info.relative_path for info in _read_index(part).storage_data.values()}
+        lost = sorted(name for name in files if not (part / name).is_file())
+        if lost:
+            raise OSError(
+                f"{part} lacks {', '.join(lost[:3])} after all ranks have written: the folder of "
+                "checkpoints must be one that all nodes share"
+            )
+        torch.save(rest, part / REST)
+        replace_folder(part, folder)
+
+    def complete_or_remove() -> None:
+        try:
+            complete()
+        except Exception:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+
+    _on_first_rank(make, folder)
+    try:
+        save(dict(tensors), storage_writer=FileSystemWriter(part))
+    except CheckpointException as error:  # on all ranks
+        if first:
+            shutil.rmtree(part, ignore_errors=True)
+        raise OSError(f"{folder} could not be written: {_reason(error)}") from error
+    _on_first_rank(complete_or_remove, folder)
+
+
+def replace_folder(part: Path, folder: Path) -> None:
+    """Give a complete folder its name, at once; what had the name goes."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.is_dir():
+        os.replace(folder, old)
+    elif folder.exists():
+        folder.unlink()
+    os.replace(part, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint, file or folder, so that a crash leaves no half of one under its name."""
+    if path.is_dir() and not path.is_symlink():
+        gone = path.with_name(f".{path.name}.old")
+        shutil.rmtree(gone, ignore_errors=True)
+        os.replace(path, gone)
+        shutil.rmtree(gone)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def check(folder: str | Path) -> None:
+    """See that a folder holds all that its index names; reads no weights.
+
+    Raises:
+        ValueError: It is damaged.
+    """
+    ends: dict[str, int] = {}
+    for info in _read_index(Path(folder)).storage_data.values():
+        ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+    for name, end in ends.items():
+        file = Path(folder) / name
+        size = file.stat().st_size if file.is_file() else 0
+        if size < end:
+            raise ValueError(f"{folder} is damaged: {name} has {size} of {end} bytes.")
+
+
+def read_rest(folder: str | Path) -> dict[str, Any]:
+    """Read what is no weight and no optimizer state.
+
+    Raises:
+        ValueError: It is damaged.
+    """
+    path = Path(folder) / REST
+    try:
+        rest: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise ValueError(f"{path} is not readable: {reason}") from error
+    return rest
+
+
+def read_tensors(folder: str | Path, prefix: str = "") -> dict[str, Tensor]:
+    """Read whole tensors, on the CPU, in this process alone.
+
+    Args:
+        folder: A sharded checkpoint.
+        prefix: Of the names to read, such as "state_dict/ema.".
+
+    Raises:
+        ValueError: It is damaged.
+    """
+    index = _read_index(Path(folder))
+    tensors = {
+        name: torch.empty(facts.size, dtype=facts.properties.dtype)
+        for name, facts in index.state_dict_metadata.items()
+        if name.startswith(prefix)
+    }
+    _fill(tensors, Path(folder), alone=True)
+    return tensors
+
+
+def save_file(checkpoint: dict[str, Any], path: Path) -> None:
+    """Write a full checkpoint to a file, which has its name when it is complete and on disk.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    try:
+        with replacing(path) as beside, open(beside, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch says of a full disk "unexpected pos"
+        raise OSError(f"{path} could not be written: {error}") from error
+
+
+def consolidate(folder: str | Path) -> dict[str, Any]:
+    """Read a sharded checkpoint as the full one that training on one device would write.
+
+    Raises:
+        ValueError: It is damaged.
+    """
+    return _merge(read_rest(folder), read_tensors(folder))
+
+
+def restore(
+    path: Path, model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]
+) -> dict[str, Any]:
+    """Load weights and optimizer states into parameters that may be sharded; every rank calls it.
+
+    Args:
+        path: A sharded folder, or a full file.
+        model: Its parameters, DTensors or not, take the weights.
+        optimizers: Theirs take the states.
+
+    Returns:
+        What else the checkpoint holds.
+
+    Raises:
+        ValueError: It is damaged, or does not fit.
+    """
+    own = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    optimizers = list(optimizers)
+    if is_sharded(path):
+        rest, index = read_rest(path), _read_index(path)
+        saved = {name: facts.size for name, facts in index.state_dict_metadata.items()}
+        weights = {name for name in saved if name.startswith("state_dict/")}
+        _check_names(path, own, {name.removeprefix("state_dict/") for name in weights})
+        targets = {f"state_dict/{name}": tensor for name, tensor in own.items()}
+        states = {
+            name: _like(optimizers[int(name.split("/")[1])], name, size)
+            for name, size in saved.items()
+            if optimizers and name not in weights
+        }
+        _fill({**targets, **states}, path)
+        full = _merge(rest, states)
+    else:
+        full = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        _check_names(path, own, set(full["state_dict"]))
+        for name, tensor in own.items():
+            tensor.copy_(_sharded_as(full["state_dict"][name], tensor))
+        for number, optimizer in enumerate(optimizers):
+            for index, state in full["optimizer_states"][number]["state"].items():
+                parameter = _parameters(optimizer)[index]
+                for key, value in state.items():
+                    if isinstance(value, Tensor) and value.shape == parameter.shape:
+                        state[key] = _sharded_as(value, parameter)
+    for optimizer, state in zip(optimizers, full["optimizer_states"], strict=False):
+        optimizer.load_state_dict(state)
+    return {key: value for key, value in full.items() if key != "state_dict"}
+
+
+def whole(checkpoint: dict[str, Any], keep: bool) -> dict[str, Any]:
+    """Gather a checkpoint's DTensors; every rank calls it, those with `keep` get the result."""
+
+    def gathered(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            full = value.full_tensor() if hasattr(value, "full_tensor") else value
+            return full.cpu() if keep else None
+        if isinstance(value, dict):
+            return {key: gathered(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [gathered(item) for item in value]
+        return value
+
+    names = {"state_dict", "optimizer_states"} & checkpoint.keys()
+    parts = {name: checkpoint[name] for name in sorted(names)}
+    return {**checkpoint, **gathered(parts)}
+
+
+def _split(checkpoint: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Take the tensors of weights and optimizers out of a checkpoint."""
+    tensors = {f"state_dict/{name}": t for name, t in checkpoint["state_dict"].items()}
+    optimizers = []
+    for number, optimizer in enumerate(checkpoint.get("optimizer_states", [])):
+        plain: dict[int, dict[str, Any]] = {}
+        for index, state in optimizer["state"].items():
+            plain[index] = {}
+            for key, value in state.items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer_states/{number}/state/{index}/{key}"] = value
+                else:
+                    plain[index][key] = value
+        optimizers.append({**optimizer, "state": plain})
+    rest = {key: value for key, value in checkpoint.items() if key != "state_dict"}
+    return tensors, {**rest, "optimizer_states": optimizers}
+
+
+def _merge(rest: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Undo `_split`."""
+    weights = {}
+    for name, tensor in tensors.items():
+        kind, _, key = name.partition("/")
+        if kind == "state_dict":
+            weights[key] = tensor
+        else:
+            number, _, index, key = key.split("/")
+            rest["optimizer_states"][int(number)]["state"][int(index)][key] = tensor
+    return {**rest, "state_dict": weights}
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _like(optimizer: torch.optim.Optimizer, name: str, size: torch.Size) -> Tensor:
+    """Make room for an optimizer's tensor, sharded as its parameter is."""
+    parameter = _parameters(optimizer)[int(name.split("/")[3])].detach()
+    same = parameter.shape == size
+    return torch.empty_like(parameter) if same else torch.empty(size)
+
+
+def _sharded_as(full: Tensor, like: Tensor) -> Tensor:
+    """Take this rank's part of a tensor that every rank has."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(like, DTensor):
+        return full
+    return distribute_tensor(
+        full.to(like.device), like.device_mesh, like.placements, src_data_rank=None
+    )
+
+
+def _fill(tensors: dict[str, Tensor], folder: Path, alone: bool = False) -> None:
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    class Reader(FileSystemReader):
+        def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
+            return _read_index(folder)
+
+    try:
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        load(
+            tensors,
+            storage_reader=Reader(folder),
+            planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+            no_dist=alone or not dist.is_initialized(),
+        )
+    except CheckpointException as error:
+        raise ValueError(f"{folder} is damaged: {_reason(error)}") from error
+
+
+def _reason(error: Any) -> str:
+    """Say what went wrong on the first rank that has met it."""
+    return str(next(iter(error.failures.values()))[0])
+
+
+def _read_index(folder: Path) -> Any:
+    """Read which file holds what, without unpickling anything else.
+
+    Raises:
+        ValueError: It is damaged, or holds other things.
+    """
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            found = None
+            if module == "torch":  # dtypes
+                found = getattr(torch, name, None)
+            if (module, name) in _HARMLESS or isinstance(found, torch.dtype):
+                return super().find_class(module, name)
+            raise pickle.UnpicklingError(f"{module}.{name} has no business in it")
+
+    path = folder / _INDEX
+    try:
+        with open(path, "rb") as file:
+            index = Unpickler(file).load()
+        facts = index.state_dict_metadata.values()
+        names = {info.relative_path for info in index.storage_data.values()}
+        if any(Path(name).name != name for name in names):
+            raise ValueError("it names files outside of the folder")
+        if not all(hasattr(fact, "properties") for fact in facts):
+            raise ValueError("it holds more than tensors")
+    except Exception as error:  # a pickle may fail in any way
+        raise ValueError(f"{path} is not the index of a sharded checkpoint: {error}") from error
+    if index.storage_meta is not None:
+        index.storage_meta.load_id = None
+    return index
+
+
+def _check_names(path: Path, own: Mapping[str, Tensor], saved: set[str]) -> None:
+    lacking, foreign = sorted(own.keys() - saved), sorted(saved - own.keys())
+    if lacking or foreign:
+        what = f"lacks {lacking[0]}" if lacking else f"has {foreign[0]}, which the model has not"
+        raise ValueError(f"{path} is of another model: it {what}.")
+
+
+def _on_first_rank(work: Callable[[], None], folder: Path) -> None:
+    """Do something on rank 0 while the others wait; what fails there fails on all.
+
+    Raises:
+        OSError: It did.
+    """
+    told: list[str | None] = [None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            work()
+        except Exception as error:  # whatever it is, the others must not wait
+            told = [f"{folder} could not be written: {error}"]
+    if dist.is_initialized():
+        dist.broadcast_object_list(told, src=0)
+    if told[0] is not None:
+        raise OSError(told[0])

@@ -1,0 +1,558 @@
+"""What a training run needs of memory and time, without running it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, UnsupportedFakeTensorException
+
+from zsnr.codecs import LatentCodec
+from zsnr.conditioning import Conditioner
+from zsnr.denoiser import Conditioning
+from zsnr.networks import UNet
+from zsnr.reports.memory import (
+    LiveBytes,
+    kept_for_backward,
+    norms_in_float32,
+    size_of,
+    tensors_of,
+    with_fake_tensors,
+)
+
+GIB, MIB = 2**30, 2**20
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How weights, gradients, optimizer state and average lie on the ranks.
+
+    Args:
+        kind: One device, a whole copy on each rank (DDP), or shards (FSDP).
+        ranks: All processes.
+        ranks_per_node: Processes of one node.
+        shards: Ranks that share one copy.
+        param_dtype: Of the weights that FSDP gathers. None = their own.
+        reduce_dtype: Of the gradients that FSDP reduces. None = param_dtype.
+        reshard_after_forward: Whether gathered weights go after a block's forward pass.
+        bucket_view: Whether DDP's buckets are the gradients, and not a copy of them.
+    """
+
+    kind: Literal["one device", "DDP", "FSDP"] = "one device"
+    ranks: int = 1
+    ranks_per_node: int = 1
+    shards: int = 1
+    param_dtype: torch.dtype | None = None
+    reduce_dtype: torch.dtype | None = None
+    reshard_after_forward: bool = True
+    bucket_view: bool = False
+
+    def __post_init__(self) -> None:
+        if self.ranks < 1 or self.ranks_per_node < 1 or self.ranks % self.ranks_per_node:
+            raise ValueError(
+                f"{self.ranks} ranks, {self.ranks_per_node} per node: wanted whole nodes."
+            )
+        if self.shards < 1 or self.ranks % self.shards:
+            raise ValueError(
+                f"shard_ranks={self.shards} does not divide the {self.ranks} ranks: wanted as many "
+                "shards in each copy."
+            )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A sharding, and how the global batch is divided.
+
+    Args:
+        sharding: See there.
+        micro_batch: Images of one forward pass of one rank.
+        accumulation: Forward passes of a step.
+        checkpointing: Whether activations of the UNet are computed again in the backward pass.
+    """
+
+    sharding: Sharding
+    micro_batch: int
+    accumulation: int
+    checkpointing: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """What a run is made of, on the meta device, where tensors need no memory.
+
+    Args:
+        unet: Trained.
+        conditioner: Trained or frozen.
+        codec: Frozen.
+        image_size: Height and width in pixels.
+        autocast: The dtype of the trainer's mixed precision. None = it has none.
+        on_gpu: Whether autocast is that of a GPU.
+        codec_stays: Whether the codec is in memory while training.
+        encodes_images: Whether each batch passes through the codec.
+        encodes_text: Whether each batch passes through the conditioner.
+        optimizer_state: Bytes of the optimizer's state for each byte of a parameter.
+        averaged: Whether there is an average of the weights.
+    """
+
+    unet: UNet
+    conditioner: Conditioner
+    codec: LatentCodec
+    image_size: int
+    autocast: torch.dtype | None
+    on_gpu: bool
+    codec_stays: bool
+    encodes_images: bool
+    encodes_text: bool
+    optimizer_state: float
+    averaged: bool
+
+    def trained(self) -> nn.ModuleDict:
+        """Return the modules that are trained."""
+        parts: dict[str, nn.Module] = {"unet": self.unet}
+        if self.conditioner.trainable:
+            parts["conditioner"] = self.conditioner
+        return nn.ModuleDict(parts)
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Compute with fake tensors, in the trainer's precision.
+
+        Raises:
+            ValueError: A part decides by the values of its tensors.
+        """
+        try:
+            with FakeTensorMode(), torch.autocast("cpu", self.autocast, self.autocast is not None):
+                yield
+        except UnsupportedFakeTensorException as error:
+            raise ValueError(
+                f"This model cannot be planned: it decides by values, at {error}."
+            ) from error
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes on one rank; the fullest one, where they differ.
+
+    The total is an upper bound: with FSDP, what is gathered and what is kept are not at their most
+    at the same time.
+
+    Args:
+        parameters: Weights that are trained.
+        gradients: Theirs.
+        optimizer: The optimizer's state.
+        average: Averaged weights, float32.
+        buckets: DDP's copy of the gradients.
+        gathered: What FSDP gathers at most at once: the root, the largest pair of neighbouring
+            blocks (one computes, the next is on its way), and one block's whole gradients.
+        codec: Its weights.
+        text_encoder: The weights of a frozen one.
+        activations: What a micro-batch keeps for the backward pass.
+        working: What is needed beside them for a moment: recomputed activations, intermediate
+            results, or more than all of these while the codec encodes.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    average: int
+    buckets: int
+    gathered: int
+    codec: int
+    text_encoder: int
+    activations: int
+    working: int
+
+    @property
+    def total(self) -> int:
+        """Bytes in all."""
+        return sum(asdict(self).values())
+
+
+def micro_batches(share: int) -> list[int]:
+    """List the sizes that divide a rank's share of the batch, largest first."""
+    return [share // a for a in range(1, share + 1) if share % a == 0]
+
+
+def shard_size(tensors: Iterable[Tensor], shards: int, dtype: torch.dtype | None = None) -> int:
+    """Sum the bytes of one rank's shards: FSDP cuts dimension 0 into ceil(n / shards) rows.
+
+    Args:
+        tensors: Whole ones.
+        shards: Ranks that share each.
+        dtype: Of the shards. None = the tensors' own.
+    """
+    total = 0
+    for tensor in tensors:
+        rows = math.ceil(tensor.shape[0] / shards) if tensor.ndim else 1
+        each = tensor.element_size() if dtype is None else dtype.itemsize
+        total += rows * tensor[0].numel() * each if tensor.ndim else each
+    return total
+
+
+def gathered_size(trained: nn.ModuleDict, sharding: Sharding) -> int:
+    """Sum what FSDP gathers at most at once; see Need."""
+    if sharding.kind != "FSDP":
+        return 0
+    unet: Any = trained["unet"]
+    blocks: list[nn.Module] = unet.blocks()
+
+    def whole(module: nn.Module, dtype: torch.dtype | None = sharding.param_dtype) -> int:
+        return shard_size(module.parameters(), 1, dtype)
+
+    sizes = [whole(block) for block in blocks]
+    near = 2 if sharding.reshard_after_forward else len(sizes)
+    weights = max(sum(sizes[i : i + near]) for i in range(len(sizes)))
+    gradients = max(
+        whole(block) + whole(block, sharding.reduce_dtype or sharding.param_dtype)
+        for block in blocks
+    )
+    others = sum(whole(part) for name, part in trained.items() if name != "unet")
+    if sharding.reshard_after_forward:
+        return whole(unet) - sum(sizes) + max(weights + gradients, others)
+    return whole(unet) - sum(sizes) + weights + gradients + others
+
+
+def state_per_byte(make_optimizer: Callable[[Iterable[nn.Parameter]], Any]) -> float:
+    """Measure the bytes of an optimizer's state for each byte of a parameter, by one step."""
+    parameter = nn.Parameter(torch.zeros(64, 64))
+    parameter.grad = torch.ones_like(parameter)
+    optimizer = make_optimizer([parameter])
+    optimizer.step()
+    state = [x for x in optimizer.state[parameter].values() if isinstance(x, Tensor) and x.ndim]
+    return size_of(state) / size_of([parameter])
+
+
+def need(parts: Parts, layout: Layout) -> Need:
+    """Say what one rank needs."""
+    sharding = layout.sharding
+    trained = parts.trained()
+    gradients = shard_size((p for p in trained.parameters() if p.requires_grad), sharding.shards)
+    average = shard_size(trained.parameters(), sharding.shards, torch.float32)
+    kept, peak = training_pass(
+        parts, layout.micro_batch, layout.checkpointing, sharding.param_dtype
+    )
+    frozen = None if parts.conditioner.trainable or not parts.encodes_text else parts.conditioner
+    return Need(
+        parameters=shard_size(trained.parameters(), sharding.shards),
+        gradients=gradients,
+        optimizer=round(gradients * parts.optimizer_state),
+        average=average if parts.averaged else 0,
+        buckets=gradients if sharding.kind == "DDP" and not sharding.bucket_view else 0,
+        gathered=gathered_size(trained, sharding),
+        codec=size_of(tensors_of(*modules_of(parts.codec))) if parts.codec_stays else 0,
+        text_encoder=0 if frozen is None else size_of(tensors_of(frozen)),
+        activations=kept,
+        working=max(peak, encoding_pass(parts, layout.micro_batch)) - kept,
+    )
+
+
+@lru_cache(maxsize=256)
+def training_pass(
+    parts: Parts, micro_batch: int, checkpointing: bool, dtype: torch.dtype | None
+) -> tuple[int, int]:
+    """Go forward and back with fake tensors.
+
+    Args:
+        parts: Of the run.
+        micro_batch: Images.
+        checkpointing: Of the UNet's activations.
+        dtype: The network computes in. None = its own.
+
+    Returns:
+        Bytes that the forward pass keeps for the backward pass, and the most that were alive at
+        once; both without weights and gradients.
+    """
+    with parts.computing():
+        whole = parts.trained()
+        trained = with_fake_tensors(whole, [whole], dtype).train()
+        unet: Any = trained["unet"]
+        conditioner: Any = dict(trained.items()).get("conditioner")
+        if checkpointing:
+            unet.enable_gradient_checkpointing()
+        if parts.on_gpu and parts.autocast is not None:
+            norms_in_float32(trained)
+        weights = next(unet.parameters())
+        shape = parts.codec.latent_shape(parts.image_size, parts.image_size)
+        x_t = torch.empty(micro_batch, *shape, dtype=weights.dtype)
+        t = torch.zeros(micro_batch, dtype=torch.int64)
+        target = torch.empty(micro_batch, *shape)
+        frozen: Conditioning | None = None
+        if conditioner is None:
+            frozen = _encoded(
+                with_fake_tensors(parts.conditioner, [parts.conditioner]), micro_batch
+            )
+        for parameter in trained.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        known = tensors_of(trained)
+        live = LiveBytes([*known, *(p.grad for p in trained.parameters() if p.grad is not None)])
+        with live:
+            with kept_for_backward(known) as kept:
+                cond = _encoded(conditioner, micro_batch) if frozen is None else frozen
+                output = unet(x_t, t, cond.to(x_t.device, weights.dtype))
+                loss = (output.float() - target).square().mean()
+            loss.backward()
+        return sum(kept.values()), max(live.peak, sum(kept.values()))
+
+
+@lru_cache(maxsize=256)
+def encoding_pass(parts: Parts, micro_batch: int) -> int:
+    """Encode images and prompts with fake tensors; return the most bytes alive at once."""
+    with parts.computing(), torch.no_grad():
+        size = parts.image_size
+        codec = with_fake_tensors(parts.codec, modules_of(parts.codec))
+        conditioner = with_fake_tensors(parts.conditioner, [parts.conditioner])
+        live = LiveBytes(tensors_of(conditioner, *modules_of(codec)))
+        with live:
+            if parts.encodes_images:
+                codec.encode(torch.empty(micro_batch, 3, size, size))
+            if parts.encodes_text and not conditioner.trainable:
+                _encoded(conditioner, micro_batch)
+        return live.peak
+
+
+def _encoded(conditioner: Conditioner, micro_batch: int) -> Conditioning:
+    encoded: Conditioning = conditioner([""] * micro_batch)
+    return encoded
+
+
+def modules_of(codec: LatentCodec) -> list[nn.Module]:
+    """List the modules that a codec holds."""
+    return [part for part in vars(codec).values() if isinstance(part, nn.Module)]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run needs.
+
+    Args:
+        layout: How it is divided.
+        need: On one rank.
+        counts: Parameters of each part.
+        batch_size: Of the global batch.
+        image_size: Pixels.
+        precision: The trainer's word for it.
+        on_gpu: Whether it trains on GPUs.
+        max_steps: Optimizer steps. None = it is not said.
+        images_per_second: Over all ranks. None = it is not known.
+        memory: Bytes that one rank may use. None = it is not said.
+        way_out: What to change where it does not fit.
+    """
+
+    layout: Layout
+    need: Need
+    counts: dict[str, int]
+    batch_size: int
+    image_size: int
+    precision: str
+    on_gpu: bool
+    max_steps: int | None
+    images_per_second: float | None
+    memory: int | None
+    way_out: str | None = None
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the memory suffices. None = it is not said."""
+        return None if self.memory is None else self.need.total <= self.memory
+
+    @property
+    def images(self) -> int | None:
+        """Images of the whole run. None = its length is not said."""
+        return None if self.max_steps is None else self.max_steps * self.batch_size
+
+    @property
+    def hours(self) -> float | None:
+        """Hours of the whole run. None = its length or rate is not known."""
+        if self.images is None or self.images_per_second is None:
+            return None
+        return self.images / self.images_per_second / 3600
+
+    def facts(self) -> dict[str, Any]:
+        """Return all of it as plain values; sizes in bytes."""
+        layout = self.layout
+        sharding = {
+            name: _name(value) if isinstance(value, torch.dtype) else value
+            for name, value in asdict(layout.sharding).items()
+        }
+        return {
+            "strategy": sharding,
+            "precision": self.precision,
+            "batch_size": self.batch_size,
+            "image_size": self.image_size,
+            "micro_batch": layout.micro_batch,
+            "accumulation": layout.accumulation,
+            "gradient_checkpointing": layout.checkpointing,
+            "parameters": self.counts,
+            "bytes_per_rank": {**asdict(self.need), "total": self.need.total},
+            "steps": self.max_steps,
+            "images": self.images,
+            "images_per_second": self.images_per_second,
+            "hours": self.hours,
+            "memory": self.memory,
+            "fits": self.fits,
+            "way_out": self.way_out,
+        }
+
+    def table(self) -> str:
+        """Return it as text, in lines of at most 100 characters."""
+        rows = [(name, size, note) for name, size, note in self._rows() if size or note]
+        rows.append(("in all", self.need.total, ""))
+        width = max(len(name) for name, _, _ in rows)
+        lines = [*self._head(), "", "on each rank"]
+        lines += [
+            f"  {name:{width}}  {show_bytes(size):>10}  {note}".rstrip()
+            for name, size, note in rows
+        ]
+        if self.on_gpu:
+            lines.append("not counted: CUDA itself and gaps between tensors, 1 to 2 GiB on a GPU")
+        if self.memory is not None:
+            left = self.memory - self.need.total
+            lines.append(
+                f"fits in {show_bytes(self.memory)}, {show_bytes(left)} to spare"
+                if left >= 0
+                else f"does not fit in {show_bytes(self.memory)}: {show_bytes(-left)} too much"
+            )
+        if self.way_out is not None:
+            lines.append(self.way_out)
+        return "\n".join(lines)
+
+    def _head(self) -> list[str]:
+        layout, sharding = self.layout, self.layout.sharding
+        parts = [f"{name} {_millions(count)}" for name, count in self.counts.items()]
+        where = _ranks(sharding)
+        nodes = sharding.ranks // sharding.ranks_per_node
+        where += f" on {nodes} nodes" if nodes > 1 else ""
+        how: str = sharding.kind
+        if sharding.kind == "FSDP":
+            how = f"FSDP, {sharding.ranks // sharding.shards} x {sharding.shards} shards"
+            if sharding.param_dtype is not None:
+                how += f" computing in {_name(sharding.param_dtype)}"
+        checkpointing = ", gradient checkpointing" if layout.checkpointing else ""
+        passes = f" x {layout.accumulation} accumulated" if layout.accumulation > 1 else ""
+        lines = [
+            f"parameters: {', '.join(parts)}",
+            f"{where}, {how}, precision {self.precision}{checkpointing}",
+            f"{_images(self.batch_size)} of {self.image_size}x{self.image_size} a step = "
+            f"{_ranks(sharding)} x {_images(layout.micro_batch)}"
+            f"{passes}",
+        ]
+        if self.images is None:
+            lines.append("steps: trainer.max_steps is not set")
+        else:
+            rate = self.images_per_second
+            time = "" if rate is None else f", {_time(self.hours)} at {rate:.4g} images/s"
+            lines.append(f"{self.max_steps:,} steps, {self.images:,} images{time}")
+        return lines
+
+    def _rows(self) -> list[tuple[str, int, str]]:
+        own, sharding = self.need, self.layout.sharding
+        share = f"1/{sharding.shards} of them" if sharding.shards > 1 else ""
+        return [
+            ("parameters", own.parameters, share),
+            ("gradients", own.gradients, ""),
+            ("optimizer state", own.optimizer, ""),
+            ("averaged weights", own.average, ""),
+            ("DDP's buckets", own.buckets, ""),
+            ("gathered by FSDP", own.gathered, "at most at once" if own.gathered else ""),
+            ("codec", own.codec, ""),
+            ("text encoder", own.text_encoder, ""),
+            ("activations", own.activations, f"kept of {_images(self.layout.micro_batch)}"),
+            ("working memory", own.working, "at most at once"),
+        ]
+
+
+def find_way_out(parts: Parts, layout: Layout, batch_size: int, memory: int) -> str:
+    """Say in a line what to change so that the run fits.
+
+    Looked at in this order, each with all smaller micro-batches: as it is, gradient checkpointing,
+    FSDP, and FSDP that gathers bfloat16.
+    """
+    first = layout.sharding
+    shardings = [first]
+    if first.kind != "FSDP" and first.ranks > 1:
+        shardings.append(replace(first, kind="FSDP", shards=first.ranks))
+    elif first.shards < first.ranks:
+        shardings.append(replace(first, shards=first.ranks))
+    if shardings[-1].kind == "FSDP" and first.param_dtype is None:
+        shardings.append(
+            replace(
+                shardings[-1],
+                shards=first.ranks,
+                param_dtype=torch.bfloat16,
+                reduce_dtype=torch.float32,
+            )
+        )
+    sizes = [m for m in micro_batches(batch_size // first.ranks) if m <= layout.micro_batch]
+    least: int | None = None
+    for sharding in shardings:
+        for checkpointing in sorted({layout.checkpointing, True}):
+            lo, hi = 0, len(sizes) - 1  # sizes fall, and with them the need
+
+            def tried(
+                i: int, sharding: Sharding = sharding, checkpointing: bool = checkpointing
+            ) -> tuple[Layout, int]:
+                passes = batch_size // first.ranks // sizes[i]
+                other = Layout(sharding, sizes[i], passes, checkpointing)
+                return other, need(parts, other).total
+
+            other, total = tried(hi)
+            least = total if least is None else min(least, total)
+            if total > memory:
+                continue
+            while lo < hi:
+                middle = (lo + hi) // 2
+                if tried(middle)[1] <= memory:
+                    hi = middle
+                else:
+                    lo = middle + 1
+            other, total = tried(lo)
+            return f"way out: {_changes(layout, other)}: {show_bytes(total)}"
+    assert least is not None
+    return f"no way out on {_ranks(first)}: {show_bytes(least)} at least"
+
+
+def _changes(layout: Layout, other: Layout) -> str:
+    changes = []
+    if other.sharding.kind != layout.sharding.kind:
+        changes.append("FullyShardedStrategy")
+    elif other.sharding.shards != layout.sharding.shards:
+        changes.append("shard_ranks=all")
+    if other.sharding.param_dtype != layout.sharding.param_dtype:
+        changes.append("param_dtype=bfloat16")
+    if other.checkpointing and not layout.checkpointing:
+        changes.append("model.gradient_checkpointing=true")
+    if other.micro_batch != layout.micro_batch:
+        changes.append(f"data.max_batch_size_per_device={other.micro_batch}")
+    return ", ".join(changes)
+
+
+def show_bytes(size: float) -> str:
+    """Write a size in GiB or MiB."""
+    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / MIB:.2f} MiB"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _ranks(sharding: Sharding) -> str:
+    return f"{sharding.ranks} rank{'s' * (sharding.ranks > 1)}"
+
+
+def _images(count: int) -> str:
+    return f"{count} image{'s' * (count > 1)}"
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:,.1f} M" if count >= 1e5 else f"{count:,}"
+
+
+def _time(hours: float | None) -> str:
+    assert hours is not None
+    return f"{hours:,.1f} hours" if hours >= 1 else f"{hours * 60:.1f} minutes"

@@ -1,0 +1,246 @@
+"""When checkpoints are written, what they are called, and which one a run goes on from."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_warn
+
+from zsnr.checkpoints import sharded
+from zsnr.checkpoints.own import open_checkpoint
+
+
+class Checkpoints(Checkpoint):
+    """Writes step-00001000.ckpt every so many steps and at the end; last.ckpt links to the newest.
+
+    A checkpoint has its name when it is complete, and not before: a run that is killed while it
+    saves goes on from the one before. A run that goes back to an earlier one renames those behind
+    it to step-00001000.ckpt.abandoned; they stay until somebody removes them.
+
+    Args:
+        dirpath: Folder; all nodes must see it. None = `checkpoints` in trainer.default_root_dir.
+        every_n_train_steps: Optimizer steps between two. 0 = only at the end.
+        every_n_minutes: Also when so much time has passed since the last. None = by steps alone.
+        keep: How many of the newest to keep.
+        keep_every_n_steps: Keep those of multiples of this for good. None = none.
+
+    Raises:
+        ValueError: A number is out of range, or the folder is an address.
+    """
+
+    def __init__(
+        self,
+        dirpath: str | None = None,
+        every_n_train_steps: int = 1000,
+        every_n_minutes: float | None = None,
+        keep: int = 2,
+        keep_every_n_steps: int | None = None,
+    ) -> None:
+        if every_n_train_steps < 0:
+            raise ValueError(f"checkpoint.every_n_train_steps={every_n_train_steps}: wanted >= 0.")
+        if every_n_minutes is not None and not every_n_minutes > 0:
+            raise ValueError(f"checkpoint.every_n_minutes={every_n_minutes:g}: wanted more than 0.")
+        if keep < 1:
+            raise ValueError(f"checkpoint.keep={keep}: wanted at least 1.")
+        if keep_every_n_steps is not None and keep_every_n_steps < 1:
+            raise ValueError(f"checkpoint.keep_every_n_steps={keep_every_n_steps}: wanted >= 1.")
+        if dirpath is not None and "://" in dirpath:
+            raise ValueError(
+                f"checkpoint.dirpath={dirpath}: wanted a folder; mount the bucket, or copy "
+                "checkpoints there afterwards."
+            )
+        self.dirpath, self.keep = dirpath, keep
+        self.every_n_train_steps, self.every_n_minutes = every_n_train_steps, every_n_minutes
+        self.keep_every_n_steps = keep_every_n_steps
+        self.resumed_from = ""  # name of a checkpoint
+        self._saved, self._seen, self._since = -1, -1, time.monotonic()
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        if self.dirpath is None:
+            self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
+        if stage != "fit":
+            return
+        problem = None
+        first = trainer.strategy.broadcast(self.resumed_from)
+        if not trainer.strategy.reduce_boolean_decision(first == self.resumed_from, all=True):
+            problem = f"The ranks do not see the same checkpoints in {self.dirpath}."
+        elif trainer.is_global_zero:
+            try:
+                _prepare(Path(self.dirpath))
+            except OSError as error:
+                problem = f"{self.dirpath} cannot be written: {error}"
+        problem = trainer.strategy.broadcast(problem)
+        if problem is not None:
+            raise OSError(problem)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """See that all ranks go on from the same step.
+
+        Raises:
+            ValueError: They do not.
+        """
+        first = trainer.strategy.broadcast(trainer.global_step)
+        if first != trainer.global_step:
+            raise ValueError(
+                f"Rank {trainer.global_rank} goes on from step {trainer.global_step}, rank 0 from "
+                f"step {first}: all nodes must see the same {self.dirpath}."
+            )
+        self._saved = self._seen = trainer.global_step
+        self._since = time.monotonic()
+        if trainer.is_global_zero:
+            assert self.dirpath is not None
+            _set_aside(Path(self.dirpath), trainer.global_step)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
+        step = trainer.global_step
+        if step == self._seen:  # one more micro-batch of the step after it
+            return
+        self._seen = step
+        due = self.every_n_train_steps and step % self.every_n_train_steps == 0
+        if self.every_n_minutes is not None and not due:
+            late = time.monotonic() - self._since > 60 * self.every_n_minutes
+            due = trainer.strategy.broadcast(late)
+        if due:
+            self.save(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self.save(trainer)
+
+    def save(self, trainer: L.Trainer) -> None:
+        """Write a checkpoint of this step, unless there is one; every rank calls it."""
+        step = trainer.global_step
+        if step == self._saved:
+            return
+        assert self.dirpath is not None
+        folder = Path(self.dirpath)
+        files = trainer.strategy.checkpoint_io
+        files = files if isinstance(files, CheckpointFiles) else CheckpointFiles()
+        with files.deferring():
+            trainer.save_checkpoint(folder / f"step-{step:08d}.ckpt", weights_only=False)
+        problem = trainer.strategy.broadcast(files.problem)
+        if problem is not None:
+            raise OSError(problem)
+        self._saved, self._since = step, time.monotonic()
+        if trainer.is_global_zero:
+            try:
+                _link(folder / "last.ckpt", f"step-{step:08d}.ckpt")
+                for old in steps(folder)[: -self.keep]:
+                    if self.keep_every_n_steps is None or _step(old) % self.keep_every_n_steps:
+                        sharded.remove(old)
+            except OSError as error:  # the other ranks are on their way
+                rank_zero_warn(f"The checkpoint is written, but not all tidied up: {error}")
+
+
+class CheckpointFiles(TorchCheckpointIO):
+    """Reads and writes a checkpoint's file; reads folders of shards as well."""
+
+    _defer, problem = False, None
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        path = Path(path)
+        try:
+            if path.is_dir():
+                sharded.remove(path)
+            sharded.save_file(checkpoint, path)
+        except OSError as error:
+            if not self._defer:
+                raise
+            self.problem = str(error)
+
+    @contextmanager
+    def deferring(self) -> Iterator[None]:
+        """Keep what goes wrong as `problem`: rank 0 saves alone, and the others wait for it."""
+        self._defer, self.problem = True, None
+        try:
+            yield
+        finally:
+            self._defer = False
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        if sharded.is_sharded(path):
+            return sharded.consolidate(path)
+        checkpoint: dict[str, Any] = super().load_checkpoint(path, *args, **kwargs)
+        return checkpoint
+
+    def remove_checkpoint(self, path: Any) -> None:
+        sharded.remove(Path(path))
+
+
+def steps(folder: Path) -> list[Path]:
+    """List the checkpoints of a folder, the newest last."""
+    return sorted(folder.glob("step-*.ckpt"), key=_step)
+
+
+def find_last(folder: Path) -> Path | None:
+    """Find the newest checkpoint that can be read; None if there is none at all.
+
+    Raises:
+        ValueError: There are some, but none can be read.
+    """
+    candidates = steps(folder)
+    last = folder / "last.ckpt"
+    if last.exists() and not last.is_symlink():
+        candidates.insert(0, last)
+    problems = []
+    for path in reversed(candidates):
+        try:
+            open_checkpoint(path)
+        except ValueError as error:
+            problems.append(str(error))
+            rank_zero_warn(f"{error} Looking for an earlier one.")
+        else:
+            return path
+    if problems:
+        raise ValueError(f"No checkpoint in {folder} can be read: {problems[0]}")
+    return None
+
+
+def _prepare(folder: Path) -> None:
+    """Make the folder, see that it can be written to, and remove what killed saves have left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in folder.glob(".*.ckpt*"):
+        sharded.remove(part)
+    probe = folder / ".probe.ckpt"
+    probe.touch()
+    probe.unlink()
+
+
+def _set_aside(folder: Path, step: int) -> None:
+    """Rename checkpoints of steps that this run has not come to: they are not of its past."""
+    for path in steps(folder):
+        if _step(path) > step:
+            aside = path.with_name(f"{path.name}.abandoned")
+            try:
+                sharded.remove(aside)
+                path.rename(aside)
+            except OSError as error:  # the other ranks are on their way
+                rank_zero_warn(f"{path} is not of this run's past, and cannot be renamed: {error}")
+                continue
+            rank_zero_warn(f"The run goes on from step {step}; {path.name} is now {aside.name}.")
+
+
+def _step(path: Path) -> int:
+    digits = path.stem.removeprefix("step-")
+    return int(digits) if digits.isdigit() else -1
+
+
+def _link(link: Path, name: str) -> None:
+    beside = link.with_name(f".{link.name}.link")
+    beside.unlink(missing_ok=True)
+    try:
+        beside.symlink_to(name)
+    except OSError:  # a file system without links: `last` is found all the same
+        return
+    if link.is_dir() and not link.is_symlink():
+        sharded.remove(link)
+    os.replace(beside, link)

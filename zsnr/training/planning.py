@@ -1,0 +1,376 @@
+"""`zsnr plan`: a training config as what zsnr.reports.plan computes with."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser
+from lightning.pytorch.cli import OptimizerCallable
+
+from zsnr.codecs import LatentCodec
+from zsnr.conditioning import Conditioner
+from zsnr.data.cache import Cache, find_cache
+from zsnr.data.order import accumulation
+from zsnr.networks import UNet, UNetConfig
+from zsnr.pretrained import without_weights
+from zsnr.reports.plan import (
+    GIB,
+    Layout,
+    Parts,
+    Plan,
+    Sharding,
+    find_way_out,
+    modules_of,
+    need,
+    state_per_byte,
+)
+from zsnr.training.caching import build
+from zsnr.training.data import DataModule
+from zsnr.training.draws import training_draws
+from zsnr.training.ema import update_average
+from zsnr.training.lightning_cli import check_model, parse_fit
+from zsnr.training.module import LatentDiffusion
+
+# Lightning's names of precision: of the weights, and of autocast.
+_PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
+    **dict.fromkeys(("32-true", "32"), (torch.float32, None)),
+    **dict.fromkeys(("bf16-mixed", "bf16"), (torch.float32, torch.bfloat16)),
+    **dict.fromkeys(("16-mixed", "16"), (torch.float32, torch.float16)),
+    "bf16-true": (torch.bfloat16, None),
+    "16-true": (torch.float16, None),
+}
+
+
+def run_plan(options: argparse.Namespace, settings: Sequence[str]) -> tuple[str, bool]:
+    """Plan a training config.
+
+    Args:
+        options: Of the command.
+        settings: Other arguments, as fit takes them.
+
+    Returns:
+        What to print, and whether the memory suffices or is not said.
+
+    Raises:
+        ValueError: The config is wrong, or is one that cannot be planned.
+    """
+    for name in ("memory", "images_per_second"):
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"--{name.replace('_', '-')} {value:g}: wanted more than 0.")
+    files = [*options.configs, *options.config]
+    if not files:
+        raise ValueError("plan needs a config: zsnr plan CONFIG.")
+    config = parse_fit([*(part for path in files for part in ("-c", path)), *settings])
+    plan = make_plan(
+        config,
+        ranks=options.ranks,
+        ranks_per_node=options.ranks_per_node,
+        memory=None if options.memory is None else round(options.memory * GIB),
+        images_per_second=options.images_per_second,
+        measure=options.measure,
+    )
+    return json.dumps(plan.facts()) if options.json else plan.table(), plan.fits is not False
+
+
+def make_plan(
+    config: Any,
+    *,
+    ranks: int | None = None,
+    ranks_per_node: int | None = None,
+    memory: int | None = None,
+    images_per_second: float | None = None,
+    measure: bool = False,
+) -> Plan:
+    """Plan a training config.
+
+    Args:
+        config: What parse_fit returned.
+        ranks: All processes. None = what the config's trainer says.
+        ranks_per_node: Processes of one node. None = what the config's trainer says.
+        memory: Bytes that one rank may use.
+        images_per_second: Over all ranks.
+        measure: Measure images_per_second by a few steps here.
+
+    Raises:
+        ValueError: The config is wrong, or is one that cannot be planned.
+    """
+    trainer = config.trainer
+    check_model(config.model)
+    data: Any = build("data", DataModule, config.data)
+    sharding = read_sharding(trainer, ranks, ranks_per_node)
+    passes = accumulation(data.batch_size, sharding.ranks, data.max_batch_size_per_device)
+    layout = Layout(
+        sharding=sharding,
+        micro_batch=data.batch_size // sharding.ranks // passes,
+        accumulation=passes,
+        checkpointing=config.model.gradient_checkpointing,
+    )
+    parts = read_parts(config, data)
+    needed = need(parts, layout)
+    if measure:
+        images_per_second = data.batch_size / seconds_per_step(config, data, layout)
+    too_much = memory is not None and needed.total > memory
+    counts = {"UNet": _count(parts.unet.parameters())}
+    text = _count(parts.conditioner.parameters())
+    if text:
+        counts["text encoder"] = text
+    vae = sum(_count(module.parameters()) for module in modules_of(parts.codec))
+    if vae:
+        counts["codec"] = vae
+    return Plan(
+        layout=layout,
+        need=needed,
+        counts=counts,
+        batch_size=data.batch_size,
+        image_size=data.image_size,
+        precision=str(trainer.precision or "32-true"),
+        on_gpu=_on_gpu(trainer),
+        max_steps=trainer.max_steps if trainer.max_steps > 0 else None,
+        images_per_second=images_per_second,
+        memory=memory,
+        way_out=find_way_out(parts, layout, data.batch_size, memory)
+        if memory is not None and too_much
+        else None,
+    )
+
+
+def read_sharding(trainer: Any, ranks: int | None, ranks_per_node: int | None) -> Sharding:
+    """Read how a config's trainer distributes training.
+
+    Args:
+        trainer: The parsed settings.
+        ranks: See make_plan.
+        ranks_per_node: See make_plan.
+
+    Raises:
+        ValueError: The number of ranks is not said, or the strategy is an unknown one.
+    """
+    for name, value in (("ranks", ranks), ("ranks-per-node", ranks_per_node)):
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} {value}: wanted at least 1.")
+    nodes = trainer.num_nodes
+    if ranks is None:
+        each = ranks_per_node or _devices(trainer)
+        if each is None:
+            raise ValueError(
+                f"trainer.devices={trainer.devices} is only known where it trains: give --ranks N."
+            )
+        ranks = each * nodes
+    else:
+        devices = _devices(trainer) or 1
+        each = ranks_per_node or min(ranks, devices if devices > 1 else max(1, ranks // nodes))
+    strategy = trainer.strategy
+    name = strategy if isinstance(strategy, str) else strategy.class_path.rpartition(".")[2]
+    settings: dict[str, Any] = {}
+    if not isinstance(strategy, str):
+        own = strategy.init_args.as_dict() if "init_args" in strategy else {}
+        settings = {**own, **(strategy.get("dict_kwargs") or {})}
+    world: dict[str, Any] = {"ranks": ranks, "ranks_per_node": each}
+    if name == "FullyShardedStrategy":
+        wanted = settings.get("shard_ranks", "all")
+        return Sharding(
+            kind="FSDP",
+            **world,
+            shards={"all": ranks, "node": each}.get(wanted, wanted),
+            param_dtype=_dtype(settings.get("param_dtype")),
+            reduce_dtype=_dtype(settings.get("reduce_dtype")),
+            reshard_after_forward=settings.get("reshard_after_forward", True),
+        )
+    if name == "SingleDeviceStrategy" and ranks > 1:
+        raise ValueError(f"trainer.strategy=SingleDeviceStrategy has one rank, not {ranks}.")
+    if ranks == 1 and name in ("auto", "SingleDeviceStrategy"):
+        return Sharding()
+    if name == "auto" or name.startswith("ddp") or name == "DDPStrategy":
+        return Sharding("DDP", **world, bucket_view=settings.get("gradient_as_bucket_view", False))
+    raise ValueError(
+        f"trainer.strategy={name} is not one that plan knows: auto, ddp, DDPStrategy, "
+        "FullyShardedStrategy."
+    )
+
+
+def read_parts(config: Any, data: DataModule) -> Parts:
+    """Build the parts of a parsed config without their weights and without memory.
+
+    Args:
+        config: What parse_fit returned.
+        data: Its data module.
+
+    Raises:
+        ValueError: They do not fit each other.
+    """
+    model, trainer = config.model, config.trainer
+    precision = str(trainer.precision or "32-true")
+    if precision not in _PRECISIONS:
+        raise ValueError(
+            f"trainer.precision={precision} is not one that plan knows: {', '.join(_PRECISIONS)}."
+        )
+    dtype, autocast = _PRECISIONS[precision]
+    if dtype != torch.float32 and model.ema is not None:
+        raise ValueError(
+            f"trainer.precision={precision} would keep averaged weights in half precision: use "
+            "bf16-mixed, FullyShardedStrategy's param_dtype, or model.ema null."
+        )
+    caches = [find_cache(source) for source in (data.train, data.val) if source is not None]
+    train: Cache | None = caches[0] if data.train is not None else None
+    images = not caches or any(cache is None for cache in caches)
+    text = not caches or any(cache is None or cache.conditioner is None for cache in caches)
+    previews = any(
+        callback.class_path.rpartition(".")[2] == "Previews" for callback in _listed(trainer)
+    )
+    make_optimizer = _instantiated_optimizer(model.optimizer)
+    with torch.device("meta"), without_weights():
+        codec: Any = build("codec", LatentCodec, model.codec)
+        conditioner: Any = build("conditioner", Conditioner, model.conditioner)
+        codec.latent_shape(data.image_size, data.image_size)
+        wanted = {"channels": codec.channels, "context_dim": conditioner.context_dim}
+        if isinstance(model.unet, str):
+            unet = UNet(pretrained=model.unet, **wanted)
+        else:
+            unet = UNet(UNetConfig(**model.unet.as_dict()), **wanted)
+        unet.to(dtype)
+        if conditioner.trainable:
+            conditioner.to(dtype)
+        codec.to("meta").load()
+        conditioner.load()
+    return Parts(
+        unet=unet,
+        conditioner=conditioner,
+        codec=codec,
+        image_size=data.image_size,
+        autocast=autocast,
+        on_gpu=_on_gpu(trainer),
+        codec_stays=images or previews,
+        encodes_images=train is None,
+        encodes_text=text,
+        optimizer_state=state_per_byte(make_optimizer),
+        averaged=model.ema is not None,
+    )
+
+
+def seconds_per_step(config: Any, data: DataModule, layout: Layout, times: int = 3) -> float:
+    """Measure how long a step of one rank takes here, without loading and communication.
+
+    The model is built with random weights. The first pass warms up and does not count.
+
+    Args:
+        config: What parse_fit returned.
+        data: Its data module.
+        layout: How the batch is divided.
+        times: Passes, and optimizer steps, that the time is the least of.
+    """
+    dtype, autocast = _PRECISIONS[str(config.trainer.precision or "32-true")]
+    if dtype != torch.float32:
+        raise ValueError(f"--measure knows no trainer.precision={config.trainer.precision}.")
+    autocast = autocast or layout.sharding.param_dtype
+    device = torch.device("cuda" if _on_gpu(config.trainer) else "cpu")
+    with without_weights():
+        module = _module(config.model).to(device).train()
+        for part in module._frozen.values():
+            part.load().to(device)
+    optimizer = module.make_optimizer(p for p in module.trained.parameters() if p.requires_grad)
+    batch = _made_up_batch(data, module, layout.micro_batch, device)
+    draws = training_draws(
+        module.seed,
+        list(range(layout.micro_batch)),
+        layout.micro_batch,
+        module._latent_shape(batch),
+        module.schedule.num_timesteps,
+        module.caption_dropout,
+    )
+
+    def forward_and_back() -> None:
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
+            loss = module._losses(batch, draws, ema=False).mean()
+        loss.backward()
+
+    def step() -> None:
+        optimizer.step()
+        if module.ema is not None:
+            update_average(module.ema, module.trained, 0.9999)
+
+    forward_and_back()
+    step()
+    return layout.accumulation * min(
+        _seconds(forward_and_back, device) for _ in range(times)
+    ) + min(_seconds(step, device) for _ in range(times))
+
+
+def _seconds(work: Callable[[], None], device: torch.device) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    work()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _module(values: Any) -> LatentDiffusion:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(LatentDiffusion, "model")
+    values = parser.parse_object({"model": values.as_dict()})
+    module: LatentDiffusion = parser.instantiate_classes(values).model
+    return module
+
+
+def _made_up_batch(
+    data: DataModule, module: LatentDiffusion, micro_batch: int, device: torch.device
+) -> dict[str, Any]:
+    """Make a batch of noise, of what the training data would give."""
+    size = data.image_size
+    batch: dict[str, Any] = {"caption": [""] * micro_batch}
+    cache = None if data.train is None else find_cache(data.train)
+    if cache is None:
+        batch["image"] = torch.rand(micro_batch, 3, size, size, device=device)
+        return batch
+    channels, h, w = module.codec.latent_shape(size, size)
+    batch["moments"] = torch.rand(micro_batch, 2 * channels, h, w, device=device)
+    null = cache.null()
+    if null is not None:
+        batch["text_embedding"] = null.expand(micro_batch).to(device)
+    return batch
+
+
+def _listed(trainer: Any) -> list[Any]:
+    callbacks = trainer.callbacks or []
+    return callbacks if isinstance(callbacks, list) else [callbacks]
+
+
+def _instantiated_optimizer(values: Any) -> Any:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--optimizer", type=OptimizerCallable)
+    values = values.as_dict() if hasattr(values, "as_dict") else values
+    return parser.instantiate_classes(parser.parse_object({"optimizer": values})).optimizer
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    return None if name is None else getattr(torch, name)
+
+
+def _devices(trainer: Any) -> int | None:
+    """Return how many devices of a node the trainer uses. None = that is not known here."""
+    devices = trainer.devices
+    if isinstance(devices, str) and devices.lstrip("-").isdigit():
+        devices = int(devices)
+    if devices in ("auto", -1, "-1"):
+        return (torch.cuda.device_count() or None) if _on_gpu(trainer) else 1
+    if isinstance(devices, str):
+        devices = [part for part in devices.split(",") if part.strip()]
+    return len(devices) if isinstance(devices, list) else int(devices)
+
+
+def _on_gpu(trainer: Any) -> bool:
+    return bool(trainer.accelerator != "cpu")
+
+
+def _count(parameters: Any) -> int:
+    return sum(parameter.numel() for parameter in parameters)

@@ -1,0 +1,96 @@
+"""Signals that ask a run to stop: it saves at the next step, on all ranks together, and goes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from zsnr.training.checkpointing import Checkpoints
+
+_received: set[int] = set()
+
+
+def listen(*signals: signal.Signals) -> None:
+    """Note signals from now on, and do nothing else about them."""
+    if threading.current_thread() is threading.main_thread():
+        for number in signals:
+            signal.signal(number, lambda number, frame: _received.add(number))
+
+
+class Preemption(L.Callback):
+    """Saves and stops when a signal asks for it; SIGUSR1 under SLURM puts the job back in line.
+
+    A handler that saved by itself would interrupt a communication of the ranks and wait for them
+    forever. So the signal is noted, and all ranks learn of it in the reduction that every optimizer
+    step makes anyway.
+    """
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        listen(
+            signal.SIGTERM, signal.SIGUSR1
+        )  # Lightning has set its own, which save in the handler
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
+        pl_module.stop_requested = bool(_received)
+        pl_module.requeue_requested = signal.SIGUSR1 in _received
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
+        if not pl_module.stop_agreed or trainer.should_stop:
+            return
+        step = trainer.global_step
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, Checkpoints):
+                callback.save(trainer)
+        rank_zero_info(f"Asked to stop by a signal: saved at step {step}.")
+        trainer.strategy.barrier()
+        if pl_module.requeue_agreed and trainer.is_global_zero:
+            requeue()
+        trainer.limit_val_batches = 0  # Lightning would validate once more, or not stop yet
+        trainer.fit_loop.min_epochs = trainer.fit_loop.epoch_loop.min_steps = None
+        trainer.should_stop = True
+
+    def teardown(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        _received.clear()
+
+
+def requeue() -> None:
+    """Put this SLURM job back in line; does nothing elsewhere."""
+    job = os.environ.get("SLURM_ARRAY_JOB_ID")
+    if job is not None:
+        job += "_" + os.environ["SLURM_ARRAY_TASK_ID"]
+    else:
+        job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        return
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True, timeout=60)
+        rank_zero_info(f"Job {job} is back in line.")
+    except (OSError, subprocess.SubprocessError) as error:
+        rank_zero_warn(
+            f"`scontrol requeue {job}` failed ({error}): the checkpoint is written; submit the job "
+            "again and it goes on."
+        )
+
+
+def restarted() -> bool:
+    """Whether SLURM or torchrun may have started this run before.
+
+    torchrun counts on each node, and the nodes must not differ: on several, a run that may be
+    restarted counts as one that was.
+    """
+    slurm, torchrun, most, nodes = (
+        int(os.environ.get(name) or 0)
+        for name in (
+            "SLURM_RESTART_COUNT",
+            "TORCHELASTIC_RESTART_COUNT",
+            "TORCHELASTIC_MAX_RESTARTS",
+            "GROUP_WORLD_SIZE",
+        )
+    )
+    return slurm > 0 or torchrun > 0 or (most > 0 and nodes > 1)

@@ -1,0 +1,66 @@
+"""What training has seen, by timestep, on all ranks together."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Progress:
+    """What training has seen: losses by timestep since they were logged, and counts of the run.
+
+    Args:
+        num_timesteps: Of the schedule.
+        totals: Sums of losses: of each quarter of the timesteps, and of the last one alone.
+        counts: How many they are.
+        terminal: How often the last timestep has been trained on.
+        skipped: Steps that were not finite.
+    """
+
+    num_timesteps: int
+    totals: list[float] = field(default_factory=lambda: [0.0] * 5)
+    counts: list[float] = field(default_factory=lambda: [0.0] * 5)
+    terminal: int = 0
+    skipped: int = 0
+
+    def sums(self, losses: Tensor, t: Tensor) -> list[Tensor]:
+        """Sum a batch's losses, (B,), and count them, by group: two tensors (5,)."""
+        T = self.num_timesteps
+        group = torch.where(t == T - 1, 4, t * 4 // T).to(losses.device)
+        dtype = wide(losses.device)
+        totals = losses.new_zeros(2, 5, dtype=dtype)
+        totals[0].index_add_(0, group, losses.to(dtype))
+        totals[1].index_add_(0, group, torch.ones_like(losses, dtype=dtype))
+        return [*totals]
+
+    def add(self, totals: list[float], counts: list[float]) -> None:
+        """Add the sums of all ranks."""
+        self.totals = [a + b for a, b in zip(self.totals, totals, strict=True)]
+        self.counts = [a + b for a, b in zip(self.counts, counts, strict=True)]
+        self.terminal += round(counts[4])
+
+    def means(self) -> dict[str, float]:
+        """Return the mean loss of each group that was seen, and start anew."""
+        T = self.num_timesteps
+        names = [f"t{q * T // 4:04d}_{(q + 1) * T // 4 - 1:04d}" for q in range(4)] + ["terminal"]
+        found = zip(names, self.totals, self.counts, strict=True)
+        means = {name: total / count for name, total, count in found if count}
+        self.totals, self.counts = [0.0] * 5, [0.0] * 5
+        return means
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        return {k: v for k, v in asdict(self).items() if k != "num_timesteps"}
+
+
+def wide(device: torch.device) -> torch.dtype:
+    """Return the dtype to sum in: float64, where a device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+class NonFiniteError(ValueError):
+    """Loss or gradients were not finite, too many times in a row."""

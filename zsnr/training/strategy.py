@@ -1,0 +1,202 @@
+"""FSDP2 for Lightning: weights, gradients, optimizer and averaged weights in shards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+
+from zsnr.checkpoints import sharded
+from zsnr.training.progress import wide
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+HalfOrFull = Literal["bfloat16", "float16", "float32"]
+
+
+class FullyShardedStrategy(ModelParallelStrategy):
+    """Fully sharded data parallelism (FSDP2) over all ranks, or within each node.
+
+    Training is sharded; validate and predict hold whole weights on each device, so that ranks may
+    have unequal work.
+
+    Args:
+        shard_ranks: Over how many ranks one copy of the weights is divided: "all", "node" (hybrid:
+            divided within a node, one copy a node), or a number that divides the ranks.
+        param_dtype: What the network computes in while it trains; weights are kept in float32.
+            None = float32, or what trainer.precision says, as validate and predict always do.
+        reduce_dtype: What gradients are averaged in. None = as they are computed.
+        reshard_after_forward: Free gathered weights between forward and backward pass: less memory,
+            more communication.
+        save_distributed_checkpoint: Each rank writes its shard, into a folder. Else rank 0 writes
+            one file, which needs memory for all.
+        timeout: How long a rank waits for another before it gives up.
+
+    Raises:
+        ValueError: shard_ranks is no such number.
+    """
+
+    def __init__(
+        self,
+        shard_ranks: Literal["all", "node"] | int = "all",
+        param_dtype: HalfOrFull | None = None,
+        reduce_dtype: HalfOrFull | None = "float32",
+        reshard_after_forward: bool = True,
+        save_distributed_checkpoint: bool = True,
+        timeout: timedelta = timedelta(minutes=30),
+    ) -> None:
+        if isinstance(shard_ranks, int) and shard_ranks < 1:
+            raise ValueError(f"shard_ranks={shard_ranks}: wanted 'all', 'node' or at least 1.")
+        super().__init__(
+            data_parallel_size=1,
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            timeout=timeout,
+        )
+        self.shard_ranks, self.reshard_after_forward = shard_ranks, reshard_after_forward
+        self.param_dtype, self.reduce_dtype = param_dtype, reduce_dtype
+
+    # What Lightning asks for
+
+    def setup_environment(self) -> None:
+        # the data-parallel size is known now: nodes may be more or fewer than the last time
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    def setup(self, trainer: Trainer) -> None:
+        trainer.fit_loop.epoch_loop.val_loop.inference_mode = False  # FSDP gathers in no_grad only
+        super().setup(trainer)
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        state: dict[str, Any] = self.lightning_module.state_dict()
+        return state
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        state: dict[str, Any] = getattr(optimizer, "_optimizer", optimizer).state_dict()
+        return state
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
+    ) -> None:
+        path = Path(self.broadcast(str(filepath)))
+        if self._save_distributed_checkpoint:
+            sharded.write_sharded(checkpoint, path)
+            return
+        checkpoint = sharded.whole(checkpoint, keep=self.is_global_zero)
+        if self.is_global_zero:
+            self.checkpoint_io.save_checkpoint(checkpoint, path)
+
+    def load_checkpoint(
+        self, checkpoint_path: Any, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        path = Path(self.broadcast(str(checkpoint_path)))
+        return sharded.restore(path, self.lightning_module, self.optimizers)
+
+    # What a module asks for in configure_model
+
+    def shard(self, parts: Iterable[nn.Module], blocks: Iterable[nn.Module], ema: bool) -> None:
+        """Shard modules, each with those of `blocks` that it holds as units of their own.
+
+        Does nothing unless the trainer fits.
+
+        Args:
+            parts: The modules.
+            blocks: What is gathered and freed at a time, in the order of the forward pass.
+            ema: They hold averaged weights, which have no backward pass.
+
+        Raises:
+            ValueError: The ranks do not divide by shard_ranks.
+        """
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        assert self.lightning_module is not None
+        if self.lightning_module.trainer.state.fn != TrainerFn.FITTING:
+            return
+        policy = MixedPrecisionPolicy(
+            param_dtype=self.param_dtype and _DTYPES[self.param_dtype],
+            reduce_dtype=self.reduce_dtype and _DTYPES[self.reduce_dtype],
+        )
+        to_float = replace(policy, output_dtype=torch.float32 if self.param_dtype else None)
+        # A validation step has no backward pass that would free what its forward pass gathered, and
+        # weights that stay gathered are not the ones that the optimizer changes.
+        options = {
+            "mesh": self._shard_mesh(),
+            "reshard_after_forward": ema or self.reshard_after_forward,
+        }
+        for block in blocks:
+            fully_shard(block, mp_policy=policy, **options)
+        for part in parts:
+            fully_shard(part, mp_policy=to_float, **options)
+
+    def shard_size(self) -> int:
+        """Return over how many ranks one copy is divided.
+
+        Raises:
+            ValueError: The ranks do not divide by it.
+        """
+        world, size = self.num_nodes * self.num_processes, self.shard_ranks
+        if not isinstance(size, int):
+            size = world if size == "all" else self.num_processes
+        if world % size:
+            raise ValueError(f"shard_ranks={size} does not divide the {world} ranks.")
+        return size
+
+    def _shard_mesh(self) -> Any:
+        from torch.distributed.device_mesh import init_device_mesh
+
+        world, size = self.world_size, self.shard_size()
+        device = self.root_device.type
+        if size == world:
+            return init_device_mesh(device, (world,), mesh_dim_names=("shard",))
+        return init_device_mesh(
+            device, (world // size, size), mesh_dim_names=("replicate", "shard")
+        )
+
+
+def reshard(module: nn.Module) -> None:
+    """Free what FSDP modules have gathered, after a pass without a backward pass."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return the shard of a DTensor that this rank holds, or a tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def squared_norm(tensors: Iterable[Tensor]) -> Tensor:
+    """Return this rank's share of the sum of squares: summed over all ranks, it is whole.
+
+    Args:
+        tensors: Gradients, after they have been averaged: alike on all ranks, or DTensors.
+    """
+    from torch.distributed.tensor import DTensor
+
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    by_copies: dict[int, list[Tensor]] = {}
+    for tensor in tensors:
+        copies = world
+        if isinstance(tensor, DTensor):
+            sharded_by = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+            shards = [size for size, placement in sharded_by if placement.is_shard()]
+            copies = world // math.prod(shards)
+        by_copies.setdefault(copies, []).append(local(tensor))
+    shares = [torch.zeros(())]
+    for copies, group in by_copies.items():
+        norms = torch.stack(torch._foreach_norm(group))
+        shares.append(norms.to(wide(norms.device)).square().sum() / copies)
+    return sum(shares[1:], shares[0].to(shares[-1]))

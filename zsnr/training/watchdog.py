@@ -1,0 +1,134 @@
+"""A rank that hangs is named, and does not keep the others waiting forever."""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from zsnr.files import replacing
+
+EXIT_CODE = 75  # the run can be started again
+
+
+class Watchdog(L.Callback):
+    """Watches that training goes on, and ends the process if it does not.
+
+    Each rank writes what it does to `heartbeats/rank-00000.json` of the run's folder. A rank that
+    has made no progress for so long prints where it stands, and which ranks are behind, and exits,
+    so that torchrun or SLURM can start the run again.
+
+    Args:
+        minutes: How long a start, a batch, a validation batch or a checkpoint may take; less than
+            the strategy's timeout, which ends a run without a word of who is behind. 0 = forever.
+    """
+
+    def __init__(self, minutes: float = 20.0) -> None:
+        if not minutes >= 0:
+            raise ValueError(f"watchdog.minutes={minutes:g}: wanted 0 or more.")
+        self.minutes = minutes
+        self._stop: threading.Event | None = None
+        self._state: dict[str, Any] = {}
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        if not self.minutes or stage != "fit":
+            return
+        self._folder = Path(trainer.default_root_dir) / "heartbeats"
+        self._rank, self._ranks = trainer.global_rank, trainer.world_size
+        if self._rank == 0 and self._folder.is_dir():
+            for file in self._folder.glob("rank-*.json"):
+                if int(file.stem.removeprefix("rank-")) >= self._ranks:
+                    file.unlink(missing_ok=True)
+        self._note(trainer, "starts")
+        self._stop = threading.Event()
+        threading.Thread(target=self._watch, args=[self._stop], daemon=True).start()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self._note(trainer, "waits for data")
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
+        self._note(trainer, "trains on a batch, or waits for the others there")
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
+        self._note(trainer, "saves, makes previews, or waits for data")
+
+    def on_validation_batch_start(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
+        self._note(trainer, "validates")
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self._note(trainer, "has validated")
+
+    def teardown(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        if self._stop is not None:
+            self._stop.set()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")
+
+    def _note(self, trainer: L.Trainer, doing: str) -> None:
+        self._state = {
+            "rank": trainer.global_rank,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "step": trainer.global_step,
+            "doing": doing,
+            "since": time.time(),
+        }
+
+    def _watch(self, stop: threading.Event) -> None:
+        patience = 60 * self.minutes
+        name = f"rank-{self._rank:05d}"
+        while True:
+            state = {**self._state, "written": time.time()}
+            with suppress(OSError):  # a full disk is not a rank that hangs
+                _write(self._folder / f"{name}.json", json.dumps(state))
+            if time.time() - state["since"] > patience:
+                report = self.report(state)
+                print(report, file=sys.stderr, flush=True)
+                faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+                with suppress(OSError):
+                    _write(self._folder / f"{name}.hung", report)
+                os._exit(EXIT_CODE)
+            if stop.wait(min(10.0, patience / 4)):
+                return
+
+    def report(self, own: dict[str, Any]) -> str:
+        """Say what this rank waits for, and which ranks are behind it."""
+        now = time.time()
+        lines = [
+            f"zsnr: error: rank {own['rank']} ({own['host']}, pid {own['pid']}) has made no "
+            f"progress for {now - own['since']:.0f} s at step {own['step']}; it {own['doing']}. "
+            "All ranks:"
+        ]
+        for rank in range(self._ranks):
+            file = self._folder / f"rank-{rank:05d}.json"
+            try:
+                them = json.loads(file.read_text())
+            except (OSError, ValueError):
+                lines.append(f"  rank {rank}: has written nothing")
+                continue
+            silent = now - them["written"]
+            lines.append(
+                f"  rank {rank} ({them['host']}, pid {them['pid']}): step {them['step']}, "
+                f"{them['doing']}, for {now - them['since']:.0f} s"
+                + (f"; SILENT for {silent:.0f} s" if silent > 60 * self.minutes / 2 else "")
+            )
+        lines.append(
+            "The one behind the others, or silent, is where to look. trainer.default_root_dir "
+            "holds these heartbeats; watchdog.minutes sets the patience."
+        )
+        return "\n".join(lines)
+
+
+def _write(path: Path, text: str) -> None:
+    with replacing(path) as beside:
+        beside.write_text(text + "\n")
