@@ -1,5 +1,6 @@
 """Groups of processes that run a function on every rank, with gloo: imports are paid once."""
 
+import faulthandler
 import multiprocessing
 import os
 import socket
@@ -21,6 +22,7 @@ def _serve(rank, ranks, port, pipe):
         TORCHELASTIC_RUN_ID="tests",  # Lightning then leaves the processes to us
         GLOO_SOCKET_IFNAME="lo",
     )
+    faulthandler.enable()  # a crash shows where
     import torch
 
     torch.set_num_threads(1)
@@ -64,7 +66,9 @@ class Ranks:
             try:
                 fine, result = pipe.recv()
             except EOFError:
-                fine, result = False, f"rank {rank} died"
+                self._processes[rank].join(5)
+                code = self._processes[rank].exitcode
+                fine, result = False, f"rank {rank} died with exit code {code}"
             (results if fine else problems).append(result)
         if problems:
             self.close()  # others may wait for the one that failed
