@@ -75,7 +75,6 @@ def test_no_tensor_is_no_fault(tmp_path):
         (raw(b"{" + b"[" * 1_000_001), "lists and objects"),
         (raw(b'{"a":{},"a":{}}'), "twice"),
         (raw(b'{"a": NaN}'), "no number"),
-        (raw(b'{"a": 1e999}'), "too large"),
         (raw(b'{"a": 1' + b"0" * 5000 + b"}"), "no readable JSON"),
         (raw({"__metadata__": {"a": 1}}), "map of strings"),
         (raw({"__metadata__": []}), "map of strings"),

@@ -91,7 +91,7 @@ def read_header(path: str | Path) -> Header:
         data = file.read(length)
     if len(data) < length or not data.startswith(b"{"):
         raise ValueError(f"{path} is no safetensors file: no header stands at its start.")
-    entries = parse_json(data, f"The header of {path}")
+    entries = parse_json(data, f"The header of {path}", strict=True)
     metadata = _metadata(path, entries.pop("__metadata__", {}))
     try:
         tensors = {name: _facts(name, entry, 8 + length) for name, entry in entries.items()}

@@ -47,8 +47,13 @@ def read_small(path: Path, most: int) -> bytes:
     return data
 
 
-def parse_json(data: bytes, what: str) -> dict[str, Any]:
-    """Parse one JSON object, without repeated keys and numbers that are not finite.
+def parse_json(data: bytes, what: str, *, strict: bool = False) -> dict[str, Any]:
+    """Parse one JSON object without repeated keys.
+
+    Args:
+        data: The file's content.
+        what: What it is, for the error.
+        strict: Refuse NaN and Infinity, which are no JSON but which Python writes.
 
     Raises:
         ValueError: It is none; says why.
@@ -57,7 +62,9 @@ def parse_json(data: bytes, what: str) -> dict[str, Any]:
         raise ValueError(f"{what} has over {_MOST_BRACKETS} lists and objects: no model needs so.")
     try:
         found = json.loads(
-            data.decode("utf-8"), object_pairs_hook=_once, parse_constant=_refuse, parse_float=_real
+            data.decode("utf-8"),
+            object_pairs_hook=_once,
+            parse_constant=_refuse if strict else None,
         )
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else clipped(str(error))
@@ -74,6 +81,15 @@ def clipped(text: str, most: int = 120) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
+def shown(value: object) -> str:
+    """Say what a value is that somebody else wrote, in a few words."""
+    if value is None or isinstance(value, (str, float, bool)):
+        return clipped(repr(value))
+    if isinstance(value, int):
+        return repr(value) if abs(value) < 10**20 else "a huge number"
+    return f"a {type(value).__name__}"
+
+
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
@@ -85,10 +101,3 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse(constant: str) -> float:
     raise ValueError(f"{constant} is no number of JSON")
-
-
-def _real(text: str) -> float:
-    number = float(text)
-    if number in (float("inf"), float("-inf")):
-        raise ValueError(f"{clipped(text, 20)} is too large")
-    return number
