@@ -423,6 +423,8 @@ def _schedule(values: Mapping[str, Any], T: int, rescale: bool) -> NoiseSchedule
 
 
 def _from_betas(betas: Any, rescale: bool) -> NoiseSchedule:
+    if isinstance(betas, torch.Tensor) or type(betas).__module__ == "numpy":  # of a live config
+        betas = betas.tolist()
     if not isinstance(betas, Sequence) or not betas or not all(map(_is_real, betas)):
         raise ValueError(f"trained_betas={shown(betas)}: wanted a list of numbers, or null.")
     if len(betas) > MAX_TIMESTEPS:
