@@ -359,6 +359,15 @@ def off_grid_steps(declared: Declared, num_steps: int) -> int:
     return off + (grid[-1] - stride >= 0)
 
 
+def longer_grids(declared: Declared) -> list[int]:
+    """List the S for which trailing has one timestep too many."""
+    T = declared.num_train_timesteps
+    if declared.spacing != "trailing" or declared.scheduler.grid == "distilled":
+        return []
+    last = T - _clipped(declared)
+    return [S for S in range(1, T + 1) if last == T and math.ceil(-T / -(T / S)) > S]
+
+
 def _check_steps(declared: Declared, num_steps: int) -> None:
     most = declared.num_train_timesteps
     if declared.scheduler.grid == "distilled":
