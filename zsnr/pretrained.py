@@ -128,6 +128,28 @@ def _from_config(
     return cls._from_config(config, dtype=config.dtype)
 
 
+def load_index(source: str) -> dict[str, Any]:
+    """Read the model_index.json of a diffusers folder or hub id: which parts it has.
+
+    Raises:
+        ValueError: There is none that can be read.
+    """
+    from diffusers import DiffusionPipeline
+
+    if source.startswith((".", "/", "~")) and not Path(source).exists():
+        raise ValueError(f"{source}: no such folder or checkpoint.")
+    if Path(source).exists() and not (Path(source) / "model_index.json").is_file():
+        raise ValueError(f"{source} holds no model_index.json: wanted a folder of diffusers.")
+    try:
+        index: Any = DiffusionPipeline.load_config(source)
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise ValueError(f"Cannot read model_index.json of {source}: {reason}") from error
+    if not isinstance(index, Mapping):
+        raise ValueError(f"Cannot read model_index.json of {source}: wanted an object.")
+    return dict(index)
+
+
 def find_file(source: str, subfolder: str | None, name: str) -> Path | None:
     """Find a file of a local folder, or of a hub id in the local cache; no network."""
     if Path(source).exists() or source.startswith((".", "/", "~")):
