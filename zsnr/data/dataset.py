@@ -187,8 +187,9 @@ class ShardDataset(Dataset[dict[str, Any]]):
         return decode_image(data, height, width, crop=crop, flip=flip, max_pixels=most)
 
     def _sizes(self, row: int, crop: tuple[float, float]) -> torch.Tensor:
-        height, width = self.samples.size[row].tolist()
-        return size_facts((height, width), *self.samples.shapes[self.samples.bucket[row]], crop)
+        size: tuple[int, int] = tuple(self.samples.size[row].tolist())
+        height, width = self.samples.shapes[self.samples.bucket[row]]
+        return size_facts(size, height, width, crop)
 
     def _read(self, sample: Sample, row: int, storage: Storage) -> list[bytes | None]:
         """Read image, text and json, with one request where they lie side by side."""
