@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+_HUB = " A name that is no local folder is looked up on the hub."
 _WEIGHTLESS: ContextVar[bool] = ContextVar("weightless", default=False)
 
 
@@ -66,7 +67,7 @@ def load_pretrained(
         )
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        hint = "" if looks_local else " A name that is no local folder is looked up on the hub."
+        hint = "" if looks_local else _HUB
         raise ValueError(f"Cannot load {what} from {where}: {reason}{hint}") from error
 
 
@@ -126,6 +127,29 @@ def _from_config(
         return AutoModel.from_config(config, dtype=config.dtype)
     config = cls.config_class.from_pretrained(source, subfolder=subfolder)
     return cls._from_config(config, dtype=config.dtype)
+
+
+def load_index(source: str) -> dict[str, Any]:
+    """Read the model_index.json of a diffusers folder or hub id: which parts it has.
+
+    Raises:
+        ValueError: There is none that can be read.
+    """
+    from diffusers import DiffusionPipeline
+
+    if source.startswith((".", "/", "~")) and not Path(source).exists():
+        raise ValueError(f"{source}: no such folder or checkpoint.")
+    if Path(source).exists() and not (Path(source) / "model_index.json").is_file():
+        raise ValueError(f"{source} holds no model_index.json: wanted a folder of diffusers.")
+    try:
+        index: Any = DiffusionPipeline.load_config(source)
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        hint = "" if Path(source).exists() else _HUB
+        raise ValueError(f"Cannot read model_index.json of {source}: {reason}{hint}") from error
+    if not isinstance(index, Mapping):
+        raise ValueError(f"Cannot read model_index.json of {source}: wanted an object.")
+    return dict(index)
 
 
 def find_file(source: str, subfolder: str | None, name: str) -> Path | None:
