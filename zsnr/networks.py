@@ -65,7 +65,8 @@ class UNet(nn.Module):
             diffusers as a dict.
         channels: Channels of the latents.
         context_dim: Width of the context.
-        pretrained: A folder or hub id whose weights to start from; then `config` must be None.
+        pretrained: A folder, a single file (.safetensors) in the ldm layout, or a hub id, whose
+            weights to start from; then `config` must be None.
         subfolder: Folder inside `pretrained`.
 
     Raises:

@@ -1,7 +1,15 @@
-"""Reading models: diffusers folders and this package's own checkpoints."""
+"""Reading models: diffusers folders, single files and this package's own checkpoints."""
 
 from zsnr.checkpoints.diffusers_folder import read_diffusers_folder, schedule_from_diffusers
 from zsnr.checkpoints.model import Model
 from zsnr.checkpoints.own import read_checkpoint
+from zsnr.checkpoints.single_file import read_single_file, write_single_file
 
-__all__ = ["Model", "read_checkpoint", "read_diffusers_folder", "schedule_from_diffusers"]
+__all__ = [
+    "Model",
+    "read_checkpoint",
+    "read_diffusers_folder",
+    "read_single_file",
+    "schedule_from_diffusers",
+    "write_single_file",
+]
