@@ -262,8 +262,9 @@ def test_what_goes_out_comes_back(models, files, family):
     ours, theirs = state(before), state(after)
     assert ours.keys() == theirs.keys()
     assert all(ours[name].equal(theirs[name]) for name in ours)
-    for name in ("schedule", "prediction_type", "image_size"):
-        assert getattr(after, name) == getattr(before, name)
+    assert after.schedule.alphas_cumprod.equal(before.schedule.alphas_cumprod)
+    assert after.prediction_type == before.prediction_type == "v_prediction"
+    assert after.image_size == before.image_size == 16
     assert after.codec.scale == before.codec.scale
     for mine, other in zip(images(before), images(str(files[family])), strict=True):
         assert np.array_equal(mine, other)
@@ -369,7 +370,8 @@ def test_the_hidden_state_before_the_last_is_that_of_stable_diffusion_2(folders,
     assert any(".resblocks.1." in name for name in names)  # there, if not used
     back = read_single_file(str(tmp_path / "x.safetensors")).conditioner
     assert back.encoder.config.num_hidden_layers == 1
-    assert back(PROMPTS).context.equal(model.conditioner(PROMPTS).context)
+    prompts = [prompt.replace("!", "") for prompt in PROMPTS]
+    assert back(prompts).context.equal(model.conditioner(prompts).context)
 
 
 def small_public(monkeypatch, files, family):
@@ -621,7 +623,7 @@ LIES = {
 def test_a_file_is_not_believed(files, tmp_path, lie):
     path = with_config(files, tmp_path / "x.safetensors", LIES[lie])
     with pytest.raises(ValueError, match=r"x\.safetensors"):
-        read_single_file(path).codec.load()
+        load_all(path)
 
 
 def test_others_kinds_of_files_are_named(tmp_path):
@@ -636,7 +638,7 @@ def test_others_kinds_of_files_are_named(tmp_path):
         },
         "a refiner": {
             "conditioner.embedders.0.model.ln_final.weight": weight,
-            "model.diffusion_model.out.0.weight": weight,
+            "model.diffusion_model.out.0.weight": weight.clone(),
         },
         r"no tensor's name starts with 'model\.diffusion_model\.'": {"weight": weight},
         "holds no text_encoder|width": {"model.diffusion_model.out.0.weight": weight},
@@ -688,7 +690,9 @@ def test_damaged_files_are_refused(files, tmp_path):
             return {key: tensor for key, tensor in tensors.items() if key != name}
 
         changed = rewrite(files["v1"], tmp_path / "y.safetensors", None, without)
-        with pytest.raises(ValueError, match="does not fit|not named as|another model"):
+        with pytest.raises(
+            ValueError, match="does not fit|not named as|another model|lacks tensors"
+        ):
             load_all(changed)
 
 

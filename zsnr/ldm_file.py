@@ -285,6 +285,7 @@ def part_config(file: LdmFile, part: str) -> dict[str, Any]:
     if prefix is None or not any(name.startswith(prefix) for name in file.shapes):
         raise ValueError(f"{file.path} holds no {part}: no tensor's name starts with {prefix!r}.")
     settings = file.config.get(part) or PUBLIC[file.family][part]
+    _check_settings(file, part, settings)
     _bound_work(file, part, settings)
     return {**_CLASSES[part], **settings}
 
@@ -444,6 +445,23 @@ def _own_config(path: Path, family: Family, metadata: Mapping[str, str]) -> dict
     return config
 
 
+def _check_settings(file: LdmFile, part: str, settings: Mapping[str, Any]) -> None:
+    """Refuse settings that contradict each other."""
+    if part.startswith("text"):
+        tokenizer = file.config.get(part.replace("text_encoder", "tokenizer"))
+        longest = settings["max_position_embeddings"]
+        fit = settings["hidden_size"] % settings["num_attention_heads"] == 0
+        fit = fit and (tokenizer is None or tokenizer["max_length"] <= longest)
+        fit = fit and settings["vocab_size"] >= 49408  # of CLIP's BPE
+    else:
+        blocks = len(settings["block_out_channels"])
+        fit = all(len(value) == blocks for value in settings.values() if isinstance(value, list))
+        groups = settings["norm_num_groups"]
+        fit = fit and all(size % groups == 0 for size in settings["block_out_channels"])
+    if not fit:
+        raise ValueError(f"{file.path}: the settings of its {part} contradict each other.")
+
+
 def _bound_work(file: LdmFile, part: str, settings: Mapping[str, Any]) -> None:
     """Refuse settings that ask for more layers than the file has tensors: they are not its own."""
     if part.startswith("text"):
@@ -484,6 +502,8 @@ def _convert(
         raise ValueError(
             f"{file.path}: its {part}'s tensors are not named as in {NAMES[file.family]}: {reason}"
         ) from error
+    if any(tensor is None for tensor in converted.values()):
+        raise ValueError(f"{file.path}: its {part} lacks tensors of {NAMES[file.family]}.")
     if not part.startswith("text"):
         return cast(dict[str, Tensor], converted)
     # Releases of transformers differ in the first word; files may hold more than is used.
