@@ -24,6 +24,7 @@ from torch import Tensor
 Family = Literal["v1", "v2", "xl"]
 
 CONFIG = "zsnr.config"
+ZEROS = "force_zeros_for_empty_prompt"
 NAMES = {"v1": "Stable Diffusion 1", "v2": "Stable Diffusion 2", "xl": "Stable Diffusion XL"}
 _MAX_TENSORS = 20_000  # Stable Diffusion XL has 2515
 _MAX_CONFIG = 1 << 20
@@ -298,6 +299,24 @@ def part_tokenizer(file: LdmFile, part: str) -> tuple[str, int]:
     return TOKENIZERS[file.family][part], 77
 
 
+def file_index(file: LdmFile) -> dict[str, Any]:
+    """Return what a model_index.json would say of the file."""
+    xl = file.family == "xl"
+    pipeline = f"StableDiffusion{'XL' if xl else ''}Pipeline"
+    index: dict[str, Any] = {"_class_name": pipeline}
+    for part in PUBLIC[file.family]:
+        kind = _CLASSES[part]
+        architectures = kind.get("architectures")
+        index[part] = (
+            ["transformers", architectures[0]]
+            if architectures
+            else ["diffusers", kind["_class_name"]]
+        )
+    if xl:
+        index[ZEROS] = file.config.get(ZEROS, True)
+    return index
+
+
 @contextmanager
 def config_folder(source: str, part: str) -> Iterator[str]:
     """Lay a part's config.json into a folder of its own, for those who read folders.
@@ -423,7 +442,7 @@ def _own_config(path: Path, family: Family, metadata: Mapping[str, str]) -> dict
             continue
         if not isinstance(own, dict):
             raise ValueError(f"{path}: {CONFIG!r} in its metadata says {own!r:.80} of its {part}.")
-        for name in public.keys() - own.keys():
+        for name in sorted(public.keys() - own.keys()):
             raise ValueError(f"{path}: {CONFIG!r} in its metadata says no {part}.{name}.")
         for name, value in own.items():
             check = SETTINGS[part].get(name)
@@ -432,6 +451,8 @@ def _own_config(path: Path, family: Family, metadata: Mapping[str, str]) -> dict
                     f"{path}: {CONFIG!r} in its metadata says {part}.{name}={value!r:.80}: wanted "
                     "settings of a Stable Diffusion."
                 )
+    if type(config.get(ZEROS, True)) is not bool:
+        raise ValueError(f"{path}: {CONFIG!r} in its metadata says {ZEROS}: wanted true or false.")
     for part in TOKENIZERS[family]:
         own = config.get(part)
         if own is not None and not (

@@ -187,9 +187,10 @@ class TextToImage:
         with bar:
             for i in batches:
                 rows = slice(i, i + batch_size)
-                latents = self._sample(
-                    prompts[rows], negatives[rows], seeds[rows], shape, sampling, timesteps, bar
+                cond, uncond = self._conditioning(
+                    prompts[rows], negatives[rows], (height, width), sampling.guidance
                 )
+                latents = self._sample(cond, uncond, seeds[rows], shape, sampling, timesteps, bar)
                 for row, pixels in enumerate(self.model.codec.decode(latents), start=i):
                     images.append(to_image(pixels))
                     images[-1].info["zsnr"] = json.dumps(
@@ -222,24 +223,42 @@ class TextToImage:
             "zsnr_version": __version__,
         }
 
-    def _sample(
+    def _conditioning(
         self,
         prompts: list[str],
         negatives: list[str],
+        size: tuple[int, int],
+        guidance: Guidance,
+    ) -> tuple[Conditioning, Conditioning | None]:
+        """Encode what to show, and what to guide away from where there is guidance.
+
+        A network that takes sizes is told of a whole picture of this size, on both sides.
+        """
+        conditioner = self.model.conditioner
+        cond = conditioner(prompts)
+        uncond = None
+        if guidance.scale != 1:
+            uncond = conditioner.null().expand(len(prompts))
+            asked = torch.tensor([text != "" for text in negatives])
+            if asked.any():
+                uncond = conditioner(negatives).where(asked, uncond)
+        if self.model.unet.takes_sizes:
+            sizes = torch.tensor([[*size, 0, 0, *size]], device=cond.context.device)
+            sizes = sizes.expand(len(prompts), -1)
+            cond = replace(cond, sizes=sizes)
+            uncond = None if uncond is None else replace(uncond, sizes=sizes)
+        return cond, uncond
+
+    def _sample(
+        self,
+        cond: Conditioning,
+        uncond: Conditioning | None,
         seeds: list[int],
         shape: tuple[int, int, int],
         sampling: Sampling,
         timesteps: Tensor,
         bar: Any,
     ) -> Tensor:
-        conditioner = self.model.conditioner
-        cond = conditioner(prompts)
-        uncond = None
-        if sampling.guidance.scale != 1:
-            uncond = conditioner.null().expand(len(prompts))
-            asked = torch.tensor([text != "" for text in negatives])
-            if asked.any():
-                uncond = conditioner(negatives).where(asked, uncond)
         denoiser = Denoiser(
             self.network,
             self.model.schedule,

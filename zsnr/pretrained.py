@@ -15,7 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from zsnr.ldm_file import config_folder, is_single_file, open_ldm_file, part_config, read_part
+from zsnr.ldm_file import (
+    config_folder,
+    file_index,
+    is_single_file,
+    open_ldm_file,
+    part_config,
+    read_part,
+)
 
 _WEIGHTLESS: ContextVar[bool] = ContextVar("weightless", default=False)
 
@@ -155,6 +162,32 @@ def _fill(model: nn.Module, source: str, part: str, dtype: torch.dtype) -> nn.Mo
             positions = torch.arange(buffer.shape[-1]).expand(buffer.shape)
             model.get_submodule(path).register_buffer(last, positions, persistent=False)
     return model.eval()
+
+
+def load_index(source: str) -> dict[str, Any]:
+    """Read the model_index.json of a diffusers folder or hub id: which parts it has.
+
+    A single file has the one that would say the same.
+
+    Raises:
+        ValueError: There is none that can be read.
+    """
+    from diffusers import DiffusionPipeline
+
+    if is_single_file(source):
+        return file_index(open_ldm_file(source))
+    if source.startswith((".", "/", "~")) and not Path(source).exists():
+        raise ValueError(f"{source}: no such folder or checkpoint.")
+    if Path(source).exists() and not (Path(source) / "model_index.json").is_file():
+        raise ValueError(f"{source} holds no model_index.json: wanted a folder of diffusers.")
+    try:
+        index: Any = DiffusionPipeline.load_config(source)
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise ValueError(f"Cannot read model_index.json of {source}: {reason}") from error
+    if not isinstance(index, Mapping):
+        raise ValueError(f"Cannot read model_index.json of {source}: wanted an object.")
+    return dict(index)
 
 
 def find_file(source: str, subfolder: str | None, name: str) -> Path | None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from zsnr.checkpoints.ldm_layout import ldm_clip, ldm_open_clip, ldm_unet, ldm_vae
 from zsnr.checkpoints.model import Model
 from zsnr.codecs import AutoencoderKLCodec
-from zsnr.conditioning import Conditioner, TransformersConditioner
+from zsnr.conditioning import Conditioner, SDXLConditioner, TransformersConditioner
 from zsnr.conditioning.tokenizers import BPE, Tokenizer, bpe_tokenizer
 from zsnr.files import replacing
 from zsnr.ldm_file import (
@@ -28,6 +28,7 @@ from zsnr.ldm_file import (
     PUBLIC,
     SETTINGS,
     TOKENIZERS,
+    ZEROS,
     Family,
     LdmFile,
     open_ldm_file,
@@ -174,14 +175,21 @@ def read_single_file(
         ValueError: It is no such file, or its tensors are not those of the model it says it is.
     """
     file = open_ldm_file(source)
+    codec = AutoencoderKLCodec(source, subfolder="vae")
+    conditioner: Conditioner
     if file.family == "xl":
-        raise ValueError(f"{source} is {NAMES['xl']}: no conditioner for it is installed.")
-    codec = AutoencoderKLCodec(source)
-    conditioner = TransformersConditioner(
-        source, subfolder="text_encoder", tokenizer_subfolder="tokenizer"
-    )
+        conditioner = SDXLConditioner(source)
+    else:
+        conditioner = TransformersConditioner(
+            source, subfolder="text_encoder", tokenizer_subfolder="tokenizer"
+        )
     prediction_type = prediction_type or _prediction_type(file)
-    unet = UNet(pretrained=source, channels=codec.channels, context_dim=conditioner.context_dim)
+    unet = UNet(
+        pretrained=source,
+        channels=codec.channels,
+        context_dim=conditioner.context_dim,
+        pooled_dim=conditioner.pooled_dim,
+    )
     return Model(
         codec=codec,
         conditioner=conditioner,
@@ -275,6 +283,8 @@ def _text_parts(
     conditioner: Conditioner,
 ) -> tuple[Family, dict[str, _Part], dict[str, dict[str, Any]]]:
     conditioner = getattr(conditioner, "described", conditioner)
+    if isinstance(conditioner, SDXLConditioner):
+        return _both_text_parts(conditioner)
     if not isinstance(conditioner, TransformersConditioner):
         raise _cannot_hold(f"{type(conditioner).__name__}: it knows CLIP text encoders only")
     encoder: Any = conditioner.encoder
@@ -308,7 +318,39 @@ def _text_parts(
     return family, {"text_encoder": _Part(settings, weights)}, tokenizers
 
 
+def _both_text_parts(
+    conditioner: SDXLConditioner,
+) -> tuple[Family, dict[str, _Part], dict[str, dict[str, Any]]]:
+    one: Any = conditioner.encoder
+    two: Any = conditioner.encoder_2
+    parts = {
+        "text_encoder": _Part(
+            _settings("text_encoder", "text encoder", type(one), one.config),
+            lambda: ldm_clip(one.state_dict()),
+        ),
+        "text_encoder_2": _Part(
+            _settings("text_encoder_2", "text encoder", type(two), two.config),
+            lambda: ldm_open_clip(two.state_dict()),
+        ),
+    }
+    tokenizers = {}
+    for (part, wanted), tokenize in zip(
+        TOKENIZERS["xl"].items(), conditioner._tokenizers, strict=True
+    ):
+        found = _tokenizer(tokenize, conditioner._max_length)
+        if found != wanted:
+            raise _cannot_hold(
+                f"the {part} of this SDXL, which has other tokens after the prompt: readers have "
+                f"what this package calls {wanted!r}"
+            )
+        tokenizers[part] = {"name": wanted, "max_length": conditioner._max_length}
+    return "xl", parts, tokenizers
+
+
 def _null_facts(conditioner: Conditioner) -> dict[str, bool]:
+    conditioner = getattr(conditioner, "described", conditioner)
+    if isinstance(conditioner, SDXLConditioner):
+        return {ZEROS: conditioner._zero_null}
     return {}
 
 

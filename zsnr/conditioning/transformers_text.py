@@ -91,7 +91,7 @@ class TransformersConditioner(Conditioner):
         if pretrained is None:
             encoder_config = self.encoder.config
         else:
-            encoder_config = _pretrained_config(pretrained, self._subfolder)
+            encoder_config = pretrained_config(pretrained, self._subfolder)
         self._use_mask = (
             not encoder_config.model_type.startswith("clip") if use_mask is None else use_mask
         )
@@ -137,7 +137,7 @@ class TransformersConditioner(Conditioner):
         own = self._settings
         if own["config"] is not None:
             return {"encoder": _new_encoder(own["config"], self._vocabulary, self._max_length)}
-        return {"encoder": _pretrained_encoder(str(own["pretrained"]), self._subfolder)}
+        return {"encoder": pretrained_encoder(str(own["pretrained"]), self._subfolder)}
 
 
 def _new_encoder(config: dict[str, Any], vocabulary: int, max_length: int) -> nn.Module:
@@ -170,7 +170,7 @@ def _check_keys(model_type: str, settings: dict[str, Any]) -> None:
         raise ValueError(f"The config of {model_type!r} has no {name!r}.{hint}")
 
 
-def _pretrained_config(pretrained: str, subfolder: str | None) -> Any:
+def pretrained_config(pretrained: str, subfolder: str | None) -> Any:
     """Read the text encoder's config; of a whole CLIP, its text tower's."""
     from transformers import AutoConfig
 
@@ -178,12 +178,30 @@ def _pretrained_config(pretrained: str, subfolder: str | None) -> Any:
     return getattr(config, "text_config", config)
 
 
-def _pretrained_encoder(pretrained: str, subfolder: str | None) -> nn.Module:
-    from safetensors import SafetensorError
-    from transformers import AutoModel, CLIPTextModel, T5EncoderModel
+def pretrained_encoder(
+    pretrained: str, subfolder: str | None, *, projected: bool = False
+) -> nn.Module:
+    """Read a text encoder.
 
-    by_type = {"clip_text_model": CLIPTextModel, "t5": T5EncoderModel}
-    model_type = _pretrained_config(pretrained, subfolder).model_type
+    Args:
+        pretrained: A folder or hub id.
+        subfolder: Folder inside it.
+        projected: Keep the projection of a CLIP that gives a pooled embedding.
+
+    Raises:
+        ValueError: It cannot be loaded, or its weights are not whole.
+    """
+    from safetensors import SafetensorError
+    from transformers import (
+        AutoModel,
+        CLIPTextModel,
+        CLIPTextModelWithProjection,
+        T5EncoderModel,
+    )
+
+    clip = CLIPTextModelWithProjection if projected else CLIPTextModel
+    by_type: dict[str, Any] = {"clip_text_model": clip, "t5": T5EncoderModel}
+    model_type = pretrained_config(pretrained, subfolder).model_type
     cls = by_type.get(model_type, AutoModel)
     try:
         encoder: nn.Module = load_whole(
