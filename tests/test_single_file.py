@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -23,13 +24,14 @@ from zsnr.checkpoints import (
 )
 from zsnr.checkpoints.ldm_layout import ldm_clip, ldm_open_clip, ldm_unet, ldm_vae
 from zsnr.checkpoints.single_file import check_single_file
+from zsnr.cli import main
 from zsnr.codecs import AutoencoderKLCodec, PixelCodec
 from zsnr.conditioning import NullConditioner, TransformersConditioner
 from zsnr.conditioning.tokenizers import bpe_tokenizer
 from zsnr.networks import UNet
 from zsnr.pipeline import TextToImage
 
-FAMILIES = ("v1", "v2")
+FAMILIES = ("v1", "v2", "xl")
 PROMPTS = ["", "a black cat at night", "Caf\u00e9, 35mm photo; it's 8k!", "word " * 90]
 SCHEDULER = {
     "beta_start": 0.00085,
@@ -55,27 +57,37 @@ def clip_tokenizer(**options):
     return CLIPTokenizer(vocab=vocabulary, merges=merges, **options)
 
 
-def stable_diffusion(folder, family, **scheduler):
-    """A small Stable Diffusion 1 or 2 of diffusers, with random weights and CLIP's tokenizer."""
+def stable_diffusion(folder, family):
+    """A small Stable Diffusion of diffusers, with random weights and CLIP's tokenizer."""
     from diffusers import (
         AutoencoderKL,
         DDIMScheduler,
         StableDiffusionPipeline,
+        StableDiffusionXLPipeline,
         UNet2DConditionModel,
     )
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     torch.manual_seed(0)
+    xl = family == "xl"
+    blocks = [not xl, True, xl]
+    sizes = {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 20 + 6 * 8,
+        "transformer_layers_per_block": (1, 2, 3),
+    }
     unet = UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(16, 32, 32),
         layers_per_block=2,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=16,
+        down_block_types=["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in blocks],
+        up_block_types=["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(blocks)],
+        cross_attention_dim=40 if xl else 16,
         attention_head_dim=2 if family == "v1" else (2, 4, 4),
-        use_linear_projection=family == "v2",
+        use_linear_projection=family != "v1",
         norm_num_groups=8,
+        **(sizes if xl else {}),
     )
     vae = AutoencoderKL(
         block_out_channels=(8, 16),
@@ -83,31 +95,34 @@ def stable_diffusion(folder, family, **scheduler):
         up_block_types=("UpDecoderBlock2D",) * 2,
         layers_per_block=1,
         norm_num_groups=4,
+        scaling_factor=0.13025 if xl else 0.18215,
     )
-    text = CLIPTextModel(
-        CLIPTextConfig(
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            hidden_act="quick_gelu" if family == "v1" else "gelu",
-        )
-    )
-    pipe = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text,
-        tokenizer=clip_tokenizer(
-            model_max_length=77, **({"pad_token": "!"} if family == "v2" else {})
-        ),
-        unet=unet,
-        scheduler=DDIMScheduler(**{**SCHEDULER, **scheduler}),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    for module in (unet, vae, text):
+    text = {"intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    act = "gelu" if family == "v2" else "quick_gelu"
+    parts = {
+        "unet": unet,
+        "vae": vae,
+        "text_encoder": CLIPTextModel(CLIPTextConfig(hidden_size=16, hidden_act=act, **text)),
+    }
+    zeros = {"pad_token": "!"}
+    tokenizers = {
+        "tokenizer": clip_tokenizer(model_max_length=77, **(zeros if family == "v2" else {}))
+    }
+    if xl:
+        config = CLIPTextConfig(hidden_size=24, projection_dim=20, hidden_act="gelu", **text)
+        parts["text_encoder_2"] = CLIPTextModelWithProjection(config)
+        tokenizers["tokenizer_2"] = clip_tokenizer(model_max_length=77, **zeros)
+    for module in parts.values():
         for parameter in module.parameters():  # zeros and ones would hide a mistaken name
             torch.nn.init.normal_(parameter, std=0.1)
+    others = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    cls = StableDiffusionXLPipeline if xl else StableDiffusionPipeline
+    pipe = cls(
+        **parts,
+        **tokenizers,
+        scheduler=DDIMScheduler(**SCHEDULER),
+        **({"add_watermarker": False} if xl else others),
+    )
     pipe.save_pretrained(folder)
 
 
@@ -137,6 +152,8 @@ def files(models, tmp_path_factory):
 def state(model):
     """All weights of a model."""
     parts = {"unet": model.unet.unet, "vae": model.codec._vae, "text": model.conditioner.encoder}
+    if "encoder_2" in model.conditioner.parts:
+        parts["text_2"] = model.conditioner.encoder_2
     return {f"{k}.{n}": w for k, part in parts.items() for n, w in part.state_dict().items()}
 
 
@@ -273,11 +290,13 @@ def test_what_goes_out_comes_back(models, files, family):
 @pytest.mark.peer
 @pytest.mark.parametrize("family", FAMILIES)
 def test_diffusers_reads_it(folders, files, family):
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 
-    options = {"config": str(folders[family]), "local_files_only": True, "safety_checker": None}
-    theirs = StableDiffusionPipeline.from_single_file(str(files[family]), **options)
-    assert theirs.text_encoder.config.hidden_act == ("quick_gelu" if family == "v1" else "gelu")
+    cls = StableDiffusionXLPipeline if family == "xl" else StableDiffusionPipeline
+    none = {"add_watermarker": False} if family == "xl" else {"safety_checker": None}
+    options = {"config": str(folders[family]), "local_files_only": True, **none}
+    theirs = cls.from_single_file(str(files[family]), **options)
+    assert theirs.text_encoder.config.hidden_act == ("gelu" if family == "v2" else "quick_gelu")
     theirs.scheduler = DDIMScheduler(**SCHEDULER)
     theirs.set_progress_bar_config(disable=True)
     latents = torch.cat(
@@ -377,7 +396,7 @@ def test_the_hidden_state_before_the_last_is_that_of_stable_diffusion_2(folders,
 def small_public(monkeypatch, files, family):
     """Let the public model be the small one."""
     config = layout.open_ldm_file(files[family]).config
-    public = {part: config[part] for part in ("unet", "vae", "text_encoder")}
+    public = {part: config[part] for part in layout.PUBLIC[family]}
     monkeypatch.setitem(layout.PUBLIC, family, public)
 
 
@@ -386,7 +405,9 @@ def test_files_of_others(models, files, tmp_path, monkeypatch, family):
     def as_released(tensors):
         unmarked = {name: t.clone() for name, t in tensors.items() if t.numel()}
         prefix = layout.PREFIXES[family]["text_encoder"]
-        if family == "v2":
+        if family == "xl":
+            unmarked["conditioner.embedders.1.model.logit_scale"] = torch.tensor(1.0)
+        elif family == "v2":
             unmarked[f"{prefix}text_projection"] = torch.ones(16, 16)
             unmarked[f"{prefix}logit_scale"] = torch.tensor(1.0)
         else:
@@ -403,7 +424,7 @@ def test_files_of_others(models, files, tmp_path, monkeypatch, family):
         found = read_single_file(path)
     assert found.prediction_type == "epsilon"
     assert found.schedule == NoiseSchedule(zero_terminal_snr=False)
-    assert found.image_size == 512
+    assert found.image_size == (1024 if family == "xl" else 512)
     wanted = state(models[family])
     assert all(weight.equal(wanted[name]) for name, weight in state(found).items())
     with warnings.catch_warnings():
@@ -694,6 +715,44 @@ def test_damaged_files_are_refused(files, tmp_path):
             ValueError, match="does not fit|not named as|another model|lacks tensors"
         ):
             load_all(changed)
+
+
+@pytest.mark.parametrize("family", ["v1", "xl"])
+def test_a_run_starts_from_a_file(files, shards, tmp_path, family):
+    source = str(files[family])
+    text = {"class_path": "TransformersConditioner", "init_args": {"pretrained": source}}
+    config = {
+        "trainer": {
+            "accelerator": "cpu",
+            "max_steps": 2,
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "default_root_dir": str(tmp_path),
+        },
+        "model": {
+            "unet": source,
+            "codec": {"class_path": "AutoencoderKLCodec", "init_args": {"pretrained": source}},
+            "conditioner": {**text, "class_path": "SDXLConditioner"} if family == "xl" else text,
+        },
+        "data": {
+            "train": f"{shards}/train-*.tar",
+            "image_size": 16,
+            "batch_size": 4,
+            "num_workers": 0,
+        },
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    assert main(["fit", "-c", str(tmp_path / "config.yaml")]) == 0
+    (checkpoint,) = tmp_path.rglob("last.ckpt")
+    made = read_checkpoint(checkpoint, ema=False)
+    start = read_single_file(source)
+    assert not made.unet.unet.conv_in.weight.equal(start.unet.unet.conv_in.weight)
+    assert made.unet.unet.conv_in.weight.allclose(start.unet.unet.conv_in.weight, atol=1e-3)
+    with pytest.warns(UserWarning, match="has not"):
+        write_single_file(made, tmp_path / "out.safetensors")
+    for mine, other in zip(images(made), images(str(tmp_path / "out.safetensors")), strict=True):
+        assert np.array_equal(mine, other)
 
 
 def test_nothing_is_read_of_what_does_not_fit(files, tmp_path, monkeypatch):
