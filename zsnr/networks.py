@@ -67,7 +67,8 @@ class UNet(nn.Module):
             diffusers as a dict.
         channels: Channels of the latents.
         context_dim: Width of the context.
-        pretrained: A folder or hub id whose weights to start from; then `config` must be None.
+        pretrained: A folder, a single file (.safetensors) in the ldm layout, or a hub id, whose
+            weights to start from; then `config` must be None.
         subfolder: Folder inside `pretrained`.
         pooled_dim: Width of the pooled embedding; 0 = there is none. None = it is not known yet.
 

@@ -12,12 +12,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from zsnr.checkpoints import Model, read_checkpoint, read_diffusers_folder
+from zsnr.checkpoints import (
+    Model,
+    read_checkpoint,
+    read_diffusers_folder,
+    read_single_file,
+)
 from zsnr.denoiser import Conditioning, Denoiser, Network
 from zsnr.files import replacing
 from zsnr.guidance import Guidance
+from zsnr.ldm_file import is_single_file
 from zsnr.noise import SampleNoise, sample_generator
-from zsnr.prediction import check_prediction_type
+from zsnr.prediction import PredictionType, check_prediction_type
 from zsnr.samplers import DDIM, Sampler, get_sampler
 from zsnr.samplers.registry import sampler_name
 from zsnr.schedule import NoiseSchedule
@@ -78,14 +84,17 @@ class TextToImage:
         path_or_hub: str | Path,
         schedule: NoiseSchedule | None = None,
         *,
+        prediction_type: PredictionType | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> TextToImage:
         """Load a model.
 
         Args:
-            path_or_hub: A folder of diffusers, a hub id, or a .ckpt file of this package.
+            path_or_hub: A folder of diffusers, a hub id, a single .safetensors file in the ldm
+                layout, or a .ckpt file of this package.
             schedule: Instead of the one the model declares.
+            prediction_type: Likewise.
             device: Where to run. None = the GPU if there is one.
             dtype: Of the UNet's weights. None = as they are.
 
@@ -98,9 +107,13 @@ class TextToImage:
         if source.endswith(".ckpt"):
             model = read_checkpoint(source)
             if schedule is not None:
-                model = Model(**{**vars(model), "schedule": schedule})
+                model = replace(model, schedule=schedule)
+        elif is_single_file(source):
+            model = read_single_file(source, schedule, prediction_type)
         else:
             model = read_diffusers_folder(source, schedule)
+        if prediction_type is not None:
+            model = replace(model, prediction_type=prediction_type)
         model.codec.load()
         model.conditioner.load()
         model.unet.to(dtype=dtype).eval().requires_grad_(False)

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from zsnr.conditioning.base import Conditioner
 from zsnr.conditioning.tokenizers import (
-    open_clip_tokenizer,
+    BPE,
+    bpe_tokenizer,
     tokenizer_digest,
     transformers_tokenizer,
 )
 from zsnr.denoiser import Conditioning
+from zsnr.ldm_file import default_part
 from zsnr.pretrained import digest, find_weights, load_pretrained, load_whole, read_config
 
 
@@ -23,12 +25,13 @@ class TransformersConditioner(Conditioner):
     """A text encoder of transformers, pretrained or built small from a config.
 
     Args:
-        pretrained: A folder or hub id. None = build a new encoder from `config`.
+        pretrained: A folder, a single file (.safetensors) in the ldm layout, or a hub id. None =
+            build a new encoder from `config`.
         config: Settings of a new encoder: `model_type` such as "clip_text_model", "t5" or "bert",
             and that model's own names (hidden_size, num_hidden_layers, ...). The vocabulary's size
             and the longest prompt are filled in.
-        tokenizer: "open_clip" for CLIP's BPE, shipped with open_clip; else a folder or hub id.
-            None = beside the pretrained encoder.
+        tokenizer: "open_clip" or "clip" for CLIP's BPE, shipped with open_clip, with zeros or end
+            tokens after the prompt; else a folder or hub id. None = beside the pretrained encoder.
         subfolder: Folder of the encoder inside `pretrained`, such as "text_encoder".
         tokenizer_subfolder: Folder of the tokenizer, such as "tokenizer".
         max_length: L, tokens a prompt; longer prompts are cut. None = the tokenizer's own, at
@@ -73,9 +76,10 @@ class TransformersConditioner(Conditioner):
             "use_mask": use_mask,
             "trainable": trainable,
         }
-        if tokenizer == "open_clip":
+        self._subfolder = default_part(str(pretrained), subfolder, "text_encoder")
+        if tokenizer in BPE:
             max_length = max_length or 77
-            self._tokenize, vocabulary = open_clip_tokenizer(max_length)
+            self._tokenize, vocabulary = bpe_tokenizer(tokenizer, max_length)
         else:
             source = tokenizer or str(pretrained)
             folder = tokenizer_subfolder if tokenizer_subfolder else None
@@ -87,7 +91,7 @@ class TransformersConditioner(Conditioner):
         if pretrained is None:
             encoder_config = self.encoder.config
         else:
-            encoder_config = pretrained_config(pretrained, subfolder)
+            encoder_config = pretrained_config(pretrained, self._subfolder)
         self._use_mask = (
             not encoder_config.model_type.startswith("clip") if use_mask is None else use_mask
         )
@@ -115,12 +119,12 @@ class TransformersConditioner(Conditioner):
 
     def _decisive(self) -> dict[str, Any]:
         own = self._settings
-        source, subfolder = str(own["pretrained"]), own["subfolder"]
+        source, subfolder = str(own["pretrained"]), self._subfolder
         tokenizer = own["tokenizer"]
         return {
             "config": read_config(source, subfolder),
             "tokenizer": tokenizer
-            if tokenizer == "open_clip"
+            if tokenizer in BPE
             else tokenizer_digest(tokenizer or source, own["tokenizer_subfolder"]),
             "max_length": self._max_length,
             "layer": self._layer,
@@ -133,7 +137,7 @@ class TransformersConditioner(Conditioner):
         own = self._settings
         if own["config"] is not None:
             return {"encoder": _new_encoder(own["config"], self._vocabulary, self._max_length)}
-        return {"encoder": pretrained_encoder(str(own["pretrained"]), own["subfolder"])}
+        return {"encoder": pretrained_encoder(str(own["pretrained"]), self._subfolder)}
 
 
 def _new_encoder(config: dict[str, Any], vocabulary: int, max_length: int) -> nn.Module:
