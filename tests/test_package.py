@@ -23,6 +23,7 @@ FLOORS = (
         "codecs",
         "conditioning",
         "networks",
+        "lora",
         "checkpoints",
         "pipeline",
         "metrics",
