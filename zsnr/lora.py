@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -98,7 +99,8 @@ class AdaptedUNet(UNet):
                 raise
             raise ValueError(
                 f"The adapters belong to the UNet in {pretrained}, which is not there: {error} "
-                "Put it back there, or say where it is now."
+                "Put it back there, or say where it is now: read_checkpoint(..., base=...), or "
+                "model.unet of a config."
             ) from error
         self._source: dict[str, Any] = {
             "pretrained": pretrained,
@@ -174,6 +176,18 @@ def lora_state_dict(unet: AdaptedUNet) -> dict[str, Tensor]:
         for name, parameter in unet.unet.named_parameters()
         if _is_adapter(name)
     }
+
+
+def moved(description: Mapping[str, Any], pretrained: str) -> dict[str, Any]:
+    """Return an adapted UNet's description with its base at another place.
+
+    Raises:
+        ValueError: It is of no adapted UNet.
+    """
+    settings = description["init_args"]
+    if "lora" not in settings:
+        raise ValueError("base: the checkpoint holds no adapters, but a whole UNet.")
+    return {**description, "init_args": {**settings, "pretrained": pretrained}}
 
 
 def merge_lora(unet: AdaptedUNet) -> UNet:

@@ -1,4 +1,4 @@
-"""Adapters out: LoRA files for diffusers, kohya's scripts, A1111 and ComfyUI, and merged weights."""
+"""Adapters out: LoRA files as diffusers and as kohya's scripts write them, and merged weights."""
 
 from __future__ import annotations
 
@@ -82,7 +82,10 @@ def write_lora(
         tensors, facts = _diffusers_tensors(unet), _modelspec(model, path.stem)
     else:
         tensors, facts = _kohya_tensors(unet), {**_modelspec(model, path.stem), **_kohya(model)}
-    tensors = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
+    tensors = {
+        name: tensor.to("cpu", dtype if tensor.ndim else None).contiguous()  # an alpha is exact
+        for name, tensor in tensors.items()
+    }
     from safetensors.torch import save_file
 
     with replacing(path) as beside:

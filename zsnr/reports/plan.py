@@ -144,7 +144,7 @@ class Need:
 
     Args:
         parameters: Weights that are trained, and the frozen ones of a UNet with adapters.
-        gradients: Theirs.
+        gradients: Of those that are trained.
         optimizer: The optimizer's state.
         average: Averaged weights, float32.
         buckets: DDP's copy of the gradients.
