@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 
 import cells
@@ -22,7 +23,9 @@ from zsnr.described import build, describe
 from zsnr.lora import AdaptedUNet, LoRA, lora_state_dict, merge_lora
 from zsnr.networks import UNet
 from zsnr.pipeline import TextToImage
-from zsnr.reports.memory import size_of
+from zsnr.pretrained import without_weights
+from zsnr.reports.memory import LiveBytes, kept_for_backward, size_of, tensors_of
+from zsnr.reports.plan import Parts, training_pass
 from zsnr.training import EMAConfig
 
 EXACT = {"rtol": 0, "atol": 0}
@@ -248,9 +251,14 @@ def test_a_checkpoint_is_a_model_again(run, ema):
         merge(merged)
 
 
-def test_a_moved_base_is_found_and_another_refused(run, base, tmp_path):
-    import shutil
+def test_a_run_with_a_moved_base_goes_on(base, shards, run, tmp_path):
+    shutil.copytree(base / "unet", tmp_path / "unet")
+    again = fit(base, shards, tmp_path, checkpoint=run["checkpoint"], model={"unet": str(tmp_path)})
+    for name, weight in run["weights"].items():
+        assert torch.equal(weight, again["weights"][name])
 
+
+def test_a_moved_base_is_found_and_another_refused(run, base, tmp_path):
     shutil.copytree(base / "unet", tmp_path / "unet")
     model = read_checkpoint(run["checkpoint"], base=str(tmp_path))
     assert model.unet.settings()["pretrained"] == str(tmp_path)
@@ -267,11 +275,19 @@ def test_a_resumed_run_is_the_same_run(base, shards, run, tmp_path):
 
 
 def test_runs_of_other_kinds_are_not_resumed(base, shards, run, tmp_path):
+    torch.manual_seed(9)
+    UNet(tiny.UNET, channels=12, context_dim=16).unet.save_pretrained(tmp_path / "unet")
+    with pytest.raises(ValueError, match="trained on a UNet with other weights .* than model.unet"):
+        fit(base, shards, tmp_path, checkpoint=run["checkpoint"], model={"unet": str(tmp_path)})
     other = dataclasses.replace(SETTINGS, alpha=1.0)
     with pytest.raises(ValueError, match=r"unet has \{'lora': .*'alpha': 6.0.* the config has"):
         fit(base, shards, tmp_path / "a", checkpoint=run["checkpoint"], model={"lora": other})
-    with pytest.raises(ValueError, match="holds adapters: set model.lora"):
+    with pytest.raises(ValueError, match="holds adapters: set model.lora, as the run"):
         fit(base, shards, tmp_path / "b", checkpoint=run["checkpoint"], model={"lora": None})
+    whole = {"lora": None}
+    fit(base, shards, tmp_path / "whole", steps=1, model=whole)
+    with pytest.raises(ValueError, match="holds a whole UNet: unset model.lora, as the run"):
+        fit(base, shards, tmp_path, checkpoint=tmp_path / "whole/checkpoints/last.ckpt")
     with pytest.raises(ValueError, match="FullyShardedStrategy: adapters"):
         fit(base, shards, tmp_path / "c", "sharded")
 
@@ -312,10 +328,14 @@ def test_two_ranks_train_the_same(base, shards, run, ranks, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def config(base, shards, tmp_path_factory):
-    """A YAML of fit, and a folder to write to."""
+def config(stable, shards, tmp_path_factory):
+    """A YAML of fit, in a folder to write to."""
     folder = tmp_path_factory.mktemp("cli")
-    conditioner = {"pretrained": f"{base}/text", "tokenizer": "open_clip", "max_length": 8}
+    encoder = {"subfolder": "text_encoder", "tokenizer_subfolder": "tokenizer"}
+    classes = {
+        "codec": ("AutoencoderKLCodec", {"subfolder": "vae"}),
+        "conditioner": ("TransformersConditioner", encoder),
+    }
     values = {
         "trainer": {
             "accelerator": "cpu",
@@ -326,10 +346,14 @@ def config(base, shards, tmp_path_factory):
             "default_root_dir": str(folder / "run"),
         },
         "model": {
-            "codec": tiny.MODEL["codec"],
-            "conditioner": {"class_path": "TransformersConditioner", "init_args": conditioner},
-            "unet": str(base),
+            **{
+                name: {"class_path": cls, "init_args": {"pretrained": str(stable), **arguments}}
+                for name, (cls, arguments) in classes.items()
+            },
+            "unet": str(stable),
             "lora": {"rank": 4, "alpha": 6, "target_modules": ["to_q", "to_v"]},
+            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.02}},
+            "ema": {"decay": 0.5},
             "sampling": {"num_steps": 2},
         },
         "data": {
@@ -345,20 +369,27 @@ def config(base, shards, tmp_path_factory):
     return folder
 
 
-def test_fit_validate_predict_from_yaml(config, capsys):
+@pytest.mark.peer
+def test_from_yaml_to_diffusers(config, stable, capsys):
     yaml_file = str(config / "config.yaml")
     assert main(["fit", "-c", yaml_file]) == 0
+    more = ["--ckpt_path", "last", "--trainer.max_steps", "4"]
+    assert main(["fit", "-c", yaml_file, *more]) == 0
     checkpoint = str(config / "run" / "checkpoints" / "last.ckpt")
     assert main(["validate", "-c", yaml_file, "--ckpt_path", checkpoint]) == 0
-    output = config / "out"
-    arguments = ["-c", yaml_file, "--ckpt_path", checkpoint, "--output", str(output)]
+    arguments = ["-c", yaml_file, "--ckpt_path", checkpoint, "--output", str(config / "out")]
     assert main(["predict", *arguments]) == 0
-    assert len(list(output.glob("*.png"))) == 1
-    settings = read_checkpoint(checkpoint).unet.lora
-    assert settings == LoRA(4, 6.0, ("to_q", "to_v"))
-    more = ["--ckpt_path", "last", "--trainer.max_steps", "3"]
-    assert main(["fit", "-c", yaml_file, *more]) == 0
+    assert len(list((config / "out").glob("*.png"))) == 1
     capsys.readouterr()
+
+    model = read_checkpoint(checkpoint)
+    assert model.unet.lora == LoRA(4, 6.0, ("to_q", "to_v"))
+    path = write_lora(model, config / "own.safetensors")
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    wanted = our_images(model, latents, 5)
+    found = their_images(stable, latents, 5, str(path))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+    assert (their_images(stable, latents, 5) - wanted).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -381,18 +412,39 @@ def test_wrong_input(config, capsys, arguments, message):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_plan_counts_adapters_alone(config, base, capsys, dtype):
+def test_plan_counts_adapters_alone(config, stable, capsys, dtype):
     capsys.readouterr()
     options = ["--model.lora.base_dtype", dtype, "--json"]
     assert main(["plan", str(config / "config.yaml"), *options]) == 0
     sizes = json.loads(capsys.readouterr().out)["bytes_per_rank"]
-    lora = LoRA(4, 6.0, ("to_q", "to_v"), dtype)
-    module = cells.module(**parts(base, lora=lora))
-    module.codec.load()
-    adapters = size_of(p for p in module.trained.parameters() if p.requires_grad)
-    assert sizes["parameters"] == size_of(module.trained.parameters())
+    unet = AdaptedUNet(str(stable), LoRA(4, 6.0, ("to_q", "to_v"), dtype))
+    adapters = size_of(p for p in unet.parameters() if p.requires_grad)
+    assert sizes["parameters"] == size_of(unet.parameters())
     assert sizes["gradients"] == sizes["average"] == adapters
     assert sizes["optimizer"] == 2 * adapters
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_planned_activations_are_those_of_a_real_pass(base, checkpointing):
+    with torch.device("meta"), without_weights():
+        planned = AdaptedUNet(str(base), SETTINGS)
+    frozen = text(base).load()
+    plan = Parts(planned, frozen, PixelCodec(2), 32, None, False, True, True, True, 2.0, True)
+    kept, peak = training_pass(plan, 3, checkpointing, None)
+    unet = AdaptedUNet(str(base), SETTINGS).train()
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
+    for parameter in unet.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    cond, x_t = frozen([""] * 3), torch.randn(3, 12, 16, 16)
+    known = tensors_of(unet)
+    live = LiveBytes([*known, *(p.grad for p in unet.parameters() if p.grad is not None)])
+    with live:
+        with kept_for_backward(known) as found:
+            loss = unet(x_t, torch.tensor([0, 5, 999]), cond).square().mean()
+        loss.backward()
+    assert kept == pytest.approx(sum(found.values()), rel=0.1)
+    assert peak == pytest.approx(live.peak, rel=0.1)
 
 
 def test_plan_sees_no_way_out_in_shards(config, capsys):

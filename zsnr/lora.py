@@ -114,8 +114,9 @@ class AdaptedUNet(UNet):
             )
         self.lora = lora if isinstance(lora, LoRA) else LoRA(**lora)
         add_lora(self.unet, self.lora)
-        self.register_state_dict_post_hook(_leave_out_base)
-        self.register_load_state_dict_pre_hook(_put_in_base)
+        hooked: Any = self  # torch leaves these two untyped
+        hooked.register_state_dict_post_hook(_leave_out_base)
+        hooked.register_load_state_dict_pre_hook(_put_in_base)
 
     def forward(self, x_t: Tensor, t: Tensor, conditioning: Conditioning | None) -> Tensor:
         dtype: torch.dtype = self.unet.conv_in.weight.dtype  # the base may be in half precision

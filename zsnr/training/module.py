@@ -623,9 +623,15 @@ def check_resumed(theirs: dict[str, Any], own: dict[str, Any]) -> None:
         if name == "unet":
             was, now = _decisive(was), _decisive(now)
             if ("lora" in was) != ("lora" in now):
-                is_lora = "adapters: set model.lora and" if "lora" in was else "a whole UNet: unset"
+                holds, do = ("adapters", "set") if "lora" in was else ("a whole UNet", "unset")
                 raise ValueError(
-                    f"The checkpoint holds {is_lora} model.lora as the run that wrote it did."
+                    f"The checkpoint holds {holds}: {do} model.lora, as the run that wrote it did."
+                )
+            if was.get("weights") != now.get("weights"):
+                raise ValueError(
+                    f"The checkpoint's adapters were trained on a UNet with other weights (digest "
+                    f"{was['weights']}) than model.unet has (digest {now['weights']}): give them "
+                    "the same base."
                 )
             if was == now:  # a moved folder is another name of the same weights
                 continue
