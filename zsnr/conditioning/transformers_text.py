@@ -110,6 +110,11 @@ class TransformersConditioner(Conditioner):
                     context = norm(context)
         return Conditioning(context, mask if self._use_mask else None)
 
+    @property
+    def max_length(self) -> int:
+        """L, tokens a prompt."""
+        return self._max_length
+
     def settings(self) -> dict[str, Any]:
         return dict(self._settings)
 
