@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,9 +15,10 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import AdamW
+from tqdm import tqdm
 
 from zsnr.checkpoints import Model
 from zsnr.checkpoints.own import KEY, describe_model
@@ -29,12 +30,15 @@ from zsnr.denoiser import Conditioning
 from zsnr.loss import LossWeighting, diffusion_loss
 from zsnr.networks import UNet, UNetConfig
 from zsnr.noise import offset_noise
-from zsnr.pipeline import Sampling, TextToImage
+from zsnr.pipeline import Sampling, TextToImage, describe_sampling
 from zsnr.prediction import PredictionType, check_prediction_type, prediction_target
+from zsnr.pretrained import is_weightless
 from zsnr.schedule import NoiseSchedule
 from zsnr.timesteps import get_timesteps, trailing
+from zsnr.training.adaptation import Start, read_start
 from zsnr.training.draws import Draws, training_draws, validation_draws
 from zsnr.training.ema import EMAConfig, averaged_copy, update_average
+from zsnr.training.facts import run_facts
 from zsnr.training.global_batch import GlobalBatch
 from zsnr.training.progress import NonFiniteError, Progress
 from zsnr.training.strategy import FullyShardedStrategy, reshard, squared_norm
@@ -123,7 +127,7 @@ class LatentDiffusion(L.LightningModule):
                 "The text encoder has random weights and is frozen: set trainable: true, or give "
                 "it pretrained weights."
             )
-        self.schedule, self.prediction_type = schedule, prediction_type
+        self.schedule, self.prediction_type, self.loss = schedule, prediction_type, loss
         self.caption_dropout, self.offset_strength = caption_dropout, offset_noise
         self.make_optimizer, self.learning_rate = optimizer, learning_rate
         self.sampling, self.image_size, self.seed = sampling, image_size, seed
@@ -153,6 +157,8 @@ class LatentDiffusion(L.LightningModule):
         self._progress = Progress(schedule.num_timesteps)
         self._skipped_in_a_row, self._skip = 0, False
         self._val_strata = trailing(min(10, schedule.num_timesteps), schedule.num_timesteps)
+        self.start = read_start(unet) if isinstance(unet, str) and not is_weightless() else None
+        self._start_losses: list[float] = []  # of the start, converted, by stratum
 
     # Parts
 
@@ -189,6 +195,20 @@ class LatentDiffusion(L.LightningModule):
             for part, mode in modes:
                 part.train(mode)
             reshard(model.unet)
+
+    def facts(self) -> dict[str, Any]:
+        """Return the settings that decide what the model is, as plain values."""
+        return {
+            "schedule": self.schedule.settings(),
+            "prediction_type": self.prediction_type,
+            "loss": asdict(self.loss),
+            "sampling": describe_sampling(self.sampling),
+            "image_size": self.image_size,
+            "offset_noise": self.offset_strength,
+            "caption_dropout": self.caption_dropout,
+            "ema": None if self.ema_config is None else asdict(self.ema_config),
+            "start": None if self.start is None else self.start.facts(),
+        }
 
     # Lightning's hooks
 
@@ -390,15 +410,48 @@ class LatentDiffusion(L.LightningModule):
                 f"The run goes on with its checkpoint's learning rate, {own:g}; the config's, "
                 f"{asked:g}, is not used."
             )
+        if self.trainer.global_step == 0:
+            self._measure_start()
+
+    def _measure_start(self) -> None:
+        """Measure the validation losses of what the run starts from, converted."""
+        start, data = self.start, getattr(self.trainer, "datamodule", None)
+        own = (self.schedule, self.prediction_type)
+        if start is None or (start.schedule, start.prediction_type) == own or data is None:
+            return
+        batches = data.val_dataloader()
+        if not batches:
+            return
+        rank_zero_info(
+            f"{start.source} predicts {start.prediction_type} on a schedule that ends at SNR "
+            f"{start.schedule.snr[-1]:.2g}. It is measured now: adaptation/t* is the validation "
+            "loss over that of the start, converted. 1 = as good as the start was."
+        )
+        bar = self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None
+        self.on_validation_epoch_start()
+        modes = [(part, part.training) for part in self.modules()]
+        self.eval()
+        with torch.no_grad(), self.trainer.precision_plugin.val_step_context():
+            for batch in tqdm(batches, "measuring the start", disable=not bar):
+                batch = self._on_before_batch_transfer(batch)
+                self._add_validation(self.trainer.strategy.batch_to_device(batch), start)
+        for part, mode in modes:
+            part.training = mode
+        reshard(self)
+        sums, counts = self.trainer.strategy.reduce(self._val_sums, reduce_op="sum")
+        self._start_losses = (sums / counts).tolist()
 
     def on_validation_epoch_start(self) -> None:
         self._val_sums = torch.zeros(2, len(self._val_strata), device=self.device)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self._add_validation(batch)
+
+    def _add_validation(self, batch: dict[str, Any], start: Start | None = None) -> None:
         draws = validation_draws(
             self.seed, batch["position"].tolist(), self._val_strata, self._latent_shape(batch)
         )
-        losses = self._losses(batch, draws, ema=True)
+        losses = self._losses(batch, draws, ema=start is None, start=start)
         counts = (batch["position"] >= 0).to(losses)  # others only keep the ranks in step
         stratum = batch["position"] % len(self._val_strata)
         self._val_sums[0].index_add_(0, stratum, losses * counts)
@@ -412,6 +465,11 @@ class LatentDiffusion(L.LightningModule):
         for t, total, count in zip(self._val_strata.tolist(), sums, counts, strict=True):
             if count > 0:
                 self.log(f"val_by_timestep/t{t:04d}", total / count, rank_zero_only=True)
+        if self.trainer.state.fn == "fit":
+            ratios = sums / counts / torch.tensor(self._start_losses or math.nan).to(sums)
+            for t, ratio in zip(self._val_strata.tolist(), ratios.tolist(), strict=True):
+                if ratio > 0:  # it is not where epsilon says nothing of v, at zero SNR
+                    self.log(f"adaptation/t{t:04d}", ratio, rank_zero_only=True)
 
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step
@@ -438,9 +496,12 @@ class LatentDiffusion(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[KEY] = describe_model(self.model())
         checkpoint["progress"] = self._progress.state()
+        checkpoint["start_losses"] = self._start_losses
+        checkpoint["run"] = run_facts(self.trainer, self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._progress = Progress(self.schedule.num_timesteps, **checkpoint.get("progress", {}))
+        self._start_losses = checkpoint.get("start_losses", [])
         own = describe_model(self.model())
         check_resumed(
             checkpoint[KEY], {name: own[name] for name in ("schedule", "prediction_type", "unet")}
@@ -454,8 +515,17 @@ class LatentDiffusion(L.LightningModule):
 
     # The loss
 
-    def _losses(self, batch: dict[str, Any], draws: Draws, *, ema: bool) -> Tensor:
-        """Compute lambda_t ||v - v~||^2 for each sample, (B,)."""
+    def _losses(
+        self, batch: dict[str, Any], draws: Draws, *, ema: bool, start: Start | None = None
+    ) -> Tensor:
+        """Compute lambda_t ||v - v~||^2 for each sample, (B,).
+
+        Args:
+            batch: Pictures or moments, captions or embeddings.
+            draws: Its random numbers.
+            ema: Whose weights.
+            start: Take the network for what it was before this run, and convert.
+        """
         model, device = self.model(ema=ema), self.device
         t, z, eps = (part.to(device) for part in (draws.t, draws.z, draws.eps))
         if self.offset_strength:
@@ -466,7 +536,11 @@ class LatentDiffusion(L.LightningModule):
         x_t = self.schedule.add_noise(x_0, eps, t)
         target = prediction_target(x_0, eps, *self.schedule(t), self.prediction_type)
         cond = _conditioning(model.conditioner, batch, draws.keep)
-        output = model.unet(x_t, t, cond)
+        if start is None:
+            output = model.unet(x_t, t, cond)
+        else:
+            own = (self.schedule, self.prediction_type)
+            output = start.output(model.unet, x_t, t, cond, *own)
         weights = self.lambda_table
         assert isinstance(weights, Tensor)
         return diffusion_loss(output, target, weights[t], reduction="none")
