@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from zsnr.guidance import Guidance
 from zsnr.schedule import NoiseSchedule
 
@@ -28,6 +30,7 @@ DROPPING = (
     "KDPM2DiscreteScheduler",
     "KDPM2AncestralDiscreteScheduler",
     "DPMSolverSinglestepScheduler",
+    "DPMSolverSDEScheduler",
     "DEISMultistepScheduler",
     "SASolverScheduler",
 )
@@ -73,16 +76,13 @@ def _front_matter(name: str, facts: Mapping[str, Any], fixed: bool) -> str:
             "---",
             "library_name: diffusers",
             "pipeline_tag: text-to-image",
-            "license: other  # fill in: that of the weights you started from, and of your data",
-            f"license_name: {_FILL_IN}",
+            "license: other  # fill in, and the name: that of the start's weights and of your data",
+            "license_name: unknown",
             "tags:",
             *(f"- {json.dumps(tag)}" for tag in tags),
             "---",
         ]
     )
-
-
-_FILL_IN = "unknown"
 
 
 def _summary(facts: Mapping[str, Any], schedule: NoiseSchedule, fixed: bool) -> str:
@@ -121,7 +121,7 @@ def _proof(facts: Mapping[str, Any], schedule: NoiseSchedule, fixed: bool) -> st
     text = "## Schedule\n\n" + _table(rows)
     if _is_table(schedule):
         text += (
-            "\n\nNo name and flag of diffusers says this schedule, so `scheduler_config.json` "
+            "\n\ndiffusers has no name and flag for this schedule, so `scheduler_config.json` "
             "holds it as `trained_betas`"
             + (
                 ". The last one is 1, which is SNR 0; `rescale_betas_zero_snr` is false because "
@@ -171,10 +171,16 @@ image.save("image.png")
             if fixed
             else "common values, not tried out on this model."
         ),
-        f"- **Choose a number of steps that divides {T}**, such as {_divisors(T)}. Between others, "
-        f"diffusers' DDIM takes its neighbour {T} // steps below, not on its own grid: the "
-        "pictures become paler. For some, such as 61, it takes a step more, and they fail.",
+        f"- **Choose a number of steps that divides {T}**, such as {_divisors(T)}. With others "
+        f"diffusers' DDIM steps to t - {T} // steps, which is not where its next step starts, and "
+        "for a few, such as 61 of 1000, it makes one step more, whose t is -1.",
     ]
+    spacing, sampler = sampling.get("spacing", "trailing"), sampling.get("sampler", "ddim")
+    if spacing != "trailing" or sampler != "ddim":
+        notes.append(
+            f"- This model's own previews were made with {_plain(sampler)} on {_plain(spacing)} "
+            "timesteps; the folder says DDIM and trailing."
+        )
     if dtype == "float16":
         notes.append(
             "- In float16 a VAE may overflow to black pictures; bfloat16 does not. A VAE whose "
@@ -210,17 +216,12 @@ def _schedulers(facts: Mapping[str, Any], schedule: NoiseSchedule, fixed: bool) 
         "## Other schedulers\n\nThe folder's is DDIM. What others make of its config, by "
         "`OtherScheduler.from_config(pipe.scheduler.config)` in diffusers 0.42.1:\n\n"
     )
-    settings = ", ".join(f"{k}={v!r}" for k, v in facts["schedule"].items() if v is not None)
-    if schedule.alphas_cumprod_table is not None:
-        settings = "zero_terminal_snr=True, ..."
     repair = (
-        "\n\nFor any number of steps, and for zsnr's samplers, one line puts the right scheduler "
-        "into a script that has lost it (`pip install zsnr`):\n\n"
+        "\n\nFor any number of steps, and for zsnr's own samplers, one line gives a script the "
+        "right scheduler, on this schedule and without a patch:\n\n"
         "```\n"
-        "from zsnr import NoiseSchedule\n"
         "from zsnr.checkpoints.adapter import DiffusersScheduler\n\n"
-        f'pipe.scheduler = DiffusersScheduler("ddim", NoiseSchedule({settings}), '
-        f'"{facts["prediction_type"]}")\n'
+        "pipe.scheduler = DiffusersScheduler.from_config(pipe.scheduler.config)\n"
         "```"
     )
     return text + _table(rows, ("effect", "schedulers")) + repair
@@ -232,20 +233,25 @@ def _elsewhere(facts: Mapping[str, Any], schedule: NoiseSchedule, fixed: bool) -
             "## ComfyUI and A1111\n\nThey read single files, which `zsnr export THIS_FOLDER "
             "--output FILE.safetensors --format single-file` writes."
         )
-    if _is_table(schedule):
+    rescale = (facts.get("sampling") or {}).get("guidance_rescale", Guidance.rescale)
+    if not torch.equal(schedule.alphas_cumprod, NoiseSchedule().alphas_cumprod):
         return (
             "## ComfyUI and A1111\n\nTheir switch for zero terminal SNR means Stable Diffusion's "
-            "schedule, rescaled. This model has another one, so they cannot sample it right."
+            "schedule, rescaled. This model has another one: they cannot sample it right."
         )
-    rescale = (facts.get("sampling") or {}).get("guidance_rescale", Guidance.rescale)
-    v = facts["prediction_type"] == "v_prediction"
+    if facts["prediction_type"] != "v_prediction":
+        return (
+            "## ComfyUI and A1111\n\nNo mark in a single file says that a model predicts x_0. In "
+            "ComfyUI the node ModelSamplingDiscrete does, with sampling `x0` and zsnr on. A1111 "
+            "has no setting for it."
+        )
     return (
         "## ComfyUI and A1111\n\nThey read single files, which `zsnr export THIS_FOLDER --output "
-        "FILE.safetensors --format single-file` writes, with the marks `v_pred` and `ztsnr` that "
-        "tell them what it is (where that layout can hold the model).\n\n"
+        "FILE.safetensors` writes, where that layout can hold the model, with the marks `v_pred` "
+        "and `ztsnr` that tell them what it is.\n\n"
         "- ComfyUI reads the marks. Without them: node ModelSamplingDiscrete, sampling "
-        f"`{'v_prediction' if v else 'x0'}`, zsnr on. Node RescaleCFG, multiplier {rescale}. "
-        "Scheduler `simple` or `sgm_uniform`: both start at the last timestep.\n"
+        f"`v_prediction`, zsnr on. Guidance: node RescaleCFG, multiplier {rescale}. Scheduler "
+        "`simple` or `sgm_uniform`: both start at the last timestep.\n"
         "- A1111 reads the marks. Without them: a YAML of the file's name with `parameterization: "
         '"v"`, and the setting *Noise schedule for sampling: Zero Terminal SNR*. Rescaled guidance '
         "needs an extension."
@@ -253,9 +259,9 @@ def _elsewhere(facts: Mapping[str, Any], schedule: NoiseSchedule, fixed: bool) -
 
 
 def _training(facts: Mapping[str, Any]) -> str:
-    loss, ema = facts.get("loss"), facts.get("ema")
+    loss, start = facts.get("loss"), facts.get("start")
     rows = [
-        ("started from", facts.get("start")),
+        ("started from", start.get("unet") if isinstance(start, Mapping) else start),
         ("data", facts.get("data")),
         ("steps", facts.get("global_step")),
         ("batch", facts.get("batch_size")),
@@ -263,7 +269,7 @@ def _training(facts: Mapping[str, Any]) -> str:
         ("loss weighting", loss.get("name") if isinstance(loss, Mapping) else loss),
         ("caption dropout", facts.get("caption_dropout")),
         ("offset noise", facts.get("offset_noise")),
-        ("averaged weights", ema),
+        ("averaging of weights", facts.get("ema")),
         ("weights here", facts.get("weights")),
         ("stored as", facts.get("dtype")),
         *(sorted((facts.get("metrics") or {"val/loss": None}).items())),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -11,9 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from zsnr.checkpoints.card import model_card
+from zsnr.checkpoints.diffusers_folder import read_diffusers_folder
 from zsnr.checkpoints.model import Model
-from zsnr.checkpoints.own import describe_model
+from zsnr.checkpoints.own import KEY, describe_model, open_checkpoint, read_checkpoint
+from zsnr.checkpoints.run_facts import read_run_facts
 from zsnr.checkpoints.scheduler_config import scheduler_config
+from zsnr.checkpoints.sharded import is_sharded
 from zsnr.codecs import AutoencoderKLCodec
 from zsnr.conditioning import Conditioner, TransformersConditioner
 from zsnr.files import check_new, new_folder
@@ -24,8 +28,8 @@ if TYPE_CHECKING:
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 
-# CLIP's vocabulary has a token for each byte at a word's end. No text has the byte 0xFF in UTF-8, so
-# this one never comes out of a prompt, and no prompt has these characters by chance.
+# CLIP's vocabulary has a token for each byte at a word's end. No text has the byte 0xFF in UTF-8,
+# so this one never comes out of a prompt, and no prompt has these characters by chance.
 _UNUSED_TOKEN = "ÿ</w>"
 
 
@@ -59,6 +63,7 @@ def export_diffusers(
     pipeline = _pipeline(model, DDIMScheduler.from_config(config), getattr(torch, dtype))
     with new_folder(folder) as beside:
         pipeline.save_pretrained(beside, safe_serialization=True)
+        _load_in_float32(beside / "text_encoder" / "config.json")
         known = {
             **(facts or {}),
             "schedule": model.schedule.settings(),
@@ -68,6 +73,42 @@ def export_diffusers(
             "pipeline": type(pipeline).__name__,
         }
         (beside / "README.md").write_text(model_card(folder.name, known), encoding="utf-8")
+
+
+def read_exportable(
+    source: str, *, ema: bool = True, single_file: bool = False
+) -> tuple[Model, dict[str, Any]]:
+    """Read a model to export, and what is known of it.
+
+    Args:
+        source: A checkpoint of this package, file or shards, a folder of diffusers or a hub id, or
+            a single file in the ldm layout.
+        ema: Of a checkpoint, take the averaged weights, else the raw ones.
+        single_file: It is for a single file, whose writer checks for itself what it can hold.
+
+    Returns:
+        The model, and facts for `model_card`.
+
+    Raises:
+        ValueError: Nothing readable is there, or, before weights are read, it has a part that a
+            folder of diffusers cannot hold.
+    """
+    path = Path(source).expanduser()
+    if path.suffix == ".ckpt" or is_sharded(path):
+        checkpoint = open_checkpoint(path)
+        if not single_file:
+            check_exportable(checkpoint[KEY])
+        facts = {**(checkpoint.get("run") or read_run_facts(path.parent) or {})}
+        facts["global_step"] = checkpoint.get("global_step")
+        if "ema" in facts:
+            facts["weights"] = "averaged" if ema and facts["ema"] is not None else "raw"
+        return read_checkpoint(path, ema=ema), facts
+    if not ema:
+        raise ValueError(
+            f"{source} is no checkpoint of zsnr, and has one set of weights: leave --raw out."
+        )
+    facts = {"start": path.name if path.exists() else source}
+    return read_diffusers_folder(str(path) if path.exists() else source), facts
 
 
 def check_dtype(dtype: str) -> None:
@@ -138,7 +179,7 @@ def _check_text(own: Mapping[str, Any]) -> None:
 
 
 def _is(described: Mapping[str, Any], cls: type[Any]) -> bool:
-    return described["class_path"] == f"{cls.__module__}.{cls.__qualname__}"
+    return str(described["class_path"]) == f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _name(described: Mapping[str, Any]) -> str:
@@ -162,6 +203,16 @@ def _pipeline(model: Model, scheduler: Any, dtype: torch.dtype) -> DiffusionPipe
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def _load_in_float32(config: Path) -> None:
+    """Let transformers load a text encoder as diffusers loads the rest, in float32 unless told.
+
+    It would else take the dtype in the file, and a pipeline of half and single precision fails.
+    """
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    text = json.dumps({**settings, "dtype": "float32"}, indent=2)
+    config.write_text(text + "\n", encoding="utf-8")
 
 
 def _unet(model: Model, dtype: torch.dtype) -> nn.Module:
@@ -193,7 +244,7 @@ def _vae(codec: AutoencoderKLCodec, dtype: torch.dtype) -> AutoencoderKL:
         moments[: codec.channels] -= codec.shift
         state["quant_conv.bias"] = moments
     overflows = dtype == torch.float16 and config["force_upcast"]
-    return _copy(type(vae), config, state, torch.float32 if overflows else dtype)  # type: ignore[return-value]
+    return _copy(type(vae), config, state, torch.float32 if overflows else dtype)
 
 
 def _text_encoder(conditioner: Conditioner, dtype: torch.dtype) -> tuple[nn.Module, Any]:
@@ -234,17 +285,20 @@ def _tokenizer(conditioner: TransformersConditioner) -> Any:
 
     own = conditioner.settings()
     length = conditioner.max_length
-    if own["tokenizer"] in ("open_clip", "clip"):
+    kind, source = own["tokenizer"], own["tokenizer"] or own["pretrained"]
+    if kind is None and Path(source).is_file():  # a single file has no tokenizer but CLIP's
+        [ids] = conditioner._tokenize([""])[0].tolist()
+        kind = "open_clip" if ids[-1] == 0 else "clip"
+    if kind in ("open_clip", "clip"):
         import open_clip
 
         bpe = open_clip.SimpleTokenizer(context_length=length)
         names = {bpe.sot_token_id: "<|startoftext|>", bpe.eot_token_id: "<|endoftext|>"}
         vocabulary = {names.get(i, token): i for token, i in bpe.encoder.items()}
-        pad = _UNUSED_TOKEN if own["tokenizer"] == "open_clip" else "<|endoftext|>"
+        pad = _UNUSED_TOKEN if kind == "open_clip" else "<|endoftext|>"
         return CLIPTokenizer(
             vocab=vocabulary, merges=list(bpe.bpe_ranks), pad_token=pad, model_max_length=length
         )
-    source = own["tokenizer"] or own["pretrained"]
     tokenizer = AutoTokenizer.from_pretrained(source, subfolder=own["tokenizer_subfolder"] or "")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
