@@ -219,8 +219,8 @@ def _schedulers(facts: Mapping[str, Any], schedule: NoiseSchedule, fixed: bool) 
     repair = (
         "\n\nFor any number of steps, and for zsnr's own samplers, one line gives a script the "
         "right scheduler, on this schedule and without a patch:\n\n"
-        "```\n"
-        "from zsnr.checkpoints.adapter import DiffusersScheduler\n\n"
+        "```python\n"
+        "from zsnr.checkpoints import DiffusersScheduler\n\n"
         "pipe.scheduler = DiffusersScheduler.from_config(pipe.scheduler.config)\n"
         "```"
     )

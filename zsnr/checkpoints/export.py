@@ -19,7 +19,7 @@ from zsnr.checkpoints.run_facts import read_run_facts
 from zsnr.checkpoints.scheduler_config import scheduler_config
 from zsnr.checkpoints.sharded import is_sharded
 from zsnr.codecs import AutoencoderKLCodec
-from zsnr.conditioning import Conditioner, TransformersConditioner
+from zsnr.conditioning import Conditioner, OpenClipConditioner, TransformersConditioner
 from zsnr.files import check_new, new_folder
 from zsnr.pretrained import read_config
 
@@ -138,13 +138,14 @@ def check_exportable(description: Mapping[str, Any]) -> None:
             "AutoencoderKL: train with an AutoencoderKLCodec, such as asset:openmoji_vae, to "
             "export. zsnr.pipeline.TextToImage samples the checkpoint as it is."
         )
-    if not _is(conditioner, TransformersConditioner):
+    if _is(conditioner, TransformersConditioner):
+        _check_text(conditioner["init_args"])
+    elif not _is(conditioner, OpenClipConditioner):
         raise ValueError(
             f"The conditioner is a {_name(conditioner)}, but a Stable Diffusion pipeline encodes "
-            "prompts with transformers' CLIPTextModel: train with a TransformersConditioner of a "
-            "CLIP text model to export."
+            "prompts with a CLIP text model: train with a TransformersConditioner or an "
+            "OpenClipConditioner to export."
         )
-    _check_text(conditioner["init_args"])
     unet = description["unet"].get("init_args", {}).get("config") or {}
     for key, fine in (("addition_embed_type", (None, "text")), ("class_embed_type", (None,))):
         if unet.get(key) not in fine:
@@ -251,8 +252,31 @@ def _text_encoder(conditioner: Conditioner, dtype: torch.dtype) -> tuple[nn.Modu
     """Copy a CLIP text encoder so that its last hidden state is the context, and its tokenizer."""
     from transformers import CLIPTextModel
 
-    assert isinstance(conditioner, TransformersConditioner)
-    encoder = conditioner.load().encoder
+    conditioner.load()
+    if isinstance(conditioner, OpenClipConditioner):
+        config, state = _open_clip_tower(conditioner)
+        tokenizer = _clip_tokenizer("open_clip", conditioner.max_length)
+    else:
+        assert isinstance(conditioner, TransformersConditioner)
+        config, state = _clip_text_model(conditioner)
+        tokenizer = _tokenizer(conditioner)
+    with torch.device("meta"):
+        copied = CLIPTextModel(config)
+    if not any(name.startswith("text_model.") for name in copied.state_dict()):
+        state = {name.removeprefix("text_model."): tensor for name, tensor in state.items()}
+    if tokenizer.pad_token == _UNUSED_TOKEN:
+        [name] = [name for name in state if name.endswith("token_embedding.weight")]
+        state[name] = state[name].clone()
+        state[name][tokenizer.pad_token_id] = state[name][0]
+    _fill(copied, state, dtype)
+    return copied, tokenizer
+
+
+def _clip_text_model(conditioner: TransformersConditioner) -> tuple[Any, dict[str, Tensor]]:
+    """Return config and weights, without the layers behind the one that the context is from."""
+    from transformers import CLIPTextModel
+
+    encoder = conditioner.encoder
     if not isinstance(encoder, CLIPTextModel):
         raise ValueError(
             f"The text encoder is a {type(encoder).__name__}: wanted a CLIPTextModel to export."
@@ -263,47 +287,84 @@ def _text_encoder(conditioner: Conditioner, dtype: torch.dtype) -> tuple[nn.Modu
     if layer != -1:  # the final norm follows the last layer that is left
         depth = config.num_hidden_layers
         config.num_hidden_layers = depth + 1 + layer if layer < 0 else layer
-    state = encoder.state_dict()
-    tokenizer = _tokenizer(conditioner)
-    if tokenizer.pad_token == _UNUSED_TOKEN:
-        [name] = [name for name in state if name.endswith("token_embedding.weight")]
-        state[name] = state[name].clone()
-        state[name][tokenizer.pad_token_id] = state[name][0]
-    with torch.device("meta"):
-        copied = CLIPTextModel(config)
-    _fill(copied, state, dtype)
-    return copied, tokenizer
+    return config, dict(encoder.state_dict())
+
+
+def _open_clip_tower(conditioner: OpenClipConditioner) -> tuple[Any, dict[str, Tensor]]:
+    """Return config and weights of open_clip's text tower in transformers' names."""
+    from transformers import CLIPTextConfig
+
+    tower, blocks = conditioner, list(conditioner.transformer.resblocks)
+    if conditioner.layer == "penultimate":
+        blocks = blocks[:-1]
+    first = blocks[0]
+    vocabulary, width = tower.token_embedding.weight.shape
+    config = CLIPTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=first.mlp.c_fc.out_features,
+        num_hidden_layers=len(blocks),
+        num_attention_heads=first.attn.num_heads,
+        max_position_embeddings=len(tower.positional_embedding),
+        hidden_act="gelu" if isinstance(first.mlp.gelu, nn.GELU) else "quick_gelu",
+        layer_norm_eps=first.ln_1.eps,
+        bos_token_id=vocabulary - 2,
+        eos_token_id=vocabulary - 1,
+        pad_token_id=0,
+    )
+    state = {
+        "text_model.embeddings.token_embedding.weight": tower.token_embedding.weight,
+        "text_model.embeddings.position_embedding.weight": tower.positional_embedding,
+    }
+    parts: dict[str, nn.Module] = {"text_model.final_layer_norm": tower.ln_final}
+    for i, block in enumerate(blocks):
+        layer, own = f"text_model.encoder.layers.{i}", dict(block.attn.named_parameters())
+        parts[f"{layer}.layer_norm1"], parts[f"{layer}.layer_norm2"] = block.ln_1, block.ln_2
+        parts[f"{layer}.mlp.fc1"], parts[f"{layer}.mlp.fc2"] = block.mlp.c_fc, block.mlp.c_proj
+        parts[f"{layer}.self_attn.out_proj"] = block.attn.out_proj
+        for kind in ("weight", "bias"):
+            for name, third in zip("qkv", own[f"in_proj_{kind}"].chunk(3), strict=True):
+                state[f"{layer}.self_attn.{name}_proj.{kind}"] = third
+    for name, part in parts.items():
+        state |= {f"{name}.{kind}": tensor for kind, tensor in part.state_dict().items()}
+    return config, state
 
 
 def _tokenizer(conditioner: TransformersConditioner) -> Any:
-    """Make or load the tokenizer as one of transformers, with the conditioner's length.
-
-    open_clip pads with token 0, "!". transformers would then read every "!" of a prompt as padding,
-    so a token that no text gives stands for it, and has its embedding.
-    """
-    from transformers import AutoTokenizer, CLIPTokenizer
+    """Make or load the tokenizer as one of transformers, with the conditioner's length."""
+    from transformers import AutoTokenizer
 
     own = conditioner.settings()
-    length = conditioner.max_length
     kind, source = own["tokenizer"], own["tokenizer"] or own["pretrained"]
     if kind is None and Path(source).is_file():  # a single file has no tokenizer but CLIP's
-        [ids] = conditioner._tokenize([""])[0].tolist()
+        [ids] = conditioner.tokenize([""])[0].tolist()
         kind = "open_clip" if ids[-1] == 0 else "clip"
     if kind in ("open_clip", "clip"):
-        import open_clip
-
-        bpe = open_clip.SimpleTokenizer(context_length=length)
-        names = {bpe.sot_token_id: "<|startoftext|>", bpe.eot_token_id: "<|endoftext|>"}
-        vocabulary = {names.get(i, token): i for token, i in bpe.encoder.items()}
-        pad = _UNUSED_TOKEN if kind == "open_clip" else "<|endoftext|>"
-        return CLIPTokenizer(
-            vocab=vocabulary, merges=list(bpe.bpe_ranks), pad_token=pad, model_max_length=length
-        )
+        return _clip_tokenizer(kind, conditioner.max_length)
     tokenizer = AutoTokenizer.from_pretrained(source, subfolder=own["tokenizer_subfolder"] or "")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.model_max_length = length
+    tokenizer.model_max_length = conditioner.max_length
     return tokenizer
+
+
+def _clip_tokenizer(kind: Literal["open_clip", "clip"], length: int) -> Any:
+    """Make CLIP's tokenizer of transformers from the vocabulary that open_clip ships.
+
+    "open_clip" pads with token 0, "!". transformers would then read every "!" of a prompt as
+    padding, so a token that no text gives stands for it, and has its embedding.
+    """
+    import open_clip
+    from transformers import CLIPTokenizer
+
+    bpe = open_clip.SimpleTokenizer(context_length=length)
+    names = {bpe.sot_token_id: "<|startoftext|>", bpe.eot_token_id: "<|endoftext|>"}
+    return CLIPTokenizer(
+        vocab={names.get(i, token): i for token, i in bpe.encoder.items()},
+        merges=list(bpe.bpe_ranks),
+        pad_token=_UNUSED_TOKEN if kind == "open_clip" else "<|endoftext|>",
+        model_max_length=length,
+    )
 
 
 def _copy(
