@@ -246,6 +246,39 @@ def _parser() -> argparse.ArgumentParser:
     )
     consolidate.set_defaults(run=_checkpoint_consolidate)
 
+    export = commands.add_parser(
+        "export",
+        help="write a model for diffusers, ComfyUI and A1111",
+        description="Write a model so that others sample it right: a folder of diffusers with a "
+        "scheduler config that says schedule, prediction type and spacing, and a model card; or a "
+        "single file in the layout that ComfyUI and A1111 read. Averaged weights are taken, unless "
+        "--raw is given.",
+    )
+    export.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="a checkpoint of zsnr (file or shards), a folder of diffusers, or a single file",
+    )
+    export.add_argument(
+        "--output", required=True, metavar="PATH", help="where to write; must not exist"
+    )
+    export.add_argument(
+        "--format",
+        choices=("diffusers", "single-file"),
+        help="what to write (default: single-file where PATH ends in .safetensors, else diffusers)",
+    )
+    export.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        default="float32",
+        help="of the weights (default float32)",
+    )
+    export.add_argument(
+        "--raw", action="store_true", help="take the raw weights in the place of the averaged ones"
+    )
+    export.add_argument("--json", action="store_true", help="print what was written as JSON")
+    export.set_defaults(run=_export)
+
     report = commands.add_parser(
         "report",
         help="write report.md of a run: pictures, loss, brightness",
@@ -329,6 +362,43 @@ def _checkpoint_consolidate(options: argparse.Namespace) -> None:
         raise ValueError(f"{output} exists: choose another name.")
     save_file(consolidate(folder), output)
     print(output)
+
+
+def _export(options: argparse.Namespace) -> None:
+    import json
+
+    from zsnr.checkpoints.export import export_diffusers, read_exportable
+    from zsnr.files import check_new
+
+    output = Path(options.output).expanduser()
+    check_new(output)
+    file = output.suffix == ".safetensors"
+    kind = options.format or ("single-file" if file else "diffusers")
+    if kind == "diffusers" and file:
+        raise ValueError(f"{output}: a folder of diffusers is no file. Use --format single-file.")
+    if kind == "single-file" and not file:
+        raise ValueError(f"{output}: wanted a name that ends in .safetensors for a single file.")
+    model, facts = read_exportable(
+        options.checkpoint, ema=not options.raw, single_file=kind == "single-file"
+    )
+    print(f"writing {output}", file=sys.stderr)
+    if kind == "single-file":
+        from zsnr.checkpoints.single_file import write_single_file
+
+        write_single_file(model, output, dtype=options.dtype, metadata={})
+    else:
+        export_diffusers(model, output, dtype=options.dtype, facts=facts)
+    written = {
+        **facts,
+        "output": str(output),
+        "format": kind,
+        "dtype": options.dtype,
+        "schedule": model.schedule.settings(),
+        "prediction_type": model.prediction_type,
+        "image_size": model.image_size,
+        "terminal_snr": float(model.schedule.snr[-1]),
+    }
+    print(json.dumps(written) if options.json else output)
 
 
 def _report(options: argparse.Namespace) -> None:
