@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from zsnr.checkpoints.diffusers_folder import schedule_from_diffusers
+from zsnr.checkpoints.declared import schedule_from_diffusers
 from zsnr.prediction import PredictionType, check_prediction_type, to_x0
 from zsnr.samplers import Sampler, get_sampler
 from zsnr.samplers.registry import sampler_name
