@@ -220,6 +220,29 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="print it as JSON, sizes in bytes")
     plan.set_defaults(run=_plan)
 
+    schedule = commands.add_parser(
+        "schedule",
+        help="print and plot a schedule and its timesteps",
+        description="Print a schedule as it was published and rescaled to zero terminal SNR, and "
+        "the timesteps of each spacing (Table 2); --plot draws log SNR and sqrt(abar) (Figure 2).",
+    )
+    schedule.add_argument(
+        "target",
+        nargs="?",
+        default="scaled_linear",
+        help="scaled_linear (Stable Diffusion's), linear, cosine, or what `zsnr doctor` reads: a "
+        "folder, scheduler_config.json, .safetensors, checkpoint or YAML (default scaled_linear)",
+    )
+    schedule.add_argument(
+        "--num-steps", type=int, default=10, metavar="S", help="of the timesteps (default 10)"
+    )
+    schedule.add_argument(
+        "--spacing", action="append", metavar="NAME", help="only this one; may be repeated"
+    )
+    schedule.add_argument("--plot", metavar="FILE", help="write a PNG; must not exist")
+    schedule.add_argument("--json", action="store_true", help="print all timesteps' values as JSON")
+    schedule.set_defaults(run=_schedule)
+
     configs = commands.add_parser("configs", help="list, show and copy the shipped YAML")
     actions = configs.add_subparsers(required=True, metavar="COMMAND")
     actions.add_parser("list", help="list the names").set_defaults(run=_configs_list)
@@ -452,6 +475,28 @@ def _plan(options: argparse.Namespace) -> int:
     text, fits = run_plan(options, options.settings)
     print(text)
     return 0 if fits else 1
+
+
+def _schedule(options: argparse.Namespace) -> None:
+    from zsnr.files import check_new
+    from zsnr.reports.schedule import (
+        find_schedule,
+        plot_schedule,
+        schedule_facts,
+        schedule_text,
+        to_json,
+    )
+
+    path = None if options.plot is None else Path(options.plot).expanduser()
+    if path is not None:
+        if path.suffix != ".png":
+            raise ValueError(f"--plot {path}: wanted a name that ends in .png.")
+        check_new(path)
+    schedule = find_schedule(options.target)
+    facts = schedule_facts(schedule, options.num_steps, options.spacing)
+    if path is not None:
+        plot_schedule(facts, path)
+    print(to_json(facts) if options.json else schedule_text(schedule, facts, options.target))
 
 
 def _doctor(options: argparse.Namespace) -> int:
