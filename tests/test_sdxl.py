@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import shutil
+from types import SimpleNamespace
 
 import cells
 import numpy as np
@@ -296,6 +297,16 @@ def test_a_cache_knows_its_random_crops(made, tmp_path):
         lefts.append(round(level / 4))
         assert item["sizes"].tolist() == [16, (36, 42, 48)[i], 0, lefts[-1], 16, 16]
     assert len({*lefts}) > 1
+    whole = DataModule(
+        val=f"{tmp_path}/cache", image_size=16, pixels=Pixels(crop="random"), num_workers=0
+    )
+    whole.trainer = SimpleNamespace(
+        global_rank=0, world_size=1, state=SimpleNamespace(fn="validate")
+    )
+    whole.prepare_data()
+    whole.setup("validate")
+    [batch] = whole.val_dataloader()
+    assert batch["sizes"][1:, 3].tolist() == lefts
 
 
 def test_training_tells_the_unet_prompt_and_sizes(made):

@@ -67,4 +67,4 @@ def read_diffusers_folder(source: str, schedule: NoiseSchedule | None = None) ->
 def _has(index: Mapping[str, Any], part: str) -> bool:
     """Whether a model_index.json names a part; [null, null] = it is left out."""
     named = index.get(part)
-    return isinstance(named, list | tuple) and named[0] is not None
+    return isinstance(named, list | tuple) and len(named) > 0 and named[0] is not None
