@@ -370,12 +370,15 @@ def test_empty_prompts_are_zeros_among_others(made):
 
 def test_the_folder_says_whether_null_is_zeros(tmp_path):
     tiny.sdxl_folder(tmp_path, force_zeros=False)
-    assert SDXLConditioner(str(tmp_path)).null().pooled.abs().max() > 0
+    encoded = SDXLConditioner(str(tmp_path))
+    assert encoded.null().pooled.abs().max() > 0
     assert SDXLConditioner(str(tmp_path), zero_null=True).null().pooled.abs().max() == 0
     (tmp_path / "model_index.json").unlink()
     assert SDXLConditioner(str(tmp_path), zero_null=True).null().pooled.abs().max() == 0
     with pytest.raises(ValueError, match=r"holds no model_index\.json"):
         SDXLConditioner(str(tmp_path))
+    again = build(describe(encoded), Conditioner)  # knows what the folder said
+    assert torch.equal(again.null().pooled, encoded.null().pooled)
 
 
 def test_it_is_released_described_and_remembered(made, tmp_path):

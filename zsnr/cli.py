@@ -22,7 +22,7 @@ TRAINING = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code: 0 for success, 1 for a plan that does not fit, 2 for
-    wrong input.
+    wrong input; the doctor's is its verdict.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -246,6 +246,78 @@ def _parser() -> argparse.ArgumentParser:
     )
     consolidate.set_defaults(run=_checkpoint_consolidate)
 
+    export = commands.add_parser(
+        "export",
+        help="write a model for diffusers, ComfyUI and A1111",
+        description="Write a model so that others sample it right: a folder of diffusers with a "
+        "scheduler config that says schedule, prediction type and spacing, and a model card; or a "
+        "single file in the layout that ComfyUI and A1111 read. Averaged weights are taken, unless "
+        "--raw is given.",
+    )
+    export.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="a checkpoint of zsnr (file or shards), a folder of diffusers, or a single file",
+    )
+    export.add_argument(
+        "--output", required=True, metavar="PATH", help="where to write; must not exist"
+    )
+    export.add_argument(
+        "--format",
+        choices=("diffusers", "single-file"),
+        help="what to write (default: single-file where PATH ends in .safetensors, else diffusers)",
+    )
+    export.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        default="float32",
+        help="of the weights (default float32)",
+    )
+    export.add_argument(
+        "--raw", action="store_true", help="take the raw weights in the place of the averaged ones"
+    )
+    export.add_argument("--json", action="store_true", help="print what was written as JSON")
+    export.set_defaults(run=_export)
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="say what a model is, and whether it is flawed",
+        description="Say what a model declares, without loading it or running anything in it, and "
+        "judge it. fixed (exit code 0): the schedule ends at SNR 0, with v or sample prediction, "
+        "and sampling starts there. flawed (1): the schedule keeps signal at the last timestep. "
+        "inconsistent (2): zero SNR with epsilon prediction, a spacing that misses the last "
+        "timestep, or a scheduler class that drops the rescale. unreadable (3): it cannot be told, "
+        "or --fix cannot fix it.",
+    )
+    doctor.add_argument(
+        "target",
+        help="a folder of diffusers, a scheduler_config.json, a .safetensors file, a checkpoint or "
+        "folder of checkpoints of zsnr, or a YAML of `zsnr fit`",
+    )
+    doctor.add_argument(
+        "--num-steps",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="S",
+        help="step counts to look at besides 10, 20, 25, 30 and 50",
+    )
+    doctor.add_argument("--json", action="store_true", help="print it as JSON")
+    doctor.add_argument(
+        "--open",
+        action="store_true",
+        help="open a .ckpt that has no run.json beside it; tensors and plain values only",
+    )
+    doctor.add_argument(
+        "--fix",
+        action="store_true",
+        help="write a corrected scheduler_config.fixed.json beside the scheduler's config",
+    )
+    doctor.add_argument(
+        "--in-place", action="store_true", help="with --fix: replace the config instead"
+    )
+    doctor.set_defaults(run=_doctor)
+
     report = commands.add_parser(
         "report",
         help="write report.md of a run: pictures, loss, brightness",
@@ -331,6 +403,43 @@ def _checkpoint_consolidate(options: argparse.Namespace) -> None:
     print(output)
 
 
+def _export(options: argparse.Namespace) -> None:
+    import json
+
+    from zsnr.checkpoints.export import export_diffusers, read_exportable
+    from zsnr.files import check_new
+
+    output = Path(options.output).expanduser()
+    check_new(output)
+    file = output.suffix == ".safetensors"
+    kind = options.format or ("single-file" if file else "diffusers")
+    if kind == "diffusers" and file:
+        raise ValueError(f"{output}: a folder of diffusers is no file. Use --format single-file.")
+    if kind == "single-file" and not file:
+        raise ValueError(f"{output}: wanted a name that ends in .safetensors for a single file.")
+    model, facts = read_exportable(
+        options.checkpoint, ema=not options.raw, single_file=kind == "single-file"
+    )
+    print(f"writing {output}", file=sys.stderr)
+    if kind == "single-file":
+        from zsnr.checkpoints.single_file import write_single_file
+
+        write_single_file(model, output, dtype=options.dtype, metadata={})
+    else:
+        export_diffusers(model, output, dtype=options.dtype, facts=facts)
+    written = {
+        **facts,
+        "output": str(output),
+        "format": kind,
+        "dtype": options.dtype,
+        "schedule": model.schedule.settings(),
+        "prediction_type": model.prediction_type,
+        "image_size": model.image_size,
+        "terminal_snr": float(model.schedule.snr[-1]),
+    }
+    print(json.dumps(written) if options.json else output)
+
+
 def _report(options: argparse.Namespace) -> None:
     from zsnr.reports.run import write_report
 
@@ -343,6 +452,24 @@ def _plan(options: argparse.Namespace) -> int:
     text, fits = run_plan(options, options.settings)
     print(text)
     return 0 if fits else 1
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from zsnr.checkpoints.doctor import examine, fix
+
+    found = examine(options.target, num_steps=options.num_steps, open_pickle=options.open)
+    print(found.to_json() if options.json else found.to_text())
+    if options.in_place and not options.fix:
+        print("zsnr: error: --in-place belongs to --fix.", file=sys.stderr)
+        return 3
+    if options.fix:
+        try:
+            done = fix(options.target, in_place=options.in_place)
+        except (ValueError, OSError) as error:
+            print(f"zsnr: error: {error}", file=sys.stderr)
+            return 3
+        print(*done, sep="\n", file=sys.stderr)
+    return found.exit_code
 
 
 def _configs_folder() -> Path:

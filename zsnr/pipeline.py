@@ -50,6 +50,19 @@ class Sampling:
     guidance: Guidance = field(default_factory=Guidance)
 
 
+def describe_sampling(sampling: Sampling) -> dict[str, Any]:
+    """Return how images are sampled, as plain values."""
+    sampler: Any = sampling.sampler
+    return {
+        "sampler": sampler_name(sampler),
+        "sampler_options": asdict(sampler) if is_dataclass(type(sampler)) else {},
+        "num_steps": sampling.num_steps,
+        "spacing": sampling.spacing,
+        "guidance_scale": sampling.guidance.scale,
+        "guidance_rescale": sampling.guidance.rescale,
+    }
+
+
 class TextToImage:
     """A latent diffusion model as a function from prompts to images.
 
@@ -209,15 +222,9 @@ class TextToImage:
         """Return all that makes an image beside prompt, seed and size, as plain values."""
         from zsnr import __version__
 
-        sampler: Any = sampling.sampler
         return {
             "model": self.name,
-            "sampler": sampler_name(sampler),
-            "sampler_options": asdict(sampler) if is_dataclass(type(sampler)) else {},
-            "num_steps": sampling.num_steps,
-            "spacing": sampling.spacing,
-            "guidance_scale": sampling.guidance.scale,
-            "guidance_rescale": sampling.guidance.rescale,
+            **describe_sampling(sampling),
             "prediction_type": self.model.prediction_type,
             "schedule": self.model.schedule.settings(),
             "zsnr_version": __version__,

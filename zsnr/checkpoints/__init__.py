@@ -1,11 +1,14 @@
-"""Reading models: diffusers folders, single files and this package's own checkpoints."""
+"""Models in and out: diffusers folders, single files, this package's own checkpoints."""
 
-from zsnr.checkpoints.diffusers_folder import read_diffusers_folder, schedule_from_diffusers
+from zsnr.checkpoints.adapter import DiffusersScheduler
+from zsnr.checkpoints.declared import schedule_from_diffusers
+from zsnr.checkpoints.diffusers_folder import read_diffusers_folder
 from zsnr.checkpoints.model import Model
 from zsnr.checkpoints.own import read_checkpoint
 from zsnr.checkpoints.single_file import read_single_file, write_single_file
 
 __all__ = [
+    "DiffusersScheduler",
     "Model",
     "read_checkpoint",
     "read_diffusers_folder",

@@ -114,6 +114,15 @@ class TransformersConditioner(Conditioner):
                     context = norm(context)
         return Conditioning(context, mask if self._use_mask else None)
 
+    @property
+    def max_length(self) -> int:
+        """L, tokens a prompt."""
+        return self._max_length
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Return token ids (B, L) and a mask (B, L), True up to the end token."""
+        return self._tokenize(prompts)
+
     def settings(self) -> dict[str, Any]:
         return dict(self._settings)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,7 +21,14 @@ Coefficients = tuple[float, float, float]
 
 
 class Sampler(ABC):
-    """A rule from noise to data. A sampler is a frozen value: all that changes is an argument."""
+    """A rule from noise to data. A sampler is a frozen value: all that changes is an argument.
+
+    Attributes:
+        keeps_history: Whether a step depends on more than x_t and x_0 of its own timestep, or
+            calls the denoiser more than once. Who drives a sampler step by step asks.
+    """
+
+    keeps_history: ClassVar[bool] = True
 
     @abstractmethod
     def sample(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ class DDIM(Sampler):
     Args:
         eta: Share of ancestral noise, in [0, 1]. 0 = deterministic, 1 = DDPM.
     """
+
+    keeps_history: ClassVar[bool] = False
 
     eta: float = 0.0
 

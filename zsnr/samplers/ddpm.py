@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ from zsnr.schedule import NoiseSchedule
 @dataclass(frozen=True)
 class DDPM(Sampler):
     """Ancestral sampling with the posterior variance (equations 20 and 9)."""
+
+    keeps_history: ClassVar[bool] = False
 
     def sample(
         self,

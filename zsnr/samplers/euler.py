@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ class Euler(Sampler):
     A step is y_s = x_0 + (k_s / k_t) (y_t - x_0). Times alpha_s that is the shared transition with
     eta = 0, which has a value at alpha_t = 0, where y and k have none.
     """
+
+    keeps_history: ClassVar[bool] = False
 
     def sample(
         self,
@@ -52,6 +55,8 @@ class EulerAncestral(Sampler):
     Args:
         eta: Share of ancestral noise, in [0, 1]. 1 = DDPM, 0 = Euler.
     """
+
+    keeps_history: ClassVar[bool] = False
 
     eta: float = 1.0
 

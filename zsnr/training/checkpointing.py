@@ -16,6 +16,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from zsnr.checkpoints import sharded
 from zsnr.checkpoints.own import open_checkpoint
+from zsnr.checkpoints.run_facts import write_run_facts
+from zsnr.training.facts import run_facts
 
 
 class Checkpoints(Checkpoint):
@@ -131,6 +133,7 @@ class Checkpoints(Checkpoint):
         self._saved, self._since = step, time.monotonic()
         if trainer.is_global_zero:
             try:
+                write_run_facts(folder, run_facts(trainer, trainer.lightning_module))
                 _link(folder / "last.ckpt", f"step-{step:08d}.ckpt")
                 for old in steps(folder)[: -self.keep]:
                     if self.keep_every_n_steps is None or _step(old) % self.keep_every_n_steps:

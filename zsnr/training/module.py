@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,9 +15,10 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import AdamW
+from tqdm import tqdm
 
 from zsnr.checkpoints import Model
 from zsnr.checkpoints.own import KEY, describe_model
@@ -26,15 +27,19 @@ from zsnr.conditioning import Conditioner, Remembered
 from zsnr.data.cache import Cache, check_cache
 from zsnr.data.prompts import PromptRequest
 from zsnr.denoiser import Conditioning
+from zsnr.lora import AdaptedUNet, LoRA, require_peft
 from zsnr.loss import LossWeighting, diffusion_loss
 from zsnr.networks import UNet, UNetConfig
 from zsnr.noise import offset_noise
-from zsnr.pipeline import Sampling, TextToImage
+from zsnr.pipeline import Sampling, TextToImage, describe_sampling
 from zsnr.prediction import PredictionType, check_prediction_type, prediction_target
+from zsnr.pretrained import is_weightless
 from zsnr.schedule import NoiseSchedule
 from zsnr.timesteps import get_timesteps, trailing
+from zsnr.training.adaptation import Start, read_start
 from zsnr.training.draws import Draws, training_draws, validation_draws
 from zsnr.training.ema import EMAConfig, averaged_copy, update_average
+from zsnr.training.facts import run_facts
 from zsnr.training.global_batch import GlobalBatch
 from zsnr.training.progress import NonFiniteError, Progress
 from zsnr.training.strategy import FullyShardedStrategy, reshard, squared_norm
@@ -87,6 +92,7 @@ class LatentDiffusion(L.LightningModule):
             of them in a row than this stop the run.
         image_size: Height and width, in pixels. Set by data.image_size.
         seed: Of every random number in training. Set by data.seed.
+        lora: Train adapters on a frozen, pretrained `unet`. None = train all of it.
 
     Raises:
         ValueError: Parts that do not fit each other.
@@ -111,6 +117,7 @@ class LatentDiffusion(L.LightningModule):
         max_skipped_steps: int = 10,
         image_size: int = 512,
         seed: int = 0,
+        lora: LoRA | None = None,
     ) -> None:
         super().__init__()
         if max_skipped_steps < 0:
@@ -123,7 +130,9 @@ class LatentDiffusion(L.LightningModule):
                 "The text encoder has random weights and is frozen: set trainable: true, or give "
                 "it pretrained weights."
             )
-        self.schedule, self.prediction_type = schedule, prediction_type
+        if lora is not None:
+            check_lora(unet, conditioner.trainable)
+        self.schedule, self.prediction_type, self.loss = schedule, prediction_type, loss
         self.caption_dropout, self.offset_strength = caption_dropout, offset_noise
         self.make_optimizer, self.learning_rate = optimizer, learning_rate
         self.sampling, self.image_size, self.seed = sampling, image_size, seed
@@ -131,7 +140,7 @@ class LatentDiffusion(L.LightningModule):
         self.register_buffer(
             "lambda_table", loss.table(schedule, prediction_type).float(), persistent=False
         )
-        self.trained = nn.ModuleDict({"unet": _new_unet(unet, codec, conditioner)})
+        self.trained = nn.ModuleDict({"unet": _new_unet(unet, codec, conditioner, lora)})
         # Frozen parts stay out of state dict, optimizer, EMA and any sharding: a plain container.
         self._frozen: dict[str, Any] = {"codec": codec}
         if conditioner.trainable:
@@ -145,6 +154,7 @@ class LatentDiffusion(L.LightningModule):
         if compile is not None and compile not in torch._dynamo.list_backends(None):
             known = ", ".join(torch._dynamo.list_backends(None))
             raise ValueError(f"model.compile={compile!r}: no such backend. Known: {known}.")
+        self.lora = lora
         self.compile_backend, self.max_skipped_steps = compile, max_skipped_steps
         self._ready = False  # compiled, and sharded if the strategy does
         self.stop_requested, self.requeue_requested = False, False  # of this process
@@ -153,6 +163,8 @@ class LatentDiffusion(L.LightningModule):
         self._progress = Progress(schedule.num_timesteps)
         self._skipped_in_a_row, self._skip = 0, False
         self._val_strata = trailing(min(10, schedule.num_timesteps), schedule.num_timesteps)
+        self.start = read_start(unet) if isinstance(unet, str) and not is_weightless() else None
+        self._start_losses: list[float] = []  # of the start, converted, by stratum
 
     # Parts
 
@@ -190,6 +202,21 @@ class LatentDiffusion(L.LightningModule):
                 part.train(mode)
             reshard(model.unet)
 
+    def facts(self) -> dict[str, Any]:
+        """Return the settings that decide what the model is, as plain values."""
+        return {
+            "schedule": self.schedule.settings(),
+            "prediction_type": self.prediction_type,
+            "loss": asdict(self.loss),
+            "sampling": describe_sampling(self.sampling),
+            "image_size": self.image_size,
+            "offset_noise": self.offset_strength,
+            "caption_dropout": self.caption_dropout,
+            "ema": None if self.ema_config is None else asdict(self.ema_config),
+            "start": None if self.start is None else self.start.facts(),
+            "lora": None if self.lora is None else asdict(self.lora),
+        }
+
     # Lightning's hooks
 
     def configure_callbacks(self) -> list[L.Callback]:
@@ -217,6 +244,8 @@ class LatentDiffusion(L.LightningModule):
         return unet
 
     def setup(self, stage: str) -> None:
+        if stage == "fit" and isinstance(self.trainer.strategy, FullyShardedStrategy):
+            check_unsharded(isinstance(self.trained["unet"], AdaptedUNet))
         precision = str(self.trainer.precision)
         if self.ema is not None and precision in ("bf16-true", "16-true"):
             raise ValueError(
@@ -390,15 +419,48 @@ class LatentDiffusion(L.LightningModule):
                 f"The run goes on with its checkpoint's learning rate, {own:g}; the config's, "
                 f"{asked:g}, is not used."
             )
+        if self.trainer.global_step == 0:
+            self._measure_start()
+
+    def _measure_start(self) -> None:
+        """Measure the validation losses of what the run starts from, converted."""
+        start, data = self.start, getattr(self.trainer, "datamodule", None)
+        own = (self.schedule, self.prediction_type)
+        if start is None or (start.schedule, start.prediction_type) == own or data is None:
+            return
+        batches = data.val_dataloader()
+        if not batches:
+            return
+        rank_zero_info(
+            f"{start.source} predicts {start.prediction_type} on a schedule that ends at SNR "
+            f"{start.schedule.snr[-1]:.2g}. It is measured now: adaptation/t* is the validation "
+            "loss over that of the start, converted. 1 = as good as the start was."
+        )
+        bar = self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None
+        self.on_validation_epoch_start()
+        modes = [(part, part.training) for part in self.modules()]
+        self.eval()
+        with torch.no_grad(), self.trainer.precision_plugin.val_step_context():
+            for batch in tqdm(batches, "measuring the start", disable=not bar):
+                batch = self._on_before_batch_transfer(batch)
+                self._add_validation(self.trainer.strategy.batch_to_device(batch), start)
+        for part, mode in modes:
+            part.training = mode
+        reshard(self)
+        sums, counts = self.trainer.strategy.reduce(self._val_sums, reduce_op="sum")
+        self._start_losses = (sums / counts).tolist()
 
     def on_validation_epoch_start(self) -> None:
         self._val_sums = torch.zeros(2, len(self._val_strata), device=self.device)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self._add_validation(batch)
+
+    def _add_validation(self, batch: dict[str, Any], start: Start | None = None) -> None:
         draws = validation_draws(
             self.seed, batch["position"].tolist(), self._val_strata, self._latent_shape(batch)
         )
-        losses = self._losses(batch, draws, ema=True)
+        losses = self._losses(batch, draws, ema=start is None, start=start)
         counts = (batch["position"] >= 0).to(losses)  # others only keep the ranks in step
         stratum = batch["position"] % len(self._val_strata)
         self._val_sums[0].index_add_(0, stratum, losses * counts)
@@ -412,6 +474,11 @@ class LatentDiffusion(L.LightningModule):
         for t, total, count in zip(self._val_strata.tolist(), sums, counts, strict=True):
             if count > 0:
                 self.log(f"val_by_timestep/t{t:04d}", total / count, rank_zero_only=True)
+        if self.trainer.state.fn == "fit":
+            ratios = sums / counts / torch.tensor(self._start_losses or math.nan).to(sums)
+            for t, ratio in zip(self._val_strata.tolist(), ratios.tolist(), strict=True):
+                if ratio > 0:  # it is not where epsilon says nothing of v, at zero SNR
+                    self.log(f"adaptation/t{t:04d}", ratio, rank_zero_only=True)
 
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step
@@ -438,9 +505,12 @@ class LatentDiffusion(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[KEY] = describe_model(self.model())
         checkpoint["progress"] = self._progress.state()
+        checkpoint["start_losses"] = self._start_losses
+        checkpoint["run"] = run_facts(self.trainer, self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._progress = Progress(self.schedule.num_timesteps, **checkpoint.get("progress", {}))
+        self._start_losses = checkpoint.get("start_losses", [])
         own = describe_model(self.model())
         check_resumed(
             checkpoint[KEY], {name: own[name] for name in ("schedule", "prediction_type", "unet")}
@@ -454,8 +524,17 @@ class LatentDiffusion(L.LightningModule):
 
     # The loss
 
-    def _losses(self, batch: dict[str, Any], draws: Draws, *, ema: bool) -> Tensor:
-        """Compute lambda_t ||v - v~||^2 for each sample, (B,)."""
+    def _losses(
+        self, batch: dict[str, Any], draws: Draws, *, ema: bool, start: Start | None = None
+    ) -> Tensor:
+        """Compute lambda_t ||v - v~||^2 for each sample, (B,).
+
+        Args:
+            batch: Pictures or moments, captions or embeddings.
+            draws: Its random numbers.
+            ema: Whose weights.
+            start: Take the network for what it was before this run, and convert.
+        """
         model, device = self.model(ema=ema), self.device
         t, z, eps = (part.to(device) for part in (draws.t, draws.z, draws.eps))
         if self.offset_strength:
@@ -470,7 +549,11 @@ class LatentDiffusion(L.LightningModule):
         cond = _conditioning(model.conditioner, batch, draws.keep).to(device, dtype)
         if model.unet.takes_sizes:
             cond = replace(cond, sizes=batch.get("sizes"))
-        output = model.unet(x_t, t, cond)
+        if start is None:
+            output = model.unet(x_t, t, cond)
+        else:
+            own = (self.schedule, self.prediction_type)
+            output = start.output(model.unet, x_t, t, cond, *own)
         weights = self.lambda_table
         assert isinstance(weights, Tensor)
         return diffusion_loss(output, target, weights[t], reduction="none")
@@ -500,6 +583,37 @@ def check_settings(
     get_timesteps(spacing, num_steps, schedule.num_timesteps, schedule=schedule)
 
 
+def check_lora(unet: Any, trains_text: bool) -> None:
+    """Refuse adapters that have nothing to adapt, or more beside them; loads nothing.
+
+    Raises:
+        ValueError: So it is, or peft is not installed.
+    """
+    if not isinstance(unet, str):
+        raise ValueError(
+            "model.lora adapts a pretrained UNet, but model.unet is the size of a new one: give "
+            "the folder or hub id of a model, or train without model.lora."
+        )
+    if trains_text:
+        raise ValueError(
+            "model.lora trains adapters of the UNet alone: set the conditioner's trainable: false."
+        )
+    require_peft()
+
+
+def check_unsharded(adapters: bool) -> None:
+    """Refuse to shard adapters.
+
+    Raises:
+        ValueError: There are some.
+    """
+    if adapters:
+        raise ValueError(
+            "model.lora does not train with FullyShardedStrategy: adapters and their optimizer "
+            "state fit on each device. Use trainer.strategy auto or ddp."
+        )
+
+
 def check_resumed(theirs: dict[str, Any], own: dict[str, Any]) -> None:
     """Refuse a checkpoint that was made with other settings than these.
 
@@ -511,7 +625,20 @@ def check_resumed(theirs: dict[str, Any], own: dict[str, Any]) -> None:
             continue
         was, now = theirs[name], value
         if name == "unet":
-            was, now = was["init_args"]["config"], now["init_args"]["config"]
+            was, now = _decisive(was), _decisive(now)
+            if ("lora" in was) != ("lora" in now):
+                holds, do = ("adapters", "set") if "lora" in was else ("a whole UNet", "unset")
+                raise ValueError(
+                    f"The checkpoint holds {holds}: {do} model.lora, as the run that wrote it did."
+                )
+            if was.get("weights") != now.get("weights"):
+                raise ValueError(
+                    f"The checkpoint's adapters were trained on a UNet with other weights (digest "
+                    f"{was['weights']}) than model.unet has (digest {now['weights']}): give them "
+                    "the same base."
+                )
+            if was == now:  # a moved folder is another name of the same weights
+                continue
         if isinstance(was, dict):
             keys = [key for key in now if was.get(key) != now[key]]
             was, now = {k: was.get(k) for k in keys}, {k: now[k] for k in keys}
@@ -534,12 +661,26 @@ def _conditioning(conditioner: Conditioner, batch: dict[str, Any], keep: Tensor)
     return encoded
 
 
-def _new_unet(unet: UNetConfig | str, codec: LatentCodec, conditioner: Conditioner) -> UNet:
+def _decisive(unet: dict[str, Any]) -> dict[str, Any]:
+    """Take from a UNet's description what a resumed run must share."""
+    settings = dict(unet["init_args"])
+    if "lora" in settings:
+        return {name: settings[name] for name in ("weights", "lora")}
+    config: dict[str, Any] = settings["config"]
+    return config
+
+
+def _new_unet(
+    unet: UNetConfig | str, codec: LatentCodec, conditioner: Conditioner, lora: LoRA | None
+) -> UNet:
     wanted: dict[str, Any] = {
         "channels": codec.channels,
         "context_dim": conditioner.context_dim,
         "pooled_dim": conditioner.pooled_dim,
     }
+    if lora is not None:
+        assert isinstance(unet, str)
+        return AdaptedUNet(unet, lora, **wanted)
     if isinstance(unet, str):
         return UNet(pretrained=unet, **wanted)
     return UNet(unet, **wanted)

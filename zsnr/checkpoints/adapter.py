@@ -1,0 +1,275 @@
+"""This package's samplers behind the scheduler interface of diffusers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from zsnr.checkpoints.declared import schedule_from_diffusers
+from zsnr.prediction import PredictionType, check_prediction_type, to_x0
+from zsnr.samplers import Sampler, get_sampler
+from zsnr.samplers.registry import sampler_name
+from zsnr.schedule import NoiseSchedule
+from zsnr.timesteps import check_timesteps, get_timesteps
+
+
+class _Config(dict[str, Any]):
+    """Settings by key and by attribute, as pipelines ask for them."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+class _UnansweredError(Exception):
+    """Ends a replay where the sampler asks for a prediction that is not there yet."""
+
+    def __init__(self, x_t: Tensor) -> None:
+        super().__init__()
+        self.x_t = x_t
+
+
+class DiffusersScheduler:
+    """Any sampler of this package as a scheduler of a pipeline of diffusers.
+
+    pipe.scheduler = DiffusersScheduler.from_config(pipe.scheduler.config)
+
+    keeps the schedule and prediction type that the pipeline declares, and samples from its last
+    timestep, on its own grid, without patching the schedule.
+
+    Args:
+        sampler: A sampler or the name of a registered one.
+        schedule: The schedule the network was trained on.
+        prediction_type: What the network predicts.
+        spacing: A registered timestep spacing.
+
+    Attributes:
+        timesteps: t of every network call, int64, (calls,), after `set_timesteps`.
+        order: Always 1: `timesteps` has every call.
+        init_noise_sigma: Always 1: x_T is noise of unit variance.
+
+    Raises:
+        ValueError: Unknown names, or epsilon at zero SNR.
+    """
+
+    order = 1
+    init_noise_sigma = 1.0
+
+    def __init__(
+        self,
+        sampler: Sampler | str = "ddim",
+        schedule: NoiseSchedule = NoiseSchedule(),
+        prediction_type: PredictionType = "v_prediction",
+        spacing: str = "trailing",
+    ) -> None:
+        check_prediction_type(prediction_type, schedule)
+        get_timesteps(spacing, 1, schedule.num_timesteps, schedule=schedule)
+        self.sampler = get_sampler(sampler) if isinstance(sampler, str) else sampler
+        self.schedule, self.prediction_type, self.spacing = schedule, prediction_type, spacing
+        self.config = _Config(
+            sampler=sampler_name(self.sampler),
+            num_train_timesteps=schedule.num_timesteps,
+            prediction_type=prediction_type,
+            timestep_spacing=spacing,
+            rescale_betas_zero_snr=schedule.zero_terminal_snr,
+            steps_offset=1,
+            clip_sample=False,
+        )
+        self.timesteps = torch.arange(schedule.num_timesteps - 1, -1, -1)
+        self.num_inference_steps: int | None = None
+        self._grid: list[int] = []
+        self._calls: list[int] = []
+        self._forget()
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Mapping[str, Any],
+        sampler: Sampler | str = "ddim",
+        *,
+        spacing: str = "trailing",
+        zero_terminal_snr: bool | None = None,
+    ) -> DiffusersScheduler:
+        """Take schedule and prediction type from the config of a scheduler of diffusers.
+
+        Args:
+            config: Such as pipe.scheduler.config.
+            sampler: See the class.
+            spacing: Likewise; what the config says of it is not used.
+            zero_terminal_snr: Whether the network was trained on the rescaled schedule. None = as
+                the config says; pass True where a class that has no such flag lost it.
+        """
+        schedule = schedule_from_diffusers(config)
+        if zero_terminal_snr is not None:
+            settings = {**schedule.settings(), "zero_terminal_snr": zero_terminal_snr}
+            schedule = NoiseSchedule(**settings)
+        declared = cast(PredictionType, config.get("prediction_type", "epsilon"))
+        return cls(sampler, schedule, declared, spacing)
+
+    def __len__(self) -> int:
+        return self.schedule.num_timesteps
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: torch.device | str | None = None,
+        timesteps: Sequence[int] | None = None,
+    ) -> None:
+        """Choose the grid.
+
+        Args:
+            num_inference_steps: S, 1 to T.
+            device: Of `timesteps`.
+            timesteps: An own grid, descending, instead of the spacing's.
+
+        Raises:
+            ValueError: Neither or both are given, or they are out of range.
+        """
+        if (num_inference_steps is None) == (timesteps is None):
+            raise ValueError("Give either num_inference_steps or timesteps.")
+        T = self.schedule.num_timesteps
+        if timesteps is None:
+            assert num_inference_steps is not None
+            grid = get_timesteps(self.spacing, num_inference_steps, T, schedule=self.schedule)
+            self._grid = grid.tolist()
+        else:
+            self._grid = check_timesteps(timesteps, T)
+        self._calls = self._timesteps_of_calls()
+        self.num_inference_steps = len(self._grid)
+        self.timesteps = torch.tensor(self._calls, device=device)
+        self._forget()
+
+    def scale_model_input(self, sample: Tensor, timestep: Tensor | int | None = None) -> Tensor:
+        """Return the sample as it is: x_t has unit variance at every timestep."""
+        return sample
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Tensor | int,
+        sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """Go from one network call to the next.
+
+        The state may have been changed since the last step, as inpainting does: a sampler that
+        keeps a history then starts a new one.
+
+        Args:
+            model_output: What the network said at (sample, timestep), after guidance, (B, *).
+            timestep: One of `timesteps`.
+            sample: x_t, (B, *).
+            generator: Of the noise, where the sampler draws any.
+            return_dict: Give an object with prev_sample and pred_original_sample, else a tuple.
+
+        Returns:
+            x_t of the next call, or x_0 after the last, in the sample's dtype; and the predicted
+            x_0.
+
+        Raises:
+            ValueError: `set_timesteps` was not called, or the timestep is not of the grid.
+        """
+        index = self._index(int(timestep))
+        x_t = sample.to(torch.promote_types(sample.dtype, torch.float32))
+        alpha_t, sigma_t = self.schedule(self._calls[index])
+        x_0 = to_x0(model_output, x_t, alpha_t, sigma_t, self.prediction_type)
+        follows = self.sampler.keeps_history and self._follows(index, sample)
+        if not follows:
+            if self._calls[index] not in self._grid:
+                raise ValueError(
+                    f"timestep={self._calls[index]} lies inside a step of this sampler, and the "
+                    "sample is not what the call before it led to: begin at one of "
+                    f"{self._grid}."
+                )
+            self._forget()
+            self._first, self._x = index, x_t
+        self._answers.append(x_0)
+        x_s = self._replay(lambda like: _randn_like(like, generator))
+        self._next, self._returned = index + 1, x_s.to(sample.dtype)
+        if not return_dict:
+            return self._returned, x_0
+        from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+
+        return DDIMSchedulerOutput(prev_sample=self._returned, pred_original_sample=x_0)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Noise clean data (equation 4), in its dtype."""
+        t = timesteps.to(original_samples.device, torch.int64)
+        return self.schedule.add_noise(original_samples, noise, t).to(original_samples.dtype)
+
+    def _timesteps_of_calls(self) -> list[int]:
+        """Ask the sampler, on a single number, at which timesteps it calls the network."""
+        calls: list[int] = []
+
+        def listen(x_t: Tensor, t: Tensor) -> Tensor:
+            calls.append(int(t))
+            return torch.zeros_like(x_t)
+
+        self.sampler.sample(listen, self.schedule, torch.zeros(1, 1), self._grid)
+        return calls
+
+    def _index(self, t: int) -> int:
+        if not self._grid:
+            raise ValueError("step() came before set_timesteps(): choose the number of steps.")
+        if self._next < len(self._calls) and self._calls[self._next] == t:
+            return self._next
+        if t not in self._calls:
+            raise ValueError(f"timestep={t} is none of the grid: {self._calls}.")
+        return self._calls.index(t)
+
+    def _follows(self, index: int, sample: Tensor) -> bool:
+        """Whether a step goes on from where the last one ended."""
+        last = self._returned
+        return (
+            index == self._next
+            and last is not None
+            and (last is sample or (last.shape == sample.shape and bool(torch.equal(last, sample))))
+        )
+
+    def _forget(self) -> None:
+        self._first, self._next = 0, 0  # calls: of the history's begin, and the one to come
+        self._x: Tensor | None = None
+        self._answers: list[Tensor] = []  # x_0 of each call since then
+        self._noises: list[Tensor] = []
+        self._returned: Tensor | None = None
+
+    def _replay(self, randn_like: Any) -> Tensor:
+        """Run the sampler from the begin of its history to the first call without an answer."""
+        answers, noises = iter(self._answers), iter([*self._noises])
+        assert self._x is not None
+
+        def answer(x_t: Tensor, t: Tensor) -> Tensor:
+            known = next(answers, None)
+            if known is None:
+                raise _UnansweredError(x_t)
+            return known
+
+        def noise(like: Tensor) -> Tensor:
+            known = next(noises, None)
+            if known is None:
+                known = randn_like(like)
+                self._noises.append(known)
+            return known
+
+        grid = self._grid[self._grid.index(self._calls[self._first]) :]
+        if not self.sampler.keeps_history:
+            grid = grid[:2]
+        try:
+            return self.sampler.sample(answer, self.schedule, self._x, grid, randn_like=noise)
+        except _UnansweredError as reached:
+            return reached.x_t
+
+
+def _randn_like(like: Tensor, generator: Any) -> Tensor:
+    from diffusers.utils.torch_utils import randn_tensor
+
+    noise: Tensor = randn_tensor(
+        like.shape, generator=generator, device=like.device, dtype=like.dtype
+    )
+    return noise

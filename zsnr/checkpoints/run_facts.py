@@ -1,0 +1,45 @@
+"""run.json: what a run is, as plain values beside its checkpoints, for readers that open no pickle.
+
+{"format": 1, "zsnr_version", "versions", "global_step", "schedule", "prediction_type", "loss",
+"sampling", "image_size", "offset_noise", "caption_dropout", "ema", "batch_size", "learning_rate",
+"data", "start", "metrics"}; training/facts.py says what each holds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from zsnr.files import replacing
+
+NAME = "run.json"
+FORMAT = 1
+_MOST_BYTES = 16 * 2**20  # a table of its own has a number a timestep
+
+
+def write_run_facts(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Write run.json into a folder of checkpoints; a crash leaves the old one or the new one."""
+    with replacing(folder / NAME) as beside:
+        beside.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+def read_run_facts(folder: Path) -> dict[str, Any] | None:
+    """Read a folder's run.json; None if there is none.
+
+    Raises:
+        ValueError: It is no run.json of this package, or of a later format.
+    """
+    path = folder / NAME
+    if not path.is_file():
+        return None
+    if path.stat().st_size > _MOST_BYTES:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes: no run.json is that large.")
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not readable: {error}") from error
+    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+        raise ValueError(f"{path} is no run.json of format {FORMAT}, which this version reads.")
+    return facts
