@@ -18,6 +18,7 @@ FLOORS = (
     (
         "files",
         "assets",
+        "ldm_file",
         "pretrained",
         "described",
         "codecs",

@@ -71,7 +71,10 @@ def _open_file(path: Path) -> dict[str, Any]:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise ValueError(f"{path} is not a readable checkpoint: {reason}") from error
     if not isinstance(checkpoint, dict) or KEY not in checkpoint:
-        raise ValueError(f"{path} was not written by zsnr: it has no {KEY!r} entry.")
+        raise ValueError(
+            f"{path} was not written by zsnr: it has no {KEY!r} entry. If it is a Stable Diffusion "
+            "in one file, convert it to .safetensors."
+        )
     return checkpoint
 
 

@@ -294,7 +294,10 @@ def training_pass(
         with live:
             with kept_for_backward(known) as kept:
                 cond = _encoded(conditioner, micro_batch) if frozen is None else frozen
-                output = unet(x_t, t, cond.to(x_t.device, weights.dtype))
+                cond = cond.to(x_t.device, weights.dtype)
+                if unet.takes_sizes:
+                    cond = replace(cond, sizes=torch.ones(micro_batch, 6, dtype=torch.int64))
+                output = unet(x_t, t, cond)
                 loss = (output.float() - target).square().mean()
             loss.backward()
         return sum(kept.values()), max(live.peak, sum(kept.values()))

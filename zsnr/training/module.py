@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -535,7 +535,11 @@ class LatentDiffusion(L.LightningModule):
             x_0 = self.codec.latents(moments, z)
         x_t = self.schedule.add_noise(x_0, eps, t)
         target = prediction_target(x_0, eps, *self.schedule(t), self.prediction_type)
-        cond = _conditioning(model.conditioner, batch, draws.keep)
+        # Text encoders may be kept in half precision.
+        dtype = next(model.unet.parameters()).dtype
+        cond = _conditioning(model.conditioner, batch, draws.keep).to(device, dtype)
+        if model.unet.takes_sizes:
+            cond = replace(cond, sizes=batch.get("sizes"))
         if start is None:
             output = model.unet(x_t, t, cond)
         else:
@@ -605,7 +609,11 @@ def _conditioning(conditioner: Conditioner, batch: dict[str, Any], keep: Tensor)
 
 
 def _new_unet(unet: UNetConfig | str, codec: LatentCodec, conditioner: Conditioner) -> UNet:
-    wanted: dict[str, Any] = {"channels": codec.channels, "context_dim": conditioner.context_dim}
+    wanted: dict[str, Any] = {
+        "channels": codec.channels,
+        "context_dim": conditioner.context_dim,
+        "pooled_dim": conditioner.pooled_dim,
+    }
     if isinstance(unet, str):
         return UNet(pretrained=unet, **wanted)
     return UNet(unet, **wanted)

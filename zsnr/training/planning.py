@@ -228,7 +228,11 @@ def read_parts(config: Any, data: DataModule) -> Parts:
         codec: Any = build("codec", LatentCodec, model.codec)
         conditioner: Any = build("conditioner", Conditioner, model.conditioner)
         codec.latent_shape(data.image_size, data.image_size)
-        wanted = {"channels": codec.channels, "context_dim": conditioner.context_dim}
+        wanted = {
+            "channels": codec.channels,
+            "context_dim": conditioner.context_dim,
+            "pooled_dim": conditioner.pooled_dim,
+        }
         if isinstance(model.unet, str):
             unet = UNet(pretrained=model.unet, **wanted)
         else:
@@ -327,7 +331,8 @@ def _made_up_batch(
 ) -> dict[str, Any]:
     """Make a batch of noise, of what the training data would give."""
     size = data.image_size
-    batch: dict[str, Any] = {"caption": [""] * micro_batch}
+    sizes = torch.tensor([[size, size, 0, 0, size, size]] * micro_batch, device=device)
+    batch: dict[str, Any] = {"caption": [""] * micro_batch, "sizes": sizes}
     cache = None if data.train is None else find_cache(data.train)
     if cache is None:
         batch["image"] = torch.rand(micro_batch, 3, size, size, device=device)
