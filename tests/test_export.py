@@ -283,6 +283,32 @@ def test_open_clips_towers_are_converted(tmp_path, layer):
     assert_same(made, pipe, 5)
 
 
+@pytest.mark.peer
+@pytest.mark.parametrize("force_zeros", [True, False])
+def test_sdxl_round_trip(tmp_path, force_zeros):
+    from diffusers import StableDiffusionXLPipeline
+
+    tiny.sdxl_folder(tmp_path / "in", force_zeros=force_zeros)
+    made, facts = read_exportable(str(tmp_path / "in"))
+    with torch.no_grad():
+        for parameter in made.unet.parameters():
+            parameter.mul_(1.2)
+    export_diffusers(made, tmp_path / "out", facts=facts)
+    pipe = StableDiffusionXLPipeline.from_pretrained(tmp_path / "out", local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.config.force_zeros_for_empty_prompt == force_zeros
+    for num_steps in (1, 4, 10):
+        assert_same(made, pipe, num_steps, prompts=("a cat", "dog"))
+    assert "StableDiffusionXLPipeline.from_pretrained" in (tmp_path / "out/README.md").read_text()
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("make", ["sd", "sdxl"])
+def test_from_folder_to_single_file_and_back(tmp_path, make):
+    export_diffusers(model(), tmp_path / "sd")
+    tiny.sdxl_folder(tmp_path / "sdxl")
+
+
 def test_exporting_changes_nothing(exported):
     made, _ = exported
     again = model(pooled_context=True, scale_shift=True)
