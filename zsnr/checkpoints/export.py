@@ -26,7 +26,7 @@ from zsnr.conditioning import (
     SDXLConditioner,
     TransformersConditioner,
 )
-from zsnr.conditioning.tokenizers import BPE, Tokenizer
+from zsnr.conditioning.tokenizers import BPE, PADDING, Tokenizer
 from zsnr.files import check_new, new_folder
 from zsnr.ldm_file import is_single_file
 from zsnr.pretrained import read_config
@@ -35,10 +35,6 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DiffusionPipeline
 
 Dtype = Literal["float32", "float16", "bfloat16"]
-
-# CLIP's vocabulary has a token for each byte at a word's end. No text has the byte 0xFF in UTF-8,
-# so this one never comes out of a prompt, and no prompt has these characters by chance.
-_UNUSED_TOKEN = "ÿ</w>"
 
 
 def export_diffusers(
@@ -209,16 +205,16 @@ def _pipeline(model: Model, scheduler: Any, dtype: torch.dtype) -> DiffusionPipe
     conditioner.load()
     parts = {"vae": _vae(model.codec, dtype), "unet": _unet(model, dtype), "scheduler": scheduler}
     if isinstance(conditioner, SDXLConditioner):
-        for end, tokenize in zip(("", "_2"), conditioner.tokenizers, strict=True):
+        for end, tokenize in zip(("", "_2"), conditioner._tokenizers, strict=True):
             encoder, source = getattr(conditioner, f"encoder{end}"), conditioner.settings()
             tokenizer = _tokenizer(
-                source["pretrained"], f"tokenizer{end}", conditioner.max_length, tokenize
+                source["pretrained"], f"tokenizer{end}", conditioner._max_length, tokenize
             )
             config, state = _config(encoder), dict(encoder.state_dict())
             parts[f"text_encoder{end}"] = _encoder(type(encoder), config, state, tokenizer, dtype)
             parts[f"tokenizer{end}"] = tokenizer
         return StableDiffusionXLPipeline(
-            **parts, force_zeros_for_empty_prompt=conditioner.zero_null, add_watermarker=False
+            **parts, force_zeros_for_empty_prompt=conditioner._zero_null, add_watermarker=False
         )
     encoder, tokenizer = _text_encoder(conditioner, dtype)
     return StableDiffusionPipeline(
@@ -254,7 +250,7 @@ def _vae(codec: AutoencoderKLCodec, dtype: torch.dtype) -> AutoencoderKL:
     the decoder is linear in raw, so the shift is a change of that layer's bias.
     """
     whole = AutoencoderKLCodec(**{**codec.settings(), "dtype": "float32"}).load()
-    vae = whole.vae
+    vae = whole._vae
     config = {**vae.config, "scaling_factor": codec.scale, "shift_factor": None}
     state = vae.state_dict()
     if codec.shift:
@@ -297,7 +293,7 @@ def _encoder(
         copied: nn.Module = cls(config)
     if not any(name.startswith("text_model.") for name in copied.state_dict()):
         state = {name.removeprefix("text_model."): tensor for name, tensor in state.items()}
-    if tokenizer.pad_token == _UNUSED_TOKEN:
+    if tokenizer.pad_token == PADDING:
         [name] = [name for name in state if name.endswith("token_embedding.weight")]
         state[name] = state[name].clone()
         state[name][tokenizer.pad_token_id] = state[name][0]
@@ -384,11 +380,7 @@ def _tokenizer(source: str, subfolder: str | None, length: int, tokenize: Tokeni
 
 
 def _clip_tokenizer(kind: Literal["open_clip", "clip"], length: int) -> Any:
-    """Make CLIP's tokenizer of transformers from the vocabulary that open_clip ships.
-
-    "open_clip" pads with token 0, "!". transformers would then read every "!" of a prompt as
-    padding, so a token that no text gives stands for it, and has its embedding.
-    """
+    """Make CLIP's tokenizer of transformers from the vocabulary that open_clip ships."""
     import open_clip
     from transformers import CLIPTokenizer
 
@@ -397,7 +389,7 @@ def _clip_tokenizer(kind: Literal["open_clip", "clip"], length: int) -> Any:
     return CLIPTokenizer(
         vocab={names.get(i, token): i for token, i in bpe.encoder.items()},
         merges=list(bpe.bpe_ranks),
-        pad_token=_UNUSED_TOKEN if kind == "open_clip" else "<|endoftext|>",
+        pad_token=PADDING if kind == "open_clip" else "<|endoftext|>",
         model_max_length=length,
     )
 

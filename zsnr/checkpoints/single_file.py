@@ -335,7 +335,7 @@ def _both_text_parts(
     }
     tokenizers = {}
     for (part, wanted), tokenize in zip(
-        TOKENIZERS["xl"].items(), conditioner.tokenizers, strict=True
+        TOKENIZERS["xl"].items(), conditioner._tokenizers, strict=True
     ):
         found = _tokenizer(tokenize, conditioner._max_length)
         if found != wanted:
@@ -350,7 +350,7 @@ def _both_text_parts(
 def _null_facts(conditioner: Conditioner) -> dict[str, bool]:
     conditioner = getattr(conditioner, "described", conditioner)
     if isinstance(conditioner, SDXLConditioner):
-        return {ZEROS: conditioner.zero_null}
+        return {ZEROS: conditioner._zero_null}
     return {}
 
 

@@ -53,12 +53,12 @@ class SDXLConditioner(Conditioner):
         }
         if zero_null is None:
             zero_null = bool(load_index(pretrained).get("force_zeros_for_empty_prompt", True))
-        self.zero_null = zero_null
+        self._zero_null = zero_null
         one, two = (_clip_config(pretrained, folder) for folder in _ENCODERS)
         self.context_dim = int(one.hidden_size + two.hidden_size)
         self.pooled_dim = int(two.projection_dim)
         made = [transformers_tokenizer(pretrained, name, max_length) for name in _TOKENIZERS]
-        self.tokenizers = [tokenize for tokenize, _, _ in made]
+        self._tokenizers = [tokenize for tokenize, _, _ in made]
         lengths = [length for _, _, length in made]
         if lengths[0] != lengths[1]:
             raise ValueError(
@@ -71,19 +71,19 @@ class SDXLConditioner(Conditioner):
                 f"max_length={lengths[0]}: the text encoders of {pretrained} take 2 to {longest} "
                 "tokens."
             )
-        self.max_length = lengths[0]
+        self._max_length = lengths[0]
 
     @torch.no_grad()
     def forward(self, prompts: Sequence[str]) -> Conditioning:
         one, two = (
             encoder(self._ids(tokenize, prompts), output_hidden_states=True)
             for encoder, tokenize in zip(
-                (self.encoder, self.encoder_2), self.tokenizers, strict=True
+                (self.encoder, self.encoder_2), self._tokenizers, strict=True
             )
         )
         context = torch.cat([out.hidden_states[-2] for out in (one, two)], dim=-1)
         cond = Conditioning(context, pooled=two.text_embeds)
-        if not self.zero_null or all(prompts):
+        if not self._zero_null or all(prompts):
             return cond
         zeros = Conditioning(
             torch.zeros_like(context[:1]), pooled=torch.zeros_like(two.text_embeds[:1])
@@ -103,8 +103,8 @@ class SDXLConditioner(Conditioner):
         return {
             "configs": [read_config(source, folder) for folder in _ENCODERS],
             "tokenizers": [tokenizer_digest(source, folder) for folder in _TOKENIZERS],
-            "max_length": self.max_length,
-            "zero_null": self.zero_null,
+            "max_length": self._max_length,
+            "zero_null": self._zero_null,
             "weights": digest([*weights[0], *weights[1]]) if all(weights) else None,
         }
 
