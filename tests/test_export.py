@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -281,6 +282,49 @@ def test_open_clips_towers_are_converted(tmp_path, layer):
         pipe.encode_prompt(prompts, "cpu", 1, False)[0], wanted, rtol=0, atol=1e-5
     )
     assert_same(made, pipe, 5)
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("force_zeros", [True, False])
+def test_sdxl_round_trip(tmp_path, force_zeros):
+    from diffusers import StableDiffusionXLPipeline
+
+    tiny.sdxl_folder(tmp_path / "in", force_zeros=force_zeros)
+    made, facts = read_exportable(str(tmp_path / "in"))
+    with torch.no_grad():
+        for parameter in made.unet.parameters():
+            parameter.mul_(1.2)
+    export_diffusers(made, tmp_path / "out", facts=facts)
+    pipe = StableDiffusionXLPipeline.from_pretrained(tmp_path / "out", local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.config.force_zeros_for_empty_prompt == force_zeros
+    for num_steps in (1, 4, 10):
+        assert_same(made, pipe, num_steps, prompts=("a cat", "dog"))
+    assert "StableDiffusionXLPipeline.from_pretrained" in (tmp_path / "out/README.md").read_text()
+
+
+@pytest.mark.peer
+@pytest.mark.filterwarnings("ignore")  # of its odd size
+@pytest.mark.parametrize("tokenizer", ["open_clip", "clip"])
+def test_from_folder_to_single_file_and_back(tmp_path, tokenizer):
+    from diffusers import AutoencoderKL
+
+    settings = {
+        "block_out_channels": (8, 8),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "norm_num_groups": 4,
+    }
+    AutoencoderKL(latent_channels=4, **settings).save_pretrained(tmp_path / "vae")
+    made = model(
+        codec=AutoencoderKLCodec(str(tmp_path / "vae")),
+        conditioner=text_encoder(tokenizer=tokenizer, max_length=77),
+    )
+    export_diffusers(made, tmp_path / "first")
+    steps = ["first", "single.safetensors", "second"]
+    for source, target in pairwise(steps):
+        assert main(["export", str(tmp_path / source), "--output", str(tmp_path / target)]) == 0
+    assert_same(made, load(tmp_path / "second"), 5)
 
 
 def test_exporting_changes_nothing(exported):

@@ -1,4 +1,4 @@
-"""Models in and out: diffusers folders, single files, this package's own checkpoints."""
+"""Models in and out: diffusers folders and schedulers, single files, own checkpoints."""
 
 from zsnr.checkpoints.adapter import DiffusersScheduler
 from zsnr.checkpoints.declared import schedule_from_diffusers

@@ -18,19 +18,23 @@ from zsnr.checkpoints.own import KEY, describe_model, open_checkpoint, read_chec
 from zsnr.checkpoints.run_facts import read_run_facts
 from zsnr.checkpoints.scheduler_config import scheduler_config
 from zsnr.checkpoints.sharded import is_sharded
+from zsnr.checkpoints.single_file import read_single_file
 from zsnr.codecs import AutoencoderKLCodec
-from zsnr.conditioning import Conditioner, OpenClipConditioner, TransformersConditioner
+from zsnr.conditioning import (
+    Conditioner,
+    OpenClipConditioner,
+    SDXLConditioner,
+    TransformersConditioner,
+)
+from zsnr.conditioning.tokenizers import BPE, PADDING, Tokenizer
 from zsnr.files import check_new, new_folder
+from zsnr.ldm_file import is_single_file
 from zsnr.pretrained import read_config
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DiffusionPipeline
 
 Dtype = Literal["float32", "float16", "bfloat16"]
-
-# CLIP's vocabulary has a token for each byte at a word's end. No text has the byte 0xFF in UTF-8,
-# so this one never comes out of a prompt, and no prompt has these characters by chance.
-_UNUSED_TOKEN = "ÿ</w>"
 
 
 def export_diffusers(
@@ -40,7 +44,7 @@ def export_diffusers(
     dtype: Dtype = "float32",
     facts: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a folder that StableDiffusionPipeline.from_pretrained reads, with a model card.
+    """Write a folder that diffusers' StableDiffusion(XL)Pipeline reads, with a model card.
 
     The folder appears under its name when it is complete. The model stays as it is.
 
@@ -59,11 +63,12 @@ def export_diffusers(
     check_new(folder)
     check_dtype(dtype)
     check_exportable(describe_model(model))
-    config = scheduler_config(model.schedule, model.prediction_type)
-    pipeline = _pipeline(model, DDIMScheduler.from_config(config), getattr(torch, dtype))
+    scheduler = DDIMScheduler.from_config(scheduler_config(model.schedule, model.prediction_type))
+    pipeline = _pipeline(model, scheduler, getattr(torch, dtype))
     with new_folder(folder) as beside:
         pipeline.save_pretrained(beside, safe_serialization=True)
-        _load_in_float32(beside / "text_encoder" / "config.json")
+        for config in beside.glob("text_encoder*/config.json"):
+            _load_in_float32(config)
         known = {
             **(facts or {}),
             "schedule": model.schedule.settings(),
@@ -108,6 +113,8 @@ def read_exportable(
             f"{source} is no checkpoint of zsnr, and has one set of weights: leave --raw out."
         )
     facts = {"start": path.name if path.exists() else source}
+    if is_single_file(str(path)):
+        return read_single_file(str(path)), facts
     return read_diffusers_folder(str(path) if path.exists() else source), facts
 
 
@@ -138,13 +145,15 @@ def check_exportable(description: Mapping[str, Any]) -> None:
             "AutoencoderKL: train with an AutoencoderKLCodec, such as asset:openmoji_vae, to "
             "export. zsnr.pipeline.TextToImage samples the checkpoint as it is."
         )
+    if _is(conditioner, SDXLConditioner):
+        return
     if _is(conditioner, TransformersConditioner):
         _check_text(conditioner["init_args"])
     elif not _is(conditioner, OpenClipConditioner):
         raise ValueError(
             f"The conditioner is a {_name(conditioner)}, but a Stable Diffusion pipeline encodes "
             "prompts with a CLIP text model: train with a TransformersConditioner or an "
-            "OpenClipConditioner to export."
+            "OpenClipConditioner, or for SDXL an SDXLConditioner, to export."
         )
     unet = description["unet"].get("init_args", {}).get("config") or {}
     for key, fine in (("addition_embed_type", (None, "text")), ("class_embed_type", (None,))):
@@ -189,17 +198,29 @@ def _name(described: Mapping[str, Any]) -> str:
 
 def _pipeline(model: Model, scheduler: Any, dtype: torch.dtype) -> DiffusionPipeline:
     """Put copies of the parts, whose tensors are shared where the dtype allows, together."""
-    from diffusers import StableDiffusionPipeline
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
     assert isinstance(model.codec, AutoencoderKLCodec)
     conditioner = getattr(model.conditioner, "described", model.conditioner)
-    text_encoder, tokenizer = _text_encoder(conditioner, dtype)
+    conditioner.load()
+    parts = {"vae": _vae(model.codec, dtype), "unet": _unet(model, dtype), "scheduler": scheduler}
+    if isinstance(conditioner, SDXLConditioner):
+        for end, tokenize in zip(("", "_2"), conditioner._tokenizers, strict=True):
+            encoder, source = getattr(conditioner, f"encoder{end}"), conditioner.settings()
+            tokenizer = _tokenizer(
+                source["pretrained"], f"tokenizer{end}", conditioner._max_length, tokenize
+            )
+            config, state = _config(encoder), dict(encoder.state_dict())
+            parts[f"text_encoder{end}"] = _encoder(type(encoder), config, state, tokenizer, dtype)
+            parts[f"tokenizer{end}"] = tokenizer
+        return StableDiffusionXLPipeline(
+            **parts, force_zeros_for_empty_prompt=conditioner._zero_null, add_watermarker=False
+        )
+    encoder, tokenizer = _text_encoder(conditioner, dtype)
     return StableDiffusionPipeline(
-        vae=_vae(model.codec, dtype),
-        text_encoder=text_encoder,
+        **parts,
+        text_encoder=encoder,
         tokenizer=tokenizer,
-        unet=_unet(model, dtype),
-        scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -229,7 +250,7 @@ def _vae(codec: AutoencoderKLCodec, dtype: torch.dtype) -> AutoencoderKL:
     the decoder is linear in raw, so the shift is a change of that layer's bias.
     """
     whole = AutoencoderKLCodec(**{**codec.settings(), "dtype": "float32"}).load()
-    vae = whole.vae
+    vae = whole._vae
     config = {**vae.config, "scaling_factor": codec.scale, "shift_factor": None}
     state = vae.state_dict()
     if codec.shift:
@@ -252,24 +273,39 @@ def _text_encoder(conditioner: Conditioner, dtype: torch.dtype) -> tuple[nn.Modu
     """Copy a CLIP text encoder so that its last hidden state is the context, and its tokenizer."""
     from transformers import CLIPTextModel
 
-    conditioner.load()
     if isinstance(conditioner, OpenClipConditioner):
         config, state = _open_clip_tower(conditioner)
         tokenizer = _clip_tokenizer("open_clip", conditioner.max_length)
     else:
         assert isinstance(conditioner, TransformersConditioner)
         config, state = _clip_text_model(conditioner)
-        tokenizer = _tokenizer(conditioner)
+        own = conditioner.settings()
+        source, subfolder = own["tokenizer"] or own["pretrained"], own["tokenizer_subfolder"]
+        tokenizer = _tokenizer(source, subfolder, conditioner.max_length, conditioner.tokenize)
+    return _encoder(CLIPTextModel, config, state, tokenizer, dtype), tokenizer
+
+
+def _encoder(
+    cls: Any, config: Any, state: dict[str, Tensor], tokenizer: Any, dtype: torch.dtype
+) -> nn.Module:
+    """Build a CLIP text model around weights, without memory of its own."""
     with torch.device("meta"):
-        copied = CLIPTextModel(config)
+        copied: nn.Module = cls(config)
     if not any(name.startswith("text_model.") for name in copied.state_dict()):
         state = {name.removeprefix("text_model."): tensor for name, tensor in state.items()}
-    if tokenizer.pad_token == _UNUSED_TOKEN:
+    if tokenizer.pad_token == PADDING:
         [name] = [name for name in state if name.endswith("token_embedding.weight")]
         state[name] = state[name].clone()
         state[name][tokenizer.pad_token_id] = state[name][0]
     _fill(copied, state, dtype)
-    return copied, tokenizer
+    return copied
+
+
+def _config(encoder: nn.Module) -> Any:
+    """Copy a config, without the place its weights came from."""
+    config = copy.deepcopy(encoder.config)
+    config._name_or_path = ""  # type: ignore[union-attr]
+    return config
 
 
 def _clip_text_model(conditioner: TransformersConditioner) -> tuple[Any, dict[str, Tensor]]:
@@ -281,8 +317,7 @@ def _clip_text_model(conditioner: TransformersConditioner) -> tuple[Any, dict[st
         raise ValueError(
             f"The text encoder is a {type(encoder).__name__}: wanted a CLIPTextModel to export."
         )
-    config = copy.deepcopy(encoder.config)
-    config._name_or_path = ""
+    config = _config(encoder)
     layer = conditioner.settings()["layer"]
     if layer != -1:  # the final norm follows the last layer that is left
         depth = config.num_hidden_layers
@@ -330,30 +365,22 @@ def _open_clip_tower(conditioner: OpenClipConditioner) -> tuple[Any, dict[str, T
     return config, state
 
 
-def _tokenizer(conditioner: TransformersConditioner) -> Any:
-    """Make or load the tokenizer as one of transformers, with the conditioner's length."""
+def _tokenizer(source: str, subfolder: str | None, length: int, tokenize: Tokenizer) -> Any:
+    """Make or load the tokenizer that `tokenize` stands for as one of transformers."""
     from transformers import AutoTokenizer
 
-    own = conditioner.settings()
-    kind, source = own["tokenizer"], own["tokenizer"] or own["pretrained"]
-    if kind is None and Path(source).is_file():  # a single file has no tokenizer but CLIP's
-        [ids] = conditioner.tokenize([""])[0].tolist()
-        kind = "open_clip" if ids[-1] == 0 else "clip"
-    if kind in ("open_clip", "clip"):
-        return _clip_tokenizer(kind, conditioner.max_length)
-    tokenizer = AutoTokenizer.from_pretrained(source, subfolder=own["tokenizer_subfolder"] or "")
+    if source in BPE or is_single_file(source):  # which has no tokenizer but CLIP's
+        [ids] = tokenize([""])[0].tolist()
+        return _clip_tokenizer("open_clip" if ids[-1] == 0 else "clip", length)
+    tokenizer = AutoTokenizer.from_pretrained(source, subfolder=subfolder or "")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.model_max_length = conditioner.max_length
+    tokenizer.model_max_length = length
     return tokenizer
 
 
 def _clip_tokenizer(kind: Literal["open_clip", "clip"], length: int) -> Any:
-    """Make CLIP's tokenizer of transformers from the vocabulary that open_clip ships.
-
-    "open_clip" pads with token 0, "!". transformers would then read every "!" of a prompt as
-    padding, so a token that no text gives stands for it, and has its embedding.
-    """
+    """Make CLIP's tokenizer of transformers from the vocabulary that open_clip ships."""
     import open_clip
     from transformers import CLIPTokenizer
 
@@ -362,7 +389,7 @@ def _clip_tokenizer(kind: Literal["open_clip", "clip"], length: int) -> Any:
     return CLIPTokenizer(
         vocab={names.get(i, token): i for token, i in bpe.encoder.items()},
         merges=list(bpe.bpe_ranks),
-        pad_token=_UNUSED_TOKEN if kind == "open_clip" else "<|endoftext|>",
+        pad_token=PADDING if kind == "open_clip" else "<|endoftext|>",
         model_max_length=length,
     )
 

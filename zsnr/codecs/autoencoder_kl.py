@@ -85,14 +85,14 @@ class AutoencoderKLCodec(LatentCodec):
     def encode(self, images: Tensor) -> Tensor:
         self.latent_shape(*images.shape[-2:])
         with torch.autocast(images.device.type, enabled=False):  # its dtype is its own choice
-            posterior = self.vae.encode(images.to(self._dtype)).latent_dist
+            posterior = self._vae.encode(images.to(self._dtype)).latent_dist
         return torch.cat([posterior.mean, posterior.std], dim=1).float()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         raw = latents / self.scale + self.shift
         with torch.autocast(latents.device.type, enabled=False):
-            images: Tensor = self.vae.decode(raw.to(self._dtype)).sample
+            images: Tensor = self._vae.decode(raw.to(self._dtype)).sample
         return images.float()
 
     def to(self, device: torch.device | str) -> AutoencoderKLCodec:
@@ -123,8 +123,7 @@ class AutoencoderKLCodec(LatentCodec):
         }
 
     @property
-    def vae(self) -> AutoencoderKL:
-        """The autoencoder itself, loaded."""
+    def _vae(self) -> AutoencoderKL:
         self.load()
         return self._loaded
 

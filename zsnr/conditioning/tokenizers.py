@@ -25,6 +25,12 @@ _FILES = (
 
 BPE = ("clip", "open_clip")
 
+# open_clip pads with token 0, "!". A tokenizer of transformers that did would read every "!" of a
+# prompt as padding, so in folders that this package writes another token stands for it, with the
+# same embedding. CLIP's vocabulary has a token for each byte at a word's end; no text has the byte
+# 0xFF in UTF-8, so this one never comes out of a prompt, and nobody writes these characters.
+PADDING = "\u00ff</w>"
+
 Tokenizer = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
 
 
@@ -86,7 +92,10 @@ def transformers_tokenizer(
             max_length=length,
             return_tensors="pt",
         )
-        return encoded["input_ids"], encoded["attention_mask"].bool()
+        ids = encoded["input_ids"]
+        if auto.pad_token == PADDING:
+            ids = ids.masked_fill(ids == auto.pad_token_id, 0)
+        return ids, encoded["attention_mask"].bool()
 
     return tokenize, len(auto), length
 
