@@ -21,7 +21,7 @@ from zsnr.checkpoints.declared import (
 )
 from zsnr.checkpoints.header import Header, read_header, read_tensor
 from zsnr.checkpoints.run_facts import FORMAT, NAME
-from zsnr.checkpoints.untrusted import clipped, parse_json, read_small, shown
+from zsnr.checkpoints.untrusted import clipped, open_regular, parse_json, read_small, shown
 from zsnr.files import replacing
 from zsnr.guidance import Guidance
 from zsnr.loss import LossWeighting
@@ -421,7 +421,7 @@ def _config_changes(
     now = {
         "_class_name": declared.class_name,
         "timestep_spacing": declared.spacing,
-        "rescale_betas_zero_snr": zero and config.get("trained_betas") is None,
+        "rescale_betas_zero_snr": config.get("rescale_betas_zero_snr") is True,
     }
     fixed = _fixed(config)
     lines = [
@@ -437,7 +437,8 @@ def _config_changes(
 def _fixed(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config with zero SNR, started at T by a class that keeps both."""
     declared = declare(config)
-    own_zero = config.get("trained_betas") is not None and float(declared.schedule.snr[-1]) == 0
+    betas = config.get("trained_betas")
+    own_zero = betas is not None and betas[-1] == 1
     cls = declared.scheduler
     keeps = cls.finite_at_zero if own_zero else cls.rescales
     fixed: dict[str, Any] = {
@@ -445,7 +446,7 @@ def _fixed(config: Mapping[str, Any]) -> dict[str, Any]:
         "_class_name": declared.class_name if keeps else "DDIMScheduler",
         "num_train_timesteps": declared.schedule.num_timesteps,
         "timestep_spacing": "trailing",
-        "rescale_betas_zero_snr": not own_zero,
+        "rescale_betas_zero_snr": not own_zero or config.get("rescale_betas_zero_snr") is True,
         "set_alpha_to_one": True,
         "steps_offset": 1,
         "clip_sample": False,
@@ -503,12 +504,12 @@ def _check_archive(path: Path) -> None:
         ValueError: It is none, or packs more than it holds.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_regular(path) as (file, size), zipfile.ZipFile(file) as archive:
             members = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, EOFError, OverflowError) as error:
         raise ValueError(f"{path} is not a checkpoint of this package: {error}") from error
     packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
-    if packed or sum(member.file_size for member in members) > path.stat().st_size:
+    if packed or sum(member.file_size for member in members) > size:
         raise ValueError(f"{path} is packed: wanted a checkpoint as training writes it.")
 
 
@@ -549,7 +550,9 @@ def _examine_yaml(target: str, path: Path, num_steps: Sequence[int]) -> Diagnosi
         raise ValueError(f"{path} has no `model:` block: wanted a YAML of `zsnr fit`.")
     sampling = _block(path, "model.sampling", _init_args(model.get("sampling")))
     guidance = _block(path, "model.sampling.guidance", _init_args(sampling.get("guidance")))
-    told = {key: sampling[key] for key in ("num_steps", "spacing") if key in sampling}
+    told: dict[str, Any] = {
+        key: sampling[key] for key in ("num_steps", "spacing") if key in sampling
+    }
     told |= {f"guidance_{key}": guidance[key] for key in ("scale", "rescale") if key in guidance}
     sampler = sampling.get("sampler", DEFAULT_SAMPLING["sampler"])
     if isinstance(sampler, dict):
@@ -687,7 +690,7 @@ def _examine_single(target: str, path: Path) -> Diagnosis:
     marks = {name: name in header.tensors for name in ("v_pred", "ztsnr")}
     says_v, says_zero = _metadata_says(header.metadata)
     table = _stored_table(path, header)
-    stored_zero = table is not None and float(table[-1]) == 0
+    stored_zero = table is not None and float(table.snr[-1]) == 0
     v = marks["v_pred"] or (says_v is True and not marks["v_pred"] and is_lora)
     zero = marks["ztsnr"] or (bool(says_zero) and is_lora)
     schedule = table
@@ -923,9 +926,9 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def _read_yaml(path: Path) -> Any:
     """Read a YAML file of plain values, without tags of Python and without aliases that explode."""
-    import yaml
+    import yaml  # type: ignore[import-untyped]
 
-    class Loader(yaml.SafeLoader):
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
         """Knows 1e-4 as a number, as the training command does."""
 
     Loader.add_implicit_resolver(
