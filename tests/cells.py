@@ -17,7 +17,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from zsnr.checkpoints.own import read_checkpoint
-from zsnr.codecs import PixelCodec
+from zsnr.codecs import AutoencoderKLCodec, PixelCodec
+from zsnr.conditioning import SDXLConditioner
 from zsnr.pipeline import Sampling
 from zsnr.training import (
     CheckpointFiles,
@@ -159,6 +160,16 @@ def fit(
         "progress": net._progress.state(),
         "accumulate": trainer.accumulate_grad_batches,
     }
+
+
+def fit_sdxl(folder, root, kind, source):
+    """Train from a Stable Diffusion XL folder; the parts cannot be sent to a rank."""
+    model = {
+        "codec": AutoencoderKLCodec(source, subfolder="vae"),
+        "conditioner": SDXLConditioner(source),
+        "unet": source,
+    }
+    return fit(folder, root, kind, model=model, previews=True)
 
 
 def _local(p):

@@ -18,11 +18,13 @@ FLOORS = (
     (
         "files",
         "assets",
+        "ldm_file",
         "pretrained",
         "described",
         "codecs",
         "conditioning",
         "networks",
+        "lora",
         "checkpoints",
         "pipeline",
         "metrics",

@@ -100,3 +100,92 @@ def write_shards(folder, counts, split="train"):
             number += 1
         write_shard(folder / f"{split}-{shard:06d}.tar", members)
     return folder
+
+
+SCHEDULER = {  # what diffusers must be told of the paper's schedule and sampling
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+    "timestep_spacing": "trailing",
+    "rescale_betas_zero_snr": True,
+    "set_alpha_to_one": True,
+    "steps_offset": 1,
+    "clip_sample": False,
+}
+
+
+def letters_tokenizer(**options):
+    """A tokenizer of small letters."""
+    from transformers import CLIPTokenizer
+
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{a}</w>" for a in letters), "!"]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=12, **options)
+
+
+def sdxl_folder(folder, *, force_zeros=True, **scheduler):
+    """Save a Stable Diffusion XL of diffusers with random weights; 16 x 16 pixels.
+
+    Returns:
+        The pipeline, which has moved nowhere since.
+    """
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        StableDiffusionXLPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(0)
+    tokenizers = letters_tokenizer(), letters_tokenizer(pad_token="!")
+    text = {
+        "vocab_size": len(tokenizers[0]),
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 12,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+    }
+    one = CLIPTextConfig(hidden_size=16, intermediate_size=32, **text)
+    two = CLIPTextConfig(hidden_size=24, intermediate_size=32, projection_dim=20, **text)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2),
+        cross_attention_dim=40,
+        attention_head_dim=(2, 4),
+        norm_num_groups=8,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=20 + 6 * 8,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        scaling_factor=0.13025,
+    )
+    pipe = StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(one),
+        text_encoder_2=CLIPTextModelWithProjection(two),
+        tokenizer=tokenizers[0],
+        tokenizer_2=tokenizers[1],
+        unet=unet,
+        scheduler=DDIMScheduler(**{**SCHEDULER, **scheduler}),
+        force_zeros_for_empty_prompt=force_zeros,
+        add_watermarker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(folder)
+    return pipe

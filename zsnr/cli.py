@@ -220,6 +220,29 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="print it as JSON, sizes in bytes")
     plan.set_defaults(run=_plan)
 
+    schedule = commands.add_parser(
+        "schedule",
+        help="print and plot a schedule and its timesteps",
+        description="Print a schedule as it was published and rescaled to zero terminal SNR, and "
+        "the timesteps of each spacing (Table 2); --plot draws log SNR and sqrt(abar) (Figure 2).",
+    )
+    schedule.add_argument(
+        "target",
+        nargs="?",
+        default="scaled_linear",
+        help="scaled_linear (Stable Diffusion's), linear, cosine, or what `zsnr doctor` reads: a "
+        "folder, scheduler_config.json, .safetensors, checkpoint or YAML (default scaled_linear)",
+    )
+    schedule.add_argument(
+        "--num-steps", type=int, default=10, metavar="S", help="of the timesteps (default 10)"
+    )
+    schedule.add_argument(
+        "--spacing", action="append", metavar="NAME", help="only this one; may be repeated"
+    )
+    schedule.add_argument("--plot", metavar="FILE", help="write a PNG; must not exist")
+    schedule.add_argument("--json", action="store_true", help="print all timesteps' values as JSON")
+    schedule.set_defaults(run=_schedule)
+
     configs = commands.add_parser("configs", help="list, show and copy the shipped YAML")
     actions = configs.add_subparsers(required=True, metavar="COMMAND")
     actions.add_parser("list", help="list the names").set_defaults(run=_configs_list)
@@ -245,6 +268,39 @@ def _parser() -> argparse.ArgumentParser:
         "--output", required=True, metavar="FILE", help="where to write; must not exist"
     )
     consolidate.set_defaults(run=_checkpoint_consolidate)
+
+    export = commands.add_parser(
+        "export",
+        help="write a model for diffusers, ComfyUI and A1111",
+        description="Write a model so that others sample it right: a folder of diffusers with a "
+        "scheduler config that says schedule, prediction type and spacing, and a model card; or a "
+        "single file in the layout that ComfyUI and A1111 read. Averaged weights are taken, unless "
+        "--raw is given.",
+    )
+    export.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="a checkpoint of zsnr (file or shards), a folder of diffusers, or a single file",
+    )
+    export.add_argument(
+        "--output", required=True, metavar="PATH", help="where to write; must not exist"
+    )
+    export.add_argument(
+        "--format",
+        choices=("diffusers", "single-file"),
+        help="what to write (default: single-file where PATH ends in .safetensors, else diffusers)",
+    )
+    export.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        default="float32",
+        help="of the weights (default float32)",
+    )
+    export.add_argument(
+        "--raw", action="store_true", help="take the raw weights in the place of the averaged ones"
+    )
+    export.add_argument("--json", action="store_true", help="print what was written as JSON")
+    export.set_defaults(run=_export)
 
     doctor = commands.add_parser(
         "doctor",
@@ -370,6 +426,43 @@ def _checkpoint_consolidate(options: argparse.Namespace) -> None:
     print(output)
 
 
+def _export(options: argparse.Namespace) -> None:
+    import json
+
+    from zsnr.checkpoints.export import export_diffusers, read_exportable
+    from zsnr.files import check_new
+
+    output = Path(options.output).expanduser()
+    check_new(output)
+    file = output.suffix == ".safetensors"
+    kind = options.format or ("single-file" if file else "diffusers")
+    if kind == "diffusers" and file:
+        raise ValueError(f"{output}: a folder of diffusers is no file. Use --format single-file.")
+    if kind == "single-file" and not file:
+        raise ValueError(f"{output}: wanted a name that ends in .safetensors for a single file.")
+    model, facts = read_exportable(
+        options.checkpoint, ema=not options.raw, single_file=kind == "single-file"
+    )
+    print(f"writing {output}", file=sys.stderr)
+    if kind == "single-file":
+        from zsnr.checkpoints.single_file import write_single_file
+
+        write_single_file(model, output, dtype=options.dtype, metadata={})
+    else:
+        export_diffusers(model, output, dtype=options.dtype, facts=facts)
+    written = {
+        **facts,
+        "output": str(output),
+        "format": kind,
+        "dtype": options.dtype,
+        "schedule": model.schedule.settings(),
+        "prediction_type": model.prediction_type,
+        "image_size": model.image_size,
+        "terminal_snr": float(model.schedule.snr[-1]),
+    }
+    print(json.dumps(written) if options.json else output)
+
+
 def _report(options: argparse.Namespace) -> None:
     from zsnr.reports.run import write_report
 
@@ -382,6 +475,28 @@ def _plan(options: argparse.Namespace) -> int:
     text, fits = run_plan(options, options.settings)
     print(text)
     return 0 if fits else 1
+
+
+def _schedule(options: argparse.Namespace) -> None:
+    from zsnr.files import check_new
+    from zsnr.reports.schedule import (
+        find_schedule,
+        plot_schedule,
+        schedule_facts,
+        schedule_text,
+        to_json,
+    )
+
+    path = None if options.plot is None else Path(options.plot).expanduser()
+    if path is not None:
+        if path.suffix != ".png":
+            raise ValueError(f"--plot {path}: wanted a name that ends in .png.")
+        check_new(path)
+    schedule = find_schedule(options.target)
+    facts = schedule_facts(schedule, options.num_steps, options.spacing)
+    if path is not None:
+        plot_schedule(facts, path)
+    print(to_json(facts) if options.json else schedule_text(schedule, facts, options.target))
 
 
 def _doctor(options: argparse.Namespace) -> int:

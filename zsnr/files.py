@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,3 +19,32 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Give a folder beside `path` to fill; on success it takes the name `path`, else it goes.
+
+    Raises:
+        ValueError: There is something of that name, before or after.
+    """
+    check_new(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+        check_new(path)
+        os.rename(beside, path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def check_new(path: Path) -> None:
+    """Refuse a path that exists.
+
+    Raises:
+        ValueError: It does.
+    """
+    if os.path.lexists(path):
+        raise ValueError(f"{path} exists: choose another name, or remove it.")

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from zsnr.denoiser import Conditioning
 from zsnr.pretrained import load_whole
 
+_SIZES = 6  # numbers in a row of Conditioning.sizes
+
 
 @dataclass(frozen=True)
 class UNetConfig:
@@ -65,11 +67,14 @@ class UNet(nn.Module):
             diffusers as a dict.
         channels: Channels of the latents.
         context_dim: Width of the context.
-        pretrained: A folder or hub id whose weights to start from; then `config` must be None.
+        pretrained: A folder, a single file (.safetensors) in the ldm layout, or a hub id, whose
+            weights to start from; then `config` must be None.
         subfolder: Folder inside `pretrained`.
+        pooled_dim: Width of the pooled embedding; 0 = there is none. None = it is not known yet.
 
     Raises:
-        ValueError: Neither or both were given, or the pretrained UNet has other channels.
+        ValueError: Neither or both were given, or the pretrained UNet has other channels or takes
+            other conditioning.
     """
 
     def __init__(
@@ -79,6 +84,7 @@ class UNet(nn.Module):
         context_dim: int | None = None,
         pretrained: str | None = None,
         subfolder: str | None = "unet",
+        pooled_dim: int | None = None,
     ) -> None:
         super().__init__()
         from diffusers import UNet2DConditionModel
@@ -97,13 +103,24 @@ class UNet(nn.Module):
                     raise ValueError("A new UNet needs `channels` and `context_dim`.")
                 settings = _diffusers_config(config, channels, context_dim)
             self.unet = UNet2DConditionModel.from_config(settings)
-        self._check(channels, context_dim)
+        self._check(channels, context_dim, pooled_dim)
+
+    @property
+    def takes_sizes(self) -> bool:
+        """Whether it is told a pooled embedding and sizes, as SDXL's is."""
+        return bool(self.unet.config["addition_embed_type"] == "text_time")
 
     def forward(self, x_t: Tensor, t: Tensor, conditioning: Conditioning | None) -> Tensor:
         if conditioning is None:
             raise ValueError("This UNet needs conditioning: pass Conditioning, or null()'s.")
         added = None
-        if conditioning.pooled is not None and conditioning.sizes is not None:
+        if self.takes_sizes:
+            if conditioning.pooled is None or conditioning.sizes is None:
+                lacking = "pooled" if conditioning.pooled is None else "sizes"
+                raise ValueError(
+                    f"This UNet takes a pooled embedding and sizes, as SDXL's does, and got no "
+                    f"{lacking}: wanted Conditioning(context, pooled=(B, P), sizes=(B, 6))."
+                )
             added = {"text_embeds": conditioning.pooled, "time_ids": conditioning.sizes}
         output: Tensor = self.unet(
             x_t,
@@ -128,8 +145,13 @@ class UNet(nn.Module):
         """Trade time for memory: recompute activations in the backward pass."""
         self.unet.enable_gradient_checkpointing()
 
-    def _check(self, channels: int | None, context_dim: int | None) -> None:
+    def _check(self, channels: int | None, context_dim: int | None, pooled_dim: int | None) -> None:
         config = self.unet.config
+        if config["addition_embed_type"] not in (None, "text", "text_time"):
+            raise ValueError(
+                f"The UNet takes addition_embed_type={config['addition_embed_type']!r}, which this "
+                "package does not give: wanted a UNet of Stable Diffusion 1, 2 or XL."
+            )
         for name, wanted in (("in_channels", channels), ("out_channels", channels)):
             if wanted is not None and config[name] != wanted:
                 raise ValueError(
@@ -141,6 +163,16 @@ class UNet(nn.Module):
                 f"The UNet's cross-attention takes width {config['cross_attention_dim']} but the "
                 f"conditioner gives {context_dim}: choose ones that belong together."
             )
+        if pooled_dim is not None and self.takes_sizes:
+            width = config["addition_time_embed_dim"]
+            total = config["projection_class_embeddings_input_dim"]
+            if total != pooled_dim + _SIZES * width:
+                got = f"one of width {pooled_dim}" if pooled_dim else "none"
+                raise ValueError(
+                    f"The UNet takes a pooled embedding and {_SIZES} sizes, {total} = "
+                    f"{total - _SIZES * width} + {_SIZES} x {width}, but the conditioner gives "
+                    f"{got}: SDXL's UNet wants its own SDXLConditioner."
+                )
 
 
 def _diffusers_config(config: UNetConfig, channels: int, context_dim: int) -> dict[str, Any]:

@@ -5,19 +5,25 @@ from __future__ import annotations
 import json
 import operator
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from zsnr.checkpoints import Model, read_checkpoint, read_diffusers_folder
+from zsnr.checkpoints import (
+    Model,
+    read_checkpoint,
+    read_diffusers_folder,
+    read_single_file,
+)
 from zsnr.denoiser import Conditioning, Denoiser, Network
 from zsnr.files import replacing
 from zsnr.guidance import Guidance
+from zsnr.ldm_file import is_single_file
 from zsnr.noise import SampleNoise, sample_generator
-from zsnr.prediction import check_prediction_type
+from zsnr.prediction import PredictionType, check_prediction_type
 from zsnr.samplers import DDIM, Sampler, get_sampler
 from zsnr.samplers.registry import sampler_name
 from zsnr.schedule import NoiseSchedule
@@ -78,14 +84,17 @@ class TextToImage:
         path_or_hub: str | Path,
         schedule: NoiseSchedule | None = None,
         *,
+        prediction_type: PredictionType | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> TextToImage:
         """Load a model.
 
         Args:
-            path_or_hub: A folder of diffusers, a hub id, or a .ckpt file of this package.
+            path_or_hub: A folder of diffusers, a hub id, a single .safetensors file in the ldm
+                layout, or a .ckpt file of this package.
             schedule: Instead of the one the model declares.
+            prediction_type: Likewise.
             device: Where to run. None = the GPU if there is one.
             dtype: Of the UNet's weights. None = as they are.
 
@@ -98,9 +107,13 @@ class TextToImage:
         if source.endswith(".ckpt"):
             model = read_checkpoint(source)
             if schedule is not None:
-                model = Model(**{**vars(model), "schedule": schedule})
+                model = replace(model, schedule=schedule)
+        elif is_single_file(source):
+            model = read_single_file(source, schedule, prediction_type)
         else:
             model = read_diffusers_folder(source, schedule)
+        if prediction_type is not None:
+            model = replace(model, prediction_type=prediction_type)
         model.codec.load()
         model.conditioner.load()
         model.unet.to(dtype=dtype).eval().requires_grad_(False)
@@ -187,9 +200,10 @@ class TextToImage:
         with bar:
             for i in batches:
                 rows = slice(i, i + batch_size)
-                latents = self._sample(
-                    prompts[rows], negatives[rows], seeds[rows], shape, sampling, timesteps, bar
+                cond, uncond = self._conditioning(
+                    prompts[rows], negatives[rows], (height, width), sampling.guidance
                 )
+                latents = self._sample(cond, uncond, seeds[rows], shape, sampling, timesteps, bar)
                 for row, pixels in enumerate(self.model.codec.decode(latents), start=i):
                     images.append(to_image(pixels))
                     images[-1].info["zsnr"] = json.dumps(
@@ -216,24 +230,42 @@ class TextToImage:
             "zsnr_version": __version__,
         }
 
-    def _sample(
+    def _conditioning(
         self,
         prompts: list[str],
         negatives: list[str],
+        size: tuple[int, int],
+        guidance: Guidance,
+    ) -> tuple[Conditioning, Conditioning | None]:
+        """Encode what to show, and what to guide away from where there is guidance.
+
+        A network that takes sizes is told of a whole picture of this size, on both sides.
+        """
+        conditioner = self.model.conditioner
+        cond = conditioner(prompts)
+        uncond = None
+        if guidance.scale != 1:
+            uncond = conditioner.null().expand(len(prompts))
+            asked = torch.tensor([text != "" for text in negatives])
+            if asked.any():
+                uncond = conditioner(negatives).where(asked, uncond)
+        if self.model.unet.takes_sizes:
+            sizes = torch.tensor([[*size, 0, 0, *size]], device=cond.context.device)
+            sizes = sizes.expand(len(prompts), -1)
+            cond = replace(cond, sizes=sizes)
+            uncond = None if uncond is None else replace(uncond, sizes=sizes)
+        return cond, uncond
+
+    def _sample(
+        self,
+        cond: Conditioning,
+        uncond: Conditioning | None,
         seeds: list[int],
         shape: tuple[int, int, int],
         sampling: Sampling,
         timesteps: Tensor,
         bar: Any,
     ) -> Tensor:
-        conditioner = self.model.conditioner
-        cond = conditioner(prompts)
-        uncond = None
-        if sampling.guidance.scale != 1:
-            uncond = conditioner.null().expand(len(prompts))
-            asked = torch.tensor([text != "" for text in negatives])
-            if asked.any():
-                uncond = conditioner(negatives).where(asked, uncond)
         denoiser = Denoiser(
             self.network,
             self.model.schedule,

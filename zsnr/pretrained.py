@@ -1,4 +1,4 @@
-"""Somebody's model in a folder or on the hub: loading parts, finding and hashing files."""
+"""Somebody's model in a folder, a file or on the hub: loading parts, finding and hashing files."""
 
 from __future__ import annotations
 
@@ -12,8 +12,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import nn
 
+from zsnr.ldm_file import (
+    config_folder,
+    file_index,
+    is_single_file,
+    open_ldm_file,
+    part_config,
+    read_part,
+)
+
+_HUB = " A name that is no local folder is looked up on the hub."
 _WEIGHTLESS: ContextVar[bool] = ContextVar("weightless", default=False)
 
 
@@ -47,17 +58,25 @@ def load_pretrained(
 
     Args:
         cls: A diffusers or transformers class.
-        source: A local folder or a hub id.
-        subfolder: Folder inside it, or None.
+        source: A local folder, a single file in the ldm layout, or a hub id.
+        subfolder: Folder inside it, or None; of a single file, the part that would be there.
         what: What is wanted, for the error.
         options: Other arguments of from_pretrained.
 
     Raises:
         ValueError: It cannot be loaded; says where it looked.
     """
+    if is_single_file(source):
+        with config_folder(source, str(subfolder)) as folder_of_file:
+            try:
+                return load_pretrained(cls, folder_of_file, subfolder, what=what, options=options)
+            except ValueError as error:
+                raise ValueError(str(error).replace(folder_of_file, source)) from error
     where = source if subfolder is None else f"{source} (subfolder {subfolder})"
     folder = Path(source) if subfolder is None else Path(source) / subfolder
     looks_local = Path(source).exists() or source.startswith((".", "/", "~"))
+    if source.lower().endswith((".ckpt", ".pt", ".pth", ".bin")) and Path(source).is_file():
+        raise ValueError(f"{source} is a pickle: convert it to .safetensors, or give a folder.")
     if looks_local and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no config.json: wanted a folder with {what}.")
     try:
@@ -66,7 +85,7 @@ def load_pretrained(
         )
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        hint = "" if looks_local else " A name that is no local folder is looked up on the hub."
+        hint = "" if looks_local else _HUB
         raise ValueError(f"Cannot load {what} from {where}: {reason}{hint}") from error
 
 
@@ -92,9 +111,14 @@ def load_whole(
     Raises:
         ValueError: It cannot be loaded, or is not whole.
     """
+    unloaded = SimpleNamespace(from_pretrained=partial(_from_config, cls))
     if is_weightless():
-        unloaded = SimpleNamespace(from_pretrained=partial(_from_config, cls))
         return load_pretrained(unloaded, source, subfolder, what=what, options=options)
+    if is_single_file(source):
+        with torch.device("meta"):
+            model = load_pretrained(unloaded, source, subfolder, what=what)
+        dtype = (options or {}).get("torch_dtype", torch.float32)
+        return _fill(model, source, str(subfolder), dtype)
     wanted = {**(options or {}), "output_loading_info": True}
     model, info = load_pretrained(cls, source, subfolder, what=what, options=wanted)
     lacking = {name for name, weight in model.named_parameters() if weight.is_meta}
@@ -128,6 +152,46 @@ def _from_config(
     return cls._from_config(config, dtype=config.dtype)
 
 
+def _fill(model: nn.Module, source: str, part: str, dtype: torch.dtype) -> nn.Module:
+    """Give a model on the meta device the weights of a single file."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    model.load_state_dict(read_part(source, part, wanted, dtype), assign=True)
+    for name, buffer in [*model.named_buffers()]:
+        if buffer.is_meta:  # in no state dict: transformers' counters of positions
+            path, _, last = name.rpartition(".")
+            assert last == "position_ids", name
+            positions = torch.arange(buffer.shape[-1]).expand(buffer.shape)
+            model.get_submodule(path).register_buffer(last, positions, persistent=False)
+    return model.eval()
+
+
+def load_index(source: str) -> dict[str, Any]:
+    """Read the model_index.json of a diffusers folder or hub id: which parts it has.
+
+    A single file has the one that would say the same.
+
+    Raises:
+        ValueError: There is none that can be read.
+    """
+    from diffusers import DiffusionPipeline
+
+    if is_single_file(source):
+        return file_index(open_ldm_file(source))
+    if source.startswith((".", "/", "~")) and not Path(source).exists():
+        raise ValueError(f"{source}: no such folder or checkpoint.")
+    if Path(source).exists() and not (Path(source) / "model_index.json").is_file():
+        raise ValueError(f"{source} holds no model_index.json: wanted a folder of diffusers.")
+    try:
+        index: Any = DiffusionPipeline.load_config(source)
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        hint = "" if Path(source).exists() else _HUB
+        raise ValueError(f"Cannot read model_index.json of {source}: {reason}{hint}") from error
+    if not isinstance(index, Mapping):
+        raise ValueError(f"Cannot read model_index.json of {source}: wanted an object.")
+    return dict(index)
+
+
 def find_file(source: str, subfolder: str | None, name: str) -> Path | None:
     """Find a file of a local folder, or of a hub id in the local cache; no network."""
     if Path(source).exists() or source.startswith((".", "/", "~")):
@@ -140,7 +204,12 @@ def find_file(source: str, subfolder: str | None, name: str) -> Path | None:
 
 
 def find_weights(source: str, subfolder: str | None, stem: str) -> list[Path]:
-    """Find STEM.safetensors, or the shards that its index names; [] unless all are there."""
+    """Find STEM.safetensors, or the shards that its index names; [] unless all are there.
+
+    Of a single file it is the file, with all other parts.
+    """
+    if is_single_file(source):
+        return [Path(source)]
     whole = find_file(source, subfolder, f"{stem}.safetensors")
     if whole is not None:
         return [whole]
@@ -154,10 +223,13 @@ def find_weights(source: str, subfolder: str | None, stem: str) -> list[Path]:
 
 def read_config(source: str, subfolder: str | None) -> dict[str, Any] | None:
     """Read config.json without what only its library's version or its place put there."""
-    path = find_file(source, subfolder, "config.json")
-    if path is None:
-        return None
-    config = json.loads(path.read_text())
+    if is_single_file(source):
+        config = part_config(open_ldm_file(source), str(subfolder))
+    else:
+        path = find_file(source, subfolder, "config.json")
+        if path is None:
+            return None
+        config = json.loads(path.read_text())
     return {k: v for k, v in config.items() if k != "transformers_version" and k[0] != "_"}
 
 

@@ -284,12 +284,16 @@ def schedule_from_diffusers(config: Mapping[str, Any]) -> NoiseSchedule:
     """Read the schedule that a scheduler_config.json declares.
 
     Keys that are missing have the defaults of the class it names, those of DDIMScheduler where it
-    names none. A class that does not know rescale_betas_zero_snr drops it, and so does this.
+    names none. A rescale_betas_zero_snr counts also where that class would drop it: it says what
+    the network was trained on.
 
     Raises:
         ValueError: A class or beta_schedule this package does not know, or wrong values.
     """
-    return declare(config).schedule
+    declared = declare(config)
+    if declared.drops_rescale:
+        return replace(declared.schedule, zero_terminal_snr=True)
+    return declared.schedule
 
 
 def diffusers_timesteps(declared: Declared, num_steps: int) -> tuple[float, ...]:

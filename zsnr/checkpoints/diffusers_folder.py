@@ -2,44 +2,58 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import cast
+from collections.abc import Mapping
+from typing import Any, cast
 
 from zsnr.checkpoints.declared import schedule_from_diffusers
 from zsnr.checkpoints.model import Model
 from zsnr.codecs import AutoencoderKLCodec
-from zsnr.conditioning import TransformersConditioner
+from zsnr.conditioning import Conditioner, SDXLConditioner, TransformersConditioner
 from zsnr.networks import UNet
 from zsnr.prediction import PredictionType
+from zsnr.pretrained import load_index
 from zsnr.schedule import NoiseSchedule
 
 
 def read_diffusers_folder(source: str, schedule: NoiseSchedule | None = None) -> Model:
-    """Read a Stable Diffusion 1 or 2 folder: unet, vae, text_encoder, tokenizer, scheduler.
+    """Read a Stable Diffusion 1, 2 or XL folder: unet, vae, text encoders, scheduler.
 
     Args:
         source: A folder with model_index.json, or a hub id.
         schedule: Instead of the one its scheduler declares.
 
     Raises:
-        ValueError: A part is missing or unreadable.
+        ValueError: A part is missing or unreadable, or the folder is of another kind.
     """
     from diffusers import DDIMScheduler
 
-    if source.startswith((".", "/", "~")) and not Path(source).exists():
-        raise ValueError(f"{source}: no such folder or checkpoint.")
-    if Path(source).exists() and not (Path(source) / "model_index.json").is_file():
-        raise ValueError(f"{source} holds no model_index.json: wanted a folder of diffusers.")
+    index = load_index(source)
+    kind = index.get("_class_name")
+    if "unet" not in index:
+        raise ValueError(f"{source} is a {kind} without unet: wanted Stable Diffusion 1, 2 or XL.")
+    if index.get("requires_aesthetics_score"):
+        raise ValueError(
+            f"{source} is a refiner, which takes an aesthetic score: wanted the base model."
+        )
     try:
         config = DDIMScheduler.load_config(source, subfolder="scheduler")
     except (OSError, ValueError) as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise ValueError(f"Cannot read the scheduler's config in {source}: {reason}") from error
     codec = AutoencoderKLCodec(source, subfolder="vae")
-    conditioner = TransformersConditioner(
-        source, subfolder="text_encoder", tokenizer_subfolder="tokenizer"
+    conditioner: Conditioner
+    if _has(index, "text_encoder_2"):
+        conditioner = SDXLConditioner(source)
+    else:
+        conditioner = TransformersConditioner(
+            source, subfolder="text_encoder", tokenizer_subfolder="tokenizer"
+        )
+    unet = UNet(
+        pretrained=source,
+        channels=codec.channels,
+        context_dim=conditioner.context_dim,
+        pooled_dim=conditioner.pooled_dim,
     )
-    unet = UNet(pretrained=source, channels=codec.channels, context_dim=conditioner.context_dim)
     return Model(
         codec=codec,
         conditioner=conditioner,
@@ -48,3 +62,9 @@ def read_diffusers_folder(source: str, schedule: NoiseSchedule | None = None) ->
         prediction_type=cast(PredictionType, config.get("prediction_type", "epsilon")),
         image_size=(unet.unet.config["sample_size"] or 64) * codec.factor,
     )
+
+
+def _has(index: Mapping[str, Any], part: str) -> bool:
+    """Whether a model_index.json names a part; [null, null] = it is left out."""
+    named = index.get(part)
+    return isinstance(named, list | tuple) and len(named) > 0 and named[0] is not None

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from zsnr.assets import resolve_asset
 from zsnr.codecs.base import LatentCodec
+from zsnr.ldm_file import default_part
 from zsnr.pretrained import digest, find_weights, load_pretrained, load_whole, read_config
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ class AutoencoderKLCodec(LatentCodec):
     Its config is read at once, its weights only when the first image or latent comes.
 
     Args:
-        pretrained: A folder or hub id, or "asset:openmoji_vae", the small one this package ships.
+        pretrained: A folder or hub id, a single file (.safetensors) in the ldm layout, or
+            "asset:openmoji_vae", the small one this package ships.
         subfolder: Folder inside it, such as "vae" in a Stable Diffusion folder.
         scale: Latents are (raw - shift) * scale. None = the config's scaling_factor.
         shift: None = the config's shift_factor, else 0.
@@ -64,10 +66,11 @@ class AutoencoderKLCodec(LatentCodec):
             "tiling": tiling,
             "slicing": slicing,
         }
-        self._source, self._subfolder = resolve_asset(pretrained), subfolder
+        self._source = resolve_asset(pretrained)
+        self._subfolder = default_part(self._source, subfolder, "vae")
         self._tiling, self._slicing = tiling, slicing
         config = load_pretrained(
-            SimpleNamespace(from_pretrained=_full_config), self._source, subfolder, what=_WHAT
+            SimpleNamespace(from_pretrained=_full_config), self._source, self._subfolder, what=_WHAT
         )
         overflows = dtype == "float16" and config["force_upcast"]
         self._dtype: torch.dtype = torch.float32 if overflows else getattr(torch, dtype)

@@ -4,6 +4,7 @@ from zsnr.conditioning.base import Conditioner
 from zsnr.conditioning.null import NullConditioner
 from zsnr.conditioning.open_clip_text import OpenClipConditioner
 from zsnr.conditioning.remembered import Remembered
+from zsnr.conditioning.sdxl_text import SDXLConditioner
 from zsnr.conditioning.transformers_text import TransformersConditioner
 
 __all__ = [
@@ -11,5 +12,6 @@ __all__ = [
     "NullConditioner",
     "OpenClipConditioner",
     "Remembered",
+    "SDXLConditioner",
     "TransformersConditioner",
 ]

@@ -26,12 +26,14 @@ class Conditioner(nn.Module):
 
     Attributes:
         context_dim: D of the context (B, L, D).
+        pooled_dim: P of the pooled embedding (B, P); 0 = there is none.
         trainable: Whether training changes it. A frozen one belongs to nobody's state dict.
         pretrained: Whether its settings alone give its weights again.
         parts: Names of the modules, parameters and buffers that `_read` gives.
     """
 
     context_dim: int
+    pooled_dim: int = 0
     parts: ClassVar[tuple[str, ...]] = ()
     _place: Tensor
     _half_place: Tensor

@@ -75,6 +75,11 @@ class OpenClipConditioner(Conditioner):
                 x = x.transpose(0, 1)
             return Conditioning(self.ln_final(x))
 
+    @property
+    def max_length(self) -> int:
+        """L, tokens a prompt."""
+        return int(self._tokenize.context_length)
+
     def settings(self) -> dict[str, Any]:
         return dict(self._settings)
 

@@ -27,7 +27,8 @@ class Remembered(Conditioner):
     def __init__(self, inner: Conditioner) -> None:
         super().__init__()
         inner.check_lasting()
-        self.inner, self.context_dim = inner, inner.context_dim
+        self.inner = inner
+        self.context_dim, self.pooled_dim = inner.context_dim, inner.pooled_dim
         self.to(inner._place.device)
         self._rows: dict[str, Conditioning] = {}
 
@@ -46,6 +47,11 @@ class Remembered(Conditioner):
             raise ValueError(
                 f"An embedding of shape {tuple(row.context.shape)} for {prompt!r}: wanted one row, "
                 f"(1, L, {self.context_dim})."
+            )
+        pooled = 0 if row.pooled is None else row.pooled.shape[-1]
+        if pooled != self.pooled_dim:
+            raise ValueError(
+                f"A pooled embedding of width {pooled} for {prompt!r}: wanted {self.pooled_dim}."
             )
         self._rows[prompt] = _row(row, 0)
 

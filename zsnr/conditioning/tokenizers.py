@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from zsnr.ldm_file import is_single_file, open_ldm_file, part_tokenizer
 from zsnr.pretrained import digest, find_file
 
 _FILES = (
@@ -22,11 +23,24 @@ _FILES = (
     "tokenizer.model",
 )
 
+BPE = ("clip", "open_clip")
+
+# open_clip pads with token 0, "!". A tokenizer of transformers that did would read every "!" of a
+# prompt as padding, so in folders that this package writes another token stands for it, with the
+# same embedding. CLIP's vocabulary has a token for each byte at a word's end; no text has the byte
+# 0xFF in UTF-8, so this one never comes out of a prompt, and nobody writes these characters.
+PADDING = "\u00ff</w>"
+
 Tokenizer = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
 
 
-def open_clip_tokenizer(max_length: int) -> tuple[Tokenizer, int]:
+def bpe_tokenizer(name: str, max_length: int) -> tuple[Tokenizer, int]:
     """Make CLIP's BPE tokenizer from the vocabulary that open_clip ships; no network.
+
+    Args:
+        name: What follows the end token: "clip" repeats it, as Stable Diffusion 1 and the first
+            encoder of SDXL have it; "open_clip" has zeros, as Stable Diffusion 2 and the second.
+        max_length: L. Longer prompts are cut; their last token is the end token.
 
     Returns:
         The tokenizer, prompts -> (ids (B, L) int64, mask (B, L) True up to the end token), and
@@ -39,7 +53,8 @@ def open_clip_tokenizer(max_length: int) -> tuple[Tokenizer, int]:
     def tokenize(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         ids = bpe(list(prompts))
         ends = ids.argmax(dim=1, keepdim=True)  # the end token has the largest id
-        return ids, torch.arange(max_length) <= ends
+        mask = torch.arange(max_length) <= ends
+        return ids if name == "open_clip" else ids.where(mask, ids.gather(1, ends)), mask
 
     return tokenize, int(bpe.vocab_size)
 
@@ -47,13 +62,17 @@ def open_clip_tokenizer(max_length: int) -> tuple[Tokenizer, int]:
 def transformers_tokenizer(
     pretrained: str, subfolder: str | None, max_length: int | None
 ) -> tuple[Tokenizer, int, int]:
-    """Load any tokenizer of transformers from a folder or the hub.
+    """Load any tokenizer of transformers from a folder or the hub, or that of a single file.
 
     Returns:
         The tokenizer and the size of its vocabulary, as above, and L.
     """
     from transformers import AutoTokenizer
 
+    if is_single_file(pretrained):
+        name, longest = part_tokenizer(open_ldm_file(pretrained), subfolder or "tokenizer")
+        length = max_length or longest
+        return *bpe_tokenizer(name, length), length
     try:
         auto = AutoTokenizer.from_pretrained(pretrained, subfolder=subfolder or "")
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -73,12 +92,20 @@ def transformers_tokenizer(
             max_length=length,
             return_tensors="pt",
         )
-        return encoded["input_ids"], encoded["attention_mask"].bool()
+        ids = encoded["input_ids"]
+        if auto.pad_token == PADDING:
+            ids = ids.masked_fill(ids == auto.pad_token_id, 0)
+        return ids, encoded["attention_mask"].bool()
 
     return tokenize, len(auto), length
 
 
 def tokenizer_digest(pretrained: str, subfolder: str | None) -> str | None:
-    """Return a digest of a tokenizer's files; None where there are none on disk."""
+    """Return a digest of a tokenizer's files; None where there are none on disk.
+
+    That of a single file is its name.
+    """
+    if is_single_file(pretrained):
+        return part_tokenizer(open_ldm_file(pretrained), subfolder or "tokenizer")[0]
     found = (find_file(pretrained, subfolder, name) for name in _FILES)
     return digest([path for path in found if path is not None])

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from zsnr.conditioning.base import Conditioner
 from zsnr.conditioning.tokenizers import (
-    open_clip_tokenizer,
+    BPE,
+    bpe_tokenizer,
     tokenizer_digest,
     transformers_tokenizer,
 )
 from zsnr.denoiser import Conditioning
+from zsnr.ldm_file import default_part
 from zsnr.pretrained import digest, find_weights, load_pretrained, load_whole, read_config
 
 
@@ -23,12 +25,13 @@ class TransformersConditioner(Conditioner):
     """A text encoder of transformers, pretrained or built small from a config.
 
     Args:
-        pretrained: A folder or hub id. None = build a new encoder from `config`.
+        pretrained: A folder, a single file (.safetensors) in the ldm layout, or a hub id. None =
+            build a new encoder from `config`.
         config: Settings of a new encoder: `model_type` such as "clip_text_model", "t5" or "bert",
             and that model's own names (hidden_size, num_hidden_layers, ...). The vocabulary's size
             and the longest prompt are filled in.
-        tokenizer: "open_clip" for CLIP's BPE, shipped with open_clip; else a folder or hub id.
-            None = beside the pretrained encoder.
+        tokenizer: "open_clip" or "clip" for CLIP's BPE, shipped with open_clip, with zeros or end
+            tokens after the prompt; else a folder or hub id. None = beside the pretrained encoder.
         subfolder: Folder of the encoder inside `pretrained`, such as "text_encoder".
         tokenizer_subfolder: Folder of the tokenizer, such as "tokenizer".
         max_length: L, tokens a prompt; longer prompts are cut. None = the tokenizer's own, at
@@ -73,9 +76,10 @@ class TransformersConditioner(Conditioner):
             "use_mask": use_mask,
             "trainable": trainable,
         }
-        if tokenizer == "open_clip":
+        self._subfolder = default_part(str(pretrained), subfolder, "text_encoder")
+        if tokenizer in BPE:
             max_length = max_length or 77
-            self._tokenize, vocabulary = open_clip_tokenizer(max_length)
+            self._tokenize, vocabulary = bpe_tokenizer(tokenizer, max_length)
         else:
             source = tokenizer or str(pretrained)
             folder = tokenizer_subfolder if tokenizer_subfolder else None
@@ -87,7 +91,7 @@ class TransformersConditioner(Conditioner):
         if pretrained is None:
             encoder_config = self.encoder.config
         else:
-            encoder_config = _pretrained_config(pretrained, subfolder)
+            encoder_config = pretrained_config(pretrained, self._subfolder)
         self._use_mask = (
             not encoder_config.model_type.startswith("clip") if use_mask is None else use_mask
         )
@@ -110,17 +114,26 @@ class TransformersConditioner(Conditioner):
                     context = norm(context)
         return Conditioning(context, mask if self._use_mask else None)
 
+    @property
+    def max_length(self) -> int:
+        """L, tokens a prompt."""
+        return self._max_length
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Return token ids (B, L) and a mask (B, L), True up to the end token."""
+        return self._tokenize(prompts)
+
     def settings(self) -> dict[str, Any]:
         return dict(self._settings)
 
     def _decisive(self) -> dict[str, Any]:
         own = self._settings
-        source, subfolder = str(own["pretrained"]), own["subfolder"]
+        source, subfolder = str(own["pretrained"]), self._subfolder
         tokenizer = own["tokenizer"]
         return {
             "config": read_config(source, subfolder),
             "tokenizer": tokenizer
-            if tokenizer == "open_clip"
+            if tokenizer in BPE
             else tokenizer_digest(tokenizer or source, own["tokenizer_subfolder"]),
             "max_length": self._max_length,
             "layer": self._layer,
@@ -133,7 +146,7 @@ class TransformersConditioner(Conditioner):
         own = self._settings
         if own["config"] is not None:
             return {"encoder": _new_encoder(own["config"], self._vocabulary, self._max_length)}
-        return {"encoder": _pretrained_encoder(str(own["pretrained"]), own["subfolder"])}
+        return {"encoder": pretrained_encoder(str(own["pretrained"]), self._subfolder)}
 
 
 def _new_encoder(config: dict[str, Any], vocabulary: int, max_length: int) -> nn.Module:
@@ -166,7 +179,7 @@ def _check_keys(model_type: str, settings: dict[str, Any]) -> None:
         raise ValueError(f"The config of {model_type!r} has no {name!r}.{hint}")
 
 
-def _pretrained_config(pretrained: str, subfolder: str | None) -> Any:
+def pretrained_config(pretrained: str, subfolder: str | None) -> Any:
     """Read the text encoder's config; of a whole CLIP, its text tower's."""
     from transformers import AutoConfig
 
@@ -174,12 +187,30 @@ def _pretrained_config(pretrained: str, subfolder: str | None) -> Any:
     return getattr(config, "text_config", config)
 
 
-def _pretrained_encoder(pretrained: str, subfolder: str | None) -> nn.Module:
-    from safetensors import SafetensorError
-    from transformers import AutoModel, CLIPTextModel, T5EncoderModel
+def pretrained_encoder(
+    pretrained: str, subfolder: str | None, *, projected: bool = False
+) -> nn.Module:
+    """Read a text encoder.
 
-    by_type = {"clip_text_model": CLIPTextModel, "t5": T5EncoderModel}
-    model_type = _pretrained_config(pretrained, subfolder).model_type
+    Args:
+        pretrained: A folder or hub id.
+        subfolder: Folder inside it.
+        projected: Keep the projection of a CLIP that gives a pooled embedding.
+
+    Raises:
+        ValueError: It cannot be loaded, or its weights are not whole.
+    """
+    from safetensors import SafetensorError
+    from transformers import (
+        AutoModel,
+        CLIPTextModel,
+        CLIPTextModelWithProjection,
+        T5EncoderModel,
+    )
+
+    clip = CLIPTextModelWithProjection if projected else CLIPTextModel
+    by_type: dict[str, Any] = {"clip_text_model": clip, "t5": T5EncoderModel}
+    model_type = pretrained_config(pretrained, subfolder).model_type
     cls = by_type.get(model_type, AutoModel)
     try:
         encoder: nn.Module = load_whole(

@@ -174,11 +174,15 @@ def check_cache(name: str, cache: Cache, **wanted: Mapping[str, Any] | None) -> 
             )
 
 
+_CROPS = 0  # seed of a cache's random crops, which belong to a row of its source
+
+
 class CacheDataset(ShardDataset):
     """Moments, text embeddings and captions of a cache, by position.
 
     Items are as ShardDataset's, with moments (2 C, h, w) in the place of the image, and the
-    tensors of the text embedding, if there is one.
+    tensors of the text embedding, if there is one. Whether crops were random must be said by
+    `pixels`, as the cache was made.
     """
 
     def _load(self, sample: Sample, row: int, position: int, storage: Storage) -> dict[str, Any]:
@@ -190,10 +194,12 @@ class CacheDataset(ShardDataset):
         assert data is not None
         tensors = load(data)
         _, flip = self._pixels.draw(self._seed, position)
+        crop, _ = self._pixels.draw(_CROPS, int(self.samples.rows[row]))
         moments, flipped = tensors.pop("moments"), tensors.pop(_FLIPPED, None)
         return {
             "moments": flipped if flip else moments,
             "caption": self._caption(text, record, position),
+            "sizes": self._sizes(row, crop),
             **tensors,
         }
 
@@ -266,7 +272,9 @@ def write_cache(
     if conditioner is not None:
         conditioner.to(device)
     encoder = _Encoder(codec, conditioner, cache, pixels.flip, device)
-    dataset = _Raw(samples, pixels=replace(pixels, flip=False), captions=captions, retries=retries)
+    dataset = _Raw(
+        samples, pixels=replace(pixels, flip=False), captions=captions, retries=retries, seed=_CROPS
+    )
     faults: list[Fault] = []
     total, done = sum(starts[n + 1] - starts[n] for n in mine), 0
     with tqdm(total=total, desc="cache", unit="sample", disable=not progress) as bar:

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from zsnr.data.captions import Captions
 from zsnr.data.faults import BudgetError, Fault
-from zsnr.data.images import MAX_PIXELS, decode_image
+from zsnr.data.images import MAX_PIXELS, decode_image, size_facts
 from zsnr.data.samples import Sample, Samples, Span
 from zsnr.data.storage import Retries, Storage, is_remote
 from zsnr.noise import derive_seed
@@ -78,9 +78,10 @@ class AsIndexed:
 class ShardDataset(Dataset[dict[str, Any]]):
     """Pictures and captions read by offset.
 
-    An item is {"image": uint8 (3, H, W), "caption": str, "key": str, "position": int, "faults":
-    what went wrong on the way, a list of Fault}. Position ~p = -1 - p stands for the sample at p
-    where only the same amount of work is wanted, and keeps its sign.
+    An item is {"image": uint8 (3, H, W), "caption": str, "sizes": int64 (6,), "key": str,
+    "position": int, "faults": what went wrong on the way, a list of Fault}. Sizes are of the
+    original picture, its crop and the result, as Conditioning's. Position ~p = -1 - p stands for
+    the sample at p where only the same amount of work is wanted, and keeps its sign.
 
     Args:
         samples: What there is.
@@ -147,7 +148,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
         """Load the sample at a position, and no other in its place.
 
         Returns:
-            {"image": ..., "caption": ...}
+            {"image": ..., "caption": ..., "sizes": ...}
 
         Raises:
             ValueError, EOFError: It is broken.
@@ -172,7 +173,9 @@ class ShardDataset(Dataset[dict[str, Any]]):
         image, text, record = self._read(sample, row, storage)
         assert image is not None
         caption = self._caption(text, record, position)
-        return {"image": self._decode(image, row, position), "caption": caption}
+        crop, _ = self._pixels.draw(self._seed, position)
+        pixels, sizes = self._decode(image, row, position), self._sizes(row, crop)
+        return {"image": pixels, "caption": caption, "sizes": sizes}
 
     def _caption(self, text: bytes | None, record: bytes | None, position: int) -> str:
         return self._captions.choose(text, record, derive_seed(self._seed, _CAPTION, position))
@@ -182,6 +185,11 @@ class ShardDataset(Dataset[dict[str, Any]]):
         crop, flip = self._pixels.draw(self._seed, position)
         most = self._pixels.max_pixels
         return decode_image(data, height, width, crop=crop, flip=flip, max_pixels=most)
+
+    def _sizes(self, row: int, crop: tuple[float, float]) -> torch.Tensor:
+        size: tuple[int, int] = tuple(self.samples.size[row].tolist())
+        height, width = self.samples.shapes[self.samples.bucket[row]]
+        return size_facts(size, height, width, crop)
 
     def _read(self, sample: Sample, row: int, storage: Storage) -> list[bytes | None]:
         """Read image, text and json, with one request where they lie side by side."""

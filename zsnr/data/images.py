@@ -86,10 +86,7 @@ def decode_image(
     with _readable():
         size = _halve(image, asked) if scaled_decoding else image.size
         w, h = size[::-1] if transposed else size
-        scale = max(height / h, width / w)
-        crop_h, crop_w = min(h, round(height / scale)), min(w, round(width / scale))
-        crop_h, crop_w = max(1, crop_h), max(1, crop_w)
-        top, left = round((h - crop_h) * crop[0]), round((w - crop_w) * crop[1])
+        top, left, crop_h, crop_w = _crop(h, w, height, width, crop)
         if upside_down:  # crop and scale what is stored, then turn the small result
             top = h - crop_h - top
         if mirrored:
@@ -125,6 +122,41 @@ def to_unit_range(images: Tensor) -> Tensor:
     if images.dtype != torch.uint8:
         raise ValueError(f"images are {images.dtype}: wanted torch.uint8, as decode_image gives.")
     return images.float().div_(127.5).sub_(1)
+
+
+def size_facts(size: tuple[int, int], height: int, width: int, crop: tuple[float, float]) -> Tensor:
+    """Say how `decode_image` cuts a picture, as SDXL's network is told (Conditioning's sizes).
+
+    The crop's offsets are in pixels of the picture as it is scaled, before it is cropped. A
+    mirrored picture keeps them: what was cut away is told, not on which side it shows.
+
+    Args:
+        size: Height and width of the picture as it is seen.
+        height: Of the result, in pixels.
+        width: Likewise.
+        crop: Where the crop lies, as there.
+
+    Returns:
+        Original height and width, crop top and left, target height and width: (6,) int64.
+    """
+    top, left, _, _ = _crop(*size, height, width, crop)
+    scale = _scale(*size, height, width)
+    return torch.tensor([*size, round(top * scale), round(left * scale), height, width])
+
+
+def _scale(h: int, w: int, height: int, width: int) -> float:
+    """Say by what a picture of h x w is multiplied to just cover height x width."""
+    return max(height / h, width / w)
+
+
+def _crop(
+    h: int, w: int, height: int, width: int, crop: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """Place the crop in a picture of h x w, in its own whole pixels: top, left, height, width."""
+    scale = _scale(h, w, height, width)
+    crop_h, crop_w = min(h, round(height / scale)), min(w, round(width / scale))
+    crop_h, crop_w = max(1, crop_h), max(1, crop_w)
+    return round((h - crop_h) * crop[0]), round((w - crop_w) * crop[1]), crop_h, crop_w
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from zsnr.data.captions import Captions
 from zsnr.data.dataset import Pixels
 from zsnr.data.faults import BudgetError, Fault
 from zsnr.data.filters import Filter, apply_filters
-from zsnr.data.images import decode_image, image_size
+from zsnr.data.images import decode_image, image_size, size_facts
 from zsnr.data.index import read_fields
 from zsnr.data.sources import IMAGE_SUFFIXES, Shard
 from zsnr.data.storage import Retries, Storage
@@ -101,7 +101,8 @@ class StreamDataset(IterableDataset[list[dict[str, Any]]]):
         crop, flip = self._pixels.draw(self._seed, position)
         size, most = self._size, self._pixels.max_pixels
         pixels = decode_image(image, size, size, crop=crop, flip=flip, max_pixels=most)
-        return {"image": pixels, "caption": caption, "key": sample["__key__"]}
+        sizes = size_facts(image_size(image), size, size, crop)
+        return {"image": pixels, "caption": caption, "sizes": sizes, "key": sample["__key__"]}
 
     def _keeps(self, sample: Mapping[str, Any], image: bytes) -> bool:
         import pyarrow as pa

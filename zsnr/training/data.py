@@ -45,8 +45,8 @@ class DataModule(L.LightningDataModule):
     """Pictures and captions from webdataset shards, or from folders of pictures.
 
     A batch holds image (B, 3, H, W) in [-1, 1], or from a cache moments (B, 2 C, h, w) and
-    text_embedding (Conditioning or None); caption and key (lists), position (B,), the sample's
-    place in the run, and global_batch_size.
+    text_embedding (Conditioning or None); caption and key (lists), sizes (B, 6) as Conditioning's,
+    position (B,), the sample's place in the run, and global_batch_size.
 
     Args:
         train: What to train on: a folder of shards or of pictures, a pattern such as
@@ -307,10 +307,12 @@ class DataModule(L.LightningDataModule):
             return []
         trainer = self.trainer
         assert trainer is not None
-        cls = CacheDataset if "data.val" in self.caches else ShardDataset
+        cls, crop = ShardDataset, Pixels.crop
+        if "data.val" in self.caches:
+            cls, crop = CacheDataset, self.pixels.crop  # those that it was made with
         dataset = cls(
             self._val,
-            pixels=Pixels(max_pixels=self.pixels.max_pixels),
+            pixels=Pixels(crop=crop, max_pixels=self.pixels.max_pixels),
             captions=self.captions,
             retries=self.retries,
             seed=self.seed,

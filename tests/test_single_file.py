@@ -1,0 +1,775 @@
+"""Single files in the ldm layout, out and in."""
+
+import json
+import struct
+import warnings
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import yaml
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from zsnr import Guidance, NoiseSchedule
+from zsnr import ldm_file as layout
+from zsnr.checkpoints import (
+    read_checkpoint,
+    read_diffusers_folder,
+    read_single_file,
+    write_single_file,
+)
+from zsnr.checkpoints.ldm_layout import ldm_clip, ldm_open_clip, ldm_unet, ldm_vae
+from zsnr.checkpoints.single_file import check_single_file
+from zsnr.cli import main
+from zsnr.codecs import AutoencoderKLCodec, PixelCodec
+from zsnr.conditioning import NullConditioner, TransformersConditioner
+from zsnr.conditioning.tokenizers import bpe_tokenizer
+from zsnr.networks import UNet
+from zsnr.pipeline import TextToImage
+
+FAMILIES = ("v1", "v2", "xl")
+PROMPTS = ["", "a black cat at night", "Caf\u00e9, 35mm photo; it's 8k!", "word " * 90]
+SCHEDULER = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+    "timestep_spacing": "trailing",
+    "rescale_betas_zero_snr": True,
+    "clip_sample": False,
+}
+CUSTOM = pytest.mark.filterwarnings("ignore:This model has not")
+
+
+def clip_tokenizer(**options):
+    """Make transformers' CLIPTokenizer from the vocabulary that open_clip ships."""
+    import open_clip
+    from transformers import CLIPTokenizer
+
+    bpe = open_clip.SimpleTokenizer()
+    names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    vocabulary = {names.get(token, token): i for token, i in bpe.encoder.items()}
+    merges = sorted(bpe.bpe_ranks, key=bpe.bpe_ranks.__getitem__)
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, **options)
+
+
+def stable_diffusion(folder, family):
+    """A small Stable Diffusion of diffusers, with random weights and CLIP's tokenizer."""
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        StableDiffusionPipeline,
+        StableDiffusionXLPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(0)
+    xl = family == "xl"
+    blocks = [not xl, True, xl]
+    sizes = {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 20 + 6 * 8,
+        "transformer_layers_per_block": (1, 2, 3),
+    }
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32, 32),
+        layers_per_block=2,
+        down_block_types=["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in blocks],
+        up_block_types=["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(blocks)],
+        cross_attention_dim=40 if xl else 16,
+        attention_head_dim=2 if family == "v1" else (2, 4, 4),
+        use_linear_projection=family != "v1",
+        norm_num_groups=8,
+        **(sizes if xl else {}),
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        norm_num_groups=4,
+        scaling_factor=0.13025 if xl else 0.18215,
+    )
+    text = {"intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    act = "gelu" if family == "v2" else "quick_gelu"
+    parts = {
+        "unet": unet,
+        "vae": vae,
+        "text_encoder": CLIPTextModel(CLIPTextConfig(hidden_size=16, hidden_act=act, **text)),
+    }
+    zeros = {"pad_token": "!"}
+    tokenizers = {
+        "tokenizer": clip_tokenizer(model_max_length=77, **(zeros if family == "v2" else {}))
+    }
+    if xl:
+        config = CLIPTextConfig(hidden_size=24, projection_dim=20, hidden_act="gelu", **text)
+        parts["text_encoder_2"] = CLIPTextModelWithProjection(config)
+        tokenizers["tokenizer_2"] = clip_tokenizer(model_max_length=77, **zeros)
+    for module in parts.values():
+        for parameter in module.parameters():  # zeros and ones would hide a mistaken name
+            torch.nn.init.normal_(parameter, std=0.1)
+    others = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    cls = StableDiffusionXLPipeline if xl else StableDiffusionPipeline
+    pipe = cls(
+        **parts,
+        **tokenizers,
+        scheduler=DDIMScheduler(**SCHEDULER),
+        **({"add_watermarker": False} if xl else others),
+    )
+    pipe.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    made = {family: tmp_path_factory.mktemp(family) for family in FAMILIES}
+    for family, folder in made.items():
+        stable_diffusion(folder, family)
+    return made
+
+
+@pytest.fixture(scope="module")
+def models(folders):
+    return {family: read_diffusers_folder(str(folder)) for family, folder in folders.items()}
+
+
+@pytest.fixture(scope="module")
+def files(models, tmp_path_factory):
+    made = {}
+    for family, model in models.items():
+        made[family] = tmp_path_factory.mktemp("files") / f"{family}.safetensors"
+        with pytest.warns(UserWarning, match="cannot load the file"):
+            write_single_file(model, made[family])
+    return made
+
+
+def state(model):
+    """All weights of a model."""
+    parts = {"unet": model.unet.unet, "vae": model.codec._vae, "text": model.conditioner.encoder}
+    if "encoder_2" in model.conditioner.parts:
+        parts["text_2"] = model.conditioner.encoder_2
+    return {f"{k}.{n}": w for k, part in parts.items() for n, w in part.state_dict().items()}
+
+
+def load_all(source):
+    model = read_single_file(source)
+    model.codec.load()
+    model.conditioner.load()
+
+
+def images(source, **options):
+    pipe = TextToImage(source) if not isinstance(source, str) else None
+    pipe = pipe or TextToImage.from_pretrained(source, device="cpu", **options)
+    made = pipe(
+        ["a black cat", "dog"],
+        seeds=[5, 6],
+        num_steps=4,
+        guidance=Guidance(4.0, 0.7),
+        progress=False,
+    )
+    return [np.asarray(image) for image in made]
+
+
+def rewrite(source, target, metadata=None, change=None):
+    """Write a file again with other metadata (None = its own) and tensors."""
+    with safe_open(source, "pt") as file:
+        own = file.metadata()
+    tensors = load_file(source)
+    if change is not None:
+        tensors = change(tensors)
+    save_file(tensors, target, own if metadata is None else metadata)
+    return str(target)
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize(("name", "options"), [("clip", {}), ("open_clip", {"pad_token": "!"})])
+def test_tokenizers_are_those_of_transformers(name, options):
+    theirs = clip_tokenizer(**options)
+    # Where "!" is the name of padding, transformers takes every one in a prompt for it.
+    prompts = [prompt.replace("!", "") if options else prompt for prompt in PROMPTS]
+    for length in (77, 8):
+        wanted = theirs(
+            prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        )
+        ids, mask = bpe_tokenizer(name, length)[0](prompts)
+        assert ids.equal(wanted.input_ids)
+        assert mask.equal(wanted.attention_mask.bool())
+        assert ids[-1, -1] == 49407  # cut, with its end token
+        assert mask[-1].all()
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("family", layout.PUBLIC)
+def test_public_models_have_their_well_known_names(family):
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers.loaders import single_file_utils as theirs
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    public, prefixes = layout.PUBLIC[family], layout.PREFIXES[family]
+    file = {}
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(public["unet"])
+        vae = AutoencoderKL.from_config(public["vae"])
+        texts = {"text_encoder": CLIPTextModel(CLIPTextConfig(**public["text_encoder"]))}
+        if family == "xl":
+            config = CLIPTextConfig(**public["text_encoder_2"])
+            texts["text_encoder_2"] = CLIPTextModelWithProjection(config)
+    parts = {"unet": ldm_unet(unet.state_dict(), unet.config), "vae": ldm_vae(vae.state_dict(), 4)}
+    for part, text in texts.items():
+        rename = ldm_clip if prefixes[part].endswith(".transformer.") else ldm_open_clip
+        parts[part] = rename(text.state_dict())
+    for part, weights in parts.items():
+        file |= {prefixes[part] + name: weight for name, weight in weights.items()}
+
+    def shapes(weights):
+        return {k.removeprefix("text_model."): tuple(w.shape) for k, w in weights.items()}
+
+    back = theirs.convert_ldm_unet_checkpoint(dict(file), dict(unet.config))
+    assert shapes(back) == shapes(unet.state_dict())
+    back = theirs.convert_ldm_vae_checkpoint(dict(file), dict(vae.config))
+    assert shapes(back) == shapes(vae.state_dict())
+    for part, text in texts.items():
+        if prefixes[part].endswith(".transformer."):
+            back = theirs.convert_ldm_clip_checkpoint(file)
+        else:
+            back = theirs.convert_open_clip_checkpoint(text, file, prefixes[part])
+        assert shapes(back) == shapes(text.state_dict())
+    kind = theirs.infer_diffusers_model_type(file)
+    assert kind == {"v1": "v1", "v2": "v2", "xl": "xl_base"}[family]
+
+    known = {  # as the releases have them
+        "first_stage_model.decoder.mid.attn_1.q.weight": (512, 512, 1, 1),
+        "first_stage_model.decoder.up.0.block.0.nin_shortcut.weight": (128, 256, 1, 1),
+        "first_stage_model.encoder.down.2.downsample.conv.weight": (512, 512, 3, 3),
+        "model.diffusion_model.time_embed.2.weight": (1280, 1280),
+        "model.diffusion_model.out.2.weight": (4, 320, 3, 3),
+    }
+    if family == "xl":
+        known |= {
+            "model.diffusion_model.label_emb.0.0.weight": (1280, 2816),
+            "model.diffusion_model.input_blocks.6.0.op.weight": (640, 640, 3, 3),
+            "model.diffusion_model.output_blocks.2.2.conv.weight": (1280, 1280, 3, 3),
+            "conditioner.embedders.1.model.transformer.resblocks.31.attn.in_proj_weight": (
+                3840,
+                1280,
+            ),
+            "conditioner.embedders.1.model.text_projection": (1280, 1280),
+        }
+    else:
+        square = () if family == "v2" else (1, 1)
+        known |= {
+            "model.diffusion_model.output_blocks.11.0.skip_connection.weight": (320, 640, 1, 1),
+            "model.diffusion_model.output_blocks.2.1.conv.weight": (1280, 1280, 3, 3),
+            "model.diffusion_model.output_blocks.5.2.conv.weight": (1280, 1280, 3, 3),
+            "model.diffusion_model.middle_block.1.proj_in.weight": (1280, 1280, *square),
+        }
+    for name, shape in known.items():
+        assert tuple(file[name].shape) == shape, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_goes_out_comes_back(models, files, family):
+    before, after = models[family], read_single_file(str(files[family]))
+    ours, theirs = state(before), state(after)
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name].equal(theirs[name]) for name in ours)
+    assert after.schedule.alphas_cumprod.equal(before.schedule.alphas_cumprod)
+    assert after.prediction_type == before.prediction_type == "v_prediction"
+    assert after.image_size == before.image_size == 16
+    assert after.codec.scale == before.codec.scale
+    for mine, other in zip(images(before), images(str(files[family])), strict=True):
+        assert np.array_equal(mine, other)
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("family", FAMILIES)
+def test_diffusers_reads_it(folders, files, family):
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    cls = StableDiffusionXLPipeline if family == "xl" else StableDiffusionPipeline
+    none = {"add_watermarker": False} if family == "xl" else {"safety_checker": None}
+    options = {"config": str(folders[family]), "local_files_only": True, **none}
+    theirs = cls.from_single_file(str(files[family]), **options)
+    assert theirs.text_encoder.config.hidden_act == ("gelu" if family == "v2" else "quick_gelu")
+    theirs.scheduler = DDIMScheduler(**SCHEDULER)
+    theirs.set_progress_bar_config(disable=True)
+    latents = torch.cat(
+        [torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(s)) for s in (5, 6)]
+    )
+    wanted = theirs(
+        ["a black cat", "dog"],
+        latents=latents,
+        num_inference_steps=4,
+        guidance_scale=4.0,
+        guidance_rescale=0.7,
+        height=16,
+        width=16,
+        output_type="np",
+    ).images
+    for mine, other in zip(images(str(files[family])), wanted, strict=True):
+        assert np.abs(mine / 255 - other).max() <= 1 / 255
+
+
+@CUSTOM
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_precisions(models, tmp_path, dtype):
+    path = tmp_path / "x.safetensors"
+    write_single_file(models["v1"], path, dtype=dtype)
+    stored = load_file(path)
+    assert {t.dtype for name, t in stored.items() if t.numel()} == {getattr(torch, dtype)}
+    before, after = state(models["v1"]), state(read_single_file(str(path)))
+    for name, weight in before.items():
+        assert after[name].dtype == torch.float32
+        assert after[name].equal(weight.to(getattr(torch, dtype)).float())
+
+
+@CUSTOM
+def test_what_a_precision_cannot_hold_is_refused(models, tmp_path):
+    model = replace(models["v1"], unet=UNet(models["v1"].unet.settings()["config"]))
+    with torch.no_grad():
+        model.unet.unet.conv_in.weight[0, 0, 0, 0] = 1e5
+    with pytest.raises(ValueError, match=r"input_blocks\.0\.0\.weight .* use bfloat16"):
+        write_single_file(model, tmp_path / "x.safetensors", dtype="float16")
+    with torch.no_grad():
+        model.unet.unet.conv_in.weight[0, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        write_single_file(model, tmp_path / "x.safetensors")
+    assert [*tmp_path.iterdir()] == []
+
+
+@CUSTOM
+@pytest.mark.parametrize(
+    ("zero", "prediction_type", "marks"),
+    [
+        (True, "v_prediction", {"v_pred", "ztsnr"}),
+        (False, "v_prediction", {"v_pred"}),
+        (False, "epsilon", set()),
+    ],
+)
+def test_marks_and_metadata(models, tmp_path, zero, prediction_type, marks):
+    path = tmp_path / "night.safetensors"
+    schedule = NoiseSchedule(zero_terminal_snr=zero)
+    model = replace(models["v2"], schedule=schedule, prediction_type=prediction_type)
+    said = {"modelspec.author": "me", "modelspec.prediction_type": "wrong"}
+    write_single_file(model, path, metadata=said)
+    with safe_open(path, "pt") as file:
+        empty = {name for name in file.keys() if file.get_tensor(name).numel() == 0}  # noqa: SIM118
+        metadata = file.metadata()
+    assert empty == marks
+    v = prediction_type == "v_prediction"
+    wanted = {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.title": "night",
+        "modelspec.author": "me",
+        "modelspec.resolution": "16x16",
+        "modelspec.prediction_type": "v" if v else "epsilon",
+        "modelspec.architecture": f"stable-diffusion-v2-{'768-v' if v else '512'}-custom",
+    }
+    assert wanted.items() <= metadata.items()
+    assert ("modelspec.usage_hint" in metadata) == zero
+    back = read_single_file(str(path))
+    assert (back.schedule, back.prediction_type) == (schedule, prediction_type)
+    assert json.loads(metadata["zsnr.schedule"]) == schedule.settings()
+
+
+@CUSTOM
+def test_the_hidden_state_before_the_last_is_that_of_stable_diffusion_2(folders, tmp_path):
+    source = str(folders["v2"])
+    options = {"subfolder": "text_encoder", "tokenizer_subfolder": "tokenizer"}
+    whole = read_diffusers_folder(source)
+    model = replace(whole, conditioner=TransformersConditioner(source, layer=-2, **options))
+    write_single_file(model, tmp_path / "x.safetensors")
+    names = load_file(tmp_path / "x.safetensors")
+    assert any(".resblocks.1." in name for name in names)  # there, if not used
+    back = read_single_file(str(tmp_path / "x.safetensors")).conditioner
+    assert back.encoder.config.num_hidden_layers == 1
+    prompts = [prompt.replace("!", "") for prompt in PROMPTS]
+    assert back(prompts).context.equal(model.conditioner(prompts).context)
+
+
+def small_public(monkeypatch, files, family):
+    """Let the public model be the small one."""
+    config = layout.open_ldm_file(files[family]).config
+    public = {part: config[part] for part in layout.PUBLIC[family]}
+    monkeypatch.setitem(layout.PUBLIC, family, public)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_files_of_others(models, files, tmp_path, monkeypatch, family):
+    def as_released(tensors):
+        unmarked = {name: t.clone() for name, t in tensors.items() if t.numel()}
+        prefix = layout.PREFIXES[family]["text_encoder"]
+        if family == "xl":
+            unmarked["conditioner.embedders.1.model.logit_scale"] = torch.tensor(1.0)
+        elif family == "v2":
+            unmarked[f"{prefix}text_projection"] = torch.ones(16, 16)
+            unmarked[f"{prefix}logit_scale"] = torch.tensor(1.0)
+        else:
+            unmarked[f"{prefix}text_model.embeddings.position_ids"] = torch.arange(77)[None]
+        unmarked["model_ema.decay"] = torch.tensor(0.9999)
+        return unmarked
+
+    small_public(monkeypatch, files, family)
+    path = rewrite(files[family], tmp_path / "x.safetensors", {}, as_released)
+    if family == "v2":
+        with pytest.warns(UserWarning, match="does not say what its network predicts"):
+            found = read_single_file(path)
+    else:
+        found = read_single_file(path)
+    assert found.prediction_type == "epsilon"
+    assert found.schedule == NoiseSchedule(zero_terminal_snr=False)
+    assert found.image_size == (1024 if family == "xl" else 512)
+    wanted = state(models[family])
+    assert all(weight.equal(wanted[name]) for name, weight in state(found).items())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        asked = read_single_file(path, NoiseSchedule(), "v_prediction")
+    assert asked.prediction_type == "v_prediction"
+    assert asked.schedule.zero_terminal_snr
+    with pytest.raises(ValueError, match="no x_0 at t=999"):
+        TextToImage.from_pretrained(path, NoiseSchedule(), prediction_type="epsilon", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "prediction_type", "size"),
+    [
+        ({"modelspec.prediction_type": "v"}, "v_prediction", 768),
+        ({"modelspec.architecture": "stable-diffusion-v2-768-v"}, "v_prediction", 768),
+        ({"modelspec.prediction_type": "epsilon"}, "epsilon", 512),
+        ({"ss_v_parameterization": "True", "modelspec.resolution": "640x640"}, "v_prediction", 640),
+    ],
+)
+def test_metadata_of_others(files, tmp_path, monkeypatch, metadata, prediction_type, size):
+    def unmarked(tensors):
+        return {name: t for name, t in tensors.items() if t.numel()}
+
+    small_public(monkeypatch, files, "v2")
+    path = rewrite(files["v2"], tmp_path / "x.safetensors", metadata, unmarked)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = read_single_file(path)
+    assert (model.prediction_type, model.image_size) == (prediction_type, size)
+
+
+def test_parts_alone(files, models):
+    source = str(files["v1"])
+    codec, text = AutoencoderKLCodec(source), TransformersConditioner(source)
+    pictures = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert codec.encode(pictures).equal(models["v1"].codec.encode(pictures))
+    wanted = models["v1"].conditioner(PROMPTS).context
+    assert text(PROMPTS).context.equal(wanted)
+    assert codec.fingerprint()["weights"] == text.fingerprint()["weights"] is not None
+    assert text.fingerprint()["tokenizer"] == "clip"
+    assert text.release()(PROMPTS).context.equal(wanted)
+    along = TransformersConditioner(source, trainable=True)
+    assert all(p.requires_grad for p in along.parameters())
+    unet = UNet(pretrained=source, channels=4, context_dim=16)
+    assert all(p.requires_grad for p in unet.parameters())
+    with pytest.raises(ValueError, match="holds no text_encoder_2"):
+        TransformersConditioner(source, subfolder="text_encoder_2")
+
+
+REFUSALS = {
+    "codec": (lambda m: {"codec": PixelCodec(2)}, "cannot hold PixelCodec"),
+    "null": (lambda m: {"conditioner": NullConditioner(16)}, "cannot hold NullConditioner"),
+    "t5": (
+        lambda m: {
+            "conditioner": TransformersConditioner(
+                config={"model_type": "t5", "d_model": 16, "num_layers": 1, "d_kv": 8, "d_ff": 16},
+                tokenizer="open_clip",
+            )
+        },
+        "'t5'",
+    ),
+    "mask": (
+        lambda m: {
+            "conditioner": TransformersConditioner(
+                config=tiny.TEXT, tokenizer="open_clip", use_mask=True
+            )
+        },
+        "use_mask",
+    ),
+    "norm": (
+        lambda m: {
+            "conditioner": TransformersConditioner(
+                config=tiny.TEXT, tokenizer="open_clip", layer=-2, final_norm=False
+            )
+        },
+        "final_norm",
+    ),
+    "pooled": (
+        lambda m: {"unet": UNet(replace(tiny.UNET, pooled_context=True), 4, 16)},
+        "addition_embed_type='text'",
+    ),
+    "scale_shift": (
+        lambda m: {"unet": UNet(replace(tiny.UNET, scale_shift=True), 4, 16)},
+        "resnet_time_scale_shift='scale_shift'",
+    ),
+    "cosine": (lambda m: {"schedule": NoiseSchedule("cosine")}, "this schedule"),
+    "linear": (lambda m: {"schedule": NoiseSchedule("linear")}, "this schedule"),
+    "short": (lambda m: {"schedule": NoiseSchedule(num_timesteps=500)}, "this schedule"),
+    "sample": (lambda m: {"prediction_type": "sample"}, "prediction_type='sample'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_what_the_layout_cannot_hold_is_refused(models, tmp_path, case):
+    change, message = REFUSALS[case]
+    model = replace(models["v1"], **change(models["v1"]))
+    with pytest.raises(ValueError, match=message) as refused:
+        write_single_file(model, tmp_path / "x.safetensors")
+    assert "Write a diffusers folder" in str(refused.value)
+    with pytest.raises(ValueError, match=message):
+        check_single_file(model)
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_other_tokenizers_are_refused(models, folders, tmp_path):
+    import shutil
+
+    from transformers import CLIPTokenizer
+
+    shutil.copytree(folders["v1"], tmp_path / "sd")
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{a}</w>" for a in letters)]
+    other = CLIPTokenizer(
+        vocab={t: i for i, t in enumerate(tokens)}, merges=[], model_max_length=77
+    )
+    shutil.rmtree(tmp_path / "sd/tokenizer")
+    other.save_pretrained(tmp_path / "sd/tokenizer")
+    with pytest.raises(ValueError, match="a tokenizer that is not CLIP's"):
+        check_single_file(read_diffusers_folder(str(tmp_path / "sd")))
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("unet", "attention_head_dim", 4),
+        ("text_encoder", "hidden_act", "gelu"),
+        ("vae", "scaling_factor", 0.13025),
+        ("tokenizer", "max_length", 64),
+    ],
+)
+def test_what_readers_would_take_for_the_public_model_is_refused(
+    models, files, tmp_path, monkeypatch, part, name, value
+):
+    small_public(monkeypatch, files, "v1")
+    if part == "tokenizer":
+        options = {"tokenizer_subfolder": "tokenizer", "max_length": value}
+        own = models["v1"].conditioner.settings() | options
+        changed = replace(models["v1"], conditioner=TransformersConditioner(**own))
+        with pytest.raises(ValueError, match=r"tokenizer\.max_length=64 .* with 77"):
+            check_single_file(changed)
+    else:
+        layout.PUBLIC["v1"][part] = {**layout.PUBLIC["v1"][part], name: value}
+        with pytest.raises(ValueError, match=f"{part}.{name}=.*'?{value}"):
+            check_single_file(models["v1"])
+
+
+def test_a_public_model_needs_no_word_about_its_size(models, files, tmp_path, monkeypatch):
+    small_public(monkeypatch, files, "v1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write_single_file(models["v1"], tmp_path / "x.safetensors")
+    with safe_open(tmp_path / "x.safetensors", "pt") as file:
+        assert file.metadata()["modelspec.architecture"] == "stable-diffusion-v1"
+
+
+@CUSTOM
+def test_wrong_calls_are_refused(models, files, tmp_path):
+    with pytest.raises(ValueError, match="exists"):
+        write_single_file(models["v1"], files["v1"])
+    with pytest.raises(ValueError, match=r"ends in \.safetensors"):
+        write_single_file(models["v1"], tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match="Known: float32, float16, bfloat16"):
+        write_single_file(models["v1"], tmp_path / "x.safetensors", dtype="int8")
+    with pytest.raises(ValueError, match="wanted texts only"):
+        write_single_file(models["v1"], tmp_path / "x.safetensors", metadata={"steps": 3})
+    assert [*tmp_path.iterdir()] == []
+
+
+def header(path):
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def with_config(files, path, change):
+    """Write the small v1 model with a changed description of itself."""
+    facts, data = header(files["v1"])
+    config = json.loads(facts["__metadata__"]["zsnr.config"])
+    change(config)
+    facts["__metadata__"]["zsnr.config"] = json.dumps(config)
+    text = json.dumps(facts).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return str(path)
+
+
+LIES = {
+    "wider": lambda c: c["unet"].update(block_out_channels=[32, 64, 64]),
+    "huge": lambda c: c["unet"].update(block_out_channels=[1 << 19] * 3),
+    "deep": lambda c: c["unet"].update(layers_per_block=900),
+    "deeper": lambda c: c["unet"].update(transformer_layers_per_block=1000),
+    "more": lambda c: c["unet"].update(block_out_channels=[16] * 16),
+    "uneven": lambda c: c["unet"].update(down_block_types=["DownBlock2D"]),
+    "groups": lambda c: c["unet"].update(norm_num_groups=7),
+    "heads": lambda c: c["unet"].update(attention_head_dim=3),
+    "text": lambda c: c["text_encoder"].update(num_hidden_layers=1000),
+    "text_heads": lambda c: c["text_encoder"].update(num_attention_heads=3),
+    "vocabulary": lambda c: c["text_encoder"].update(vocab_size=100),
+    "short_list": lambda c: c["unet"].update(transformer_layers_per_block=[1]),
+    "class": lambda c: c["unet"].update(_class_name="os"),
+    "act": lambda c: c["text_encoder"].update(hidden_act="__import__"),
+    "string": lambda c: c["vae"].update(layers_per_block="1"),
+    "epsilon": lambda c: c["text_encoder"].update(layer_norm_eps=10**12),
+    "nan": lambda c: c["vae"].update(scaling_factor=float("nan")),
+    "negative": lambda c: c["vae"].update(latent_channels=-4),
+    "bool": lambda c: c["vae"].update(latent_channels=True),
+    "missing": lambda c: c["vae"].pop("block_out_channels"),
+    "list": lambda c: c.update(unet=[]),
+    "tokenizer": lambda c: c["tokenizer"].update(name="../../x"),
+    "length": lambda c: c["tokenizer"].update(max_length=10**9),
+    "longer": lambda c: c["tokenizer"].update(max_length=100),
+    "size": lambda c: c.update(image_size=17),
+    "format": lambda c: c.update(format=2),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_file_is_not_believed(files, tmp_path, lie):
+    path = with_config(files, tmp_path / "x.safetensors", LIES[lie])
+    with pytest.raises(ValueError, match=r"x\.safetensors"):
+        load_all(path)
+
+
+def test_others_kinds_of_files_are_named(tmp_path):
+    weight = torch.zeros(4, 4)
+    cases = {
+        "a LoRA": {"lora_unet_down.lora_down.weight": weight},
+        "one part alone": {"down_blocks.0.resnets.0.conv1.weight": weight},
+        "a text encoder alone": {"text_model.final_layer_norm.weight": weight},
+        "a transformer": {"model.diffusion_model.joint_blocks.0.weight": weight},
+        "inpainting": {
+            "model.diffusion_model.input_blocks.0.0.weight": torch.zeros(320, 9, 3, 3),
+        },
+        "a refiner": {
+            "conditioner.embedders.0.model.ln_final.weight": weight,
+            "model.diffusion_model.out.0.weight": weight.clone(),
+        },
+        r"no tensor's name starts with 'model\.diffusion_model\.'": {"weight": weight},
+        "holds no text_encoder|width": {"model.diffusion_model.out.0.weight": weight},
+    }
+    for message, tensors in cases.items():
+        save_file(tensors, tmp_path / "x.safetensors")
+        with pytest.raises(ValueError, match=message):
+            read_single_file(str(tmp_path / "x.safetensors"))
+    with pytest.raises(ValueError, match="no such file"):
+        TextToImage.from_pretrained(tmp_path / "nowhere.safetensors")
+    torch.save({"state_dict": {"model.diffusion_model.out.0.weight": weight}}, tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match=r"convert it to \.safetensors"):
+        read_checkpoint(tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match=r"convert it to \.safetensors"):
+        UNet(pretrained=str(tmp_path / "x.ckpt"))
+
+
+def test_damaged_files_are_refused(files, tmp_path):
+    """Mutations of the bytes: a ValueError, or weights that differ; nothing else."""
+    facts, data = header(files["v1"])
+    whole = files["v1"].read_bytes()
+    start = len(whole) - len(data)
+    random = np.random.default_rng(0)
+    path = tmp_path / "x.safetensors"
+    cuts = [0, 1, 7, 8, 9, start // 2, start - 1, start, start + 1, len(whole) - 1]
+    contents = [whole[:cut] for cut in cuts] + [whole + b"x"]
+    contents += [struct.pack("<Q", n) + whole[8:] for n in (0, start, 1 << 40, (1 << 64) - 1)]
+    for content in contents:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"x\.safetensors"):
+            layout.open_ldm_file(path)
+    refused = 0
+    for _ in range(400):
+        content = bytearray(whole[: start + 64])
+        for position in random.integers(0, start, random.integers(1, 8)):
+            content[position] = random.integers(0, 256)
+        path.write_bytes(bytes(content) + whole[start + 64 :] if refused < 20 else bytes(content))
+        try:
+            layout.part_config(layout.open_ldm_file(path), "unet")
+        except ValueError:
+            refused += 1
+    assert refused > 300
+    names = [name for name in facts if name != "__metadata__"]
+    for name in random.choice(names, 6, replace=False):
+        if name in ("v_pred", "ztsnr"):
+            continue
+
+        def without(tensors, name=name):
+            return {key: tensor for key, tensor in tensors.items() if key != name}
+
+        changed = rewrite(files["v1"], tmp_path / "y.safetensors", None, without)
+        with pytest.raises(
+            ValueError, match="does not fit|not named as|another model|lacks tensors"
+        ):
+            load_all(changed)
+
+
+@pytest.mark.parametrize("family", ["v1", "xl"])
+def test_a_run_starts_from_a_file(files, shards, tmp_path, family):
+    source = str(files[family])
+    text = {"class_path": "TransformersConditioner", "init_args": {"pretrained": source}}
+    config = {
+        "trainer": {
+            "accelerator": "cpu",
+            "max_steps": 2,
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "default_root_dir": str(tmp_path),
+        },
+        "model": {
+            "unet": source,
+            "codec": {"class_path": "AutoencoderKLCodec", "init_args": {"pretrained": source}},
+            "conditioner": {**text, "class_path": "SDXLConditioner"} if family == "xl" else text,
+        },
+        "data": {
+            "train": f"{shards}/train-*.tar",
+            "image_size": 16,
+            "batch_size": 4,
+            "num_workers": 0,
+        },
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    assert main(["fit", "-c", str(tmp_path / "config.yaml")]) == 0
+    (checkpoint,) = tmp_path.rglob("last.ckpt")
+    made = read_checkpoint(checkpoint, ema=False)
+    start = read_single_file(source)
+    assert not made.unet.unet.conv_in.weight.equal(start.unet.unet.conv_in.weight)
+    assert made.unet.unet.conv_in.weight.allclose(start.unet.unet.conv_in.weight, atol=1e-3)
+    with pytest.warns(UserWarning, match="has not"):
+        write_single_file(made, tmp_path / "out.safetensors")
+    for mine, other in zip(images(made), images(str(tmp_path / "out.safetensors")), strict=True):
+        assert np.array_equal(mine, other)
+
+
+def test_nothing_is_read_of_what_does_not_fit(files, tmp_path, monkeypatch):
+    def grown(tensors):
+        name = "model.diffusion_model.out.2.bias"
+        return {**tensors, name: torch.zeros(5)}
+
+    path = rewrite(files["v1"], tmp_path / "x.safetensors", None, grown)
+    opened = layout._opened
+
+    def without_tensors(path):
+        with opened(path) as file:
+            yield SimpleNamespace(keys=file.keys, get_slice=file.get_slice, metadata=file.metadata)
+
+    from contextlib import contextmanager
+
+    monkeypatch.setattr(layout, "_opened", contextmanager(without_tensors))
+    with pytest.raises(ValueError, match=r"conv_out\.bias has shape \(5,\), \(4,\) wanted"):
+        UNet(pretrained=path)

@@ -1,0 +1,325 @@
+"""The model card of an exported folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from zsnr.guidance import Guidance
+from zsnr.schedule import NoiseSchedule
+
+_UNKNOWN = "not recorded"
+
+# What diffusers' schedulers (0.42.1) make of this folder's scheduler config by `from_config`. Those
+# of the first line keep SNR 0; the second set abar_T to 2^-24, if the rescale flag tells them to;
+# the others do not know the flag.
+EXACT = ("DDIMScheduler", "DDPMScheduler", "LCMScheduler", "TCDScheduler")
+PATCHED = (
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+    "UniPCMultistepScheduler",
+)
+DROPPING = (
+    "PNDMScheduler",
+    "LMSDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "DPMSolverSinglestepScheduler",
+    "DPMSolverSDEScheduler",
+    "DEISMultistepScheduler",
+    "SASolverScheduler",
+)
+
+
+def model_card(name: str, facts: Mapping[str, Any]) -> str:
+    """Write the README.md of a model.
+
+    Args:
+        name: Title of the card, the folder's name.
+        facts: What is known: `schedule` (settings), `prediction_type`, `image_size`, `dtype`,
+            `pipeline` (class in diffusers), and of run.json what there is: `sampling`, `loss`,
+            `data`, `global_step`, `batch_size`, `learning_rate`, `ema`, `metrics`, `start`,
+            `caption_dropout`, `offset_noise`, `versions`, `zsnr_version`. What is missing is
+            called not recorded.
+    """
+    schedule = NoiseSchedule(**facts["schedule"])
+    fixed = float(schedule.snr[-1]) == 0
+    parts = [
+        _front_matter(name, facts, fixed),
+        f"# {_plain(name)}",
+        _summary(facts, schedule, fixed),
+        _proof(facts, schedule, fixed),
+        _usage(name, facts, schedule, fixed),
+        _schedulers(facts, schedule, fixed),
+        _elsewhere(facts, schedule, fixed),
+        _training(facts),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(name: str, facts: Mapping[str, Any], fixed: bool) -> str:
+    pipeline = facts.get("pipeline", "StableDiffusionPipeline")
+    tags = [
+        "stable-diffusion-xl" if "XL" in pipeline else "stable-diffusion",
+        f"diffusers:{pipeline}",
+        "zsnr",
+        *(["zero-terminal-snr"] if fixed else []),
+        str(facts["prediction_type"]).replace("_", "-"),
+    ]
+    return "\n".join(
+        [
+            "---",
+            "library_name: diffusers",
+            "pipeline_tag: text-to-image",
+            "license: other  # fill in, and the name: that of the start's weights and of your data",
+            "license_name: unknown",
+            "tags:",
+            *(f"- {json.dumps(tag)}" for tag in tags),
+            "---",
+        ]
+    )
+
+
+def _summary(facts: Mapping[str, Any], schedule: NoiseSchedule, fixed: bool) -> str:
+    size = facts.get("image_size", _UNKNOWN)
+    if fixed:
+        return (
+            f"A text-to-image model of {size} x {size} pixels, trained on a noise schedule that "
+            "ends in pure noise (zero terminal SNR, [arXiv:2305.08891]"
+            "(https://arxiv.org/abs/2305.08891)), so that its pictures may be as dark and as "
+            "bright as the prompt says. Sample it as below: from the last timestep, on this "
+            "schedule, as the prediction type says, with rescaled guidance."
+        )
+    return (
+        f"A text-to-image model of {size} x {size} pixels.\n\n"
+        "**Its noise schedule is the usual, flawed one:** it keeps signal at the last timestep, "
+        f"x_T = {schedule(schedule.num_timesteps - 1)[0]:.6f} x_0 + "
+        f"{schedule(schedule.num_timesteps - 1)[1]:.6f} eps, while sampling starts from pure "
+        "noise. Pictures lean to medium brightness, and no scheduler setting cures that: changing "
+        "`rescale_betas_zero_snr` alone gives another schedule than the model was trained on. "
+        "Training it on a schedule with zero terminal SNR and v prediction does "
+        "([arXiv:2305.08891](https://arxiv.org/abs/2305.08891))."
+    )
+
+
+def _proof(facts: Mapping[str, Any], schedule: NoiseSchedule, fixed: bool) -> str:
+    last = schedule.num_timesteps - 1
+    snr, alpha = float(schedule.snr[-1]), schedule(last)[0]
+    rows = [
+        ("schedule", _schedule(schedule)),
+        ("sqrt(abar_T)", "0" if fixed else f"{alpha:.6f}"),
+        ("SNR_T", "0, exactly" if fixed else f"{snr:.6g}"),
+        ("prediction type", f"`{facts['prediction_type']}`"),
+        ("timestep spacing", "trailing"),
+        ("first timestep sampled", f"{last} of 0 .. {last}"),
+    ]
+    text = "## Schedule\n\n" + _table(rows)
+    if _is_table(schedule):
+        text += (
+            "\n\ndiffusers has no name and flag for this schedule, so `scheduler_config.json` "
+            "holds it as `trained_betas`"
+            + (
+                ". The last one is 1, which is SNR 0; `rescale_betas_zero_snr` is false because "
+                "there is nothing left to rescale."
+                if fixed
+                else "."
+            )
+        )
+    return text
+
+
+def _usage(name: str, facts: Mapping[str, Any], schedule: NoiseSchedule, fixed: bool) -> str:
+    sampling = facts.get("sampling") or {}
+    scale = sampling.get("guidance_scale", Guidance.scale)
+    rescale = sampling.get("guidance_rescale", Guidance.rescale if fixed else 0.0)
+    pipeline = facts.get("pipeline", "StableDiffusionPipeline")
+    T = schedule.num_timesteps
+    wanted = sampling.get("num_steps") or 50
+    steps = min((s for s in range(1, T + 1) if T % s == 0), key=lambda s: abs(s - wanted))
+    dtype = facts.get("dtype", "float32")
+    half = "" if dtype == "float32" else f", torch_dtype=torch.{dtype}"
+    code = f"""```python
+import torch
+from diffusers import {pipeline}
+
+pipe = {pipeline}.from_pretrained({f"path/to/{name}"!r}{half})
+image = pipe(
+    "a black cat at night",
+    num_inference_steps={steps},
+    guidance_scale={scale},
+    guidance_rescale={rescale},
+    generator=torch.Generator().manual_seed(0),
+).images[0]
+image.save("image.png")
+```"""
+    tried = "guidance_scale" in sampling
+    notes = [
+        "- **Pass `guidance_rescale`.** A folder cannot store it, and the pipeline's own is 0, "
+        "which over-exposes at zero terminal SNR."
+        if fixed
+        else "- `guidance_rescale` is no part of how this model was trained; 0 is plain guidance.",
+        f"- Guidance scale {scale} and rescale {rescale} are "
+        + (
+            "those of this model's own previews."
+            if tried
+            else "the paper's, not tried out on this model; 0.5 to 0.75 looks best there."
+            if fixed
+            else "common values, not tried out on this model."
+        ),
+        f"- **Choose a number of steps that divides {T}**, such as {_divisors(T)}. With others "
+        f"diffusers' DDIM steps to t - {T} // steps, which is not where its next step starts, and "
+        "for a few, such as 61 of 1000, it makes one step more, whose t is -1.",
+    ]
+    spacing, sampler = sampling.get("spacing", "trailing"), sampling.get("sampler", "ddim")
+    if spacing != "trailing" or sampler != "ddim":
+        notes.append(
+            f"- This model's own previews were made with {_plain(sampler)} on {_plain(spacing)} "
+            "timesteps; the folder says DDIM and trailing."
+        )
+    if dtype == "float16":
+        notes.append(
+            "- In float16 a VAE may overflow to black pictures; bfloat16 does not. A VAE whose "
+            "config says `force_upcast` is stored in float32."
+        )
+    if fixed:
+        notes.append("- `eta=1` gives NaN at SNR 0 in diffusers' DDIM for some numbers of steps.")
+    return "## Use\n\n" + code + "\n\n" + "\n".join(notes)
+
+
+def _schedulers(facts: Mapping[str, Any], schedule: NoiseSchedule, fixed: bool) -> str:
+    if not fixed:
+        return (
+            "## Other schedulers\n\nThe folder's is DDIM with trailing steps. By "
+            "`OtherScheduler.from_config(pipe.scheduler.config)` others keep schedule, prediction "
+            "type and spacing."
+        )
+    lost = ", ".join(f"`{name}`" for name in DROPPING)
+    patched = ", ".join(f"`{name}`" for name in PATCHED)
+    exact = ", ".join(f"`{name}`" for name in EXACT)
+    if _is_table(schedule):
+        rows = [
+            ("keep SNR 0", exact),
+            ("give NaN or fail: they divide by sqrt(abar_T)", f"{patched}, {lost}"),
+        ]
+    else:
+        rows = [
+            ("keep SNR 0", exact),
+            ("set abar_T to 2^-24, close to it", patched),
+            ("**lose the rescale without a word: do not use**", lost),
+        ]
+    text = (
+        "## Other schedulers\n\nThe folder's is DDIM. What others make of its config, by "
+        "`OtherScheduler.from_config(pipe.scheduler.config)` in diffusers 0.42.1:\n\n"
+    )
+    repair = (
+        "\n\nFor any number of steps, and for zsnr's own samplers, one line gives a script the "
+        "right scheduler, on this schedule and without a patch:\n\n"
+        "```python\n"
+        "from zsnr.checkpoints import DiffusersScheduler\n\n"
+        "pipe.scheduler = DiffusersScheduler.from_config(pipe.scheduler.config)\n"
+        "```"
+    )
+    return text + _table(rows, ("effect", "schedulers")) + repair
+
+
+def _elsewhere(facts: Mapping[str, Any], schedule: NoiseSchedule, fixed: bool) -> str:
+    if not fixed:
+        return (
+            "## ComfyUI and A1111\n\nThey read single files, which `zsnr export THIS_FOLDER "
+            "--output FILE.safetensors --format single-file` writes."
+        )
+    rescale = (facts.get("sampling") or {}).get("guidance_rescale", Guidance.rescale)
+    if not torch.equal(schedule.alphas_cumprod, NoiseSchedule().alphas_cumprod):
+        return (
+            "## ComfyUI and A1111\n\nTheir switch for zero terminal SNR means Stable Diffusion's "
+            "schedule, rescaled. This model has another one: they cannot sample it right."
+        )
+    if facts["prediction_type"] != "v_prediction":
+        return (
+            "## ComfyUI and A1111\n\nNo mark in a single file says that a model predicts x_0. In "
+            "ComfyUI the node ModelSamplingDiscrete does, with sampling `x0` and zsnr on. A1111 "
+            "has no setting for it."
+        )
+    return (
+        "## ComfyUI and A1111\n\nThey read single files, which `zsnr export THIS_FOLDER --output "
+        "FILE.safetensors` writes, where that layout can hold the model, with the marks `v_pred` "
+        "and `ztsnr` that tell them what it is.\n\n"
+        "- ComfyUI reads the marks. Without them: node ModelSamplingDiscrete, sampling "
+        f"`v_prediction`, zsnr on. Guidance: node RescaleCFG, multiplier {rescale}. Scheduler "
+        "`simple` or `sgm_uniform`: both start at the last timestep.\n"
+        "- A1111 reads the marks. Without them: a YAML of the file's name with `parameterization: "
+        '"v"`, and the setting *Noise schedule for sampling: Zero Terminal SNR*. Rescaled guidance '
+        "needs an extension."
+    )
+
+
+def _training(facts: Mapping[str, Any]) -> str:
+    loss, start = facts.get("loss"), facts.get("start")
+    rows = [
+        ("started from", start.get("unet") if isinstance(start, Mapping) else start),
+        ("data", facts.get("data")),
+        ("steps", facts.get("global_step")),
+        ("batch", facts.get("batch_size")),
+        ("learning rate", facts.get("learning_rate")),
+        ("loss weighting", loss.get("name") if isinstance(loss, Mapping) else loss),
+        ("caption dropout", facts.get("caption_dropout")),
+        ("offset noise", facts.get("offset_noise")),
+        ("averaging of weights", facts.get("ema")),
+        ("weights here", facts.get("weights")),
+        ("stored as", facts.get("dtype")),
+        *(sorted((facts.get("metrics") or {"val/loss": None}).items())),
+        ("zsnr", facts.get("zsnr_version")),
+        *(sorted((facts.get("versions") or {}).items())),
+    ]
+    return "## Training\n\n" + _table([(name, _said(value)) for name, value in rows])
+
+
+def _is_table(schedule: NoiseSchedule) -> bool:
+    """Whether `scheduler_config` writes it as trained_betas."""
+    own = schedule.alphas_cumprod_table is not None
+    return own or (schedule.betas == "cosine" and schedule.zero_terminal_snr)
+
+
+def _schedule(schedule: NoiseSchedule) -> str:
+    zero = schedule.zero_terminal_snr
+    T = f"T = {schedule.num_timesteps}"
+    if schedule.alphas_cumprod_table is not None:
+        return f"own table, {T}" + (", rescaled to zero terminal SNR" if zero else "")
+    if schedule.betas == "cosine":
+        return f"cosine, {T}, " + ("without its cap of 0.999" if zero else "capped at 0.999")
+    first, last = (float(schedule.beta_start or 0), float(schedule.beta_end or 0))
+    ends = f", beta {first:g} to {last:g}" if first and last else ""
+    return f"{schedule.betas}, {T}{ends}" + (", rescaled to zero terminal SNR" if zero else "")
+
+
+def _divisors(T: int) -> str:
+    few = [s for s in (5, 10, 20, 25, 40, 50, 100) if T % s == 0]
+    return ", ".join(str(s) for s in few or [s for s in range(1, T + 1) if T % s == 0][-7:])
+
+
+def _table(rows: list[tuple[str, str]], head: tuple[str, str] = ("", "")) -> str:
+    lines = [f"| {head[0]} | {head[1]} |", "|---|---|"]
+    return "\n".join(lines + [f"| {name} | {value} |" for name, value in rows])
+
+
+def _said(value: Any) -> str:
+    """Say a recorded value in a cell."""
+    if value is None:
+        return _UNKNOWN
+    if isinstance(value, Mapping):
+        said = ", ".join(f"{k}: {_said(v)}" for k, v in value.items() if v is not None)
+        return said or _UNKNOWN
+    if isinstance(value, list | tuple):
+        return ", ".join(_said(v) for v in value) or _UNKNOWN
+    if isinstance(value, float):
+        return f"{value:g}"
+    return _plain(str(value))
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")

@@ -1,0 +1,520 @@
+"""Single .safetensors files in the ldm layout, which A1111, ComfyUI and diffusers load."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from zsnr.checkpoints.ldm_layout import ldm_clip, ldm_open_clip, ldm_unet, ldm_vae
+from zsnr.checkpoints.model import Model
+from zsnr.codecs import AutoencoderKLCodec
+from zsnr.conditioning import Conditioner, SDXLConditioner, TransformersConditioner
+from zsnr.conditioning.tokenizers import BPE, Tokenizer, bpe_tokenizer
+from zsnr.files import replacing
+from zsnr.ldm_file import (
+    CONFIG,
+    NAMES,
+    PREFIXES,
+    PUBLIC,
+    SETTINGS,
+    TOKENIZERS,
+    ZEROS,
+    Family,
+    LdmFile,
+    open_ldm_file,
+)
+from zsnr.networks import UNet
+from zsnr.prediction import PredictionType
+from zsnr.schedule import NoiseSchedule
+
+Precision = Literal["float32", "float16", "bfloat16"]
+
+_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_IMPLEMENTATIONS: dict[Family, str] = {
+    "v1": "https://github.com/CompVis/stable-diffusion",
+    "v2": "https://github.com/Stability-AI/stablediffusion",
+    "xl": "https://github.com/Stability-AI/generative-models",
+}
+# Of these nobody sees from the tensors that they differ from the public model's.
+_SILENT = {
+    "attention_head_dim",
+    "hidden_act",
+    "layer_norm_eps",
+    "max_length",
+    "name",
+    "norm_eps",
+    "norm_num_groups",
+    "num_attention_heads",
+    "scaling_factor",
+    "shift_factor",
+}
+_NO_MATTER = {
+    "bos_token_id",
+    "eos_token_id",
+    "force_upcast",
+    "pad_token_id",
+    "projection_dim",
+    "sample_size",
+    "upcast_attention",
+}
+# Without "!", which transformers takes for padding where that is its name.
+_PROBES = (
+    "",
+    "A black cat at night, 35mm photo; it's 8k.",
+    "the quick brown fox jumps over the lazy dog 0123456789",
+    "caf\u00e9 na\u00efve \u732b \U0001f431 (re-touched) [v2.1] #1 @home 50% off",
+    "antidisestablishmentarianism " * 40,
+)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What goes under one prefix: settings, and weights by their ldm names when wanted."""
+
+    settings: dict[str, Any]
+    weights: Callable[[], dict[str, Tensor]]
+
+
+def write_single_file(
+    model: Model,
+    path: str | Path,
+    *,
+    dtype: Precision = "float32",
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a model as one file in the ldm layout.
+
+    The empty tensors `v_pred` and `ztsnr` tell readers how to sample. There is no `alphas_cumprod`:
+    readers rescale their own when they see the mark. Weights are cast one at a time.
+
+    Args:
+        model: The parts.
+        path: NAME.safetensors; must not be there yet.
+        dtype: Of the weights.
+        metadata: Texts for the header, such as "modelspec.title"; what the model says about itself
+            comes over them.
+
+    Raises:
+        ValueError: The layout cannot hold this model, or the dtype its weights; nothing is written.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path}: wanted a name that ends in .safetensors.")
+    if path.exists():
+        raise ValueError(f"{path} exists: remove it or choose another name.")
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype={dtype!r} is unknown. Known: {', '.join(_DTYPES)}.")
+    for name, text in (metadata or {}).items():
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise ValueError(f"metadata {name!r}: {text!r:.80}: wanted texts only.")
+    family, parts, tokenizers = _parts(model)
+    own = _is_own_size(family, parts, tokenizers)
+    facts = {
+        "modelspec.title": path.stem,
+        "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        **_hint(model),
+        **(metadata or {}),
+        **_facts(model, family, own),
+        CONFIG: json.dumps(
+            {
+                "format": 1,
+                "image_size": model.image_size,
+                **{name: part.settings for name, part in parts.items()},
+                **tokenizers,
+                **_null_facts(model.conditioner),
+            }
+        ),
+    }
+    weights: dict[str, Tensor] = {}
+    for name, part in parts.items():
+        prefix = PREFIXES[family][name]
+        weights.update({prefix + key: weight for key, weight in part.weights().items()})
+    marks = []
+    if model.prediction_type == "v_prediction":
+        marks.append("v_pred")
+    if float(model.schedule.alphas_cumprod[-1]) == 0:
+        marks.append("ztsnr")
+    _write(path, weights, marks, dtype, facts)
+
+
+def check_single_file(model: Model) -> None:
+    """Refuse a model that the ldm layout cannot hold.
+
+    Raises:
+        ValueError: Says which part, and why.
+    """
+    family, parts, tokenizers = _parts(model)
+    _is_own_size(family, parts, tokenizers)
+
+
+def read_single_file(
+    source: str,
+    schedule: NoiseSchedule | None = None,
+    prediction_type: PredictionType | None = None,
+) -> Model:
+    """Read a Stable Diffusion in one file; its weights become float32.
+
+    Args:
+        source: The .safetensors file.
+        schedule: Instead of the one the file declares: Stable Diffusion's, rescaled if it has the
+            mark `ztsnr`.
+        prediction_type: Instead of the one the file declares: v if it has the mark `v_pred` or says
+            so in its metadata, else epsilon.
+
+    Raises:
+        ValueError: It is no such file, or its tensors are not those of the model it says it is.
+    """
+    file = open_ldm_file(source)
+    codec = AutoencoderKLCodec(source, subfolder="vae")
+    conditioner: Conditioner
+    if file.family == "xl":
+        conditioner = SDXLConditioner(source)
+    else:
+        conditioner = TransformersConditioner(
+            source, subfolder="text_encoder", tokenizer_subfolder="tokenizer"
+        )
+    prediction_type = prediction_type or _prediction_type(file)
+    unet = UNet(
+        pretrained=source,
+        channels=codec.channels,
+        context_dim=conditioner.context_dim,
+        pooled_dim=conditioner.pooled_dim,
+    )
+    return Model(
+        codec=codec,
+        conditioner=conditioner,
+        unet=unet,
+        schedule=schedule or _schedule(file),
+        prediction_type=prediction_type,
+        image_size=_image_size(file, prediction_type, codec.factor),
+    )
+
+
+def read_marks(source: str) -> tuple[NoiseSchedule, PredictionType]:
+    """Read what a file declares of itself, without its weights; see `read_single_file`.
+
+    Raises:
+        ValueError: It is no such file.
+    """
+    file = open_ldm_file(source)
+    return _schedule(file), _prediction_type(file)
+
+
+def _schedule(file: LdmFile) -> NoiseSchedule:
+    says = file.metadata.get("ss_zero_terminal_snr", "").lower() == "true"
+    return NoiseSchedule("scaled_linear", zero_terminal_snr="ztsnr" in file.shapes or says)
+
+
+def _prediction_type(file: LdmFile) -> PredictionType:
+    said = {
+        "v_pred" in file.shapes,
+        file.metadata.get("modelspec.prediction_type", "").lower().startswith("v"),
+        file.metadata.get("modelspec.architecture", "").lower().endswith("-v"),
+        file.metadata.get("ss_v_parameterization", "").lower() == "true",
+    }
+    if True in said:
+        return "v_prediction"
+    if file.family == "v2" and "modelspec.prediction_type" not in file.metadata:
+        warnings.warn(
+            f"{file.path} does not say what its network predicts and is taken for an epsilon "
+            "model. Stable Diffusion 2 at 768 pixels predicts v: then give prediction_type.",
+            stacklevel=3,
+        )
+    return "epsilon"
+
+
+def _image_size(file: LdmFile, prediction_type: PredictionType, factor: int) -> int:
+    size = file.config.get("image_size")
+    if size is None:
+        square = re.fullmatch(r"(\d{1,4})x\1", file.metadata.get("modelspec.resolution", ""))
+        large_v2 = prediction_type == "v_prediction"
+        usual = {"v1": 512, "v2": 768 if large_v2 else 512, "xl": 1024}[file.family]
+        size = int(square[1]) if square else usual
+    if type(size) is not int or not 0 < size <= 1 << 14 or size % factor:
+        raise ValueError(f"{file.path} says its images have {size!r:.80} pixels a side.")
+    return size
+
+
+def _parts(model: Model) -> tuple[Family, dict[str, _Part], dict[str, dict[str, Any]]]:
+    """Return how a model goes into the layout.
+
+    Returns:
+        The family, the parts, and the tokenizers.
+    """
+    _check_marks(model)
+    if not isinstance(model.codec, AutoencoderKLCodec):
+        raise _cannot_hold(f"{type(model.codec).__name__}: it knows AutoencoderKLCodec only")
+    family, parts, tokenizers = _text_parts(model.conditioner)
+    codec, unet = model.codec.load(), model.unet.unet
+    unet_settings = _settings("unet", "UNet", type(unet), unet.config)
+    if (unet_settings["addition_embed_type"] == "text_time") != (family == "xl"):
+        raise _cannot_hold(
+            f"a UNet with addition_embed_type={unet_settings['addition_embed_type']!r} beside a "
+            f"{type(model.conditioner).__name__}"
+        )
+    parts["unet"] = _Part(unet_settings, lambda: ldm_unet(unet.state_dict(), unet_settings))
+    vae = codec._vae
+    vae_settings = {
+        **_settings("vae", "VAE", type(vae), vae.config),
+        "scaling_factor": float(codec.scale),
+        "shift_factor": float(codec.shift) or None,
+    }
+    blocks = len(vae_settings["block_out_channels"])
+    parts["vae"] = _Part(vae_settings, lambda: ldm_vae(vae.state_dict(), blocks))
+    return family, parts, tokenizers
+
+
+def _check_marks(model: Model) -> None:
+    """Refuse what the marks cannot say: they know two schedules and two kinds of prediction."""
+    if model.prediction_type not in ("v_prediction", "epsilon"):
+        raise _cannot_hold(f"prediction_type={model.prediction_type!r}: it has no mark for it")
+    zero = float(model.schedule.alphas_cumprod[-1]) == 0
+    known = NoiseSchedule("scaled_linear", zero_terminal_snr=zero).alphas_cumprod
+    table = model.schedule.alphas_cumprod
+    if len(table) != len(known) or not torch.allclose(table, known, rtol=0, atol=1e-5):
+        raise _cannot_hold(
+            "this schedule: its marks mean Stable Diffusion's own (scaled_linear, 0.00085 to "
+            "0.012, 1000 timesteps) with or without zero_terminal_snr, and every reader would "
+            "sample on that"
+        )
+
+
+def _text_parts(
+    conditioner: Conditioner,
+) -> tuple[Family, dict[str, _Part], dict[str, dict[str, Any]]]:
+    conditioner = getattr(conditioner, "described", conditioner)
+    if isinstance(conditioner, SDXLConditioner):
+        return _both_text_parts(conditioner)
+    if not isinstance(conditioner, TransformersConditioner):
+        raise _cannot_hold(f"{type(conditioner).__name__}: it knows CLIP text encoders only")
+    encoder: Any = conditioner.encoder
+    if encoder.config.model_type != "clip_text_model":
+        raise _cannot_hold(
+            f"a text encoder of the kind {encoder.config.model_type!r}: it knows CLIP's only"
+        )
+    if conditioner._use_mask:
+        raise _cannot_hold("use_mask: true; readers let the text encoder see its padding")
+    if conditioner._layer != -1 and not conditioner._final_norm:
+        raise _cannot_hold("final_norm: false; readers put the final norm on the context")
+    layers = int(encoder.config.num_hidden_layers)
+    # hidden_states[i] is what i layers gave; [-1] of the last, whose norm is that of its output.
+    used = layers if conditioner._layer == -1 else range(layers + 1)[conditioner._layer]
+    tokenizer = _tokenizer(conditioner._tokenize, conditioner._max_length)
+    family: Family = "v1" if tokenizer == "clip" else "v2"
+    settings = {
+        **_settings("text_encoder", "text encoder", type(encoder), encoder.config),
+        "num_hidden_layers": used,
+    }
+    if used == 0 or (family == "v2" and used > 23):
+        raise _cannot_hold(f"a text encoder with {used} layers: wanted 1 to 23 in that of SD 2")
+    # Stable Diffusion 2's files have the layer after the last that is used, too.
+    kept = used if family == "v1" else used + 1
+    rename = ldm_clip if family == "v1" else ldm_open_clip
+
+    def weights() -> dict[str, Tensor]:
+        return rename(_first_layers(encoder.state_dict(), kept))
+
+    tokenizers = {"tokenizer": {"name": tokenizer, "max_length": conditioner._max_length}}
+    return family, {"text_encoder": _Part(settings, weights)}, tokenizers
+
+
+def _both_text_parts(
+    conditioner: SDXLConditioner,
+) -> tuple[Family, dict[str, _Part], dict[str, dict[str, Any]]]:
+    one: Any = conditioner.encoder
+    two: Any = conditioner.encoder_2
+    parts = {
+        "text_encoder": _Part(
+            _settings("text_encoder", "text encoder", type(one), one.config),
+            lambda: ldm_clip(one.state_dict()),
+        ),
+        "text_encoder_2": _Part(
+            _settings("text_encoder_2", "text encoder", type(two), two.config),
+            lambda: ldm_open_clip(two.state_dict()),
+        ),
+    }
+    tokenizers = {}
+    for (part, wanted), tokenize in zip(
+        TOKENIZERS["xl"].items(), conditioner._tokenizers, strict=True
+    ):
+        found = _tokenizer(tokenize, conditioner._max_length)
+        if found != wanted:
+            raise _cannot_hold(
+                f"the {part} of this SDXL, which has other tokens after the prompt: readers have "
+                f"what this package calls {wanted!r}"
+            )
+        tokenizers[part] = {"name": wanted, "max_length": conditioner._max_length}
+    return "xl", parts, tokenizers
+
+
+def _null_facts(conditioner: Conditioner) -> dict[str, bool]:
+    conditioner = getattr(conditioner, "described", conditioner)
+    if isinstance(conditioner, SDXLConditioner):
+        return {ZEROS: conditioner._zero_null}
+    return {}
+
+
+def _first_layers(weights: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+    def layer(name: str) -> int:
+        found = re.search(r"\bencoder\.layers\.(\d+)\.", name)
+        return -1 if found is None else int(found[1])
+
+    return {name: weight for name, weight in weights.items() if layer(name) < count}
+
+
+def _tokenizer(tokenize: Tokenizer, max_length: int) -> str:
+    """Return which of CLIP's tokenizers it is, by what it makes of some prompts."""
+    ids = tokenize(_PROBES)[0]
+    for name in BPE:
+        if ids.shape[1] == max_length and ids.equal(bpe_tokenizer(name, max_length)[0](_PROBES)[0]):
+            return name
+    raise _cannot_hold("a tokenizer that is not CLIP's: readers have that one")
+
+
+def _settings(part: str, what: str, cls: type, config: Any) -> dict[str, Any]:
+    """Return what a part's config says, as far as the layout can hold it, and refuse the rest."""
+    known = SETTINGS[part]
+    full = dict(config) if isinstance(config, Mapping) else config.to_dict()
+    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in full.items()}
+    settings = {name: plain.get(name) for name in known if name in plain}
+    for name, check in known.items():
+        if name in settings and not check(settings[name]):
+            if _NO_MATTER & {name}:
+                del settings[name]
+            else:
+                raise _cannot_hold(f"a {what} with {name}={settings[name]!r}")
+    if not part.startswith("text"):
+        for name, parameter in inspect.signature(cls.__init__).parameters.items():  # type: ignore[misc]
+            default = parameter.default
+            default = list(default) if isinstance(default, tuple) else default
+            if name in ("self", "dropout") or name in known:
+                continue
+            if plain.get(name, default) != default:
+                raise _cannot_hold(f"a {what} with {name}={plain[name]!r}: wanted {default!r}")
+    return settings
+
+
+def _is_own_size(
+    family: Family, parts: Mapping[str, _Part], tokenizers: Mapping[str, dict[str, Any]]
+) -> bool:
+    """Whether a model is no public one in size, but one that only its own settings can build.
+
+    Raises:
+        ValueError: Readers would take it for the public model, and it is not.
+    """
+    found = {name: part.settings for name, part in parts.items()} | dict(tokenizers)
+    public = dict(PUBLIC[family])
+    for name, tokenizer in TOKENIZERS[family].items():
+        public[name] = {"name": tokenizer, "max_length": 77}
+    different = {
+        f"{part}.{name}": found[part].get(name)
+        for part, settings in public.items()
+        for name, value in settings.items()
+        if name not in _NO_MATTER
+        and _spelt_out(part, name, found[part].get(name), found)
+        != _spelt_out(part, name, value, public)
+    }
+    if different and {name.rpartition(".")[2] for name in different} <= _SILENT:
+        name, value = min(different.items())
+        part, _, key = name.partition(".")
+        raise _cannot_hold(
+            f"{name}={value!r} in a model of {NAMES[family]}'s size: readers would take it for "
+            f"that one, with {public[part][key]!r}"
+        )
+    return bool(different)
+
+
+def _spelt_out(part: str, name: str, value: Any, settings: Mapping[str, Any]) -> Any:
+    """Return one value a block where one number may stand for all."""
+    if name in ("attention_head_dim", "transformer_layers_per_block") and type(value) is int:
+        return [value] * len(settings[part]["block_out_channels"])
+    return value
+
+
+def _hint(model: Model) -> dict[str, str]:
+    if float(model.schedule.alphas_cumprod[-1]) != 0:
+        return {}
+    return {
+        "modelspec.usage_hint": "Zero terminal SNR: sample v from the last timestep on (trailing "
+        "spacing), with guidance rescale about 0.7."
+    }
+
+
+def _facts(model: Model, family: Family, own: bool) -> dict[str, str]:
+    v = model.prediction_type == "v_prediction"
+    architecture = {
+        "v1": "stable-diffusion-v1",
+        "v2": "stable-diffusion-v2-768-v" if v else "stable-diffusion-v2-512",
+        "xl": "stable-diffusion-xl-v1-base",
+    }[family]
+    if own:
+        warnings.warn(
+            f"This model has not {NAMES[family]}'s sizes: programs that know the public models "
+            "only cannot load the file.",
+            stacklevel=3,
+        )
+        architecture = f"{architecture}-custom"
+    return {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": architecture,
+        "modelspec.implementation": _IMPLEMENTATIONS[family],
+        "modelspec.prediction_type": "v" if v else "epsilon",
+        "modelspec.resolution": f"{model.image_size}x{model.image_size}",
+        "modelspec.timestep_range": f"0,{model.schedule.num_timesteps - 1}",
+        "zsnr.schedule": json.dumps(model.schedule.settings()),
+    }
+
+
+def _write(
+    path: Path,
+    weights: Mapping[str, Tensor],
+    marks: list[str],
+    dtype: Precision,
+    metadata: Mapping[str, str],
+) -> None:
+    """Write safetensors tensor by tensor: 8 bytes of length, a JSON header, the data."""
+    target: torch.dtype = getattr(torch, dtype)
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, weight in weights.items():
+        start, end = end, end + weight.numel() * target.itemsize
+        shape = list(weight.shape)
+        header[name] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [start, end]}
+    for name in marks:
+        header[name] = {"dtype": "F32", "shape": [0], "data_offsets": [end, end]}
+    text = json.dumps(header, ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as beside, beside.open("xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for data in _cast(weights, target):
+            file.write(data.numpy().data)
+
+
+def _cast(weights: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
+    """Give each weight's bytes."""
+    for name, weight in weights.items():
+        cast = weight.detach().to("cpu", dtype).contiguous()
+        if not cast.isfinite().all():
+            if weight.isfinite().all():
+                kind = str(dtype).removeprefix("torch.")
+                raise ValueError(f"{name} has values that {kind} cannot hold: use bfloat16.")
+            raise ValueError(f"{name} has values that are not finite: this model is broken.")
+        yield cast.view(-1).view(torch.uint8)
+
+
+def _cannot_hold(what: str) -> ValueError:
+    return ValueError(
+        f"A single file in the ldm layout cannot hold {what}. Write a diffusers folder, or keep "
+        "the checkpoint."
+    )

@@ -1,0 +1,126 @@
+"""The two text encoders of Stable Diffusion XL."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zsnr.conditioning.base import Conditioner
+from zsnr.conditioning.tokenizers import tokenizer_digest, transformers_tokenizer
+from zsnr.conditioning.transformers_text import pretrained_config, pretrained_encoder
+from zsnr.denoiser import Conditioning
+from zsnr.pretrained import digest, find_weights, load_index, read_config
+
+_ENCODERS = ("text_encoder", "text_encoder_2")
+_TOKENIZERS = ("tokenizer", "tokenizer_2")
+
+
+class SDXLConditioner(Conditioner):
+    """Both CLIP text encoders of an SDXL folder, frozen.
+
+    The context is the hidden states before the last of both, side by side, without a final norm;
+    the pooled embedding is the second's, projected.
+
+    Args:
+        pretrained: A folder of diffusers or hub id with text_encoder, text_encoder_2, tokenizer and
+            tokenizer_2.
+        max_length: L, tokens a prompt; longer prompts are cut. None = the tokenizers' own.
+        zero_null: Let the empty prompt be zeros, context and pooled, as SDXL base was trained;
+            else it is encoded as any other. It holds for dropped captions, for what guidance leads
+            away from, and for a prompt that is "". None = what model_index.json says
+            (force_zeros_for_empty_prompt).
+
+    Raises:
+        ValueError: Parts are missing or do not fit each other.
+    """
+
+    parts = ("encoder", "encoder_2")
+
+    def __init__(
+        self,
+        pretrained: str,
+        max_length: int | None = None,
+        zero_null: bool | None = None,
+    ) -> None:
+        super().__init__()
+        if zero_null is None:
+            zero_null = bool(load_index(pretrained).get("force_zeros_for_empty_prompt", True))
+        self._zero_null = zero_null
+        self._settings: dict[str, Any] = {
+            "pretrained": pretrained,
+            "max_length": max_length,
+            "zero_null": zero_null,  # a checkpoint keeps what the folder said
+        }
+        one, two = (_clip_config(pretrained, folder) for folder in _ENCODERS)
+        self.context_dim = int(one.hidden_size + two.hidden_size)
+        self.pooled_dim = int(two.projection_dim)
+        made = [transformers_tokenizer(pretrained, name, max_length) for name in _TOKENIZERS]
+        self._tokenizers = [tokenize for tokenize, _, _ in made]
+        lengths = [length for _, _, length in made]
+        if lengths[0] != lengths[1]:
+            raise ValueError(
+                f"The tokenizers of {pretrained} give {lengths[0]} and {lengths[1]} tokens: set "
+                "max_length, such as 77."
+            )
+        longest = min(one.max_position_embeddings, two.max_position_embeddings)
+        if not 2 <= lengths[0] <= longest:
+            raise ValueError(
+                f"max_length={lengths[0]}: the text encoders of {pretrained} take 2 to {longest} "
+                "tokens."
+            )
+        self._max_length = lengths[0]
+
+    @torch.no_grad()
+    def forward(self, prompts: Sequence[str]) -> Conditioning:
+        one, two = (
+            encoder(self._ids(tokenize, prompts), output_hidden_states=True)
+            for encoder, tokenize in zip(
+                (self.encoder, self.encoder_2), self._tokenizers, strict=True
+            )
+        )
+        context = torch.cat([out.hidden_states[-2] for out in (one, two)], dim=-1)
+        cond = Conditioning(context, pooled=two.text_embeds)
+        if not self._zero_null or all(prompts):
+            return cond
+        zeros = Conditioning(
+            torch.zeros_like(context[:1]), pooled=torch.zeros_like(two.text_embeds[:1])
+        )
+        return cond.where(torch.tensor([prompt != "" for prompt in prompts]), zeros)
+
+    def settings(self) -> dict[str, Any]:
+        return dict(self._settings)
+
+    def _ids(self, tokenize: Any, prompts: Sequence[str]) -> Tensor:
+        ids: Tensor = tokenize(prompts)[0]
+        return ids.to(next(self.encoder.parameters()).device)
+
+    def _decisive(self) -> dict[str, Any]:
+        source = str(self._settings["pretrained"])
+        weights = [find_weights(source, folder, "model") for folder in _ENCODERS]
+        return {
+            "configs": [read_config(source, folder) for folder in _ENCODERS],
+            "tokenizers": [tokenizer_digest(source, folder) for folder in _TOKENIZERS],
+            "max_length": self._max_length,
+            "zero_null": self._zero_null,
+            "weights": digest([*weights[0], *weights[1]]) if all(weights) else None,
+        }
+
+    def _read(self) -> dict[str, nn.Module]:
+        source = str(self._settings["pretrained"])
+        return {
+            "encoder": pretrained_encoder(source, _ENCODERS[0]),
+            "encoder_2": pretrained_encoder(source, _ENCODERS[1], projected=True),
+        }
+
+
+def _clip_config(pretrained: str, subfolder: str) -> Any:
+    config = pretrained_config(pretrained, subfolder)
+    if config.model_type != "clip_text_model":
+        raise ValueError(
+            f"{pretrained} (subfolder {subfolder}) is a {config.model_type!r}: wanted CLIP's text "
+            "encoder, as SDXL has."
+        )
+    return config

@@ -1,0 +1,151 @@
+"""A schedule and the timesteps it is sampled at: tables, and Figure 2."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast, get_args
+
+from zsnr.reports.pictures import figure_of, save_figure
+from zsnr.schedule import BetaKind, NoiseSchedule
+from zsnr.timesteps import available_spacings, get_timesteps
+
+_ROWS = 11  # timesteps of the printed table
+
+
+def find_schedule(target: str) -> NoiseSchedule:
+    """Find a schedule by its kind, or in what `zsnr doctor` reads.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    if target in get_args(BetaKind):
+        return NoiseSchedule(cast(BetaKind, target))
+    from zsnr.checkpoints.doctor import examine
+
+    found = examine(target)
+    if "schedule" not in found.facts:
+        known = ", ".join(get_args(BetaKind))
+        raise ValueError(f"{found.reason} Known kinds: {known}.")
+    return NoiseSchedule(**found.facts["schedule"])
+
+
+def schedule_facts(
+    schedule: NoiseSchedule, num_steps: int = 10, spacings: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Collect what a schedule is, beside its counterpart, and its grids.
+
+    Args:
+        schedule: The schedule.
+        num_steps: S of the grids.
+        spacings: Registered names. None = all.
+
+    Returns:
+        Plain values: settings; "original" and "rescaled", each with snr_T, sqrt_abar_T, log_snr
+        (None where it is minus infinity) and sqrt_abar, lists over t; and timesteps by spacing.
+
+    Raises:
+        ValueError: An unknown spacing, or S out of range.
+    """
+    T = schedule.num_timesteps
+    grids = {
+        name: get_timesteps(name, num_steps, T, schedule=schedule).tolist()
+        for name in (available_spacings() if spacings is None else spacings)
+    }
+    return {
+        "schedule": schedule.settings(),
+        **{name: _curves(curve) for name, curve in both(schedule).items()},
+        "num_steps": num_steps,
+        "timesteps": grids,
+    }
+
+
+def both(schedule: NoiseSchedule) -> dict[str, NoiseSchedule]:
+    """Return the schedule as it was published and rescaled to zero terminal SNR (section 3.1)."""
+    return {
+        "original": replace(schedule, zero_terminal_snr=False),
+        "rescaled": replace(schedule, zero_terminal_snr=True),
+    }
+
+
+def schedule_text(schedule: NoiseSchedule, facts: dict[str, Any], name: str) -> str:
+    """Write the facts as tables for a terminal; timesteps count from 0."""
+    T = schedule.num_timesteps
+    original, rescaled = facts["original"], facts["rescaled"]
+    kind = "rescaled to zero terminal SNR" if schedule.snr[-1] == 0 else "keeps signal at the end"
+    lines = [
+        f"{name}: {_describe(schedule)}, {T} timesteps, {kind}",
+        "",
+        f"{'':14}{'original':>14}{'rescaled':>14}",
+        f"{'SNR(T)':14}{original['snr_T']:14.6g}{rescaled['snr_T']:14.6g}",
+        f"{'sqrt(abar_T)':14}{original['sqrt_abar_T']:14.6f}{rescaled['sqrt_abar_T']:14.6f}",
+        "",
+        f"{'':6}{'log SNR':^24}{'sqrt(abar)':^24}",
+        f"{'t':>6}" + f"{'original':>12}{'rescaled':>12}" * 2,
+    ]
+    for t in sorted({round(i * (T - 1) / (_ROWS - 1)) for i in range(_ROWS)}):
+        logs = (_number(curve["log_snr"][t]) for curve in (original, rescaled))
+        scales = (f"{curve['sqrt_abar'][t]:12.6f}" for curve in (original, rescaled))
+        lines.append(f"{t:6}" + "".join(logs) + "".join(scales))
+    lines += ["", f"timesteps of {facts['num_steps']} steps, in the order of sampling"]
+    for spacing, grid in facts["timesteps"].items():
+        shown = grid if len(grid) <= 12 else [*grid[:6], "...", *grid[-5:]]
+        misses = "" if grid[0] == T - 1 else f"   (never sees t={T - 1})"
+        lines.append(f"{spacing:10} {' '.join(map(str, shown))}{misses}")
+    return "\n".join(lines)
+
+
+def plot_schedule(facts: dict[str, Any], path: Path) -> None:
+    """Draw log SNR(t) and sqrt(abar_t), original and rescaled (Figure 2), and the grids.
+
+    Args:
+        facts: Of `schedule_facts`.
+        path: The PNG to write.
+    """
+    figure, (upper, middle, lower) = figure_of(7, 8, rows=3)
+    for name, style in (("original", "--"), ("rescaled", "-")):
+        curve = facts[name]
+        logs = [math.nan if value is None else value for value in curve["log_snr"]]
+        upper.plot(logs, style, label=name)
+        middle.plot(curve["sqrt_abar"], style, label=name)
+    upper.set_ylabel("log SNR(t)")
+    upper.legend()
+    middle.set_ylabel("sqrt(abar_t)")
+    spacings = list(facts["timesteps"])
+    for row, grid in enumerate(facts["timesteps"].values()):
+        lower.plot(grid, [row] * len(grid), "|", markersize=14)
+    lower.set_yticks(range(len(spacings)), spacings)
+    lower.set_ylim(-0.6, len(spacings) - 0.4)
+    lower.invert_yaxis()
+    lower.set_xlabel(f"t, and the timesteps of {facts['num_steps']} steps")
+    save_figure(figure, path)
+
+
+def to_json(facts: dict[str, Any]) -> str:
+    """Write the facts as strict JSON."""
+    return json.dumps(facts, allow_nan=False)
+
+
+def _curves(schedule: NoiseSchedule) -> dict[str, Any]:
+    return {
+        "snr_T": float(schedule.snr[-1]),
+        "sqrt_abar_T": float(schedule.alphas_cumprod[-1].sqrt()),
+        "log_snr": [x if math.isfinite(x) else None for x in schedule.log_snr.tolist()],
+        "sqrt_abar": schedule.alphas_cumprod.sqrt().tolist(),
+    }
+
+
+def _describe(schedule: NoiseSchedule) -> str:
+    if schedule.alphas_cumprod_table is not None:
+        return "an own table"
+    if schedule.betas == "cosine":
+        return "cosine"
+    plain = replace(schedule, zero_terminal_snr=False).beta_table
+    return f"{schedule.betas}, beta {plain[0]:.5g} to {plain[-1]:.5g}"
+
+
+def _number(value: float | None) -> str:
+    return f"{'-inf':>12}" if value is None else f"{value:12.4f}"
