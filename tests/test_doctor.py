@@ -354,6 +354,7 @@ def test_single_files_say_what_they_are_of(tmp_path):
         ({"sampling": {**DEFAULT_SAMPLING, "spacing": "x"}}, "unreadable", "'x' is unknown"),
         ({"sampling": {**DEFAULT_SAMPLING, "guidance_scale": math.nan}}, "unreadable", "nan"),
         ({"loss": {"name": "none"}}, "unreadable", "Known: 'uniform'"),
+        ({"loss": {"name": "soft_min_snr", "gamma": 1e308}}, "unreadable", "not finite"),
     ],
 )
 def test_verdicts_of_runs(tmp_path, change, verdict, words):
