@@ -553,7 +553,7 @@ def _examine_own(
     if not (zero and prediction_type == "epsilon"):
         table = replace(loss, allow_zero_terminal_weight=True).table(schedule, prediction_type)
         share = float(table[-1] / table.mean())
-        if not math.isfinite(share):
+        if not (table.isfinite().all() and math.isfinite(share)):
             raise ValueError(f"loss weighting {loss.name!r} has weights that are not finite.")
         facts["terminal_loss_weight"] = share
         if share < 0.01:
