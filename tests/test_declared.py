@@ -317,3 +317,23 @@ def test_missing_keys_are_listed():
     assert "steps_offset" not in declared.missing
     assert declared.clip_sample is None
     assert declare({}).clip_sample is True
+
+
+@pytest.mark.peer
+def test_eta_of_one_fails_where_it_is_said_to(theirs):
+    for name in ("DDIMScheduler", "TCDScheduler"):
+        scheduler = make(
+            theirs[name],
+            **SD,
+            rescale_betas_zero_snr=True,
+            timestep_spacing="trailing",
+            clip_sample=False,
+            prediction_type="v_prediction",
+        )
+        failed = False
+        for steps in (10, 25, 30, 50):
+            scheduler.set_timesteps(steps)
+            x = torch.ones(1, 1, 2, 2)
+            made = scheduler.step(torch.zeros_like(x), scheduler.timesteps[0], x, eta=1.0)[0]
+            failed = failed or bool(made.isnan().any())
+        assert SCHEDULERS[name].eta_fails == failed

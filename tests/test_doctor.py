@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from zsnr import NoiseSchedule
 from zsnr.checkpoints import run_facts
 from zsnr.checkpoints.declared import SCHEDULERS
-from zsnr.checkpoints.doctor import DEFAULT_SAMPLING, examine, fix, kept_brightness
+from zsnr.checkpoints.diagnosis import kept_brightness
+from zsnr.checkpoints.doctor import DEFAULT_SAMPLING, examine, fix
 from zsnr.cli import main
 from zsnr.oracle import GaussianDenoiser
 
@@ -235,6 +236,7 @@ def test_diffusers_folders(tmp_path):
     found = examine(diffusers_folder(tmp_path / "b", OURS, "PNDMScheduler"))
     assert (found.verdict, found.facts["scheduler"]) == ("inconsistent", "PNDMScheduler")
     assert any("diffusers takes the first" in text for text in found.warnings)
+    assert found.changes == ('model_index.json: "scheduler": ["diffusers", "DDIMScheduler"]',)
     (tmp_path / "a" / "scheduler" / "scheduler_config.json").unlink()
     assert "cannot be read" in examine(tmp_path / "a").reason
 
@@ -352,6 +354,7 @@ def test_single_files_say_what_they_are_of(tmp_path):
         ({"sampling": {**DEFAULT_SAMPLING, "spacing": "x"}}, "unreadable", "'x' is unknown"),
         ({"sampling": {**DEFAULT_SAMPLING, "guidance_scale": math.nan}}, "unreadable", "nan"),
         ({"loss": {"name": "none"}}, "unreadable", "Known: 'uniform'"),
+        ({"loss": {"name": "soft_min_snr", "gamma": 1e308}}, "unreadable", "not finite"),
     ],
 )
 def test_verdicts_of_runs(tmp_path, change, verdict, words):
@@ -589,6 +592,8 @@ def test_fix_on_the_command_line(tmp_path, capsys):
     assert main(["doctor", str(path), "--in-place"]) == 3
     assert main(["doctor", str(path), "--fix", "--in-place"]) == 2
     assert main(["doctor", str(path)]) == 0
+    assert main(["doctor", "--num-steps", "7", "--num-steps", "9", str(path)]) == 0
+    assert "for S = 7, 9, 10" in capsys.readouterr().out
 
 
 def test_needs_torch_only(tmp_path):

@@ -88,6 +88,7 @@ def test_no_tensor_is_no_fault(tmp_path):
         (raw({"a": {**tensor(), "shape": "1"}}, bytes(4)), "shape"),
         (raw({"a": tensor(shape=(2**62, 4))}, bytes(4)), "takes"),
         (raw({"a": tensor(shape=(2,))}, bytes(4)), "takes 8"),
+        (raw({"a": tensor(shape=(2**63 - 1,) * 60)}, bytes(4)), "takes far more"),
         (raw({"a": tensor(offsets=(4, 0))}, bytes(4)), "takes"),
         (raw({"a": tensor(offsets=(0, 4, 8))}, bytes(8)), "data_offsets"),
         (raw({"a": tensor(offsets=(-4, 0))}, bytes(4)), "data_offsets"),

@@ -320,10 +320,10 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument(
         "--num-steps",
         type=int,
-        nargs="+",
+        action="append",
         default=[],
         metavar="S",
-        help="step counts to look at besides 10, 20, 25, 30 and 50",
+        help="a step count to look at besides 10, 20, 25, 30 and 50; may be repeated",
     )
     doctor.add_argument("--json", action="store_true", help="print it as JSON")
     doctor.add_argument(

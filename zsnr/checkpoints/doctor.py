@@ -7,9 +7,9 @@ import math
 import re
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 from zsnr.checkpoints.declared import (
     MAX_TIMESTEPS,
@@ -19,9 +19,10 @@ from zsnr.checkpoints.declared import (
     longer_grids,
     off_grid_steps,
 )
+from zsnr.checkpoints.diagnosis import Diagnosis, Verdict, judge, late, schedule_facts, signal
 from zsnr.checkpoints.header import Header, read_header, read_tensor
 from zsnr.checkpoints.run_facts import FORMAT, NAME
-from zsnr.checkpoints.untrusted import clipped, open_regular, parse_json, read_small, shown
+from zsnr.checkpoints.untrusted import clipped, open_regular, read_json, read_yaml, shown
 from zsnr.files import replacing
 from zsnr.guidance import Guidance
 from zsnr.loss import LossWeighting
@@ -29,10 +30,7 @@ from zsnr.prediction import PredictionType
 from zsnr.schedule import NoiseSchedule
 from zsnr.timesteps import get_timesteps
 
-Verdict = Literal["fixed", "flawed", "inconsistent", "unreadable"]
-
 NUM_STEPS = (10, 20, 25, 30, 50)
-SCALE = 32  # of an image's mean, sqrt(h w L): see `kept_brightness`
 DEFAULT_SAMPLING = {
     "sampler": "ddim",
     "num_steps": 50,
@@ -42,64 +40,11 @@ DEFAULT_SAMPLING = {
 }
 _CONFIG = "scheduler_config.json"
 _FIXED = "scheduler_config.fixed.json"
-_MOST_JSON = 8 * 2**20
-_MOST_YAML = 200_000
-_MOST_NODES = 200_000
 _FAMILIES = {768: "SD 1", 1024: "SD 2", 2048: "SDXL"}
 _TRAIN = (
     "train it from these weights with `zsnr fit`, whose schedule and prediction type are the "
     "paper's: no line of a config repairs weights that never saw pure noise"
 )
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """What the doctor says of one target.
-
-    Args:
-        target: What was asked about.
-        kind: What it is, such as "diffusers folder".
-        verdict: fixed: SNR_T is 0, v or sample prediction, and sampling starts at T. flawed: the
-            schedule keeps signal at T. inconsistent: zero SNR with epsilon prediction, a spacing
-            that misses T, or a scheduler class that drops the rescale. unreadable: none of these
-            can be told.
-        reason: Why, in one line.
-        facts: Plain values, those that are known.
-        warnings: What goes wrong nevertheless.
-        changes: What to change.
-    """
-
-    target: str
-    kind: str
-    verdict: Verdict
-    reason: str
-    facts: dict[str, Any] = field(default_factory=dict)
-    warnings: tuple[str, ...] = ()
-    changes: tuple[str, ...] = ()
-
-    @property
-    def exit_code(self) -> int:
-        """0 fixed, 1 flawed, 2 inconsistent, 3 unreadable."""
-        return get_args(Verdict).index(self.verdict)
-
-    def to_json(self) -> str:
-        """Return it as one JSON object."""
-        return json.dumps(asdict(self), indent=1)
-
-    def to_text(self) -> str:
-        """Return it as aligned lines, the verdict first."""
-        rows = [
-            (self.verdict, self.reason),
-            ("", ""),
-            ("target", f"{clipped(self.target, 300)} ({self.kind})"),
-            *_rows(self.facts),
-        ]
-        width = max(len(name) for name, _ in rows) + 2
-        lines = [f"{name:{width}}{text}".rstrip() for name, text in rows]
-        for title, texts in (("warnings", self.warnings), ("what to change", self.changes)):
-            if texts:
-                lines += ["", title, *(f"  - {text}" for text in texts)]
-        return "\n".join(lines)
 
 
 def examine(
@@ -157,8 +102,8 @@ def fix(target: str | Path, *, in_place: bool = False) -> list[str]:
             + "."
         )
     index, config_path = _scheduler_files(path)
-    config = _read_json(config_path)
-    named = None if index is None else _index_class(_read_json(index))
+    config = read_json(config_path)
+    named = None if index is None else _index_class(read_json(index))
     if named is not None:
         config["_class_name"] = named
     fixed = _fixed(config)
@@ -170,7 +115,7 @@ def fix(target: str | Path, *, in_place: bool = False) -> list[str]:
     done = [f"Wrote {to}."]
     if index is not None and class_name != named:
         if in_place:
-            _write_json(index, {**_read_json(index), "scheduler": ["diffusers", class_name]})
+            _write_json(index, {**read_json(index), "scheduler": ["diffusers", class_name]})
             done.append(f"Wrote {index}.")
         else:
             done.append(f'{index} must say "scheduler": ["diffusers", "{class_name}"].')
@@ -179,18 +124,6 @@ def fix(target: str | Path, *, in_place: bool = False) -> list[str]:
             "It is right only if the model was trained on the rescaled schedule. If not, " + _TRAIN
         )
     return done
-
-
-def kept_brightness(abar_T: float, scale: float = SCALE) -> float:
-    """Compute which fraction of the range of brightness survives pure noise at T.
-
-    1 / sqrt(abar_T S^2 + 1 - abar_T)
-
-    Args:
-        abar_T: The schedule's last abar_t.
-        scale: S = sqrt(h w L), L the variance of the mean of an image's strongest channel mix.
-    """
-    return 1 / math.sqrt(abar_T * scale**2 + 1 - abar_T)
 
 
 def _examine(target: str, path: Path, num_steps: Sequence[int], open_pickle: bool) -> Diagnosis:
@@ -211,10 +144,10 @@ def _examine(target: str, path: Path, num_steps: Sequence[int], open_pickle: boo
     if path.name == "model_index.json":
         return _examine_diffusers(target, path.absolute().parent, num_steps)
     if path.name == NAME:
-        return _examine_run(target, path, _read_json(path), num_steps)
+        return _examine_run(target, path, read_json(path), num_steps)
     match suffix:
         case ".json":
-            return _examine_config(target, "scheduler config", path, _read_json(path), num_steps)
+            return _examine_config(target, "scheduler config", path, read_json(path), num_steps)
         case ".safetensors":
             return _examine_single(target, path)
         case ".yaml" | ".yml":
@@ -236,11 +169,11 @@ def _examine_folder(
         return _examine_diffusers(target, path, num_steps)
     for facts in (path / NAME, path / "checkpoints" / NAME):
         if facts.exists():
-            return _examine_run(target, facts, _read_json(facts), num_steps)
+            return _examine_run(target, facts, read_json(facts), num_steps)
     if is_sharded(path):
         return _examine_checkpoint(target, path, num_steps, open_pickle)
     if (path / _CONFIG).exists():
-        config = _read_json(path / _CONFIG)
+        config = read_json(path / _CONFIG)
         return _examine_config(target, "scheduler config", path / _CONFIG, config, num_steps)
     raise ValueError(
         f"{path} holds no model_index.json (of diffusers), {NAME} (of this package's checkpoints) "
@@ -288,7 +221,7 @@ def _index_class(index: Mapping[str, Any]) -> str | None:
 def _examine_diffusers(target: str, folder: Path, num_steps: Sequence[int]) -> Diagnosis:
     index_path, path = _scheduler_files(folder)
     assert index_path is not None
-    index, config = _read_json(index_path), _read_json(path)
+    index, config = read_json(index_path), read_json(path)
     facts: dict[str, Any] = {}
     warnings = []
     named, own = _index_class(index), config.get("_class_name")
@@ -302,9 +235,21 @@ def _examine_diffusers(target: str, folder: Path, num_steps: Sequence[int]) -> D
     unet = folder / "unet" / "config.json"
     if unet.exists():
         _check_inside(unet, folder)
-        facts["model"] = _unet_facts(_read_json(unet))
+        facts["model"] = _unet_facts(read_json(unet))
     found = _examine_config(target, "diffusers folder", path, config, num_steps)
-    return replace(found, facts={**facts, **found.facts}, warnings=(*warnings, *found.warnings))
+    changes = [f"scheduler/{line}" if line.startswith(_CONFIG) else line for line in found.changes]
+    for i, line in enumerate(changes):
+        if "_class_name" in line and named is not None:
+            new = _fixed(config)["_class_name"]
+            changes[i : i + 1] = [f'model_index.json: "scheduler": ["diffusers", "{new}"]']
+            changes += [line] if own != new else []
+            break
+    return replace(
+        found,
+        facts={**facts, **found.facts},
+        warnings=(*warnings, *found.warnings),
+        changes=tuple(changes),
+    )
 
 
 def _unet_facts(config: Mapping[str, Any]) -> str:
@@ -338,11 +283,11 @@ def _examine_config(
         lacking = f"trained_betas has {schedule.num_timesteps} entries, num_train_timesteps is {T}"
     elif declared.drops_rescale and not zero:
         lacking = f"{declared.class_name} drops rescale_betas_zero_snr"
-    verdict, reason = _judge(schedule, declared.prediction_type, starts, lacking)
+    verdict, reason = judge(schedule, declared.prediction_type, starts, lacking)
     facts = {
         "scheduler": declared.class_name,
         "prediction_type": declared.prediction_type,
-        **_schedule_facts(schedule),
+        **schedule_facts(schedule),
         "timestep_spacing": _spacing_name(declared),
         "first_timestep": starts,
         "guidance_rescale": None,
@@ -351,8 +296,8 @@ def _examine_config(
     warnings, off = _scheduler_warnings(declared, zero, starts)
     if off is not None:
         facts["off_grid_steps"] = off
-    if verdict == "flawed" and _late(starts, T):
-        warnings.insert(0, f"sampling does not start at T: {_late(starts, T)}")
+    if verdict == "flawed" and late(starts, T):
+        warnings.insert(0, f"sampling does not start at T: {late(starts, T)}")
     changes = _config_changes(path.name, declared, config, verdict, zero)
     return Diagnosis(target, kind, verdict, reason, facts, tuple(warnings), tuple(changes))
 
@@ -469,7 +414,7 @@ def _examine_checkpoint(
 ) -> Diagnosis:
     facts = path.absolute().parent / NAME
     if facts.exists():
-        return _examine_run(target, facts, _read_json(facts), num_steps)
+        return _examine_run(target, facts, read_json(facts), num_steps)
     if not open_pickle:
         raise ValueError(
             f"{path} has no {NAME} beside it, which training writes. --open reads the checkpoint "
@@ -543,7 +488,7 @@ def _examine_run(
 
 
 def _examine_yaml(target: str, path: Path, num_steps: Sequence[int]) -> Diagnosis:
-    document = _read_yaml(path)
+    document = read_yaml(path)
     model = document.get("model") if isinstance(document, dict) else None
     model = _init_args(model)
     if not isinstance(model, dict):
@@ -593,12 +538,12 @@ def _examine_own(
         raise ValueError(f"spacing={shown(spacing)}: wanted a name.")
     counts = _step_counts(T, (S, *num_steps), None)
     starts = {n: int(get_timesteps(spacing, n, T, schedule=schedule)[0]) for n in counts}
-    verdict, reason = _judge(schedule, prediction_type, starts, None)
+    verdict, reason = judge(schedule, prediction_type, starts, None)
     zero = float(schedule.snr[-1]) == 0
     warnings, changes = [], []
     facts: dict[str, Any] = {
         "prediction_type": prediction_type,
-        **_schedule_facts(schedule),
+        **schedule_facts(schedule),
         "sampler": told["sampler"] if isinstance(told["sampler"], str) else None,
         "timestep_spacing": spacing,
         "first_timestep": starts,
@@ -608,6 +553,8 @@ def _examine_own(
     if not (zero and prediction_type == "epsilon"):
         table = replace(loss, allow_zero_terminal_weight=True).table(schedule, prediction_type)
         share = float(table[-1] / table.mean())
+        if not math.isfinite(share):
+            raise ValueError(f"loss weighting {loss.name!r} has weights that are not finite.")
         facts["terminal_loss_weight"] = share
         if share < 0.01:
             warnings.append(
@@ -627,8 +574,8 @@ def _examine_own(
     elif verdict == "inconsistent":
         changes.insert(0, f"{where}sampling.spacing: trailing")
     elif verdict == "flawed":
-        if _late(starts, T):
-            warnings.insert(0, f"sampling does not start at T: {_late(starts, T)}")
+        if late(starts, T):
+            warnings.insert(0, f"sampling does not start at T: {late(starts, T)}")
         wanted = "schedule.zero_terminal_snr: true"
         if prediction_type == "epsilon":
             wanted += " with prediction_type: v_prediction"
@@ -702,7 +649,7 @@ def _examine_single(target: str, path: Path) -> Diagnosis:
         "model": family,
         "marks": marks,
         "prediction_type": prediction_type,
-        **_schedule_facts(schedule),
+        **schedule_facts(schedule),
         "schedule_is": "assumed: Stable Diffusion's" if assumed else "stored: alphas_cumprod",
         "guidance_rescale": None,
         "metadata": metadata,
@@ -737,9 +684,10 @@ def _examine_single(target: str, path: Path) -> Diagnosis:
         changes.append(f"add an empty tensor {' and one '.join(unmarked)}; {export}")
     else:
         verdict = "flawed"
-        reason = f"{'v_pred alone' if v else 'no marks'}: {_signal(schedule)}"
+        alone = "v_pred alone" if marks["v_pred"] else "v prediction alone, by its metadata"
+        reason = f"{alone if v else 'no marks'}: {signal(schedule)}"
         if not v and "v_pred" not in unmarked:
-            reason = f"no marks, so tools sample it as epsilon: {_signal(schedule)}"
+            reason = f"no marks, so tools sample it as epsilon: {signal(schedule)}"
         changes.append(_TRAIN)
     if "v_pred" in unmarked and verdict == "flawed":
         warnings.append("the metadata says v prediction, but the mark v_pred is missing")
@@ -804,47 +752,6 @@ def _family(header: Header) -> str:
 # What all have in common
 
 
-def _judge(
-    schedule: NoiseSchedule,
-    prediction_type: PredictionType,
-    starts: Mapping[int, float],
-    lacking: str | None,
-) -> tuple[Verdict, str]:
-    T = schedule.num_timesteps
-    if lacking is not None:
-        return "inconsistent", lacking
-    if float(schedule.snr[-1]) != 0:
-        return "flawed", _signal(schedule)
-    if prediction_type == "epsilon":
-        return "inconsistent", "zero SNR with epsilon prediction: eps has no x_0 at T"
-    if late := _late(starts, T):
-        return "inconsistent", f"zero SNR, but sampling does not start at T: {late}"
-    return "fixed", f"SNR_T = 0, {prediction_type}, and sampling starts at T"
-
-
-def _late(starts: Mapping[int, float], num_timesteps: int) -> str:
-    """Say where grids start that miss T; "" if none does."""
-    some = [f"t = {t:g} for S = {S}" for S, t in starts.items() if t != num_timesteps - 1]
-    return ", ".join(some[:5])
-
-
-def _signal(schedule: NoiseSchedule) -> str:
-    abar_T = float(schedule.alphas_cumprod[-1])
-    return f"the schedule keeps signal at T: sqrt(abar_T) = {math.sqrt(abar_T):.6g}"
-
-
-def _schedule_facts(schedule: NoiseSchedule) -> dict[str, Any]:
-    abar_T = float(schedule.alphas_cumprod[-1])
-    settings = schedule.settings()
-    table = settings.pop("alphas_cumprod_table")
-    return {
-        "schedule": {**settings, "own_table": table is not None},
-        "snr_T": float(schedule.snr[-1]),
-        "sqrt_abar_T": math.sqrt(abar_T),
-        "kept_brightness": {"scale": SCALE, "fraction": kept_brightness(abar_T)},
-    }
-
-
 def _step_counts(T: int, asked: Iterable[int], declared: Declared | None) -> list[int]:
     """Choose the step counts to look at: the usual ones and those asked for, as far as they go."""
     most = T
@@ -856,105 +763,6 @@ def _step_counts(T: int, asked: Iterable[int], declared: Declared | None) -> lis
     return counts or [max(1, most // 2)]
 
 
-def _rows(facts: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
-    """Write facts as short texts."""
-    for key, value in facts.items():
-        name = key.replace("_", " ")
-        match key:
-            case "schedule":
-                yield name, _schedule_text(value)
-            case "snr_T" | "sqrt_abar_T":
-                yield {"snr_T": "SNR_T", "sqrt_abar_T": "sqrt(abar_T)"}[key], f"{value:.6g}"
-            case "kept_brightness":
-                text = f"{value['fraction']:.3g} of the range (of images of scale {SCALE}, assumed)"
-                yield "brightness kept", text
-            case "first_timestep":
-                yield "starts at", _starts_text(value)
-            case "off_grid_steps":
-                continue
-            case "guidance_rescale" if value is None:
-                yield name, "cannot be stored there: pass guidance_rescale=0.7 with each call"
-            case "marks":
-                yield (
-                    name,
-                    ", ".join(f"{k} {'present' if v else 'missing'}" for k, v in value.items()),
-                )
-            case "metadata" | "defaults_taken" if not value:
-                continue
-            case "metadata":
-                yield name, ", ".join(f"{key}={text}" for key, text in value.items())
-            case "defaults_taken":
-                yield "not in the file", ", ".join(value) + " (the class's defaults)"
-            case "terminal_loss_weight":
-                yield "weight at T", f"{value:.3g} of the mean, by {facts['loss_weighting']!r}"
-            case "loss_weighting":
-                continue
-            case _:
-                yield name, f"{value:g}" if isinstance(value, float) else clipped(str(value), 200)
-
-
-def _schedule_text(settings: Mapping[str, Any]) -> str:
-    T, zero = settings["num_timesteps"], settings["zero_terminal_snr"]
-    if settings["own_table"]:
-        name = "own table"
-    else:
-        ends = (settings["beta_start"], settings["beta_end"])
-        name = settings["betas"]
-        name += f" {ends[0]:g} to {ends[1]:g}" if None not in ends else ""
-    return f"{name}, T = {T}" + (", made to end at SNR 0" if zero else "")
-
-
-def _starts_text(starts: Mapping[int, float]) -> str:
-    """Group step counts by where they start."""
-    by_start: dict[float, list[str]] = {}
-    for S, t in starts.items():
-        by_start.setdefault(t, []).append(str(S))
-    return "; ".join(f"t = {t:g} for S = {', '.join(S)}" for t, S in by_start.items())
-
-
-# Reading and writing
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return parse_json(read_small(path, _MOST_JSON), str(path))
-
-
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     with replacing(path) as beside:
         beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _read_yaml(path: Path) -> Any:
-    """Read a YAML file of plain values, without tags of Python and without aliases that explode."""
-    import yaml  # type: ignore[import-untyped]
-
-    class Loader(yaml.SafeLoader):  # type: ignore[misc]
-        """Knows 1e-4 as a number, as the training command does."""
-
-    Loader.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789")
-    )
-    data = read_small(path, _MOST_YAML)
-    try:
-        loader = Loader(data.decode("utf-8"))
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        if _expanded(node, {}) > _MOST_NODES:
-            raise ValueError("its aliases stand for too much")
-        return loader.construct_document(node)
-    except (yaml.YAMLError, ValueError, RecursionError, OverflowError, TypeError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise ValueError(f"{path} is no readable YAML: {clipped(reason, 300)}") from error
-
-
-def _expanded(node: Any, sizes: dict[int, float]) -> float:
-    """Count the nodes that a YAML node stands for, each alias anew; a circle is endless."""
-    if id(node) in sizes:
-        return sizes[id(node)]
-    sizes[id(node)] = math.inf
-    value = node.value
-    parts = [] if isinstance(value, str) else value
-    flat = (child for part in parts for child in (part if isinstance(part, tuple) else (part,)))
-    sizes[id(node)] = 1 + sum(_expanded(child, sizes) for child in flat)
-    return sizes[id(node)]

@@ -149,8 +149,10 @@ def _facts(name: str, entry: Any, base: int) -> TensorFacts:
     start, end = offsets
     bits = math.prod(shape) * _BITS[dtype]
     if bits != 8 * (end - start):
+        takes = f"{bits / 8:g}" if bits < 2**64 else "far more"
+        size = clipped(repr(shape))
         raise ValueError(
-            f"{what} has {end - start} bytes, but {dtype} of shape {shape} takes {bits / 8:g}."
+            f"{what} has {end - start} bytes, but {dtype} of shape {size} takes {takes}."
         )
     return TensorFacts(dtype, tuple(shape), base + start, base + end)
 

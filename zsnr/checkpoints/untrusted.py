@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +13,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 _MOST_BRACKETS = 1_000_000
+_MOST_JSON = 8 * 2**20
+_MOST_YAML = 200_000
+_MOST_NODES = 200_000
 
 
 @contextmanager
@@ -74,6 +79,39 @@ def parse_json(data: bytes, what: str, *, strict: bool = False) -> dict[str, Any
     return found
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file of one JSON object, see `parse_json`."""
+    return parse_json(read_small(path, _MOST_JSON), str(path))
+
+
+def read_yaml(path: Path) -> Any:
+    """Read a YAML file of plain values, without tags of Python and without aliases that explode.
+
+    Raises:
+        ValueError: It is no YAML, or one of those.
+    """
+    import yaml  # type: ignore[import-untyped]
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        """Knows 1e-4 as a number, as the training command does."""
+
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789")
+    )
+    data = read_small(path, _MOST_YAML)
+    try:
+        loader = Loader(data.decode("utf-8"))
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _expanded(node, {}) > _MOST_NODES:
+            raise ValueError("its aliases stand for too much")
+        return loader.construct_document(node)
+    except (yaml.YAMLError, ValueError, RecursionError, OverflowError, TypeError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ValueError(f"{path} is no readable YAML: {clipped(reason, 300)}") from error
+
+
 def clipped(text: str, most: int = 120) -> str:
     """Shorten what somebody else wrote so that it fits in a message, on one line."""
     line = " ".join(text.split())
@@ -101,3 +139,15 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse(constant: str) -> float:
     raise ValueError(f"{constant} is no number of JSON")
+
+
+def _expanded(node: Any, sizes: dict[int, float]) -> float:
+    """Count the nodes that a YAML node stands for, each alias anew; a circle is endless."""
+    if id(node) in sizes:
+        return sizes[id(node)]
+    sizes[id(node)] = math.inf
+    value = node.value
+    parts = [] if isinstance(value, str) else value
+    flat = (child for part in parts for child in (part if isinstance(part, tuple) else (part,)))
+    sizes[id(node)] = 1 + sum(_expanded(child, sizes) for child in flat)
+    return sizes[id(node)]
