@@ -18,9 +18,11 @@ from zsnr.checkpoints.own import KEY, describe_model, open_checkpoint, read_chec
 from zsnr.checkpoints.run_facts import read_run_facts
 from zsnr.checkpoints.scheduler_config import scheduler_config
 from zsnr.checkpoints.sharded import is_sharded
+from zsnr.checkpoints.single_file import read_single_file
 from zsnr.codecs import AutoencoderKLCodec
 from zsnr.conditioning import Conditioner, OpenClipConditioner, TransformersConditioner
 from zsnr.files import check_new, new_folder
+from zsnr.ldm_file import is_single_file
 from zsnr.pretrained import read_config
 
 if TYPE_CHECKING:
@@ -108,6 +110,8 @@ def read_exportable(
             f"{source} is no checkpoint of zsnr, and has one set of weights: leave --raw out."
         )
     facts = {"start": path.name if path.exists() else source}
+    if is_single_file(str(path)):
+        return read_single_file(str(path)), facts
     return read_diffusers_folder(str(path) if path.exists() else source), facts
 
 
