@@ -472,7 +472,7 @@ def test_a_card_tells_of_the_run():
             "guidance_scale": 3.0,
             "guidance_rescale": 0.5,
         },
-        "data": ["a|b.tar", "c.tar"],
+        "data": ["/home/me/shards/a|b.tar", "https://host/c.tar"],
         "global_step": 1200,
         "batch_size": 16,
         "learning_rate": 2e-3,
@@ -488,7 +488,7 @@ def test_a_card_tells_of_the_run():
         "guidance_scale=3.0,",
         "guidance_rescale=0.5,",
         "made with euler on linspace timesteps",
-        "| data | a\\|b.tar, c.tar |",
+        "| data | shards/a\\|b.tar, https://host/c.tar |",
         "| steps | 1200 |",
         "| averaging of weights | decay: 0.99 |",
         "| val/loss | 0.125 |",
@@ -497,6 +497,24 @@ def test_a_card_tells_of_the_run():
         "multiplier 0.5",
     ):
         assert line in card, line
+
+
+def test_odd_facts_neither_break_a_card_nor_become_code():
+    odd = {
+        "sampling": {"guidance_scale": "0)\nimport os", "guidance_rescale": float("nan")},
+        "loss": 3,
+        "metrics": [],
+        "versions": "x",
+        "data": {"a": "<script>"},
+        "start": None,
+    }
+    card = model_card('a"b', {**FACTS, **odd})
+    assert "import os" not in card
+    assert "<script>" not in card
+    assert "guidance_scale=7.5," in card
+    assert "| started from | random weights |" in card
+    compile(re.findall(r"```python\n(.*?)```", card, re.DOTALL)[0], "card", "exec")
+    assert "guidance_rescale=0.7," in model_card("x", {**FACTS, "sampling": 3})
 
 
 def test_the_card_of_a_flawed_model_claims_no_fix():
@@ -674,6 +692,7 @@ def test_a_folder_is_exported_again(exported, tmp_path):
     ("options", "message"),
     [
         (["{run}/checkpoints/last.ckpt", "--output", "{run}"], "exists: choose another name"),
+        (["{run}/checkpoints/last.ckpt", "--output", "{run}/config.yaml/x"], "cannot be written"),
         (["{run}/nothing.ckpt", "--output", "{run}/x"], "is no file: wanted a checkpoint"),
         (["{run}/shards", "--output", "{run}/x"], "holds no model_index.json"),
         (["{run}/shards", "--output", "{run}/x", "--raw"], "leave --raw out"),
@@ -698,7 +717,8 @@ def test_wrong_commands_end_with_one_line(run, capsys, options, message):
     out, err = capsys.readouterr()
     assert out == ""
     assert message in err
-    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    assert err.count("zsnr: error:") == 1
 
 
 def test_a_checkpoint_that_cannot_go_is_refused_before_its_weights(tmp_path, monkeypatch, capsys):

@@ -112,7 +112,7 @@ def read_exportable(
         raise ValueError(
             f"{source} is no checkpoint of zsnr, and has one set of weights: leave --raw out."
         )
-    facts = {"start": path.name if path.exists() else source}
+    facts = {"start": path.resolve().name if path.exists() else source}
     if is_single_file(str(path)):
         return read_single_file(str(path)), facts
     return read_diffusers_folder(str(path) if path.exists() else source), facts
