@@ -24,6 +24,7 @@ FLOORS = (
         "codecs",
         "conditioning",
         "networks",
+        "lora",
         "checkpoints",
         "pipeline",
         "metrics",

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import shutil
+from types import SimpleNamespace
 
 import cells
 import numpy as np
@@ -296,6 +297,16 @@ def test_a_cache_knows_its_random_crops(made, tmp_path):
         lefts.append(round(level / 4))
         assert item["sizes"].tolist() == [16, (36, 42, 48)[i], 0, lefts[-1], 16, 16]
     assert len({*lefts}) > 1
+    whole = DataModule(
+        val=f"{tmp_path}/cache", image_size=16, pixels=Pixels(crop="random"), num_workers=0
+    )
+    whole.trainer = SimpleNamespace(
+        global_rank=0, world_size=1, state=SimpleNamespace(fn="validate")
+    )
+    whole.prepare_data()
+    whole.setup("validate")
+    [batch] = whole.val_dataloader()
+    assert batch["sizes"][1:, 3].tolist() == lefts
 
 
 def test_training_tells_the_unet_prompt_and_sizes(made):
@@ -370,12 +381,15 @@ def test_empty_prompts_are_zeros_among_others(made):
 
 def test_the_folder_says_whether_null_is_zeros(tmp_path):
     tiny.sdxl_folder(tmp_path, force_zeros=False)
-    assert SDXLConditioner(str(tmp_path)).null().pooled.abs().max() > 0
+    encoded = SDXLConditioner(str(tmp_path))
+    assert encoded.null().pooled.abs().max() > 0
     assert SDXLConditioner(str(tmp_path), zero_null=True).null().pooled.abs().max() == 0
     (tmp_path / "model_index.json").unlink()
     assert SDXLConditioner(str(tmp_path), zero_null=True).null().pooled.abs().max() == 0
     with pytest.raises(ValueError, match=r"holds no model_index\.json"):
         SDXLConditioner(str(tmp_path))
+    again = build(describe(encoded), Conditioner)  # knows what the folder said
+    assert torch.equal(again.null().pooled, encoded.null().pooled)
 
 
 def test_it_is_released_described_and_remembered(made, tmp_path):

@@ -627,6 +627,7 @@ LIES = {
     "class": lambda c: c["unet"].update(_class_name="os"),
     "act": lambda c: c["text_encoder"].update(hidden_act="__import__"),
     "string": lambda c: c["vae"].update(layers_per_block="1"),
+    "epsilon": lambda c: c["text_encoder"].update(layer_norm_eps=10**12),
     "nan": lambda c: c["vae"].update(scaling_factor=float("nan")),
     "negative": lambda c: c["vae"].update(latent_channels=-4),
     "bool": lambda c: c["vae"].update(latent_channels=True),

@@ -22,7 +22,7 @@ TRAINING = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code: 0 for success, 1 for a plan that does not fit, 2 for
-    wrong input.
+    wrong input; the doctor's is its verdict.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -220,6 +220,29 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="print it as JSON, sizes in bytes")
     plan.set_defaults(run=_plan)
 
+    schedule = commands.add_parser(
+        "schedule",
+        help="print and plot a schedule and its timesteps",
+        description="Print a schedule as it was published and rescaled to zero terminal SNR, and "
+        "the timesteps of each spacing (Table 2); --plot draws log SNR and sqrt(abar) (Figure 2).",
+    )
+    schedule.add_argument(
+        "target",
+        nargs="?",
+        default="scaled_linear",
+        help="scaled_linear (Stable Diffusion's), linear, cosine, or what `zsnr doctor` reads: a "
+        "folder, scheduler_config.json, .safetensors, checkpoint or YAML (default scaled_linear)",
+    )
+    schedule.add_argument(
+        "--num-steps", type=int, default=10, metavar="S", help="of the timesteps (default 10)"
+    )
+    schedule.add_argument(
+        "--spacing", action="append", metavar="NAME", help="only this one; may be repeated"
+    )
+    schedule.add_argument("--plot", metavar="FILE", help="write a PNG; must not exist")
+    schedule.add_argument("--json", action="store_true", help="print all timesteps' values as JSON")
+    schedule.set_defaults(run=_schedule)
+
     configs = commands.add_parser("configs", help="list, show and copy the shipped YAML")
     actions = configs.add_subparsers(required=True, metavar="COMMAND")
     actions.add_parser("list", help="list the names").set_defaults(run=_configs_list)
@@ -278,6 +301,45 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--json", action="store_true", help="print what was written as JSON")
     export.set_defaults(run=_export)
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="say what a model is, and whether it is flawed",
+        description="Say what a model declares, without loading it or running anything in it, and "
+        "judge it. fixed (exit code 0): the schedule ends at SNR 0, with v or sample prediction, "
+        "and sampling starts there. flawed (1): the schedule keeps signal at the last timestep. "
+        "inconsistent (2): zero SNR with epsilon prediction, a spacing that misses the last "
+        "timestep, or a scheduler class that drops the rescale. unreadable (3): it cannot be told, "
+        "or --fix cannot fix it.",
+    )
+    doctor.add_argument(
+        "target",
+        help="a folder of diffusers, a scheduler_config.json, a .safetensors file, a checkpoint or "
+        "folder of checkpoints of zsnr, or a YAML of `zsnr fit`",
+    )
+    doctor.add_argument(
+        "--num-steps",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="S",
+        help="step counts to look at besides 10, 20, 25, 30 and 50",
+    )
+    doctor.add_argument("--json", action="store_true", help="print it as JSON")
+    doctor.add_argument(
+        "--open",
+        action="store_true",
+        help="open a .ckpt that has no run.json beside it; tensors and plain values only",
+    )
+    doctor.add_argument(
+        "--fix",
+        action="store_true",
+        help="write a corrected scheduler_config.fixed.json beside the scheduler's config",
+    )
+    doctor.add_argument(
+        "--in-place", action="store_true", help="with --fix: replace the config instead"
+    )
+    doctor.set_defaults(run=_doctor)
 
     report = commands.add_parser(
         "report",
@@ -415,6 +477,46 @@ def _plan(options: argparse.Namespace) -> int:
     text, fits = run_plan(options, options.settings)
     print(text)
     return 0 if fits else 1
+
+
+def _schedule(options: argparse.Namespace) -> None:
+    from zsnr.files import check_new
+    from zsnr.reports.schedule import (
+        find_schedule,
+        plot_schedule,
+        schedule_facts,
+        schedule_text,
+        to_json,
+    )
+
+    path = None if options.plot is None else Path(options.plot).expanduser()
+    if path is not None:
+        if path.suffix != ".png":
+            raise ValueError(f"--plot {path}: wanted a name that ends in .png.")
+        check_new(path)
+    schedule = find_schedule(options.target)
+    facts = schedule_facts(schedule, options.num_steps, options.spacing)
+    if path is not None:
+        plot_schedule(facts, path)
+    print(to_json(facts) if options.json else schedule_text(schedule, facts, options.target))
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from zsnr.checkpoints.doctor import examine, fix
+
+    found = examine(options.target, num_steps=options.num_steps, open_pickle=options.open)
+    print(found.to_json() if options.json else found.to_text())
+    if options.in_place and not options.fix:
+        print("zsnr: error: --in-place belongs to --fix.", file=sys.stderr)
+        return 3
+    if options.fix:
+        try:
+            done = fix(options.target, in_place=options.in_place)
+        except (ValueError, OSError) as error:
+            print(f"zsnr: error: {error}", file=sys.stderr)
+            return 3
+        print(*done, sep="\n", file=sys.stderr)
+    return found.exit_code
 
 
 def _configs_folder() -> Path:

@@ -40,7 +40,7 @@ PREFIXES: dict[Family, dict[str, str]] = {
 for _prefixes in PREFIXES.values():
     _prefixes.update({"unet": "model.diffusion_model.", "vae": "first_stage_model."})
 
-_CLASSES = {
+_CLASSES: dict[str, dict[str, Any]] = {
     "unet": {"_class_name": "UNet2DConditionModel"},
     "vae": {"_class_name": "AutoencoderKL"},
     "text_encoder": {"model_type": "clip_text_model", "architectures": ["CLIPTextModel"]},
@@ -157,6 +157,10 @@ def _is_number(value: object) -> bool:
     return type(value) in (int, float) and math.isfinite(cast(float, value))
 
 
+def _is_epsilon(value: object) -> bool:
+    return type(value) is float and 0 < value < 1
+
+
 def _is_flag(value: object) -> bool:
     return type(value) is bool
 
@@ -185,7 +189,7 @@ _TEXT_SETTINGS: dict[str, Callable[[object], bool]] = {
     "vocab_size": _is_size,
     "projection_dim": _is_size,
     "hidden_act": _one_of("quick_gelu", "gelu", "gelu_new", "relu", "silu"),
-    "layer_norm_eps": _is_number,
+    "layer_norm_eps": _is_epsilon,
     "bos_token_id": _is_token,
     "eos_token_id": _is_token,
     "pad_token_id": _is_token,
@@ -204,7 +208,7 @@ SETTINGS: dict[str, dict[str, Callable[[object], bool]]] = {
         "attention_head_dim": _either(_is_size, _listed(_is_size)),
         "transformer_layers_per_block": _either(_is_depth, _listed(_is_depth)),
         "norm_num_groups": _is_size,
-        "norm_eps": _is_number,
+        "norm_eps": _is_epsilon,
         "use_linear_projection": _is_flag,
         "upcast_attention": _either(_is_none, _is_flag),
         "addition_embed_type": _one_of(None, "text_time"),

@@ -24,6 +24,7 @@ from zsnr.ldm_file import (
     read_part,
 )
 
+_HUB = " A name that is no local folder is looked up on the hub."
 _WEIGHTLESS: ContextVar[bool] = ContextVar("weightless", default=False)
 
 
@@ -84,7 +85,7 @@ def load_pretrained(
         )
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        hint = "" if looks_local else " A name that is no local folder is looked up on the hub."
+        hint = "" if looks_local else _HUB
         raise ValueError(f"Cannot load {what} from {where}: {reason}{hint}") from error
 
 
@@ -184,7 +185,8 @@ def load_index(source: str) -> dict[str, Any]:
         index: Any = DiffusionPipeline.load_config(source)
     except (OSError, ValueError) as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise ValueError(f"Cannot read model_index.json of {source}: {reason}") from error
+        hint = "" if Path(source).exists() else _HUB
+        raise ValueError(f"Cannot read model_index.json of {source}: {reason}{hint}") from error
     if not isinstance(index, Mapping):
         raise ValueError(f"Cannot read model_index.json of {source}: wanted an object.")
     return dict(index)

@@ -8,8 +8,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from zsnr.checkpoints.diffusers_folder import schedule_from_diffusers
-from zsnr.prediction import PredictionType, check_prediction_type, to_x0
+from zsnr.checkpoints.declared import schedule_from_diffusers
+from zsnr.checkpoints.scheduler_config import scheduler_config
+from zsnr.prediction import PredictionType, to_x0
 from zsnr.samplers import Sampler, get_sampler
 from zsnr.samplers.registry import sampler_name
 from zsnr.schedule import NoiseSchedule
@@ -67,24 +68,22 @@ class DiffusersScheduler:
         prediction_type: PredictionType = "v_prediction",
         spacing: str = "trailing",
     ) -> None:
-        check_prediction_type(prediction_type, schedule)
+        declared = scheduler_config(schedule, prediction_type)  # refuses epsilon at zero SNR
         get_timesteps(spacing, 1, schedule.num_timesteps, schedule=schedule)
         self.sampler = get_sampler(sampler) if isinstance(sampler, str) else sampler
         self.schedule, self.prediction_type, self.spacing = schedule, prediction_type, spacing
         self.config = _Config(
-            sampler=sampler_name(self.sampler),
-            num_train_timesteps=schedule.num_timesteps,
-            prediction_type=prediction_type,
-            timestep_spacing=spacing,
-            rescale_betas_zero_snr=schedule.zero_terminal_snr,
-            steps_offset=1,
-            clip_sample=False,
+            {**declared, "timestep_spacing": spacing, "sampler": sampler_name(self.sampler)}
         )
         self.timesteps = torch.arange(schedule.num_timesteps - 1, -1, -1)
         self.num_inference_steps: int | None = None
         self._grid: list[int] = []
         self._calls: list[int] = []
-        self._forget()
+        self._x: Tensor | None = None  # what the history began with
+        self._answers: list[Tensor] = []  # x_0 of each call since then
+        self._noises: list[Tensor] = []
+        self._returned: Tensor | None = None
+        self._first, self._next = 0, 0  # calls: of the history's begin, and the one to come
 
     @classmethod
     def from_config(
@@ -233,11 +232,8 @@ class DiffusersScheduler:
         )
 
     def _forget(self) -> None:
-        self._first, self._next = 0, 0  # calls: of the history's begin, and the one to come
-        self._x: Tensor | None = None
-        self._answers: list[Tensor] = []  # x_0 of each call since then
-        self._noises: list[Tensor] = []
-        self._returned: Tensor | None = None
+        self._first, self._next, self._x, self._returned = 0, 0, None, None
+        self._answers, self._noises = [], []
 
     def _replay(self, randn_like: Any) -> Tensor:
         """Run the sampler from the begin of its history to the first call without an answer."""

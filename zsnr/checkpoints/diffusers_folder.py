@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
+from zsnr.checkpoints.declared import schedule_from_diffusers
 from zsnr.checkpoints.model import Model
 from zsnr.codecs import AutoencoderKLCodec
 from zsnr.conditioning import Conditioner, SDXLConditioner, TransformersConditioner
@@ -12,44 +13,6 @@ from zsnr.networks import UNet
 from zsnr.prediction import PredictionType
 from zsnr.pretrained import load_index
 from zsnr.schedule import NoiseSchedule
-
-
-def schedule_from_diffusers(config: Mapping[str, Any]) -> NoiseSchedule:
-    """Read the schedule that a scheduler_config.json declares.
-
-    Keys that are missing have diffusers' defaults, those of DDIMScheduler.
-
-    Raises:
-        ValueError: A beta_schedule this package does not know.
-    """
-    cls = str(config.get("_class_name", ""))
-    if cls.startswith(("FlowMatch", "EDM", "CM", "VQ")):
-        raise ValueError(f"{cls} is no variance-preserving schedule: this package has none for it.")
-    zero = bool(config.get("rescale_betas_zero_snr", False))
-    betas = config.get("trained_betas")
-    if betas is not None:
-        table, abar = [], 1.0
-        for beta in betas:
-            abar *= 1 - beta
-            table.append(abar)
-        return NoiseSchedule.from_alphas_cumprod(table, zero_terminal_snr=zero)
-    num_timesteps = config.get("num_train_timesteps", 1000)
-    name = config.get("beta_schedule", "linear")
-    if name == "squaredcos_cap_v2":
-        capped = NoiseSchedule("cosine", num_timesteps, zero_terminal_snr=False)
-        if not zero:
-            return capped
-        return NoiseSchedule.from_alphas_cumprod(capped.alphas_cumprod, zero_terminal_snr=True)
-    if name not in ("linear", "scaled_linear"):
-        known = "'linear', 'scaled_linear', 'squaredcos_cap_v2'"
-        raise ValueError(f"beta_schedule={name!r} is unknown. Known: {known}, or trained_betas.")
-    return NoiseSchedule(
-        cast(Any, name),
-        num_timesteps,
-        beta_start=config.get("beta_start", 0.0001),
-        beta_end=config.get("beta_end", 0.02),
-        zero_terminal_snr=zero,
-    )
 
 
 def read_diffusers_folder(source: str, schedule: NoiseSchedule | None = None) -> Model:
@@ -104,4 +67,4 @@ def read_diffusers_folder(source: str, schedule: NoiseSchedule | None = None) ->
 def _has(index: Mapping[str, Any], part: str) -> bool:
     """Whether a model_index.json names a part; [null, null] = it is left out."""
     named = index.get(part)
-    return isinstance(named, list | tuple) and named[0] is not None
+    return isinstance(named, list | tuple) and len(named) > 0 and named[0] is not None

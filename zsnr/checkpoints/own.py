@@ -14,6 +14,7 @@ from zsnr.checkpoints.model import Model
 from zsnr.codecs import LatentCodec
 from zsnr.conditioning import Conditioner
 from zsnr.described import build, describe
+from zsnr.lora import moved
 from zsnr.networks import UNet
 from zsnr.schedule import NoiseSchedule
 
@@ -78,19 +79,26 @@ def _open_file(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def read_checkpoint(path: str | Path, *, ema: bool = True) -> Model:
+def read_checkpoint(path: str | Path, *, ema: bool = True, base: str | None = None) -> Model:
     """Read a checkpoint that training wrote, on the CPU.
 
     Args:
         path: The .ckpt file, or folder of shards.
         ema: Take the averaged weights, else the raw ones.
+        base: Where the UNet under trained adapters is now. None = where it was.
+
+    Returns:
+        The model; with adapters in its UNet, if they were trained.
 
     Raises:
-        ValueError: No such file, not a checkpoint, or not one of this package's.
+        ValueError: No such file, not a checkpoint, or not one of this package's; or the UNet that
+            adapters were trained on is not there, or has other weights.
     """
     path = Path(path)
     checkpoint = open_checkpoint(path)
     description = checkpoint[KEY]
+    if base is not None:
+        description = {**description, "unet": moved(description["unet"], base)}
     prefix, weights = _weights(path, checkpoint, ema)
     model = Model(
         codec=build(description["codec"], LatentCodec),  # type: ignore[type-abstract]

@@ -200,6 +200,16 @@ def read_single_file(
     )
 
 
+def read_marks(source: str) -> tuple[NoiseSchedule, PredictionType]:
+    """Read what a file declares of itself, without its weights; see `read_single_file`.
+
+    Raises:
+        ValueError: It is no such file.
+    """
+    file = open_ldm_file(source)
+    return _schedule(file), _prediction_type(file)
+
+
 def _schedule(file: LdmFile) -> NoiseSchedule:
     says = file.metadata.get("ss_zero_terminal_snr", "").lower() == "true"
     return NoiseSchedule("scaled_linear", zero_terminal_snr="ztsnr" in file.shapes or says)

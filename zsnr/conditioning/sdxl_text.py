@@ -46,14 +46,14 @@ class SDXLConditioner(Conditioner):
         zero_null: bool | None = None,
     ) -> None:
         super().__init__()
-        self._settings: dict[str, Any] = {
-            "pretrained": pretrained,
-            "max_length": max_length,
-            "zero_null": zero_null,
-        }
         if zero_null is None:
             zero_null = bool(load_index(pretrained).get("force_zeros_for_empty_prompt", True))
         self._zero_null = zero_null
+        self._settings: dict[str, Any] = {
+            "pretrained": pretrained,
+            "max_length": max_length,
+            "zero_null": zero_null,  # a checkpoint keeps what the folder said
+        }
         one, two = (_clip_config(pretrained, folder) for folder in _ENCODERS)
         self.context_dim = int(one.hidden_size + two.hidden_size)
         self.pooled_dim = int(two.projection_dim)

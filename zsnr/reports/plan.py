@@ -143,8 +143,8 @@ class Need:
     at the same time.
 
     Args:
-        parameters: Weights that are trained.
-        gradients: Theirs.
+        parameters: Weights that are trained, and the frozen ones of a UNet with adapters.
+        gradients: Of those that are trained.
         optimizer: The optimizer's state.
         average: Averaged weights, float32.
         buckets: DDP's copy of the gradients.
@@ -232,8 +232,8 @@ def need(parts: Parts, layout: Layout) -> Need:
     """Say what one rank needs."""
     sharding = layout.sharding
     trained = parts.trained()
-    gradients = shard_size((p for p in trained.parameters() if p.requires_grad), sharding.shards)
-    average = shard_size(trained.parameters(), sharding.shards, torch.float32)
+    gradients = shard_size(trainable(trained), sharding.shards)
+    average = shard_size(trainable(trained), sharding.shards, torch.float32)
     kept, peak = training_pass(
         parts, layout.micro_batch, layout.checkpointing, sharding.param_dtype
     )
@@ -287,7 +287,7 @@ def training_pass(
             frozen = _encoded(
                 with_fake_tensors(parts.conditioner, [parts.conditioner]), micro_batch
             )
-        for parameter in trained.parameters():
+        for parameter in trainable(trained):
             parameter.grad = torch.zeros_like(parameter)
         known = tensors_of(trained)
         live = LiveBytes([*known, *(p.grad for p in trained.parameters() if p.grad is not None)])
@@ -322,6 +322,11 @@ def encoding_pass(parts: Parts, micro_batch: int) -> int:
 def _encoded(conditioner: Conditioner, micro_batch: int) -> Conditioning:
     encoded: Conditioning = conditioner([""] * micro_batch)
     return encoded
+
+
+def trainable(module: nn.Module) -> list[nn.Parameter]:
+    """List the parameters that are not frozen."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def modules_of(codec: LatentCodec) -> list[nn.Module]:
@@ -478,9 +483,10 @@ def find_way_out(parts: Parts, layout: Layout, batch_size: int, memory: int) -> 
     """
     first = layout.sharding
     shardings = [first]
-    if first.kind != "FSDP" and first.ranks > 1:
+    adapters = len(trainable(parts.unet)) < len(list(parts.unet.parameters()))
+    if first.kind != "FSDP" and first.ranks > 1 and not adapters:  # those are never sharded
         shardings.append(replace(first, kind="FSDP", shards=first.ranks))
-    elif first.shards < first.ranks:
+    elif first.kind == "FSDP" and first.shards < first.ranks:
         shardings.append(replace(first, shards=first.ranks))
     if shardings[-1].kind == "FSDP" and first.param_dtype is None:
         shardings.append(

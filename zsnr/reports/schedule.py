@@ -7,13 +7,30 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 from zsnr.reports.pictures import figure_of, save_figure
-from zsnr.schedule import NoiseSchedule
+from zsnr.schedule import BetaKind, NoiseSchedule
 from zsnr.timesteps import available_spacings, get_timesteps
 
 _ROWS = 11  # timesteps of the printed table
+
+
+def find_schedule(target: str) -> NoiseSchedule:
+    """Find a schedule by its kind, or in what `zsnr doctor` reads.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    if target in get_args(BetaKind):
+        return NoiseSchedule(cast(BetaKind, target))
+    from zsnr.checkpoints.doctor import examine
+
+    found = examine(target)
+    if "schedule" not in found.facts:
+        known = ", ".join(get_args(BetaKind))
+        raise ValueError(f"{found.reason} Known kinds: {known}.")
+    return NoiseSchedule(**found.facts["schedule"])
 
 
 def schedule_facts(

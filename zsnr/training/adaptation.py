@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from zsnr.checkpoints import schedule_from_diffusers
+from zsnr.checkpoints.single_file import read_marks
 from zsnr.denoiser import Conditioning, Network
+from zsnr.ldm_file import is_single_file
 from zsnr.prediction import PredictionType, to_eps, to_v, to_x0
 from zsnr.schedule import NoiseSchedule
 
@@ -86,6 +88,8 @@ def read_start(source: str) -> Start | None:
     Raises:
         ValueError: Its scheduler's config cannot be read.
     """
+    if is_single_file(source):
+        return Start(source, *read_marks(source))
     config = _scheduler_config(source)
     if config is None:
         return None

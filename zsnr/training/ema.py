@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -51,8 +51,16 @@ class EMAConfig:
 
 
 def averaged_copy(module: ModuleT) -> ModuleT:
-    """Copy a module to hold the average: float32, without gradients, in evaluation mode."""
-    return copy.deepcopy(module).float().requires_grad_(False).eval()
+    """Copy a module to hold the average: float32, without gradients, in evaluation mode.
+
+    Frozen parameters are shared, not copied.
+    """
+    shared: dict[int, Any] = {id(p): p for p in module.parameters() if not p.requires_grad}
+    average = copy.deepcopy(module, dict(shared))  # deepcopy adds to what it is given
+    for tensor in (*average.parameters(), *average.buffers()):
+        if id(tensor) not in shared and tensor.is_floating_point():
+            tensor.data = tensor.data.float()
+    return average.requires_grad_(False).eval()
 
 
 @torch.no_grad()
@@ -61,9 +69,11 @@ def update_average(average: nn.Module, module: nn.Module, decay: float) -> None:
 
     Of sharded modules each rank moves its shards, without communication.
     """
+    pairs = zip(average.parameters(), module.parameters(), strict=True)
+    moved = [(mine, theirs) for mine, theirs in pairs if mine is not theirs]  # else frozen
     torch._foreach_lerp_(
-        [local(p) for p in average.parameters()],
-        [local(p).float() for p in module.parameters()],
+        [local(mine) for mine, _ in moved],
+        [local(theirs).float() for _, theirs in moved],
         1 - decay,
     )
     for mine, theirs in zip(average.buffers(), module.buffers(), strict=True):

@@ -24,6 +24,7 @@ from zsnr.codecs import LatentCodec
 from zsnr.conditioning import Conditioner, Remembered
 from zsnr.data.order import accumulation
 from zsnr.guidance import Guidance
+from zsnr.lora import LoRA
 from zsnr.loss import LossWeighting
 from zsnr.samplers import Sampler, get_sampler
 from zsnr.schedule import NoiseSchedule
@@ -31,7 +32,13 @@ from zsnr.training.callbacks import PredictionWriter
 from zsnr.training.checkpointing import CheckpointFiles, Checkpoints, find_last
 from zsnr.training.data import DataModule, check_shards, read_requests
 from zsnr.training.loggers import continue_loggers
-from zsnr.training.module import LatentDiffusion, check_resumed, check_settings
+from zsnr.training.module import (
+    LatentDiffusion,
+    check_lora,
+    check_resumed,
+    check_settings,
+    check_unsharded,
+)
 from zsnr.training.preemption import Preemption, listen, restarted
 from zsnr.training.strategy import FullyShardedStrategy
 from zsnr.training.watchdog import Watchdog
@@ -108,6 +115,8 @@ class ZsnrCLI(LightningCLI):
         config = self.config[self.subcommand]
         model, data = config.model, config.data
         check_model(model)
+        if self.subcommand == "fit" and is_sharded(config.trainer):
+            check_unsharded(model.lora is not None)
         if self.subcommand == "fit" and config.trainer.max_steps < 1:
             raise ValueError("trainer.max_steps is not set: say how many steps to train.")
         root = config.trainer.default_root_dir or "."
@@ -155,6 +164,15 @@ def check_model(model: Any) -> None:
         model.sampling.num_steps,
     )
     Guidance(**model.sampling.guidance.as_dict())
+    if model.lora is not None:
+        LoRA(**model.lora.as_dict())
+        check_lora(model.unet, bool(model.conditioner.get("init_args", {}).get("trainable")))
+
+
+def is_sharded(trainer: Any) -> bool:
+    """Whether a parsed config's trainer shards weights."""
+    name = trainer.strategy if isinstance(trainer.strategy, str) else trainer.strategy.class_path
+    return bool(name.rpartition(".")[2] == FullyShardedStrategy.__name__)
 
 
 def _resumed(asked: str | None, folder: Path) -> str | None:

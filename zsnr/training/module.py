@@ -27,6 +27,7 @@ from zsnr.conditioning import Conditioner, Remembered
 from zsnr.data.cache import Cache, check_cache
 from zsnr.data.prompts import PromptRequest
 from zsnr.denoiser import Conditioning
+from zsnr.lora import AdaptedUNet, LoRA, require_peft
 from zsnr.loss import LossWeighting, diffusion_loss
 from zsnr.networks import UNet, UNetConfig
 from zsnr.noise import offset_noise
@@ -91,6 +92,7 @@ class LatentDiffusion(L.LightningModule):
             of them in a row than this stop the run.
         image_size: Height and width, in pixels. Set by data.image_size.
         seed: Of every random number in training. Set by data.seed.
+        lora: Train adapters on a frozen, pretrained `unet`. None = train all of it.
 
     Raises:
         ValueError: Parts that do not fit each other.
@@ -115,6 +117,7 @@ class LatentDiffusion(L.LightningModule):
         max_skipped_steps: int = 10,
         image_size: int = 512,
         seed: int = 0,
+        lora: LoRA | None = None,
     ) -> None:
         super().__init__()
         if max_skipped_steps < 0:
@@ -127,6 +130,8 @@ class LatentDiffusion(L.LightningModule):
                 "The text encoder has random weights and is frozen: set trainable: true, or give "
                 "it pretrained weights."
             )
+        if lora is not None:
+            check_lora(unet, conditioner.trainable)
         self.schedule, self.prediction_type, self.loss = schedule, prediction_type, loss
         self.caption_dropout, self.offset_strength = caption_dropout, offset_noise
         self.make_optimizer, self.learning_rate = optimizer, learning_rate
@@ -135,7 +140,7 @@ class LatentDiffusion(L.LightningModule):
         self.register_buffer(
             "lambda_table", loss.table(schedule, prediction_type).float(), persistent=False
         )
-        self.trained = nn.ModuleDict({"unet": _new_unet(unet, codec, conditioner)})
+        self.trained = nn.ModuleDict({"unet": _new_unet(unet, codec, conditioner, lora)})
         # Frozen parts stay out of state dict, optimizer, EMA and any sharding: a plain container.
         self._frozen: dict[str, Any] = {"codec": codec}
         if conditioner.trainable:
@@ -149,6 +154,7 @@ class LatentDiffusion(L.LightningModule):
         if compile is not None and compile not in torch._dynamo.list_backends(None):
             known = ", ".join(torch._dynamo.list_backends(None))
             raise ValueError(f"model.compile={compile!r}: no such backend. Known: {known}.")
+        self.lora = lora
         self.compile_backend, self.max_skipped_steps = compile, max_skipped_steps
         self._ready = False  # compiled, and sharded if the strategy does
         self.stop_requested, self.requeue_requested = False, False  # of this process
@@ -208,6 +214,7 @@ class LatentDiffusion(L.LightningModule):
             "caption_dropout": self.caption_dropout,
             "ema": None if self.ema_config is None else asdict(self.ema_config),
             "start": None if self.start is None else self.start.facts(),
+            "lora": None if self.lora is None else asdict(self.lora),
         }
 
     # Lightning's hooks
@@ -237,6 +244,8 @@ class LatentDiffusion(L.LightningModule):
         return unet
 
     def setup(self, stage: str) -> None:
+        if stage == "fit" and isinstance(self.trainer.strategy, FullyShardedStrategy):
+            check_unsharded(isinstance(self.trained["unet"], AdaptedUNet))
         precision = str(self.trainer.precision)
         if self.ema is not None and precision in ("bf16-true", "16-true"):
             raise ValueError(
@@ -574,6 +583,37 @@ def check_settings(
     get_timesteps(spacing, num_steps, schedule.num_timesteps, schedule=schedule)
 
 
+def check_lora(unet: Any, trains_text: bool) -> None:
+    """Refuse adapters that have nothing to adapt, or more beside them; loads nothing.
+
+    Raises:
+        ValueError: So it is, or peft is not installed.
+    """
+    if not isinstance(unet, str):
+        raise ValueError(
+            "model.lora adapts a pretrained UNet, but model.unet is the size of a new one: give "
+            "the folder or hub id of a model, or train without model.lora."
+        )
+    if trains_text:
+        raise ValueError(
+            "model.lora trains adapters of the UNet alone: set the conditioner's trainable: false."
+        )
+    require_peft()
+
+
+def check_unsharded(adapters: bool) -> None:
+    """Refuse to shard adapters.
+
+    Raises:
+        ValueError: There are some.
+    """
+    if adapters:
+        raise ValueError(
+            "model.lora does not train with FullyShardedStrategy: adapters and their optimizer "
+            "state fit on each device. Use trainer.strategy auto or ddp."
+        )
+
+
 def check_resumed(theirs: dict[str, Any], own: dict[str, Any]) -> None:
     """Refuse a checkpoint that was made with other settings than these.
 
@@ -585,7 +625,20 @@ def check_resumed(theirs: dict[str, Any], own: dict[str, Any]) -> None:
             continue
         was, now = theirs[name], value
         if name == "unet":
-            was, now = was["init_args"]["config"], now["init_args"]["config"]
+            was, now = _decisive(was), _decisive(now)
+            if ("lora" in was) != ("lora" in now):
+                holds, do = ("adapters", "set") if "lora" in was else ("a whole UNet", "unset")
+                raise ValueError(
+                    f"The checkpoint holds {holds}: {do} model.lora, as the run that wrote it did."
+                )
+            if was.get("weights") != now.get("weights"):
+                raise ValueError(
+                    f"The checkpoint's adapters were trained on a UNet with other weights (digest "
+                    f"{was['weights']}) than model.unet has (digest {now['weights']}): give them "
+                    "the same base."
+                )
+            if was == now:  # a moved folder is another name of the same weights
+                continue
         if isinstance(was, dict):
             keys = [key for key in now if was.get(key) != now[key]]
             was, now = {k: was.get(k) for k in keys}, {k: now[k] for k in keys}
@@ -608,12 +661,26 @@ def _conditioning(conditioner: Conditioner, batch: dict[str, Any], keep: Tensor)
     return encoded
 
 
-def _new_unet(unet: UNetConfig | str, codec: LatentCodec, conditioner: Conditioner) -> UNet:
+def _decisive(unet: dict[str, Any]) -> dict[str, Any]:
+    """Take from a UNet's description what a resumed run must share."""
+    settings = dict(unet["init_args"])
+    if "lora" in settings:
+        return {name: settings[name] for name in ("weights", "lora")}
+    config: dict[str, Any] = settings["config"]
+    return config
+
+
+def _new_unet(
+    unet: UNetConfig | str, codec: LatentCodec, conditioner: Conditioner, lora: LoRA | None
+) -> UNet:
     wanted: dict[str, Any] = {
         "channels": codec.channels,
         "context_dim": conditioner.context_dim,
         "pooled_dim": conditioner.pooled_dim,
     }
+    if lora is not None:
+        assert isinstance(unet, str)
+        return AdaptedUNet(unet, lora, **wanted)
     if isinstance(unet, str):
         return UNet(pretrained=unet, **wanted)
     return UNet(unet, **wanted)

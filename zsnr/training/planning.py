@@ -16,6 +16,7 @@ from zsnr.codecs import LatentCodec
 from zsnr.conditioning import Conditioner
 from zsnr.data.cache import Cache, find_cache
 from zsnr.data.order import accumulation
+from zsnr.lora import AdaptedUNet, LoRA
 from zsnr.networks import UNet, UNetConfig
 from zsnr.pretrained import without_weights
 from zsnr.reports.plan import (
@@ -28,13 +29,14 @@ from zsnr.reports.plan import (
     modules_of,
     need,
     state_per_byte,
+    trainable,
 )
 from zsnr.training.caching import build
 from zsnr.training.data import DataModule
 from zsnr.training.draws import training_draws
 from zsnr.training.ema import update_average
-from zsnr.training.lightning_cli import check_model, parse_fit
-from zsnr.training.module import LatentDiffusion
+from zsnr.training.lightning_cli import check_model, is_sharded, parse_fit
+from zsnr.training.module import LatentDiffusion, check_unsharded
 
 # Lightning's names of precision: of the weights, and of autocast.
 _PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
@@ -102,6 +104,8 @@ def make_plan(
     """
     trainer = config.trainer
     check_model(config.model)
+    if is_sharded(trainer):
+        check_unsharded(config.model.lora is not None)
     data: Any = build("data", DataModule, config.data)
     sharding = read_sharding(trainer, ranks, ranks_per_node)
     passes = accumulation(data.batch_size, sharding.ranks, data.max_batch_size_per_device)
@@ -117,6 +121,8 @@ def make_plan(
         images_per_second = data.batch_size / seconds_per_step(config, data, layout)
     too_much = memory is not None and needed.total > memory
     counts = {"UNet": _count(parts.unet.parameters())}
+    if isinstance(parts.unet, AdaptedUNet):
+        counts["of which trained"] = _count(trainable(parts.unet))
     text = _count(parts.conditioner.parameters())
     if text:
         counts["text encoder"] = text
@@ -233,11 +239,14 @@ def read_parts(config: Any, data: DataModule) -> Parts:
             "context_dim": conditioner.context_dim,
             "pooled_dim": conditioner.pooled_dim,
         }
-        if isinstance(model.unet, str):
+        if model.lora is not None:
+            unet: UNet = AdaptedUNet(model.unet, LoRA(**model.lora.as_dict()), **wanted)
+        elif isinstance(model.unet, str):
             unet = UNet(pretrained=model.unet, **wanted)
         else:
             unet = UNet(UNetConfig(**model.unet.as_dict()), **wanted)
-        unet.to(dtype)
+        if dtype != torch.float32:  # else an adapted one keeps its base's
+            unet.to(dtype)
         if conditioner.trainable:
             conditioner.to(dtype)
         codec.to("meta").load()

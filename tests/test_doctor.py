@@ -1,0 +1,782 @@
+"""zsnr doctor: verdicts, words, exit codes, --fix, and files that mean harm."""
+
+import inspect
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from zsnr import NoiseSchedule
+from zsnr.checkpoints import run_facts
+from zsnr.checkpoints.declared import SCHEDULERS
+from zsnr.checkpoints.doctor import DEFAULT_SAMPLING, examine, fix, kept_brightness
+from zsnr.cli import main
+from zsnr.oracle import GaussianDenoiser
+
+DATA = Path(__file__).parent / "data" / "schedulers"
+SD = {
+    "_class_name": "DDIMScheduler",
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "clip_sample": False,
+}
+OURS = {  # as exports write it
+    **SD,
+    "num_train_timesteps": 1000,
+    "prediction_type": "v_prediction",
+    "timestep_spacing": "trailing",
+    "rescale_betas_zero_snr": True,
+    "set_alpha_to_one": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+    "thresholding": False,
+}
+UNCAPPED = [*torch.linspace(0.001, 0.1, 99, dtype=torch.float64).tolist(), 1.0]
+VERDICTS = ("fixed", "flawed", "inconsistent", "unreadable")
+RUN = {
+    "format": 1,
+    "zsnr_version": "0.1",
+    "schedule": NoiseSchedule().settings(),
+    "prediction_type": "v_prediction",
+    "loss": {"name": "uniform", "gamma": 5.0, "allow_zero_terminal_weight": False},
+    "sampling": DEFAULT_SAMPLING,
+    "image_size": 512,
+    "global_step": 7,
+}
+
+
+def write(folder, config, name="scheduler_config.json"):
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name
+    path.write_text(json.dumps(config))
+    return path
+
+
+def judge(folder, **config):
+    return examine(write(folder, {**OURS, **config}))
+
+
+def diffusers_folder(folder, config, named=None):
+    write(folder, {"scheduler": ["diffusers", named or config["_class_name"]]}, "model_index.json")
+    write(folder / "unet", {"cross_attention_dim": 1024, "sample_size": 64}, "config.json")
+    write(folder / "scheduler", config)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "verdict", "prediction_type"),
+    [
+        ("sd15", "flawed", "epsilon"),
+        ("sd21_base", "flawed", "epsilon"),
+        ("sd21_v", "flawed", "v_prediction"),
+        ("sdxl", "flawed", "epsilon"),
+        ("sd21_base_zsnr_laionaes5", "fixed", "v_prediction"),
+    ],
+)
+def test_well_known_models(name, verdict, prediction_type):
+    found = examine(DATA / f"{name}.json")
+    assert (found.verdict, found.facts["prediction_type"]) == (verdict, prediction_type)
+    assert found.exit_code == VERDICTS.index(verdict)
+    if verdict == "flawed":
+        assert found.facts["snr_T"] == pytest.approx(0.004682, abs=1e-6)
+        assert found.facts["sqrt_abar_T"] == pytest.approx(0.068265, abs=1e-6)
+        assert found.facts["first_timestep"][50] == 981
+        assert found.facts["kept_brightness"]["fraction"] == pytest.approx(0.416, abs=5e-4)
+        assert any("t = 981 for S = 50" in text for text in found.warnings)
+        assert any("zsnr fit" in text for text in found.changes)
+    else:
+        assert set(found.facts["first_timestep"].values()) == {999}
+        assert not found.changes
+
+
+@pytest.mark.parametrize(
+    ("change", "verdict", "words"),
+    [
+        ({}, "fixed", "sampling starts at T"),
+        ({"prediction_type": "sample"}, "fixed", "sample, and"),
+        ({"timestep_spacing": "linspace"}, "fixed", "sampling starts at T"),
+        ({"timestep_spacing": "leading"}, "inconsistent", "does not start at T: t = 901"),
+        ({"prediction_type": "epsilon"}, "inconsistent", "epsilon"),
+        ({"_class_name": "PNDMScheduler"}, "inconsistent", "PNDMScheduler drops"),
+        ({"_class_name": "LMSDiscreteScheduler"}, "inconsistent", "LMSDiscreteScheduler drops"),
+        ({"_class_name": "HeunDiscreteScheduler"}, "inconsistent", "HeunDiscreteScheduler drops"),
+        ({"_class_name": "EulerDiscreteScheduler"}, "fixed", "SNR_T = 0"),
+        ({"_class_name": "LCMScheduler"}, "fixed", "SNR_T = 0"),
+        (
+            {"_class_name": "LCMScheduler", "original_inference_steps": 30},
+            "inconsistent",
+            "t = 989",
+        ),
+        ({"rescale_betas_zero_snr": False}, "flawed", "keeps signal"),
+        ({"rescale_betas_zero_snr": False, "prediction_type": "epsilon"}, "flawed", "keeps signal"),
+        (
+            {"_class_name": "PNDMScheduler", "rescale_betas_zero_snr": False},
+            "flawed",
+            "keeps signal",
+        ),
+        (
+            {
+                "trained_betas": UNCAPPED,
+                "num_train_timesteps": 100,
+                "rescale_betas_zero_snr": False,
+            },
+            "fixed",
+            "SNR_T = 0",
+        ),
+        (
+            {"trained_betas": UNCAPPED, "num_train_timesteps": 100, "_class_name": "PNDMScheduler"},
+            "fixed",
+            "SNR_T = 0",
+        ),
+        ({"trained_betas": UNCAPPED}, "inconsistent", "has 100 entries, num_train_timesteps is"),
+        ({"beta_schedule": "squaredcos_cap_v2"}, "fixed", "SNR_T = 0"),
+        ({"prediction_type": "v"}, "unreadable", "Known: 'epsilon'"),
+        (
+            {"_class_name": "FlowMatchEulerDiscreteScheduler"},
+            "unreadable",
+            "no variance-preserving",
+        ),
+        (
+            {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"},
+            "inconsistent",
+            "t = 901",
+        ),
+        (
+            {"_class_name": "UniPCMultistepScheduler", "use_karras_sigmas": True},
+            "fixed",
+            "SNR_T = 0",
+        ),
+    ],
+)
+def test_verdicts_of_configs(tmp_path, change, verdict, words):
+    found = judge(tmp_path, **change)
+    assert found.verdict == verdict
+    assert words in found.reason
+    assert bool(found.changes) == (verdict in ("flawed", "inconsistent"))
+
+
+def test_missing_keys_have_the_defaults_of_the_class(tmp_path):
+    v = {**SD, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    assert examine(write(tmp_path / "a", v)).verdict == "inconsistent"  # leading
+    euler = {**v, "_class_name": "EulerDiscreteScheduler"}
+    assert examine(write(tmp_path / "b", euler)).verdict == "fixed"  # linspace
+    found = examine(write(tmp_path / "c", {**v, "_class_name": "TCDScheduler"}))
+    assert "timestep_spacing" in found.facts["defaults_taken"]
+    assert found.facts["timestep_spacing"] == "its own"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({}, "10 of 30 steps"),
+        ({}, "62 values of S (61, 103, 121, ...)"),
+        ({}, "eta = 1 may be NaN"),
+        ({"_class_name": "EulerDiscreteScheduler"}, "2^-24"),
+        ({"clip_sample": True}, '"clip_sample": false'),
+        ({"thresholding": True}, '"thresholding": false'),
+        ({"steps_offset": 999, "timestep_spacing": "leading"}, "outside of the schedule"),
+        (
+            {
+                "_class_name": "EulerDiscreteScheduler",
+                "trained_betas": UNCAPPED,
+                "num_train_timesteps": 100,
+                "rescale_betas_zero_snr": False,
+            },
+            "infinite or NaN",
+        ),
+        (
+            {"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True},
+            "spaces noise levels",
+        ),
+    ],
+)
+def test_warnings_leave_the_verdict(tmp_path, change, words):
+    assert any(words in text for text in judge(tmp_path, **change).warnings)
+
+
+def test_asked_step_counts_are_looked_at(tmp_path):
+    found = examine(write(tmp_path, {**OURS, "timestep_spacing": "linspace"}), num_steps=[1, 7])
+    assert found.facts["first_timestep"][7] == 999
+    assert "t = 0 for S = 1" in found.reason  # linspace of one step is the first of all
+    assert examine(write(tmp_path, OURS), num_steps=[0]).verdict == "unreadable"
+
+
+def test_infinity_as_diffusers_writes_it_is_read(tmp_path):
+    path = write(tmp_path, {**OURS, "_class_name": "DPMSolverMultistepScheduler"})
+    path.write_text(path.read_text()[:-1] + ', "lambda_min_clipped": -Infinity}')
+    assert examine(path).verdict == "fixed"
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("name", [name for name in SCHEDULERS if name != "DPMSolverSDEScheduler"])
+def test_configs_that_diffusers_saves_are_read(tmp_path, name):
+    import diffusers
+
+    scheduler = getattr(diffusers, name).from_config(OURS)
+    scheduler.save_pretrained(tmp_path)
+    found = examine(tmp_path)
+    assert found.verdict == ("fixed" if SCHEDULERS[name].rescales else "inconsistent")
+
+
+def test_diffusers_folders(tmp_path):
+    found = examine(diffusers_folder(tmp_path / "a", OURS))
+    assert (found.kind, found.verdict) == ("diffusers folder", "fixed")
+    assert found.facts["model"] == "SD 2, context of 1024, latents of 64x64"
+    found = examine(diffusers_folder(tmp_path / "b", OURS, "PNDMScheduler"))
+    assert (found.verdict, found.facts["scheduler"]) == ("inconsistent", "PNDMScheduler")
+    assert any("diffusers takes the first" in text for text in found.warnings)
+    (tmp_path / "a" / "scheduler" / "scheduler_config.json").unlink()
+    assert "cannot be read" in examine(tmp_path / "a").reason
+
+
+def test_links_out_of_a_folder_are_refused(tmp_path):
+    secret = write(tmp_path / "elsewhere", OURS)
+    folder = diffusers_folder(tmp_path / "a", OURS)
+    config = folder / "scheduler" / "scheduler_config.json"
+    config.unlink()
+    config.symlink_to(secret)
+    found = examine(folder)
+    assert found.verdict == "unreadable"
+    assert "leads out of" in found.reason
+    with pytest.raises(ValueError, match="leads out of"):
+        fix(folder, in_place=True)
+    assert json.loads(secret.read_text()) == OURS
+
+
+def test_the_hubs_cache_links_into_its_own_store(tmp_path):
+    blob = write(tmp_path / "models--a--b" / "blobs", OURS, "0123")
+    folder = diffusers_folder(tmp_path / "models--a--b" / "snapshots" / "77c7", OURS)
+    config = folder / "scheduler" / "scheduler_config.json"
+    config.unlink()
+    config.symlink_to(blob)
+    assert examine(folder).verdict == "fixed"
+
+
+# Single files
+
+UNET = {"model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": (4, 1024)}
+LORA = {"lora_unet_down_blocks_0_attentions_0_attn2_to_k.lora_down.weight": (4, 768)}
+
+
+def single(path, shapes=UNET, marks=(), metadata=None, table=None):
+    tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    tensors |= {mark: torch.tensor([]) for mark in marks}
+    if table is not None:
+        tensors["alphas_cumprod"] = table
+    save_file(tensors, path, metadata)
+    return examine(path)
+
+
+ZERO, SIGNAL = NoiseSchedule().alphas_cumprod, NoiseSchedule(zero_terminal_snr=False).alphas_cumprod
+
+
+@pytest.mark.parametrize(
+    ("made", "verdict", "words"),
+    [
+        ({"marks": ("v_pred", "ztsnr")}, "fixed", "both marks"),
+        ({"marks": ("v_pred", "ztsnr"), "table": SIGNAL}, "fixed", "both marks"),
+        ({"marks": ("ztsnr",)}, "inconsistent", "epsilon"),
+        ({"marks": ("v_pred",)}, "flawed", "v_pred alone"),
+        ({}, "flawed", "no marks"),
+        ({"table": SIGNAL.float()}, "flawed", "0.0682649"),
+        ({"table": ZERO}, "inconsistent", "lacks the mark ztsnr"),
+        ({"metadata": {"ss_zero_terminal_snr": "True"}}, "inconsistent", "lacks the mark"),
+        ({"metadata": {"modelspec.prediction_type": "v"}}, "flawed", "no marks"),
+        (
+            {
+                "shapes": LORA,
+                "metadata": {"ss_v_parameterization": "True", "ss_zero_terminal_snr": "True"},
+            },
+            "fixed",
+            "the metadata says",
+        ),
+        ({"shapes": LORA, "metadata": {"ss_zero_terminal_snr": "True"}}, "inconsistent", "epsilon"),
+        ({"shapes": LORA}, "flawed", "no marks"),
+        ({"shapes": {"x": (2,)}}, "flawed", "no marks"),
+    ],
+)
+def test_verdicts_of_single_files(tmp_path, made, verdict, words):
+    found = single(tmp_path / "m.safetensors", **made)
+    assert found.verdict == verdict
+    assert words in found.reason
+    assert bool(found.changes) == (verdict != "fixed")
+    if verdict == "fixed":
+        assert any("start at T" in text for text in found.warnings)
+
+
+def test_single_files_say_what_they_are_of(tmp_path):
+    path = tmp_path / "m.safetensors"
+    assert single(path).facts["model"] == "SD 2"
+    assert single(path, LORA).facts["model"] == "SD 1 LoRA"
+    xl = {"model.diffusion_model.label_emb.0.0.weight": (4, 4)}
+    assert single(path, xl).facts["model"] == "SDXL"
+    theirs = {"down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight": (4, 768)}
+    assert single(path, theirs).facts["model"] == "SD 1 UNet of diffusers"
+    assert single(path, {"x": (2,)}).facts["model"] == "other"
+    found = single(path, metadata={"modelspec.title": "A\x1b[31m\n" + "b" * 500})
+    assert len(found.facts["metadata"]["modelspec.title"]) < 80
+    assert "\x1b" not in found.to_text()
+    wide = {"modelspec.prediction_type": "epsilon"}
+    found = single(path, marks=("v_pred",), metadata=wide)
+    assert any("tools follow the mark" in text for text in found.warnings)
+
+
+# This package's checkpoints and YAML
+
+
+@pytest.mark.parametrize(
+    ("change", "verdict", "words"),
+    [
+        ({}, "fixed", ""),
+        ({"prediction_type": "epsilon"}, "inconsistent", "epsilon"),
+        ({"schedule": NoiseSchedule(zero_terminal_snr=False).settings()}, "flawed", "keeps signal"),
+        ({"sampling": {**DEFAULT_SAMPLING, "spacing": "leading"}}, "inconsistent", "t = 980"),
+        ({"format": 2}, "unreadable", "format 1"),
+        ({"schedule": None}, "unreadable", "which schedule"),
+        ({"schedule": []}, "unreadable", "wanted settings"),
+        ({"schedule": {"num_timesteps": 10**9}}, "unreadable", "over 100000"),
+        ({"schedule": {"betas": ["linear"]}}, "unreadable", "betas is a list"),
+        ({"schedule": {"beta": 1}}, "unreadable", "beta"),
+        ({"schedule": {"alphas_cumprod_table": [None, 1]}}, "unreadable", "schedule"),
+        ({"sampling": {**DEFAULT_SAMPLING, "num_steps": 10**9}}, "unreadable", "wanted 1 to 1000"),
+        ({"sampling": {**DEFAULT_SAMPLING, "spacing": "x"}}, "unreadable", "'x' is unknown"),
+        ({"sampling": {**DEFAULT_SAMPLING, "guidance_scale": math.nan}}, "unreadable", "nan"),
+        ({"loss": {"name": "none"}}, "unreadable", "Known: 'uniform'"),
+    ],
+)
+def test_verdicts_of_runs(tmp_path, change, verdict, words):
+    run_facts.write_run_facts(tmp_path, {**RUN, **change})
+    (tmp_path / "last.ckpt").write_bytes(b"not opened")
+    for target in (tmp_path, tmp_path / "last.ckpt", tmp_path / "run.json"):
+        found = examine(target)
+        assert found.verdict == verdict
+        assert words in found.reason
+    if verdict in ("flawed", "inconsistent"):
+        assert found.changes
+
+
+def test_runs_tell_the_weight_of_the_last_step(tmp_path):
+    run_facts.write_run_facts(tmp_path, {**RUN, "loss": {"name": "min_snr", "gamma": 5.0}})
+    found = examine(tmp_path)
+    assert found.facts["terminal_loss_weight"] == 0
+    assert any("hardly learns" in text for text in found.warnings)
+    assert any("uniform" in text for text in found.changes)
+    run_facts.write_run_facts(tmp_path, RUN)
+    assert examine(tmp_path).facts["terminal_loss_weight"] == 1
+    guidance = {**DEFAULT_SAMPLING, "guidance_rescale": 0}
+    run_facts.write_run_facts(tmp_path, {**RUN, "sampling": guidance})
+    assert any("over-exposes" in text for text in examine(tmp_path).warnings)
+    run_facts.write_run_facts(tmp_path, {**RUN, "sampling": None})
+    assert any("assumed" in text for text in examine(tmp_path).warnings)
+
+
+def test_checkpoints_are_opened_only_when_asked(tmp_path):
+    from zsnr.checkpoints.own import KEY
+
+    path = tmp_path / "a.ckpt"
+    model = {key: RUN[key] for key in ("schedule", "prediction_type", "image_size")}
+    model |= {"codec": {}, "conditioner": {}, "unet": {}}
+    torch.save({KEY: model, "state_dict": {}}, path)
+    closed = examine(path)
+    assert closed.verdict == "unreadable"
+    assert "--open" in closed.reason
+    assert examine(path, open_pickle=True).verdict == "fixed"
+    torch.save({KEY: model, "state_dict": {}, "run": {**RUN, "prediction_type": "epsilon"}}, path)
+    assert examine(path, open_pickle=True).verdict == "inconsistent"
+    torch.save({"state_dict": {}}, path)
+    assert "not written by zsnr" in examine(path, open_pickle=True).reason
+
+
+class Harm:
+    def __reduce__(self):
+        return os.mkdir, ("harm",)
+
+
+def test_nothing_in_a_checkpoint_is_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"zsnr": Harm(), "state_dict": {}}, "a.ckpt")
+    assert examine("a.ckpt", open_pickle=True).verdict == "unreadable"
+    assert not Path("harm").exists()
+
+
+def test_packed_checkpoints_are_not_unpacked(tmp_path):
+    path = tmp_path / "bomb.ckpt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(50_000_000))
+    found = examine(path, open_pickle=True)
+    assert found.verdict == "unreadable"
+    assert "packed" in found.reason
+    path.write_bytes(b"PK\x03\x04" + os.urandom(1000))
+    assert examine(path, open_pickle=True).verdict == "unreadable"
+
+
+def yaml_file(folder, model):
+    path = folder / "a.yaml"
+    path.write_text(yaml.safe_dump({"model": model}))
+    return examine(path)
+
+
+@pytest.mark.parametrize(
+    ("model", "verdict", "words"),
+    [
+        ({}, "fixed", "SNR_T = 0"),
+        ({"schedule": {"betas": "cosine"}}, "fixed", "SNR_T = 0"),
+        ({"schedule": {"zero_terminal_snr": False}}, "flawed", "keeps signal"),
+        ({"prediction_type": "epsilon"}, "inconsistent", "epsilon"),
+        ({"sampling": {"spacing": "leading", "num_steps": 25}}, "inconsistent", "t = 960"),
+        (
+            {"schedule": {"class_path": "zsnr.NoiseSchedule", "init_args": {"num_timesteps": 20}}},
+            "fixed",
+            "SNR_T",
+        ),
+        ({"sampling": {"num_steps": "50"}}, "unreadable", "num_steps='50'"),
+        ({"sampling": [1]}, "unreadable", "wanted settings"),
+    ],
+)
+def test_verdicts_of_yaml(tmp_path, model, verdict, words):
+    sampling = {"num_steps": 20} if "class_path" in model.get("schedule", {}) else None
+    found = yaml_file(tmp_path, {**({"sampling": sampling} if sampling else {}), **model})
+    assert found.verdict == verdict
+    assert words in found.reason
+
+
+def test_yaml_of_the_training_command(tmp_path):
+    root = Path(__file__).parents[1] / "configs"
+    for name in ("quickstart", "tiny"):
+        assert examine(root / f"{name}.yaml").verdict == "fixed"
+    path = tmp_path / "a.yaml"
+    path.write_text("model: {schedule: {beta_start: 1e-4}}")
+    assert examine(path).facts["schedule"]["beta_start"] == 1e-4
+    path.write_text("trainer: {}")
+    assert "no `model:` block" in examine(path).reason
+
+
+def test_defaults_are_those_of_training():
+    from zsnr.pipeline import Sampling, describe_sampling
+    from zsnr.training import LatentDiffusion
+
+    assert {**describe_sampling(Sampling()), "sampler_options": None} == {
+        **DEFAULT_SAMPLING,
+        "sampler_options": None,
+    }
+    parameters = inspect.signature(LatentDiffusion).parameters
+    assert parameters["schedule"].default == NoiseSchedule()
+    assert parameters["prediction_type"].default == "v_prediction"
+    assert parameters["loss"].default.name == "uniform"
+
+
+def test_kept_brightness_is_what_a_sampler_keeps():
+    """The exact denoiser of flat images, sampled from pure noise in 1000 steps."""
+    from zsnr import get_sampler, get_timesteps
+
+    for scale in (4.0, 32.0):
+        schedule = NoiseSchedule(zero_terminal_snr=False)
+        denoiser = GaussianDenoiser(schedule, mean=0.0, std=scale)
+        x_T = torch.ones(1, 1, dtype=torch.float64)
+        made = get_sampler("ddim").sample(denoiser, schedule, x_T, get_timesteps("trailing", 1000))
+        kept = kept_brightness(float(schedule.alphas_cumprod[-1]), scale)
+        assert float(made) / scale == pytest.approx(kept, rel=0.02)
+
+
+# --fix
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"timestep_spacing": "leading"},
+        {"_class_name": "PNDMScheduler"},
+        {"_class_name": "DPMSolverSinglestepScheduler"},
+        {"rescale_betas_zero_snr": False},
+        {"trained_betas": UNCAPPED},
+        {
+            "trained_betas": UNCAPPED,
+            "num_train_timesteps": 100,
+            "timestep_spacing": "leading",
+            "_class_name": "EulerDiscreteScheduler",
+        },
+        {"_class_name": "LCMScheduler", "original_inference_steps": 30},
+        {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"},
+    ],
+)
+def test_fix_writes_beside(tmp_path, change):
+    path = write(tmp_path, {**OURS, "extra": 1, **change})
+    before = path.read_text()
+    abar = examine(path).facts["schedule"]
+    done = fix(path)
+    assert path.read_text() == before
+    fixed = tmp_path / "scheduler_config.fixed.json"
+    assert str(fixed) in done[0]
+    found = examine(fixed)
+    assert found.verdict == "fixed"
+    assert not any("infinite" in text for text in found.warnings)
+    assert found.facts["schedule"]["own_table"] == abar["own_table"]
+    assert json.loads(fixed.read_text())["extra"] == 1
+    assert json.loads(fixed.read_text())["prediction_type"] == "v_prediction"
+    assert any("only if" in text for text in done) == (change == {"rescale_betas_zero_snr": False})
+    with pytest.raises(ValueError, match="exists"):
+        fix(path)
+
+
+def test_fix_in_place_names_the_class_in_both_files(tmp_path):
+    folder = diffusers_folder(tmp_path / "a", {**OURS, "_class_name": "PNDMScheduler"})
+    assert any("model_index.json must say" in text for text in fix(folder))
+    done = fix(folder, in_place=True)
+    assert len(done) == 2
+    assert examine(folder).verdict == "fixed"
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["scheduler"] == ["diffusers", "DDIMScheduler"]
+    assert not list(folder.rglob(".*"))
+    assert fix(folder) == ["Nothing to fix."]
+
+
+@pytest.mark.parametrize("zero", [True, False])
+def test_fix_makes_no_v_model_of_an_epsilon_model(tmp_path, zero):
+    path = write(tmp_path, {**OURS, "prediction_type": "epsilon", "rescale_betas_zero_snr": zero})
+    with pytest.raises(ValueError, match=r"epsilon.*zsnr fit"):
+        fix(path, in_place=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["scheduler_config.json"]
+    assert json.loads(path.read_text())["prediction_type"] == "epsilon"
+
+
+def test_fix_of_other_targets_says_what_to_do(tmp_path):
+    single(tmp_path / "m.safetensors", marks=("ztsnr",))
+    with pytest.raises(ValueError, match="zsnr export"):
+        fix(tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match="no such file"):
+        fix(tmp_path / "none.json")
+
+
+# The command
+
+
+def test_exit_codes_and_json(tmp_path, capsys):
+    targets = {
+        0: write(tmp_path / "0", OURS),
+        1: DATA / "sd15.json",
+        2: write(tmp_path / "2", {**OURS, "timestep_spacing": "leading"}),
+        3: tmp_path / "none.json",
+    }
+    for code, target in targets.items():
+        assert main(["doctor", str(target), "--json"]) == code
+        found = json.loads(capsys.readouterr().out)
+        assert found.keys() == {
+            "target", "kind", "verdict", "reason", "facts", "warnings", "changes",
+        }  # fmt: skip
+        assert found["verdict"] == VERDICTS[code]
+        assert main(["doctor", str(target)]) == code
+        text = capsys.readouterr().out
+        assert text.startswith(VERDICTS[code])
+        assert ("what to change" in text) == (code in (1, 2))
+
+
+def test_fix_on_the_command_line(tmp_path, capsys):
+    path = write(tmp_path, {**OURS, "timestep_spacing": "leading"})
+    assert main(["doctor", str(path), "--fix"]) == 2
+    assert "Wrote" in capsys.readouterr().err
+    assert main(["doctor", str(path), "--fix"]) == 3
+    assert "exists" in capsys.readouterr().err
+    assert main(["doctor", str(path), "--in-place"]) == 3
+    assert main(["doctor", str(path), "--fix", "--in-place"]) == 2
+    assert main(["doctor", str(path)]) == 0
+
+
+def test_needs_torch_only(tmp_path):
+    path = write(tmp_path, OURS)
+    code = (
+        "import sys; from zsnr.cli import main; main(['doctor', sys.argv[1], '--json']); "
+        "heavy = {'lightning', 'diffusers', 'transformers', 'matplotlib', 'open_clip', 'PIL'}; "
+        "sys.exit(len(heavy & {*sys.modules}))"
+    )
+    subprocess.run([sys.executable, "-c", code, str(path)], check=True, capture_output=True)
+
+
+# Files that mean harm
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"null",
+        b"[]",
+        b"{}",
+        b"{",
+        b"\xff\xfe{}",
+        b'{"a": "\\ud800"}',
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b'{"beta_start": 1, "beta_start": 2}',
+        b'{"trained_betas": [' + b"0.5," * 999_999 + b"0.5]}",
+        b'{"num_train_timesteps": 1' + b"0" * 400 + b', "prediction_type": "epsilon"}',
+        b'{"num_train_timesteps": 1' + b"0" * 5000 + b', "prediction_type": "epsilon"}',
+        b'{"prediction_type": NaN}',
+        b'{"beta_start": Infinity}',
+        b'{"beta_start": 1e999}',
+        b'{"_class_name": "\\u001b[31m' + b"x" * 10_000 + b'"}',
+        b" " * 9_000_000,
+    ],
+)
+@pytest.mark.parametrize("name", ["scheduler_config.json", "run.json", "model_index.json"])
+def test_harmful_json(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    found = examine(tmp_path / name)
+    assert found.verdict == "unreadable"
+    assert len(found.to_text()) < 2000
+    assert "\x1b" not in found.to_text()
+    found.to_text().encode()
+    json.loads(found.to_json())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "model: !!python/object/apply:os.mkdir [harm]",
+        "a: &a [x, x, x, x, x, x, x, x, x, x]\n"
+        + "".join(
+            f"{b}: &{b} [{', '.join(['*' + a] * 10)}]\n"
+            for a, b in zip("abcdefghij", "bcdefghijk", strict=True)
+        )
+        + "model: {prediction_type: *k}",
+        "a: &a {x: 1}\n"
+        + "".join(
+            f"{b}: &{b} {{<<: [{', '.join(['*' + a] * 10)}]}}\n"
+            for a, b in zip("abcdefghij", "bcdefghijk", strict=True)
+        )
+        + "model: *k",
+        "model: &a {b: *a}",
+        "model: [" * 20_000,
+        "model: {? [a, b] : c, schedule: {[1]: 2}}",
+        "model: {1: 2, schedule: {1: 2}}",
+        "model: {schedule: {beta_start: .nan}}",
+        "model: {schedule: {num_timesteps: 1_000_000_000_000}}",
+        "model: {schedule: {num_timesteps: 2024-01-01}}",
+        "model: 2024-99-99",
+        "a: b: c",
+        "%",
+        "--- a\n--- b",
+        "\x00",
+        "#" * 300_000,
+    ],
+)
+def test_harmful_yaml(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    Path("a.yaml").write_text(content)
+    assert examine("a.yaml").verdict == "unreadable"
+    assert not Path("harm").exists()
+    Path("b.yaml").write_bytes(b"model: \xff")
+    assert examine("b.yaml").verdict == "unreadable"
+
+
+def test_pipes_and_folders_in_place_of_files(tmp_path):
+    for name in ("a.json", "a.yaml", "a.safetensors", "a.ckpt", "run.json", "model_index.json"):
+        (tmp_path / name).mkdir()
+        assert examine(tmp_path / name, open_pickle=True).verdict == "unreadable"
+        (tmp_path / name).rmdir()
+        os.mkfifo(tmp_path / name)
+        assert examine(tmp_path / name, open_pickle=True).verdict == "unreadable"
+        (tmp_path / name).unlink()
+    for target in ("a\0b", "~nobody_of_this_name/a", "x" * 5000, "", "hub/model"):
+        assert examine(target).verdict in VERDICTS
+
+
+WRONG = [
+    None,
+    True,
+    0,
+    -1,
+    1.5,
+    10**30,
+    math.nan,
+    -math.inf,
+    "",
+    "v",
+    [],
+    [1],
+    {},
+    {"a": 1},
+    "\ud800",
+]
+
+
+def test_mutated_configs_have_a_verdict(tmp_path):
+    """As values: each key replaced by what does not belong there, or by another class's habits."""
+    draw, path, seen = random.Random(0), tmp_path / "scheduler_config.json", set()
+    good = {
+        "prediction_type": ["epsilon", "v_prediction", "sample"],
+        "timestep_spacing": ["leading", "trailing", "linspace"],
+        "rescale_betas_zero_snr": [True, False],
+        "_class_name": list(SCHEDULERS),
+        "num_train_timesteps": [2, 10, 999, 1000],
+        "steps_offset": [0, 1, 50],
+        "trained_betas": [None, [0.1, 0.5, 1.0], [0.1, 0.2]],
+        "beta_schedule": ["linear", "scaled_linear", "squaredcos_cap_v2"],
+        "beta_start": [1e-300, 0.5, 0.012],
+        "original_inference_steps": [1, 7, 50],
+        "lambda_min_clipped": [-5.1, 5.0],
+        "use_karras_sigmas": [True],
+    }
+    for i in range(1500):
+        config = dict(OURS)
+        for key in draw.sample(list(good), draw.randrange(1, 5)):
+            config[key] = draw.choice(good[key])
+            if draw.random() < 0.15:
+                config[key] = draw.choice(WRONG)
+            if draw.random() < 0.1:
+                del config[key]
+        path.write_text(json.dumps(config))
+        found = examine(path, num_steps=[draw.randrange(1, 60)])
+        assert found.verdict in VERDICTS
+        json.loads(found.to_json())
+        found.to_text().encode()
+        seen.add(found.verdict)
+        if i % 10 == 0 and found.verdict in ("flawed", "inconsistent"):
+            (tmp_path / "scheduler_config.fixed.json").unlink(missing_ok=True)
+            try:
+                fix(path)
+            except ValueError:
+                assert config.get("prediction_type", "epsilon") == "epsilon"
+            else:
+                assert examine(tmp_path / "scheduler_config.fixed.json").verdict == "fixed"
+    assert seen == set(VERDICTS)
+
+
+@pytest.mark.parametrize("name", ["scheduler_config.json", "run.json", "a.yaml", "a.safetensors"])
+def test_mutated_bytes_have_a_verdict(tmp_path, name):
+    path, draw = tmp_path / name, random.Random(1)
+    if name == "a.yaml":
+        path.write_text(yaml.safe_dump({"model": {k: RUN[k] for k in ("schedule", "loss")}}))
+    elif name == "a.safetensors":
+        single(path, marks=("v_pred", "ztsnr"), table=ZERO[:20].clone(), metadata={"format": "pt"})
+    else:
+        path.write_text(json.dumps(RUN if name == "run.json" else OURS))
+    whole, seen = path.read_bytes(), set()
+    for _ in range(400 if name == "a.yaml" else 1000):
+        data = bytearray(whole)
+        for _ in range(draw.choice((1, 1, 2, 4))):
+            i = draw.randrange(min(len(data), 1000))
+            match draw.randrange(4):
+                case 0:
+                    data[i] = draw.randrange(256)
+                case 1:
+                    data[i] = draw.choice(b'{}[]",:0123456789-.eENn&*!\x00')
+                case 2:
+                    del data[i : i + draw.randrange(1, 20)]
+                case 3:
+                    data[i:i] = data[draw.randrange(len(data)) :][: draw.randrange(1, 30)]
+        path.write_bytes(data)
+        found = examine(path)
+        assert found.verdict in VERDICTS
+        json.loads(found.to_json())
+        seen.add(found.verdict)
+    assert {"fixed", "unreadable"} <= seen

@@ -1,0 +1,960 @@
+"""What a model is and whether it is flawed, told from its small files, without loading it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+from zsnr.checkpoints.declared import (
+    MAX_TIMESTEPS,
+    Declared,
+    declare,
+    first_timestep,
+    longer_grids,
+    off_grid_steps,
+)
+from zsnr.checkpoints.header import Header, read_header, read_tensor
+from zsnr.checkpoints.run_facts import FORMAT, NAME
+from zsnr.checkpoints.untrusted import clipped, open_regular, parse_json, read_small, shown
+from zsnr.files import replacing
+from zsnr.guidance import Guidance
+from zsnr.loss import LossWeighting
+from zsnr.prediction import PredictionType
+from zsnr.schedule import NoiseSchedule
+from zsnr.timesteps import get_timesteps
+
+Verdict = Literal["fixed", "flawed", "inconsistent", "unreadable"]
+
+NUM_STEPS = (10, 20, 25, 30, 50)
+SCALE = 32  # of an image's mean, sqrt(h w L): see `kept_brightness`
+DEFAULT_SAMPLING = {
+    "sampler": "ddim",
+    "num_steps": 50,
+    "spacing": "trailing",
+    "guidance_scale": Guidance().scale,
+    "guidance_rescale": Guidance().rescale,
+}
+_CONFIG = "scheduler_config.json"
+_FIXED = "scheduler_config.fixed.json"
+_MOST_JSON = 8 * 2**20
+_MOST_YAML = 200_000
+_MOST_NODES = 200_000
+_FAMILIES = {768: "SD 1", 1024: "SD 2", 2048: "SDXL"}
+_TRAIN = (
+    "train it from these weights with `zsnr fit`, whose schedule and prediction type are the "
+    "paper's: no line of a config repairs weights that never saw pure noise"
+)
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What the doctor says of one target.
+
+    Args:
+        target: What was asked about.
+        kind: What it is, such as "diffusers folder".
+        verdict: fixed: SNR_T is 0, v or sample prediction, and sampling starts at T. flawed: the
+            schedule keeps signal at T. inconsistent: zero SNR with epsilon prediction, a spacing
+            that misses T, or a scheduler class that drops the rescale. unreadable: none of these
+            can be told.
+        reason: Why, in one line.
+        facts: Plain values, those that are known.
+        warnings: What goes wrong nevertheless.
+        changes: What to change.
+    """
+
+    target: str
+    kind: str
+    verdict: Verdict
+    reason: str
+    facts: dict[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    changes: tuple[str, ...] = ()
+
+    @property
+    def exit_code(self) -> int:
+        """0 fixed, 1 flawed, 2 inconsistent, 3 unreadable."""
+        return get_args(Verdict).index(self.verdict)
+
+    def to_json(self) -> str:
+        """Return it as one JSON object."""
+        return json.dumps(asdict(self), indent=1)
+
+    def to_text(self) -> str:
+        """Return it as aligned lines, the verdict first."""
+        rows = [
+            (self.verdict, self.reason),
+            ("", ""),
+            ("target", f"{clipped(self.target, 300)} ({self.kind})"),
+            *_rows(self.facts),
+        ]
+        width = max(len(name) for name, _ in rows) + 2
+        lines = [f"{name:{width}}{text}".rstrip() for name, text in rows]
+        for title, texts in (("warnings", self.warnings), ("what to change", self.changes)):
+            if texts:
+                lines += ["", title, *(f"  - {text}" for text in texts)]
+        return "\n".join(lines)
+
+
+def examine(
+    target: str | Path, *, num_steps: Sequence[int] = (), open_pickle: bool = False
+) -> Diagnosis:
+    """Tell what a target is and whether it is flawed; loads no weights and runs nothing of it.
+
+    Args:
+        target: A folder of diffusers, a scheduler_config.json, a .safetensors file, a checkpoint
+            or folder of checkpoints of this package, or a YAML of `zsnr fit`.
+        num_steps: Step counts to look at besides the usual ones.
+        open_pickle: Open a checkpoint that has no run.json, tensors and plain values only.
+
+    Returns:
+        A diagnosis; what cannot be read has the verdict "unreadable".
+    """
+    try:
+        return _examine(str(target), Path(target).expanduser(), num_steps, open_pickle)
+    except (ValueError, OSError, RuntimeError, RecursionError) as error:
+        reason = clipped(str(error), 600) or type(error).__name__
+        return Diagnosis(str(target), "unreadable", "unreadable", reason)
+
+
+def fix(target: str | Path, *, in_place: bool = False) -> list[str]:
+    """Write a corrected scheduler config beside the one of a folder, or in its place.
+
+    Only what a config can repair: zero SNR of a v or sample model that is lost on the way. A
+    model that predicts eps, or was not trained at zero SNR, must be trained.
+
+    Args:
+        target: A folder of diffusers or a scheduler_config.json.
+        in_place: Replace the config, instead of writing scheduler_config.fixed.json.
+
+    Returns:
+        What was done, and what is left to do.
+
+    Raises:
+        ValueError: There is nothing a config can repair, or the file is there already.
+    """
+    path = Path(target).expanduser()
+    found = examine(path)
+    if found.verdict == "fixed":
+        return ["Nothing to fix."]
+    if found.verdict == "unreadable":
+        raise ValueError(found.reason)
+    if found.kind not in ("diffusers folder", "scheduler config"):
+        raise ValueError(
+            f"--fix writes scheduler configs, and {path} is a {found.kind}. "
+            f"{'; '.join(found.changes)}."
+        )
+    if found.facts["prediction_type"] == "epsilon":
+        raise ValueError(
+            "The config says epsilon, and no config makes a v model of it. "
+            + "; ".join(found.changes)
+            + "."
+        )
+    index, config_path = _scheduler_files(path)
+    config = _read_json(config_path)
+    named = None if index is None else _index_class(_read_json(index))
+    if named is not None:
+        config["_class_name"] = named
+    fixed = _fixed(config)
+    class_name = fixed["_class_name"]
+    to = config_path if in_place else config_path.with_name(_FIXED)
+    if to.exists() and not in_place:
+        raise ValueError(f"{to} exists: move it away, or use --in-place.")
+    _write_json(to, fixed)
+    done = [f"Wrote {to}."]
+    if index is not None and class_name != named:
+        if in_place:
+            _write_json(index, {**_read_json(index), "scheduler": ["diffusers", class_name]})
+            done.append(f"Wrote {index}.")
+        else:
+            done.append(f'{index} must say "scheduler": ["diffusers", "{class_name}"].')
+    if found.verdict == "flawed":
+        done.append(
+            "It is right only if the model was trained on the rescaled schedule. If not, " + _TRAIN
+        )
+    return done
+
+
+def kept_brightness(abar_T: float, scale: float = SCALE) -> float:
+    """Compute which fraction of the range of brightness survives pure noise at T.
+
+    1 / sqrt(abar_T S^2 + 1 - abar_T)
+
+    Args:
+        abar_T: The schedule's last abar_t.
+        scale: S = sqrt(h w L), L the variance of the mean of an image's strongest channel mix.
+    """
+    return 1 / math.sqrt(abar_T * scale**2 + 1 - abar_T)
+
+
+def _examine(target: str, path: Path, num_steps: Sequence[int], open_pickle: bool) -> Diagnosis:
+    for S in num_steps:
+        if not 1 <= S <= MAX_TIMESTEPS:
+            raise ValueError(f"num_steps={S}: wanted 1 to {MAX_TIMESTEPS}.")
+    if not path.exists():
+        hint = ""
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", target):
+            hint = (
+                " The doctor looks at local files only: of a model on the hub, download "
+                f"model_index.json and scheduler/{_CONFIG} first."
+            )
+        raise ValueError(f"{clipped(target)}: no such file or folder.{hint}")
+    if path.is_dir():
+        return _examine_folder(target, path, num_steps, open_pickle)
+    suffix = path.suffix.lower()
+    if path.name == "model_index.json":
+        return _examine_diffusers(target, path.absolute().parent, num_steps)
+    if path.name == NAME:
+        return _examine_run(target, path, _read_json(path), num_steps)
+    match suffix:
+        case ".json":
+            return _examine_config(target, "scheduler config", path, _read_json(path), num_steps)
+        case ".safetensors":
+            return _examine_single(target, path)
+        case ".yaml" | ".yml":
+            return _examine_yaml(target, path, num_steps)
+        case ".ckpt":
+            return _examine_checkpoint(target, path, num_steps, open_pickle)
+    raise ValueError(
+        f"{path} is none of what the doctor reads: a folder of diffusers, a {_CONFIG}, "
+        ".safetensors, a .ckpt of this package or a YAML of `zsnr fit`."
+    )
+
+
+def _examine_folder(
+    target: str, path: Path, num_steps: Sequence[int], open_pickle: bool
+) -> Diagnosis:
+    from zsnr.checkpoints.sharded import is_sharded
+
+    if (path / "model_index.json").exists():
+        return _examine_diffusers(target, path, num_steps)
+    for facts in (path / NAME, path / "checkpoints" / NAME):
+        if facts.exists():
+            return _examine_run(target, facts, _read_json(facts), num_steps)
+    if is_sharded(path):
+        return _examine_checkpoint(target, path, num_steps, open_pickle)
+    if (path / _CONFIG).exists():
+        config = _read_json(path / _CONFIG)
+        return _examine_config(target, "scheduler config", path / _CONFIG, config, num_steps)
+    raise ValueError(
+        f"{path} holds no model_index.json (of diffusers), {NAME} (of this package's checkpoints) "
+        f"or {_CONFIG}."
+    )
+
+
+# Folders and configs of diffusers
+
+
+def _scheduler_files(path: Path) -> tuple[Path | None, Path]:
+    """Return model_index.json, if there is one, and the scheduler's config; none leads away."""
+    if path.name == "model_index.json":
+        path = path.absolute().parent
+    if not path.is_dir():
+        return None, path
+    if not (path / "model_index.json").exists():
+        return None, path / _CONFIG
+    index, config = path / "model_index.json", path / "scheduler" / _CONFIG
+    for file in (index, config):
+        _check_inside(file, path)
+    return index, config
+
+
+def _check_inside(file: Path, folder: Path) -> None:
+    """See that a file is in the folder, or in the store of the hub's cache that the folder is in.
+
+    Raises:
+        ValueError: A link leads elsewhere.
+    """
+    real, home = file.resolve(), folder.resolve()
+    store = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    if not (real.is_relative_to(home) or real.is_relative_to(store)):
+        raise ValueError(f"{file} leads out of {folder}: wanted a folder that holds its own files.")
+
+
+def _index_class(index: Mapping[str, Any]) -> str | None:
+    """Return the class that model_index.json names: the one a pipeline takes."""
+    entry = index.get("scheduler")
+    if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str):
+        return entry[1]
+    return None
+
+
+def _examine_diffusers(target: str, folder: Path, num_steps: Sequence[int]) -> Diagnosis:
+    index_path, path = _scheduler_files(folder)
+    assert index_path is not None
+    index, config = _read_json(index_path), _read_json(path)
+    facts: dict[str, Any] = {}
+    warnings = []
+    named, own = _index_class(index), config.get("_class_name")
+    if named is not None:
+        config["_class_name"] = named
+        if own is not None and own != named:
+            warnings.append(
+                f"model_index.json names {shown(named)}, {_CONFIG} {shown(own)}: diffusers takes "
+                "the first."
+            )
+    unet = folder / "unet" / "config.json"
+    if unet.exists():
+        _check_inside(unet, folder)
+        facts["model"] = _unet_facts(_read_json(unet))
+    found = _examine_config(target, "diffusers folder", path, config, num_steps)
+    return replace(found, facts={**facts, **found.facts}, warnings=(*warnings, *found.warnings))
+
+
+def _unet_facts(config: Mapping[str, Any]) -> str:
+    width, size = config.get("cross_attention_dim"), config.get("sample_size")
+    family = _FAMILIES.get(width) if isinstance(width, int) else None
+    known = [family or "UNet"]
+    if isinstance(width, int) and 0 < width < 10**6:
+        known.append(f"context of {width}")
+    if isinstance(size, int) and 0 < size < 10**6:
+        known.append(f"latents of {size}x{size}")
+    return ", ".join(known)
+
+
+def _examine_config(
+    target: str, kind: str, path: Path, config: Mapping[str, Any], num_steps: Sequence[int]
+) -> Diagnosis:
+    known = {"_class_name", "beta_schedule", "trained_betas", "prediction_type", "beta_start"}
+    if not known & set(config):
+        raise ValueError(
+            f"{path} is no scheduler config: it has none of {', '.join(sorted(known))}."
+        )
+    try:
+        declared = declare(config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    schedule, T = declared.schedule, declared.num_train_timesteps
+    starts = {S: first_timestep(declared, S) for S in _step_counts(T, num_steps, declared)}
+    zero = float(schedule.snr[-1]) == 0
+    lacking = None
+    if schedule.num_timesteps != T:
+        lacking = f"trained_betas has {schedule.num_timesteps} entries, num_train_timesteps is {T}"
+    elif declared.drops_rescale and not zero:
+        lacking = f"{declared.class_name} drops rescale_betas_zero_snr"
+    verdict, reason = _judge(schedule, declared.prediction_type, starts, lacking)
+    facts = {
+        "scheduler": declared.class_name,
+        "prediction_type": declared.prediction_type,
+        **_schedule_facts(schedule),
+        "timestep_spacing": _spacing_name(declared),
+        "first_timestep": starts,
+        "guidance_rescale": None,
+        "defaults_taken": list(declared.missing),
+    }
+    warnings, off = _scheduler_warnings(declared, zero, starts)
+    if off is not None:
+        facts["off_grid_steps"] = off
+    if verdict == "flawed" and _late(starts, T):
+        warnings.insert(0, f"sampling does not start at T: {_late(starts, T)}")
+    changes = _config_changes(path.name, declared, config, verdict, zero)
+    return Diagnosis(target, kind, verdict, reason, facts, tuple(warnings), tuple(changes))
+
+
+def _spacing_name(declared: Declared) -> str:
+    if declared.scheduler.grid == "distilled":
+        return "its own"
+    return declared.warp or declared.spacing
+
+
+def _scheduler_warnings(
+    declared: Declared, zero: bool, starts: Mapping[int, float]
+) -> tuple[list[str], dict[int, int] | None]:
+    """Say what the named class of diffusers does wrong."""
+    name, texts = declared.class_name, []
+    if zero and declared.patched:
+        texts.append(f"{name} makes abar_T 2^-24 instead of 0: a trace of signal is left at T")
+    if zero and not declared.patched and not declared.scheduler.finite_at_zero:
+        texts.append(
+            f"{name} divides by alpha_T = 0: its first step is infinite or NaN. Use DDIMScheduler"
+        )
+    off = None
+    if declared.scheduler.recomputes_neighbour:
+        counts = {S: off_grid_steps(declared, S) for S in starts}
+        off = {S: count for S, count in counts.items() if count}
+        if off:
+            some = ", ".join(f"{count} of {S}" for S, count in off.items())
+            texts.append(f"{name} steps to t - T // S, off its own grid: {some} steps")
+    longer = longer_grids(declared) if declared.warp is None else []
+    if longer:
+        some = ", ".join(map(str, longer[:3])) + (", ..." if len(longer) > 3 else "")
+        texts.append(
+            f"trailing has S + 1 timesteps, the last -1, for {len(longer)} values of S ({some})"
+        )
+    if zero and declared.scheduler.eta_fails:
+        texts.append(f"{name} with eta = 1 may be NaN at zero SNR (S = 25, 30, 50)")
+    if declared.clip_sample:
+        texts.append('x_0 is clipped to [-1, 1], which latents exceed: "clip_sample": false')
+    if declared.thresholding:
+        texts.append('x_0 is thresholded, which latents must not be: "thresholding": false')
+    if declared.warp is not None:
+        texts.append(f"{declared.warp} spaces noise levels, not timesteps")
+    for S, t in starts.items():
+        if t >= declared.num_train_timesteps:
+            texts.append(f"S = {S} starts at t = {t:g}, outside of the schedule")
+    return texts, off
+
+
+def _config_changes(
+    name: str, declared: Declared, config: Mapping[str, Any], verdict: Verdict, zero: bool
+) -> list[str]:
+    if verdict == "fixed":
+        return []
+    if declared.schedule.num_timesteps != declared.num_train_timesteps:
+        return [f'{name}: "num_train_timesteps": {declared.schedule.num_timesteps}']
+    if declared.prediction_type == "epsilon":
+        if verdict == "flawed":
+            return [_TRAIN]
+        undo = '"rescale_betas_zero_snr": false'
+        if zero and not config.get("rescale_betas_zero_snr"):
+            undo = '"trained_betas": null'
+        return [
+            f'{name}: "prediction_type": "v_prediction", if that is what the model was trained for',
+            f"{name}: {undo}, if it predicts eps; then {_TRAIN}",
+        ]
+    now = {
+        "_class_name": declared.class_name,
+        "timestep_spacing": declared.spacing,
+        "rescale_betas_zero_snr": config.get("rescale_betas_zero_snr") is True,
+    }
+    fixed = _fixed(config)
+    lines = [
+        f"{name}: {json.dumps(key)}: {json.dumps(fixed[key])}"
+        for key, value in now.items()
+        if value != fixed[key]
+    ]
+    if verdict == "inconsistent":
+        return lines
+    return [f"{line}, if the model was trained so" for line in lines] + ["if not, " + _TRAIN]
+
+
+def _fixed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config with zero SNR, started at T by a class that keeps both."""
+    declared = declare(config)
+    betas = config.get("trained_betas")
+    own_zero = betas is not None and betas[-1] == 1
+    cls = declared.scheduler
+    keeps = cls.finite_at_zero if own_zero else cls.rescales
+    fixed: dict[str, Any] = {
+        **config,
+        "_class_name": declared.class_name if keeps else "DDIMScheduler",
+        "num_train_timesteps": declared.schedule.num_timesteps,
+        "timestep_spacing": "trailing",
+        "rescale_betas_zero_snr": not own_zero or config.get("rescale_betas_zero_snr") is True,
+        "set_alpha_to_one": True,
+        "steps_offset": 1,
+        "clip_sample": False,
+        "thresholding": False,
+        "prediction_type": declared.prediction_type,
+        **{key: config.get(key, cls.defaults[key]) for key in ("beta_start", "beta_end")},
+        "beta_schedule": config.get("beta_schedule", cls.defaults["beta_schedule"]),
+        "trained_betas": config.get("trained_betas"),
+    }
+    if cls.grid == "distilled" and first_timestep(declared, 1) != declared.num_train_timesteps - 1:
+        fixed["_class_name"] = "DDIMScheduler"
+    return fixed
+
+
+# This package's checkpoints and YAML
+
+
+def _examine_checkpoint(
+    target: str, path: Path, num_steps: Sequence[int], open_pickle: bool
+) -> Diagnosis:
+    facts = path.absolute().parent / NAME
+    if facts.exists():
+        return _examine_run(target, facts, _read_json(facts), num_steps)
+    if not open_pickle:
+        raise ValueError(
+            f"{path} has no {NAME} beside it, which training writes. --open reads the checkpoint "
+            "itself, tensors and plain values only."
+        )
+    return _examine_run(target, path, _open(path), num_steps)
+
+
+def _open(path: Path) -> dict[str, Any]:
+    """Read what a checkpoint says of itself."""
+    from zsnr.checkpoints.own import KEY, open_checkpoint
+    from zsnr.checkpoints.sharded import REST, is_sharded, read_rest
+
+    if is_sharded(path):
+        _check_archive(path / REST)
+        checkpoint = read_rest(path)
+    else:
+        _check_archive(path)
+        checkpoint = open_checkpoint(path)
+    run, model = checkpoint.get("run"), checkpoint.get(KEY)
+    if isinstance(run, dict):
+        return run
+    if not isinstance(model, dict):
+        raise ValueError(f"{path} was not written by zsnr: it has no {KEY!r} entry.")
+    return {"format": FORMAT, **{key: model.get(key) for key in ("schedule", "prediction_type")}}
+
+
+def _check_archive(path: Path) -> None:
+    """See that a checkpoint is an archive that takes no more room than its file.
+
+    Raises:
+        ValueError: It is none, or packs more than it holds.
+    """
+    try:
+        with open_regular(path) as (file, size), zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, OverflowError) as error:
+        raise ValueError(f"{path} is not a checkpoint of this package: {error}") from error
+    packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
+    if packed or sum(member.file_size for member in members) > size:
+        raise ValueError(f"{path} is packed: wanted a checkpoint as training writes it.")
+
+
+def _examine_run(
+    target: str, path: Path, run: Mapping[str, Any], num_steps: Sequence[int]
+) -> Diagnosis:
+    if run.get("format") != FORMAT:
+        raise ValueError(f"{path} is no {NAME} of format {FORMAT}, which this version reads.")
+    if run.get("schedule") is None:
+        raise ValueError(f"{path} does not say which schedule the run has.")
+    notes = []
+    if run.get("sampling") is None:
+        notes.append("it does not say how it is sampled: the package's defaults are assumed")
+    sampling = _block(path, "sampling", run.get("sampling"))
+    found = _examine_own(
+        target,
+        "zsnr checkpoint",
+        f"{path.name}: ",
+        schedule=_built(path, "schedule", NoiseSchedule, run["schedule"]),
+        prediction_type=run.get("prediction_type", "v_prediction"),
+        loss=_built(path, "loss", LossWeighting, run.get("loss")),
+        sampling=sampling,
+        num_steps=num_steps,
+    )
+    facts = {
+        key: run[key]
+        for key in ("zsnr_version", "global_step", "image_size", "offset_noise")
+        if _is_plain_number(run.get(key)) or (isinstance(run.get(key), str) and len(run[key]) < 40)
+    }
+    return replace(found, facts={**facts, **found.facts}, warnings=(*found.warnings, *notes))
+
+
+def _examine_yaml(target: str, path: Path, num_steps: Sequence[int]) -> Diagnosis:
+    document = _read_yaml(path)
+    model = document.get("model") if isinstance(document, dict) else None
+    model = _init_args(model)
+    if not isinstance(model, dict):
+        raise ValueError(f"{path} has no `model:` block: wanted a YAML of `zsnr fit`.")
+    sampling = _block(path, "model.sampling", _init_args(model.get("sampling")))
+    guidance = _block(path, "model.sampling.guidance", _init_args(sampling.get("guidance")))
+    told: dict[str, Any] = {
+        key: sampling[key] for key in ("num_steps", "spacing") if key in sampling
+    }
+    told |= {f"guidance_{key}": guidance[key] for key in ("scale", "rescale") if key in guidance}
+    sampler = sampling.get("sampler", DEFAULT_SAMPLING["sampler"])
+    if isinstance(sampler, dict):
+        sampler = sampler.get("class_path")
+    return _examine_own(
+        target,
+        "zsnr YAML",
+        f"{path.name}: ",
+        schedule=_built(path, "model.schedule", NoiseSchedule, model.get("schedule")),
+        prediction_type=model.get("prediction_type", "v_prediction"),
+        loss=_built(path, "model.loss", LossWeighting, model.get("loss")),
+        sampling={**told, "sampler": sampler},
+        num_steps=num_steps,
+    )
+
+
+def _examine_own(
+    target: str,
+    kind: str,
+    where: str,
+    *,
+    schedule: NoiseSchedule,
+    prediction_type: Any,
+    loss: LossWeighting,
+    sampling: Mapping[str, Any],
+    num_steps: Sequence[int],
+) -> Diagnosis:
+    """Judge what this package trains and samples: exact grids, one schedule."""
+    if prediction_type not in get_args(PredictionType):
+        known = ", ".join(map(repr, get_args(PredictionType)))
+        raise ValueError(f"prediction_type={shown(prediction_type)} is unknown. Known: {known}.")
+    prediction_type = cast(PredictionType, prediction_type)
+    told = {**DEFAULT_SAMPLING, **sampling}
+    T, spacing, S = schedule.num_timesteps, told["spacing"], told["num_steps"]
+    if type(S) is not int or not 1 <= S <= T:
+        raise ValueError(f"num_steps={shown(S)}: wanted 1 to {T}.")
+    if not isinstance(spacing, str):
+        raise ValueError(f"spacing={shown(spacing)}: wanted a name.")
+    counts = _step_counts(T, (S, *num_steps), None)
+    starts = {n: int(get_timesteps(spacing, n, T, schedule=schedule)[0]) for n in counts}
+    verdict, reason = _judge(schedule, prediction_type, starts, None)
+    zero = float(schedule.snr[-1]) == 0
+    warnings, changes = [], []
+    facts: dict[str, Any] = {
+        "prediction_type": prediction_type,
+        **_schedule_facts(schedule),
+        "sampler": told["sampler"] if isinstance(told["sampler"], str) else None,
+        "timestep_spacing": spacing,
+        "first_timestep": starts,
+        "num_steps": S,
+        "loss_weighting": loss.name,
+    }
+    if not (zero and prediction_type == "epsilon"):
+        table = replace(loss, allow_zero_terminal_weight=True).table(schedule, prediction_type)
+        share = float(table[-1] / table.mean())
+        facts["terminal_loss_weight"] = share
+        if share < 0.01:
+            warnings.append(
+                f"loss weighting {loss.name!r} gives the last timestep {share:.2g} of the mean "
+                "weight: it hardly learns to start from pure noise"
+            )
+            changes.append(f"{where}loss.name: uniform")
+    for key in ("guidance_scale", "guidance_rescale"):
+        value = told[key]
+        if not _is_plain_number(value):
+            raise ValueError(f"{key}={shown(value)}: wanted a number.")
+        facts[key] = value
+    if zero and facts["guidance_rescale"] == 0 and facts["guidance_scale"] > 1:
+        warnings.append("guidance without rescale over-exposes at zero SNR: rescale 0.7 is usual")
+    if verdict == "inconsistent" and prediction_type == "epsilon":
+        changes.insert(0, f"{where}prediction_type: v_prediction, and train with it")
+    elif verdict == "inconsistent":
+        changes.insert(0, f"{where}sampling.spacing: trailing")
+    elif verdict == "flawed":
+        if _late(starts, T):
+            warnings.insert(0, f"sampling does not start at T: {_late(starts, T)}")
+        wanted = "schedule.zero_terminal_snr: true"
+        if prediction_type == "epsilon":
+            wanted += " with prediction_type: v_prediction"
+        changes.insert(0, f"{where}{wanted} and sampling.spacing: trailing, and train with them")
+    return Diagnosis(target, kind, verdict, reason, facts, tuple(warnings), tuple(changes))
+
+
+def _built(path: Path, name: str, cls: type[Any], settings: Any) -> Any:
+    """Build a frozen dataclass of the paper's floor from what a file says."""
+    options = _block(path, name, _init_args(settings))
+    T, table = options.get("num_timesteps"), options.get("alphas_cumprod_table")
+    too_long = isinstance(table, list) and len(table) > MAX_TIMESTEPS
+    if too_long or (isinstance(T, int) and T > MAX_TIMESTEPS):
+        raise ValueError(f"{path}: {name} has over {MAX_TIMESTEPS} timesteps.")
+    if table is not None and not isinstance(table, list):
+        raise ValueError(f"{path}: {name}.alphas_cumprod_table is {shown(table)}: wanted a list.")
+    plain = (str, int, float, bool, type(None))
+    for key, value in options.items():
+        if key != "alphas_cumprod_table" and not isinstance(value, plain):
+            raise ValueError(f"{path}: {name}.{clipped(str(key))} is {shown(value)}.")
+        if isinstance(value, int) and abs(value) > 2**63:
+            raise ValueError(f"{path}: {name}.{clipped(str(key))} is {shown(value)}.")
+    try:
+        return cls(**options)
+    except (TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
+        reason = str(error).replace(f"{cls.__name__}.__init__() ", "")
+        raise ValueError(f"{path}: {name}: {clipped(reason, 300)}") from error
+
+
+def _is_plain_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return abs(value) < 2**63
+
+
+def _block(path: Path, name: str, value: Any) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise ValueError(f"{path}: {name} is {shown(value)}: wanted settings by name.")
+    return value
+
+
+def _init_args(value: Any) -> Any:
+    """Return the settings of {class_path, init_args}, or the value as it is."""
+    if isinstance(value, dict) and "class_path" in value:
+        return value.get("init_args")
+    return value
+
+
+# Single files
+
+
+def _examine_single(target: str, path: Path) -> Diagnosis:
+    header = read_header(path)
+    family = _family(header)
+    is_lora = "LoRA" in family
+    metadata = {key: clipped(text, 60) for key, text in header.metadata.items() if _telling(key)}
+    marks = {name: name in header.tensors for name in ("v_pred", "ztsnr")}
+    says_v, says_zero = _metadata_says(header.metadata)
+    table = _stored_table(path, header)
+    stored_zero = table is not None and float(table.snr[-1]) == 0
+    v = marks["v_pred"] or (says_v is True and not marks["v_pred"] and is_lora)
+    zero = marks["ztsnr"] or (bool(says_zero) and is_lora)
+    schedule = table
+    assumed = table is None or marks["ztsnr"] != stored_zero
+    if zero or schedule is None:
+        schedule = NoiseSchedule(zero_terminal_snr=zero)
+    prediction_type = "v_prediction" if v else "epsilon"
+    facts = {
+        "model": family,
+        "marks": marks,
+        "prediction_type": prediction_type,
+        **_schedule_facts(schedule),
+        "schedule_is": "assumed: Stable Diffusion's" if assumed else "stored: alphas_cumprod",
+        "guidance_rescale": None,
+        "metadata": metadata,
+    }
+    warnings, changes = [], []
+    unmarked = [
+        name
+        for name, said, marked in (
+            ("v_pred", says_v is True, v),
+            ("ztsnr", says_zero is True or stored_zero, zero),
+        )
+        if said and not marked
+    ]
+    if says_v is False and marks["v_pred"]:
+        warnings.append("the metadata says epsilon, the mark v_pred says v: tools follow the mark")
+    export = "`zsnr export` writes single files with both marks"
+    if "other" in family:
+        warnings.append("the names of its tensors are those of no Stable Diffusion")
+    verdict: Verdict
+    if zero and v:
+        verdict, reason = "fixed", "both marks: v prediction on a schedule that ends at SNR 0"
+        if is_lora:
+            reason = "the metadata says v prediction on a schedule that ends at SNR 0"
+        warnings.append(
+            "a single file stores no spacing: start at T (trailing, or the tool's `sgm_uniform`)"
+        )
+    elif zero:
+        verdict, reason = "inconsistent", "zero SNR with epsilon prediction: eps has no x_0 at T"
+        changes.append(f"add an empty tensor v_pred if it predicts v; {export}")
+    elif "ztsnr" in unmarked:
+        verdict, reason = "inconsistent", "says zero SNR, but lacks the mark ztsnr that tools read"
+        changes.append(f"add an empty tensor {' and one '.join(unmarked)}; {export}")
+    else:
+        verdict = "flawed"
+        reason = f"{'v_pred alone' if v else 'no marks'}: {_signal(schedule)}"
+        if not v and "v_pred" not in unmarked:
+            reason = f"no marks, so tools sample it as epsilon: {_signal(schedule)}"
+        changes.append(_TRAIN)
+    if "v_pred" in unmarked and verdict == "flawed":
+        warnings.append("the metadata says v prediction, but the mark v_pred is missing")
+        changes.insert(0, "add an empty tensor v_pred")
+    return Diagnosis(
+        target, "safetensors file", verdict, reason, facts, tuple(warnings), tuple(changes)
+    )
+
+
+def _telling(key: str) -> bool:
+    told = ("ss_v_parameterization", "ss_zero_terminal_snr", "ss_base_model_version")
+    return key in told or (
+        key.startswith("modelspec.") and key[10:] in ("prediction_type", "architecture", "title")
+    )
+
+
+def _metadata_says(metadata: Mapping[str, str]) -> tuple[bool | None, bool | None]:
+    """Return whether the metadata says v prediction, and zero SNR; None where it says nothing."""
+    kind = metadata.get("modelspec.prediction_type", "").lower()
+    says_v = {"v": True, "v_prediction": True, "epsilon": False}.get(kind)
+    flags = {"true": True, "false": False, "1": True, "0": False}
+    trained_v = flags.get(metadata.get("ss_v_parameterization", "").lower())
+    says_zero = flags.get(metadata.get("ss_zero_terminal_snr", "").lower())
+    return trained_v if says_v is None else says_v, says_zero
+
+
+def _stored_table(path: Path, header: Header) -> NoiseSchedule | None:
+    """Read the file's alphas_cumprod, if it holds one that is a schedule's."""
+    facts = header.tensors.get("alphas_cumprod")
+    if facts is None or facts.dtype not in ("F16", "BF16", "F32", "F64"):
+        return None
+    if len(facts.shape) != 1 or not 2 <= facts.shape[0] <= MAX_TIMESTEPS:
+        return None
+    table = read_tensor(path, header, "alphas_cumprod").double()
+    try:
+        return NoiseSchedule.from_alphas_cumprod(table)
+    except ValueError:  # half precision repeats values
+        return None
+
+
+def _family(header: Header) -> str:
+    """Tell by names and shapes what a file is of."""
+    names = header.tensors.keys()
+    widths = {
+        facts.shape[1]
+        for name, facts in header.tensors.items()
+        if name.endswith(("attn2.to_k.weight", "attn2_to_k.lora_down.weight"))
+        and len(facts.shape) == 2
+    }
+    family = next((known for width, known in _FAMILIES.items() if widths == {width}), None)
+    if any(".lora_" in name or ".lora." in name or name.startswith("lora_") for name in names):
+        return f"{family or 'unknown'} LoRA"
+    if any(name.startswith("model.diffusion_model.") for name in names):
+        if "model.diffusion_model.label_emb.0.0.weight" in names:
+            family = "SDXL"
+        return family or "other, in the layout of ldm"
+    if any(name.startswith("down_blocks.") for name in names):
+        return f"{family or 'other'} UNet of diffusers"
+    return "other"
+
+
+# What all have in common
+
+
+def _judge(
+    schedule: NoiseSchedule,
+    prediction_type: PredictionType,
+    starts: Mapping[int, float],
+    lacking: str | None,
+) -> tuple[Verdict, str]:
+    T = schedule.num_timesteps
+    if lacking is not None:
+        return "inconsistent", lacking
+    if float(schedule.snr[-1]) != 0:
+        return "flawed", _signal(schedule)
+    if prediction_type == "epsilon":
+        return "inconsistent", "zero SNR with epsilon prediction: eps has no x_0 at T"
+    if late := _late(starts, T):
+        return "inconsistent", f"zero SNR, but sampling does not start at T: {late}"
+    return "fixed", f"SNR_T = 0, {prediction_type}, and sampling starts at T"
+
+
+def _late(starts: Mapping[int, float], num_timesteps: int) -> str:
+    """Say where grids start that miss T; "" if none does."""
+    some = [f"t = {t:g} for S = {S}" for S, t in starts.items() if t != num_timesteps - 1]
+    return ", ".join(some[:5])
+
+
+def _signal(schedule: NoiseSchedule) -> str:
+    abar_T = float(schedule.alphas_cumprod[-1])
+    return f"the schedule keeps signal at T: sqrt(abar_T) = {math.sqrt(abar_T):.6g}"
+
+
+def _schedule_facts(schedule: NoiseSchedule) -> dict[str, Any]:
+    abar_T = float(schedule.alphas_cumprod[-1])
+    settings = schedule.settings()
+    table = settings.pop("alphas_cumprod_table")
+    return {
+        "schedule": {**settings, "own_table": table is not None},
+        "snr_T": float(schedule.snr[-1]),
+        "sqrt_abar_T": math.sqrt(abar_T),
+        "kept_brightness": {"scale": SCALE, "fraction": kept_brightness(abar_T)},
+    }
+
+
+def _step_counts(T: int, asked: Iterable[int], declared: Declared | None) -> list[int]:
+    """Choose the step counts to look at: the usual ones and those asked for, as far as they go."""
+    most = T
+    if declared is not None and declared.scheduler.grid == "distilled":
+        most = declared.original_inference_steps
+    counts = sorted({S for S in (*NUM_STEPS, *asked) if most >= S})
+    if declared is not None and declared.scheduler.grid == "repeated":
+        counts = [S for S in counts if S >= 4 or declared.skip_prk_steps]
+    return counts or [max(1, most // 2)]
+
+
+def _rows(facts: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    """Write facts as short texts."""
+    for key, value in facts.items():
+        name = key.replace("_", " ")
+        match key:
+            case "schedule":
+                yield name, _schedule_text(value)
+            case "snr_T" | "sqrt_abar_T":
+                yield {"snr_T": "SNR_T", "sqrt_abar_T": "sqrt(abar_T)"}[key], f"{value:.6g}"
+            case "kept_brightness":
+                text = f"{value['fraction']:.3g} of the range (of images of scale {SCALE}, assumed)"
+                yield "brightness kept", text
+            case "first_timestep":
+                yield "starts at", _starts_text(value)
+            case "off_grid_steps":
+                continue
+            case "guidance_rescale" if value is None:
+                yield name, "cannot be stored there: pass guidance_rescale=0.7 with each call"
+            case "marks":
+                yield (
+                    name,
+                    ", ".join(f"{k} {'present' if v else 'missing'}" for k, v in value.items()),
+                )
+            case "metadata" | "defaults_taken" if not value:
+                continue
+            case "metadata":
+                yield name, ", ".join(f"{key}={text}" for key, text in value.items())
+            case "defaults_taken":
+                yield "not in the file", ", ".join(value) + " (the class's defaults)"
+            case "terminal_loss_weight":
+                yield "weight at T", f"{value:.3g} of the mean, by {facts['loss_weighting']!r}"
+            case "loss_weighting":
+                continue
+            case _:
+                yield name, f"{value:g}" if isinstance(value, float) else clipped(str(value), 200)
+
+
+def _schedule_text(settings: Mapping[str, Any]) -> str:
+    T, zero = settings["num_timesteps"], settings["zero_terminal_snr"]
+    if settings["own_table"]:
+        name = "own table"
+    else:
+        ends = (settings["beta_start"], settings["beta_end"])
+        name = settings["betas"]
+        name += f" {ends[0]:g} to {ends[1]:g}" if None not in ends else ""
+    return f"{name}, T = {T}" + (", made to end at SNR 0" if zero else "")
+
+
+def _starts_text(starts: Mapping[int, float]) -> str:
+    """Group step counts by where they start."""
+    by_start: dict[float, list[str]] = {}
+    for S, t in starts.items():
+        by_start.setdefault(t, []).append(str(S))
+    return "; ".join(f"t = {t:g} for S = {', '.join(S)}" for t, S in by_start.items())
+
+
+# Reading and writing
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return parse_json(read_small(path, _MOST_JSON), str(path))
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    with replacing(path) as beside:
+        beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_yaml(path: Path) -> Any:
+    """Read a YAML file of plain values, without tags of Python and without aliases that explode."""
+    import yaml  # type: ignore[import-untyped]
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        """Knows 1e-4 as a number, as the training command does."""
+
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789")
+    )
+    data = read_small(path, _MOST_YAML)
+    try:
+        loader = Loader(data.decode("utf-8"))
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _expanded(node, {}) > _MOST_NODES:
+            raise ValueError("its aliases stand for too much")
+        return loader.construct_document(node)
+    except (yaml.YAMLError, ValueError, RecursionError, OverflowError, TypeError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ValueError(f"{path} is no readable YAML: {clipped(reason, 300)}") from error
+
+
+def _expanded(node: Any, sizes: dict[int, float]) -> float:
+    """Count the nodes that a YAML node stands for, each alias anew; a circle is endless."""
+    if id(node) in sizes:
+        return sizes[id(node)]
+    sizes[id(node)] = math.inf
+    value = node.value
+    parts = [] if isinstance(value, str) else value
+    flat = (child for part in parts for child in (part if isinstance(part, tuple) else (part,)))
+    sizes[id(node)] = 1 + sum(_expanded(child, sizes) for child in flat)
+    return sizes[id(node)]

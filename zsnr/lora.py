@@ -1,0 +1,240 @@
+"""Low-rank adapters (LoRA) on a pretrained UNet, by peft."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from zsnr.denoiser import Conditioning
+from zsnr.networks import UNet
+from zsnr.pretrained import digest, find_weights, is_weightless
+
+_STEM = "diffusion_pytorch_model"
+_ADAPTER = "default"  # peft's name of an adapter that is alone
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """W + (alpha / rank) B A: the pretrained W is frozen, A and B are trained (arXiv:2106.09685).
+
+    B starts at 0, so that training starts from the pretrained network. There is no dropout: it
+    would draw from global random numbers, and a resumed run would not be the same one.
+
+    Args:
+        rank: Rows of A and columns of B; memory and file grow with it.
+        alpha: Strength of the adapters. None = rank, a factor of 1.
+        target_modules: Ends of the names of the linear layers and convolutions to adapt. The
+            default is the projections of all attentions.
+        base_dtype: What W is kept in; A and B are float32 whatever this says.
+
+    Raises:
+        ValueError: A setting is out of range.
+    """
+
+    rank: int = 16
+    alpha: float | None = None
+    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    base_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        if self.rank < 1:
+            raise ValueError(f"lora.rank={self.rank}: wanted at least 1.")
+        if self.alpha is not None and not self.alpha > 0:
+            raise ValueError(f"lora.alpha={self.alpha:g}: wanted more than 0.")
+        if not self.target_modules:
+            raise ValueError("lora.target_modules is empty: wanted names such as 'to_q'.")
+        if self.base_dtype not in ("float32", "float16", "bfloat16"):
+            raise ValueError(
+                f"lora.base_dtype={self.base_dtype!r}: wanted 'float32', 'float16' or 'bfloat16'."
+            )
+
+    @property
+    def strength(self) -> float:
+        """The alpha of alpha / rank."""
+        return float(self.rank if self.alpha is None else self.alpha)
+
+
+class AdaptedUNet(UNet):
+    """A frozen pretrained UNet with adapters; its state dict is the adapters alone.
+
+    Args:
+        pretrained: A folder of diffusers or hub id, whose weights are the frozen ones.
+        lora: The adapters, or their settings as a dict.
+        channels: Channels of the latents.
+        context_dim: Width of the context.
+        subfolder: Folder inside `pretrained`.
+        pooled_dim: Width of the pooled embedding, as UNet's.
+        weights: Digest of the weights that adapters were trained on, to compare with. None = any.
+
+    Raises:
+        ValueError: The base cannot be loaded or is another one, a target is not there, or peft is
+            not installed.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        lora: LoRA | dict[str, Any],
+        channels: int | None = None,
+        context_dim: int | None = None,
+        subfolder: str | None = "unet",
+        pooled_dim: int | None = None,
+        weights: str | None = None,
+    ) -> None:
+        require_peft()
+        try:
+            super().__init__(
+                channels=channels,
+                context_dim=context_dim,
+                pretrained=pretrained,
+                subfolder=subfolder,
+                pooled_dim=pooled_dim,
+            )
+        except ValueError as error:
+            if weights is None:
+                raise
+            raise ValueError(
+                f"The adapters belong to the UNet in {pretrained}, which is not there: {error} "
+                "Put it back there, or say where it is now: read_checkpoint(..., base=...), or "
+                "model.unet of a config."
+            ) from error
+        self._source: dict[str, Any] = {
+            "pretrained": pretrained,
+            "subfolder": subfolder,
+            "weights": _digest(pretrained, subfolder),
+        }
+        if weights is not None and self._source["weights"] not in (None, weights):
+            raise ValueError(
+                f"The UNet in {pretrained} has other weights (digest {self._source['weights']}) "
+                f"than the adapters were trained on (digest {weights}): give them the same base."
+            )
+        self.lora = lora if isinstance(lora, LoRA) else LoRA(**lora)
+        add_lora(self.unet, self.lora)
+        hooked: Any = self  # torch leaves these two untyped
+        hooked.register_state_dict_post_hook(_leave_out_base)
+        hooked.register_load_state_dict_pre_hook(_put_in_base)
+
+    def forward(self, x_t: Tensor, t: Tensor, conditioning: Conditioning | None) -> Tensor:
+        dtype: torch.dtype = self.unet.conv_in.weight.dtype  # the base may be in half precision
+        if conditioning is not None:
+            conditioning = conditioning.to(x_t.device, dtype)
+        return super().forward(x_t.to(dtype), t, conditioning).to(x_t.dtype)
+
+    def settings(self) -> dict[str, Any]:
+        own = asdict(self.lora)
+        return {**self._source, "lora": {**own, "target_modules": list(own["target_modules"])}}
+
+
+def require_peft() -> Any:
+    """Import peft.
+
+    Raises:
+        ValueError: It is not installed.
+    """
+    try:
+        return importlib.import_module("peft")
+    except ImportError as error:
+        raise ValueError("LoRA adapters need peft: pip install 'zsnr[lora]'.") from error
+
+
+def add_lora(unet: nn.Module, lora: LoRA) -> None:
+    """Freeze a UNet of diffusers and put adapters in it, in place.
+
+    Raises:
+        ValueError: A target is not there, or is no linear layer and no convolution.
+    """
+    peft = require_peft()
+    modules = dict(unet.named_modules())
+    for target in lora.target_modules:
+        found = [m for name, m in modules.items() if f".{name}".endswith(f".{target}")]
+        if not found:
+            raise ValueError(f"lora.target_modules: the UNet has no module {target!r}.")
+        for module in found:
+            if not isinstance(module, nn.Linear | nn.Conv2d):
+                raise ValueError(
+                    f"lora.target_modules: {target!r} is a {type(module).__name__}: wanted linear "
+                    "layers or convolutions."
+                )
+    nn.Module.to(unet, getattr(torch, lora.base_dtype))  # diffusers' own would warn
+    config = peft.LoraConfig(
+        r=lora.rank, lora_alpha=lora.strength, target_modules=list(lora.target_modules)
+    )
+    peft.inject_adapter_in_model(config, unet, adapter_name=_ADAPTER)
+    for name, parameter in unet.named_parameters():
+        parameter.requires_grad_(_is_adapter(name))
+        if _is_adapter(name):
+            parameter.data = parameter.data.float()
+
+
+def lora_state_dict(unet: AdaptedUNet) -> dict[str, Tensor]:
+    """Return the adapters as MODULE.lora_A.weight and MODULE.lora_B.weight, named as diffusers."""
+    return {
+        name.replace(f".{_ADAPTER}.", "."): parameter.detach()
+        for name, parameter in unet.unet.named_parameters()
+        if _is_adapter(name)
+    }
+
+
+def moved(description: Mapping[str, Any], pretrained: str) -> dict[str, Any]:
+    """Return an adapted UNet's description with its base at another place.
+
+    Raises:
+        ValueError: It is of no adapted UNet.
+    """
+    settings = description["init_args"]
+    if "lora" not in settings:
+        raise ValueError("base: the checkpoint holds no adapters, but a whole UNet.")
+    return {**description, "init_args": {**settings, "pretrained": pretrained}}
+
+
+def merge_lora(unet: AdaptedUNet) -> UNet:
+    """Return a plain UNet with the weights W + (alpha / rank) B A, in float32.
+
+    What has no adapter and is float32 already is shared with the other, not copied.
+    """
+    weights: dict[str, Tensor] = {}
+    for name, parameter in unet.unet.named_parameters():
+        if not _is_adapter(name):
+            weights[name.replace(".base_layer.", ".")] = parameter.detach().float()
+    for name, layer in unet.unet.named_modules():
+        if hasattr(layer, "lora_A"):
+            delta: Tensor = layer.get_delta_weight(_ADAPTER).detach()
+            weights[f"{name}.weight"] = weights[f"{name}.weight"] + delta
+    with torch.device("meta"):
+        merged = UNet(**UNet.settings(unet))
+    merged.unet.load_state_dict(weights, assign=True)
+    return merged.train(unet.training)
+
+
+def _is_adapter(name: str) -> bool:
+    return ".lora_A." in name or ".lora_B." in name
+
+
+def _digest(pretrained: str, subfolder: str | None) -> str | None:
+    """Hash the base's weights; None if they are not loaded, or are not found again."""
+    if is_weightless():
+        return None
+    if Path(pretrained).is_file():
+        return digest([Path(pretrained)])
+    return digest(find_weights(pretrained, subfolder, _STEM))
+
+
+def _leave_out_base(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any
+) -> None:
+    for name in [name for name in state_dict if name.startswith(prefix) and not _is_adapter(name)]:
+        del state_dict[name]
+
+
+def _put_in_base(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Let a strict load find the base where it is, so that it asks for adapters alone."""
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if not _is_adapter(name):
+            state_dict.setdefault(prefix + name, tensor)
