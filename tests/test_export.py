@@ -1,5 +1,6 @@
 """Models written for diffusers, and what diffusers makes of them."""
 
+import dataclasses
 import json
 import os
 import re
@@ -562,6 +563,26 @@ def test_what_a_pipeline_cannot_hold_is_refused(tmp_path, make, message):
     with pytest.raises(ValueError, match=message):
         export_diffusers(make(), tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.peer
+def test_adapters_are_merged_first(tmp_path, exported):
+    pytest.importorskip("peft")
+    from zsnr.checkpoints.lora import merge
+    from zsnr.lora import AdaptedUNet, LoRA
+
+    made, folder = exported
+    torch.manual_seed(4)
+    adapted = AdaptedUNet(str(folder), LoRA(rank=2)).eval()
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    tuned = dataclasses.replace(made, unet=adapted)
+    with pytest.raises(ValueError, match="merge them first"):
+        export_diffusers(tuned, tmp_path / "out")
+    export_diffusers(merge(tuned), tmp_path / "out")
+    assert_same(tuned, load(tmp_path / "out"), 5)
 
 
 def test_a_folder_is_never_written_over(tmp_path, exported):
