@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from zsnr import Guidance, NoiseSchedule
 from zsnr.checkpoints import Model, schedule_from_diffusers
 from zsnr.checkpoints.card import DROPPING, EXACT, PATCHED, model_card
+from zsnr.checkpoints.doctor import examine
 from zsnr.checkpoints.export import export_diffusers, read_exportable
 from zsnr.checkpoints.scheduler_config import scheduler_config
 from zsnr.cli import main
@@ -180,6 +181,16 @@ def test_the_config_says_what_others_look_for():
     }
     with pytest.raises(ValueError, match="no x_0 at t=999"):
         scheduler_config(NoiseSchedule(), "epsilon")
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=name)
+def test_the_doctor_agrees(tmp_path, schedule):
+    (tmp_path / "scheduler_config.json").write_text(
+        json.dumps(scheduler_config(schedule, "v_prediction"))
+    )
+    zero = float(schedule.alphas_cumprod[-1]) == 0
+    verdict = examine(str(tmp_path / "scheduler_config.json")).verdict
+    assert verdict == ("fixed" if zero else "flawed")
 
 
 # Round trips
