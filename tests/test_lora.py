@@ -136,6 +136,17 @@ def test_its_state_dict_is_strict(base):
         again.load_state_dict({**adapted.state_dict(), "more": torch.ones(1)})
 
 
+def test_nobody_writes_it_as_a_whole_unet(base, tmp_path):
+    adapted = stirred(AdaptedUNet(str(base), SETTINGS))
+    with pytest.raises(ValueError, match="has adapters .* merge them first"):
+        adapted.unet.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has adapters"):
+        adapted.unet.state_dict()
+    merge_lora(adapted).unet.save_pretrained(tmp_path)
+    again = UNet(pretrained=str(tmp_path), subfolder=None).eval()
+    torch.testing.assert_close(again(*inputs()), adapted.eval()(*inputs()), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_base_in_half_precision_has_float32_adapters(base, dtype):
     adapted = stirred(AdaptedUNet(str(base), dataclasses.replace(SETTINGS, base_dtype=dtype)))
