@@ -309,7 +309,6 @@ def test_runs_of_other_kinds_are_not_resumed(base, shards, run, tmp_path):
     "options",
     [
         {"model": {"gradient_checkpointing": True}},
-        {"model": {"compile": "eager"}},
         {"data_options": {"max_batch_size_per_device": 4}},
     ],
 )
