@@ -411,6 +411,10 @@ def test_from_yaml_to_diffusers(config, stable, capsys):
         (["--model.conditioner.init_args.trainable", "true"], "set the conditioner's trainable"),
         (["--model.lora.rank", "0"], "lora.rank=0"),
         (["--model.lora.rang", "4"], "rang"),
+        (
+            ["--model.lora.base_dtype", "float16", "--trainer.precision", "bf16-mixed"],
+            "set it to bfloat16 or float32",
+        ),
         (["--trainer.strategy", "zsnr.training.FullyShardedStrategy"], "auto or ddp"),
         (["--model.lora.target_modules", "[to_z]"], "no module 'to_z'"),
     ],
