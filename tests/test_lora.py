@@ -16,6 +16,7 @@ from test_checkpoints import tiny_stable_diffusion
 
 from zsnr import DDIM, Conditioning, Denoiser, Guidance, NoiseSchedule, trailing
 from zsnr.checkpoints import Model, read_checkpoint, read_diffusers_folder
+from zsnr.checkpoints.export import export_diffusers
 from zsnr.checkpoints.lora import ldm_name, merge, write_lora
 from zsnr.cli import main
 from zsnr.codecs import AutoencoderKLCodec, PixelCodec
@@ -541,6 +542,15 @@ def test_a_folder_is_read_by_diffusers(stable, tmp_path):
     found = their_images(stable, latents, 4, str(path.parent))
     wanted = our_images(adapted(stable), latents, 4)
     torch.testing.assert_close(found, wanted, rtol=0, atol=2e-2)
+
+
+@pytest.mark.peer
+def test_merged_is_exported_like_any_other(stable, tmp_path):
+    model = merge(adapted(stable))
+    export_diffusers(model, tmp_path / "out", dtype="float32", facts={})
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    found = their_images(tmp_path / "out", latents, 4)
+    torch.testing.assert_close(found, our_images(adapted(stable), latents, 4), rtol=0, atol=1e-4)
 
 
 def test_the_diffusers_layout(stable, tmp_path):
