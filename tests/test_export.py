@@ -1,5 +1,6 @@
 """Models written for diffusers, and what diffusers makes of them."""
 
+import dataclasses
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from zsnr import Guidance, NoiseSchedule
 from zsnr.checkpoints import Model, schedule_from_diffusers
 from zsnr.checkpoints.card import DROPPING, EXACT, PATCHED, model_card
+from zsnr.checkpoints.doctor import examine
 from zsnr.checkpoints.export import export_diffusers, read_exportable
 from zsnr.checkpoints.scheduler_config import scheduler_config
 from zsnr.cli import main
@@ -179,6 +181,16 @@ def test_the_config_says_what_others_look_for():
     }
     with pytest.raises(ValueError, match="no x_0 at t=999"):
         scheduler_config(NoiseSchedule(), "epsilon")
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=name)
+def test_the_doctor_agrees(tmp_path, schedule):
+    (tmp_path / "scheduler_config.json").write_text(
+        json.dumps(scheduler_config(schedule, "v_prediction"))
+    )
+    zero = float(schedule.alphas_cumprod[-1]) == 0
+    verdict = examine(str(tmp_path / "scheduler_config.json")).verdict
+    assert verdict == ("fixed" if zero else "flawed")
 
 
 # Round trips
@@ -472,7 +484,7 @@ def test_a_card_tells_of_the_run():
             "guidance_scale": 3.0,
             "guidance_rescale": 0.5,
         },
-        "data": ["a|b.tar", "c.tar"],
+        "data": ["/home/me/shards/a|b.tar", "https://host/c.tar"],
         "global_step": 1200,
         "batch_size": 16,
         "learning_rate": 2e-3,
@@ -488,7 +500,7 @@ def test_a_card_tells_of_the_run():
         "guidance_scale=3.0,",
         "guidance_rescale=0.5,",
         "made with euler on linspace timesteps",
-        "| data | a\\|b.tar, c.tar |",
+        "| data | shards/a\\|b.tar, https://host/c.tar |",
         "| steps | 1200 |",
         "| averaging of weights | decay: 0.99 |",
         "| val/loss | 0.125 |",
@@ -497,6 +509,24 @@ def test_a_card_tells_of_the_run():
         "multiplier 0.5",
     ):
         assert line in card, line
+
+
+def test_odd_facts_neither_break_a_card_nor_become_code():
+    odd = {
+        "sampling": {"guidance_scale": "0)\nimport os", "guidance_rescale": float("nan")},
+        "loss": 3,
+        "metrics": [],
+        "versions": "x",
+        "data": {"a": "<script>"},
+        "start": None,
+    }
+    card = model_card('a"b', {**FACTS, **odd})
+    assert "import os" not in card
+    assert "<script>" not in card
+    assert "guidance_scale=7.5," in card
+    assert "| started from | random weights |" in card
+    compile(re.findall(r"```python\n(.*?)```", card, re.DOTALL)[0], "card", "exec")
+    assert "guidance_rescale=0.7," in model_card("x", {**FACTS, "sampling": 3})
 
 
 def test_the_card_of_a_flawed_model_claims_no_fix():
@@ -544,6 +574,26 @@ def test_what_a_pipeline_cannot_hold_is_refused(tmp_path, make, message):
     with pytest.raises(ValueError, match=message):
         export_diffusers(make(), tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.peer
+def test_adapters_are_merged_first(tmp_path, exported):
+    pytest.importorskip("peft")
+    from zsnr.checkpoints.lora import merge
+    from zsnr.lora import AdaptedUNet, LoRA
+
+    made, folder = exported
+    torch.manual_seed(4)
+    adapted = AdaptedUNet(str(folder), LoRA(rank=2)).eval()
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    tuned = dataclasses.replace(made, unet=adapted)
+    with pytest.raises(ValueError, match="merge them first"):
+        export_diffusers(tuned, tmp_path / "out")
+    export_diffusers(merge(tuned), tmp_path / "out")
+    assert_same(tuned, load(tmp_path / "out"), 5)
 
 
 def test_a_folder_is_never_written_over(tmp_path, exported):
@@ -674,6 +724,7 @@ def test_a_folder_is_exported_again(exported, tmp_path):
     ("options", "message"),
     [
         (["{run}/checkpoints/last.ckpt", "--output", "{run}"], "exists: choose another name"),
+        (["{run}/checkpoints/last.ckpt", "--output", "{run}/config.yaml/x"], "cannot be written"),
         (["{run}/nothing.ckpt", "--output", "{run}/x"], "is no file: wanted a checkpoint"),
         (["{run}/shards", "--output", "{run}/x"], "holds no model_index.json"),
         (["{run}/shards", "--output", "{run}/x", "--raw"], "leave --raw out"),
@@ -698,7 +749,8 @@ def test_wrong_commands_end_with_one_line(run, capsys, options, message):
     out, err = capsys.readouterr()
     assert out == ""
     assert message in err
-    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    assert err.count("zsnr: error:") == 1
 
 
 def test_a_checkpoint_that_cannot_go_is_refused_before_its_weights(tmp_path, monkeypatch, capsys):

@@ -16,9 +16,11 @@ from test_checkpoints import tiny_stable_diffusion
 
 from zsnr import DDIM, Conditioning, Denoiser, Guidance, NoiseSchedule, trailing
 from zsnr.checkpoints import Model, read_checkpoint, read_diffusers_folder
+from zsnr.checkpoints.export import export_diffusers
 from zsnr.checkpoints.lora import ldm_name, merge, write_lora
 from zsnr.cli import main
-from zsnr.codecs import PixelCodec
+from zsnr.codecs import AutoencoderKLCodec, PixelCodec
+from zsnr.conditioning import SDXLConditioner
 from zsnr.described import build, describe
 from zsnr.lora import AdaptedUNet, LoRA, lora_state_dict, merge_lora
 from zsnr.networks import UNet
@@ -134,6 +136,17 @@ def test_its_state_dict_is_strict(base):
         again.load_state_dict(few)
     with pytest.raises(RuntimeError, match="Unexpected key"):
         again.load_state_dict({**adapted.state_dict(), "more": torch.ones(1)})
+
+
+def test_nobody_writes_it_as_a_whole_unet(base, tmp_path):
+    adapted = stirred(AdaptedUNet(str(base), SETTINGS))
+    with pytest.raises(ValueError, match="has adapters .* merge them first"):
+        adapted.unet.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has adapters"):
+        adapted.unet.state_dict()
+    merge_lora(adapted).unet.save_pretrained(tmp_path)
+    again = UNet(pretrained=str(tmp_path), subfolder=None).eval()
+    torch.testing.assert_close(again(*inputs()), adapted.eval()(*inputs()), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -297,7 +310,6 @@ def test_runs_of_other_kinds_are_not_resumed(base, shards, run, tmp_path):
     "options",
     [
         {"model": {"gradient_checkpointing": True}},
-        {"model": {"compile": "eager"}},
         {"data_options": {"max_batch_size_per_device": 4}},
     ],
 )
@@ -400,6 +412,10 @@ def test_from_yaml_to_diffusers(config, stable, capsys):
         (["--model.conditioner.init_args.trainable", "true"], "set the conditioner's trainable"),
         (["--model.lora.rank", "0"], "lora.rank=0"),
         (["--model.lora.rang", "4"], "rang"),
+        (
+            ["--model.lora.base_dtype", "float16", "--trainer.precision", "bf16-mixed"],
+            "set it to bfloat16 or float32",
+        ),
         (["--trainer.strategy", "zsnr.training.FullyShardedStrategy"], "auto or ddp"),
         (["--model.lora.target_modules", "[to_z]"], "no module 'to_z'"),
     ],
@@ -526,6 +542,15 @@ def test_a_folder_is_read_by_diffusers(stable, tmp_path):
     found = their_images(stable, latents, 4, str(path.parent))
     wanted = our_images(adapted(stable), latents, 4)
     torch.testing.assert_close(found, wanted, rtol=0, atol=2e-2)
+
+
+@pytest.mark.peer
+def test_merged_is_exported_like_any_other(stable, tmp_path):
+    model = merge(adapted(stable))
+    export_diffusers(model, tmp_path / "out", dtype="float32", facts={})
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    found = their_images(tmp_path / "out", latents, 4)
+    torch.testing.assert_close(found, our_images(adapted(stable), latents, 4), rtol=0, atol=1e-4)
 
 
 def test_the_diffusers_layout(stable, tmp_path):
@@ -689,3 +714,62 @@ def test_a_kill_leaves_no_half_of_a_file(stable, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         write_lora(adapted(stable), tmp_path / "a.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("layout", ["diffusers", "kohya"])
+def test_adapters_of_sdxl_are_trained_and_read_by_diffusers(tmp_path, layout):
+    from diffusers import StableDiffusionXLPipeline
+
+    source = str(tmp_path / "xl")
+    tiny.sdxl_folder(source)
+    tiny.write_shards(tmp_path / "shards", [7, 6])
+    tiny.write_shards(tmp_path / "shards", [5], "val")
+    options = {
+        "codec": AutoencoderKLCodec(source, subfolder="vae"),
+        "conditioner": SDXLConditioner(source),
+        "unet": source,
+        "lora": SETTINGS,
+        "optimizer": lambda p: torch.optim.AdamW(p, lr=0.05),
+    }
+    cells.fit(tmp_path / "shards", tmp_path, model=options)
+    model = read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
+    prompts, settings = ["a cat", "dog"], {"num_steps": 10, "guidance": Guidance(4.0, 0.7)}
+    images = TextToImage(model)(prompts, seeds=[5, 6], **settings, progress=False)
+    start = [torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(s)) for s in (5, 6)]
+    largest = []
+    for lora in (write_lora(model, tmp_path / "own.safetensors", layout=layout), None):
+        pipe = StableDiffusionXLPipeline.from_pretrained(source, add_watermarker=False)
+        if lora is not None:
+            pipe.load_lora_weights(str(lora))
+        wanted = pipe(
+            prompts,
+            latents=torch.cat(start),
+            num_inference_steps=10,
+            guidance_scale=4.0,
+            guidance_rescale=0.7,
+            height=16,
+            width=16,
+        ).images
+        pairs = [
+            zip(a.tobytes(), b.tobytes(), strict=True) for a, b in zip(images, wanted, strict=True)
+        ]
+        largest.append(max(abs(a - b) for pair in pairs for a, b in pair))
+    assert largest[0] <= 1
+    assert largest[1] > 1
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "kohya"])
+def test_the_doctor_finds_the_fix_in_it(stable, tmp_path, capsys, layout):
+    path = write_lora(adapted(stable), tmp_path / "a.safetensors", layout=layout)
+    capsys.readouterr()
+    assert main(["doctor", str(path), "--json"]) == 0
+    diagnosis = json.loads(capsys.readouterr().out)
+    assert diagnosis["verdict"] == "fixed"
+    assert "LoRA" in diagnosis["facts"]["model"]
+
+
+def test_the_doctor_reads_a_checkpoint_of_adapters(run, capsys):
+    capsys.readouterr()
+    assert main(["doctor", str(run["checkpoint"]), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["verdict"] == "fixed"

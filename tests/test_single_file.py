@@ -151,7 +151,7 @@ def files(models, tmp_path_factory):
 
 def state(model):
     """All weights of a model."""
-    parts = {"unet": model.unet.unet, "vae": model.codec._vae, "text": model.conditioner.encoder}
+    parts = {"unet": model.unet.unet, "vae": model.codec.vae, "text": model.conditioner.encoder}
     if "encoder_2" in model.conditioner.parts:
         parts["text_2"] = model.conditioner.encoder_2
     return {f"{k}.{n}": w for k, part in parts.items() for n, w in part.state_dict().items()}
@@ -545,6 +545,28 @@ def test_other_tokenizers_are_refused(models, folders, tmp_path):
     other.save_pretrained(tmp_path / "sd/tokenizer")
     with pytest.raises(ValueError, match="a tokenizer that is not CLIP's"):
         check_single_file(read_diffusers_folder(str(tmp_path / "sd")))
+
+
+def test_adapters_are_refused(models, files):
+    pytest.importorskip("peft")
+    from zsnr.lora import AdaptedUNet, LoRA
+
+    adapted = AdaptedUNet(pretrained=str(files["v1"]), lora=LoRA(rank=2))
+    with pytest.raises(ValueError, match="merge them first"):
+        check_single_file(replace(models["v1"], unet=adapted))
+
+
+@CUSTOM
+def test_folders_are_made_of_files_and_files_of_folders(models, files, tmp_path):
+    for name in ("folder", "again.safetensors"):
+        source = files["v2"] if name == "folder" else tmp_path / "folder"
+        assert main(["export", str(source), "--output", str(tmp_path / name)]) == 0
+    wanted, found = load_file(files["v2"]), load_file(tmp_path / "again.safetensors")
+    table = "cond_stage_model.model.token_embedding.weight"
+    differs = (wanted.pop(table) != found.pop(table)).any(dim=1)
+    assert differs.sum() <= 1  # a token that no prompt has is the folder's padding
+    assert wanted.keys() == found.keys()
+    assert all(wanted[name].equal(found[name]) for name in wanted)
 
 
 @pytest.mark.parametrize(

@@ -447,7 +447,9 @@ def _export(options: argparse.Namespace) -> None:
     if kind == "single-file":
         from zsnr.checkpoints.single_file import write_single_file
 
-        write_single_file(model, output, dtype=options.dtype, metadata={})
+        write_single_file(
+            model, output, dtype=options.dtype, metadata={"zsnr.run": json.dumps(facts)}
+        )
     else:
         export_diffusers(model, output, dtype=options.dtype, facts=facts)
     written = {

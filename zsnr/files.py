@@ -27,11 +27,15 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     Raises:
         ValueError: There is something of that name, before or after.
+        OSError: It cannot be made.
     """
     check_new(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    try:
+        beside.mkdir(parents=True)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror}.") from error
     try:
         yield beside
         check_new(path)

@@ -117,7 +117,8 @@ class AdaptedUNet(UNet):
             )
         self.lora = lora if isinstance(lora, LoRA) else LoRA(**lora)
         add_lora(self.unet, self.lora)
-        hooked: Any = self  # torch leaves these two untyped
+        hooked: Any = self  # torch leaves these untyped
+        self.unet.register_state_dict_pre_hook(_refuse_whole)
         hooked.register_state_dict_post_hook(_leave_out_base)
         hooked.register_load_state_dict_pre_hook(_put_in_base)
 
@@ -224,6 +225,19 @@ def _digest(pretrained: str, subfolder: str | None) -> str | None:
     if Path(pretrained).is_file():
         return digest([Path(pretrained)])
     return digest(find_weights(pretrained, subfolder, _STEM))
+
+
+def _refuse_whole(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    """Let nobody write diffusers' UNet as a whole one while its layers have adapters beside them.
+
+    Raises:
+        ValueError: It is asked for alone, and not as a part of the AdaptedUNet.
+    """
+    if not prefix:
+        raise ValueError(
+            "This UNet has adapters (model.lora), and is no plain one: merge them first, by "
+            "zsnr.checkpoints.lora.merge, or write them as a LoRA file."
+        )
 
 
 def _leave_out_base(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -134,12 +135,12 @@ def _proof(facts: Mapping[str, Any], schedule: NoiseSchedule, fixed: bool) -> st
 
 
 def _usage(name: str, facts: Mapping[str, Any], schedule: NoiseSchedule, fixed: bool) -> str:
-    sampling = facts.get("sampling") or {}
-    scale = sampling.get("guidance_scale", Guidance.scale)
-    rescale = sampling.get("guidance_rescale", Guidance.rescale if fixed else 0.0)
+    sampling = _mapping(facts.get("sampling"))
+    scale = _number(sampling.get("guidance_scale"), Guidance.scale)
+    rescale = _rescale(facts, fixed)
     pipeline = facts.get("pipeline", "StableDiffusionPipeline")
     T = schedule.num_timesteps
-    wanted = sampling.get("num_steps") or 50
+    wanted = _number(sampling.get("num_steps"), 50)
     steps = min((s for s in range(1, T + 1) if T % s == 0), key=lambda s: abs(s - wanted))
     dtype = facts.get("dtype", "float32")
     half = "" if dtype == "float32" else f", torch_dtype=torch.{dtype}"
@@ -147,7 +148,7 @@ def _usage(name: str, facts: Mapping[str, Any], schedule: NoiseSchedule, fixed: 
 import torch
 from diffusers import {pipeline}
 
-pipe = {pipeline}.from_pretrained({f"path/to/{name}"!r}{half})
+pipe = {pipeline}.from_pretrained({json.dumps(f"path/to/{name}")}{half})
 image = pipe(
     "a black cat at night",
     num_inference_steps={steps},
@@ -171,14 +172,14 @@ image.save("image.png")
             if fixed
             else "common values, not tried out on this model."
         ),
-        f"- **Choose a number of steps that divides {T}**, such as {_divisors(T)}. With others "
-        f"diffusers' DDIM steps to t - {T} // steps, which is not where its next step starts, and "
-        "for a few, such as 61 of 1000, it makes one step more, whose t is -1.",
+        f"- **Choose a number of steps that divides {T}**, such as {_divisors(T)}. With "
+        f"others diffusers' DDIM steps to t - {T} // steps, which is not where its next step "
+        "starts; for a few, such as 61 of 1000, it makes one step more, at t = -1.",
     ]
     spacing, sampler = sampling.get("spacing", "trailing"), sampling.get("sampler", "ddim")
     if spacing != "trailing" or sampler != "ddim":
         notes.append(
-            f"- This model's own previews were made with {_plain(sampler)} on {_plain(spacing)} "
+            f"- This model's own previews were made with {_said(sampler)} on {_said(spacing)} "
             "timesteps; the folder says DDIM and trailing."
         )
     if dtype == "float16":
@@ -233,7 +234,7 @@ def _elsewhere(facts: Mapping[str, Any], schedule: NoiseSchedule, fixed: bool) -
             "## ComfyUI and A1111\n\nThey read single files, which `zsnr export THIS_FOLDER "
             "--output FILE.safetensors --format single-file` writes."
         )
-    rescale = (facts.get("sampling") or {}).get("guidance_rescale", Guidance.rescale)
+    rescale = _rescale(facts, fixed)
     if not torch.equal(schedule.alphas_cumprod, NoiseSchedule().alphas_cumprod):
         return (
             "## ComfyUI and A1111\n\nTheir switch for zero terminal SNR means Stable Diffusion's "
@@ -259,24 +260,51 @@ def _elsewhere(facts: Mapping[str, Any], schedule: NoiseSchedule, fixed: bool) -
 
 
 def _training(facts: Mapping[str, Any]) -> str:
-    loss, start = facts.get("loss"), facts.get("start")
+    loss, start = _mapping(facts.get("loss")), facts.get("start")
+    if isinstance(start, Mapping):
+        start = start.get("unet")
+    elif start is None and "start" in facts:
+        start = "random weights"
+    data = facts.get("data")
+    sources = data if isinstance(data, list | tuple) else [data]
     rows = [
-        ("started from", start.get("unet") if isinstance(start, Mapping) else start),
-        ("data", facts.get("data")),
+        ("started from", start),
+        ("data", [_public(source) for source in sources if source is not None] or None),
         ("steps", facts.get("global_step")),
         ("batch", facts.get("batch_size")),
         ("learning rate", facts.get("learning_rate")),
-        ("loss weighting", loss.get("name") if isinstance(loss, Mapping) else loss),
+        ("loss weighting", loss.get("name")),
         ("caption dropout", facts.get("caption_dropout")),
         ("offset noise", facts.get("offset_noise")),
         ("averaging of weights", facts.get("ema")),
         ("weights here", facts.get("weights")),
         ("stored as", facts.get("dtype")),
-        *(sorted((facts.get("metrics") or {"val/loss": None}).items())),
+        *(sorted((_mapping(facts.get("metrics")) or {"val/loss": None}).items())),
         ("zsnr", facts.get("zsnr_version")),
-        *(sorted((facts.get("versions") or {}).items())),
+        *(sorted(_mapping(facts.get("versions")).items())),
     ]
     return "## Training\n\n" + _table([(name, _said(value)) for name, value in rows])
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _number(value: Any, default: float) -> float:
+    """Take a number, and nothing else: it goes into code that people run."""
+    fine = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return value if fine else default
+
+
+def _rescale(facts: Mapping[str, Any], fixed: bool) -> float:
+    recorded = _mapping(facts.get("sampling")).get("guidance_rescale")
+    return _number(recorded, Guidance.rescale if fixed else 0.0)
+
+
+def _public(source: Any) -> str:
+    """Say where data is without the place on somebody's machine."""
+    text = str(source)
+    return "/".join(text.split("/")[-2:]) if text.startswith(("/", "~")) else text
 
 
 def _is_table(schedule: NoiseSchedule) -> bool:
@@ -322,4 +350,4 @@ def _said(value: Any) -> str:
 
 
 def _plain(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")

@@ -109,12 +109,10 @@ def signal(schedule: NoiseSchedule) -> str:
 
 
 def schedule_facts(schedule: NoiseSchedule) -> dict[str, Any]:
-    """Return what matters of a schedule, without its tables."""
+    """Return what matters of a schedule; "schedule" holds its settings."""
     abar_T = float(schedule.alphas_cumprod[-1])
-    settings = schedule.settings()
-    table = settings.pop("alphas_cumprod_table")
     return {
-        "schedule": {**settings, "own_table": table is not None},
+        "schedule": schedule.settings(),
         "snr_T": float(schedule.snr[-1]),
         "sqrt_abar_T": math.sqrt(abar_T),
         "kept_brightness": {"scale": SCALE, "fraction": kept_brightness(abar_T)},
@@ -172,7 +170,7 @@ def _rows(facts: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
 
 def _schedule_text(settings: Mapping[str, Any]) -> str:
     T, zero = settings["num_timesteps"], settings["zero_terminal_snr"]
-    if settings["own_table"]:
+    if settings["alphas_cumprod_table"] is not None:
         name = "own table"
     else:
         ends = (settings["beta_start"], settings["beta_end"])

@@ -29,6 +29,7 @@ from zsnr.conditioning import (
 from zsnr.conditioning.tokenizers import BPE, PADDING, Tokenizer
 from zsnr.files import check_new, new_folder
 from zsnr.ldm_file import is_single_file
+from zsnr.lora import AdaptedUNet
 from zsnr.pretrained import read_config
 
 if TYPE_CHECKING:
@@ -63,6 +64,11 @@ def export_diffusers(
     check_new(folder)
     check_dtype(dtype)
     check_exportable(describe_model(model))
+    if isinstance(model.unet, AdaptedUNet):
+        raise ValueError(
+            "The UNet carries LoRA adapters: merge them first (zsnr.checkpoints.lora.merge, or "
+            "`zsnr export --merge`), or write them alone (`--format lora`)."
+        )
     scheduler = DDIMScheduler.from_config(scheduler_config(model.schedule, model.prediction_type))
     pipeline = _pipeline(model, scheduler, getattr(torch, dtype))
     with new_folder(folder) as beside:
@@ -112,7 +118,7 @@ def read_exportable(
         raise ValueError(
             f"{source} is no checkpoint of zsnr, and has one set of weights: leave --raw out."
         )
-    facts = {"start": path.name if path.exists() else source}
+    facts = {"start": path.resolve().name if path.exists() else source}
     if is_single_file(str(path)):
         return read_single_file(str(path)), facts
     return read_diffusers_folder(str(path) if path.exists() else source), facts

@@ -52,8 +52,8 @@ def write_lora(
             pytorch_lora_weights.safetensors.
         layout: "diffusers": unet.MODULE.lora_A.weight and lora_B.weight, with alpha / rank
             multiplied into B, so that no reader needs to know it. "kohya":
-            lora_unet_MODULE.lora_down.weight, lora_up.weight and alpha, and kohya's metadata;
-            modules are named as diffusers does, of SDXL as its original code does.
+            lora_unet_MODULE.lora_down.weight, lora_up.weight and alpha, and the network in the
+            metadata; modules are named as diffusers does, of SDXL as its original code does.
         dtype: Of the tensors.
         metadata: More of it, or other values.
 
@@ -65,6 +65,7 @@ def write_lora(
             module.
     """
     unet, path = _adapted(model), Path(path).expanduser()
+    title = path.stem
     if layout not in ("diffusers", "kohya"):
         raise ValueError(f"layout={layout!r}: wanted 'diffusers' or 'kohya'.")
     if dtype not in _DTYPES:
@@ -79,9 +80,9 @@ def write_lora(
         if not isinstance(value, str):
             raise ValueError(f"metadata {name!r} is a {type(value).__name__}: wanted a text.")
     if layout == "diffusers":
-        tensors, facts = _diffusers_tensors(unet), _modelspec(model, path.stem)
+        tensors, facts = _diffusers_tensors(unet), _facts(model, title)
     else:
-        tensors, facts = _kohya_tensors(unet), {**_modelspec(model, path.stem), **_kohya(model)}
+        tensors, facts = _kohya_tensors(unet), {**_facts(model, title), **_kohya(model)}
     tensors = {
         name: tensor.to("cpu", dtype if tensor.ndim else None).contiguous()  # an alpha is exact
         for name, tensor in tensors.items()
@@ -165,7 +166,8 @@ def _base(model: Model) -> tuple[str, str] | None:
     return known.get(width)
 
 
-def _modelspec(model: Model, title: str) -> dict[str, str]:
+def _facts(model: Model, title: str) -> dict[str, str]:
+    """Say what the adapters were trained for, as other tools read it."""
     own: dict[str, Any] = {
         "prediction_type": model.prediction_type,
         "schedule": model.schedule.settings(),
@@ -175,6 +177,8 @@ def _modelspec(model: Model, title: str) -> dict[str, str]:
         "modelspec.title": title,
         "modelspec.resolution": f"{model.image_size}x{model.image_size}",
         "modelspec.prediction_type": "v" if _has_v(model) else model.prediction_type,
+        "ss_v_parameterization": str(_has_v(model)),
+        "ss_zero_terminal_snr": str(float(model.schedule.snr[-1]) == 0),
         "zsnr": json.dumps(own),
     }
     base = _base(model)
@@ -186,7 +190,7 @@ def _modelspec(model: Model, title: str) -> dict[str, str]:
 
 
 def _kohya(model: Model) -> dict[str, str]:
-    """Say what kohya's scripts write, those facts that others read."""
+    """Say what kohya's scripts write of a network."""
     lora, base = _adapted(model).lora, _base(model)
     return {
         "ss_network_module": "networks.lora",
@@ -194,6 +198,4 @@ def _kohya(model: Model) -> dict[str, str]:
         "ss_network_alpha": f"{lora.strength:g}",
         "ss_v2": str(base is not None and base[0] == "sd_v2"),
         **({} if base is None else {"ss_base_model_version": base[0]}),
-        "ss_v_parameterization": str(_has_v(model)),
-        "ss_zero_terminal_snr": str(float(model.schedule.snr[-1]) == 0),
     }

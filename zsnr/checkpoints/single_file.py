@@ -32,7 +32,9 @@ from zsnr.ldm_file import (
     Family,
     LdmFile,
     open_ldm_file,
+    part_tokenizer,
 )
+from zsnr.lora import AdaptedUNet
 from zsnr.networks import UNet
 from zsnr.prediction import PredictionType
 from zsnr.schedule import NoiseSchedule
@@ -180,8 +182,9 @@ def read_single_file(
     if file.family == "xl":
         conditioner = SDXLConditioner(source)
     else:
+        tokenizer, max_length = part_tokenizer(file, "tokenizer")
         conditioner = TransformersConditioner(
-            source, subfolder="text_encoder", tokenizer_subfolder="tokenizer"
+            source, tokenizer=tokenizer, subfolder="text_encoder", max_length=max_length
         )
     prediction_type = prediction_type or _prediction_type(file)
     unet = UNet(
@@ -254,6 +257,8 @@ def _parts(model: Model) -> tuple[Family, dict[str, _Part], dict[str, dict[str, 
     _check_marks(model)
     if not isinstance(model.codec, AutoencoderKLCodec):
         raise _cannot_hold(f"{type(model.codec).__name__}: it knows AutoencoderKLCodec only")
+    if isinstance(model.unet, AdaptedUNet):
+        raise _cannot_hold("adapters beside the UNet: merge them first")
     family, parts, tokenizers = _text_parts(model.conditioner)
     codec, unet = model.codec.load(), model.unet.unet
     unet_settings = _settings("unet", "UNet", type(unet), unet.config)
@@ -263,7 +268,7 @@ def _parts(model: Model) -> tuple[Family, dict[str, _Part], dict[str, dict[str, 
             f"{type(model.conditioner).__name__}"
         )
     parts["unet"] = _Part(unet_settings, lambda: ldm_unet(unet.state_dict(), unet_settings))
-    vae = codec._vae
+    vae = codec.vae
     vae_settings = {
         **_settings("vae", "VAE", type(vae), vae.config),
         "scaling_factor": float(codec.scale),
@@ -309,7 +314,7 @@ def _text_parts(
     layers = int(encoder.config.num_hidden_layers)
     # hidden_states[i] is what i layers gave; [-1] of the last, whose norm is that of its output.
     used = layers if conditioner._layer == -1 else range(layers + 1)[conditioner._layer]
-    tokenizer = _tokenizer(conditioner._tokenize, conditioner._max_length)
+    tokenizer = _tokenizer(conditioner.tokenize, conditioner.max_length, encoder)
     family: Family = "v1" if tokenizer == "clip" else "v2"
     settings = {
         **_settings("text_encoder", "text encoder", type(encoder), encoder.config),
@@ -324,7 +329,7 @@ def _text_parts(
     def weights() -> dict[str, Tensor]:
         return rename(_first_layers(encoder.state_dict(), kept))
 
-    tokenizers = {"tokenizer": {"name": tokenizer, "max_length": conditioner._max_length}}
+    tokenizers = {"tokenizer": {"name": tokenizer, "max_length": conditioner.max_length}}
     return family, {"text_encoder": _Part(settings, weights)}, tokenizers
 
 
@@ -344,10 +349,10 @@ def _both_text_parts(
         ),
     }
     tokenizers = {}
-    for (part, wanted), tokenize in zip(
-        TOKENIZERS["xl"].items(), conditioner._tokenizers, strict=True
+    for (part, wanted), tokenize, encoder in zip(
+        TOKENIZERS["xl"].items(), conditioner._tokenizers, (one, two), strict=True
     ):
-        found = _tokenizer(tokenize, conditioner._max_length)
+        found = _tokenizer(tokenize, conditioner._max_length, encoder)
         if found != wanted:
             raise _cannot_hold(
                 f"the {part} of this SDXL, which has other tokens after the prompt: readers have "
@@ -372,11 +377,15 @@ def _first_layers(weights: Mapping[str, Tensor], count: int) -> dict[str, Tensor
     return {name: weight for name, weight in weights.items() if layer(name) < count}
 
 
-def _tokenizer(tokenize: Tokenizer, max_length: int) -> str:
-    """Return which of CLIP's tokenizers it is, by what it makes of some prompts."""
-    ids = tokenize(_PROBES)[0]
+def _tokenizer(tokenize: Tokenizer, max_length: int, encoder: Any) -> str:
+    """Return which of CLIP's tokenizers it is, by what the encoder gets of some prompts."""
+    rows = encoder.get_input_embeddings().weight
+    ids = tokenize(_PROBES)[0].to(rows.device)
     for name in BPE:
-        if ids.shape[1] == max_length and ids.equal(bpe_tokenizer(name, max_length)[0](_PROBES)[0]):
+        wanted = bpe_tokenizer(name, max_length)[0](_PROBES)[0].to(rows.device)
+        # Padding may have another name, and the row of this one.
+        fits = ids.shape == wanted.shape and bool(wanted.max() < len(rows))
+        if fits and rows[ids].equal(rows[wanted]):
             return name
     raise _cannot_hold("a tokenizer that is not CLIP's: readers have that one")
 

@@ -247,6 +247,13 @@ class LatentDiffusion(L.LightningModule):
         if stage == "fit" and isinstance(self.trainer.strategy, FullyShardedStrategy):
             check_unsharded(isinstance(self.trained["unet"], AdaptedUNet))
         precision = str(self.trainer.precision)
+        computes = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}.get(precision)
+        base = "float32" if self.lora is None else self.lora.base_dtype
+        if computes is not None and base not in ("float32", computes):
+            raise ValueError(
+                f"trainer.precision={precision} computes in {computes}, but model.lora's "
+                f"base_dtype is {base}: set it to {computes} or float32."
+            )
         if self.ema is not None and precision in ("bf16-true", "16-true"):
             raise ValueError(
                 f"trainer.precision={precision} would keep averaged weights in half precision, "
