@@ -151,7 +151,7 @@ def files(models, tmp_path_factory):
 
 def state(model):
     """All weights of a model."""
-    parts = {"unet": model.unet.unet, "vae": model.codec.vae, "text": model.conditioner.encoder}
+    parts = {"unet": model.unet.unet, "vae": model.codec._vae, "text": model.conditioner.encoder}
     if "encoder_2" in model.conditioner.parts:
         parts["text_2"] = model.conditioner.encoder_2
     return {f"{k}.{n}": w for k, part in parts.items() for n, w in part.state_dict().items()}

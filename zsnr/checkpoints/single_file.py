@@ -268,7 +268,7 @@ def _parts(model: Model) -> tuple[Family, dict[str, _Part], dict[str, dict[str, 
             f"{type(model.conditioner).__name__}"
         )
     parts["unet"] = _Part(unet_settings, lambda: ldm_unet(unet.state_dict(), unet_settings))
-    vae = codec.vae
+    vae = codec._vae
     vae_settings = {
         **_settings("vae", "VAE", type(vae), vae.config),
         "scaling_factor": float(codec.scale),
