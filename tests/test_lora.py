@@ -535,7 +535,7 @@ def test_diffusers_gives_our_images(stable, tmp_path, layout, num_steps):
 
 @pytest.mark.peer
 def test_a_folder_is_read_by_diffusers(stable, tmp_path):
-    path = write_lora(adapted(stable), tmp_path / "lora", dtype=torch.float16)
+    path = write_lora(adapted(stable), tmp_path / "lora", dtype="float16")
     assert path == tmp_path / "lora" / "pytorch_lora_weights.safetensors"
     assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float16}
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
@@ -569,7 +569,7 @@ def test_the_kohya_layout(stable, tmp_path):
         model,
         tmp_path / "a.safetensors",
         layout="kohya",
-        dtype=torch.bfloat16,
+        dtype="bfloat16",
         metadata={"modelspec.author": "somebody", "modelspec.title": "A cat"},
     )
     tensors = load_file(path)
@@ -687,7 +687,7 @@ def test_wrong_exports_are_refused(stable, tmp_path):
     for options, message in (
         ({}, "exists: choose another name"),
         ({"layout": "civitai"}, "wanted 'diffusers' or 'kohya'"),
-        ({"dtype": torch.int8}, "dtype=torch.int8: wanted"),
+        ({"dtype": "int8"}, "dtype='int8': wanted"),
         ({"metadata": {"steps": 3}}, "metadata 'steps' is a int: wanted a text"),
     ):
         path = taken if not options else tmp_path / "b.safetensors"

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from zsnr.checkpoints.model import Model
+from zsnr.codecs.autoencoder_kl import Precision
 from zsnr.files import replacing
 from zsnr.lora import AdaptedUNet, lora_state_dict, merge_lora
 
 Layout = Literal["diffusers", "kohya"]
 
 DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def merge(model: Model) -> Model:
@@ -36,7 +36,7 @@ def write_lora(
     path: str | Path,
     *,
     layout: Layout = "diffusers",
-    dtype: torch.dtype = torch.float32,
+    dtype: Precision = "float32",
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
     """Write a model's adapters as a safetensors file.
@@ -68,8 +68,8 @@ def write_lora(
     title = path.stem
     if layout not in ("diffusers", "kohya"):
         raise ValueError(f"layout={layout!r}: wanted 'diffusers' or 'kohya'.")
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype={dtype}: wanted {', '.join(map(str, _DTYPES))}.")
+    if dtype not in ("float32", "float16", "bfloat16"):
+        raise ValueError(f"dtype={dtype!r}: wanted 'float32', 'float16' or 'bfloat16'.")
     if path.suffix != ".safetensors":
         if layout == "kohya":
             raise ValueError(f"{path}: wanted a file NAME.safetensors.")
@@ -83,8 +83,9 @@ def write_lora(
         tensors, facts = _diffusers_tensors(unet), _facts(model, title)
     else:
         tensors, facts = _kohya_tensors(unet), {**_facts(model, title), **_kohya(model)}
+    kept: torch.dtype = getattr(torch, dtype)
     tensors = {
-        name: tensor.to("cpu", dtype if tensor.ndim else None).contiguous()  # an alpha is exact
+        name: tensor.to("cpu", kept if tensor.ndim else None).contiguous()  # an alpha is exact
         for name, tensor in tensors.items()
     }
     from safetensors.torch import save_file
