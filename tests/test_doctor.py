@@ -523,7 +523,8 @@ def test_fix_writes_beside(tmp_path, change):
     found = examine(fixed)
     assert found.verdict == "fixed"
     assert not any("infinite" in text for text in found.warnings)
-    assert found.facts["schedule"]["own_table"] == abar["own_table"]
+    tables = [facts["alphas_cumprod_table"] is None for facts in (abar, found.facts["schedule"])]
+    assert tables[0] == tables[1]
     assert json.loads(fixed.read_text())["extra"] == 1
     assert json.loads(fixed.read_text())["prediction_type"] == "v_prediction"
     assert any("only if" in text for text in done) == (change == {"rescale_betas_zero_snr": False})

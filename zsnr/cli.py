@@ -287,8 +287,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument(
         "--format",
-        choices=("diffusers", "single-file"),
-        help="what to write (default: single-file where PATH ends in .safetensors, else diffusers)",
+        choices=("diffusers", "single-file", "lora", "lora-kohya"),
+        help="what to write (default: single-file where PATH ends in .safetensors, else "
+        "diffusers); lora and lora-kohya write adapters alone, as diffusers and kohya's scripts do",
+    )
+    export.add_argument(
+        "--merge", action="store_true", help="write the whole model, with its adapters merged"
+    )
+    export.add_argument(
+        "--base", metavar="MODEL", help="where the model under the adapters is, if it has moved"
     )
     export.add_argument(
         "--dtype",
@@ -429,27 +436,38 @@ def _checkpoint_consolidate(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     import json
 
-    from zsnr.checkpoints.export import export_diffusers, read_exportable
+    from zsnr.checkpoints.export import Form, export_diffusers, read_exportable
+    from zsnr.checkpoints.lora import Layout, write_lora
     from zsnr.files import check_new
 
     output = Path(options.output).expanduser()
     check_new(output)
     file = output.suffix == ".safetensors"
     kind = options.format or ("single-file" if file else "diffusers")
+    layouts: dict[str, Layout] = {"lora": "diffusers", "lora-kohya": "kohya"}
+    adapters = kind in layouts
     if kind == "diffusers" and file:
         raise ValueError(f"{output}: a folder of diffusers is no file. Use --format single-file.")
-    if kind == "single-file" and not file:
-        raise ValueError(f"{output}: wanted a name that ends in .safetensors for a single file.")
+    if kind in ("single-file", "lora-kohya") and not file:
+        raise ValueError(f"{output}: wanted a name that ends in .safetensors for one file.")
+    if adapters and options.merge:
+        raise ValueError("--merge writes a whole model: leave it out, or --format lora.")
+    form: Form = "lora" if adapters else "single-file" if kind == "single-file" else "diffusers"
     model, facts = read_exportable(
-        options.checkpoint, ema=not options.raw, single_file=kind == "single-file"
+        options.checkpoint,
+        ema=not options.raw,
+        base=options.base,
+        merged=options.merge,
+        form=form,
     )
     print(f"writing {output}", file=sys.stderr)
-    if kind == "single-file":
+    metadata = {"zsnr.run": json.dumps(facts)}
+    if adapters:
+        write_lora(model, output, layout=layouts[kind], dtype=options.dtype, metadata=metadata)
+    elif kind == "single-file":
         from zsnr.checkpoints.single_file import write_single_file
 
-        write_single_file(
-            model, output, dtype=options.dtype, metadata={"zsnr.run": json.dumps(facts)}
-        )
+        write_single_file(model, output, dtype=options.dtype, metadata=metadata)
     else:
         export_diffusers(model, output, dtype=options.dtype, facts=facts)
     written = {

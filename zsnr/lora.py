@@ -6,14 +6,20 @@ import importlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zsnr.denoiser import Conditioning
 from zsnr.networks import UNet
-from zsnr.pretrained import digest, find_weights, is_weightless
+from zsnr.pretrained import (
+    Precision,
+    check_precision,
+    digest,
+    find_weights,
+    is_weightless,
+)
 
 _STEM = "diffusion_pytorch_model"
 _ADAPTER = "default"  # peft's name of an adapter that is alone
@@ -40,7 +46,7 @@ class LoRA:
     rank: int = 16
     alpha: float | None = None
     target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    base_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    base_dtype: Precision = "float32"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "target_modules", tuple(self.target_modules))
@@ -50,10 +56,7 @@ class LoRA:
             raise ValueError(f"lora.alpha={self.alpha:g}: wanted more than 0.")
         if not self.target_modules:
             raise ValueError("lora.target_modules is empty: wanted names such as 'to_q'.")
-        if self.base_dtype not in ("float32", "float16", "bfloat16"):
-            raise ValueError(
-                f"lora.base_dtype={self.base_dtype!r}: wanted 'float32', 'float16' or 'bfloat16'."
-            )
+        check_precision(self.base_dtype, "lora.base_dtype")
 
     @property
     def strength(self) -> float:
@@ -183,6 +186,11 @@ def lora_state_dict(unet: AdaptedUNet) -> dict[str, Tensor]:
     }
 
 
+def is_adapted(description: Mapping[str, Any]) -> bool:
+    """Whether a UNet's description is of an adapted one."""
+    return "lora" in description.get("init_args", {})
+
+
 def moved(description: Mapping[str, Any], pretrained: str) -> dict[str, Any]:
     """Return an adapted UNet's description with its base at another place.
 
@@ -190,7 +198,7 @@ def moved(description: Mapping[str, Any], pretrained: str) -> dict[str, Any]:
         ValueError: It is of no adapted UNet.
     """
     settings = description["init_args"]
-    if "lora" not in settings:
+    if not is_adapted(description):
         raise ValueError("base: the checkpoint holds no adapters, but a whole UNet.")
     return {**description, "init_args": {**settings, "pretrained": pretrained}}
 

@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -25,6 +25,8 @@ from zsnr.ldm_file import (
 )
 
 _HUB = " A name that is no local folder is looked up on the hub."
+Precision = Literal["float32", "float16", "bfloat16"]
+
 _WEIGHTLESS: ContextVar[bool] = ContextVar("weightless", default=False)
 
 
@@ -44,6 +46,19 @@ def without_weights() -> Iterator[None]:
 def is_weightless() -> bool:
     """Whether parts are made from their config alone."""
     return _WEIGHTLESS.get()
+
+
+def check_precision(dtype: str, name: str = "dtype") -> torch.dtype:
+    """Return the torch dtype of a Precision.
+
+    Raises:
+        ValueError: It is none; the known ones are listed.
+    """
+    if dtype not in get_args(Precision):
+        known = ", ".join(map(repr, get_args(Precision)))
+        raise ValueError(f"{name}={dtype!r} is unknown. Known: {known}.")
+    found: torch.dtype = getattr(torch, dtype)
+    return found
 
 
 def load_pretrained(

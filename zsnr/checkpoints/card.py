@@ -9,32 +9,17 @@ from typing import Any
 
 import torch
 
+from zsnr.checkpoints.declared import SCHEDULERS
+from zsnr.checkpoints.run_facts import published
 from zsnr.guidance import Guidance
 from zsnr.schedule import NoiseSchedule
 
 _UNKNOWN = "not recorded"
 
-# What diffusers' schedulers (0.42.1) make of this folder's scheduler config by `from_config`. Those
-# of the first line keep SNR 0; the second set abar_T to 2^-24, if the rescale flag tells them to;
-# the others do not know the flag.
-EXACT = ("DDIMScheduler", "DDPMScheduler", "LCMScheduler", "TCDScheduler")
-PATCHED = (
-    "EulerDiscreteScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "DPMSolverMultistepScheduler",
-    "UniPCMultistepScheduler",
-)
-DROPPING = (
-    "PNDMScheduler",
-    "LMSDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "DPMSolverSinglestepScheduler",
-    "DPMSolverSDEScheduler",
-    "DEISMultistepScheduler",
-    "SASolverScheduler",
-)
+# What diffusers' schedulers make of this folder's scheduler config by `from_config`.
+EXACT = tuple(name for name, cls in SCHEDULERS.items() if cls.finite_at_zero)
+PATCHED = tuple(name for name, cls in SCHEDULERS.items() if cls.patches)
+DROPPING = tuple(name for name, cls in SCHEDULERS.items() if not cls.rescales)
 
 
 def model_card(name: str, facts: Mapping[str, Any]) -> str:
@@ -260,16 +245,15 @@ def _elsewhere(facts: Mapping[str, Any], schedule: NoiseSchedule, fixed: bool) -
 
 
 def _training(facts: Mapping[str, Any]) -> str:
+    facts = published(facts)
     loss, start = _mapping(facts.get("loss")), facts.get("start")
     if isinstance(start, Mapping):
         start = start.get("unet")
     elif start is None and "start" in facts:
         start = "random weights"
-    data = facts.get("data")
-    sources = data if isinstance(data, list | tuple) else [data]
     rows = [
         ("started from", start),
-        ("data", [_public(source) for source in sources if source is not None] or None),
+        ("data", facts.get("data") or None),
         ("steps", facts.get("global_step")),
         ("batch", facts.get("batch_size")),
         ("learning rate", facts.get("learning_rate")),
@@ -299,12 +283,6 @@ def _number(value: Any, default: float) -> float:
 def _rescale(facts: Mapping[str, Any], fixed: bool) -> float:
     recorded = _mapping(facts.get("sampling")).get("guidance_rescale")
     return _number(recorded, Guidance.rescale if fixed else 0.0)
-
-
-def _public(source: Any) -> str:
-    """Say where data is without the place on somebody's machine."""
-    text = str(source)
-    return "/".join(text.split("/")[-2:]) if text.startswith(("/", "~")) else text
 
 
 def _is_table(schedule: NoiseSchedule) -> bool:

@@ -6,16 +6,17 @@ import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from zsnr.checkpoints.card import model_card
 from zsnr.checkpoints.diffusers_folder import read_diffusers_folder
+from zsnr.checkpoints.lora import merge
 from zsnr.checkpoints.model import Model
 from zsnr.checkpoints.own import KEY, describe_model, open_checkpoint, read_checkpoint
-from zsnr.checkpoints.run_facts import read_run_facts
+from zsnr.checkpoints.run_facts import published, read_run_facts
 from zsnr.checkpoints.scheduler_config import scheduler_config
 from zsnr.checkpoints.sharded import is_sharded
 from zsnr.checkpoints.single_file import read_single_file
@@ -29,20 +30,20 @@ from zsnr.conditioning import (
 from zsnr.conditioning.tokenizers import BPE, PADDING, Tokenizer
 from zsnr.files import check_new, new_folder
 from zsnr.ldm_file import is_single_file
-from zsnr.lora import AdaptedUNet
-from zsnr.pretrained import read_config
+from zsnr.lora import is_adapted
+from zsnr.pretrained import Precision, check_precision, read_config
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DiffusionPipeline
 
-Dtype = Literal["float32", "float16", "bfloat16"]
+Form = Literal["diffusers", "single-file", "lora"]
 
 
 def export_diffusers(
     model: Model,
     folder: str | Path,
     *,
-    dtype: Dtype = "float32",
+    dtype: Precision = "float32",
     facts: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a folder that diffusers' StableDiffusion(XL)Pipeline reads, with a model card.
@@ -62,13 +63,8 @@ def export_diffusers(
 
     folder = Path(folder)
     check_new(folder)
-    check_dtype(dtype)
+    check_precision(dtype)
     check_exportable(describe_model(model))
-    if isinstance(model.unet, AdaptedUNet):
-        raise ValueError(
-            "The UNet carries LoRA adapters: merge them first (zsnr.checkpoints.lora.merge, or "
-            "`zsnr export --merge`), or write them alone (`--format lora`)."
-        )
     scheduler = DDIMScheduler.from_config(scheduler_config(model.schedule, model.prediction_type))
     pipeline = _pipeline(model, scheduler, getattr(torch, dtype))
     with new_folder(folder) as beside:
@@ -87,7 +83,12 @@ def export_diffusers(
 
 
 def read_exportable(
-    source: str, *, ema: bool = True, single_file: bool = False
+    source: str,
+    *,
+    ema: bool = True,
+    base: str | None = None,
+    merged: bool = False,
+    form: Form = "diffusers",
 ) -> tuple[Model, dict[str, Any]]:
     """Read a model to export, and what is known of it.
 
@@ -95,55 +96,78 @@ def read_exportable(
         source: A checkpoint of this package, file or shards, a folder of diffusers or a hub id, or
             a single file in the ldm layout.
         ema: Of a checkpoint, take the averaged weights, else the raw ones.
-        single_file: It is for a single file, whose writer checks for itself what it can hold.
+        base: Of a checkpoint of adapters, where the model under them is, if it has moved.
+        merged: Merge its adapters.
+        form: What it is read for; what that cannot hold is refused before weights are read.
 
     Returns:
-        The model, and facts for `model_card`.
+        The model, and facts for `model_card` that tell no places on this machine.
 
     Raises:
-        ValueError: Nothing readable is there, or, before weights are read, it has a part that a
-            folder of diffusers cannot hold.
+        ValueError: Nothing readable is there, the form cannot hold it, or it has no adapters where
+            they are asked for.
     """
     path = Path(source).expanduser()
     if path.suffix == ".ckpt" or is_sharded(path):
         checkpoint = open_checkpoint(path)
-        if not single_file:
-            check_exportable(checkpoint[KEY])
-        facts = {**(checkpoint.get("run") or read_run_facts(path.parent) or {})}
+        adapted = is_adapted(checkpoint[KEY]["unet"])
+        if (merged or form == "lora") and not adapted:
+            raise ValueError(
+                f"{source} has no adapters, it was not trained with model.lora: export the whole "
+                "of it, without --merge."
+            )
+        if form == "diffusers":
+            check_exportable(checkpoint[KEY], merged=merged)
+        elif form == "single-file" and not merged:
+            check_merged(checkpoint[KEY])
+        facts = published(checkpoint.get("run") or read_run_facts(path.parent) or {})
         facts["global_step"] = checkpoint.get("global_step")
         if "ema" in facts:
             facts["weights"] = "averaged" if ema and facts["ema"] is not None else "raw"
-        return read_checkpoint(path, ema=ema), facts
-    if not ema:
-        raise ValueError(
-            f"{source} is no checkpoint of zsnr, and has one set of weights: leave --raw out."
-        )
+        model = read_checkpoint(path, ema=ema, base=base)
+        return (merge(model) if merged else model), facts
+    if form == "lora":
+        raise ValueError(f"{source} is no checkpoint of zsnr: it has no adapters to write.")
+    for option, given in (("--raw", not ema), ("--merge", merged), ("--base", base is not None)):
+        if given:
+            raise ValueError(
+                f"{source} is no checkpoint of zsnr, and has one set of weights: leave {option} "
+                "out."
+            )
     facts = {"start": path.resolve().name if path.exists() else source}
     if is_single_file(str(path)):
         return read_single_file(str(path)), facts
     return read_diffusers_folder(str(path) if path.exists() else source), facts
 
 
-def check_dtype(dtype: str) -> None:
-    """Refuse an unknown name of a dtype.
-
-    Raises:
-        ValueError: It is; the known ones are listed.
-    """
-    if dtype not in get_args(Dtype):
-        known = ", ".join(repr(name) for name in get_args(Dtype))
-        raise ValueError(f"dtype={dtype!r} is unknown. Known: {known}.")
-
-
-def check_exportable(description: Mapping[str, Any]) -> None:
-    """Refuse parts that a Stable Diffusion pipeline cannot hold; loads no weights.
+def check_merged(description: Mapping[str, Any]) -> None:
+    """Refuse adapters beside a UNet.
 
     Args:
         description: What `describe_model` returned, or a checkpoint stores.
 
     Raises:
+        ValueError: There are some.
+    """
+    if is_adapted(description["unet"]):
+        raise ValueError(
+            "The UNet carries LoRA adapters: merge them (`zsnr export --merge`, or "
+            "zsnr.checkpoints.lora.merge), or write them alone (`--format lora`)."
+        )
+
+
+def check_exportable(description: Mapping[str, Any], *, merged: bool = False) -> None:
+    """Refuse parts that a Stable Diffusion pipeline cannot hold; loads no weights.
+
+    Args:
+        description: What `describe_model` returned, or a checkpoint stores.
+        merged: Its adapters will be merged.
+
+    Raises:
         ValueError: There is one; names it and the way out.
     """
+    if not merged:
+        check_merged(description)
     codec, conditioner = description["codec"], description["conditioner"]
     if not _is(codec, AutoencoderKLCodec):
         raise ValueError(

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from zsnr.checkpoints.model import Model
-from zsnr.codecs.autoencoder_kl import Precision
 from zsnr.files import replacing
 from zsnr.lora import AdaptedUNet, lora_state_dict, merge_lora
+from zsnr.pretrained import Precision, check_precision
 
 Layout = Literal["diffusers", "kohya"]
 
@@ -68,8 +68,7 @@ def write_lora(
     title = path.stem
     if layout not in ("diffusers", "kohya"):
         raise ValueError(f"layout={layout!r}: wanted 'diffusers' or 'kohya'.")
-    if dtype not in ("float32", "float16", "bfloat16"):
-        raise ValueError(f"dtype={dtype!r}: wanted 'float32', 'float16' or 'bfloat16'.")
+    kept = check_precision(dtype)
     if path.suffix != ".safetensors":
         if layout == "kohya":
             raise ValueError(f"{path}: wanted a file NAME.safetensors.")
@@ -83,7 +82,6 @@ def write_lora(
         tensors, facts = _diffusers_tensors(unet), _facts(model, title)
     else:
         tensors, facts = _kohya_tensors(unet), {**_facts(model, title), **_kohya(model)}
-    kept: torch.dtype = getattr(torch, dtype)
     tensors = {
         name: tensor.to("cpu", kept if tensor.ndim else None).contiguous()  # an alpha is exact
         for name, tensor in tensors.items()

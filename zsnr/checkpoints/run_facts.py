@@ -43,3 +43,20 @@ def read_run_facts(folder: Path) -> dict[str, Any] | None:
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise ValueError(f"{path} is no run.json of format {FORMAT}, which this version reads.")
     return facts
+
+
+def published(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return facts for all to see: without the places of files on somebody's machine."""
+    facts = dict(facts)
+    data, start = facts.get("data"), facts.get("start")
+    if data is not None:
+        facts["data"] = [_named(source) for source in (data if isinstance(data, list) else [data])]
+    if isinstance(start, Mapping):
+        facts["start"] = {**start, "unet": _named(start.get("unet"))}
+    return facts
+
+
+def _named(source: Any) -> Any:
+    """Keep the last two parts of a local path."""
+    local = isinstance(source, str) and source.startswith(("/", "~", "."))
+    return "/".join(source.split("/")[-2:]) if local else source

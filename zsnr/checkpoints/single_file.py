@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,9 +37,8 @@ from zsnr.ldm_file import (
 from zsnr.lora import AdaptedUNet
 from zsnr.networks import UNet
 from zsnr.prediction import PredictionType
+from zsnr.pretrained import Precision, check_precision
 from zsnr.schedule import NoiseSchedule
-
-Precision = Literal["float32", "float16", "bfloat16"]
 
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _IMPLEMENTATIONS: dict[Family, str] = {
@@ -114,8 +113,7 @@ def write_single_file(
         raise ValueError(f"{path}: wanted a name that ends in .safetensors.")
     if path.exists():
         raise ValueError(f"{path} exists: remove it or choose another name.")
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype={dtype!r} is unknown. Known: {', '.join(_DTYPES)}.")
+    check_precision(dtype)
     for name, text in (metadata or {}).items():
         if not isinstance(name, str) or not isinstance(text, str):
             raise ValueError(f"metadata {name!r}: {text!r:.80}: wanted texts only.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -11,12 +11,18 @@ from torch import Tensor
 from zsnr.assets import resolve_asset
 from zsnr.codecs.base import LatentCodec
 from zsnr.ldm_file import default_part
-from zsnr.pretrained import digest, find_weights, load_pretrained, load_whole, read_config
+from zsnr.pretrained import (
+    Precision,
+    digest,
+    find_weights,
+    load_pretrained,
+    load_whole,
+    read_config,
+)
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
-Precision = Literal["float32", "float16", "bfloat16"]
 
 _WHAT = "an AutoencoderKL"
 _STEM = "diffusion_pytorch_model"
