@@ -169,7 +169,7 @@ def test_a_base_in_half_precision_has_float32_adapters(base, dtype):
         ({"rank": 0}, "rank=0: wanted at least 1"),
         ({"alpha": 0.0}, "alpha=0: wanted more than 0"),
         ({"target_modules": ()}, "target_modules is empty"),
-        ({"base_dtype": "int8"}, "base_dtype='int8': wanted"),
+        ({"base_dtype": "int8"}, "base_dtype='int8' is unknown"),
     ],
 )
 def test_wrong_settings_are_refused(settings, message):
@@ -403,6 +403,42 @@ def test_from_yaml_to_diffusers(config, stable, capsys):
     found = their_images(stable, latents, 5, str(path))
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
     assert (their_images(stable, latents, 5) - wanted).abs().max() > 1e-3
+
+    capsys.readouterr()
+    moved = config / "moved"
+    shutil.copytree(stable, moved)
+    names = {"lora": "a.safetensors", "lora-kohya": "k.safetensors", "diffusers": "whole"}
+    for kind, name in names.items():
+        more = ["--merge", "--base", str(moved)] if kind == "diffusers" else []
+        output = str(config / name)
+        assert main(["export", checkpoint, "--output", output, "--format", kind, *more]) == 0
+        assert capsys.readouterr().out.strip() == output
+    for kind in ("lora", "lora-kohya"):
+        found = their_images(stable, latents, 5, str(config / names[kind]))
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+    whole = their_images(config / "whole", latents, 5)
+    torch.testing.assert_close(whole, wanted, rtol=0, atol=1e-4)
+    with safe_open(path, "pt") as own, safe_open(config / "a.safetensors", "pt") as exported:
+        assert {*own.keys()} == {*exported.keys()}
+        facts = json.loads(exported.metadata()["zsnr.run"])
+    assert facts["global_step"] == 4
+    assert facts["start"]["unet"] == "/".join(str(stable).split("/")[-2:])  # no place on a disk
+
+    wrong = {
+        "carries LoRA adapters: merge them": [checkpoint, "--output", "b"],
+        "merge them (`zsnr export --merge`": [checkpoint, "--output", "b.safetensors"],
+        "--merge writes a whole model": [
+            *(checkpoint, "--output", "b.safetensors", "--format", "lora", "--merge")
+        ],
+        "has no adapters to write": [str(stable), "--output", "b", "--format", "lora"],
+        "leave --merge out": [str(stable), "--output", "b", "--merge"],
+        "ends in .safetensors": [checkpoint, "--output", "b", "--format", "lora-kohya"],
+    }
+    for message, arguments in wrong.items():
+        assert main(["export", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
