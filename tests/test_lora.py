@@ -424,6 +424,7 @@ def test_from_yaml_to_diffusers(config, stable, capsys):
     assert facts["global_step"] == 4
     assert facts["start"]["unet"] == "/".join(str(stable).split("/")[-2:])  # no place on a disk
 
+    capsys.readouterr()
     wrong = {
         "carries LoRA adapters: merge them": [checkpoint, "--output", "b"],
         "merge them (`zsnr export --merge`": [checkpoint, "--output", "b.safetensors"],
@@ -723,7 +724,7 @@ def test_wrong_exports_are_refused(stable, tmp_path):
     for options, message in (
         ({}, "exists: choose another name"),
         ({"layout": "civitai"}, "wanted 'diffusers' or 'kohya'"),
-        ({"dtype": "int8"}, "dtype='int8': wanted"),
+        ({"dtype": "int8"}, "dtype='int8' is unknown"),
         ({"metadata": {"steps": 3}}, "metadata 'steps' is a int: wanted a text"),
     ):
         path = taken if not options else tmp_path / "b.safetensors"

@@ -69,15 +69,15 @@ def test_targets_are_those_of_the_doctor(capsys, tmp_path):
     assert code == 0
     wanted = NoiseSchedule("linear", beta_start=0.001, beta_end=0.01, zero_terminal_snr=False)
     assert NoiseSchedule(**json.loads(out)["schedule"]) == wanted
-    table = [0.9, 0.5, 0.0]
+    table = [1 - (t + 1) / 100 for t in range(100)]
     path = tmp_path / "own.yaml"
     path.write_text(
-        "model: {schedule: {num_timesteps: 3, zero_terminal_snr: false, "
+        "model: {schedule: {num_timesteps: 100, zero_terminal_snr: false, "
         f"alphas_cumprod_table: {table}}}}}"
     )
     code, out, _ = run(capsys, path, "--num-steps", 3)
     assert code == 0
-    assert "an own table, 3 timesteps, rescaled to zero terminal SNR" in out
+    assert "an own table, 100 timesteps, rescaled to zero terminal SNR" in out
     code, out, _ = run(capsys, path, "--num-steps", 3, "--json")
     assert json.loads(out)["original"]["sqrt_abar"] == pytest.approx([x**0.5 for x in table])
 
