@@ -166,6 +166,7 @@ def test_what_a_killed_save_left_is_no_checkpoint_and_goes(ranks, shards, tmp_pa
     ranks[2](cells.fit, shards, tmp_path, "sharded", checkpoint=found)
     assert sorted(path.name for path in folder.iterdir()) == [
         "last.ckpt",
+        "run.json",
         "step-00000002.ckpt",
         "step-00000004.ckpt",
     ]
@@ -178,6 +179,7 @@ def test_going_back_sets_later_checkpoints_aside(shards, tmp_path):
     cells.fit(shards, tmp_path, steps=6, every=1, stop_at=5, checkpoint=str(back))
     assert sorted(path.name for path in folder.iterdir()) == [
         "last.ckpt",
+        "run.json",
         "step-00000004.ckpt",
         "step-00000005.ckpt",
         "step-00000006.ckpt.abandoned",
@@ -215,7 +217,7 @@ def test_a_failed_save_leaves_the_last_good_one(shards, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         cells.fit(shards, tmp_path, checkpoint=str(before))
     assert find_last(tmp_path / "checkpoints") == before
-    assert sorted(p.name for p in before.parent.iterdir()) == ["last.ckpt", before.name]
+    assert sorted(p.name for p in before.parent.iterdir()) == ["last.ckpt", "run.json", before.name]
 
 
 def fit_on_a_full_disk(full_at, *args, **kwargs):
@@ -241,7 +243,7 @@ def test_a_failed_save_of_shards_leaves_the_last_good_one(ranks, shards, tmp_pat
     assert find_last(tmp_path / "checkpoints") == before
     for part in before.parent.glob(".*"):
         shutil.rmtree(part)  # the next run would
-    assert sorted(p.name for p in before.parent.iterdir()) == ["last.ckpt", before.name]
+    assert sorted(p.name for p in before.parent.iterdir()) == ["last.ckpt", "run.json", before.name]
 
 
 def fit_where_saving_fails(*args, **kwargs):
