@@ -532,6 +532,43 @@ def test_fix_writes_beside(tmp_path, change):
         fix(path)
 
 
+def test_what_is_to_be_changed_is_enough(tmp_path):
+    """Of a model that predicts v: by --fix, and by the named lines alone."""
+    choices = {
+        "_class_name": sorted(SCHEDULERS),
+        "timestep_spacing": ["leading", "linspace", "trailing"],
+        "rescale_betas_zero_snr": [True, False, None],
+        "beta_schedule": ["linear", "squaredcos_cap_v2"],
+        "num_train_timesteps": [1000, 100, 50],
+        "steps_offset": [0, 1, 5],
+        "trained_betas": [None, UNCAPPED[:99], UNCAPPED],
+        "lambda_min_clipped": [-5.1, -math.inf, 5.0],
+        "original_inference_steps": [50, 30, 7],
+        "skip_prk_steps": [True, False],
+        "use_karras_sigmas": [True, False],
+    }
+    draw, seen = random.Random(0), set()
+    for _ in range(400):
+        config = {key: draw.choice(known) for key, known in choices.items() if draw.random() < 0.6}
+        path = write(tmp_path, {"prediction_type": "v_prediction", **config})
+        found = examine(path)
+        if found.verdict in ("fixed", "unreadable"):
+            continue
+        seen.add(found.verdict)
+        fix(path)
+        (fixed,) = tmp_path.glob("*.fixed.json")
+        assert examine(fixed).verdict == "fixed", config
+        fixed.unlink()
+        for line in found.changes:
+            if line.startswith("if not, "):
+                continue
+            entry = line.partition(": ")[2].removesuffix(", if the model was trained so")
+            config.update(json.loads(f"{{{entry}}}"))
+        path = write(tmp_path, {"prediction_type": "v_prediction", **config})
+        assert examine(path).verdict == "fixed", found.changes
+    assert seen == {"flawed", "inconsistent"}
+
+
 def test_fix_in_place_names_the_class_in_both_files(tmp_path):
     folder = diffusers_folder(tmp_path / "a", {**OURS, "_class_name": "PNDMScheduler"})
     assert any("model_index.json must say" in text for text in fix(folder))

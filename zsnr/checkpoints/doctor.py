@@ -119,7 +119,7 @@ def fix(target: str | Path, *, in_place: bool = False) -> list[str]:
             done.append(f"Wrote {index}.")
         else:
             done.append(f'{index} must say "scheduler": ["diffusers", "{class_name}"].')
-    if found.verdict == "flawed":
+    if found.facts["snr_T"] != 0 and config.get("rescale_betas_zero_snr") is not True:
         done.append(
             "It is right only if the model was trained on the rescaled schedule. If not, " + _TRAIN
         )
@@ -351,30 +351,36 @@ def _config_changes(
 ) -> list[str]:
     if verdict == "fixed":
         return []
-    if declared.schedule.num_timesteps != declared.num_train_timesteps:
-        return [f'{name}: "num_train_timesteps": {declared.schedule.num_timesteps}']
+    says_zero = zero or declared.drops_rescale
     if declared.prediction_type == "epsilon":
-        if verdict == "flawed":
-            return [_TRAIN]
+        T = declared.schedule.num_timesteps
+        length = (
+            [f'{name}: "num_train_timesteps": {T}'] if T != declared.num_train_timesteps else []
+        )
+        if not says_zero:
+            return [*length, _TRAIN]
         undo = '"rescale_betas_zero_snr": false'
         if zero and not config.get("rescale_betas_zero_snr"):
             undo = '"trained_betas": null'
         return [
+            *length,
             f'{name}: "prediction_type": "v_prediction", if that is what the model was trained for',
             f"{name}: {undo}, if it predicts eps; then {_TRAIN}",
         ]
     now = {
         "_class_name": declared.class_name,
+        "num_train_timesteps": declared.num_train_timesteps,
         "timestep_spacing": declared.spacing,
+        "lambda_min_clipped": declared.lambda_min_clipped,
         "rescale_betas_zero_snr": config.get("rescale_betas_zero_snr") is True,
     }
     fixed = _fixed(config)
     lines = [
         f"{name}: {json.dumps(key)}: {json.dumps(fixed[key])}"
         for key, value in now.items()
-        if value != fixed[key]
+        if value != fixed.get(key, value)
     ]
-    if verdict == "inconsistent":
+    if says_zero:
         return lines
     return [f"{line}, if the model was trained so" for line in lines] + ["if not, " + _TRAIN]
 
@@ -384,12 +390,14 @@ def _fixed(config: Mapping[str, Any]) -> dict[str, Any]:
     declared = declare(config)
     betas = config.get("trained_betas")
     own_zero = betas is not None and betas[-1] == 1
-    cls = declared.scheduler
+    cls, T = declared.scheduler, declared.schedule.num_timesteps
     keeps = cls.finite_at_zero if own_zero else cls.rescales
+    if cls.grid == "distilled":
+        keeps = keeps and T % declared.original_inference_steps == 0
     fixed: dict[str, Any] = {
         **config,
         "_class_name": declared.class_name if keeps else "DDIMScheduler",
-        "num_train_timesteps": declared.schedule.num_timesteps,
+        "num_train_timesteps": T,
         "timestep_spacing": "trailing",
         "rescale_betas_zero_snr": not own_zero or config.get("rescale_betas_zero_snr") is True,
         "set_alpha_to_one": True,
@@ -401,8 +409,8 @@ def _fixed(config: Mapping[str, Any]) -> dict[str, Any]:
         "beta_schedule": config.get("beta_schedule", cls.defaults["beta_schedule"]),
         "trained_betas": config.get("trained_betas"),
     }
-    if cls.grid == "distilled" and first_timestep(declared, 1) != declared.num_train_timesteps - 1:
-        fixed["_class_name"] = "DDIMScheduler"
+    if "lambda_min_clipped" in config:
+        fixed["lambda_min_clipped"] = -math.inf  # as diffusers writes that none is left out
     return fixed
 
 
