@@ -621,6 +621,29 @@ def test_exit_codes_and_json(tmp_path, capsys):
         assert ("what to change" in text) == (code in (1, 2))
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--jsn"],
+        ["--num-steps", "x"],
+        ["--num-steps", "0"],
+        ["--num-steps", "0", "--fix"],
+        ["more"],
+        ["--in-place"],
+    ],
+)
+def test_a_wrong_command_has_no_verdicts_exit_code(tmp_path, capsys, arguments):
+    path = write(tmp_path, {**OURS, "timestep_spacing": "leading"})
+    try:
+        code = main(["doctor", *([str(path)] if arguments else []), *arguments])
+    except SystemExit as end:
+        code = end.code
+    assert code == 3
+    assert not any(verdict in capsys.readouterr().out for verdict in VERDICTS[:3])
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
 def test_fix_on_the_command_line(tmp_path, capsys):
     path = write(tmp_path, {**OURS, "timestep_spacing": "leading"})
     assert main(["doctor", str(path), "--fix"]) == 2

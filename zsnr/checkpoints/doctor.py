@@ -355,7 +355,7 @@ def _config_changes(
     if declared.prediction_type == "epsilon":
         T = declared.schedule.num_timesteps
         length = (
-            [f'{name}: "num_train_timesteps": {T}'] if T != declared.num_train_timesteps else []
+            [f'{name}: "num_train_timesteps": {T}'] if declared.num_train_timesteps != T else []
         )
         if not says_zero:
             return [*length, _TRAIN]
