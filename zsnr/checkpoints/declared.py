@@ -189,7 +189,7 @@ class Declared:
         skip_prk_steps: PNDM's.
         original_inference_steps: How many timesteps a distilled model knows.
         lambda_min_clipped: Noisier timesteps than this half log SNR are left out.
-        missing: Keys that took the class's default.
+        missing: Keys that took the class's default, and "_class_name" where none is named.
     """
 
     class_name: str
@@ -276,7 +276,7 @@ def declare(config: Mapping[str, Any]) -> Declared:
         skip_prk_steps=flag("skip_prk_steps"),
         original_inference_steps=original,
         lambda_min_clipped=float(clipped),
-        missing=tuple(key for key in cls.defaults if key not in config),
+        missing=tuple(key for key in ("_class_name", *cls.defaults) if key not in config),
     )
 
 
