@@ -291,9 +291,14 @@ def schedule_from_diffusers(config: Mapping[str, Any]) -> NoiseSchedule:
         ValueError: A class or beta_schedule this package does not know, or wrong values.
     """
     declared = declare(config)
-    if declared.drops_rescale:
-        return replace(declared.schedule, zero_terminal_snr=True)
-    return declared.schedule
+    return rescaled(declared.schedule) if declared.drops_rescale else declared.schedule
+
+
+def rescaled(schedule: NoiseSchedule) -> NoiseSchedule:
+    """Rescale a schedule as diffusers does: by Algorithm 1, the capped cosine too."""
+    if schedule.betas == "cosine" and not schedule.zero_terminal_snr:
+        return NoiseSchedule.from_alphas_cumprod(schedule.alphas_cumprod, zero_terminal_snr=True)
+    return replace(schedule, zero_terminal_snr=True)
 
 
 def diffusers_timesteps(declared: Declared, num_steps: int) -> tuple[float, ...]:
@@ -415,9 +420,7 @@ def _schedule(values: Mapping[str, Any], T: int, rescale: bool) -> NoiseSchedule
     name = values["beta_schedule"]
     if name == "squaredcos_cap_v2":
         capped = NoiseSchedule("cosine", T, zero_terminal_snr=False)
-        if not rescale:
-            return capped
-        return NoiseSchedule.from_alphas_cumprod(capped.alphas_cumprod, zero_terminal_snr=True)
+        return rescaled(capped) if rescale else capped
     if name not in ("linear", "scaled_linear"):
         known = "'linear', 'scaled_linear', 'squaredcos_cap_v2'"
         raise ValueError(
