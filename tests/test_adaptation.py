@@ -2,6 +2,7 @@
 
 import json
 
+import cells
 import pytest
 import tiny
 import torch
@@ -176,6 +177,17 @@ def test_a_resumed_run_keeps_what_it_started_from(start, tmp_path):
     on, metrics = fit(tmp_path / "run", start, 2, str(last))
     torch.testing.assert_close(on._start_losses, net._start_losses, rtol=0, atol=0, equal_nan=True)
     assert "adaptation/t0499" in metrics
+
+
+@pytest.mark.parametrize("kind", ["ddp", "sharded"])
+def test_ranks_measure_the_start_together(ranks, shards, start, tmp_path, kind):
+    model = {"unet": str(start)}
+    alone = cells.fit(shards, tmp_path / "alone", model=model, steps=3)
+    runs = ranks[2](cells.fit, shards, tmp_path / kind, kind, model=model, steps=3)
+    names = {name for name in alone["logged"][-1] if name.startswith("adaptation/")}
+    assert len(names) >= 4
+    for run in runs:
+        assert run["logged"][-1] == pytest.approx(alone["logged"][-1], rel=1e-3)
 
 
 def test_run_json_stands_beside_the_checkpoints(start, tmp_path):
