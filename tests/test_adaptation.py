@@ -2,6 +2,7 @@
 
 import json
 
+import cells
 import pytest
 import tiny
 import torch
@@ -11,7 +12,7 @@ from zsnr import NoiseSchedule, diffusion_loss
 from zsnr.checkpoints.own import open_checkpoint
 from zsnr.checkpoints.run_facts import read_run_facts
 from zsnr.networks import UNet
-from zsnr.training import Checkpoints
+from zsnr.training import Checkpoints, LatentDiffusion
 from zsnr.training.adaptation import Start, read_start
 from zsnr.training.draws import validation_draws
 from zsnr.training.facts import public_sources
@@ -46,8 +47,20 @@ def test_the_start_is_read_from_its_scheduler(start, tmp_path):
     assert read_start(str(tmp_path)) is None
     (tmp_path / "scheduler").mkdir()
     (tmp_path / "scheduler" / "scheduler_config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"scheduler_config\.json is not readable"):
+    with pytest.raises(ValueError, match=r"scheduler_config\.json is no readable JSON"):
         read_start(str(tmp_path))
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text("[]")
+    with pytest.raises(ValueError, match="is list: wanted a JSON object"):
+        read_start(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "MyScheduler"])
+def test_a_start_on_an_unknown_schedule_is_warned_of(tmp_path, name):
+    (tmp_path / "scheduler").mkdir()
+    config = json.dumps({**EPSILON, "_class_name": name})
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(config)
+    with pytest.warns(UserWarning, match=f"is not logged: .*{name}"):
+        assert read_start(str(tmp_path)) is None
 
 
 def test_an_exact_epsilon_model_is_exact_after_its_conversion():
@@ -90,7 +103,7 @@ def test_a_start_on_the_same_schedule_is_asked_at_the_same_timestep():
         assert torch.equal(out, torch.ones(1000, 1))
 
 
-def fit(root, start, steps, checkpoint=None, **options):
+def fit(root, start, steps, checkpoint=None, limit=1.0, **options):
     net = module(unet=str(start), optimizer=lambda p: torch.optim.SGD(p, lr=options.pop("lr", 0.1)))
     checkpoints = Checkpoints(f"{root}/checkpoints")
     run = trainer(
@@ -101,6 +114,7 @@ def fit(root, start, steps, checkpoint=None, **options):
         val_check_interval=1,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
+        limit_val_batches=limit,
     )
     loaded = data(root.parent / "data", val=f"{root.parent}/data/val-*.tar")
     run.fit(net, datamodule=loaded, ckpt_path=checkpoint)
@@ -140,12 +154,40 @@ def test_validation_tells_how_far_the_start_is(start, tmp_path):
     assert shown["adaptation/t0899"] > 0
 
 
+def test_the_start_is_measured_on_what_is_validated(start, tmp_path, monkeypatch):
+    """With no more batches than the validation, and none of them as trained on."""
+    measured, own = [], LatentDiffusion._add_validation
+
+    def count(self, batch, start=None):
+        assert not self.trainer.training
+        measured.append(start is not None)
+        own(self, batch, start)
+
+    monkeypatch.setattr(LatentDiffusion, "_add_validation", count)
+    for limit, batches in ((1, 1), (0, 0)):
+        measured.clear()
+        net, metrics = fit(tmp_path / f"run{limit}", start, 1, limit=limit)
+        assert measured == [True] * batches + [False] * batches
+        assert bool(net._start_losses) == any("adaptation" in name for name in metrics)
+
+
 def test_a_resumed_run_keeps_what_it_started_from(start, tmp_path):
     net, _ = fit(tmp_path / "run", start, 1)
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     on, metrics = fit(tmp_path / "run", start, 2, str(last))
     torch.testing.assert_close(on._start_losses, net._start_losses, rtol=0, atol=0, equal_nan=True)
     assert "adaptation/t0499" in metrics
+
+
+@pytest.mark.parametrize("kind", ["ddp", "sharded"])
+def test_ranks_measure_the_start_together(ranks, shards, start, tmp_path, kind):
+    model = {"unet": str(start)}
+    alone = cells.fit(shards, tmp_path / "alone", model=model, steps=3)
+    runs = ranks[2](cells.fit, shards, tmp_path / kind, kind, model=model, steps=3)
+    names = {name for name in alone["logged"][-1] if name.startswith("adaptation/")}
+    assert len(names) >= 4
+    for run in runs:
+        assert run["logged"][-1] == pytest.approx(alone["logged"][-1], rel=1e-3)
 
 
 def test_run_json_stands_beside_the_checkpoints(start, tmp_path):
@@ -175,7 +217,7 @@ def test_run_json_stands_beside_the_checkpoints(start, tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "not readable"), ("[]", "no run.json of format 1"), ('{"format": 2}', "of format 1")],
+    [("{", "no readable JSON"), ("[]", "wanted a JSON object"), ('{"format": 2}', "of format 1")],
 )
 def test_a_broken_run_json_is_refused(tmp_path, content, message):
     assert read_run_facts(tmp_path) is None

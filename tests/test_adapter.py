@@ -170,6 +170,24 @@ def test_from_config_keeps_what_the_pipeline_declares():
         found.config.nothing  # noqa: B018
 
 
+def test_a_lost_rescale_of_cosine_is_diffusers_own():
+    """Algorithm 1 on the capped table, not the paper's uncapped one."""
+    from diffusers import DDIMScheduler
+
+    config = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}
+    theirs = DDIMScheduler(**config, rescale_betas_zero_snr=True).alphas_cumprod.double()
+    dropped = {**config, "_class_name": "PNDMScheduler", "rescale_betas_zero_snr": True}
+    for found in (
+        DiffusersScheduler.from_config(config, zero_terminal_snr=True),
+        DiffusersScheduler.from_config(dropped),
+    ):
+        torch.testing.assert_close(found.schedule.alphas_cumprod, theirs, rtol=0, atol=2e-6)
+    kept = {**config, "rescale_betas_zero_snr": True}
+    found = DiffusersScheduler.from_config(kept, zero_terminal_snr=False)
+    plain = NoiseSchedule("cosine", zero_terminal_snr=False).alphas_cumprod
+    assert torch.equal(found.schedule.alphas_cumprod, plain)
+
+
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
     from diffusers import StableDiffusionPipeline

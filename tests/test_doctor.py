@@ -19,7 +19,7 @@ from zsnr import NoiseSchedule
 from zsnr.checkpoints import run_facts
 from zsnr.checkpoints.declared import SCHEDULERS
 from zsnr.checkpoints.diagnosis import kept_brightness
-from zsnr.checkpoints.doctor import DEFAULT_SAMPLING, examine, fix
+from zsnr.checkpoints.doctor import DEFAULT_SAMPLING, MODEL_KEYS, SAMPLING_KEYS, examine, fix
 from zsnr.cli import main
 from zsnr.oracle import GaussianDenoiser
 
@@ -279,6 +279,7 @@ def single(path, shapes=UNET, marks=(), metadata=None, table=None):
     return examine(path)
 
 
+THEIRS = {"down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight": (4, 768)}
 ZERO, SIGNAL = NoiseSchedule().alphas_cumprod, NoiseSchedule(zero_terminal_snr=False).alphas_cumprod
 
 
@@ -304,14 +305,17 @@ ZERO, SIGNAL = NoiseSchedule().alphas_cumprod, NoiseSchedule(zero_terminal_snr=F
         ),
         ({"shapes": LORA, "metadata": {"ss_zero_terminal_snr": "True"}}, "inconsistent", "epsilon"),
         ({"shapes": LORA}, "flawed", "no marks"),
-        ({"shapes": {"x": (2,)}}, "flawed", "no marks"),
+        ({"shapes": {"x": (2,)}}, "unreadable", "those of no Stable Diffusion"),
+        ({"shapes": {"x": (2,)}, "marks": ("v_pred",)}, "flawed", "v_pred alone"),
+        ({"shapes": THEIRS}, "unreadable", "the folder that holds model_index.json"),
+        ({"shapes": THEIRS, "marks": ("v_pred", "ztsnr")}, "fixed", "both marks"),
     ],
 )
 def test_verdicts_of_single_files(tmp_path, made, verdict, words):
     found = single(tmp_path / "m.safetensors", **made)
     assert found.verdict == verdict
     assert words in found.reason
-    assert bool(found.changes) == (verdict != "fixed")
+    assert bool(found.changes) == (verdict in ("flawed", "inconsistent"))
     if verdict == "fixed":
         assert any("start at T" in text for text in found.warnings)
 
@@ -322,9 +326,8 @@ def test_single_files_say_what_they_are_of(tmp_path):
     assert single(path, LORA).facts["model"] == "SD 1 LoRA"
     xl = {"model.diffusion_model.label_emb.0.0.weight": (4, 4)}
     assert single(path, xl).facts["model"] == "SDXL"
-    theirs = {"down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight": (4, 768)}
-    assert single(path, theirs).facts["model"] == "SD 1 UNet of diffusers"
-    assert single(path, {"x": (2,)}).facts["model"] == "other"
+    assert single(path, THEIRS, ("v_pred",)).facts["model"] == "SD 1 UNet of diffusers"
+    assert single(path, {"x": (2,)}, ("v_pred",)).facts["model"] == "other"
     found = single(path, metadata={"modelspec.title": "A\x1b[31m\n" + "b" * 500})
     assert len(found.facts["metadata"]["modelspec.title"]) < 80
     assert "\x1b" not in found.to_text()
@@ -444,6 +447,10 @@ def yaml_file(folder, model):
         ),
         ({"sampling": {"num_steps": "50"}}, "unreadable", "num_steps='50'"),
         ({"sampling": [1]}, "unreadable", "wanted settings"),
+        ({"predictiontype": "epsilon"}, "unreadable", "has no 'predictiontype'. Known: codec"),
+        ({"sampling": {"spacings": "leading"}}, "unreadable", "model.sampling has no 'spacings'"),
+        ({"sampling": {"guidance": {"phi": 0}}}, "unreadable", "Known: scale, rescale"),
+        ({"class_path": "my.Model", "init_args": {"own": 1}}, "fixed", "SNR_T"),
     ],
 )
 def test_verdicts_of_yaml(tmp_path, model, verdict, words):
@@ -455,7 +462,7 @@ def test_verdicts_of_yaml(tmp_path, model, verdict, words):
 
 def test_yaml_of_the_training_command(tmp_path):
     root = Path(__file__).parents[1] / "configs"
-    for name in ("quickstart", "tiny"):
+    for name in ("quickstart", "tiny", "sd15_zsnr", "sd21_zsnr", "sdxl_zsnr"):
         assert examine(root / f"{name}.yaml").verdict == "fixed"
     path = tmp_path / "a.yaml"
     path.write_text("model: {schedule: {beta_start: 1e-4}}")
@@ -473,6 +480,8 @@ def test_defaults_are_those_of_training():
         "sampler_options": None,
     }
     parameters = inspect.signature(LatentDiffusion).parameters
+    assert tuple(parameters) == MODEL_KEYS
+    assert {*inspect.signature(Sampling).parameters} == {*SAMPLING_KEYS}
     assert parameters["schedule"].default == NoiseSchedule()
     assert parameters["prediction_type"].default == "v_prediction"
     assert parameters["loss"].default.name == "uniform"
@@ -532,6 +541,43 @@ def test_fix_writes_beside(tmp_path, change):
         fix(path)
 
 
+def test_what_is_to_be_changed_is_enough(tmp_path):
+    """Of a model that predicts v: by --fix, and by the named lines alone."""
+    choices = {
+        "_class_name": sorted(SCHEDULERS),
+        "timestep_spacing": ["leading", "linspace", "trailing"],
+        "rescale_betas_zero_snr": [True, False, None],
+        "beta_schedule": ["linear", "squaredcos_cap_v2"],
+        "num_train_timesteps": [1000, 100, 50],
+        "steps_offset": [0, 1, 5],
+        "trained_betas": [None, UNCAPPED[:99], UNCAPPED],
+        "lambda_min_clipped": [-5.1, -math.inf, 5.0],
+        "original_inference_steps": [50, 30, 7],
+        "skip_prk_steps": [True, False],
+        "use_karras_sigmas": [True, False],
+    }
+    draw, seen = random.Random(0), set()
+    for _ in range(400):
+        config = {key: draw.choice(known) for key, known in choices.items() if draw.random() < 0.6}
+        path = write(tmp_path, {"prediction_type": "v_prediction", **config})
+        found = examine(path)
+        if found.verdict in ("fixed", "unreadable"):
+            continue
+        seen.add(found.verdict)
+        fix(path)
+        (fixed,) = tmp_path.glob("*.fixed.json")
+        assert examine(fixed).verdict == "fixed", config
+        fixed.unlink()
+        for line in found.changes:
+            if line.startswith("if not, "):
+                continue
+            entry = line.partition(": ")[2].removesuffix(", if the model was trained so")
+            config.update(json.loads(f"{{{entry}}}"))
+        path = write(tmp_path, {"prediction_type": "v_prediction", **config})
+        assert examine(path).verdict == "fixed", found.changes
+    assert seen == {"flawed", "inconsistent"}
+
+
 def test_fix_in_place_names_the_class_in_both_files(tmp_path):
     folder = diffusers_folder(tmp_path / "a", {**OURS, "_class_name": "PNDMScheduler"})
     assert any("model_index.json must say" in text for text in fix(folder))
@@ -582,6 +628,29 @@ def test_exit_codes_and_json(tmp_path, capsys):
         text = capsys.readouterr().out
         assert text.startswith(VERDICTS[code])
         assert ("what to change" in text) == (code in (1, 2))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--jsn"],
+        ["--num-steps", "x"],
+        ["--num-steps", "0"],
+        ["--num-steps", "0", "--fix"],
+        ["more"],
+        ["--in-place"],
+    ],
+)
+def test_a_wrong_command_has_no_verdicts_exit_code(tmp_path, capsys, arguments):
+    path = write(tmp_path, {**OURS, "timestep_spacing": "leading"})
+    try:
+        code = main(["doctor", *([str(path)] if arguments else []), *arguments])
+    except SystemExit as end:
+        code = end.code
+    assert code == 3
+    assert not any(verdict in capsys.readouterr().out for verdict in VERDICTS[:3])
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
 def test_fix_on_the_command_line(tmp_path, capsys):

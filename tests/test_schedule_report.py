@@ -89,6 +89,10 @@ def test_plot(capsys, tmp_path):
     code, _, err = run(capsys, "--plot", picture)
     assert code == 2
     assert "exists" in err
+    code, _, err = run(capsys, "--plot", picture / "inside.png")
+    assert code == 2
+    assert err.startswith("zsnr: error: ")
+    assert "cannot be written" in err
 
 
 @pytest.mark.parametrize(

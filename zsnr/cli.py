@@ -22,9 +22,10 @@ TRAINING = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code: 0 for success, 1 for a plan that does not fit, 2 for
-    wrong input; the doctor's is its verdict.
+    wrong input; the doctor's is its verdict, and 3 for wrong input.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    wrong = 3 if arguments[:1] == ["doctor"] else 2  # the doctor's 2 is a verdict
     try:
         if arguments and arguments[0] in TRAINING:
             from zsnr.training.lightning_cli import run
@@ -37,11 +38,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"unrecognized arguments: {' '.join(settings)}")
         options.settings = settings
         code: int | None = options.run(options)
+    except SystemExit as stop:  # argparse's
+        raise SystemExit(wrong if stop.code == 2 else stop.code) from None
     except (ValueError, OSError, IndexError, ImportError) as error:
         if os.environ.get("ZSNR_TRACEBACK") or not _is_ours(error):
             raise
         print(f"zsnr: error: {_message(error)}", file=sys.stderr)
-        return 2
+        return wrong
     return code or 0
 
 
@@ -317,7 +320,7 @@ def _parser() -> argparse.ArgumentParser:
         "and sampling starts there. flawed (1): the schedule keeps signal at the last timestep. "
         "inconsistent (2): zero SNR with epsilon prediction, a spacing that misses the last "
         "timestep, or a scheduler class that drops the rescale. unreadable (3): it cannot be told, "
-        "or --fix cannot fix it.",
+        "--fix cannot fix it, or the command is wrong.",
     )
     doctor.add_argument(
         "target",
@@ -522,12 +525,11 @@ def _schedule(options: argparse.Namespace) -> None:
 def _doctor(options: argparse.Namespace) -> int:
     from zsnr.checkpoints.doctor import examine, fix
 
+    if options.in_place and not options.fix:
+        raise ValueError("--in-place belongs to --fix.")
     found = examine(options.target, num_steps=options.num_steps, open_pickle=options.open)
     print(found.to_json() if options.json else found.to_text())
-    if options.in_place and not options.fix:
-        print("zsnr: error: --in-place belongs to --fix.", file=sys.stderr)
-        return 3
-    if options.fix:
+    if options.fix and found.verdict != "unreadable":
         try:
             done = fix(options.target, in_place=options.in_place)
         except (ValueError, OSError) as error:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 BetaKind = Literal["linear", "cosine", "scaled_linear"]
 
-_USUAL_BETAS = {"linear": (0.0001, 0.02), "scaled_linear": (0.00085, 0.012)}
+# beta_start and beta_end by kind, where None asks for them
+USUAL_BETAS = {"linear": (0.0001, 0.02), "scaled_linear": (0.00085, 0.012)}
 
 
 @dataclass(frozen=True)
@@ -276,10 +277,10 @@ def _alphas_cumprod(schedule: NoiseSchedule) -> list[float]:
                 "'linear' or 'scaled_linear'."
             )
         return _cosine(T, capped=not schedule.zero_terminal_snr)
-    if not isinstance(schedule.betas, str) or schedule.betas not in _USUAL_BETAS:
+    if not isinstance(schedule.betas, str) or schedule.betas not in USUAL_BETAS:
         known = ", ".join(repr(kind) for kind in ("linear", "cosine", "scaled_linear"))
         raise ValueError(f"betas={schedule.betas!r} is unknown. Known: {known}.")
-    usual = _USUAL_BETAS[schedule.betas]
+    usual = USUAL_BETAS[schedule.betas]
     first, last = (u if e is None else e for e, u in zip(ends, usual, strict=True))
     for name, beta in (("beta_start", first), ("beta_end", last)):
         if not isinstance(beta, (int, float)) or not 0 < beta < 1:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from zsnr.checkpoints.declared import schedule_from_diffusers
+from zsnr.checkpoints.declared import rescaled, schedule_from_diffusers
 from zsnr.checkpoints.scheduler_config import scheduler_config
 from zsnr.prediction import PredictionType, to_x0
 from zsnr.samplers import Sampler, get_sampler
@@ -105,8 +106,8 @@ class DiffusersScheduler:
         """
         schedule = schedule_from_diffusers(config)
         if zero_terminal_snr is not None:
-            settings = {**schedule.settings(), "zero_terminal_snr": zero_terminal_snr}
-            schedule = NoiseSchedule(**settings)
+            plain = replace(schedule, zero_terminal_snr=False)
+            schedule = rescaled(plain) if zero_terminal_snr else plain
         declared = cast(PredictionType, config.get("prediction_type", "epsilon"))
         return cls(sampler, schedule, declared, spacing)
 

@@ -189,7 +189,7 @@ class Declared:
         skip_prk_steps: PNDM's.
         original_inference_steps: How many timesteps a distilled model knows.
         lambda_min_clipped: Noisier timesteps than this half log SNR are left out.
-        missing: Keys that took the class's default.
+        missing: Keys that took the class's default, and "_class_name" where none is named.
     """
 
     class_name: str
@@ -276,7 +276,7 @@ def declare(config: Mapping[str, Any]) -> Declared:
         skip_prk_steps=flag("skip_prk_steps"),
         original_inference_steps=original,
         lambda_min_clipped=float(clipped),
-        missing=tuple(key for key in cls.defaults if key not in config),
+        missing=tuple(key for key in ("_class_name", *cls.defaults) if key not in config),
     )
 
 
@@ -291,9 +291,14 @@ def schedule_from_diffusers(config: Mapping[str, Any]) -> NoiseSchedule:
         ValueError: A class or beta_schedule this package does not know, or wrong values.
     """
     declared = declare(config)
-    if declared.drops_rescale:
-        return replace(declared.schedule, zero_terminal_snr=True)
-    return declared.schedule
+    return rescaled(declared.schedule) if declared.drops_rescale else declared.schedule
+
+
+def rescaled(schedule: NoiseSchedule) -> NoiseSchedule:
+    """Rescale a schedule as diffusers does: by Algorithm 1, the capped cosine too."""
+    if schedule.betas == "cosine" and not schedule.zero_terminal_snr:
+        return NoiseSchedule.from_alphas_cumprod(schedule.alphas_cumprod, zero_terminal_snr=True)
+    return replace(schedule, zero_terminal_snr=True)
 
 
 def diffusers_timesteps(declared: Declared, num_steps: int) -> tuple[float, ...]:
@@ -415,9 +420,7 @@ def _schedule(values: Mapping[str, Any], T: int, rescale: bool) -> NoiseSchedule
     name = values["beta_schedule"]
     if name == "squaredcos_cap_v2":
         capped = NoiseSchedule("cosine", T, zero_terminal_snr=False)
-        if not rescale:
-            return capped
-        return NoiseSchedule.from_alphas_cumprod(capped.alphas_cumprod, zero_terminal_snr=True)
+        return rescaled(capped) if rescale else capped
     if name not in ("linear", "scaled_linear"):
         known = "'linear', 'scaled_linear', 'squaredcos_cap_v2'"
         raise ValueError(

@@ -38,6 +38,13 @@ DEFAULT_SAMPLING = {
     "guidance_scale": Guidance().scale,
     "guidance_rescale": Guidance().rescale,
 }
+# LatentDiffusion's parameters, and Sampling's: a typo would be judged by the default.
+MODEL_KEYS = (
+    *("codec", "conditioner", "unet", "schedule", "prediction_type", "loss", "caption_dropout"),
+    *("offset_noise", "optimizer", "learning_rate", "ema", "sampling", "gradient_checkpointing"),
+    *("compile", "max_skipped_steps", "image_size", "seed", "lora"),
+)
+SAMPLING_KEYS = ("num_steps", "spacing", "sampler", "guidance")
 _CONFIG = "scheduler_config.json"
 _FIXED = "scheduler_config.fixed.json"
 _FAMILIES = {768: "SD 1", 1024: "SD 2", 2048: "SDXL"}
@@ -119,7 +126,7 @@ def fix(target: str | Path, *, in_place: bool = False) -> list[str]:
             done.append(f"Wrote {index}.")
         else:
             done.append(f'{index} must say "scheduler": ["diffusers", "{class_name}"].')
-    if found.verdict == "flawed":
+    if found.facts["snr_T"] != 0 and config.get("rescale_betas_zero_snr") is not True:
         done.append(
             "It is right only if the model was trained on the rescaled schedule. If not, " + _TRAIN
         )
@@ -351,30 +358,36 @@ def _config_changes(
 ) -> list[str]:
     if verdict == "fixed":
         return []
-    if declared.schedule.num_timesteps != declared.num_train_timesteps:
-        return [f'{name}: "num_train_timesteps": {declared.schedule.num_timesteps}']
+    says_zero = zero or declared.drops_rescale
     if declared.prediction_type == "epsilon":
-        if verdict == "flawed":
-            return [_TRAIN]
+        T = declared.schedule.num_timesteps
+        length = (
+            [f'{name}: "num_train_timesteps": {T}'] if declared.num_train_timesteps != T else []
+        )
+        if not says_zero:
+            return [*length, _TRAIN]
         undo = '"rescale_betas_zero_snr": false'
         if zero and not config.get("rescale_betas_zero_snr"):
             undo = '"trained_betas": null'
         return [
+            *length,
             f'{name}: "prediction_type": "v_prediction", if that is what the model was trained for',
             f"{name}: {undo}, if it predicts eps; then {_TRAIN}",
         ]
     now = {
         "_class_name": declared.class_name,
+        "num_train_timesteps": declared.num_train_timesteps,
         "timestep_spacing": declared.spacing,
+        "lambda_min_clipped": declared.lambda_min_clipped,
         "rescale_betas_zero_snr": config.get("rescale_betas_zero_snr") is True,
     }
     fixed = _fixed(config)
     lines = [
         f"{name}: {json.dumps(key)}: {json.dumps(fixed[key])}"
         for key, value in now.items()
-        if value != fixed[key]
+        if value != fixed.get(key, value)
     ]
-    if verdict == "inconsistent":
+    if says_zero:
         return lines
     return [f"{line}, if the model was trained so" for line in lines] + ["if not, " + _TRAIN]
 
@@ -384,12 +397,14 @@ def _fixed(config: Mapping[str, Any]) -> dict[str, Any]:
     declared = declare(config)
     betas = config.get("trained_betas")
     own_zero = betas is not None and betas[-1] == 1
-    cls = declared.scheduler
+    cls, T = declared.scheduler, declared.schedule.num_timesteps
     keeps = cls.finite_at_zero if own_zero else cls.rescales
+    if cls.grid == "distilled":
+        keeps = keeps and T % declared.original_inference_steps == 0
     fixed: dict[str, Any] = {
         **config,
         "_class_name": declared.class_name if keeps else "DDIMScheduler",
-        "num_train_timesteps": declared.schedule.num_timesteps,
+        "num_train_timesteps": T,
         "timestep_spacing": "trailing",
         "rescale_betas_zero_snr": not own_zero or config.get("rescale_betas_zero_snr") is True,
         "set_alpha_to_one": True,
@@ -401,8 +416,8 @@ def _fixed(config: Mapping[str, Any]) -> dict[str, Any]:
         "beta_schedule": config.get("beta_schedule", cls.defaults["beta_schedule"]),
         "trained_betas": config.get("trained_betas"),
     }
-    if cls.grid == "distilled" and first_timestep(declared, 1) != declared.num_train_timesteps - 1:
-        fixed["_class_name"] = "DDIMScheduler"
+    if "lambda_min_clipped" in config:
+        fixed["lambda_min_clipped"] = -math.inf  # as diffusers writes that none is left out
     return fixed
 
 
@@ -489,12 +504,16 @@ def _examine_run(
 
 def _examine_yaml(target: str, path: Path, num_steps: Sequence[int]) -> Diagnosis:
     document = read_yaml(path)
-    model = document.get("model") if isinstance(document, dict) else None
-    model = _init_args(model)
-    if not isinstance(model, dict):
+    given = document.get("model") if isinstance(document, dict) else None
+    model = _init_args(given)
+    if not isinstance(given, dict) or not isinstance(model, dict):
         raise ValueError(f"{path} has no `model:` block: wanted a YAML of `zsnr fit`.")
+    if "class_path" not in given:  # another class has other parameters
+        _check_keys(path, "model", model, MODEL_KEYS)
     sampling = _block(path, "model.sampling", _init_args(model.get("sampling")))
+    _check_keys(path, "model.sampling", sampling, SAMPLING_KEYS)
     guidance = _block(path, "model.sampling.guidance", _init_args(sampling.get("guidance")))
+    _check_keys(path, "model.sampling.guidance", guidance, ("scale", "rescale"))
     told: dict[str, Any] = {
         key: sampling[key] for key in ("num_steps", "spacing") if key in sampling
     }
@@ -619,6 +638,17 @@ def _block(path: Path, name: str, value: Any) -> dict[str, Any]:
     return value
 
 
+def _check_keys(path: Path, name: str, settings: Mapping[Any, Any], known: Sequence[str]) -> None:
+    """Refuse settings that training would refuse.
+
+    Raises:
+        ValueError: One is unknown.
+    """
+    for key in settings:
+        if key not in known:
+            raise ValueError(f"{path}: {name} has no {shown(key)}. Known: {', '.join(known)}.")
+
+
 def _init_args(value: Any) -> Any:
     """Return the settings of {class_path, init_args}, or the value as it is."""
     if isinstance(value, dict) and "class_path" in value:
@@ -638,8 +668,19 @@ def _examine_single(target: str, path: Path) -> Diagnosis:
     says_v, says_zero = _metadata_says(header.metadata)
     table = _stored_table(path, header)
     stored_zero = table is not None and float(table.snr[-1]) == 0
-    v = marks["v_pred"] or (says_v is True and not marks["v_pred"] and is_lora)
-    zero = marks["ztsnr"] or (bool(says_zero) and is_lora)
+    silent = not any(marks.values()) and table is None and (says_v, says_zero) == (None, None)
+    if silent and family.endswith("of diffusers"):
+        raise ValueError(
+            f"{path} is a UNet of diffusers, which says nothing of its schedule: wanted the folder "
+            "that holds model_index.json."
+        )
+    if silent and family == "other":
+        raise ValueError(
+            f"{path} says nothing of a schedule: the names of its tensors are those of no Stable "
+            "Diffusion."
+        )
+    v = marks["v_pred"] or (says_v is True and is_lora)
+    zero = marks["ztsnr"] or (says_zero is True and is_lora)
     schedule = table
     assumed = table is None or marks["ztsnr"] != stored_zero
     if zero or schedule is None:

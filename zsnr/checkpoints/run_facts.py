@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from zsnr.checkpoints.untrusted import read_json
 from zsnr.files import replacing
 
 NAME = "run.json"
 FORMAT = 1
-_MOST_BYTES = 16 * 2**20  # a table of its own has a number a timestep
 
 
 def write_run_facts(folder: Path, facts: Mapping[str, Any]) -> None:
@@ -34,13 +34,8 @@ def read_run_facts(folder: Path) -> dict[str, Any] | None:
     path = folder / NAME
     if not path.is_file():
         return None
-    if path.stat().st_size > _MOST_BYTES:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes: no run.json is that large.")
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not readable: {error}") from error
-    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+    facts = read_json(path)
+    if facts.get("format") != FORMAT:
         raise ValueError(f"{path} is no run.json of format {FORMAT}, which this version reads.")
     return facts
 

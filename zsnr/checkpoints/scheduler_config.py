@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 
 from zsnr.prediction import PredictionType, check_prediction_type
-from zsnr.schedule import NoiseSchedule
+from zsnr.schedule import USUAL_BETAS, NoiseSchedule
 
 _KINDS = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
-_USUAL_ENDS = {"linear": (0.0001, 0.02), "scaled_linear": (0.00085, 0.012)}
 _ULP = 2.0**-24  # the finest step of 1 - beta in float32
 
 
@@ -28,8 +27,8 @@ def scheduler_config(schedule: NoiseSchedule, prediction_type: PredictionType) -
     zero = schedule.zero_terminal_snr
     table = schedule.alphas_cumprod_table is not None or (schedule.betas == "cosine" and zero)
     ends: tuple[float, float] | tuple[None, None] = (None, None)
-    if not table and schedule.betas in _USUAL_ENDS:
-        first, last = _USUAL_ENDS[schedule.betas]
+    if not table and schedule.betas in USUAL_BETAS:
+        first, last = USUAL_BETAS[schedule.betas]
         ends = (schedule.beta_start or first, schedule.beta_end or last)
     declared = {} if ends == (None, None) else {"beta_start": ends[0], "beta_end": ends[1]}
     return {

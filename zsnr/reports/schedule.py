@@ -104,6 +104,9 @@ def plot_schedule(facts: dict[str, Any], path: Path) -> None:
     Args:
         facts: Of `schedule_facts`.
         path: The PNG to write.
+
+    Raises:
+        OSError: It cannot be written.
     """
     figure, (upper, middle, lower) = figure_of(7, 8, rows=3)
     for name, style in (("original", "--"), ("rescaled", "-")):
@@ -121,7 +124,10 @@ def plot_schedule(facts: dict[str, Any], path: Path) -> None:
     lower.set_ylim(-0.6, len(spacings) - 0.4)
     lower.invert_yaxis()
     lower.set_xlabel(f"t, and the timesteps of {facts['num_steps']} steps")
-    save_figure(figure, path)
+    try:
+        save_figure(figure, path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror}.") from error
 
 
 def to_json(facts: dict[str, Any]) -> str:

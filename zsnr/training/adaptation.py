@@ -7,17 +7,18 @@ many times as large, and training brings them down.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from zsnr.checkpoints import schedule_from_diffusers
 from zsnr.checkpoints.single_file import read_marks
+from zsnr.checkpoints.untrusted import read_json
 from zsnr.denoiser import Conditioning, Network
 from zsnr.ldm_file import is_single_file
 from zsnr.prediction import PredictionType, to_eps, to_v, to_x0
@@ -85,6 +86,8 @@ class Start:
 def read_start(source: str) -> Start | None:
     """Read what a pretrained model was trained for; None where nothing says so.
 
+    A scheduler that this package has no schedule for, such as flow matching, is warned of.
+
     Raises:
         ValueError: Its scheduler's config cannot be read.
     """
@@ -93,17 +96,19 @@ def read_start(source: str) -> Start | None:
     config = _scheduler_config(source)
     if config is None:
         return None
+    try:
+        schedule = schedule_from_diffusers(config)
+    except ValueError as error:
+        rank_zero_warn(f"How far the run is from {source} is not logged: {error}")
+        return None
     prediction_type = cast(PredictionType, config.get("prediction_type", "epsilon"))
-    return Start(source, schedule_from_diffusers(config), prediction_type)
+    return Start(source, schedule, prediction_type)
 
 
 def _scheduler_config(source: str) -> Mapping[str, Any] | None:
     if Path(source).is_dir():
         path = Path(source, "scheduler", "scheduler_config.json")
-        try:
-            return json.loads(path.read_text()) if path.is_file() else None
-        except ValueError as error:
-            raise ValueError(f"{path} is not readable: {error}") from error
+        return read_json(path) if path.is_file() else None
     from diffusers import DDIMScheduler
 
     try:

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -436,7 +437,9 @@ class LatentDiffusion(L.LightningModule):
         if start is None or (start.schedule, start.prediction_type) == own or data is None:
             return
         batches = data.val_dataloader()
-        if not batches:
+        limit = self.trainer.limit_val_batches
+        count = min(len(batches), limit) if isinstance(limit, int) else int(len(batches) * limit)
+        if not count:
             return
         rank_zero_info(
             f"{start.source} predicts {start.prediction_type} on a schedule that ends at SNR "
@@ -447,10 +450,13 @@ class LatentDiffusion(L.LightningModule):
         self.on_validation_epoch_start()
         modes = [(part, part.training) for part in self.modules()]
         self.eval()
+        self.trainer.validating = True  # as Lightning says it: the data are not trained on
         with torch.no_grad(), self.trainer.precision_plugin.val_step_context():
-            for batch in tqdm(batches, "measuring the start", disable=not bar):
+            some = islice(batches, count)
+            for batch in tqdm(some, "measuring the start", total=count, disable=not bar):
                 batch = self._on_before_batch_transfer(batch)
                 self._add_validation(self.trainer.strategy.batch_to_device(batch), start)
+        self.trainer.training = True
         for part, mode in modes:
             part.training = mode
         reshard(self)
