@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from zsnr.ldm_file import (
     config_folder,
@@ -59,6 +59,21 @@ def check_precision(dtype: str, name: str = "dtype") -> torch.dtype:
         raise ValueError(f"{name}={dtype!r} is unknown. Known: {known}.")
     found: torch.dtype = getattr(torch, dtype)
     return found
+
+
+def cast_weight(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast a weight that is to be written; a file with inf or NaN would only give black pictures.
+
+    Raises:
+        ValueError: The dtype cannot hold its values, or they are not finite.
+    """
+    cast = weight.detach().to(dtype)
+    if not cast.isfinite().all():
+        if weight.isfinite().all():
+            kind = str(dtype).removeprefix("torch.")
+            raise ValueError(f"{name} has values that {kind} cannot hold: use bfloat16.")
+        raise ValueError(f"{name} has values that are not finite: this model is broken.")
+    return cast
 
 
 def load_pretrained(
