@@ -113,7 +113,7 @@ def load_pretrained(
         return cls.from_pretrained(
             source, subfolder=subfolder or "", use_safetensors=True, **(options or {})
         )
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         hint = "" if looks_local else _HUB
         raise ValueError(f"Cannot load {what} from {where}: {reason}{hint}") from error
