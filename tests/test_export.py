@@ -665,6 +665,13 @@ def test_sdxl_needs_a_unet_that_is_told_sizes(tmp_path):
         export_diffusers(made, tmp_path / "out")
 
 
+def test_pickles_of_others_are_named(tmp_path, capsys):
+    (tmp_path / "model.pt").write_bytes(b"x")
+    arguments = ["export", str(tmp_path / "model.pt"), "--output", str(tmp_path / "out")]
+    assert main(arguments) == 2
+    assert "is a pickle: convert it to .safetensors" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("size", "image_size"), [([8, 8], 32), ([4, 8], None), ("4", None)])
 def test_latents_are_square(tmp_path, exported, size, image_size):
     shutil.copytree(exported[1], tmp_path / "folder")

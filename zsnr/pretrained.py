@@ -105,8 +105,7 @@ def load_pretrained(
     where = source if subfolder is None else f"{source} (subfolder {subfolder})"
     folder = Path(source) if subfolder is None else Path(source) / subfolder
     looks_local = Path(source).exists() or source.startswith((".", "/", "~"))
-    if source.lower().endswith((".ckpt", ".pt", ".pth", ".bin")) and Path(source).is_file():
-        raise ValueError(f"{source} is a pickle: convert it to .safetensors, or give a folder.")
+    _refuse_pickle(source)
     if looks_local and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no config.json: wanted a folder with {what}.")
     try:
@@ -182,6 +181,11 @@ def _from_config(
     return cls._from_config(config, dtype=config.dtype)
 
 
+def _refuse_pickle(source: str) -> None:
+    if source.lower().endswith((".ckpt", ".pt", ".pth", ".bin")) and Path(source).is_file():
+        raise ValueError(f"{source} is a pickle: convert it to .safetensors, or give a folder.")
+
+
 def _fill(model: nn.Module, source: str, part: str, dtype: torch.dtype) -> nn.Module:
     """Give a model on the meta device the weights of a single file."""
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -207,6 +211,7 @@ def load_index(source: str) -> dict[str, Any]:
 
     if is_single_file(source):
         return file_index(open_ldm_file(source))
+    _refuse_pickle(source)
     if source.startswith((".", "/", "~")) and not Path(source).exists():
         raise ValueError(f"{source}: no such folder or checkpoint.")
     if Path(source).exists() and not (Path(source) / "model_index.json").is_file():
