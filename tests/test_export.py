@@ -1,9 +1,12 @@
 """Models written for diffusers, and what diffusers makes of them."""
 
+import ast
+import copy
 import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +25,12 @@ from zsnr.checkpoints.export import export_diffusers, read_exportable
 from zsnr.checkpoints.scheduler_config import scheduler_config
 from zsnr.cli import main
 from zsnr.codecs import AutoencoderKLCodec
-from zsnr.conditioning import NullConditioner, OpenClipConditioner, TransformersConditioner
+from zsnr.conditioning import (
+    NullConditioner,
+    OpenClipConditioner,
+    SDXLConditioner,
+    TransformersConditioner,
+)
 from zsnr.networks import UNet, UNetConfig
 from zsnr.pipeline import TextToImage
 
@@ -392,6 +400,14 @@ def run_snippet(folder, tmp_path, monkeypatch):
     return names
 
 
+def test_a_folder_may_have_any_name(tmp_path, exported):
+    folder = tmp_path / "\u732b \U0001f431 \"a'b"
+    export_diffusers(exported[0], folder)
+    block, *_ = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    texts = [node.value for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Constant)]
+    assert f"path/to/{folder.name}" in texts
+
+
 @pytest.mark.peer
 def test_the_cards_snippet_is_right(exported, tmp_path, monkeypatch):
     made, folder = exported
@@ -537,6 +553,24 @@ def test_the_card_of_a_flawed_model_claims_no_fix():
     assert "exactly" not in card
     assert "zero-terminal-snr" not in card
     assert "guidance_rescale=0.0" in card
+    assert "beta 0.00085 to 0.012 |" in card
+
+
+def test_the_card_says_who_reads_the_marks():
+    def elsewhere(**facts):
+        return model_card("x", {**FACTS, **facts}).split("## ComfyUI and A1111")[1].split("## ")[0]
+
+    xl = elsewhere(pipeline="StableDiffusionXLPipeline")
+    assert "ComfyUI and Forge read the marks" in xl
+    assert "parameterization" not in xl
+    assert "ComfyUI reads the marks of SDXL alone. Set them" in elsewhere()
+    assert 'parameterization: "v"' in elsewhere()
+    assert "zsnr on" in elsewhere(prediction_type="sample")
+    flawed = NoiseSchedule(zero_terminal_snr=False).settings()
+    assert "zsnr off" in elsewhere(prediction_type="sample", schedule=flawed)
+    assert "where that layout can hold the model." in elsewhere(schedule=flawed)
+    linear = NoiseSchedule("linear", zero_terminal_snr=False).settings()
+    assert "they cannot sample it right" in elsewhere(schedule=linear)
 
 
 def test_the_card_of_an_own_table_says_how_it_is_stored():
@@ -603,6 +637,51 @@ def test_a_folder_is_never_written_over(tmp_path, exported):
     with pytest.raises(ValueError, match="dtype='float8'.*'bfloat16'"):
         export_diffusers(exported[0], tmp_path / "other", dtype="float8")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_that_cannot_be_is_refused_before_anything_is_read(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["export", "nothing.ckpt", "--output", str(tmp_path / "file" / "x" / "y")]) == 2
+    assert f"{tmp_path / 'file'} is no folder to write to" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "message"),
+    [(1e6, "float16", "float16 cannot hold"), (float("nan"), "float32", "are not finite")],
+)
+def test_weights_that_would_be_broken_are_refused(tmp_path, exported, value, dtype, message):
+    broken = copy.deepcopy(exported[0].unet)
+    broken.unet.conv_in.weight.data[0, 0, 0, 0] = value
+    made = dataclasses.replace(exported[0], unet=broken)
+    with pytest.raises(ValueError, match=f"conv_in.weight has values that {message}"):
+        export_diffusers(made, tmp_path / "out", dtype=dtype)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_sdxl_needs_a_unet_that_is_told_sizes(tmp_path):
+    tiny.sdxl_folder(tmp_path / "xl")
+    made = model(conditioner=SDXLConditioner(str(tmp_path / "xl")))
+    with pytest.raises(ValueError, match="addition_embed_type=.*, but StableDiffusionXLPip"):
+        export_diffusers(made, tmp_path / "out")
+
+
+def test_pickles_of_others_are_named(tmp_path, capsys):
+    (tmp_path / "model.pt").write_bytes(b"x")
+    arguments = ["export", str(tmp_path / "model.pt"), "--output", str(tmp_path / "out")]
+    assert main(arguments) == 2
+    assert "is a pickle: convert it to .safetensors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("size", "image_size"), [([8, 8], 32), ([4, 8], None), ("4", None)])
+def test_latents_are_square(tmp_path, exported, size, image_size):
+    shutil.copytree(exported[1], tmp_path / "folder")
+    path = tmp_path / "folder" / "unet" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "sample_size": size}))
+    if image_size is None:
+        with pytest.raises(ValueError, match="wanted one whole number"):
+            read_exportable(str(tmp_path / "folder"))
+    else:
+        assert read_exportable(str(tmp_path / "folder"))[0].image_size == image_size
 
 
 def test_a_kill_leaves_no_folder(tmp_path, exported, monkeypatch):

@@ -166,9 +166,13 @@ def test_a_base_in_half_precision_has_float32_adapters(base, dtype):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rank": 0}, "rank=0: wanted at least 1"),
-        ({"alpha": 0.0}, "alpha=0: wanted more than 0"),
-        ({"target_modules": ()}, "target_modules is empty"),
+        ({"rank": 0}, "rank=0: wanted a whole number of at least 1"),
+        ({"rank": 2.5}, "rank=2.5: wanted a whole number"),
+        ({"alpha": 0.0}, "alpha=0.0: wanted a finite number above 0"),
+        ({"alpha": float("inf")}, "alpha=inf: wanted a finite number"),
+        ({"target_modules": ()}, "target_modules=()"),
+        ({"target_modules": ("to_q", "")}, "wanted a list"),
+        ({"target_modules": "to_q"}, "target_modules='to_q': wanted a list such as"),
         ({"base_dtype": "int8"}, "base_dtype='int8' is unknown"),
     ],
 )
@@ -738,6 +742,14 @@ def test_wrong_exports_are_refused(stable, tmp_path):
         ldm_name("conv_in", 2)
     assert taken.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_what_a_precision_cannot_hold_is_refused(stable, tmp_path):
+    model = adapted(stable)
+    next(iter(lora_state_dict(model.unet).values())).view(-1)[0] = 1e6
+    with pytest.raises(ValueError, match="float16 cannot hold"):
+        write_lora(model, tmp_path / "a.safetensors", dtype="float16")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_kill_leaves_no_half_of_a_file(stable, tmp_path, monkeypatch):

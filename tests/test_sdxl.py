@@ -502,6 +502,25 @@ def test_text_encoders_that_do_not_fit_are_refused(tmp_path):
         SDXLConditioner(str(tmp_path), max_length=9)
 
 
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("unet", {"addition_time_embed_dim": None}, "68 = 68 [+] 6 x 0"),
+        ("unet", {"norm_num_groups": 0}, "Cannot load a UNet2DConditionModel"),
+        ("vae", {"scaling_factor": None}, "scaling_factor=None .*wanted a number"),
+        ("vae", {"scaling_factor": 0}, "scaling_factor=0 .*wanted another"),
+        ("vae", {"shift_factor": "x"}, "shift_factor='x' .*wanted a number"),
+        ("text_encoder", {"num_hidden_layers": 0}, "has no layers"),
+    ],
+)
+def test_configs_that_make_no_model_are_refused(tmp_path, part, change, message):
+    tiny.sdxl_folder(tmp_path)
+    file = tmp_path / part / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(ValueError, match=message):
+        TextToImage.from_pretrained(tmp_path)
+
+
 # Several ranks
 
 

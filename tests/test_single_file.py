@@ -609,7 +609,7 @@ def test_wrong_calls_are_refused(models, files, tmp_path):
         write_single_file(models["v1"], files["v1"])
     with pytest.raises(ValueError, match=r"ends in \.safetensors"):
         write_single_file(models["v1"], tmp_path / "x.ckpt")
-    with pytest.raises(ValueError, match="Known: float32, float16, bfloat16"):
+    with pytest.raises(ValueError, match="Known: 'float32', 'float16', 'bfloat16'"):
         write_single_file(models["v1"], tmp_path / "x.safetensors", dtype="int8")
     with pytest.raises(ValueError, match="wanted texts only"):
         write_single_file(models["v1"], tmp_path / "x.safetensors", metadata={"steps": 3})

@@ -45,10 +45,13 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def check_new(path: Path) -> None:
-    """Refuse a path that exists.
+    """Refuse a path that exists, or where nothing can be written.
 
     Raises:
-        ValueError: It does.
+        ValueError: It is so.
     """
     if os.path.lexists(path):
         raise ValueError(f"{path} exists: choose another name, or remove it.")
+    above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
+        raise ValueError(f"{path} cannot be written: {above} is no folder to write to.")

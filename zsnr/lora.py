@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -49,13 +50,14 @@ class LoRA:
     base_dtype: Precision = "float32"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "target_modules", tuple(self.target_modules))
-        if self.rank < 1:
-            raise ValueError(f"lora.rank={self.rank}: wanted at least 1.")
-        if self.alpha is not None and not self.alpha > 0:
-            raise ValueError(f"lora.alpha={self.alpha:g}: wanted more than 0.")
-        if not self.target_modules:
-            raise ValueError("lora.target_modules is empty: wanted names such as 'to_q'.")
+        targets = self.target_modules
+        if isinstance(targets, str) or not targets or not all(targets):
+            raise ValueError(f"lora.target_modules={targets!r}: wanted a list such as ['to_q'].")
+        object.__setattr__(self, "target_modules", tuple(targets))
+        if type(self.rank) is not int or self.rank < 1:
+            raise ValueError(f"lora.rank={self.rank!r}: wanted a whole number of at least 1.")
+        if self.alpha is not None and not (_is_real(self.alpha) and 0 < self.alpha < math.inf):
+            raise ValueError(f"lora.alpha={self.alpha!r}: wanted a finite number above 0.")
         check_precision(self.base_dtype, "lora.base_dtype")
 
     @property
@@ -134,6 +136,10 @@ class AdaptedUNet(UNet):
     def settings(self) -> dict[str, Any]:
         own = asdict(self.lora)
         return {**self._source, "lora": {**own, "target_modules": list(own["target_modules"])}}
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def require_peft() -> Any:

@@ -164,7 +164,7 @@ class UNet(nn.Module):
                 f"conditioner gives {context_dim}: choose ones that belong together."
             )
         if pooled_dim is not None and self.takes_sizes:
-            width = config["addition_time_embed_dim"]
+            width = config["addition_time_embed_dim"] or 0
             total = config["projection_class_embeddings_input_dim"]
             if total != pooled_dim + _SIZES * width:
                 got = f"one of width {pooled_dim}" if pooled_dim else "none"

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from zsnr.ldm_file import (
     config_folder,
@@ -61,6 +61,21 @@ def check_precision(dtype: str, name: str = "dtype") -> torch.dtype:
     return found
 
 
+def cast_weight(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast a weight that is to be written; a file with inf or NaN would only give black pictures.
+
+    Raises:
+        ValueError: The dtype cannot hold its values, or they are not finite.
+    """
+    cast = weight.detach().to(dtype)
+    if not cast.isfinite().all():
+        if weight.isfinite().all():
+            kind = str(dtype).removeprefix("torch.")
+            raise ValueError(f"{name} has values that {kind} cannot hold: use bfloat16.")
+        raise ValueError(f"{name} has values that are not finite: this model is broken.")
+    return cast
+
+
 def load_pretrained(
     cls: Any,
     source: str,
@@ -90,15 +105,14 @@ def load_pretrained(
     where = source if subfolder is None else f"{source} (subfolder {subfolder})"
     folder = Path(source) if subfolder is None else Path(source) / subfolder
     looks_local = Path(source).exists() or source.startswith((".", "/", "~"))
-    if source.lower().endswith((".ckpt", ".pt", ".pth", ".bin")) and Path(source).is_file():
-        raise ValueError(f"{source} is a pickle: convert it to .safetensors, or give a folder.")
+    _refuse_pickle(source)
     if looks_local and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no config.json: wanted a folder with {what}.")
     try:
         return cls.from_pretrained(
             source, subfolder=subfolder or "", use_safetensors=True, **(options or {})
         )
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         hint = "" if looks_local else _HUB
         raise ValueError(f"Cannot load {what} from {where}: {reason}{hint}") from error
@@ -167,6 +181,11 @@ def _from_config(
     return cls._from_config(config, dtype=config.dtype)
 
 
+def _refuse_pickle(source: str) -> None:
+    if source.lower().endswith((".ckpt", ".pt", ".pth", ".bin")) and Path(source).is_file():
+        raise ValueError(f"{source} is a pickle: convert it to .safetensors, or give a folder.")
+
+
 def _fill(model: nn.Module, source: str, part: str, dtype: torch.dtype) -> nn.Module:
     """Give a model on the meta device the weights of a single file."""
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -192,6 +211,7 @@ def load_index(source: str) -> dict[str, Any]:
 
     if is_single_file(source):
         return file_index(open_ldm_file(source))
+    _refuse_pickle(source)
     if source.startswith((".", "/", "~")) and not Path(source).exists():
         raise ValueError(f"{source}: no such folder or checkpoint.")
     if Path(source).exists() and not (Path(source) / "model_index.json").is_file():

@@ -263,6 +263,15 @@ def _floats(table: Tensor | Sequence[float]) -> tuple[float, ...]:
     return tuple(float(value) for value in table)
 
 
+def beta_ends(schedule: NoiseSchedule) -> tuple[float, float]:
+    """Return the first and last beta of a linear or scaled_linear schedule as published."""
+    first, last = USUAL_BETAS[schedule.betas]
+    return (
+        first if schedule.beta_start is None else schedule.beta_start,
+        last if schedule.beta_end is None else schedule.beta_end,
+    )
+
+
 def _alphas_cumprod(schedule: NoiseSchedule) -> list[float]:
     """Compute abar_t before any rescale; cosine with its cap only if it keeps signal at T."""
     T, ends = schedule.num_timesteps, (schedule.beta_start, schedule.beta_end)
@@ -280,8 +289,7 @@ def _alphas_cumprod(schedule: NoiseSchedule) -> list[float]:
     if not isinstance(schedule.betas, str) or schedule.betas not in USUAL_BETAS:
         known = ", ".join(repr(kind) for kind in ("linear", "cosine", "scaled_linear"))
         raise ValueError(f"betas={schedule.betas!r} is unknown. Known: {known}.")
-    usual = USUAL_BETAS[schedule.betas]
-    first, last = (u if e is None else e for e, u in zip(ends, usual, strict=True))
+    first, last = beta_ends(schedule)
     for name, beta in (("beta_start", first), ("beta_end", last)):
         if not isinstance(beta, (int, float)) or not 0 < beta < 1:
             raise ValueError(f"{name}={beta!r}: wanted a number between 0 and 1, both excluded.")

@@ -7,12 +7,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from zsnr.checkpoints.declared import SCHEDULERS
 from zsnr.checkpoints.run_facts import published
+from zsnr.checkpoints.scheduler_config import needs_table
+from zsnr.checkpoints.single_file import is_marked_schedule
 from zsnr.guidance import Guidance
-from zsnr.schedule import NoiseSchedule
+from zsnr.schedule import NoiseSchedule, beta_ends
 
 _UNKNOWN = "not recorded"
 
@@ -20,6 +20,7 @@ _UNKNOWN = "not recorded"
 EXACT = tuple(name for name, cls in SCHEDULERS.items() if cls.finite_at_zero)
 PATCHED = tuple(name for name, cls in SCHEDULERS.items() if cls.patches)
 DROPPING = tuple(name for name, cls in SCHEDULERS.items() if not cls.rescales)
+DISTILLED = tuple(name for name, cls in SCHEDULERS.items() if cls.grid == "distilled")
 
 
 def model_card(name: str, facts: Mapping[str, Any]) -> str:
@@ -83,8 +84,8 @@ def _summary(facts: Mapping[str, Any], schedule: NoiseSchedule, fixed: bool) -> 
         )
     return (
         f"A text-to-image model of {size} x {size} pixels.\n\n"
-        "**Its noise schedule is the usual, flawed one:** it keeps signal at the last timestep, "
-        f"x_T = {schedule(schedule.num_timesteps - 1)[0]:.6f} x_0 + "
+        "**Its noise schedule is flawed, as the usual ones are:** it keeps signal at the last "
+        f"timestep, x_T = {schedule(schedule.num_timesteps - 1)[0]:.6f} x_0 + "
         f"{schedule(schedule.num_timesteps - 1)[1]:.6f} eps, while sampling starts from pure "
         "noise. Pictures lean to medium brightness, and no scheduler setting cures that: changing "
         "`rescale_betas_zero_snr` alone gives another schedule than the model was trained on. "
@@ -105,7 +106,7 @@ def _proof(facts: Mapping[str, Any], schedule: NoiseSchedule, fixed: bool) -> st
         ("first timestep sampled", f"{last} of 0 .. {last}"),
     ]
     text = "## Schedule\n\n" + _table(rows)
-    if _is_table(schedule):
+    if needs_table(schedule):
         text += (
             "\n\ndiffusers has no name and flag for this schedule, so `scheduler_config.json` "
             "holds it as `trained_betas`"
@@ -129,11 +130,12 @@ def _usage(name: str, facts: Mapping[str, Any], schedule: NoiseSchedule, fixed: 
     steps = min((s for s in range(1, T + 1) if T % s == 0), key=lambda s: abs(s - wanted))
     dtype = facts.get("dtype", "float32")
     half = "" if dtype == "float32" else f", torch_dtype=torch.{dtype}"
+    source = json.dumps(f"path/to/{name}", ensure_ascii=False)
     code = f"""```python
 import torch
 from diffusers import {pipeline}
 
-pipe = {pipeline}.from_pretrained({json.dumps(f"path/to/{name}")}{half})
+pipe = {pipeline}.from_pretrained({source}{half})
 image = pipe(
     "a black cat at night",
     num_inference_steps={steps},
@@ -178,16 +180,17 @@ image.save("image.png")
 
 
 def _schedulers(facts: Mapping[str, Any], schedule: NoiseSchedule, fixed: bool) -> str:
+    distilled = ", ".join(f"`{name}`" for name in DISTILLED)
     if not fixed:
         return (
             "## Other schedulers\n\nThe folder's is DDIM with trailing steps. By "
             "`OtherScheduler.from_config(pipe.scheduler.config)` others keep schedule, prediction "
-            "type and spacing."
+            f"type and spacing; {distilled} are for distilled models."
         )
     lost = ", ".join(f"`{name}`" for name in DROPPING)
     patched = ", ".join(f"`{name}`" for name in PATCHED)
-    exact = ", ".join(f"`{name}`" for name in EXACT)
-    if _is_table(schedule):
+    exact = ", ".join(f"`{name}`" for name in EXACT if name not in DISTILLED)
+    if needs_table(schedule):
         rows = [
             ("keep SNR 0", exact),
             ("give NaN or fail: they divide by sqrt(abar_T)", f"{patched}, {lost}"),
@@ -210,37 +213,45 @@ def _schedulers(facts: Mapping[str, Any], schedule: NoiseSchedule, fixed: bool) 
         "pipe.scheduler = DiffusersScheduler.from_config(pipe.scheduler.config)\n"
         "```"
     )
+    rows.append(("keep SNR 0, but are for distilled models", distilled))
     return text + _table(rows, ("effect", "schedulers")) + repair
 
 
 def _elsewhere(facts: Mapping[str, Any], schedule: NoiseSchedule, fixed: bool) -> str:
+    head = "## ComfyUI and A1111\n\n"
+    if not is_marked_schedule(schedule):
+        return head + (
+            "They know Stable Diffusion's schedule, with and without zero terminal SNR. This model "
+            "has another one: they cannot sample it right."
+        )
+    if facts["prediction_type"] == "sample":
+        return head + (
+            "No mark in a single file says that a model predicts x_0. In ComfyUI the node "
+            f"ModelSamplingDiscrete does, with sampling `x0` and zsnr {'on' if fixed else 'off'}. "
+            "A1111 has no setting for it."
+        )
+    files = (
+        "They read single files, which `zsnr export THIS_FOLDER --output FILE.safetensors` writes "
+        "where that layout can hold the model"
+    )
     if not fixed:
-        return (
-            "## ComfyUI and A1111\n\nThey read single files, which `zsnr export THIS_FOLDER "
-            "--output FILE.safetensors --format single-file` writes."
+        return f"{head}{files}."
+    node = "node ModelSamplingDiscrete, sampling `v_prediction`, zsnr on"
+    if "XL" in facts.get("pipeline", ""):
+        comfy = f"ComfyUI and Forge read the marks. In older ones: {node}."
+        a1111 = "A1111 reads `ztsnr`, and `v_pred` where it has `configs/sd_xl_v.yaml`."
+    else:
+        comfy = f"ComfyUI reads the marks of SDXL alone. Set them: {node}."
+        a1111 = (
+            "A1111 reads `ztsnr`. For v prediction it wants a YAML of the file's name with "
+            '`parameterization: "v"`.'
         )
-    rescale = _rescale(facts, fixed)
-    if not torch.equal(schedule.alphas_cumprod, NoiseSchedule().alphas_cumprod):
-        return (
-            "## ComfyUI and A1111\n\nTheir switch for zero terminal SNR means Stable Diffusion's "
-            "schedule, rescaled. This model has another one: they cannot sample it right."
-        )
-    if facts["prediction_type"] != "v_prediction":
-        return (
-            "## ComfyUI and A1111\n\nNo mark in a single file says that a model predicts x_0. In "
-            "ComfyUI the node ModelSamplingDiscrete does, with sampling `x0` and zsnr on. A1111 "
-            "has no setting for it."
-        )
-    return (
-        "## ComfyUI and A1111\n\nThey read single files, which `zsnr export THIS_FOLDER --output "
-        "FILE.safetensors` writes, where that layout can hold the model, with the marks `v_pred` "
-        "and `ztsnr` that tell them what it is.\n\n"
-        "- ComfyUI reads the marks. Without them: node ModelSamplingDiscrete, sampling "
-        f"`v_prediction`, zsnr on. Guidance: node RescaleCFG, multiplier {rescale}. Scheduler "
+    return head + (
+        f"{files}, with the marks `v_pred` and `ztsnr`.\n\n"
+        f"- {comfy} Guidance: node RescaleCFG, multiplier {_rescale(facts, fixed)}. Scheduler "
         "`simple` or `sgm_uniform`: both start at the last timestep.\n"
-        "- A1111 reads the marks. Without them: a YAML of the file's name with `parameterization: "
-        '"v"`, and the setting *Noise schedule for sampling: Zero Terminal SNR*. Rescaled guidance '
-        "needs an extension."
+        f"- {a1111} Older releases have the setting *Noise schedule for sampling: Zero Terminal "
+        "SNR*. Rescaled guidance needs an extension."
     )
 
 
@@ -285,12 +296,6 @@ def _rescale(facts: Mapping[str, Any], fixed: bool) -> float:
     return _number(recorded, Guidance.rescale if fixed else 0.0)
 
 
-def _is_table(schedule: NoiseSchedule) -> bool:
-    """Whether `scheduler_config` writes it as trained_betas."""
-    own = schedule.alphas_cumprod_table is not None
-    return own or (schedule.betas == "cosine" and schedule.zero_terminal_snr)
-
-
 def _schedule(schedule: NoiseSchedule) -> str:
     zero = schedule.zero_terminal_snr
     T = f"T = {schedule.num_timesteps}"
@@ -298,9 +303,10 @@ def _schedule(schedule: NoiseSchedule) -> str:
         return f"own table, {T}" + (", rescaled to zero terminal SNR" if zero else "")
     if schedule.betas == "cosine":
         return f"cosine, {T}, " + ("without its cap of 0.999" if zero else "capped at 0.999")
-    first, last = (float(schedule.beta_start or 0), float(schedule.beta_end or 0))
-    ends = f", beta {first:g} to {last:g}" if first and last else ""
-    return f"{schedule.betas}, {T}{ends}" + (", rescaled to zero terminal SNR" if zero else "")
+    first, last = beta_ends(schedule)
+    return f"{schedule.betas}, {T}, beta {first:g} to {last:g}" + (
+        ", rescaled to zero terminal SNR" if zero else ""
+    )
 
 
 def _divisors(T: int) -> str:

@@ -60,8 +60,19 @@ def read_diffusers_folder(source: str, schedule: NoiseSchedule | None = None) ->
         unet=unet,
         schedule=schedule or schedule_from_diffusers(config),
         prediction_type=cast(PredictionType, config.get("prediction_type", "epsilon")),
-        image_size=(unet.unet.config["sample_size"] or 64) * codec.factor,
+        image_size=_side(source, unet.unet.config["sample_size"]) * codec.factor,
     )
+
+
+def _side(source: str, sample_size: Any) -> int:
+    """Return the side of the latents that a UNet's config names; Stable Diffusion 1's if none."""
+    sides = sample_size if isinstance(sample_size, list | tuple) else [sample_size or 64]
+    if len({*sides}) != 1 or type(sides[0]) is not int or sides[0] < 1:
+        raise ValueError(
+            f"The UNet's config in {source} says sample_size={sample_size!r}: wanted one whole "
+            "number, the side of a square."
+        )
+    return sides[0]
 
 
 def _has(index: Mapping[str, Any], part: str) -> bool:

@@ -31,7 +31,7 @@ from zsnr.conditioning.tokenizers import BPE, PADDING, Tokenizer
 from zsnr.files import check_new, new_folder
 from zsnr.ldm_file import is_single_file
 from zsnr.lora import is_adapted
-from zsnr.pretrained import Precision, check_precision, read_config
+from zsnr.pretrained import Precision, cast_weight, check_precision, read_config
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DiffusionPipeline
@@ -175,7 +175,15 @@ def check_exportable(description: Mapping[str, Any], *, merged: bool = False) ->
             "AutoencoderKL: train with an AutoencoderKLCodec, such as asset:openmoji_vae, to "
             "export. zsnr.pipeline.TextToImage samples the checkpoint as it is."
         )
+    unet = description["unet"].get("init_args", {}).get("config") or {}
     if _is(conditioner, SDXLConditioner):
+        kind = unet.get("addition_embed_type", "text_time")
+        if kind != "text_time":
+            raise ValueError(
+                f"The UNet has addition_embed_type={kind!r}, but StableDiffusionXLPipeline tells "
+                "it a pooled embedding and sizes: train one with 'text_time', such as SDXL's, to "
+                "export."
+            )
         return
     if _is(conditioner, TransformersConditioner):
         _check_text(conditioner["init_args"])
@@ -185,7 +193,6 @@ def check_exportable(description: Mapping[str, Any], *, merged: bool = False) ->
             "prompts with a CLIP text model: train with a TransformersConditioner or an "
             "OpenClipConditioner, or for SDXL an SDXLConditioner, to export."
         )
-    unet = description["unet"].get("init_args", {}).get("config") or {}
     for key, fine in (("addition_embed_type", (None, "text")), ("class_embed_type", (None,))):
         if unet.get(key) not in fine:
             raise ValueError(
@@ -436,6 +443,6 @@ def _copy(
 
 def _fill(module: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype) -> None:
     wanted = module.state_dict().keys()
-    tensors = {k: v.detach().to(dtype) for k, v in state.items() if k in wanted}
+    tensors = {k: cast_weight(k, v, dtype) for k, v in state.items() if k in wanted}
     module.load_state_dict(tensors, assign=True)
     module.eval()

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from zsnr.checkpoints.model import Model
-from zsnr.files import replacing
+from zsnr.files import check_new, replacing
 from zsnr.lora import AdaptedUNet, lora_state_dict, merge_lora
-from zsnr.pretrained import Precision, check_precision
+from zsnr.pretrained import Precision, cast_weight, check_precision
 
 Layout = Literal["diffusers", "kohya"]
 
@@ -73,8 +73,7 @@ def write_lora(
         if layout == "kohya":
             raise ValueError(f"{path}: wanted a file NAME.safetensors.")
         path = path / DIFFUSERS_NAME
-    if path.exists():
-        raise ValueError(f"{path} exists: choose another name.")
+    check_new(path)
     for name, value in (metadata or {}).items():
         if not isinstance(value, str):
             raise ValueError(f"metadata {name!r} is a {type(value).__name__}: wanted a text.")
@@ -82,8 +81,8 @@ def write_lora(
         tensors, facts = _diffusers_tensors(unet), _facts(model, title)
     else:
         tensors, facts = _kohya_tensors(unet), {**_facts(model, title), **_kohya(model)}
-    tensors = {
-        name: tensor.to("cpu", kept if tensor.ndim else None).contiguous()  # an alpha is exact
+    tensors = {  # an alpha has no dimension, and stays exact
+        name: cast_weight(name, tensor, kept if tensor.ndim else tensor.dtype).cpu().contiguous()
         for name, tensor in tensors.items()
     }
     from safetensors.torch import save_file

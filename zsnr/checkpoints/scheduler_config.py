@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from zsnr.prediction import PredictionType, check_prediction_type
-from zsnr.schedule import USUAL_BETAS, NoiseSchedule
+from zsnr.schedule import NoiseSchedule, beta_ends
 
 _KINDS = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 _ULP = 2.0**-24  # the finest step of 1 - beta in float32
@@ -25,16 +25,12 @@ def scheduler_config(schedule: NoiseSchedule, prediction_type: PredictionType) -
     """
     check_prediction_type(prediction_type, schedule)
     zero = schedule.zero_terminal_snr
-    table = schedule.alphas_cumprod_table is not None or (schedule.betas == "cosine" and zero)
-    ends: tuple[float, float] | tuple[None, None] = (None, None)
-    if not table and schedule.betas in USUAL_BETAS:
-        first, last = USUAL_BETAS[schedule.betas]
-        ends = (schedule.beta_start or first, schedule.beta_end or last)
-    declared = {} if ends == (None, None) else {"beta_start": ends[0], "beta_end": ends[1]}
+    table = needs_table(schedule)
+    ends = () if table or schedule.betas == "cosine" else beta_ends(schedule)
     return {
         "_class_name": "DDIMScheduler",
         "num_train_timesteps": schedule.num_timesteps,
-        **declared,
+        **dict(zip(("beta_start", "beta_end"), ends, strict=False)),
         "beta_schedule": "linear" if table else _KINDS[schedule.betas],
         "trained_betas": _float32_betas(schedule.alphas_cumprod.tolist()) if table else None,
         "rescale_betas_zero_snr": zero and not table,
@@ -45,6 +41,12 @@ def scheduler_config(schedule: NoiseSchedule, prediction_type: PredictionType) -
         "clip_sample": False,
         "thresholding": False,
     }
+
+
+def needs_table(schedule: NoiseSchedule) -> bool:
+    """Whether diffusers has no name and flag for it, so that it goes out as `trained_betas`."""
+    own = schedule.alphas_cumprod_table is not None
+    return own or (schedule.betas == "cosine" and schedule.zero_terminal_snr)
 
 
 def _float32_betas(alphas_cumprod: list[float]) -> list[float]:

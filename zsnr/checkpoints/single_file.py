@@ -20,7 +20,7 @@ from zsnr.checkpoints.model import Model
 from zsnr.codecs import AutoencoderKLCodec
 from zsnr.conditioning import Conditioner, SDXLConditioner, TransformersConditioner
 from zsnr.conditioning.tokenizers import BPE, Tokenizer, bpe_tokenizer
-from zsnr.files import replacing
+from zsnr.files import check_new, replacing
 from zsnr.ldm_file import (
     CONFIG,
     NAMES,
@@ -37,7 +37,7 @@ from zsnr.ldm_file import (
 from zsnr.lora import AdaptedUNet
 from zsnr.networks import UNet
 from zsnr.prediction import PredictionType
-from zsnr.pretrained import Precision, check_precision
+from zsnr.pretrained import Precision, cast_weight, check_precision
 from zsnr.schedule import NoiseSchedule
 
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -111,8 +111,7 @@ def write_single_file(
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: wanted a name that ends in .safetensors.")
-    if path.exists():
-        raise ValueError(f"{path} exists: remove it or choose another name.")
+    check_new(path)
     check_precision(dtype)
     for name, text in (metadata or {}).items():
         if not isinstance(name, str) or not isinstance(text, str):
@@ -277,14 +276,18 @@ def _parts(model: Model) -> tuple[Family, dict[str, _Part], dict[str, dict[str, 
     return family, parts, tokenizers
 
 
+def is_marked_schedule(schedule: NoiseSchedule) -> bool:
+    """Whether it is what readers sample on: Stable Diffusion's, rescaled if there is `ztsnr`."""
+    table = schedule.alphas_cumprod
+    known = NoiseSchedule("scaled_linear", zero_terminal_snr=float(table[-1]) == 0).alphas_cumprod
+    return len(table) == len(known) and torch.allclose(table, known, rtol=0, atol=1e-5)
+
+
 def _check_marks(model: Model) -> None:
     """Refuse what the marks cannot say: they know two schedules and two kinds of prediction."""
     if model.prediction_type not in ("v_prediction", "epsilon"):
         raise _cannot_hold(f"prediction_type={model.prediction_type!r}: it has no mark for it")
-    zero = float(model.schedule.alphas_cumprod[-1]) == 0
-    known = NoiseSchedule("scaled_linear", zero_terminal_snr=zero).alphas_cumprod
-    table = model.schedule.alphas_cumprod
-    if len(table) != len(known) or not torch.allclose(table, known, rtol=0, atol=1e-5):
+    if not is_marked_schedule(model.schedule):
         raise _cannot_hold(
             "this schedule: its marks mean Stable Diffusion's own (scaled_linear, 0.00085 to "
             "0.012, 1000 timesteps) with or without zero_terminal_snr, and every reader would "
@@ -511,12 +514,7 @@ def _write(
 def _cast(weights: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
     """Give each weight's bytes."""
     for name, weight in weights.items():
-        cast = weight.detach().to("cpu", dtype).contiguous()
-        if not cast.isfinite().all():
-            if weight.isfinite().all():
-                kind = str(dtype).removeprefix("torch.")
-                raise ValueError(f"{name} has values that {kind} cannot hold: use bfloat16.")
-            raise ValueError(f"{name} has values that are not finite: this model is broken.")
+        cast = cast_weight(name, weight, dtype).cpu().contiguous()
         yield cast.view(-1).view(torch.uint8)
 
 

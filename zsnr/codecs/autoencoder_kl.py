@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Self
 
@@ -86,6 +87,11 @@ class AutoencoderKLCodec(LatentCodec):
         self.factor = 2 ** (len(config["block_out_channels"]) - 1)
         self.scale = config["scaling_factor"] if scale is None else scale
         self.shift = (config["shift_factor"] or 0.0) if shift is None else shift
+        for name, value in (("scaling_factor", self.scale), ("shift_factor", self.shift)):
+            if not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(f"{name}={value!r} of {pretrained}: wanted a number.")
+        if self.scale == 0:
+            raise ValueError(f"scaling_factor=0 of {pretrained}: wanted another number.")
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

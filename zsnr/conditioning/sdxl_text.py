@@ -123,4 +123,6 @@ def _clip_config(pretrained: str, subfolder: str) -> Any:
             f"{pretrained} (subfolder {subfolder}) is a {config.model_type!r}: wanted CLIP's text "
             "encoder, as SDXL has."
         )
+    if config.num_hidden_layers < 1:
+        raise ValueError(f"{pretrained} (subfolder {subfolder}) has no layers: wanted at least 1.")
     return config
