@@ -159,6 +159,51 @@ def run(made, tmp_path_factory):
     return root, path
 
 
+@pytest.mark.peer
+def test_from_a_flawed_start_to_what_diffusers_samples_right(made, tmp_path, capsys):
+    """The whole way by command line: doctor, fit, export, doctor, diffusers."""
+    from diffusers import StableDiffusionXLPipeline
+
+    start, out = tmp_path / "start", tmp_path / "out"
+    shutil.copytree(made[0], start)
+    scheduler = start / "scheduler" / "scheduler_config.json"
+    flawed = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
+    scheduler.write_text(json.dumps({**json.loads(scheduler.read_text()), **flawed}))
+    assert main(["doctor", str(start)]) == 1
+    assert main(["fit", "-c", str(config(start, tmp_path / "root"))]) == 0
+    _, rows = logged(tmp_path / "root")
+    ratios = [float(row["adaptation/t0899"]) for row in rows if row.get("adaptation/t0899")]
+    assert len(ratios) == 2
+    assert min(ratios) > 0
+    checkpoint = tmp_path / "root" / "run" / "checkpoints" / "last.ckpt"
+    assert main(["doctor", str(checkpoint)]) == 0
+    assert main(["export", str(checkpoint), "--output", str(out)]) == 0
+    assert main(["doctor", str(out)]) == 0
+    capsys.readouterr()
+
+    ours = TextToImage.from_pretrained(checkpoint, device="cpu")
+    theirs = StableDiffusionXLPipeline.from_pretrained(out, local_files_only=True)
+    theirs.set_progress_bar_config(disable=True)
+    noise = torch.cat([torch.randn(1, 4, 8, 8, generator=seeded(s)) for s in (5, 6)])
+    settings = {"height": 16, "width": 16}
+    images = ours(PROMPTS, seeds=[5, 6], num_steps=10, progress=False, **settings)
+    arrays = theirs(
+        PROMPTS,
+        latents=noise,
+        num_inference_steps=10,
+        guidance_scale=7.5,
+        guidance_rescale=0.7,
+        output_type="np",
+        **settings,
+    ).images
+    for image, array in zip(images, arrays, strict=True):
+        np.testing.assert_allclose(np.asarray(image) / 255, array, rtol=0, atol=0.5 / 255 + 1e-4)
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
 def test_a_run_that_stops_goes_on_as_it_would_have(run, tmp_path):
     root, path = run
     losses, rows = logged(root)
