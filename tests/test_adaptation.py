@@ -6,6 +6,7 @@ import cells
 import pytest
 import tiny
 import torch
+from lightning.pytorch.callbacks import Callback
 from test_training import data, module, trainer
 
 from zsnr import NoiseSchedule, diffusion_loss
@@ -213,6 +214,32 @@ def test_run_json_stands_beside_the_checkpoints(start, tmp_path):
     assert facts["batch_size"] == 4
     assert facts["learning_rate"] == 0.1
     assert open_checkpoint(folder / "last.ckpt")["run"] == facts
+
+
+def test_run_json_has_the_validation_of_its_own_step(start, tmp_path):
+    """The checkpoint of a step is written before that step is validated."""
+    net = module(unet=str(start), optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+    seen = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, run, *args):
+            if run.global_step == 2:
+                seen.append(read_run_facts(tmp_path / "checkpoints")["metrics"]["val/loss"])
+
+    run = trainer(
+        tmp_path,
+        2,
+        enable_checkpointing=True,
+        callbacks=[Checkpoints(f"{tmp_path}/checkpoints", every_n_train_steps=1), Watch()],
+        val_check_interval=1,
+        check_val_every_n_epoch=None,
+    )
+    run.fit(net, datamodule=data(tmp_path / "data", val=f"{tmp_path}/data/val-*.tar"))
+    found = read_run_facts(tmp_path / "checkpoints")["metrics"]["val/loss"]
+    assert found == float(run.callback_metrics["val/loss"])
+    checkpoint = open_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
+    assert checkpoint["run"]["metrics"]["val/loss"] in seen
+    assert found not in seen
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,10 @@ def read_exportable(
             check_exportable(checkpoint[KEY], merged=merged)
         elif form == "single-file" and not merged:
             check_merged(checkpoint[KEY])
-        facts = published(checkpoint.get("run") or read_run_facts(path.parent) or {})
+        beside = read_run_facts(path.resolve().parent) or {}
+        if beside.get("global_step") != checkpoint.get("global_step"):  # a later checkpoint's
+            beside = checkpoint.get("run") or beside
+        facts = published(beside)
         facts["global_step"] = checkpoint.get("global_step")
         if "ema" in facts:
             facts["weights"] = "averaged" if ema and facts["ema"] is not None else "raw"

@@ -113,6 +113,11 @@ class Checkpoints(Checkpoint):
         if due:
             self.save(trainer)
 
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Write down the metrics of a validation that follows a checkpoint of the same step."""
+        if trainer.state.fn == "fit" and trainer.global_step == self._saved:
+            self._write_facts(trainer)
+
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         self.save(trainer)
 
@@ -131,15 +136,26 @@ class Checkpoints(Checkpoint):
         if problem is not None:
             raise OSError(problem)
         self._saved, self._since = step, time.monotonic()
+        self._write_facts(trainer)
         if trainer.is_global_zero:
             try:
-                write_run_facts(folder, run_facts(trainer, trainer.lightning_module))
                 _link(folder / "last.ckpt", f"step-{step:08d}.ckpt")
                 for old in steps(folder)[: -self.keep]:
                     if self.keep_every_n_steps is None or _step(old) % self.keep_every_n_steps:
                         sharded.remove(old)
             except OSError as error:  # the other ranks are on their way
                 rank_zero_warn(f"The checkpoint is written, but not all tidied up: {error}")
+
+    def _write_facts(self, trainer: L.Trainer) -> None:
+        """Write run.json on the first rank; a run goes on without it."""
+        if not trainer.is_global_zero:
+            return
+        assert self.dirpath is not None
+        module: Any = trainer.lightning_module
+        try:
+            write_run_facts(Path(self.dirpath), run_facts(trainer, module))
+        except OSError as error:  # the other ranks are on their way
+            rank_zero_warn(f"run.json is not written: {error}")
 
 
 class CheckpointFiles(TorchCheckpointIO):
