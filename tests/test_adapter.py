@@ -126,6 +126,13 @@ def test_the_state_keeps_its_dtype_and_the_arithmetic_is_float32():
     torch.testing.assert_close(found.float(), wanted, rtol=0, atol=5e-3)
 
 
+def test_choosing_steps_draws_nothing():
+    torch.manual_seed(4)
+    before = torch.get_rng_state()
+    DiffusersScheduler("ddpm").set_timesteps(10)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_own_timesteps():
     scheduler = DiffusersScheduler()
     scheduler.set_timesteps(timesteps=[999, 500, 3])

@@ -211,7 +211,8 @@ class DiffusersScheduler:
             calls.append(int(t))
             return torch.zeros_like(x_t)
 
-        self.sampler.sample(listen, self.schedule, torch.zeros(1, 1), self._grid)
+        x_T = torch.zeros(1, 1)  # and no random numbers: those are the caller's
+        self.sampler.sample(listen, self.schedule, x_T, self._grid, randn_like=torch.zeros_like)
         return calls
 
     def _index(self, t: int) -> int:
