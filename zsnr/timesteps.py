@@ -1,12 +1,15 @@
 """Which timesteps a sampler visits (section 3.3).
 
-A grid is a 1-D int64 tensor, 0-based, strictly descending. The arithmetic is exact, in integers.
+A grid is a 1-D int64 tensor, 0-based, strictly descending. The arithmetic of the paper's spacings
+is exact, in integers; grids in log SNR are the nearest timesteps of a schedule.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 import operator
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Protocol, TypeVar
@@ -94,6 +97,48 @@ def linspace(num_steps: int, num_timesteps: int = 1000) -> Tensor:
     return _grid(_round_half_even(S - 1 + (T - 1) * i, S - 1) - 1 for i in reversed(range(S)))
 
 
+@register_spacing("log_snr")
+def log_snr(
+    num_steps: int, num_timesteps: int = 1000, *, schedule: NoiseSchedule | None = None
+) -> Tensor:
+    """Start at the last timestep, then divide the log SNR evenly.
+
+    With l = log(alpha_t / sigma_t), half the log SNR, step 0 is at T-1, where l may be minus
+    infinity, and steps 1 to S-1 divide l evenly
+
+        from -2 - log S, where noise outweighs all but the mean of a picture,
+        to   -1 + 2 log S, where little noise is left to take away in the last step,
+
+    as far as the schedule has timesteps there. More steps reach further out at both ends, and go on
+    more finely between. Where l of T-1 lies above the first bound, all S steps divide it from
+    there. Each step is the nearest timestep, moved up or down where another has it already, so that
+    there are S distinct ones.
+
+    Args:
+        num_steps: S, 1 to T.
+        num_timesteps: T.
+        schedule: The schedule. None = the paper's with that T.
+
+    Returns:
+        int64, shape (S,), descending, the first is T-1.
+
+    Raises:
+        ValueError: S or T is out of range.
+    """
+    return _between_bounds(num_steps, num_timesteps, schedule, lambda level: level)
+
+
+@register_spacing("karras")
+def karras(
+    num_steps: int, num_timesteps: int = 1000, *, schedule: NoiseSchedule | None = None
+) -> Tensor:
+    """Divide (sigma_t / alpha_t)^(1/7) evenly (Karras et al., arXiv:2206.00364, equation 5).
+
+    Between the bounds of `log_snr`, and else as there.
+    """
+    return _between_bounds(num_steps, num_timesteps, schedule, lambda level: -math.exp(-level / 7))
+
+
 def get_timesteps(
     spacing: str,
     num_steps: int,
@@ -177,6 +222,43 @@ def check_timesteps(
         bound = "T - 1" if num_timesteps is None else num_timesteps - 1
         raise ValueError(f"timesteps run from {steps[0]} to {steps[-1]}: wanted {bound} to 0.")
     return steps
+
+
+def _between_bounds(
+    num_steps: int,
+    num_timesteps: int,
+    schedule: NoiseSchedule | None,
+    coordinate: Callable[[float], float],
+) -> Tensor:
+    """Divide an increasing function of l = log(alpha / sigma) evenly, as `log_snr` says."""
+    S, T = _check_counts(num_steps, num_timesteps)
+    table = (schedule or NoiseSchedule(num_timesteps=T)).log_snr.tolist()
+    levels = [level / 2 for level in table]
+    low, high = -2 - math.log(S), min(-1 + 2 * math.log(S), levels[0])
+    first = 0 if levels[-1] >= low else 1  # the first step that is divided
+    low = levels[-1] if first == 0 else max(low, levels[-2])
+    start, end = coordinate(low), coordinate(max(low, high))
+    marks = [coordinate(level) for level in reversed(levels[: T - first])]  # increasing
+    parts = S - first - 1
+    nearest = [T - 1] * first
+    for i in range(S - first):
+        wanted = start + (end - start) * (i / parts if parts else 0.5)
+        at = min(bisect_left(marks, wanted), len(marks) - 1)
+        if at > 0 and wanted - marks[at - 1] <= marks[at] - wanted:
+            at -= 1
+        nearest.append(T - 1 - first - at)
+    return _grid(_distinct(nearest, T))
+
+
+def _distinct(steps: Sequence[int], num_timesteps: int) -> list[int]:
+    """Move steps that do not descend down by as little as it takes, and up where there is no room.
+
+    The first becomes T-1.
+    """
+    S, found = len(steps), [num_timesteps - 1]
+    for t in steps[1:]:
+        found.append(min(t, found[-1] - 1))
+    return [max(t, S - 1 - i) for i, t in enumerate(found)]
 
 
 def _grid(steps: Iterable[int]) -> Tensor:
