@@ -220,7 +220,7 @@ def test_predict_with_short_options_and_a_file(run, folder, tmp_path):
     options = [
         *("--prompts", str(prompts), "--output", str(tmp_path / "out"), "--sampler", "ddpm"),
         *("--num-steps=2", "--spacing", "linspace", "--guidance-scale", "2"),
-        *("--guidance-rescale", "0.5", "--seed", "9"),
+        *("--guidance-rescale", "0.5", "--guidance-interval", "[0.2,.inf]", "--seed", "9"),
     ]
     assert predict(folder, *options) == 0
     assert (tmp_path / "out" / "00002-9.png").is_file()  # --seed is for lines without their own
@@ -233,6 +233,7 @@ def test_predict_with_short_options_and_a_file(run, folder, tmp_path):
         "spacing": "linspace",
         "guidance_scale": 2.0,
         "guidance_rescale": 0.5,
+        "guidance_interval": [0.2, None],
     }
     assert {name: facts[name] for name in wanted} == wanted
 

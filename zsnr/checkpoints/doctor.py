@@ -513,7 +513,7 @@ def _examine_yaml(target: str, path: Path, num_steps: Sequence[int]) -> Diagnosi
     sampling = _block(path, "model.sampling", _init_args(model.get("sampling")))
     _check_keys(path, "model.sampling", sampling, SAMPLING_KEYS)
     guidance = _block(path, "model.sampling.guidance", _init_args(sampling.get("guidance")))
-    _check_keys(path, "model.sampling.guidance", guidance, ("scale", "rescale"))
+    _check_keys(path, "model.sampling.guidance", guidance, ("scale", "rescale", "interval"))
     told: dict[str, Any] = {
         key: sampling[key] for key in ("num_steps", "spacing") if key in sampling
     }

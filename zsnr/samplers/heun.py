@@ -19,6 +19,7 @@ from zsnr.samplers.base import (
     check_run,
     log_snr_steps,
     multistep,
+    predict,
     step,
     transition_coefficients,
 )
@@ -55,10 +56,10 @@ class Heun(Sampler):
         h = log_snr_steps(schedule, grid)
         x_t, t_rows = begin(x_T, grid)
         for i, (t, coefficients) in enumerate(zip(grid, steps, strict=True)):
-            x_0 = denoiser(x_t, t_rows[i]).to(x_t.dtype)
+            x_0 = predict(denoiser, x_t, t, t_rows[i])
             x_s = step(x_0, x_t, coefficients)
             if math.isfinite(h[i]):
-                again = denoiser(x_s, t_rows[i + 1]).to(x_t.dtype)
+                again = predict(denoiser, x_s, grid[i + 1], t_rows[i + 1])
                 a, b, _ = coefficients
                 w = math.exp(h[i]) / 2
                 x_s = multistep((again, x_0), x_t, MultistepCoefficients((a * w, a * (1 - w)), b))

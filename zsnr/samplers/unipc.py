@@ -19,6 +19,7 @@ from zsnr.samplers.base import (
     check_run,
     log_snr_steps,
     multistep,
+    predict,
     transition_coefficients,
 )
 from zsnr.samplers.dpmpp import dpmpp_2m_coefficients
@@ -89,7 +90,7 @@ class UniPC(Sampler):
         before = x_t  # the state that the last step left
         history: tuple[Tensor, ...] = ()
         for i, (t, t_row) in enumerate(zip(grid, t_rows, strict=True)):
-            x_0 = denoiser(x_t, t_row).to(x_t.dtype)
+            x_0 = predict(denoiser, x_t, t, t_row)
             history = (x_0, *history[:2])
             corrector = correctors[i]
             if corrector is not None:
