@@ -41,7 +41,8 @@ class Sampling:
     Args:
         sampler: The sampler, by class.
         num_steps: S, the number of network calls.
-        spacing: A registered timestep spacing.
+        spacing: A registered timestep spacing, or the path of a grid that `zsnr timesteps optimize`
+            wrote.
         guidance: Guidance scale, rescale and interval.
     """
 
@@ -158,7 +159,7 @@ class TextToImage:
             width: Likewise.
             sampler: A sampler, or the name of a registered one. None = DDIM.
             num_steps: S, the number of network calls.
-            spacing: A registered timestep spacing.
+            spacing: A registered timestep spacing, or the path of a grid file.
             guidance: None = the paper's, scale 7.5 and rescale 0.7.
             batch_size: Images at a time.
             max_rows: Rows of one network call, to bound memory; see `Denoiser`. None = with

@@ -7,11 +7,13 @@ is exact, in integers; grids in log SNR are the nearest timesteps of a schedule.
 from __future__ import annotations
 
 import inspect
+import json
 import math
 import operator
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 import torch
@@ -146,10 +148,12 @@ def get_timesteps(
     *,
     schedule: NoiseSchedule | None = None,
 ) -> Tensor:
-    """Make the grid of a registered spacing.
+    """Make the grid of a registered spacing, or read that of a file.
 
     Args:
-        spacing: A registered name, see `available_spacings`.
+        spacing: A registered name, see `available_spacings`, or the path of a .json file that holds
+            {"timesteps": [...]}, such as `zsnr timesteps optimize` writes. If the file names a
+            schedule, it is for that one only.
         num_steps: S, 1 to T.
         num_timesteps: T.
         schedule: For grids that depend on it; None = the paper's with that T.
@@ -158,18 +162,19 @@ def get_timesteps(
         int64, shape (S,), S distinct timesteps, descending.
 
     Raises:
-        ValueError: Unknown name, counts out of range, a schedule of another T, or a registered
-            rule that broke its promise.
+        ValueError: Unknown name, counts out of range, a schedule of another T, a file of another
+            number of steps or schedule, or a registered rule that broke its promise.
+        OSError: The file cannot be read.
     """
-    if spacing not in _SPACINGS:
-        known = ", ".join(repr(name) for name in available_spacings())
-        raise ValueError(f"Timestep spacing {spacing!r} is unknown. Known: {known}.")
+    check_spacing(spacing)
     S, T = _check_counts(num_steps, num_timesteps)
     if schedule is not None and schedule.num_timesteps != T:
         raise ValueError(
             f"num_timesteps={T} but the schedule has {schedule.num_timesteps}: pass "
             f"num_timesteps={schedule.num_timesteps}."
         )
+    if is_grid_file(spacing):
+        return _read_grid(Path(spacing), S, T, schedule)
     rule = _SPACINGS[spacing]
     if "schedule" in inspect.signature(rule).parameters:
         grid = rule(S, T, schedule=schedule or NoiseSchedule(num_timesteps=T))
@@ -179,6 +184,24 @@ def get_timesteps(
     if len(steps) != S:
         raise ValueError(f"Spacing {spacing!r} gave {len(steps)} timesteps: wanted {S}.")
     return _grid(steps)
+
+
+def check_spacing(spacing: str) -> None:
+    """Refuse what `get_timesteps` knows for no number of steps.
+
+    Raises:
+        ValueError: Neither a registered name nor the name of a .json file.
+    """
+    if spacing not in _SPACINGS and not is_grid_file(spacing):
+        known = ", ".join(repr(name) for name in available_spacings())
+        raise ValueError(
+            f"Timestep spacing {spacing!r} is unknown. Known: {known}; or a .json file."
+        )
+
+
+def is_grid_file(spacing: str) -> bool:
+    """Whether a spacing is the path of a file, which has one number of steps only."""
+    return spacing.endswith(".json")
 
 
 def timestep_pairs(timesteps: Tensor | Sequence[int]) -> list[tuple[int, int]]:
@@ -222,6 +245,26 @@ def check_timesteps(
         bound = "T - 1" if num_timesteps is None else num_timesteps - 1
         raise ValueError(f"timesteps run from {steps[0]} to {steps[-1]}: wanted {bound} to 0.")
     return steps
+
+
+def _read_grid(path: Path, S: int, T: int, schedule: NoiseSchedule | None) -> Tensor:
+    try:
+        facts = json.loads(path.expanduser().read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}.") from error
+    if not isinstance(facts, dict) or not isinstance(facts.get("timesteps"), list):
+        raise ValueError(f'{path} holds no grid: wanted {{"timesteps": [999, ...]}}.')
+    steps = check_timesteps(facts["timesteps"], T)
+    if len(steps) != S:
+        raise ValueError(
+            f"{path} is a grid of {len(steps)} steps: wanted {S}. Set num_steps={len(steps)}, or "
+            "optimise another."
+        )
+    if facts.get("schedule") is not None:
+        its = NoiseSchedule(**facts["schedule"])
+        if its != (schedule or NoiseSchedule(num_timesteps=T)):
+            raise ValueError(f"{path} is a grid for {its}: optimise one for this schedule.")
+    return _grid(steps)
 
 
 def _between_bounds(

@@ -15,7 +15,7 @@ from zsnr.prediction import PredictionType, to_x0
 from zsnr.samplers import Sampler, get_sampler
 from zsnr.samplers.registry import sampler_name
 from zsnr.schedule import NoiseSchedule
-from zsnr.timesteps import check_timesteps, get_timesteps
+from zsnr.timesteps import check_spacing, check_timesteps, get_timesteps
 
 
 class _Config(dict[str, Any]):
@@ -48,7 +48,7 @@ class DiffusersScheduler:
         sampler: A sampler or the name of a registered one.
         schedule: The schedule the network was trained on.
         prediction_type: What the network predicts.
-        spacing: A registered timestep spacing.
+        spacing: A registered timestep spacing, or the path of a grid file.
 
     Attributes:
         timesteps: t of every network call, int64, (calls,), after `set_timesteps`.
@@ -70,7 +70,7 @@ class DiffusersScheduler:
         spacing: str = "trailing",
     ) -> None:
         declared = scheduler_config(schedule, prediction_type)  # refuses epsilon at zero SNR
-        get_timesteps(spacing, 1, schedule.num_timesteps, schedule=schedule)
+        check_spacing(spacing)
         self.sampler = get_sampler(sampler) if isinstance(sampler, str) else sampler
         self.schedule, self.prediction_type, self.spacing = schedule, prediction_type, spacing
         self.config = _Config(
