@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from zsnr import (
     Conditioning,
@@ -153,6 +154,30 @@ def test_samplers_save_the_pass(name):
         lambda x, t: denoiser(x, t), SCHEDULE, X, grid, randn_like=randn_like
     )
     torch.testing.assert_close(x_0, wanted)
+
+
+@pytest.mark.parametrize("interval", [None, (0.5, 4.0)])
+def test_a_guided_network_compiles_whole(interval):
+    """Guided and not, each is one graph: what branches is an int, never a tensor."""
+    guidance = Guidance(3.0, 0.7, interval)
+
+    def network(x_t, t, conditioning):
+        return 0.5 * x_t + conditioning.context.mean((1, 2)).view(-1, 1, 1, 1)
+
+    denoiser = Denoiser(
+        network, SCHEDULE, "v_prediction", contexts(1.0, 2.0), contexts(-1.0), guidance
+    )
+    SCHEDULE(T)  # the table of this device is there before a graph is
+    for t in (999, 400, 3):
+        row = torch.full((2,), t)
+        whole = torch.compile(denoiser.at(t), fullgraph=True, backend="eager")
+        torch.testing.assert_close(whole(X, row), denoiser.at(t)(X, row))
+    grid = get_timesteps("log_snr", 6).tolist()
+    with FakeTensorMode():  # where reading a tensor would raise
+        x_T, prompts = torch.empty(2, 4, 3, 3), Conditioning(torch.empty(2, 3, 5))
+        fake = Denoiser(network, SCHEDULE, "v_prediction", prompts, prompts, guidance)
+        for name in ("ddim", "heun", "multiscale", "unipc"):
+            assert get_sampler(name).sample(fake, SCHEDULE, x_T, grid).shape == x_T.shape
 
 
 @pytest.mark.parametrize("max_rows", [1, 2, 3, 4, 100])

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from operator import mul, sub, truediv
 
 import torch
 from torch import Tensor
@@ -56,43 +57,58 @@ def multiscale_coefficients(
         smallest: Least s, where noise has 1.
         largest: Greatest s; between the two log s is uniform.
     """
-    scale = torch.linspace(math.log(smallest), math.log(largest), _SCALES, dtype=torch.float64)
-    variance = scale.exp() ** 2
-
-    def exact(alpha: float, sigma: float) -> Tensor:
-        return (alpha**2 * variance + sigma**2).sqrt()
-
+    step = math.log(largest / smallest) / (_SCALES - 1)
+    scales = [smallest * math.exp(i * step) for i in range(_SCALES)]
+    variances = [s**2 for s in scales]
     at = [schedule(t) for t in (*grid, -1)]
-    y = exact(*at[0])
-    history: list[Tensor] = []  # x_0 of the steps so far, newest first
+    exact = [[math.hypot(alpha * s, sigma) for s in scales] for alpha, sigma in at]
+    y = exact[0]  # the state of each scale
+    history: list[list[float]] = []  # x_0 of the steps so far, newest first
     steps = []
-    for (alpha_t, sigma_t), (alpha_s, sigma_s) in pairwise(at):
-        x_0 = alpha_t * variance / exact(alpha_t, sigma_t) ** 2 * y
+    for (e_t, e_s), ((alpha_t, sigma_t), (alpha_s, sigma_s)) in zip(
+        pairwise(exact), pairwise(at), strict=True
+    ):
+        x_0 = [alpha_t * v / e**2 * y_i for v, e, y_i in zip(variances, e_t, y, strict=True)]
         history = [x_0, *history[: order - 1]]
         a, b, _ = reverse_transition(alpha_t, sigma_t, alpha_s, sigma_s)
-        e_s = exact(alpha_s, sigma_s)
-        weights = _weights([x / e_s for x in history], (1 - b * y / e_s) / a)
-        y = b * y + a * sum(w * x for w, x in zip(weights, history, strict=True))
+        wanted = [(1 - b * y_i / e) / a for y_i, e in zip(y, e_s, strict=True)]
+        weights = _weights([_over(x, e_s) for x in history], wanted)
+        y = [
+            b * y_i + a * sum(map(mul, weights, x))
+            for y_i, x in zip(y, zip(*history, strict=True), strict=True)
+        ]
         steps.append(MultistepCoefficients(tuple(a * w for w in weights), b))
     return tuple(steps)
 
 
-def _weights(history: Sequence[Tensor], wanted: Tensor) -> list[float]:
+def _weights(history: Sequence[Sequence[float]], wanted: Sequence[float]) -> list[float]:
     """Fit sum_i w_i history_i to what is wanted over all scales, with sum_i w_i = 1."""
     if len(history) == 1:
         return [1.0]
-    slope, missing = history[0] - history[1], wanted - history[0]
-    m_11, v_1 = float(slope @ slope), float(slope @ missing)
+    slope, missing = _minus(history[0], history[1]), _minus(wanted, history[0])
+    m_11, v_1 = _dot(slope, slope), _dot(slope, missing)
     if len(history) == 2:
         u_1 = v_1 / m_11
         return [1 + u_1, -u_1]
-    bend = history[0] - 2 * history[1] + history[2]
-    m_12, m_22, v_2 = float(slope @ bend), float(bend @ bend), float(bend @ missing)
+    bend = _minus(slope, _minus(history[1], history[2]))
+    m_12, m_22, v_2 = _dot(slope, bend), _dot(bend, bend), _dot(bend, missing)
     m_22 += DAMPING * m_11
     determinant = m_11 * m_22 - m_12**2
     u_1 = (v_1 * m_22 - v_2 * m_12) / determinant
     u_2 = (m_11 * v_2 - m_12 * v_1) / determinant
     return [1 + u_1 + u_2, -u_1 - 2 * u_2, u_2]
+
+
+def _dot(a: Sequence[float], b: Sequence[float]) -> float:
+    return math.fsum(map(mul, a, b))
+
+
+def _minus(a: Sequence[float], b: Sequence[float]) -> list[float]:
+    return list(map(sub, a, b))
+
+
+def _over(a: Sequence[float], b: Sequence[float]) -> list[float]:
+    return list(map(truediv, a, b))
 
 
 @register_sampler("multiscale")
