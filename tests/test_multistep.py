@@ -166,6 +166,26 @@ def test_every_step_count_is_right_at_every_scale():
             assert float(error.abs().max()) < 0.02
 
 
+@pytest.mark.parametrize("S", [10, 25, 50])
+@pytest.mark.parametrize("std", [0.3, 1.0, 10.0])
+def test_a_networks_errors_grow_no_more_than_in_dpmpp(S, std):
+    """Independent errors of v at each call, as a root mean square over what they do to x_0."""
+    grid, gains = log_snr(S).tolist(), {}
+    oracle = GaussianDenoiser(SCHEDULE, 0.0, std)
+    for sampler in (DPMpp2M(), Multiscale()):
+        wrong = iter(range(S))
+
+        def denoiser(x_t, t, wrong=wrong):
+            x_0 = oracle(x_t, t)
+            x_0[next(wrong)] += SCHEDULE(int(t[0]))[1]  # row i errs in call i
+            return x_0
+
+        rows = torch.zeros(S, 1, dtype=torch.float64)
+        x_0 = sampler.sample(denoiser, SCHEDULE, rows, grid)
+        gains[sampler] = float(x_0.square().sum().sqrt())
+    assert gains[Multiscale()] < 1.1 * gains[DPMpp2M()]
+
+
 def test_brightness_of_a_finite_data_set():
     """Two flat pictures, black and white, in equal parts: half of the samples are of each."""
     pictures = torch.stack([torch.full((3, 8, 8), -1.0), torch.full((3, 8, 8), 1.0)])
