@@ -46,6 +46,7 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/sampler_step.py --write
+	$(BIN)/python benchmarks/fidelity.py --write
 	$(BIN)/python benchmarks/data_throughput.py --write
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
 	$(BIN)/python benchmarks/train_step.py --write

@@ -242,6 +242,7 @@ def plot(
 ) -> None:
     """Draw the measures against S, and both oracles against each other at S = 5, 10 and 25."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     figure = Figure(figsize=(13, 8), layout="constrained")
     (upper, lower) = figure.subplots(2, 3)
@@ -253,6 +254,7 @@ def plot(
         axes.set(title=title, xlabel="network calls S", xscale="log", yscale="log")
         axes.set_xticks(COUNTS, map(str, COUNTS))
         axes.minorticks_off()
+    upper[2].set_ylim(bottom=0.01)
     upper[1].axhline(floor, color="grey", linestyle=":", label="floor")
     for axes, S in zip(lower, (5, 10, 25), strict=True):
         for name, row in found.items():
@@ -262,6 +264,10 @@ def plot(
         axes.axhline(floor, color="grey", linestyle=":")
         axes.set(title=f"both oracles at S = {S}", xscale="log", yscale="log")
         axes.set(xlabel="worst error of std, Gaussians", ylabel="W1 of brightness, OpenMoji")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axis.set_minor_formatter(NullFormatter())
     figure.legend(*upper[1].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     save_figure(figure, path)
 
@@ -308,8 +314,8 @@ def main() -> None:
         plot(found, floor, results / "fidelity.png")
         (results / "fidelity.md").write_text(
             f"# Samplers and grids at few steps\n\n{date.today()}, {versions}, Python "
-            f"{platform.python_version()}, {platform.machine()}, {torch.get_num_threads()} "
-            f"threads, {minutes:.0f} minutes.\n"
+            f"{platform.python_version()}, {platform.machine()}, threads: "
+            f"{torch.get_num_threads()}, {minutes:.0f} minutes.\n"
             f"Made by `python benchmarks/fidelity.py{' --quick' * arguments.quick} --write`; its "
             "first lines say what is measured.\n\n"
             f"{text}\n![the measures against S](fidelity.png)\n"

@@ -37,6 +37,7 @@ DEFAULT_SAMPLING = {
     "spacing": "trailing",
     "guidance_scale": Guidance().scale,
     "guidance_rescale": Guidance().rescale,
+    "guidance_interval": Guidance().interval,
 }
 # LatentDiffusion's parameters, and Sampling's: a typo would be judged by the default.
 MODEL_KEYS = (

@@ -120,18 +120,21 @@ def optimize_grid(loss: GridLoss, start: Sequence[int], bar: Any) -> tuple[list[
     """
     grid, best = [int(t) for t in start], loss(start)
     for share in _MOVES:
-        for i in range(1, len(grid)):
-            below = grid[i + 1] if i + 1 < len(grid) else -1
-            for gap in (below - grid[i], grid[i - 1] - grid[i]):
-                moved = grid[i] + (1 if gap > 0 else -1) * max(1, round(abs(gap) * share))
-                bar.update()
-                if not below < moved < grid[i - 1]:
-                    continue
-                tried = [*grid[:i], moved, *grid[i + 1 :]]
-                found = loss(tried)
-                if found.total < best.total:
-                    grid, best = tried, found
-                    break
+        before = None
+        while before != grid:
+            before = grid
+            for i in range(1, len(grid)):
+                below = grid[i + 1] if i + 1 < len(grid) else -1
+                for gap in (below - grid[i], grid[i - 1] - grid[i]):
+                    moved = grid[i] + (1 if gap > 0 else -1) * max(1, round(abs(gap) * share))
+                    if not below < moved < grid[i - 1]:
+                        continue
+                    tried = [*grid[:i], moved, *grid[i + 1 :]]
+                    found = loss(tried)
+                    bar.update()
+                    if found.total < best.total:
+                        grid, best = tried, found
+                        break
     return grid, best
 
 
@@ -193,10 +196,8 @@ def write_grid(
     starts = {
         name: get_timesteps(name, num_steps, T, schedule=schedule).tolist() for name in STARTS
     }
-    tries = len(starts) * len(_MOVES) * (num_steps - 1) * 2
-    with tqdm(total=tries, desc="grids", unit="grid") as bar:
+    with tqdm(desc="grids", unit="grid") as bar:
         ends = [optimize_grid(chosen, start, bar) for start in starts.values()]
-        bar.update(tries - bar.n)
     grid, best = min(ends, key=lambda end: end[1].total)
     judged = {name: held_out(start) for name, start in starts.items()} | {"this": held_out(grid)}
     facts = {
