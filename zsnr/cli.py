@@ -630,8 +630,6 @@ def _compare(options: argparse.Namespace) -> None:
         if options.spacing is None:
             varied.append("spacing=leading,trailing")
     arms = make_arms(options.models, options.arm, varied, defaults, exact=exact)
-    if not arms:
-        raise ValueError("There is nothing to compare: name models, or --oracle SHARDS.")
     output = Path(options.output).expanduser()
     if exact:
         from zsnr.schedule import NoiseSchedule

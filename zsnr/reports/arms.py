@@ -127,6 +127,8 @@ def make_arms(
     Raises:
         ValueError: A text is wrong, an arm has no model, or two arms are the same.
     """
+    if not (models or texts or exact):
+        raise ValueError("There is nothing to compare: name models, or --oracle SHARDS.")
     bases = [parse_arm(text, defaults) for text in texts] or [defaults]
     if exact and (models or any(arm.models for arm in bases)):
         raise ValueError("--oracle compares without a model: leave the models out.")

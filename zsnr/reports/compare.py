@@ -117,11 +117,7 @@ def compare_models(
                 mode = mean_mode(_latents(images[:_ENCODED], pipe.model.codec, device_of))
             for arm in own:
                 schedule = arm.schedule_of(pipe.model.schedule)
-                if schedules.setdefault(arm.name, schedule) != schedule:
-                    raise ValueError(
-                        f"arm {arm.name!r}: its models have different schedules; wanted models "
-                        "that differ in the seed of their training alone."
-                    )
+                _check_same(arm, schedules.setdefault(arm.name, schedule), schedule)
                 kept.setdefault(arm.name, None if mode is None else kept_fraction(schedule, mode))
                 place = f"pictures/{arms.index(arm) + 1:02d}-{_slug(arm.name)}"
                 if len(arm.models) > 1:
@@ -327,16 +323,29 @@ def _check_data(data: Sources) -> None:
 
 def _check_models(arm: Arm) -> None:
     """Refuse what can be known to fail without loading a model."""
+    first: NoiseSchedule | None = None
     for path in arm.models:
         if path.endswith(".ckpt"):
             said = open_checkpoint(Path(path).expanduser())[KEY]
             declared = NoiseSchedule(**said["schedule"])
-            check_prediction_type(said["prediction_type"], arm.schedule_of(declared))
+            schedule = arm.schedule_of(declared)
+            check_prediction_type(said["prediction_type"], schedule)
+            first = first or schedule
+            _check_same(arm, first, schedule)
+            arm.check(declared)
         elif not Path(path).expanduser().exists() and path.count("/") != 1:
             raise ValueError(f"{path} is not there: wanted a checkpoint, folder, file or hub id.")
         else:
-            declared = NoiseSchedule()
-        arm.check(declared)
+            arm.check(NoiseSchedule())
+
+
+def _check_same(arm: Arm, first: NoiseSchedule, schedule: NoiseSchedule) -> None:
+    """Refuse models of one arm that were not trained alike."""
+    if first != schedule:
+        raise ValueError(
+            f"arm {arm.name!r}: its models have different schedules; wanted models that differ in "
+            "the seed of their training alone."
+        )
 
 
 def _bar(arms: Sequence[Arm], requests: Sequence[PromptRequest], batch_size: int) -> Any:
