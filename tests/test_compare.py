@@ -123,7 +123,9 @@ def test_a_sweep_is_a_product():
     ]
     assert [arm.name for arm in arms][1] == "S = 25, phi = 0"
     both = make_arms(["x/a.ckpt", "x/b.ckpt"], ["name=one spacing=leading", "spacing=linspace"])
-    assert [arm.name for arm in both] == ["one, a.ckpt", "one, b.ckpt"] + [
+    assert [arm.name for arm in both] == [
+        "one, a.ckpt",
+        "one, b.ckpt",
         "a.ckpt, linspace",
         "b.ckpt, linspace",
     ]
@@ -436,7 +438,7 @@ def test_a_folder_is_never_overwritten_nor_half_written(folder, tmp_path, capsys
 
 
 def test_the_flaw_without_a_model(tmp_path, capsys):
-    """Flat grey pictures: the original schedule keeps their spread in part, the rescaled one all."""
+    """Flat grey pictures: the original schedule keeps a part of their spread."""
     members = {}
     for i, level in enumerate(np.linspace(10, 245, 12).astype(int).tolist()):
         members[f"{i:02d}.png"] = tiny.png((level,) * 3, (32, 32))

@@ -356,6 +356,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=_doctor)
 
     _add_compare(commands)
+    _add_figure(commands)
 
     report = commands.add_parser(
         "report",
@@ -384,6 +385,24 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         "--guidance-rescale", type=float, metavar="PHI", help="phi, 0 to 1 (default 0.7)"
     )
     parser.add_argument("--seed", type=int, default=0, help="the first seed (default 0)")
+
+
+def _add_oracle(parser: argparse.ArgumentParser) -> None:
+    """Add the options of every command that samples an exact denoiser; None = not given."""
+    parser.add_argument(
+        "--image-size", type=int, metavar="PIXELS", help="with --oracle (default 32)"
+    )
+    parser.add_argument(
+        "--betas",
+        choices=("scaled_linear", "linear", "cosine"),
+        help="with --oracle: the schedule (default scaled_linear)",
+    )
+    parser.add_argument(
+        "--codec",
+        help="with --oracle: sample its latents, in its scale: a folder, hub id, "
+        "asset:openmoji_vae, or pixels (default pixels)",
+    )
+    parser.add_argument("--codec-subfolder", help="such as vae, in a Stable Diffusion folder")
 
 
 def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -468,20 +487,7 @@ def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="compare without a model, by the exact denoiser of these pictures; by default the "
         "original and the rescaled schedule with leading and trailing timesteps",
     )
-    compare.add_argument(
-        "--image-size", type=int, metavar="PIXELS", help="with --oracle (default 32)"
-    )
-    compare.add_argument(
-        "--betas",
-        choices=("scaled_linear", "linear", "cosine"),
-        help="with --oracle: the schedule (default scaled_linear)",
-    )
-    compare.add_argument(
-        "--codec",
-        help="with --oracle: sample its latents, in its scale: a folder, hub id, "
-        "asset:openmoji_vae, or pixels (default pixels)",
-    )
-    compare.add_argument("--codec-subfolder", help="such as vae, in a Stable Diffusion folder")
+    _add_oracle(compare)
     compare.add_argument(
         "--batch-size",
         type=int,
@@ -491,6 +497,55 @@ def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     compare.add_argument("--device", help="where to sample (default: the GPU if there is one)")
     compare.add_argument("--json", action="store_true", help="print compare.json")
     compare.set_defaults(run=_compare)
+
+
+def _add_figure(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    figure = commands.add_parser(
+        "figure",
+        help="draw the paper's Figure 2, 4, 5 or 6 with a model or without one",
+        description="Draw a figure of the paper, as PNG. 2: log SNR and sqrt(abar), original and "
+        "rescaled. 4: leading, linspace and trailing timesteps at S = 5 and 25. 5: the prediction "
+        "of x_0 after each step; at zero terminal SNR the first is the same whatever the noise. 6: "
+        "guidance rescale 0, 0.25, 0.5, 0.75, 1. With --oracle, the exact denoiser of your own "
+        "pictures is the model, and a prompt is a group of them.",
+    )
+    figure.add_argument("number", type=int, choices=(2, 4, 5, 6), help="which one")
+    source = figure.add_mutually_exclusive_group()
+    source.add_argument("--model", help="a checkpoint, folder of diffusers, single file or hub id")
+    source.add_argument(
+        "--oracle", nargs="+", metavar="SHARDS", help="no model: these pictures themselves"
+    )
+    figure.add_argument("--output", required=True, metavar="FILE", help="a new .png")
+    figure.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="what to show; may be repeated (default: three of the suite). With --oracle: words of "
+        "captions, which make a group (default: the whole set; in Figure 6 its darkest and "
+        "brightest quarter)",
+    )
+    figure.add_argument(
+        "--count",
+        type=int,
+        metavar="N",
+        help="seeds of each prompt (default: 2; more of one alone)",
+    )
+    figure.add_argument(
+        "--schedule",
+        choices=("original", "rescaled"),
+        help="default: as the model declares; rescaled with --oracle",
+    )
+    _add_sampling(figure)
+    figure.add_argument(
+        "--samples",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="with --oracle: pictures to know, by chance (default 1000)",
+    )
+    _add_oracle(figure)
+    figure.add_argument("--device", help="where to sample (default: the GPU if there is one)")
+    figure.set_defaults(run=_figure)
 
 
 def _data_openmoji(options: argparse.Namespace) -> None:
@@ -660,6 +715,50 @@ def _compare(options: argparse.Namespace) -> None:
             device=options.device,
         )
     print(to_json(facts) if options.json else comparison_text(facts, output / "index.html"))
+
+
+def _figure(options: argparse.Namespace) -> None:
+    from zsnr.reports.arms import SETTINGS, Arm
+    from zsnr.reports.figures import DEFAULTS, draw_figure, draw_schedule
+
+    output = Path(options.output).expanduser()
+    given = {name: getattr(options, name) for name in SETTINGS}
+    fixed = {
+        2: ("schedule", "spacing", "sampler", "guidance_scale", "guidance_rescale"),
+        4: ("num_steps", "spacing"),
+        5: (),
+        6: ("guidance_rescale",),
+    }[options.number]
+    _check_options(options, fixed, f"is not free in Figure {options.number}")
+    oracle = ("image_size", "betas", "codec", "codec_subfolder")
+    if options.oracle is None:
+        _check_options(options, oracle, "belongs to --oracle")
+    if options.number == 2:
+        _check_options(options, ("prompt", "count"), "says nothing in Figure 2")
+        draw_schedule(
+            options.model or options.betas or "scaled_linear", options.num_steps or 10, output
+        )
+        print(output)
+        return
+    if options.model is None and options.oracle is None:
+        raise ValueError(f"Figure {options.number} needs --model MODEL or --oracle SHARDS.")
+    settings = {name: value for name, value in given.items() if value is not None}
+    draw_figure(
+        options.number,
+        Arm(**{**DEFAULTS[options.number], **settings}),
+        output,
+        model=options.model,
+        data=options.oracle,
+        prompts=options.prompt,
+        count=options.count,
+        seed=options.seed,
+        image_size=32 if options.image_size is None else options.image_size,
+        codec=_codec(options.codec, options.codec_subfolder),
+        betas=options.betas or "scaled_linear",
+        most=options.samples,
+        device=options.device,
+    )
+    print(output)
 
 
 def _check_options(options: argparse.Namespace, names: Sequence[str], why: str) -> None:

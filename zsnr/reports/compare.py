@@ -76,16 +76,16 @@ def compare_models(
         ValueError: Something of it is wrong, before anything slow where that can be known.
     """
     check_new(output)
-    _check_numbers(count=count, num_prompts=num_prompts, samples=most, batch_size=batch_size)
+    check_numbers(count=count, num_prompts=num_prompts, samples=most, batch_size=batch_size)
     sample_generator(seed)
     if data is not None:
-        _check_data(data)
+        check_pictures(data)
     if prompts == "data" and data is None:
         raise ValueError("--prompts data takes captions of the data: give --data SHARDS.")
     if prompts not in ("data", "empty"):
         _requests(prompts, count, seed, [])
     for arm in arms:
-        _check_models(arm)
+        check_models(arm)
     paths = list(dict.fromkeys(path for arm in arms for path in arm.models))
 
     images: Tensor | None = None
@@ -114,7 +114,7 @@ def compare_models(
             mode = None
             if images is not None:
                 device_of = next(pipe.model.unet.parameters()).device
-                mode = mean_mode(_latents(images[:_ENCODED], pipe.model.codec, device_of))
+                mode = mean_mode(encode(images[:_ENCODED], pipe.model.codec, device_of))
             for arm in own:
                 schedule = arm.schedule_of(pipe.model.schedule)
                 _check_same(arm, schedules.setdefault(arm.name, schedule), schedule)
@@ -183,17 +183,17 @@ def compare_exact(
         ValueError: Something of it is wrong.
     """
     check_new(output)
-    _check_numbers(count=count, samples=most, batch_size=batch_size, image_size=image_size)
+    check_numbers(count=count, samples=most, batch_size=batch_size, image_size=image_size)
     for last in (seed, seed + count - 1):
         sample_generator(last)
     codec = codec or PixelCodec(1)
     shape = codec.latent_shape(image_size, image_size)
-    _check_data(data)
+    check_pictures(data)
     for arm in arms:
         arm.check(schedule)
     with new_folder(output) as folder:
         images, _ = read_data(data, image_size, most, seed)
-        latents = _latents(images, codec)
+        latents = encode(images, codec)
         mode = mean_mode(latents)
         seeds = range(seed, seed + count)
         found = oracle_samples(latents, lambda x: x, arms, seeds, batch_size, schedule)
@@ -308,20 +308,22 @@ def _choose(captions: Sequence[str], count: int, seed: int) -> list[str]:
     return [captions[i] for i in order[:count].tolist()]
 
 
-def _check_numbers(**numbers: int | None) -> None:
+def check_numbers(**numbers: int | None) -> None:
+    """Refuse options that are below their least, 2 pictures of the data and 1 of all else."""
     for name, value in numbers.items():
         if value is not None and value < (2 if name == "samples" else 1):
             least = 2 if name == "samples" else 1
             raise ValueError(f"--{name.replace('_', '-')} {value}: wanted at least {least}.")
 
 
-def _check_data(data: Sources) -> None:
+def check_pictures(data: Sources) -> None:
+    """Refuse data that is not there, or holds no pictures."""
     cached = [shard.url for shard in find_shards(data) if shard.kind == "cache"]
     if cached:
         raise ValueError(f"{cached[0]} holds no pictures: give the shards it was cached from.")
 
 
-def _check_models(arm: Arm) -> None:
+def check_models(arm: Arm) -> None:
     """Refuse what can be known to fail without loading a model."""
     first: NoiseSchedule | None = None
     for path in arm.models:
@@ -422,7 +424,8 @@ def _tensor(pictures: Sequence[Image]) -> Tensor:
 
 
 @torch.no_grad()
-def _latents(images: Tensor, codec: LatentCodec, device: torch.device | str = "cpu") -> Tensor:
+def encode(images: Tensor, codec: LatentCodec, device: torch.device | str = "cpu") -> Tensor:
+    """Encode pictures (N, 3, H, W) to latents (N, C, h, w) on the CPU, without noise."""
     parts = (codec.encode(part.to(device)) for part in torch.split(images, 8))
     return torch.cat([codec.latents(moments).cpu() for moments in parts])
 
