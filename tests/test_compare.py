@@ -330,7 +330,7 @@ def test_a_toy_that_does_as_it_is_told(folder, tmp_path, monkeypatch):
         Image.open(io.BytesIO(base64.b64decode(image["src"].partition(",")[2])))
         for image in page.images
     ]
-    assert [picture.getpixel((0, 0))[0] for picture in pictures] == [40, 0, 100, 60, 240, 200]
+    assert [picture.getpixel((0, 0))[0] for picture in pictures] == [40, 100, 0, 60, 240, 200]
     assert all(int(image["width"]) == 128 for image in page.images)
     numbers = {row[0].partition(",")[0]: row for row in page.rows if row}
     assert numbers["right&wrong"][1:] != []

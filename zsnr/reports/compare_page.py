@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from zsnr.reports.page import chart, document, embedded, table
+from zsnr.reports.page import chart, document, embedded, fitting, table
 from zsnr.reports.pictures import figure_of
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#8c6d31")
@@ -71,6 +71,10 @@ def _lead(facts: Mapping[str, Any]) -> str:
         lines.append("The prompts are captions of the data, chosen by chance.")
     elif facts["prompts"] == "empty":
         lines.append("There is no prompt.")
+    else:
+        lines.append(f"The prompts are those of {facts['prompts']}.")
+    if facts["kind"] == "models" and len(arms[0]["models"]) > 1:
+        lines.append(f"They are of {len(arms[0]['models'])} models an arm; the first is shown.")
     lines.append("Luma is 0.2126 R + 0.7152 G + 0.0722 B, from -1 (black) to 1 (white).")
     return f'<p class="dim">{escape(" ".join(lines))}</p>'
 
@@ -79,14 +83,6 @@ def _verdict(facts: Mapping[str, Any]) -> str:
     """Say in a sentence or two which arm is best."""
     lines = []
     arms = facts["arms"]
-    if facts["data"] is not None:
-        ranked = sorted(arms, key=lambda arm: arm["w1"]["estimate"])
-        each = "; ".join(f"<b>{escape(arm['name'])}</b> {_interval(arm['w1'])}" for arm in ranked)
-        floor = facts["data"]["noise_floor"]
-        lines.append(
-            f"Distance of brightness to the data (W<sub>1</sub>, less is better): {each}. "
-            f"{floor['pictures']} pictures of the data itself have {floor['mean']:.3f}."
-        )
     if arms[0]["order"] is not None:
         each = "; ".join(
             f"<b>{escape(arm['name'])}</b> {arm['order']['in_order']} of {arm['order']['pairs']}, "
@@ -96,6 +92,16 @@ def _verdict(facts: Mapping[str, Any]) -> str:
         lines.append(
             "Pairs of groups whose brightness is in the order the prompts ask for, and range from "
             f"the darkest group to the brightest: {each}."
+        )
+    if facts["data"] is not None:
+        ranked = sorted(arms, key=lambda arm: arm["w1"]["estimate"])
+        each = "; ".join(f"<b>{escape(arm['name'])}</b> {_interval(arm['w1'])}" for arm in ranked)
+        floor = facts["data"]["noise_floor"]
+        fits = facts["prompts"] in ("data", "empty")
+        lines.append(
+            f"Distance of brightness to the data (W<sub>1</sub>, less is better): {each}. "
+            f"{floor['pictures']} pictures of the data itself have {floor['mean']:.3f}."
+            f"{'' if fits else ' Mind that these prompts need not follow the data.'}"
         )
     if not lines:
         lines.append("With --data SHARDS, the distance of brightness to the data stands here.")
@@ -340,16 +346,20 @@ def _group_chart(facts: Mapping[str, Any]) -> str:
 
 def _pictures(facts: Mapping[str, Any], folder: Path) -> str:
     """Show the first prompts and seeds, one column an arm, of its first model."""
+    from PIL import Image
+
     arms = facts["arms"]
     columns = [arm["pictures"][: len(arm["pictures"]) // len(arm["by_model"])] for arm in arms]
-    rows = _rows(columns[0])
+    with Image.open(folder / columns[0][0]["file"]) as image:
+        rows = _rows(columns[0], fitting(image, len(arms)))
     per = _ALONE if len(rows) == 1 else _PER_PROMPT
     style = f"grid-template-columns: repeat({len(arms)}, minmax(0, 1fr))"
     cells = [f'<div class="name">{_name(facts, arm)}</div>' for arm in arms]
     for row in rows[:_ROWS]:
         first = columns[0][row[0]]
         group = f'<span class="group">{escape(first["group"])}</span>' if first["group"] else ""
-        prompt = escape(first["prompt"]) or '<span class="dim">no prompt</span>'
+        prompts = dict.fromkeys(columns[0][i]["prompt"] for i in row)
+        prompt = escape(" | ".join(prompts)) or '<span class="dim">no prompt</span>'
         seeds = ", ".join(str(columns[0][i]["seed"]) for i in row[:per])
         of = "seed" if len(row) == 1 else "seeds"
         cells.append(
@@ -377,12 +387,24 @@ def _picture(folder: Path, arm: Mapping[str, Any], picture: Mapping[str, Any]) -
         return embedded(image.convert("RGB"), text)
 
 
-def _rows(pictures: Sequence[Mapping[str, Any]]) -> list[list[int]]:
-    """Put the pictures of one prompt that follow each other into one row."""
+def _rows(pictures: Sequence[Mapping[str, Any]], across: int) -> list[list[int]]:
+    """Put the pictures of one prompt that follow each other into one row.
+
+    Where each prompt has one picture, a row takes those of several of a group, as many as fit.
+    """
     rows: list[list[int]] = []
     for i, picture in enumerate(pictures):
         if rows and pictures[rows[-1][0]]["prompt"] == picture["prompt"]:
             rows[-1].append(i)
         else:
             rows.append([i])
-    return rows
+    if any(len(row) > 1 for row in rows):
+        return rows
+    joined: list[list[int]] = []
+    for (i,) in rows:
+        alike = joined and pictures[joined[-1][0]]["group"] == pictures[i]["group"]
+        if alike and len(joined[-1]) < min(across, _PER_PROMPT):
+            joined[-1].append(i)
+        else:
+            joined.append([i])
+    return joined

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+WIDTH = 1190  # pixels of the page's text
 _SMALL, _LARGE = 128, 288  # pixels of a picture's longer side on the page
 
 _STYLE = """
@@ -83,19 +84,28 @@ def embedded(image: Image, text: str) -> str:
         image: The picture.
         text: What it says of itself to those who do not see it, and under the pointer.
     """
-    data, longer = io.BytesIO(), max(image.size)
-    if longer > _LARGE:
-        kind, factor = "jpeg", _LARGE / longer
-        image.reduce(max(1, longer // _LARGE)).save(data, "JPEG", quality=90)
+    data, factor = io.BytesIO(), _zoom(image)
+    if factor < 1:
+        image.reduce(max(1, int(1 / factor))).save(data, "JPEG", quality=90)
     else:
         image.save(data, "PNG")
-        kind, factor = "png", max(1, _SMALL // longer)
+    kind = "jpeg" if factor < 1 else "png"
     url = f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}"
     pixels = ' class="pixels"' if factor > 1 else ""
     return (
         f'<img{pixels} src="{url}" width="{round(image.width * factor)}" '
         f'height="{round(image.height * factor)}" alt="{escape(text)}" title="{escape(text)}">'
     )
+
+
+def fitting(image: Image, columns: int) -> int:
+    """Say how many such pictures stand side by side in each of so many columns of the page."""
+    return max(1, int(WIDTH / columns / (image.width * _zoom(image) + 4)))
+
+
+def _zoom(image: Image) -> float:
+    longer: int = max(image.size)
+    return _LARGE / longer if longer > _LARGE else max(1, _SMALL // longer)
 
 
 def chart(figure: Any) -> str:
