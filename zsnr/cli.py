@@ -416,7 +416,7 @@ def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "numbers, settings, and whether brightness follows the prompts; FOLDER/compare.json with "
         "every number; and the pictures. An arm is a model, a way to sample, or both. With "
         "--oracle the network is the exact denoiser of your own pictures: the flaw of a schedule "
-        "without any model, in seconds.",
+        "without any model.",
         epilog="Examples: `zsnr compare a.ckpt b.ckpt --output page`; `zsnr compare a.ckpt --vary "
         "guidance_rescale=0,0.35,0.7,1 --output sweep`; `zsnr compare --arm 'name=before "
         "model=a.ckpt spacing=leading' --arm 'name=after model=b1.ckpt,b2.ckpt,b3.ckpt' --data "
