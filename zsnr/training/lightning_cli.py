@@ -98,7 +98,7 @@ class ZsnrCLI(LightningCLI):
         self.trainer.strategy.checkpoint_io = CheckpointFiles()
 
     def before_fit(self) -> None:
-        """Refuse what cannot train, before other ranks start; let the loggers go on with a resumed run."""
+        """Refuse what cannot train; let the loggers go on with a resumed run."""
         check_strategy(self.trainer.strategy)
         data = self.datamodule
         accumulation(data.batch_size, self.trainer.world_size, data.max_batch_size_per_device)
@@ -288,6 +288,7 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec")
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     warnings.filterwarnings("ignore", message=".*infer the batch indices fetched")
+    warnings.filterwarnings("ignore", message=".*sync_dist=True")  # they are reduced already
     warnings.filterwarnings("ignore", message=".*across ranks is zero")  # no validation data
     warnings.filterwarnings("ignore", message=".*broadcast_buffers. is deprecated")
     warnings.filterwarnings("ignore", message=".*dirpath has changed from")
