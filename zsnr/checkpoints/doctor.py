@@ -19,7 +19,7 @@ from zsnr.checkpoints.declared import (
     off_grid_steps,
 )
 from zsnr.checkpoints.diagnosis import Diagnosis, Verdict, judge, late, schedule_facts, signal
-from zsnr.checkpoints.header import Header, read_header, read_tensor
+from zsnr.checkpoints.header import Header, read_header, read_schedule
 from zsnr.checkpoints.run_facts import FORMAT, NAME
 from zsnr.checkpoints.untrusted import clipped, read_json, read_yaml, shown
 from zsnr.files import replacing
@@ -649,7 +649,7 @@ def _examine_single(target: str, path: Path) -> Diagnosis:
     metadata = {key: clipped(text, 60) for key, text in header.metadata.items() if _telling(key)}
     marks = {name: name in header.tensors for name in ("v_pred", "ztsnr")}
     says_v, says_zero = _metadata_says(header.metadata)
-    table = _stored_table(path, header)
+    table = read_schedule(path, header)
     stored_zero = table is not None and float(table.snr[-1]) == 0
     silent = not any(marks.values()) and table is None and (says_v, says_zero) == (None, None)
     if silent and family.endswith("of diffusers"):
@@ -736,20 +736,6 @@ def _metadata_says(metadata: Mapping[str, str]) -> tuple[bool | None, bool | Non
     trained_v = flags.get(metadata.get("ss_v_parameterization", "").lower())
     says_zero = flags.get(metadata.get("ss_zero_terminal_snr", "").lower())
     return trained_v if says_v is None else says_v, says_zero
-
-
-def _stored_table(path: Path, header: Header) -> NoiseSchedule | None:
-    """Read the file's alphas_cumprod, if it holds one that is a schedule's."""
-    facts = header.tensors.get("alphas_cumprod")
-    if facts is None or facts.dtype not in ("F16", "BF16", "F32", "F64"):
-        return None
-    if len(facts.shape) != 1 or not 2 <= facts.shape[0] <= MAX_TIMESTEPS:
-        return None
-    table = read_tensor(path, header, "alphas_cumprod").double()
-    try:
-        return NoiseSchedule.from_alphas_cumprod(table)
-    except ValueError:  # half precision repeats values
-        return None
 
 
 def _family(header: Header) -> str:

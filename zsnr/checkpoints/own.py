@@ -66,7 +66,7 @@ def _open_file(path: Path) -> dict[str, Any]:
             "folder of shards."
         )
     checkpoint = open_archive(path)
-    if KEY not in checkpoint:
+    if not isinstance(checkpoint.get(KEY), dict):
         raise ValueError(
             f"{path} was not written by zsnr: it has no {KEY!r} entry. If it is a Stable Diffusion "
             "in one file, convert it to .safetensors."
