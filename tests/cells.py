@@ -162,6 +162,13 @@ def fit(
     }
 
 
+def fit_text(folder, root, kind, layer):
+    """Train a text encoder along, of which an earlier layer is taken."""
+    torch.manual_seed(0)
+    text = tiny.conditioner(trainable=True, layers=3, layer=layer, final_norm=False)
+    return fit(folder, root, kind, steps=3, model={"conditioner": text})
+
+
 def fit_sdxl(folder, root, kind, source):
     """Train from a Stable Diffusion XL folder; the parts cannot be sent to a rank."""
     model = {

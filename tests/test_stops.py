@@ -326,6 +326,16 @@ def test_a_resumed_run_says_which_learning_rate_it_has(shards, tmp_path):
     assert [line for line in told if "learning rate, 0.002; the config's, 1e-05" in line]
 
 
+@pytest.mark.parametrize("averaged", [True, False])
+def test_a_run_goes_on_with_averages_as_it_began(shards, tmp_path, averaged):
+    ema = cells.module().ema_config
+    cells.fit(shards, tmp_path, stop_at=1, model={"ema": ema if averaged else None})
+    model = {"ema": None if averaged else ema}
+    wanted = "has averaged weights: set" if averaged else "has no averaged weights: unset"
+    with pytest.raises(ValueError, match=wanted):
+        cells.fit(shards, tmp_path, checkpoint=cells.newest(tmp_path), model=model)
+
+
 # Damage and malice
 
 

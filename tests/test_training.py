@@ -105,6 +105,14 @@ def test_dropout_and_noise_have_their_distributions():
     assert draws(range(50), dropout=0.0).keep.all()
 
 
+@pytest.mark.parametrize("batch_size", [1, 3, 2048, 4096])
+def test_the_largest_random_number_is_the_last_timestep(batch_size, monkeypatch):
+    below_1 = math.nextafter(1, 0)  # what torch.rand may give
+    strata = [*range(batch_size)], [below_1] * batch_size
+    monkeypatch.setattr("zsnr.training.draws._strata", lambda *args: strata)
+    assert draws([0, batch_size - 1], batch_size).t.tolist() == [(T - 1) // batch_size, T - 1]
+
+
 def test_validation_draws_are_fixed_and_cover_the_strata():
     strata = torch.tensor([999, 500, 100])
     one = validation_draws(0, range(7), strata, SHAPE)

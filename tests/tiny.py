@@ -48,8 +48,9 @@ MODEL = {  # as a YAML says it
 }
 
 
-def conditioner(**options):
-    return TransformersConditioner(config=TEXT, tokenizer="open_clip", max_length=8, **options)
+def conditioner(layers=1, **options):
+    config = {**TEXT, "num_hidden_layers": layers}
+    return TransformersConditioner(config=config, tokenizer="open_clip", max_length=8, **options)
 
 
 def frozen_conditioner(folder):

@@ -23,6 +23,8 @@ TRAINING = {
     "predict": "make images from a prompts file",
 }
 
+_OPEN = "open a .ckpt that has no run.json beside it; tensors and plain values only"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code: 0 for success, 1 for a plan that does not fit, 2 for
@@ -248,6 +250,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     schedule.add_argument("--plot", metavar="FILE", help="write a PNG; must not exist")
     schedule.add_argument("--json", action="store_true", help="print all timesteps' values as JSON")
+    schedule.add_argument("--open", action="store_true", help=_OPEN)
     schedule.set_defaults(run=_schedule)
 
     configs = commands.add_parser("configs", help="list, show and copy the shipped YAML")
@@ -340,11 +343,7 @@ def _parser() -> argparse.ArgumentParser:
         help="a step count to look at besides 10, 20, 25, 30 and 50; may be repeated",
     )
     doctor.add_argument("--json", action="store_true", help="print it as JSON")
-    doctor.add_argument(
-        "--open",
-        action="store_true",
-        help="open a .ckpt that has no run.json beside it; tensors and plain values only",
-    )
+    doctor.add_argument("--open", action="store_true", help=_OPEN)
     doctor.add_argument(
         "--fix",
         action="store_true",
@@ -806,7 +805,7 @@ def _schedule(options: argparse.Namespace) -> None:
         if path.suffix != ".png":
             raise ValueError(f"--plot {path}: wanted a name that ends in .png.")
         check_new(path)
-    schedule = find_schedule(options.target)
+    schedule = find_schedule(options.target, open_pickle=options.open)
     facts = schedule_facts(schedule, options.num_steps, options.spacing)
     if path is not None:
         plot_schedule(facts, path)

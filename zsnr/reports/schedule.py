@@ -16,8 +16,12 @@ from zsnr.timesteps import available_spacings, get_timesteps
 _ROWS = 11  # timesteps of the printed table
 
 
-def find_schedule(target: str) -> NoiseSchedule:
+def find_schedule(target: str, *, open_pickle: bool = False) -> NoiseSchedule:
     """Find a schedule by its kind, or in what `zsnr doctor` reads.
+
+    Args:
+        target: One of these.
+        open_pickle: Open a checkpoint that has no run.json, tensors and plain values only.
 
     Raises:
         ValueError: It is neither.
@@ -26,7 +30,7 @@ def find_schedule(target: str) -> NoiseSchedule:
         return NoiseSchedule(cast(BetaKind, target))
     from zsnr.checkpoints.doctor import examine
 
-    found = examine(target)
+    found = examine(target, open_pickle=open_pickle)
     if "schedule" not in found.facts:
         known = ", ".join(get_args(BetaKind))
         raise ValueError(f"{found.reason} Known kinds: {known}.")

@@ -40,7 +40,7 @@ from zsnr.training.module import (
     check_unsharded,
 )
 from zsnr.training.preemption import Preemption, listen, restarted
-from zsnr.training.strategy import FullyShardedStrategy
+from zsnr.training.strategy import FullyShardedStrategy, check_strategy
 from zsnr.training.watchdog import Watchdog
 
 # Short options of every command that samples; --sampler and --seed need more than a name.
@@ -98,7 +98,8 @@ class ZsnrCLI(LightningCLI):
         self.trainer.strategy.checkpoint_io = CheckpointFiles()
 
     def before_fit(self) -> None:
-        """Refuse a batch that does not divide; let the loggers go on with a resumed run."""
+        """Refuse what cannot train; let the loggers go on with a resumed run."""
+        check_strategy(self.trainer.strategy)
         data = self.datamodule
         accumulation(data.batch_size, self.trainer.world_size, data.max_batch_size_per_device)
         if isinstance(self.trainer.strategy, FullyShardedStrategy):
@@ -287,6 +288,7 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec")
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     warnings.filterwarnings("ignore", message=".*infer the batch indices fetched")
+    warnings.filterwarnings("ignore", message=".*sync_dist=True")  # they are reduced already
     warnings.filterwarnings("ignore", message=".*across ranks is zero")  # no validation data
     warnings.filterwarnings("ignore", message=".*broadcast_buffers. is deprecated")
     warnings.filterwarnings("ignore", message=".*dirpath has changed from")

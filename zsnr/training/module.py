@@ -16,6 +16,7 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import AdamW
@@ -43,7 +44,14 @@ from zsnr.training.ema import EMAConfig, averaged_copy, update_average
 from zsnr.training.facts import run_facts
 from zsnr.training.global_batch import GlobalBatch
 from zsnr.training.progress import NonFiniteError, Progress
-from zsnr.training.strategy import FullyShardedStrategy, reshard, squared_norm
+from zsnr.training.strategy import (
+    FullyShardedStrategy,
+    check_strategy,
+    reshard,
+    squared_norm,
+    without_gradient,
+)
+from zsnr.training.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -232,6 +240,11 @@ class LatentDiffusion(L.LightningModule):
             for block in self._unet_of(self.trained).blocks():  # forward: hooks stay outside
                 block.forward = torch.compile(block.forward, backend=self.compile_backend)
         strategy = self.trainer.strategy
+        if isinstance(strategy, DDPStrategy) and "conditioner" in self.trained:
+            self._ddp_params_and_buffers_to_ignore = [
+                f"trained.conditioner.{name}"
+                for name in without_gradient(self.trained["conditioner"])
+            ]
         if isinstance(strategy, FullyShardedStrategy):
             for modules in (self.trained, self.ema):
                 if modules is not None:
@@ -245,6 +258,8 @@ class LatentDiffusion(L.LightningModule):
         return unet
 
     def setup(self, stage: str) -> None:
+        if stage == "fit":
+            check_strategy(self.trainer.strategy)
         if stage == "fit" and isinstance(self.trainer.strategy, FullyShardedStrategy):
             check_unsharded(isinstance(self.trained["unet"], AdaptedUNet))
         precision = str(self.trainer.precision)
@@ -447,6 +462,7 @@ class LatentDiffusion(L.LightningModule):
             "loss over that of the start, converted. 1 = as good as the start was."
         )
         bar = self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None
+        watchdogs = [each for each in self.trainer.callbacks if isinstance(each, Watchdog)]
         self.on_validation_epoch_start()
         modes = [(part, part.training) for part in self.modules()]
         self.eval()
@@ -454,6 +470,8 @@ class LatentDiffusion(L.LightningModule):
         with torch.no_grad(), self.trainer.precision_plugin.val_step_context():
             some = islice(batches, count)
             for batch in tqdm(some, "measuring the start", total=count, disable=not bar):
+                for watchdog in watchdogs:
+                    watchdog.note(self.trainer, "measures the start")
                 batch = self._on_before_batch_transfer(batch)
                 self._add_validation(self.trainer.strategy.batch_to_device(batch), start)
         self.trainer.training = True
@@ -528,6 +546,13 @@ class LatentDiffusion(L.LightningModule):
         check_resumed(
             checkpoint[KEY], {name: own[name] for name in ("schedule", "prediction_type", "unet")}
         )
+        averaged = any(name.startswith("ema.") for name in checkpoint.get("state_dict", ()))
+        if "state_dict" in checkpoint and averaged != (self.ema is not None):
+            has, do = ("has", "set") if averaged else ("has no", "unset")
+            raise ValueError(
+                f"The checkpoint {has} averaged weights: {do} model.ema, as the run that wrote it "
+                "did."
+            )
         for name in ("codec", "conditioner"):  # a moved folder is another name of the same weights
             if checkpoint[KEY][name] != own[name]:
                 rank_zero_warn(
