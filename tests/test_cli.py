@@ -51,7 +51,6 @@ def folder(tmp_path_factory):
                     "class_path": "zsnr.training.Previews",
                     "init_args": {"prompts": ["grey 3", ""], "every_n_steps": 2},
                 },
-                {"class_path": "zsnr.training.Throughput"},
             ],
         },
         "checkpoint": {"every_n_train_steps": 3},  # 4 steps: the last one counts too
@@ -117,7 +116,7 @@ def test_tensorboard_holds_scalars_and_previews(run):
     events = EventAccumulator(str(run / "tb"))
     events.Reload()
     assert "train/loss" in events.Tags()["scalars"]
-    assert [image.step for image in events.Images("previews")] == [2, 4]
+    assert [image.step for image in events.Images("previews")] == [1, 3]
 
 
 def test_saved_config_runs_again(run, folder, tmp_path):

@@ -1,6 +1,7 @@
 """Training with Lightning."""
 
-from zsnr.training.callbacks import PredictionWriter, Previews, Throughput
+from zsnr.training.board import TrainingBoard
+from zsnr.training.callbacks import PredictionWriter, Previews
 from zsnr.training.checkpointing import CheckpointFiles, Checkpoints
 from zsnr.training.data import DataModule
 from zsnr.training.ema import EMAConfig
@@ -20,6 +21,6 @@ __all__ = [
     "PredictionWriter",
     "Preemption",
     "Previews",
-    "Throughput",
+    "TrainingBoard",
     "Watchdog",
 ]

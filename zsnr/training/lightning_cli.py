@@ -28,10 +28,12 @@ from zsnr.lora import LoRA
 from zsnr.loss import LossWeighting
 from zsnr.samplers import Sampler, get_sampler
 from zsnr.schedule import NoiseSchedule
+from zsnr.training.board import TrainingBoard
 from zsnr.training.callbacks import PredictionWriter
 from zsnr.training.checkpointing import CheckpointFiles, Checkpoints, find_last
 from zsnr.training.data import DataModule, check_shards, read_requests
-from zsnr.training.loggers import continue_loggers
+from zsnr.training.facts import public_config
+from zsnr.training.loggers import begin_loggers, continue_loggers
 from zsnr.training.module import (
     LatentDiffusion,
     check_lora,
@@ -77,6 +79,14 @@ class SaveConfigOfFit(SaveConfigCallback):
         if stage == "fit":
             super().setup(trainer, pl_module, stage)
 
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give it to the board too, which other people see: without secrets."""
+        config = self.config.clone()
+        config.ckpt_path = None  # a resumed run has the same settings
+        for callback in trainer.callbacks:
+            if isinstance(callback, TrainingBoard):
+                callback.config = public_config(self.parser.dump(config))
+
 
 class ZsnrCLI(LightningCLI):
     """fit, validate, test and predict from YAML."""
@@ -84,6 +94,7 @@ class ZsnrCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(PredictionWriter, "output")
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
+        parser.add_lightning_class_args(TrainingBoard, "board")
         parser.add_lightning_class_args(Watchdog, "watchdog")
         parser.add_lightning_class_args(Preemption, "preemption")
         parser.link_arguments("data.image_size", "model.image_size")
@@ -107,8 +118,11 @@ class ZsnrCLI(LightningCLI):
         for callback in self.trainer.checkpoint_callbacks:
             if isinstance(callback, Checkpoints):
                 callback.resumed_from = Path(checkpoint).name if checkpoint else ""
-        if checkpoint is not None and self.trainer.is_global_zero:
-            continue_loggers(self.trainer.loggers, open_checkpoint(checkpoint)["global_step"])
+        if self.trainer.is_global_zero:
+            if checkpoint is None:
+                begin_loggers(self.trainer.loggers)
+            else:
+                continue_loggers(self.trainer.loggers, open_checkpoint(checkpoint)["global_step"])
 
     def before_instantiate_classes(self) -> None:
         """Refuse what cannot work before a model or data is loaded."""

@@ -354,6 +354,7 @@ class LatentDiffusion(L.LightningModule):
             self._progress.add(totals, counts)
         self.log("train/loss", loss, prog_bar=True, rank_zero_only=True)
         self.log("train/grad_norm", norm, rank_zero_only=True)
+        self.log("train/learning_rate", optimizer.param_groups[0]["lr"], rank_zero_only=True)
         self.log("train/terminal_exposures", self._progress.terminal, rank_zero_only=True)
         self.log("train/skipped_steps", self._progress.skipped, rank_zero_only=True)
         if (self.trainer.global_step + 1) % max(1, self.trainer.log_every_n_steps) == 0:
