@@ -74,7 +74,6 @@ def test_the_exact_denoiser_has_that_loss_at_the_last_timestep():
 
 
 def config(folder, **trainer):
-    save = {"save_dir": str(folder / "run")}
     return {
         "trainer": {
             "accelerator": "cpu",
@@ -84,13 +83,6 @@ def config(folder, **trainer):
             "enable_model_summary": False,
             "enable_progress_bar": False,
             "default_root_dir": str(folder / "run"),
-            "logger": [
-                {
-                    "class_path": "TensorBoardLogger",
-                    "init_args": {**save, "name": "tb", "version": ""},
-                },
-                {"class_path": "CSVLogger", "init_args": {**save, "name": "metrics"}},
-            ],
             "callbacks": [
                 {
                     "class_path": "zsnr.training.Previews",
@@ -122,7 +114,7 @@ def fit(folder, *options, **trainer):
 
 def events(folder):
     keep_all = dict.fromkeys(("scalars", "images", "histograms", "tensors"), 0)
-    read = EventAccumulator(str(folder / "run" / "tb"), size_guidance=keep_all)
+    read = EventAccumulator(str(folder / "run" / "tensorboard"), size_guidance=keep_all)
     read.Reload()
     return read
 

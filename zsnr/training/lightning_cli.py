@@ -33,7 +33,7 @@ from zsnr.training.callbacks import PredictionWriter
 from zsnr.training.checkpointing import CheckpointFiles, Checkpoints, find_last
 from zsnr.training.data import DataModule, check_shards, read_requests
 from zsnr.training.facts import public_config
-from zsnr.training.loggers import begin_loggers, continue_loggers
+from zsnr.training.loggers import begin_loggers, continue_loggers, default_loggers
 from zsnr.training.module import (
     LatentDiffusion,
     check_lora,
@@ -107,6 +107,12 @@ class ZsnrCLI(LightningCLI):
         except (ValueError, TypeError, MisconfigurationException) as error:
             raise ValueError(short_message(str(error))) from error
         self.trainer.strategy.checkpoint_io = CheckpointFiles()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        trainer = self._get(self.config_init, "trainer")
+        if trainer.logger is None:
+            kwargs["logger"] = default_loggers(trainer.default_root_dir or ".")
+        return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
         """Refuse a batch that does not divide; let the loggers go on with a resumed run."""

@@ -19,6 +19,14 @@ if TYPE_CHECKING:
 _BINS = 30  # of a histogram: what TensorBoard draws, so it moves nothing
 
 
+def default_loggers(folder: str | Path) -> list[TensorBoardLogger | CSVLogger]:
+    """Return what logs where nothing is said: `tensorboard` and `metrics` of a run's folder."""
+    return [
+        TensorBoardLogger(folder, name="tensorboard", version=""),
+        CSVLogger(folder, name="metrics"),
+    ]
+
+
 def log_picture(loggers: Iterable[Any], name: str, image: Image, step: int) -> None:
     """Show a picture in TensorBoard and W&B.
 
