@@ -27,6 +27,7 @@ from zsnr.training import (
     DataModule,
     EMAConfig,
     FullyShardedStrategy,
+    ImageMetrics,
     LatentDiffusion,
     LearningRate,
     PredictionWriter,
@@ -253,6 +254,24 @@ def collect_on_rank():
     finally:
         if mine:
             dist.destroy_process_group()
+
+
+def measure(folder, captions, number, checkpoint, output, kind):
+    """Validate a checkpoint with pictures measured."""
+    quiet()
+    metrics = ImageMetrics(
+        captions,
+        number,
+        batch_size=3,
+        real=f"{folder}/train-*.tar",
+        features=SmallFeatures(),
+        inception_splits=2,
+        save_images=output,
+        output=f"{output}/numbers.json",
+    )
+    net = module(sampling=Sampling(num_steps=2))
+    trainer = _plain(output, kind, callbacks=[metrics])
+    trainer.validate(net, datamodule=data(folder), ckpt_path=checkpoint, verbose=False)
 
 
 def _plain(root, kind, **options):

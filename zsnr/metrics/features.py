@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +75,9 @@ class Inception(nn.Module):
 
     def __init__(self, weights: str) -> None:
         super().__init__()
-        path = Path(weights).expanduser()
-        if not path.is_file():
-            raise ValueError(f"{weights}: no such file. FID's Inception weights are {WEIGHTS}.")
-        try:
-            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-        except ImportError as error:
-            raise ValueError("Inception needs torch-fidelity: pip install 'zsnr[fid]'.") from error
+        path = check_weights(weights)
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
         # Its class unpickles whatever it is given, so it is given tensors that were read safely.
         safe = io.BytesIO()
         torch.save(_read_tensors(path), safe)
@@ -99,6 +96,20 @@ class Inception(nn.Module):
             x = getattr(self.network, name)(x)
         features = x.flatten(1)
         return features, features @ self.network.fc.weight.T
+
+
+def check_weights(weights: str) -> Path:
+    """Refuse a file of Inception's weights that is not there; opens none.
+
+    Raises:
+        ValueError: So it is, or torch-fidelity is not installed.
+    """
+    path = Path(weights).expanduser()
+    if not path.is_file():
+        raise ValueError(f"{weights}: no such file. FID's Inception weights are {WEIGHTS}.")
+    if find_spec("torch_fidelity") is None:
+        raise ValueError("Inception needs torch-fidelity: pip install 'zsnr[fid]'.")
+    return path
 
 
 class FeatureExtractor:

@@ -31,6 +31,7 @@ from zsnr.schedule import NoiseSchedule
 from zsnr.training.callbacks import PredictionWriter
 from zsnr.training.checkpointing import CheckpointFiles, Checkpoints, find_last
 from zsnr.training.data import DataModule, check_shards, read_requests
+from zsnr.training.image_metrics import ImageMetrics, check_files
 from zsnr.training.loggers import continue_loggers
 from zsnr.training.module import (
     LatentDiffusion,
@@ -84,6 +85,7 @@ class ZsnrCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(PredictionWriter, "output")
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
+        parser.add_lightning_class_args(ImageMetrics, "metrics")
         parser.add_lightning_class_args(Watchdog, "watchdog")
         parser.add_lightning_class_args(Preemption, "preemption")
         parser.link_arguments("data.image_size", "model.image_size")
@@ -137,6 +139,8 @@ class ZsnrCLI(LightningCLI):
                     "prediction_type": model.prediction_type,
                 },
             )
+        if self.subcommand != "predict":
+            check_files(config.metrics, writes_once=self.subcommand != "fit")
         if self.subcommand == "predict":
             config.trainer.logger = False  # it logs nothing, and a CSV logger would start anew
             if data.prompts is None or config.output.folder is None:
