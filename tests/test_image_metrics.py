@@ -196,35 +196,6 @@ def test_resizing_is_antialiased_and_not_rounded(pictures):
         resize_clean(pictures.float())
 
 
-@pytest.fixture(scope="module")
-def inception_file(tmp_path_factory):
-    """Random weights of the network of FID, in a file as torch-fidelity's."""
-    import torch_fidelity.feature_extractor_inceptionv3 as module
-
-    path = tmp_path_factory.mktemp("inception") / "weights.pth"
-    torch.manual_seed(0)
-    load = module.load_state_dict_from_url
-
-    class Made(Exception):  # noqa: N818
-        pass
-
-    def stop(*_, **__):
-        raise Made
-
-    class Unloaded(module.FeatureExtractorInceptionV3):
-        def __init__(self):
-            try:
-                module.load_state_dict_from_url = stop
-                super().__init__("inception", ["2048"])
-            except Made:
-                pass
-            finally:
-                module.load_state_dict_from_url = load
-
-    torch.save(Unloaded().state_dict(), path)
-    return path
-
-
 def test_inception_is_that_of_torch_fidelity_but_for_the_resizing(inception_file):
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 

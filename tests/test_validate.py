@@ -14,7 +14,7 @@ from PIL import Image
 from zsnr.checkpoints.run_facts import read_run_facts
 from zsnr.cli import main
 from zsnr.data.caption_files import read_captions
-from zsnr.metrics.features import FeatureExtractor
+from zsnr.metrics.features import FeatureExtractor, Inception
 from zsnr.metrics.fidelity import (
     RealStatistics,
     frechet_distance,
@@ -213,6 +213,23 @@ def test_the_table_shows_the_numbers_and_groups(folder, run, tmp_path, capsys):
     assert "metrics/fid" not in table
 
 
+def test_inception_by_a_file_of_weights(folder, run, inception_file, tmp_path):
+    pictures, output = tmp_path / "pictures", tmp_path / "a.json"
+    options = ["--metrics.inception", str(inception_file), "--metrics.features", "null"]
+    options += ["--metrics.real", "null", "--metrics.save_images", str(pictures)]
+    assert validate(folder, *options, "--metrics.output", str(output)) == 0
+    numbers = json.loads(output.read_text())
+    levels = torch.stack(
+        [torch.from_numpy(np.array(Image.open(p))) for p in sorted(pictures.iterdir())]
+    )
+    _, logits = FeatureExtractor(Inception(str(inception_file)))(levels.permute(0, 3, 1, 2))
+    mean, std = inception_score(logits, 2)
+    assert numbers["metrics"]["metrics/inception_score"] == pytest.approx(mean, rel=1e-5)
+    assert numbers["metrics"]["metrics/inception_score_std"] == pytest.approx(std, rel=1e-3)
+    assert numbers["features"].startswith("inception ")
+    assert "metrics/fid" not in numbers["metrics"]
+
+
 def test_a_model_that_has_collapsed_is_no_error(folder, run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
         cells.SmallFeatures, "forward", lambda self, levels: levels[:, 0, 0, :5] * 0
@@ -244,11 +261,19 @@ def test_a_model_that_has_collapsed_is_no_error(folder, run, tmp_path, capsys, m
         (["--metrics.statistics", "OUT/real.npz"], "ending in .safetensors"),
         (["--metrics.statistics", "OUT/r.safetensors", "--metrics.real", "null"], "is not there"),
         (["--metrics.inception", "/nowhere.pth"], "FID's Inception weights are weights-inception"),
+        (
+            ["--metrics.features", "null", "--metrics.inception", "CONFIG"],
+            "a program or a TorchScript is not opened",
+        ),
+        (
+            [*("--metrics.inception", "CONFIG"), "--metrics.inception_splits=4"],
+            "num_images=7 in 4 parts",
+        ),
         (["--metrics.clip", "/nowhere"], "Wanted one with a CLIPModel"),
         (["--metrics.output", "OUT/a.txt"], "a name that ends in .json"),
         (["--metrics.output", "CONFIG"], "ends in .json"),
         (["--metrics.save_images", "SHARDS"], "exists: choose another name"),
-        (["--metrics.featurs", "x"], "metrics.featurs"),
+        (["--metrics.featurs", "x"], "Did you mean metrics.features?"),
         (["--metrics.features.class_path", "nowhere.Net"], "nowhere"),
     ],
 )

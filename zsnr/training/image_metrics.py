@@ -142,7 +142,7 @@ class ImageMetrics(Callback):
         self._loaded_step = checkpoint["global_step"]
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        """Read, load and check all that measuring needs, before anything is sampled."""
+        """Read, load, measure and check all that is needed, before anything is sampled."""
         if self.captions is None or stage == "predict":
             return
         problem = None
@@ -168,6 +168,9 @@ class ImageMetrics(Callback):
         conditioner = pl_module.model().conditioner.load()
         if trainer.datamodule is not None and getattr(trainer.datamodule, "caches", {}):
             conditioner.release()  # it was only to be seen that it is there
+        if self._real is None and self._samples is not None:
+            with torch.no_grad(), self._on(trainer.strategy.root_device):
+                self._real = self._measure_real(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if self.captions is None or trainer.sanity_checking:
@@ -190,8 +193,6 @@ class ImageMetrics(Callback):
         conditioner = module.model().conditioner
         encoding = conditioner.passing() if isinstance(conditioner, Remembered) else nullcontext()
         with torch.inference_mode(False), torch.no_grad(), self._on(device), encoding:
-            if self._real is None and self._samples is not None:
-                self._real = self._measure_real(trainer, module)
             measured = self._measure_pictures(trainer, module)
         if measured is None:
             return {}
@@ -489,6 +490,11 @@ def check_files(options: Any, *, writes_once: bool) -> None:
     read_captions(options.captions, options.num_images, options.seed)
     if options.inception is not None:
         check_weights(options.inception)
+        if options.num_images < 2 * options.inception_splits:
+            raise ValueError(
+                f"metrics.num_images={options.num_images} in {options.inception_splits} parts: IS "
+                "wants at least two pictures each; set metrics.inception_splits."
+            )
     if options.real is not None:
         find_shards(options.real)
     if options.statistics is not None:

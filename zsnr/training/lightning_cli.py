@@ -329,7 +329,12 @@ _BASES: dict[str, type[Any]] = {
 def _option_names() -> list[str]:
     """List the settings of model, data and trainer, down to the fields of dataclasses."""
     names: list[str] = []
-    for group, cls in (("model", LatentDiffusion), ("data", DataModule), ("trainer", Trainer)):
+    for group, cls in (
+        ("model", LatentDiffusion),
+        ("data", DataModule),
+        ("trainer", Trainer),
+        ("metrics", ImageMetrics),
+    ):
         for name, parameter in inspect.signature(cls.__init__).parameters.items():
             names.append(f"{group}.{name}")
             default = parameter.default
