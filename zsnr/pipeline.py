@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,6 +142,7 @@ class TextToImage:
         guidance: Guidance | None = None,
         batch_size: int = 8,
         progress: bool = True,
+        on_latents: Callable[[Tensor], object] | None = None,
     ) -> list[Image]:
         """Make one image a prompt.
 
@@ -159,6 +160,7 @@ class TextToImage:
             guidance: None = the paper's, scale 7.5 and rescale 0.7.
             batch_size: Images at a time.
             progress: Show a bar on stderr.
+            on_latents: Called with the latents (B, C, h, w) of each batch before they are decoded.
 
         Returns:
             Images whose `info["zsnr"]` is a JSON text with all that made them; `save_png` keeps it.
@@ -204,6 +206,8 @@ class TextToImage:
                     prompts[rows], negatives[rows], (height, width), sampling.guidance
                 )
                 latents = self._sample(cond, uncond, seeds[rows], shape, sampling, timesteps, bar)
+                if on_latents is not None:
+                    on_latents(latents)
                 for row, pixels in enumerate(self.model.codec.decode(latents), start=i):
                     images.append(to_image(pixels))
                     images[-1].info["zsnr"] = json.dumps(

@@ -5,6 +5,7 @@ from zsnr.training.callbacks import PredictionWriter, Previews
 from zsnr.training.checkpointing import CheckpointFiles, Checkpoints
 from zsnr.training.data import DataModule
 from zsnr.training.ema import EMAConfig
+from zsnr.training.image_metrics import ImageMetrics
 from zsnr.training.module import LatentDiffusion, LearningRate
 from zsnr.training.preemption import Preemption
 from zsnr.training.strategy import FullyShardedStrategy
@@ -16,6 +17,7 @@ __all__ = [
     "DataModule",
     "EMAConfig",
     "FullyShardedStrategy",
+    "ImageMetrics",
     "LatentDiffusion",
     "LearningRate",
     "PredictionWriter",

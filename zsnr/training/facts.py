@@ -33,7 +33,7 @@ def run_facts(trainer: L.Trainer, module: LatentDiffusion) -> dict[str, Any]:
     metrics = {
         name: float(value)
         for name, value in trainer.callback_metrics.items()
-        if name == "val/loss" and torch.as_tensor(value).isfinite()
+        if (name == "val/loss" or name.startswith("metrics/")) and torch.as_tensor(value).isfinite()
     }
     return {
         "format": FORMAT,

@@ -33,6 +33,7 @@ from zsnr.training.callbacks import PredictionWriter
 from zsnr.training.checkpointing import CheckpointFiles, Checkpoints, find_last
 from zsnr.training.data import DataModule, check_shards, read_requests
 from zsnr.training.facts import public_config
+from zsnr.training.image_metrics import ImageMetrics, check_files
 from zsnr.training.loggers import begin_loggers, continue_loggers, default_loggers
 from zsnr.training.module import (
     LatentDiffusion,
@@ -94,6 +95,7 @@ class ZsnrCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(PredictionWriter, "output")
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
+        parser.add_lightning_class_args(ImageMetrics, "metrics")
         parser.add_lightning_class_args(TrainingBoard, "board")
         parser.add_lightning_class_args(Watchdog, "watchdog")
         parser.add_lightning_class_args(Preemption, "preemption")
@@ -157,6 +159,8 @@ class ZsnrCLI(LightningCLI):
                     "prediction_type": model.prediction_type,
                 },
             )
+        if self.subcommand != "predict":
+            check_files(config.metrics, writes_once=self.subcommand != "fit")
         if self.subcommand == "predict":
             config.trainer.logger = False  # it logs nothing, and a CSV logger would start anew
             if data.prompts is None or config.output.folder is None:
@@ -345,7 +349,12 @@ _BASES: dict[str, type[Any]] = {
 def _option_names() -> list[str]:
     """List the settings of model, data and trainer, down to the fields of dataclasses."""
     names: list[str] = []
-    for group, cls in (("model", LatentDiffusion), ("data", DataModule), ("trainer", Trainer)):
+    for group, cls in (
+        ("model", LatentDiffusion),
+        ("data", DataModule),
+        ("trainer", Trainer),
+        ("metrics", ImageMetrics),
+    ):
         for name, parameter in inspect.signature(cls.__init__).parameters.items():
             names.append(f"{group}.{name}")
             default = parameter.default
