@@ -26,7 +26,7 @@ class TerminalOptimum:
 
     def add(self, mean: Tensor, std: Tensor) -> None:
         """Add latents by their mean mu and standard deviation s, (B, C, h, w) each."""
-        mean, std = mean.to("cpu", torch.float64), std.to("cpu", torch.float64)
+        mean, std = mean.cpu().double(), std.cpu().double()
         shape = mean.shape[1:]
         self._counts[shape] = self._counts.get(shape, 0) + len(mean)
         self._sums[shape] = self._sums.get(shape, mean.new_zeros(shape)) + mean.sum(0)

@@ -12,6 +12,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 from tqdm import tqdm
 
 from zsnr.metrics.luma import luma
@@ -29,6 +30,7 @@ from zsnr.training.loggers import (
 from zsnr.training.module import LatentDiffusion
 
 TERMINAL, OPTIMUM = "train_by_timestep/terminal", "train_by_timestep/terminal_optimum"
+_PIXELS = 1 << 16  # of a picture that a histogram counts, at least
 
 
 class TrainingBoard(Callback):
@@ -126,7 +128,9 @@ class TrainingBoard(Callback):
             return
         self._of, self._measured = of, {}
         batches = data.spread(self.samples)
-        codec, optimum, pixels, count = module.codec, TerminalOptimum(), [], 0
+        codec, optimum, count = module.codec, TerminalOptimum(), 0
+        means: list[Tensor] = []
+        pixels: list[Tensor] = []
         decoded = any(isinstance(callback, Previews) for callback in trainer.callbacks)
         bar = trainer.progress_bar_callback is not None
         with torch.no_grad(), trainer.precision_plugin.val_step_context():
@@ -139,7 +143,9 @@ class TrainingBoard(Callback):
                 count += len(mean)
                 if "image" in batch or decoded:
                     image = batch["image"] if "image" in batch else codec.decode(mean)
-                    pixels.append(luma(image.clamp(-1, 1)).flatten(1).cpu())
+                    rows = luma(image.clamp(-1, 1)).flatten(1).cpu()
+                    means.append(rows.mean(1))
+                    pixels.append(rows[:, :: max(1, rows.shape[1] // _PIXELS)].flatten())
         if not count:
             return
         words = [f"{count} samples of the data are measured"]
@@ -147,10 +153,11 @@ class TrainingBoard(Callback):
         if variance is not None:
             self._measured["variance"] = variance
             words.append(f"the variance of their latents is {variance:.3g} an element")
-        if pixels:
-            self._measured["luma"] = float(torch.cat([rows.mean(1) for rows in pixels]).mean())
+        if means:
+            self._measured["luma"] = float(torch.cat(means).mean())
             words.append(f"their mean luma {self._measured['luma']:.2f} of -1 to 1")
-            log_luma(trainer.loggers, "data", pixels, trainer.global_step)
+            step = trainer.global_step
+            log_luma(trainer.loggers, "data", torch.cat(means), torch.cat(pixels), step)
         rank_zero_info(f"{': '.join([words[0], ', '.join(words[1:])])}.")
 
 

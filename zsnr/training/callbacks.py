@@ -101,7 +101,7 @@ class Previews(Callback):
         done_before = step - 1  # so are scalars counted, and what a resumed run keeps
         log_picture(trainer.loggers, "previews", grid, done_before)
         values = luma(to_unit_range(pixels.permute(0, 3, 1, 2))).flatten(1)
-        log_luma(trainer.loggers, "previews", [values], done_before)
+        log_luma(trainer.loggers, "previews", values.mean(1), values, done_before)
         for logger in trainer.loggers:
             logger.log_metrics({"luma_mean/previews": float(values.mean())}, done_before)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +45,7 @@ def log_picture(loggers: Iterable[Any], name: str, image: Image, step: int) -> N
             logger.experiment.add_image(name, np.asarray(image), step, dataformats="HWC")
 
 
-def log_luma(loggers: Iterable[Any], name: str, pixels: Sequence[Tensor], step: int) -> None:
+def log_luma(loggers: Iterable[Any], name: str, means: Tensor, pixels: Tensor, step: int) -> None:
     """Show how luma is distributed: over pixels, and the mean of each picture over pictures.
 
     Histograms in TensorBoard, from -1 (black) to 1 (white).
@@ -53,13 +53,11 @@ def log_luma(loggers: Iterable[Any], name: str, pixels: Sequence[Tensor], step: 
     Args:
         loggers: Of the trainer.
         name: Whose luma it is.
-        pixels: Parts of pictures, (B, pixels) each, on the CPU.
+        means: Of the pictures, on the CPU.
+        pixels: Their pixels, or some of them, on the CPU.
         step: As in `log_picture`.
     """
-    groups = {
-        "luma_of_pictures": torch.cat([rows.mean(1) for rows in pixels]),
-        "luma_of_pixels": torch.cat([rows.flatten() for rows in pixels]),
-    }
+    groups = {"luma_of_pictures": means.flatten(), "luma_of_pixels": pixels.flatten()}
     edges = torch.linspace(-1, 1, _BINS + 1, dtype=torch.float64)
     for logger in loggers:
         if not isinstance(logger, TensorBoardLogger):
