@@ -266,7 +266,7 @@ def test_charts_of_several_curves_find_their_tags(board):
     assert found["training, by timestep"] == {
         f"train_by_timestep/t{start:04d}_{start + 249:04d}" for start in (0, 250, 500, 750)
     }
-    assert {OPTIMUM, "val_by_timestep/t0999"} <= found["last timestep, and its least"]
+    assert {OPTIMUM, "val_by_timestep/t0999"} <= found["last timestep; its least without prompts"]
     assert found["mean, of -1 to 1"] == {"luma_mean/data", "luma_mean/previews"}
 
 

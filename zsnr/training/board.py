@@ -168,7 +168,7 @@ def charts(num_timesteps: int) -> dict[str, Any]:
         "loss": {
             "training, by timestep": [r"train_by_timestep/t\d"],
             "validation, by timestep": [r"val_by_timestep/t\d"],
-            "last timestep, and its least": last,
+            "last timestep; its least without prompts": last,
         },
         "luma": {"mean, of -1 to 1": [r"luma_mean/(data|previews)$"]},
     }
