@@ -368,13 +368,30 @@ def test_validation_is_fixed_and_by_stratum(tmp_path):
         datamodule=data(tmp_path / "shards", val=f"{tmp_path}/shards/val-*.tar", batch_size=3),
         verbose=False,
     )[0]
-    assert (
-        first.keys()
-        == again.keys()
-        == {"val/loss", *(f"val_by_timestep/t{t:04d}" for t in range(99, 1000, 100))}
-    )
+    strata = range(99, 1000, 100)
+    names = {f"val_by_timestep{raw}/t{t:04d}" for t in strata for raw in ("", "_raw")}
+    assert first.keys() == again.keys() == {"val/loss", "val/loss_raw", *names}
     for name in first:
         assert first[name] == pytest.approx(again[name], rel=1e-5)
+
+
+def test_validation_measures_averaged_and_raw_weights(tmp_path):
+    def validate(model):
+        loader = data(tmp_path / "shards", val=f"{tmp_path}/shards/val-*.tar")
+        return trainer(tmp_path, 2).validate(model, datamodule=loader, verbose=False)[0]
+
+    both, raw, averaged = module(), module(ema=None), module(ema=None)
+    for p in both.ema.parameters():
+        p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    averaged.trained.load_state_dict(both.ema.state_dict())
+    found, of_raw, of_averaged = map(validate, (both, raw, averaged))
+    assert not [name for name in of_raw if "raw" in name]
+    for name in of_raw:
+        group, _, rest = name.partition("/")
+        name_of_raw = "val/loss_raw" if name == "val/loss" else f"{group}_raw/{rest}"
+        assert found[name_of_raw] == pytest.approx(of_raw[name], rel=1e-6)
+        assert found[name] == pytest.approx(of_averaged[name], rel=1e-6)
+    assert found["val/loss"] != pytest.approx(found["val/loss_raw"], rel=1e-3)
 
 
 def test_a_checkpoint_is_a_pipeline(tmp_path):

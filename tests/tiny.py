@@ -190,3 +190,19 @@ def sdxl_folder(folder, *, force_zeros=True, **scheduler):
     pipe.set_progress_bar_config(disable=True)
     pipe.save_pretrained(folder)
     return pipe
+
+
+def write_inception(path):
+    """Write random weights of FID's Inception network, as torch-fidelity's file holds them."""
+    import torch_fidelity.feature_extractor_inceptionv3 as module
+
+    class Network(module.FeatureExtractorInceptionV3):
+        def load_state_dict(self, *_):
+            """Keep the random weights."""
+
+    nothing = io.BytesIO()
+    torch.save({}, nothing)
+    nothing.seek(0)
+    torch.manual_seed(0)
+    torch.save(Network("inception", ["2048"], nothing).state_dict(), path)
+    return path

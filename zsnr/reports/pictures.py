@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,8 @@ from zsnr.files import replacing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+_DPI = 110
 
 
 def picture_grid(images: Sequence[Image], columns: int, gap: int = 2) -> Image:
@@ -76,4 +79,13 @@ def panel_figure(
 def save_figure(figure: Any, path: Path) -> None:
     """Write a figure as PNG."""
     with replacing(path) as beside:
-        figure.savefig(beside, format="png", dpi=110)
+        figure.savefig(beside, format="png", dpi=_DPI)
+
+
+def figure_image(figure: Any) -> Image:
+    """Draw a figure as a picture."""
+    from PIL import Image as PILImage
+
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=_DPI)
+    return PILImage.open(drawn).convert("RGB")
