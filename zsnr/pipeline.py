@@ -25,6 +25,7 @@ from zsnr.ldm_file import is_single_file
 from zsnr.noise import SampleNoise, sample_generator
 from zsnr.prediction import PredictionType, check_prediction_type
 from zsnr.samplers import DDIM, Sampler, get_sampler
+from zsnr.samplers.base import Callback
 from zsnr.samplers.registry import sampler_name
 from zsnr.schedule import NoiseSchedule
 from zsnr.timesteps import get_timesteps
@@ -142,6 +143,7 @@ class TextToImage:
         guidance: Guidance | None = None,
         batch_size: int = 8,
         progress: bool = True,
+        callback: Callback | None = None,
     ) -> list[Image]:
         """Make one image a prompt.
 
@@ -159,6 +161,8 @@ class TextToImage:
             guidance: None = the paper's, scale 7.5 and rescale 0.7.
             batch_size: Images at a time.
             progress: Show a bar on stderr.
+            callback: Called after each step of each batch, as by `Sampler.sample`: with the step's
+                number, its timestep, the predicted x_0 and the state it led to, both latents.
 
         Returns:
             Images whose `info["zsnr"]` is a JSON text with all that made them; `save_png` keeps it.
@@ -197,13 +201,21 @@ class TextToImage:
         bar = tqdm(
             total=len(batches) * num_steps, desc="sampling", unit="step", disable=not progress
         )
+
+        def after_step(i: int, t: int, x_0: Tensor, x_s: Tensor) -> None:
+            bar.update()
+            if callback is not None:
+                callback(i, t, x_0, x_s)
+
         with bar:
             for i in batches:
                 rows = slice(i, i + batch_size)
                 cond, uncond = self._conditioning(
                     prompts[rows], negatives[rows], (height, width), sampling.guidance
                 )
-                latents = self._sample(cond, uncond, seeds[rows], shape, sampling, timesteps, bar)
+                latents = self._sample(
+                    cond, uncond, seeds[rows], shape, sampling, timesteps, after_step
+                )
                 for row, pixels in enumerate(self.model.codec.decode(latents), start=i):
                     images.append(to_image(pixels))
                     images[-1].info["zsnr"] = json.dumps(
@@ -264,7 +276,7 @@ class TextToImage:
         shape: tuple[int, int, int],
         sampling: Sampling,
         timesteps: Tensor,
-        bar: Any,
+        callback: Callback,
     ) -> Tensor:
         denoiser = Denoiser(
             self.network,
@@ -281,7 +293,7 @@ class TextToImage:
             noise.randn(shape, device=_device(cond)),
             timesteps,
             randn_like=noise.randn_like,
-            callback=lambda *_: bar.update(),
+            callback=callback,
         )
 
 
