@@ -151,7 +151,7 @@ def test_the_numbers_are_those_of_the_pictures(folder, validated):
         assert abs(np.asarray(image, int) - np.asarray(Image.open(path), int)).max() <= 1
     means = torch.cat(latents).double().mean((0, 2, 3))
     for channel, mean in enumerate(means.tolist()):
-        name = f"latent_mean_by_channel/c{channel}"
+        name = f"latent_mean_by_channel/c{channel:02d}"
         assert found[name] == pytest.approx(mean, abs=1e-4)
 
     levels = torch.stack([torch.from_numpy(np.array(Image.open(path))) for path in paths])
@@ -224,8 +224,10 @@ def test_inception_by_a_file_of_weights(folder, run, inception_file, tmp_path):
     )
     _, logits = FeatureExtractor(Inception(str(inception_file)))(levels.permute(0, 3, 1, 2))
     mean, std = inception_score(logits, 2)
-    assert numbers["metrics"]["metrics/inception_score"] == pytest.approx(mean, rel=1e-5)
-    assert numbers["metrics"]["metrics/inception_score_std"] == pytest.approx(std, rel=1e-3)
+    assert mean > 1 + 1e-4  # 1 is that of pictures that look alike
+    found = numbers["metrics"]["metrics/inception_score"]
+    assert found - 1 == pytest.approx(mean - 1, rel=1e-3)
+    assert numbers["metrics"]["metrics/inception_score_std"] == pytest.approx(std, rel=1e-2)
     assert numbers["features"].startswith("inception ")
     assert "metrics/fid" not in numbers["metrics"]
 

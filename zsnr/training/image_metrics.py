@@ -282,7 +282,7 @@ class ImageMetrics(Callback):
             for group, value in metric.compute().items():
                 found[f"{name}_by_group/{group.replace(' ', '_')}"] = float(value)
         for channel, value in enumerate(latent_mean.compute().tolist()):
-            found[f"{_CHANNELS}/c{channel}"] = value
+            found[f"{_CHANNELS}/c{channel:02d}"] = value
         used = {name: metric for name, metric in rows.items() if metric.rows}
         return found, {name: metric.compute().cpu() for name, metric in used.items()}
 
