@@ -10,6 +10,7 @@ import tiny
 import torch
 import yaml
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from zsnr.checkpoints.run_facts import read_run_facts
 from zsnr.cli import main
@@ -85,8 +86,8 @@ def run(folder):
 def validate(folder, *options):
     checkpoint = str(folder / "run" / "checkpoints" / "last.ckpt")
     config = str(folder / "config.yaml")
-    more = ["--trainer.logger", "false", *options]
-    return main(["validate", "-c", config, "--ckpt_path", checkpoint, *more])
+    more = [] if "--trainer.logger" in options else ["--trainer.logger", "false"]
+    return main(["validate", "-c", config, "--ckpt_path", checkpoint, *more, *options])
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +205,7 @@ def test_the_table_shows_the_numbers_and_groups(folder, run, tmp_path, capsys):
     (tmp_path / "suite.jsonl").write_text("\n".join(map(json.dumps, lines)))
     options = ["--metrics.captions", str(tmp_path / "suite.jsonl"), "--metrics.num_images", "5"]
     options += ["--metrics.features", "null", "--metrics.real", "null", "--metrics.output", "null"]
+    options += ["--trainer.logger", "TensorBoardLogger", "--trainer.logger.save_dir", str(tmp_path)]
     capsys.readouterr()
     assert validate(folder, *options) == 0
     table = capsys.readouterr().out
@@ -211,6 +213,11 @@ def test_the_table_shows_the_numbers_and_groups(folder, run, tmp_path, capsys):
         assert name in table
     assert "luma_contrast_by_group/snow_white" in table
     assert "metrics/fid" not in table
+    [file] = tmp_path.rglob("events.out.*")
+    events = EventAccumulator(str(file))
+    events.Reload()
+    assert {"metrics/luma_std", "luma_mean_by_group/dark"} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("metrics/luma_mean")] == [4]
 
 
 def test_inception_by_a_file_of_weights(folder, run, inception_file, tmp_path):

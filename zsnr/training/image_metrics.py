@@ -173,6 +173,9 @@ class ImageMetrics(Callback):
                 self._real = self._measure_real(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.state.fn != "fit" and self._loaded_step is not None:
+            # Lightning takes this for the step it logs at, which would else be 0.
+            pl_module.log("step", float(self._loaded_step), rank_zero_only=True)
         if self.captions is None or trainer.sanity_checking:
             return
         if trainer.state.fn == "fit":
