@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,7 +144,6 @@ class TextToImage:
         batch_size: int = 8,
         progress: bool = True,
         callback: Callback | None = None,
-        on_latents: Callable[[Tensor], object] | None = None,
     ) -> list[Image]:
         """Make one image a prompt.
 
@@ -164,7 +163,6 @@ class TextToImage:
             progress: Show a bar on stderr.
             callback: Called after each step of each batch, as by `Sampler.sample`: with the step's
                 number, its timestep, the predicted x_0 and the state it led to, both latents.
-            on_latents: Called with the latents (B, C, h, w) of each batch before they are decoded.
 
         Returns:
             Images whose `info["zsnr"]` is a JSON text with all that made them; `save_png` keeps it.
@@ -218,8 +216,6 @@ class TextToImage:
                 latents = self._sample(
                     cond, uncond, seeds[rows], shape, sampling, timesteps, after_step
                 )
-                if on_latents is not None:
-                    on_latents(latents)
                 for row, pixels in enumerate(self.model.codec.decode(latents), start=i):
                     images.append(to_image(pixels))
                     images[-1].info["zsnr"] = json.dumps(

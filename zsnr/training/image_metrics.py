@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -173,6 +174,9 @@ class ImageMetrics(Callback):
                 self._real = self._measure_real(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.state.fn != "fit" and self._loaded_step is not None:
+            # Lightning takes this for the step it logs at, which would else be 0.
+            pl_module.log("step", float(self._loaded_step), rank_zero_only=True)
         if self.captions is None or trainer.sanity_checking:
             return
         if trainer.state.fn == "fit":
@@ -251,8 +255,7 @@ class ImageMetrics(Callback):
             batch = numbers[start : start + self.batch_size]
             counted = [i for i, number in enumerate(batch) if number < N]
             requests = [self._requests[number % N] for number in batch]
-            latents: list[Tensor] = []
-            images = self._sample(trainer, module, requests, latents)
+            images, latents = self._sample(trainer, module, requests)
             _note(trainer)
             if not counted:
                 continue
@@ -266,7 +269,7 @@ class ImageMetrics(Callback):
             for metric in by_group.values():
                 inside = [i for i, request in enumerate(requests) if request.group]
                 metric.update(pixels[inside], [requests[i].group for i in inside])
-            latent_mean.update(torch.cat(latents)[counted].to(device))
+            latent_mean.update(latents[counted].to(device))
             if self._extractor is not None:
                 features, logits = self._extractor(levels)
                 rows["features"].update(features.to(device), places)
@@ -282,7 +285,7 @@ class ImageMetrics(Callback):
             for group, value in metric.compute().items():
                 found[f"{name}_by_group/{group.replace(' ', '_')}"] = float(value)
         for channel, value in enumerate(latent_mean.compute().tolist()):
-            found[f"{_CHANNELS}/c{channel}"] = value
+            found[f"{_CHANNELS}/c{channel:02d}"] = value
         used = {name: metric for name, metric in rows.items() if metric.rows}
         return found, {name: metric.compute().cpu() for name, metric in used.items()}
 
@@ -291,11 +294,11 @@ class ImageMetrics(Callback):
         trainer: L.Trainer,
         module: LatentDiffusion,
         requests: Sequence[Captioned],
-        latents: list[Tensor],
-    ) -> list[Any]:
-        sampling = module.sampling
+    ) -> tuple[list[Any], Tensor]:
+        """Make pictures, and return them with their latents."""
+        sampling, states = module.sampling, deque[Tensor](maxlen=1)
         with module.pipeline() as pipe, trainer.precision_plugin.predict_step_context():
-            return pipe(
+            images = pipe(
                 [request.caption for request in requests],
                 seeds=[request.seed for request in requests],
                 sampler=sampling.sampler,
@@ -304,8 +307,9 @@ class ImageMetrics(Callback):
                 guidance=sampling.guidance,
                 batch_size=len(requests),
                 progress=False,
-                on_latents=latents.append,
+                callback=lambda i, t, x_0, x_s: states.append(x_s),
             )
+        return images, states[0]
 
     def _add_distances(
         self, rows: dict[str, Tensor], found: dict[str, float], left_out: dict[str, str]
