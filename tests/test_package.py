@@ -72,9 +72,9 @@ def test_floors(module, path):
 
 def test_import_is_light():
     code = (
-        "import sys, torch; before = {name.partition('.')[0] for name in sys.modules}; import zsnr; "
-        "after = {name.partition('.')[0] for name in sys.modules}; "
-        "print(*(after - before - sys.stdlib_module_names))"
+        "import sys, torch; before = set(sys.modules); import zsnr; "
+        "new = {name.partition('.')[0] for name in set(sys.modules) - before}; "
+        "print(*(new - sys.stdlib_module_names))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.split() == ["zsnr"]

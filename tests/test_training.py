@@ -415,7 +415,7 @@ def test_a_checkpoint_is_a_pipeline(tmp_path):
         (lambda path: path.write_bytes(b"garbage"), "not a readable checkpoint"),
         (lambda path: path.write_bytes(b""), "not a readable checkpoint"),
         (lambda path: torch.save({"state_dict": {}}, path), "was not written by zsnr"),
-        (lambda path: torch.save([Exploit()], path), "not a readable checkpoint"),
+        (lambda path: torch.save([Exploit()], path), "more than tensors and plain values"),
         (lambda path: torch.save({"zsnr": {}, "state_dict": {}}, path), "damaged: it lacks codec"),
     ],
 )
