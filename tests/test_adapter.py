@@ -115,6 +115,24 @@ def test_a_step_goes_on_from_what_it_is_given():
         torch.testing.assert_close(x_s, a * x_0 + b * x + c * torch.randn(1, 4))
 
 
+@pytest.mark.parametrize("name", ["heun", "multiscale", "unipc", "dpmpp_2m"])
+def test_samplers_with_history_begin_anywhere(name):
+    """As image-to-image does: from the middle of the list of calls, wherever that is."""
+    schedule = NoiseSchedule()
+    denoiser, network = gaussian(schedule)
+    sampler, x = get_sampler(name), torch.randn(2, 4, dtype=torch.float64)
+    scheduler = DiffusersScheduler(sampler, schedule, spacing="log_snr")
+    scheduler.set_timesteps(6)
+    for first in range(len(scheduler.timesteps)):
+        t, sample = scheduler.timesteps[first], x
+        scheduler.set_begin_index(first)
+        for call in scheduler.timesteps[first:]:
+            sample = scheduler.step(network(sample, call), call, sample).prev_sample
+        grid = get_timesteps("log_snr", 6, schedule=schedule).tolist()
+        wanted = sampler.sample(denoiser, schedule, x, grid[grid.index(int(t)) :])
+        torch.testing.assert_close(sample, wanted, rtol=0, atol=1e-9)
+
+
 def test_the_state_keeps_its_dtype_and_the_arithmetic_is_float32():
     _, network = gaussian(NoiseSchedule())
     x_T = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))

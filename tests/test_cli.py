@@ -219,7 +219,7 @@ def test_predict_with_short_options_and_a_file(run, folder, tmp_path):
     options = [
         *("--prompts", str(prompts), "--output", str(tmp_path / "out"), "--sampler", "ddpm"),
         *("--num-steps=2", "--spacing", "linspace", "--guidance-scale", "2"),
-        *("--guidance-rescale", "0.5", "--seed", "9"),
+        *("--guidance-rescale", "0.5", "--guidance-interval", "[0.2,.inf]", "--seed", "9"),
     ]
     assert predict(folder, *options) == 0
     assert (tmp_path / "out" / "00002-9.png").is_file()  # --seed is for lines without their own
@@ -232,6 +232,7 @@ def test_predict_with_short_options_and_a_file(run, folder, tmp_path):
         "spacing": "linspace",
         "guidance_scale": 2.0,
         "guidance_rescale": 0.5,
+        "guidance_interval": [0.2, None],
     }
     assert {name: facts[name] for name in wanted} == wanted
 
@@ -286,7 +287,7 @@ def test_an_own_sampler_by_its_class_path(run, folder, tmp_path, monkeypatch):
         (["-c", "BAD"], "Did you mean model.schedule.betas?"),
         (["-c", "/nowhere.yaml"], "does not exist: '/nowhere.yaml'"),
         (["--model.codec=Pixels"], "Known: AutoencoderKLCodec, PixelCodec"),
-        (["--model.sampling.sampler=PLMS"], "Known: DDIM, DDPM, Euler, EulerAncestral"),
+        (["--model.sampling.sampler=PLMS"], "Known: DDIM, DDPM, DPMpp2M, DPMpp2MSDE"),
         (["--sampler", "plms"], "Sampler 'plms' is unknown. Known: 'ddim'"),
         (["--model.codec.init_args.patchsize=3"], "'patchsize' is not accepted"),
         (["--model.schedule.betas=sigmoid"], "'linear', 'cosine', 'scaled_linear'"),
@@ -294,7 +295,7 @@ def test_an_own_sampler_by_its_class_path(run, folder, tmp_path, monkeypatch):
         (["--model.prediction_type=epsilon"], "no x_0 at t=999"),
         (["--model.loss.name=min_snr"], "allow_zero_terminal_weight=True"),
         (["--num-steps=1001"], "num_steps=1001"),
-        (["--spacing=karras"], "Known: 'leading', 'linspace', 'trailing'"),
+        (["--spacing=bosh"], "Known: 'karras', 'leading', 'linspace', 'log_snr'"),
         (["--guidance-rescale=2"], "Guidance rescale 2.0"),
         (["--data.image_size=15"], "height=15: wanted a positive multiple of 2"),
         (["--data.train=/nowhere"], "No shards at /nowhere"),

@@ -1,8 +1,17 @@
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from zsnr import Conditioning, Denoiser, Guidance, NoiseSchedule, prediction_target
+from zsnr import (
+    Conditioning,
+    Denoiser,
+    Guidance,
+    NoiseSchedule,
+    get_sampler,
+    get_timesteps,
+    prediction_target,
+)
 
 SCHEDULE = NoiseSchedule()
 X, T = torch.randn(2, 4, 3, 3), torch.tensor([999, 400])
@@ -102,6 +111,91 @@ def test_dtype_of_the_networks_input_can_be_named():
 def test_outputs_of_another_shape_are_refused(wrong):
     with pytest.raises(ValueError, match=r"network gave .*: wanted a tensor of shape \(2, 4, 3, 3"):
         Denoiser(lambda x, t, c: wrong(x), SCHEDULE)(X, T)
+
+
+def test_outside_the_interval_the_unconditional_pass_is_left_out():
+    guidance = Guidance(3.0, 0.7, interval=(0.5, 4.0))
+    settings = (SCHEDULE, "v_prediction", contexts(1.0, 2.0))
+    for t in (999, 700, 400, 100, 3):
+        row = torch.full((2,), t)
+        acts = 0.5 < SCHEDULE(t)[1] / max(SCHEDULE(t)[0], 1e-9) <= 4.0
+        network, plain = Linear(), Denoiser(Linear(), *settings)
+        always = Denoiser(Linear(), *settings, contexts(-1.0), Guidance(3.0, 0.7))
+        some = Denoiser(network, *settings, contexts(-1.0), guidance)
+        wanted = (always if acts else plain)(X, row)
+        torch.testing.assert_close(some.at(t)(X, row), wanted)
+        assert len(network.seen[-1][0]) == (4 if acts else 2)
+        torch.testing.assert_close(some(X, row), wanted)
+    mixed = some(X, torch.tensor([400, 999]))  # each row by its own level
+    torch.testing.assert_close(mixed[0], always(X, torch.tensor([400, 999]))[0])
+    torch.testing.assert_close(mixed[1], plain(X, torch.tensor([400, 999]))[1])
+
+
+@pytest.mark.parametrize("name", ["ddim", "heun", "unipc", "multiscale", "dpmpp_2m_sde"])
+def test_samplers_save_the_pass(name):
+    network = Linear()
+    guidance = Guidance(3.0, 0.7, interval=(0.5, 4.0))
+    denoiser = Denoiser(
+        network, SCHEDULE, "v_prediction", contexts(1.0, 2.0), contexts(-1.0), guidance
+    )
+    drawn = torch.Generator().manual_seed(0)
+
+    def randn_like(x):
+        return torch.randn(x.shape, generator=drawn)
+
+    grid = get_timesteps("log_snr", 8)
+    x_0 = get_sampler(name).sample(denoiser, SCHEDULE, X, grid, randn_like=randn_like)
+    for x_t, t, _ in network.seen:
+        acts = guidance.acts(*SCHEDULE(int(t[0])))
+        assert len(x_t) == (4 if acts else 2)
+    assert {len(x_t) for x_t, _, _ in network.seen} == {2, 4}
+    drawn.manual_seed(0)  # and nothing else changes
+    wanted = get_sampler(name).sample(
+        lambda x, t: denoiser(x, t), SCHEDULE, X, grid, randn_like=randn_like
+    )
+    torch.testing.assert_close(x_0, wanted)
+
+
+@pytest.mark.parametrize("interval", [None, (0.5, 4.0)])
+def test_a_guided_network_compiles_whole(interval):
+    """Guided and not, each is one graph: what branches is an int, never a tensor."""
+    guidance = Guidance(3.0, 0.7, interval)
+
+    def network(x_t, t, conditioning):
+        return 0.5 * x_t + conditioning.context.mean((1, 2)).view(-1, 1, 1, 1)
+
+    denoiser = Denoiser(
+        network, SCHEDULE, "v_prediction", contexts(1.0, 2.0), contexts(-1.0), guidance
+    )
+    SCHEDULE(T)  # the table of this device is there before a graph is
+    for t in (999, 400, 3):
+        row = torch.full((2,), t)
+        whole = torch.compile(denoiser.at(t), fullgraph=True, backend="eager")
+        torch.testing.assert_close(whole(X, row), denoiser.at(t)(X, row))
+    grid = get_timesteps("log_snr", 6).tolist()
+    with FakeTensorMode():  # where reading a tensor would raise
+        x_T, prompts = torch.empty(2, 4, 3, 3), Conditioning(torch.empty(2, 3, 5))
+        fake = Denoiser(network, SCHEDULE, "v_prediction", prompts, prompts, guidance)
+        for name in ("ddim", "heun", "multiscale", "unipc"):
+            assert get_sampler(name).sample(fake, SCHEDULE, x_T, grid).shape == x_T.shape
+
+
+@pytest.mark.parametrize("max_rows", [1, 2, 3, 4, 100])
+def test_rows_of_a_network_call_are_bounded(max_rows):
+    for cond, uncond, guidance in (
+        (contexts(1.0, 2.0), contexts(-1.0, 5.0), Guidance(3.0, 0.7)),
+        (contexts(1.0, 2.0), None, None),
+        (None, None, None),
+    ):
+        network = Linear()
+        settings = (SCHEDULE, "v_prediction", cond, uncond, guidance)
+        x_0 = Denoiser(network, *settings, max_rows=max_rows)(X, T)
+        assert max(len(x_t) for x_t, _, _ in network.seen) <= max_rows
+        torch.testing.assert_close(x_0, Denoiser(Linear(), *settings)(X, T))
+    with pytest.raises(ValueError, match="max_rows=0"):
+        Denoiser(Linear(), SCHEDULE, max_rows=0)
+    with pytest.raises(ValueError, match="network gave tuple"):
+        Denoiser(lambda x, t, c: (x,), SCHEDULE, max_rows=1)(X, T)
 
 
 def test_true_target_gives_x0_back():

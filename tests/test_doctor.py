@@ -477,7 +477,7 @@ def yaml_file(folder, model):
         ({"sampling": [1]}, "unreadable", "wanted settings"),
         ({"predictiontype": "epsilon"}, "unreadable", "has no 'predictiontype'. Known: codec"),
         ({"sampling": {"spacings": "leading"}}, "unreadable", "model.sampling has no 'spacings'"),
-        ({"sampling": {"guidance": {"phi": 0}}}, "unreadable", "Known: scale, rescale"),
+        ({"sampling": {"guidance": {"phi": 0}}}, "unreadable", "Known: scale, rescale, interval"),
         ({"class_path": "my.Model", "init_args": {"own": 1}}, "fixed", "SNR_T"),
     ],
 )

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zsnr import Guidance, classifier_free_guidance, rescale_guidance
+from zsnr import Guidance, NoiseSchedule, classifier_free_guidance, rescale_guidance
 
 POS, NEG = torch.randn(2, 3, 4, 5, 5, generator=torch.Generator().manual_seed(0))
 
@@ -80,6 +80,30 @@ def test_half_precision_does_not_overflow():
 def test_flat_outputs_are_guided_without_rescale():
     cond, uncond = (torch.full((1, 4, 64, 64), value) for value in (0.3, 0.1))
     torch.testing.assert_close(Guidance()(cond, uncond), torch.full((1, 4, 64, 64), 1.6))
+
+
+def test_the_interval_is_of_noise_levels():
+    schedule = NoiseSchedule()
+    t = torch.arange(1000)
+    alpha, sigma = schedule(t)
+    level = sigma / alpha
+    assert Guidance().acts(alpha, sigma) is True
+    for low, high in ((0.3, 5.0), (0.0, 1.0), (2.0, math.inf)):
+        guidance = Guidance(interval=(low, high))
+        wanted = (level > low) & (level <= high)
+        assert torch.equal(guidance.acts(alpha, sigma), wanted)
+        assert [guidance.acts(*schedule(int(i))) for i in t] == wanted.tolist()
+    assert not Guidance(interval=(0.3, 5.0)).acts(*schedule(999))  # SNR 0 is an infinite level
+    assert Guidance(interval=(0.3, math.inf)).acts(*schedule(999))
+    assert Guidance(interval=[0.3, 5]) == Guidance(interval=(0.3, 5.0))
+
+
+@pytest.mark.parametrize(
+    "interval", [(5.0, 0.3), (1.0, 1.0), (-1.0, 2.0), (math.nan, 1.0), (1.0,), ("a", "b")]
+)
+def test_wrong_intervals_are_refused(interval):
+    with pytest.raises(ValueError, match="Guidance interval"):
+        Guidance(interval=interval)
 
 
 @pytest.mark.parametrize(

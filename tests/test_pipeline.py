@@ -120,7 +120,7 @@ def test_pixels_are_rounded_and_clamped():
         ({"negative_prompts": []}, "0 negative_prompts for 1 prompts"),
         ({"seeds": [-1]}, "seed=-1"),
         ({"num_steps": 1001}, "num_steps=1001"),
-        ({"spacing": "karras"}, "Known:"),
+        ({"spacing": "bosh"}, "Known:"),
         ({"sampler": "plms"}, "Known: 'ddim'"),
         ({"height": 15}, "height=15"),
         ({"batch_size": 0}, "batch_size=0"),

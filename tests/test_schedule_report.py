@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from zsnr import NoiseSchedule
+from zsnr import NoiseSchedule, available_spacings
 from zsnr.cli import main
 from zsnr.reports.schedule import schedule_facts
 
@@ -42,7 +42,9 @@ def test_json_has_table_1_and_ends_at_zero(capsys, kind):
         before, after = (facts[name]["sqrt_abar"] for name in ("original", "rescaled"))
         stretch = before[0] / (before[0] - before[-1])
         assert after == pytest.approx([(s - before[-1]) * stretch for s in before], abs=1e-12)
-    assert facts["timesteps"] == {  # Table 2, counted from 0
+    assert set(facts["timesteps"]) == set(available_spacings())
+    spacings = ("leading", "linspace", "trailing")
+    assert {name: facts["timesteps"][name] for name in spacings} == {  # Table 2, counted from 0
         "leading": [*range(900, -1, -100)],
         "linspace": [*range(999, -1, -111)],
         "trailing": [*range(999, -1, -100)],

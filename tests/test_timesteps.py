@@ -1,3 +1,4 @@
+import math
 from fractions import Fraction
 
 import pytest
@@ -7,8 +8,10 @@ from zsnr import (
     NoiseSchedule,
     available_spacings,
     get_timesteps,
+    karras,
     leading,
     linspace,
+    log_snr,
     register_spacing,
     timestep_pairs,
     trailing,
@@ -65,6 +68,58 @@ def test_wrong_counts_are_refused(spacing, S, T):
         get_timesteps(spacing, S, T)
 
 
+SCHEDULES = {
+    "fixed": NoiseSchedule(),
+    "original": NoiseSchedule(zero_terminal_snr=False),
+    "linear": NoiseSchedule("linear"),
+    "cosine": NoiseSchedule("cosine", 100),
+    "few": NoiseSchedule.from_alphas_cumprod([0.99, 0.6, 0.2], zero_terminal_snr=True),
+    "two": NoiseSchedule.from_alphas_cumprod([0.9, 0.1]),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.parametrize("spacing", [log_snr, karras])
+def test_every_step_count_in_log_snr(spacing, schedule):
+    T = schedule.num_timesteps
+    for S in range(1, T + 1):
+        grid = spacing(S, T, schedule=schedule)
+        assert grid.dtype == torch.int64
+        assert grid.shape == (S,)
+        assert (grid.diff() < 0).all()
+        assert grid[0] == T - 1
+        assert grid[-1] >= 0
+    assert torch.equal(grid, torch.arange(T - 1, -1, -1))
+
+
+@pytest.mark.parametrize("S", [5, 10, 25])
+@pytest.mark.parametrize(
+    ("spacing", "coordinate"), [(log_snr, lambda h: h), (karras, lambda h: -((-h / 7).exp()))]
+)
+def test_log_snr_is_divided_evenly(spacing, coordinate, S):
+    """By the schedule with most timesteps, where the nearest one is near."""
+    schedule = NoiseSchedule("cosine", 100_000)
+    half = schedule.log_snr / 2
+    steps = spacing(S, 100_000, schedule=schedule)[1:]
+    marks = coordinate(half[steps])
+    even = torch.linspace(float(marks[0]), float(marks[-1]), S - 1, dtype=torch.float64)
+    gaps = even.diff()[0]
+    assert ((marks - even).abs() < 0.02 * gaps).all()
+    assert float(half[steps[0]]) == pytest.approx(-2 - math.log(S), abs=0.05)
+    assert float(half[steps[-1]]) == pytest.approx(
+        min(2 * math.log(S) - 1, float(half[0])), abs=0.05
+    )
+
+
+def test_the_schedule_of_a_grid_in_log_snr():
+    assert torch.equal(get_timesteps("log_snr", 10), log_snr(10, schedule=NoiseSchedule()))
+    cosine = NoiseSchedule("cosine")
+    assert not torch.equal(get_timesteps("log_snr", 10, schedule=cosine), log_snr(10))
+    original = SCHEDULES["original"]  # all steps divide what is there: T-1 has no place of its own
+    half = original.log_snr[log_snr(10, schedule=original)] / 2
+    assert float(half.diff().std() / half.diff().mean()) < 0.02
+
+
 def test_pairs_read_their_neighbour_from_the_grid():
     assert timestep_pairs(trailing(3, 10)) == [(9, 6), (6, 2), (2, -1)]
     assert timestep_pairs([7]) == [(7, -1)]
@@ -114,7 +169,13 @@ def test_registry(monkeypatch):
         return trailing(num_steps + 1, num_timesteps)
 
     own = {"broken", "by_snr", "ends", "listed", "upward"}
-    assert set(available_spacings()) == own | {"leading", "linspace", "trailing"}
+    assert set(available_spacings()) == own | {
+        "karras",
+        "leading",
+        "linspace",
+        "log_snr",
+        "trailing",
+    }
     assert register_spacing("ends")(ends) is ends  # a reload
     assert torch.equal(get_timesteps("listed", 7), trailing(7))
     with pytest.raises(ValueError, match="descending"):
@@ -131,4 +192,4 @@ def test_registry(monkeypatch):
     with pytest.raises(ValueError, match="registered already"):
         register_spacing("ends")(broken)
     with pytest.raises(ValueError, match="Known: 'broken'"):
-        get_timesteps("karras", 3)
+        get_timesteps("bosh", 3)

@@ -253,6 +253,51 @@ def _parser() -> argparse.ArgumentParser:
     schedule.add_argument("--open", action="store_true", help=_OPEN)
     schedule.set_defaults(run=_schedule)
 
+    timesteps = commands.add_parser("timesteps", help="search timesteps").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    optimize = timesteps.add_parser(
+        "optimize",
+        help="choose the timesteps of few steps for a data set",
+        description="Choose timesteps for a data set, by the exact denoiser of half of its "
+        "pictures, without a model: one timestep moves at a time, as long as brightness and spread "
+        "of samples come nearer to those of many steps. The other half judges the grid beside "
+        "log_snr, karras and trailing. Use the file as any spacing: --spacing grid.json.",
+    )
+    optimize.add_argument(
+        "source", nargs="+", help="a folder, a pattern such as 'https://host/{000..099}.tar', ..."
+    )
+    optimize.add_argument(
+        "--num-steps", type=int, default=10, metavar="S", help="of the grid (default 10)"
+    )
+    optimize.add_argument(
+        "--output", required=True, metavar="FILE", help="where to write, .json; must not exist"
+    )
+    optimize.add_argument(
+        "--sampler",
+        default="multiscale",
+        metavar="NAME",
+        help="what the grid is for (default multiscale)",
+    )
+    optimize.add_argument(
+        "--schedule",
+        default="scaled_linear",
+        metavar="TARGET",
+        help="as for `zsnr schedule` (default scaled_linear, rescaled to zero SNR)",
+    )
+    optimize.add_argument(
+        "--image-size", type=int, default=32, help="pixels that the denoiser sees (default 32)"
+    )
+    optimize.add_argument(
+        "--pictures", type=int, default=1000, help="how many, evenly from the set (default 1000)"
+    )
+    optimize.add_argument(
+        "--samples", type=int, default=256, help="of each grid that is tried (default 256)"
+    )
+    optimize.add_argument("--seed", type=int, default=0, help="of the samples (default 0)")
+    optimize.add_argument("--json", action="store_true", help="print what was found as JSON")
+    optimize.set_defaults(run=_timesteps_optimize)
+
     configs = commands.add_parser("configs", help="list, show and copy the shipped YAML")
     actions = configs.add_subparsers(required=True, metavar="COMMAND")
     actions.add_parser("list", help="list the names").set_defaults(run=_configs_list)
@@ -810,6 +855,27 @@ def _schedule(options: argparse.Namespace) -> None:
     if path is not None:
         plot_schedule(facts, path)
     print(to_json(facts) if options.json else schedule_text(schedule, facts, options.target))
+
+
+def _timesteps_optimize(options: argparse.Namespace) -> None:
+    import json
+
+    from zsnr.reports.grid import grid_text, write_grid
+    from zsnr.reports.schedule import find_schedule
+
+    output = Path(options.output).expanduser()
+    facts = write_grid(
+        options.source,
+        output,
+        options.num_steps,
+        sampler=options.sampler,
+        schedule=find_schedule(options.schedule),
+        image_size=options.image_size,
+        pictures=options.pictures,
+        samples=options.samples,
+        seed=options.seed,
+    )
+    print(json.dumps(facts) if options.json else grid_text(facts, output))
 
 
 def _doctor(options: argparse.Namespace) -> int:

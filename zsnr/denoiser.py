@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Protocol
 
@@ -49,6 +49,12 @@ class Conditioning:
             None if self.mask is None else self.mask.to(device),
             None if self.pooled is None else self.pooled.to(device, dtype),
             None if self.sizes is None else self.sizes.to(device),
+        )
+
+    def rows(self, start: int, stop: int) -> Conditioning:
+        """Take the rows from `start` up to `stop`."""
+        return Conditioning(
+            *(None if part is None else part[start:stop] for part in self._parts())  # type: ignore[arg-type]
         )
 
     def expand(self, batch_size: int) -> Conditioning:
@@ -139,7 +145,9 @@ class Denoiser:
     """A network as a function (x_t, t) -> x_0.
 
     With guidance, one pass over the doubled batch [uncond, cond]; guidance and its rescale act on
-    the raw output, in float32, before the conversion to x_0.
+    the raw output, in float32, before the conversion to x_0. Where guidance has an interval,
+    `denoiser.at(t)`, which samplers use, leaves the unconditional pass out outside of it; a call
+    with t as a tensor cannot tell without waiting for the device, and makes both passes.
 
     Args:
         network: (x_t, t, conditioning) -> raw output.
@@ -148,6 +156,8 @@ class Denoiser:
         cond: The prompts, one row a sample. None = an unconditional network.
         uncond: Negative or null prompts, one row a sample or one for all.
         guidance: None = no guidance. The scale 1 skips the unconditional pass.
+        max_rows: Rows of one network call, to bound memory; more are divided over several calls.
+            None = all at once, with guidance two a sample.
         dtype: What x_t and the conditioning are cast to for the network. None = the dtype of its
             parameters where it is a module, else as they are.
 
@@ -165,21 +175,26 @@ class Denoiser:
         guidance: Guidance | None = None,
         *,
         dtype: torch.dtype | None = None,
+        max_rows: int | None = None,
     ) -> None:
+        if max_rows is not None and max_rows < 1:
+            raise ValueError(f"max_rows={max_rows}: wanted at least 1.")
         check_prediction_type(prediction_type, schedule)
         self.network, self.schedule, self.prediction_type = network, schedule, prediction_type
         self.guidance = None if guidance is None or guidance.scale == 1 else guidance
         self.dtype = dtype or _parameter_dtype(network)
+        self.max_rows = max_rows
+        if cond is not None:
+            cond = cond.to(cond.context.device, self.dtype)
+        self._cond, self._both = cond, cond
         if self.guidance is not None:
             if cond is None or uncond is None:
                 raise ValueError(
                     f"Guidance of scale {self.guidance.scale} needs both cond and uncond: pass "
                     "both, or guidance=None."
                 )
-            cond = Conditioning.cat([uncond.expand(len(cond)), cond])
-        if cond is not None:
-            cond = cond.to(cond.context.device, self.dtype)
-        self._conditioning = cond
+            uncond = uncond.to(uncond.context.device, self.dtype)
+            self._both = Conditioning.cat([uncond.expand(len(cond)), cond])
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Predict clean data.
@@ -191,23 +206,61 @@ class Denoiser:
         Returns:
             x_0, (B, *), in x_t's dtype, at least float32.
         """
-        if self.guidance is None:
-            output = self._run(x_t, t)
+        acts: Tensor | bool = self.guidance is not None
+        if self.guidance is not None and self.guidance.interval is not None:
+            acts = self.guidance.acts(*self.schedule(t))
+        return self._predict(x_t, t, acts)
+
+    def at(self, t: int) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return the denoiser of one timestep, known before the device gets to it.
+
+        Args:
+            t: The timestep.
+
+        Returns:
+            (x_t, t) -> x_0, as the denoiser itself, for x_t (B, *) and t (B,) all of that timestep.
+        """
+        acts = self.guidance is not None and self.guidance.acts(*self.schedule(t))
+        return lambda x_t, t_row: self._predict(x_t, t_row, acts)
+
+    def _predict(self, x_t: Tensor, t: Tensor, acts: Tensor | bool) -> Tensor:
+        """Predict clean data, with guidance for all samples, for none, or where `acts` (B,) is."""
+        if self.guidance is None or acts is False:
+            output = self._run(x_t, t, self._cond, 1)
         else:
-            uncond, cond = self._run(torch.cat([x_t, x_t]), torch.cat([t, t])).chunk(2)
+            doubled = torch.cat([x_t, x_t]), torch.cat([t, t])
+            uncond, cond = self._run(*doubled, self._both, 2).chunk(2)
             output = self.guidance(cond, uncond)
+            if isinstance(acts, Tensor):
+                output = torch.where(acts.view(-1, *(1,) * (x_t.ndim - 1)), output, cond)
         alpha_t, sigma_t = self.schedule(t)
         return to_x0(output, x_t, alpha_t, sigma_t, self.prediction_type)
 
-    def _run(self, x_t: Tensor, t: Tensor) -> Tensor:
-        c = self._conditioning
+    def _run(self, x_t: Tensor, t: Tensor, c: Conditioning | None, times: int) -> Tensor:
+        """Ask the network, in pieces where there are more rows than `max_rows`.
+
+        Args:
+            x_t: (times B, *).
+            t: (times B,).
+            c: As many rows, or None.
+            times: Rows a sample.
+        """
         if c is not None and len(c) != len(x_t):
-            factor = 1 if self.guidance is None else 2
             raise ValueError(
-                f"{len(x_t) // factor} samples but {len(c) // factor} rows of conditioning: "
+                f"{len(x_t) // times} samples but {len(c) // times} rows of conditioning: "
                 "wanted one row a sample."
             )
-        output = self.network(x_t if self.dtype is None else x_t.to(self.dtype), t, c)
+        x = x_t if self.dtype is None else x_t.to(self.dtype)
+        rows, most = len(x_t), self.max_rows
+        if most is None or rows <= most:
+            output = self.network(x, t, c)
+        else:
+            spans = [(i, min(i + most, rows)) for i in range(0, rows, most)]
+            pieces = [
+                self.network(x[i:j], t[i:j], None if c is None else c.rows(i, j)) for i, j in spans
+            ]
+            fits = all(isinstance(piece, Tensor) for piece in pieces)
+            output = torch.cat(pieces) if fits else pieces[0]
         if not isinstance(output, Tensor) or output.shape != x_t.shape:
             got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(

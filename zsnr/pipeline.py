@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import operator
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
@@ -41,8 +42,9 @@ class Sampling:
     Args:
         sampler: The sampler, by class.
         num_steps: S, the number of network calls.
-        spacing: A registered timestep spacing.
-        guidance: Guidance scale and rescale.
+        spacing: A registered timestep spacing, or the path of a grid that `zsnr timesteps optimize`
+            wrote.
+        guidance: Guidance scale, rescale and interval.
     """
 
     sampler: Sampler = field(default_factory=DDIM)
@@ -61,6 +63,7 @@ def describe_sampling(sampling: Sampling) -> dict[str, Any]:
         "spacing": sampling.spacing,
         "guidance_scale": sampling.guidance.scale,
         "guidance_rescale": sampling.guidance.rescale,
+        "guidance_interval": _ends(sampling.guidance.interval),
     }
 
 
@@ -142,6 +145,7 @@ class TextToImage:
         spacing: str = Sampling.spacing,
         guidance: Guidance | None = None,
         batch_size: int = 8,
+        max_rows: int | None = None,
         progress: bool = True,
         callback: Callback | None = None,
     ) -> list[Image]:
@@ -157,9 +161,11 @@ class TextToImage:
             width: Likewise.
             sampler: A sampler, or the name of a registered one. None = DDIM.
             num_steps: S, the number of network calls.
-            spacing: A registered timestep spacing.
+            spacing: A registered timestep spacing, or the path of a grid file.
             guidance: None = the paper's, scale 7.5 and rescale 0.7.
             batch_size: Images at a time.
+            max_rows: Rows of one network call, to bound memory; see `Denoiser`. None = with
+                guidance two an image, else one.
             progress: Show a bar on stderr.
             callback: Called after each step of each batch, as by `Sampler.sample`: with the step's
                 number, its timestep, the predicted x_0 and the state it led to, both latents.
@@ -183,8 +189,9 @@ class TextToImage:
                 raise ValueError(
                     f"{len(values)} {name} for {len(prompts)} prompts: wanted one a prompt."
                 )
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: wanted at least 1.")
+        for name, most in (("batch_size", batch_size), ("max_rows", max_rows)):
+            if most is not None and most < 1:
+                raise ValueError(f"{name}={most}: wanted at least 1.")
         sampler = get_sampler(sampler) if isinstance(sampler, str) else sampler or DDIM()
         sampling = Sampling(sampler, num_steps, spacing, guidance or Guidance())
         schedule = self.model.schedule
@@ -214,7 +221,7 @@ class TextToImage:
                     prompts[rows], negatives[rows], (height, width), sampling.guidance
                 )
                 latents = self._sample(
-                    cond, uncond, seeds[rows], shape, sampling, timesteps, after_step
+                    cond, uncond, seeds[rows], shape, sampling, timesteps, after_step, max_rows
                 )
                 for row, pixels in enumerate(self.model.codec.decode(latents), start=i):
                     images.append(to_image(pixels))
@@ -277,6 +284,7 @@ class TextToImage:
         sampling: Sampling,
         timesteps: Tensor,
         callback: Callback,
+        max_rows: int | None,
     ) -> Tensor:
         denoiser = Denoiser(
             self.network,
@@ -285,6 +293,7 @@ class TextToImage:
             cond,
             uncond,
             None if uncond is None else sampling.guidance,
+            max_rows=max_rows,
         )
         noise = SampleNoise(seeds)
         return sampling.sampler.sample(
@@ -314,6 +323,11 @@ def save_png(image: Image, path: str | Path) -> None:
         info.add_text("zsnr", image.info["zsnr"])
     with replacing(Path(path)) as beside:
         image.save(beside, format="PNG", pnginfo=info)
+
+
+def _ends(interval: tuple[float, float] | None) -> list[float | None] | None:
+    """Write an interval as JSON has it: null for an infinite end."""
+    return None if interval is None else [x if math.isfinite(x) else None for x in interval]
 
 
 def _texts(name: str, texts: Sequence[str]) -> list[str]:

@@ -1,14 +1,19 @@
 """Which timesteps a sampler visits (section 3.3).
 
-A grid is a 1-D int64 tensor, 0-based, strictly descending. The arithmetic is exact, in integers.
+A grid is a 1-D int64 tensor, 0-based, strictly descending. The arithmetic of the paper's spacings
+is exact, in integers; grids in log SNR are the nearest timesteps of a schedule.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
+import math
 import operator
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 import torch
@@ -94,6 +99,48 @@ def linspace(num_steps: int, num_timesteps: int = 1000) -> Tensor:
     return _grid(_round_half_even(S - 1 + (T - 1) * i, S - 1) - 1 for i in reversed(range(S)))
 
 
+@register_spacing("log_snr")
+def log_snr(
+    num_steps: int, num_timesteps: int = 1000, *, schedule: NoiseSchedule | None = None
+) -> Tensor:
+    """Start at the last timestep, then divide the log SNR evenly.
+
+    With l = log(alpha_t / sigma_t), half the log SNR, step 0 is at T-1, where l may be minus
+    infinity, and steps 1 to S-1 divide l evenly
+
+        from -2 - log S, where noise outweighs all but the mean of a picture,
+        to   -1 + 2 log S, where little noise is left to take away in the last step,
+
+    as far as the schedule has timesteps there. More steps reach further out at both ends, and go on
+    more finely between. Where l of T-1 lies above the first bound, all S steps divide it from
+    there. Each step is the nearest timestep, moved up or down where another has it already, so that
+    there are S distinct ones.
+
+    Args:
+        num_steps: S, 1 to T.
+        num_timesteps: T.
+        schedule: The schedule. None = the paper's with that T.
+
+    Returns:
+        int64, shape (S,), descending, the first is T-1.
+
+    Raises:
+        ValueError: S or T is out of range.
+    """
+    return _between_bounds(num_steps, num_timesteps, schedule, lambda level: level)
+
+
+@register_spacing("karras")
+def karras(
+    num_steps: int, num_timesteps: int = 1000, *, schedule: NoiseSchedule | None = None
+) -> Tensor:
+    """Divide (sigma_t / alpha_t)^(1/7) evenly (Karras et al., arXiv:2206.00364, equation 5).
+
+    Between the bounds of `log_snr`, and else as there.
+    """
+    return _between_bounds(num_steps, num_timesteps, schedule, lambda level: -math.exp(-level / 7))
+
+
 def get_timesteps(
     spacing: str,
     num_steps: int,
@@ -101,10 +148,12 @@ def get_timesteps(
     *,
     schedule: NoiseSchedule | None = None,
 ) -> Tensor:
-    """Make the grid of a registered spacing.
+    """Make the grid of a registered spacing, or read that of a file.
 
     Args:
-        spacing: A registered name, see `available_spacings`.
+        spacing: A registered name, see `available_spacings`, or the path of a .json file that holds
+            {"timesteps": [...]}, such as `zsnr timesteps optimize` writes. If the file names a
+            schedule, it is for that one only.
         num_steps: S, 1 to T.
         num_timesteps: T.
         schedule: For grids that depend on it; None = the paper's with that T.
@@ -113,18 +162,19 @@ def get_timesteps(
         int64, shape (S,), S distinct timesteps, descending.
 
     Raises:
-        ValueError: Unknown name, counts out of range, a schedule of another T, or a registered
-            rule that broke its promise.
+        ValueError: Unknown name, counts out of range, a schedule of another T, a file of another
+            number of steps or schedule, or a registered rule that broke its promise.
+        OSError: The file cannot be read.
     """
-    if spacing not in _SPACINGS:
-        known = ", ".join(repr(name) for name in available_spacings())
-        raise ValueError(f"Timestep spacing {spacing!r} is unknown. Known: {known}.")
+    check_spacing(spacing)
     S, T = _check_counts(num_steps, num_timesteps)
     if schedule is not None and schedule.num_timesteps != T:
         raise ValueError(
             f"num_timesteps={T} but the schedule has {schedule.num_timesteps}: pass "
             f"num_timesteps={schedule.num_timesteps}."
         )
+    if is_grid_file(spacing):
+        return _read_grid(Path(spacing), S, T, schedule)
     rule = _SPACINGS[spacing]
     if "schedule" in inspect.signature(rule).parameters:
         grid = rule(S, T, schedule=schedule or NoiseSchedule(num_timesteps=T))
@@ -134,6 +184,24 @@ def get_timesteps(
     if len(steps) != S:
         raise ValueError(f"Spacing {spacing!r} gave {len(steps)} timesteps: wanted {S}.")
     return _grid(steps)
+
+
+def check_spacing(spacing: str) -> None:
+    """Refuse what `get_timesteps` knows for no number of steps.
+
+    Raises:
+        ValueError: Neither a registered name nor the name of a .json file.
+    """
+    if spacing not in _SPACINGS and not is_grid_file(spacing):
+        known = ", ".join(repr(name) for name in available_spacings())
+        raise ValueError(
+            f"Timestep spacing {spacing!r} is unknown. Known: {known}; or a .json file."
+        )
+
+
+def is_grid_file(spacing: str) -> bool:
+    """Whether a spacing is the path of a file, which has one number of steps only."""
+    return spacing.endswith(".json")
 
 
 def timestep_pairs(timesteps: Tensor | Sequence[int]) -> list[tuple[int, int]]:
@@ -177,6 +245,63 @@ def check_timesteps(
         bound = "T - 1" if num_timesteps is None else num_timesteps - 1
         raise ValueError(f"timesteps run from {steps[0]} to {steps[-1]}: wanted {bound} to 0.")
     return steps
+
+
+def _read_grid(path: Path, S: int, T: int, schedule: NoiseSchedule | None) -> Tensor:
+    try:
+        facts = json.loads(path.expanduser().read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}.") from error
+    if not isinstance(facts, dict) or not isinstance(facts.get("timesteps"), list):
+        raise ValueError(f'{path} holds no grid: wanted {{"timesteps": [999, ...]}}.')
+    steps = check_timesteps(facts["timesteps"], T)
+    if len(steps) != S:
+        raise ValueError(
+            f"{path} is a grid of {len(steps)} steps: wanted {S}. Set num_steps={len(steps)}, or "
+            "optimise another."
+        )
+    if facts.get("schedule") is not None:
+        its = NoiseSchedule(**facts["schedule"])
+        if its != (schedule or NoiseSchedule(num_timesteps=T)):
+            raise ValueError(f"{path} is a grid for {its}: optimise one for this schedule.")
+    return _grid(steps)
+
+
+def _between_bounds(
+    num_steps: int,
+    num_timesteps: int,
+    schedule: NoiseSchedule | None,
+    coordinate: Callable[[float], float],
+) -> Tensor:
+    """Divide an increasing function of l = log(alpha / sigma) evenly, as `log_snr` says."""
+    S, T = _check_counts(num_steps, num_timesteps)
+    table = (schedule or NoiseSchedule(num_timesteps=T)).log_snr.tolist()
+    levels = [level / 2 for level in table]
+    low, high = -2 - math.log(S), min(-1 + 2 * math.log(S), levels[0])
+    first = 0 if levels[-1] >= low else 1  # the first step that is divided
+    low = levels[-1] if first == 0 else max(low, levels[-2])
+    start, end = coordinate(low), coordinate(max(low, high))
+    marks = [coordinate(level) for level in reversed(levels[: T - first])]  # increasing
+    parts = S - first - 1
+    nearest = [T - 1] * first
+    for i in range(S - first):
+        wanted = start + (end - start) * (i / parts if parts else 0.5)
+        at = min(bisect_left(marks, wanted), len(marks) - 1)
+        if at > 0 and wanted - marks[at - 1] <= marks[at] - wanted:
+            at -= 1
+        nearest.append(T - 1 - first - at)
+    return _grid(_distinct(nearest, T))
+
+
+def _distinct(steps: Sequence[int], num_timesteps: int) -> list[int]:
+    """Move steps that do not descend down by as little as it takes, and up where there is no room.
+
+    The first becomes T-1.
+    """
+    S, found = len(steps), [num_timesteps - 1]
+    for t in steps[1:]:
+        found.append(min(t, found[-1] - 1))
+    return [max(t, S - 1 - i) for i, t in enumerate(found)]
 
 
 def _grid(steps: Iterable[int]) -> Tensor:

@@ -15,7 +15,7 @@ from zsnr.prediction import PredictionType, to_x0
 from zsnr.samplers import Sampler, get_sampler
 from zsnr.samplers.registry import sampler_name
 from zsnr.schedule import NoiseSchedule
-from zsnr.timesteps import check_timesteps, get_timesteps
+from zsnr.timesteps import check_spacing, check_timesteps, get_timesteps
 
 
 class _Config(dict[str, Any]):
@@ -48,7 +48,7 @@ class DiffusersScheduler:
         sampler: A sampler or the name of a registered one.
         schedule: The schedule the network was trained on.
         prediction_type: What the network predicts.
-        spacing: A registered timestep spacing.
+        spacing: A registered timestep spacing, or the path of a grid file.
 
     Attributes:
         timesteps: t of every network call, int64, (calls,), after `set_timesteps`.
@@ -70,7 +70,7 @@ class DiffusersScheduler:
         spacing: str = "trailing",
     ) -> None:
         declared = scheduler_config(schedule, prediction_type)  # refuses epsilon at zero SNR
-        get_timesteps(spacing, 1, schedule.num_timesteps, schedule=schedule)
+        check_spacing(spacing)
         self.sampler = get_sampler(sampler) if isinstance(sampler, str) else sampler
         self.schedule, self.prediction_type, self.spacing = schedule, prediction_type, spacing
         self.config = _Config(
@@ -144,6 +144,14 @@ class DiffusersScheduler:
         self.timesteps = torch.tensor(self._calls, device=device)
         self._forget()
 
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Say which of `timesteps` comes next; image-to-image begins inside the list.
+
+        Without it the next is told by its value, the first of two equal ones.
+        """
+        self._forget()
+        self._next = begin_index
+
     def scale_model_input(self, sample: Tensor, timestep: Tensor | int | None = None) -> Tensor:
         """Return the sample as it is: x_t has unit variance at every timestep."""
         return sample
@@ -187,21 +195,29 @@ class DiffusersScheduler:
                     "sample is not what the call before it led to: begin at one of "
                     f"{self._grid}."
                 )
+            if self._calls[index + 1 : index + 2] == [self._calls[index]]:
+                # The end of one step and the begin of the next, both at t: begin with the latter.
+                self._forget()
+                self._next = index + 1
+                return self._answer(sample, x_0, return_dict)
             self._forget()
             self._first, self._x = index, x_t
         self._answers.append(x_0)
         x_s = self._replay(lambda like: _randn_like(like, generator))
         self._next, self._returned = index + 1, x_s.to(sample.dtype)
-        if not return_dict:
-            return self._returned, x_0
-        from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
-
-        return DDIMSchedulerOutput(prev_sample=self._returned, pred_original_sample=x_0)
+        return self._answer(self._returned, x_0, return_dict)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Noise clean data (equation 4), in its dtype."""
         t = timesteps.to(original_samples.device, torch.int64)
         return self.schedule.add_noise(original_samples, noise, t).to(original_samples.dtype)
+
+    def _answer(self, x_s: Tensor, x_0: Tensor, return_dict: bool) -> Any:
+        if not return_dict:
+            return x_s, x_0
+        from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+
+        return DDIMSchedulerOutput(prev_sample=x_s, pred_original_sample=x_0)
 
     def _timesteps_of_calls(self) -> list[int]:
         """Ask the sampler, on a single number, at which timesteps it calls the network."""

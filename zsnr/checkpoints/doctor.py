@@ -27,7 +27,7 @@ from zsnr.guidance import Guidance
 from zsnr.loss import LossWeighting
 from zsnr.prediction import PredictionType
 from zsnr.schedule import NoiseSchedule
-from zsnr.timesteps import get_timesteps
+from zsnr.timesteps import get_timesteps, is_grid_file
 
 NUM_STEPS = (10, 20, 25, 30, 50)
 DEFAULT_SAMPLING = {
@@ -496,7 +496,7 @@ def _examine_yaml(target: str, path: Path, num_steps: Sequence[int]) -> Diagnosi
     sampling = _block(path, "model.sampling", _init_args(model.get("sampling")))
     _check_keys(path, "model.sampling", sampling, SAMPLING_KEYS)
     guidance = _block(path, "model.sampling.guidance", _init_args(sampling.get("guidance")))
-    _check_keys(path, "model.sampling.guidance", guidance, ("scale", "rescale"))
+    _check_keys(path, "model.sampling.guidance", guidance, ("scale", "rescale", "interval"))
     told: dict[str, Any] = {
         key: sampling[key] for key in ("num_steps", "spacing") if key in sampling
     }
@@ -538,7 +538,7 @@ def _examine_own(
         raise ValueError(f"num_steps={shown(S)}: wanted 1 to {T}.")
     if not isinstance(spacing, str):
         raise ValueError(f"spacing={shown(spacing)}: wanted a name.")
-    counts = _step_counts(T, (S, *num_steps), None)
+    counts = [S] if is_grid_file(spacing) else _step_counts(T, (S, *num_steps), None)
     starts = {n: int(get_timesteps(spacing, n, T, schedule=schedule)[0]) for n in counts}
     verdict, reason = judge(schedule, prediction_type, starts, None)
     zero = float(schedule.snr[-1]) == 0

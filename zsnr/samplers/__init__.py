@@ -3,15 +3,24 @@
 from zsnr.samplers.base import Sampler
 from zsnr.samplers.ddim import DDIM
 from zsnr.samplers.ddpm import DDPM
+from zsnr.samplers.dpmpp import DPMpp2M, DPMpp2MSDE
 from zsnr.samplers.euler import Euler, EulerAncestral
+from zsnr.samplers.heun import Heun
+from zsnr.samplers.multiscale import Multiscale
 from zsnr.samplers.registry import available_samplers, get_sampler, register_sampler
+from zsnr.samplers.unipc import UniPC
 
 __all__ = [
     "DDIM",
     "DDPM",
+    "DPMpp2M",
+    "DPMpp2MSDE",
     "Euler",
     "EulerAncestral",
+    "Heun",
+    "Multiscale",
     "Sampler",
+    "UniPC",
     "available_samplers",
     "get_sampler",
     "register_sampler",

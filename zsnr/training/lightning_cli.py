@@ -52,6 +52,7 @@ SHORT_OPTIONS = {
     "--spacing": "--model.sampling.spacing",
     "--guidance-scale": "--model.sampling.guidance.scale",
     "--guidance-rescale": "--model.sampling.guidance.rescale",
+    "--guidance-interval": "--model.sampling.guidance.interval",
     "--prompts": "--data.prompts",
     "--output": "--output.folder",
 }
@@ -68,8 +69,8 @@ DEFAULTS = {
 
 _PREDICT_HELP = (
     "Short options: --prompts FILE, --output FOLDER, --sampler NAME, --num-steps N, "
-    "--spacing NAME, --guidance-scale W, --guidance-rescale PHI, --seed SEED (of prompts that "
-    "name none)."
+    "--spacing NAME, --guidance-scale W, --guidance-rescale PHI, --guidance-interval [LOW,HIGH] "
+    "(of sigma / alpha), --seed SEED (of prompts that name none)."
 )
 
 

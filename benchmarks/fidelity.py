@@ -1,0 +1,320 @@
+"""What samplers and timestep grids lose at few steps, by exact denoisers, beside diffusers'.
+
+    python benchmarks/fidelity.py [--quick] [--write]
+
+Three measures at equal network calls S. std: the worst relative error of the standard deviation on
+Gaussian data N(-0.8, s^2) over six s from 0.1 to 1, without sampling error. W1: the 1-Wasserstein
+distance of brightness between samples and data, on OpenMoji pictures; what as many draws from the
+data have is printed as the floor. path: the root mean square distance of a pixel to the solution
+in 1000 steps from the same noise. The pictures are every third glyph of one half of the glyphs, on
+five backgrounds, 32 x 32; grids and weights were chosen on the other half. All contenders start
+from the same noise; diffusers' schedulers get the same exact v, at the timestep that they ask for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from zsnr import (
+    EmpiricalDenoiser,
+    GaussianDenoiser,
+    NoiseSchedule,
+    SampleNoise,
+    get_sampler,
+    get_timesteps,
+    to_v,
+)
+from zsnr.data.openmoji import BACKGROUNDS, list_glyphs, render
+from zsnr.metrics.brightness import wasserstein_1d
+from zsnr.oracle import span
+from zsnr.reports.pictures import save_figure
+
+COUNTS = (5, 8, 10, 15, 20, 25, 50)
+STDS = (0.1, 0.2, 0.35, 0.5, 0.7, 1.0)
+MEAN, SIZE = -0.8, 32
+SCHEDULE = NoiseSchedule()
+SETTINGS = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+    "timestep_spacing": "trailing",
+    "rescale_betas_zero_snr": True,
+}
+Denoise = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A sampler and a grid.
+
+    Args:
+        name: In the table.
+        sample: (denoiser, x_T (B, D), S) -> x_0.
+    """
+
+    name: str
+    sample: Callable[[Denoise, Tensor, int], Tensor]
+
+
+def ours(sampler: str, spacing: str) -> Contender:
+    """One of this package's samplers on one of its grids; heun on as many steps as it may have."""
+
+    def sample(denoiser: Denoise, x_T: Tensor, S: int) -> Tensor:
+        steps = (S + 2) // 2 if sampler == "heun" else S
+        grid = get_timesteps(spacing, steps, schedule=SCHEDULE)
+        return get_sampler(sampler).sample(denoiser, SCHEDULE, x_T, grid)
+
+    return Contender(f"{sampler}, {spacing}", sample)
+
+
+def theirs(name: str, cls: str, **options: Any) -> Contender:
+    """A scheduler of diffusers."""
+
+    def sample(denoiser: Denoise, x_T: Tensor, S: int) -> Tensor:
+        import diffusers
+
+        scheduler = getattr(diffusers, cls)(**SETTINGS, **options)
+        scheduler.set_timesteps(S)
+        if len(scheduler.timesteps) != S:
+            raise IndexError(f"{len(scheduler.timesteps)} timesteps for {S}")
+        x = x_T * scheduler.init_noise_sigma
+        for t in scheduler.timesteps:
+            x_t = scheduler.scale_model_input(x, t)
+            row = torch.full((len(x),), round(float(t)))
+            alpha, sigma = (scale.view(-1, 1) for scale in SCHEDULE(row))
+            v = to_v(denoiser(x_t, row), x_t, alpha, sigma, "sample")
+            x = scheduler.step(v, t, x).prev_sample
+        return x
+
+    return Contender(name, sample)
+
+
+CONTENDERS = (
+    ours("ddim", "trailing"),
+    ours("dpmpp_2m", "trailing"),
+    ours("unipc", "trailing"),
+    ours("heun", "log_snr"),
+    ours("dpmpp_2m", "log_snr"),
+    ours("dpmpp_2m", "karras"),
+    ours("unipc", "log_snr"),
+    ours("multiscale", "trailing"),
+    ours("multiscale", "karras"),
+    ours("multiscale", "log_snr"),
+    theirs("diffusers DDIM, trailing", "DDIMScheduler", clip_sample=False),
+    theirs("diffusers Euler, trailing", "EulerDiscreteScheduler"),
+    theirs("diffusers DPM++ 2M, trailing", "DPMSolverMultistepScheduler"),
+    theirs("diffusers DPM++ 2M, Karras", "DPMSolverMultistepScheduler", use_karras_sigmas=True),
+    theirs(
+        "diffusers DPM++ 2M, uniform log SNR", "DPMSolverMultistepScheduler", use_lu_lambdas=True
+    ),
+    theirs("diffusers UniPC, trailing", "UniPCMultistepScheduler", final_sigmas_type="zero"),
+    theirs(
+        "diffusers UniPC, Karras",
+        "UniPCMultistepScheduler",
+        use_karras_sigmas=True,
+        final_sigmas_type="zero",
+    ),
+)
+RECOMMENDED = "multiscale, log_snr"
+
+
+def pictures(half: int) -> Tensor:
+    """Every third glyph of the even (0) or odd (1) ones on each background, (N, 3, 32, 32)."""
+    found = [
+        np.asarray(render(glyph, SIZE, rgb), dtype=np.float64).transpose(2, 0, 1) / 127.5 - 1
+        for glyph in list_glyphs()[half::2][::3]
+        for rgb in BACKGROUNDS.values()
+    ]
+    return torch.from_numpy(np.stack(found))
+
+
+def std_error(contender: Contender, S: int) -> float:
+    """The worst |std / s - 1|, by the response to x_T = 1 beside x_T = 0: samplers are affine."""
+    s = torch.tensor(STDS, dtype=torch.float64)
+    ends = torch.stack([torch.zeros_like(s), torch.ones_like(s)])
+    low, high = contender.sample(GaussianDenoiser(SCHEDULE, MEAN, s), ends, S)
+    return float(((high - low).abs() / s - 1).abs().max())
+
+
+def measure(
+    samples: int, paths: int, batch_size: int = 256
+) -> tuple[float, dict[str, dict[int, tuple[float, float, float] | None]]]:
+    """Measure every contender at every S.
+
+    Args:
+        samples: Of each, seeds 0, 1, 2, ...
+        paths: How many of them are compared with the solution in 1000 steps.
+        batch_size: At a time.
+
+    Returns:
+        The floor of W1; and (std, W1, path) by contender and S, None where it fails.
+    """
+    images = pictures(half=1)
+    coordinates, basis = span(images)
+    denoiser = EmpiricalDenoiser(SCHEDULE, coordinates, batch_invariant=False)
+    data, brightness = images.flatten(1).mean(1), basis.mean(1)
+    generator = np.random.default_rng(0)
+    floor = float(
+        np.mean(
+            [
+                wasserstein_1d(torch.from_numpy(generator.choice(data.numpy(), samples)), data)
+                for _ in range(100)
+            ]
+        )
+    )
+
+    def noises() -> Iterator[Tensor]:
+        for start in range(0, samples, batch_size):
+            seeds = range(start, min(start + batch_size, samples))
+            z = SampleNoise(seeds).randn(images.shape[1:], dtype=torch.float64)
+            yield z.flatten(1) @ basis.T
+
+    x_Ts = list(noises())
+    calls = len(CONTENDERS) * sum(COUNTS) * len(x_Ts) + 1000
+    found: dict[str, dict[int, tuple[float, float, float] | None]] = {}
+    with tqdm(total=calls, unit="call", desc="exact denoiser", mininterval=5) as bar:
+
+        def counted(x_t: Tensor, t: Tensor) -> Tensor:
+            bar.update()
+            return denoiser(x_t, t)
+
+        exact = ours("dpmpp_2m", "trailing").sample(counted, torch.cat(x_Ts)[:paths], 1000)
+        for contender in CONTENDERS:
+            found[contender.name] = {}
+            for S in COUNTS:
+                try:
+                    error = std_error(contender, S)
+                    x_0 = torch.cat([contender.sample(counted, x_T, S) for x_T in x_Ts])
+                except (IndexError, AssertionError):  # theirs, for some S
+                    found[contender.name][S] = None
+                    continue
+                apart = (x_0[:paths] - exact).square().sum() / (paths * basis.shape[1])
+                found[contender.name][S] = (
+                    error,
+                    wasserstein_1d(x_0 @ brightness, data),
+                    float(apart.sqrt()),
+                )
+    return floor, found
+
+
+def table(found: dict[str, dict[int, tuple[float, float, float] | None]], which: int) -> str:
+    """Format one measure; the best of each column is bold."""
+    scale, digits = ((100, 1), (1, 4), (1, 3))[which]
+    best = {
+        S: min(row[S][which] for row in found.values() if row[S] is not None)  # type: ignore[index]
+        for S in COUNTS
+    }
+    lines = [
+        "| | " + " | ".join(f"S = {S}" for S in COUNTS) + " |",
+        "|---" * (len(COUNTS) + 1) + "|",
+    ]
+    for name, row in found.items():
+        cells = []
+        for S in COUNTS:
+            values = row[S]
+            if values is None:
+                cells.append("fails")
+                continue
+            text = f"{values[which] * scale:.{digits}f}" if np.isfinite(values[which]) else "NaN"
+            cells.append(f"**{text}**" if values[which] == best[S] else text)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(
+    found: dict[str, dict[int, tuple[float, float, float] | None]], floor: float, path: Path
+) -> None:
+    """Draw the measures against S, and both oracles against each other at S = 5, 10 and 25."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 8), layout="constrained")
+    (upper, lower) = figure.subplots(2, 3)
+    names = ("worst error of std", "W1 of brightness", "distance to 1000 steps")
+    for axes, which, title in zip(upper, range(3), names, strict=True):
+        for name, row in found.items():
+            points = [(S, row[S][which]) for S in COUNTS if row[S] is not None]  # type: ignore[index]
+            axes.plot(*zip(*points, strict=True), **_style(name))
+        axes.set(title=title, xlabel="network calls S", xscale="log", yscale="log")
+        axes.set_xticks(COUNTS, map(str, COUNTS))
+        axes.minorticks_off()
+    upper[1].axhline(floor, color="grey", linestyle=":", label="floor")
+    for axes, S in zip(lower, (5, 10, 25), strict=True):
+        for name, row in found.items():
+            values = row[S]
+            if values is not None:
+                axes.plot(values[0], values[1], **{**_style(name), "linestyle": ""})
+        axes.axhline(floor, color="grey", linestyle=":")
+        axes.set(title=f"both oracles at S = {S}", xscale="log", yscale="log")
+        axes.set(xlabel="worst error of std, Gaussians", ylabel="W1 of brightness, OpenMoji")
+    figure.legend(*upper[1].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    save_figure(figure, path)
+
+
+def _style(name: str) -> dict[str, Any]:
+    names = [contender.name for contender in CONTENDERS]
+    i, foreign = names.index(name), name.startswith("diffusers")
+    return {
+        "label": name,
+        "color": "black" if name == RECOMMENDED else f"C{i % 10}",
+        "linestyle": "--" if foreign else "-",
+        "marker": "x" if foreign else "o",
+        "linewidth": 2.5 if name == RECOMMENDED else 1.2,
+        "markersize": 8 if name == RECOMMENDED else 5,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="512 samples in the place of 4096")
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    samples, paths = (512, 64) if arguments.quick else (4096, 512)
+    start = time.perf_counter()
+    with torch.no_grad():
+        floor, found = measure(samples, paths)
+    minutes = (time.perf_counter() - start) / 60
+    if arguments.json:
+        print(json.dumps({"samples": samples, "floor": floor, "found": found}))
+    text = (
+        "Worst relative error of std over s in "
+        f"{', '.join(map(str, STDS))}, percent:\n\n{table(found, 0)}\n\n"
+        f"W1 of brightness, {samples} samples (floor {floor:.4f}):\n\n{table(found, 1)}\n\n"
+        f"Root mean square distance to the solution in 1000 steps, {paths} samples:\n\n"
+        f"{table(found, 2)}\n"
+    )
+    if not arguments.json:
+        print(text)
+    if arguments.write:
+        results = Path(__file__).parent / "results"
+        versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers"))
+        plot(found, floor, results / "fidelity.png")
+        (results / "fidelity.md").write_text(
+            f"# Samplers and grids at few steps\n\n{date.today()}, {versions}, Python "
+            f"{platform.python_version()}, {platform.machine()}, {torch.get_num_threads()} "
+            f"threads, {minutes:.0f} minutes.\n"
+            f"Made by `python benchmarks/fidelity.py{' --quick' * arguments.quick} --write`; its "
+            "first lines say what is measured.\n\n"
+            f"{text}\n![the measures against S](fidelity.png)\n"
+        )
+
+
+if __name__ == "__main__":
+    main()

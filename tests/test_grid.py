@@ -1,0 +1,176 @@
+"""`zsnr timesteps optimize`, and grids from files."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from zsnr import GaussianDenoiser, Multiscale, NoiseSchedule, get_sampler, get_timesteps, log_snr
+from zsnr.checkpoints import DiffusersScheduler
+from zsnr.checkpoints.doctor import examine
+from zsnr.cli import main
+from zsnr.metrics.brightness import wasserstein_1d
+from zsnr.oracle import EmpiricalDenoiser, span
+from zsnr.reports.grid import GridLoss
+
+SCHEDULE = NoiseSchedule()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Flat pictures of 20 greys, each with a square in a corner."""
+    folder = tmp_path_factory.mktemp("greys")
+    for i in range(60):
+        level = round(255 * (i % 20) / 19)
+        image = Image.new("RGB", (8, 8), (level, level, level))
+        image.paste((0, 0, 0) if i % 2 else (255, 255, 255), (0, 0, 2 + i % 3, 2 + i % 3))
+        image.save(folder / f"{i:03d}.png")
+        (folder / f"{i:03d}.txt").write_text("a square")
+    return folder
+
+
+def run(capsys, *arguments):
+    code = main(["timesteps", "optimize", *map(str, arguments)])
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+@pytest.fixture(scope="module")
+def optimized(folder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("grid") / "grid.json"
+    settings = ("--num-steps", "4", "--image-size", "8", "--samples", "64", "--sampler", "ddim")
+    assert main(["timesteps", "optimize", str(folder), "--output", str(path), *settings]) == 0
+    return path, json.loads(path.read_text())
+
+
+def test_the_grid_is_better_than_what_it_began_with(optimized, folder):
+    _, facts = optimized
+    grid = facts["timesteps"]
+    assert grid[0] == 999
+    assert len(grid) == 4
+    total = {name: v["brightness"] + v["spread"] for name, v in facts["held_out"].items()}
+    assert total["this"] < 0.9 * min(total[name] for name in ("log_snr", "karras", "trailing"))
+    assert facts["pictures"] == 60
+    assert facts["schedule"] == SCHEDULE.settings()
+
+
+def test_the_same_settings_give_the_same_file(optimized, folder, tmp_path, capsys):
+    path, _ = optimized
+    settings = ("--num-steps", "4", "--image-size", "8", "--samples", "64", "--sampler", "ddim")
+    code, out, err = run(capsys, folder, "--output", tmp_path / "again.json", *settings, "--json")
+    assert code == 0
+    assert "grids" in err  # the bar
+    assert (tmp_path / "again.json").read_text() == path.read_text()
+    assert json.loads(out) == json.loads(path.read_text())
+    code, _, err = run(capsys, folder, "--output", path, *settings)
+    assert code == 2
+    assert "exists" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--num-steps", "1"], "num_steps=1: wanted 2 to 1000"),
+        (["--samples", "2"], "--samples 2: wanted at least 8"),
+        (["--sampler", "plms"], "Known: 'ddim'"),
+        (["--schedule", "sigmoid"], "sigmoid"),
+        (["--output", "grid.txt"], "ends in .json"),
+    ],
+)
+def test_wrong_input(folder, tmp_path, capsys, options, message):
+    code, _, err = run(capsys, folder, "--output", tmp_path / "new.json", *options)
+    assert code == 2
+    assert message in err
+    assert not (tmp_path / "new.json").exists()
+
+
+def test_a_file_is_a_spacing(optimized, tmp_path):
+    path, facts = optimized
+    assert get_timesteps(str(path), 4).tolist() == facts["timesteps"]
+    assert get_timesteps(str(path), 4, schedule=SCHEDULE).tolist() == facts["timesteps"]
+    with pytest.raises(ValueError, match=r"grid of 4 steps: wanted 10\. Set num_steps=4"):
+        get_timesteps(str(path), 10)
+    with pytest.raises(ValueError, match="optimise one for this schedule"):
+        get_timesteps(str(path), 4, schedule=NoiseSchedule("cosine"))
+    bare = tmp_path / "bare.json"
+    bare.write_text('{"timesteps": [999, 300, 20]}')
+    assert get_timesteps(str(bare), 3, schedule=NoiseSchedule("cosine")).tolist() == [999, 300, 20]
+    for text, message in (
+        ("[999, 300]", "holds no grid"),
+        ("nothing", "no JSON"),
+        ('{"timesteps": [300, 999]}', "descending"),
+        ('{"timesteps": [1000, 2]}', "wanted 999 to 0"),
+    ):
+        bare.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            get_timesteps(str(bare), 2)
+    with pytest.raises(OSError, match="none.json"):
+        get_timesteps(str(tmp_path / "none.json"), 2)
+
+
+def test_schedulers_and_the_doctor_take_a_file(optimized, tmp_path):
+    path, facts = optimized
+    scheduler = DiffusersScheduler("multiscale", spacing=str(path))
+    scheduler.set_timesteps(4)
+    assert scheduler.timesteps.tolist() == facts["timesteps"]
+    config = tmp_path / "run.yaml"
+    config.write_text(f"model: {{sampling: {{spacing: {path}, num_steps: 4}}}}")
+    assert examine(str(config)).verdict == "fixed"
+
+
+def test_the_loss_falls_with_more_steps(folder):
+    images = torch.stack(
+        [torch.full((3, 4, 4), level) for level in torch.linspace(-1, 1, 12).tolist()]
+    )
+    loss = GridLoss(images, SCHEDULE, get_sampler("multiscale"), 64, 0)
+    totals = [loss(log_snr(S)).total for S in (3, 5, 10, 40)]
+    assert totals == sorted(totals, reverse=True)
+    assert totals[-1] < 0.01
+    noisy = GridLoss(images, SCHEDULE, get_sampler("dpmpp_2m_sde"), 64, 0)
+    assert noisy(log_snr(10)) == noisy(log_snr(10))
+
+
+def test_the_oracle_in_the_span_of_its_images():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(6, 3, 4, 4, generator=generator, dtype=torch.float64)
+    images[5] = images[0] - 2 * images[1]
+    coordinates, basis = span(images)
+    assert coordinates.shape == (6, 5)
+    torch.testing.assert_close(coordinates @ basis, images.flatten(1).double())
+    torch.testing.assert_close(basis @ basis.T, torch.eye(5, dtype=torch.float64))
+    x_T = torch.randn(7, 3, 4, 4, generator=generator, dtype=torch.float64)
+    for sampler in (Multiscale(), get_sampler("ddim"), get_sampler("unipc")):
+        wanted = sampler.sample(EmpiricalDenoiser(SCHEDULE, images), SCHEDULE, x_T, log_snr(8))
+        for invariant in (True, False):
+            found = sampler.sample(
+                EmpiricalDenoiser(SCHEDULE, coordinates, batch_invariant=invariant),
+                SCHEDULE,
+                x_T.flatten(1) @ basis.T,
+                log_snr(8),
+            )
+            torch.testing.assert_close(found @ basis, wanted.flatten(1), rtol=0, atol=1e-9)
+
+
+def test_wasserstein():
+    from scipy.stats import wasserstein_distance
+
+    generator = torch.Generator().manual_seed(0)
+    for n, m in ((1, 1), (5, 9), (64, 64), (100, 37)):
+        a = torch.randn(n, generator=generator).round(decimals=1)
+        b = 2 * torch.randn(m, generator=generator).round(decimals=1) + 1
+        wanted = wasserstein_distance(a.numpy(), b.numpy())
+        assert wasserstein_1d(a, b) == pytest.approx(wanted, abs=1e-6)
+    assert wasserstein_1d(a, a) == 0
+
+
+def test_gaussians_see_a_grid_of_a_file(tmp_path):
+    path = tmp_path / "g.json"
+    path.write_text(json.dumps({"timesteps": log_snr(10).tolist()}))
+    x_T = torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
+    oracle = GaussianDenoiser(SCHEDULE, -0.8, 0.5)
+    found, wanted = (
+        Multiscale().sample(oracle, SCHEDULE, x_T, get_timesteps(spacing, 10))
+        for spacing in (str(path), "log_snr")
+    )
+    assert torch.equal(found, wanted)
