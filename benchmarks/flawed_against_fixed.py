@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from zsnr import NoiseSchedule
@@ -33,6 +34,7 @@ from zsnr.codecs import AutoencoderKLCodec
 from zsnr.metrics import kept_fraction, mean_mode
 from zsnr.reports.arms import Arm
 from zsnr.reports.compare import compare_exact, compare_models, encode, read_data
+from zsnr.reports.pictures import panel_figure, save_figure
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs" / "ablation"
@@ -128,14 +130,26 @@ def table(facts: dict[str, Any], exact: dict[str, Any]) -> str:
         [
             *lines,
             "",
-            f"So many pictures drawn from the data itself have a W1 of {floor['mean']:.3f} "
-            f"(95 % are below {floor['p95']:.3f}); of one seed, more.",
+            f"{floor['pictures']} pictures of each arm. So many drawn from the data itself have a "
+            f"W1 of {floor['mean']:.3f} (95 % are below {floor['p95']:.3f}); of one seed, more.",
         ]
     )
 
 
 def interval(found: dict[str, float]) -> str:
     return "{estimate:.3f} [{low:.3f}, {high:.3f}]".format(**found)
+
+
+def draw(facts: dict[str, Any], folder: Path, output: Path, count: int = 10) -> None:
+    """Draw the first pictures of each arm's first model, nothing chosen."""
+    rows, names = [], []
+    for arm in facts["arms"]:
+        files = [folder / picture["file"] for picture in arm["pictures"][:count]]
+        rows.append([Image.open(file).convert("RGB") for file in files])
+        names.append(f"{arm['name']}\nW1 {arm['w1']['estimate']:.2f}")
+    columns = [f"seed {picture['seed']}" for picture in facts["arms"][0]["pictures"][:count]]
+    title = "Pictures without a prompt: the same data, steps, learning rate and seeds"
+    save_figure(panel_figure(rows, names, columns, title), output)
 
 
 def main() -> None:
@@ -177,7 +191,7 @@ def main() -> None:
     )
     sections = []
     for title, name, prompts, count in (
-        ("Captions of the data as prompts", "prompted", "data", 2),
+        ("Captions of the data as prompts", "prompted", "data", 6),
         ("Without a prompt", "unprompted", "empty", 216),
     ):
         facts = compared(
@@ -193,6 +207,8 @@ def main() -> None:
             ),
         )
         sections.append(f"## {title}\n\n{table(facts, exact)}")
+        if options.write and name == "unprompted":
+            draw(facts, folder / f"{name}-{S}", ROOT / "docs" / "flawed_against_fixed.png")
     text = "\n\n".join([space, *sections])
     print(text)
     if options.write:
@@ -205,7 +221,7 @@ def main() -> None:
             f"ways, {options.seeds} seeds each: the same 108 pictures, {STEPS} steps of 32, "
             "learning rate and seeds; every model is here. The two arms of a schedule are the same "
             f"models, sampled from other timesteps. DDIM, S = {S}, no guidance, the same prompts "
-            f"and seeds in all arms, 216 pictures of each model. Luma is from -1 (black) to 1 "
+            f"and seeds in all arms. Luma is from -1 (black) to 1 "
             "(white). W1 is the 1-Wasserstein distance between the mean luma of pictures and that "
             "of the data; intervals draw seeds, then pictures, anew. The exact denoiser knows the "
             "same latents and has no prompt: it is the best that schedule and steps allow.\n\n"
