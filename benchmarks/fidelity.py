@@ -40,7 +40,7 @@ from zsnr import (
     to_v,
 )
 from zsnr.data.openmoji import BACKGROUNDS, list_glyphs, render
-from zsnr.metrics.brightness import wasserstein_1d
+from zsnr.metrics import wasserstein_1
 from zsnr.oracle import span
 from zsnr.reports.pictures import save_figure
 
@@ -173,7 +173,7 @@ def measure(
     floor = float(
         np.mean(
             [
-                wasserstein_1d(torch.from_numpy(generator.choice(data.numpy(), samples)), data)
+                wasserstein_1(torch.from_numpy(generator.choice(data.numpy(), samples)), data)
                 for _ in range(100)
             ]
         )
@@ -207,7 +207,7 @@ def measure(
                 apart = (x_0[:paths] - exact).square().sum() / (paths * basis.shape[1])
                 found[contender.name][S] = (
                     error,
-                    wasserstein_1d(x_0 @ brightness, data),
+                    wasserstein_1(x_0 @ brightness, data),
                     float(apart.sqrt()),
                 )
     return floor, found

@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import Callback
 from zsnr.checkpoints.own import read_checkpoint
 from zsnr.codecs import AutoencoderKLCodec, PixelCodec
 from zsnr.conditioning import SDXLConditioner
+from zsnr.metrics import collected
 from zsnr.pipeline import Sampling
 from zsnr.training import (
     CheckpointFiles,
@@ -26,6 +27,7 @@ from zsnr.training import (
     DataModule,
     EMAConfig,
     FullyShardedStrategy,
+    ImageMetrics,
     LatentDiffusion,
     LearningRate,
     PredictionWriter,
@@ -162,6 +164,13 @@ def fit(
     }
 
 
+def fit_text(folder, root, kind, layer):
+    """Train a text encoder along, of which an earlier layer is taken."""
+    torch.manual_seed(0)
+    text = tiny.conditioner(trainable=True, layers=3, layer=layer, final_norm=False)
+    return fit(folder, root, kind, steps=3, model={"conditioner": text})
+
+
 def fit_sdxl(folder, root, kind, source):
     """Train from a Stable Diffusion XL folder; the parts cannot be sent to a rank."""
     model = {
@@ -196,6 +205,80 @@ def predict(folder, root, kind, checkpoint, output, prompts):
     trainer = _plain(root, kind, callbacks=[PredictionWriter(output)])
     source = data(folder, prompts=prompts, predict_batch_size=2)
     trainer.predict(module(), datamodule=source, ckpt_path=checkpoint, return_predictions=False)
+
+
+class SmallFeatures(torch.nn.Module):
+    """Features (B, 5) and logits (B, 4) of pictures of 8 x 8."""
+
+    size = 8
+
+    def __init__(self, seed=0):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        weight = torch.randn(9, 3 * 8 * 8, generator=generator) / 14
+        self.register_buffer("weight", weight)
+
+    def forward(self, levels):
+        found = torch.tanh((levels.flatten(1) / 127.5 - 1) @ self.weight.T)
+        return found[:, :5], found[:, 5:]
+
+
+def collect(rank, size):
+    """Collect brightness of this rank's share of seven pictures."""
+    images = torch.rand(7, 3, 8, 8, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    mine = range(rank, 7, size)
+    share = images[list(mine)]
+    names = ["dark", "bright", "one"]
+    metrics = {
+        "luma": collected.MeanLuma(),
+        "contrast": collected.RMSContrast(),
+        "p01": collected.LumaPercentile(1),
+        "spread": collected.LumaSpread(),
+        "w1": collected.LumaWasserstein(torch.linspace(-1, 1, 5)),
+        "latents": collected.LatentMean(3),
+    }
+    for metric in metrics.values():
+        metric.update(share)
+    rows = collected.InOrder()
+    rows.update(share.flatten(1), mine)
+    of_group = {i: names[2] if i == 6 else names[i % 2] for i in mine}
+    found = {name: metric.compute() for name, metric in metrics.items()}
+    for metric in (collected.MeanLuma(), collected.LumaSpread()):
+        groups = collected.PromptGroups(metric, names)  # one rank has no picture of "one"
+        groups.update(share, [of_group[i] for i in mine])
+        found |= {f"{type(metric).__name__} {k}": v for k, v in groups.compute().items()}
+    return {**found, "rows": rows.compute()}
+
+
+def collect_on_rank():
+    """Do so with the other ranks."""
+    dist = torch.distributed
+    mine = not dist.is_initialized()
+    if mine:
+        dist.init_process_group("gloo")
+    try:
+        return collect(dist.get_rank(), dist.get_world_size())
+    finally:
+        if mine:
+            dist.destroy_process_group()
+
+
+def measure(folder, captions, number, checkpoint, output, kind):
+    """Validate a checkpoint with pictures measured."""
+    quiet()
+    metrics = ImageMetrics(
+        captions,
+        number,
+        batch_size=3,
+        real=f"{folder}/train-*.tar",
+        features=SmallFeatures(),
+        inception_splits=2,
+        save_images=output,
+        output=f"{output}/numbers.json",
+    )
+    net = module(sampling=Sampling(num_steps=2))
+    trainer = _plain(output, kind, callbacks=[metrics])
+    trainer.validate(net, datamodule=data(folder), ckpt_path=checkpoint, verbose=False)
 
 
 def _plain(root, kind, **options):

@@ -22,3 +22,9 @@ def shards(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
     tiny.write_shards(folder, [7, 6])
     return tiny.write_shards(folder, [5], "val")
+
+
+@pytest.fixture(scope="session")
+def inception_file(tmp_path_factory):
+    """Random weights of FID's Inception network."""
+    return tiny.write_inception(tmp_path_factory.mktemp("inception") / "weights.pth")

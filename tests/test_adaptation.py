@@ -17,6 +17,7 @@ from zsnr.training import Checkpoints, LatentDiffusion
 from zsnr.training.adaptation import Start, read_start
 from zsnr.training.draws import validation_draws
 from zsnr.training.facts import public_sources
+from zsnr.training.watchdog import Watchdog
 
 EPSILON = {
     "_class_name": "PNDMScheduler",
@@ -170,6 +171,17 @@ def test_the_start_is_measured_on_what_is_validated(start, tmp_path, monkeypatch
         net, metrics = fit(tmp_path / f"run{limit}", start, 1, limit=limit)
         assert measured == [True] * batches + [False] * batches
         assert bool(net._start_losses) == any("adaptation" in name for name in metrics)
+
+
+def test_measuring_the_start_is_progress(start, tmp_path, monkeypatch):
+    """However long it takes, a watchdog lets it."""
+    noted = []
+    monkeypatch.setattr(Watchdog, "note", lambda self, run, doing: noted.append(doing))
+    run = trainer(tmp_path, 1, callbacks=[Watchdog()])
+    monkeypatch.setattr(Watchdog, "setup", lambda *args, **kwargs: None)
+    source = data(tmp_path / "data", val=f"{tmp_path}/data/val-*.tar")
+    run.fit(module(unet=str(start)), datamodule=source)
+    assert noted.count("measures the start") == len(source.val_dataloader()) > 1
 
 
 def test_a_resumed_run_keeps_what_it_started_from(start, tmp_path):

@@ -1,11 +1,16 @@
+import json
 import math
+import os
+import random
+import zipfile
 
 import numpy as np
 import pytest
 import torch
 
 from zsnr import Guidance, NoiseSchedule
-from zsnr.checkpoints import read_diffusers_folder, schedule_from_diffusers
+from zsnr.checkpoints import read_checkpoint, read_diffusers_folder, schedule_from_diffusers
+from zsnr.cli import _is_ours
 from zsnr.pipeline import TextToImage
 
 SCHEDULER = {
@@ -161,3 +166,120 @@ def test_unknown_schedules_are_refused():
         schedule_from_diffusers({"_class_name": "FlowMatchEulerDiscreteScheduler"})
     with pytest.raises(ValueError, match="Known: 'linear'"):
         schedule_from_diffusers({"beta_schedule": "sigmoid"})
+
+
+# Folders and checkpoints that mean harm
+
+CONFIGS = (
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    "unet/config.json",
+    "vae/config.json",
+    "text_encoder/config.json",
+    "tokenizer/tokenizer_config.json",
+)
+WRONG = [None, True, 0, -1, 1.5, 10**30, math.nan, -math.inf, "", "v", [], [1], {}, "\ud800", 7]
+NO_OBJECTS = [b"", b"[]", b"null", b"[1]", b"{", b"\xff", b"[" * 100_000, b'{"a":' * 100_000]
+
+
+def load(folder):
+    model = read_diffusers_folder(str(folder))
+    model.codec.load()
+    model.conditioner.load()
+
+
+def test_mutated_folders_are_read_or_refused(tmp_path):
+    """Each refusal is an error of this package, on one short line."""
+    draw, outcomes = random.Random(0), {True: 0, False: 0}
+    odd = []
+    tiny_stable_diffusion(tmp_path)
+    contents = [(name, content) for name in CONFIGS for content in NO_OBJECTS]
+    for _ in range(80):
+        name = draw.choice(CONFIGS)
+        config = json.loads((tmp_path / name).read_text())
+        config[draw.choice(list(config))] = draw.choice(WRONG)
+        contents.append((name, json.dumps(config).encode()))
+    for name, content in contents:
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content)
+        try:
+            load(tmp_path)
+        except ValueError as error:
+            said = str(error)
+            fine = _is_ours(error) and len(said) < 1000 and "\n" not in said
+            odd += [] if fine else [(name, content[:2000], said)]
+            outcomes[False] += 1
+        else:
+            outcomes[True] += 1
+        (tmp_path / name).write_bytes(whole)
+    assert odd == []
+    assert min(outcomes.values()) > 20
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("unet", {"layers_per_block": 10**30}),
+        ("unet", {"layers_per_block": 100, "transformer_layers_per_block": [30, 1]}),
+        ("unet", {"reverse_transformer_layers_per_block": [[1, 10**9], [1]]}),
+        ("unet", {"down_block_types": ["DownBlock2D"] * 10**5}),
+        ("vae", {"layers_per_block": 10**9}),
+        ("text_encoder", {"num_hidden_layers": 10**9}),
+        ("text_encoder", {"text_config": {"num_hidden_layers": 10**9}}),
+    ],
+)
+def test_endless_networks_are_not_built(tmp_path, part, change):
+    tiny_stable_diffusion(tmp_path)
+    path = tmp_path / part / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ValueError, match="wanted 1000 at most"):
+        load(tmp_path)
+
+
+class Harm:
+    def __reduce__(self):
+        return os.mkdir, ("harm",)
+
+
+def test_checkpoints_that_mean_harm_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with zipfile.ZipFile("bomb.ckpt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(50_000_000))
+    torch.save({"zsnr": Harm(), "state_dict": {}}, "harm.ckpt")
+    torch.save([1], "list.ckpt")
+    torch.save({"zsnr": {}}, "old.ckpt", _use_new_zipfile_serialization=False)
+    for name, message in {
+        "bomb": "packed",
+        "harm": r"holds more than tensors and plain values\.$",
+        "list": "holds a list",
+        "old": "not a readable checkpoint",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            read_checkpoint(f"{name}.ckpt")
+    assert not os.path.exists("harm")
+
+
+def test_mutated_checkpoints_are_read_or_refused(tmp_path):
+    from zsnr.checkpoints.own import open_checkpoint
+
+    path, draw = tmp_path / "a.ckpt", random.Random(0)
+    refused = foreign = 0
+    parts = ("codec", "conditioner", "unet", "schedule", "prediction_type", "image_size")
+    torch.save({"zsnr": dict.fromkeys(parts), "state_dict": {"a": torch.zeros(9)}}, path)
+    whole = path.read_bytes()
+    for _ in range(1000):
+        data = bytearray(whole)
+        for _ in range(draw.choice((1, 2, 5))):
+            i = draw.randrange(len(data))
+            if draw.random() < 0.8:
+                data[i] = draw.randrange(256)
+            else:
+                del data[i : i + draw.randrange(1, 20)]
+        path.write_bytes(data)
+        try:
+            open_checkpoint(path)
+        except ValueError as error:
+            refused += _is_ours(error)
+            foreign += not _is_ours(error)
+    assert foreign == 0
+    assert 100 < refused < 1000

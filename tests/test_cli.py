@@ -51,7 +51,6 @@ def folder(tmp_path_factory):
                     "class_path": "zsnr.training.Previews",
                     "init_args": {"prompts": ["grey 3", ""], "every_n_steps": 2},
                 },
-                {"class_path": "zsnr.training.Throughput"},
             ],
         },
         "checkpoint": {"every_n_train_steps": 3},  # 4 steps: the last one counts too
@@ -117,7 +116,7 @@ def test_tensorboard_holds_scalars_and_previews(run):
     events = EventAccumulator(str(run / "tb"))
     events.Reload()
     assert "train/loss" in events.Tags()["scalars"]
-    assert [image.step for image in events.Images("previews")] == [2, 4]
+    assert [image.step for image in events.Images("previews")] == [1, 3]
 
 
 def test_saved_config_runs_again(run, folder, tmp_path):
@@ -350,11 +349,16 @@ def test_other_wrong_input(folder, capsys, arguments, message):
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_config_is_parsed_and_says_what_it_does(config, capsys):
     assert config.read_text().startswith("# ")
-    over = ["-c", str(ROOT / "configs/tiny.yaml")] if config.parent.name == "trainer" else []
+    overlays = ("trainer", "ablation")
+    over = ["-c", str(ROOT / "configs/tiny.yaml")] if config.parent.name in overlays else []
     with pytest.raises(SystemExit) as end:
         main(["fit", *over, "-c", str(config), "--print_config"])
     assert end.value.code == 0
-    assert yaml.safe_load(capsys.readouterr().out)["model"]["schedule"]["zero_terminal_snr"]
+    model = yaml.safe_load(capsys.readouterr().out)["model"]
+    assert model["prediction_type"] == "v_prediction"
+    flawed = {"original": 0.0, "offset_noise": 0.1}  # section 5.4's other arms
+    assert model["schedule"]["zero_terminal_snr"] == (config.stem not in flawed)
+    assert model["offset_noise"] == flawed.get(config.stem, 0.0)
 
 
 def test_configs_list_show_copy(tmp_path, capsys):

@@ -210,11 +210,22 @@ def test_described_codecs_are_built_again(tmp_path):
         ({"class_path": "no.such.module.C"}, "cannot be imported"),
         ({}, "cannot be imported"),
         ({"class_path": "zsnr.codecs.PixelCodec", "init_args": {"patch": 1}}, "patch"),
+        ({"class_path": "zsnr.codecs.PixelCodec", "init_args": None}, "PixelCodec"),
+        (None, "described by None"),
     ],
 )
 def test_wrong_descriptions_are_refused(description, message):
     with pytest.raises(ValueError, match=message):
         build(description, LatentCodec)
+
+
+def test_a_description_runs_no_module(tmp_path, monkeypatch):
+    (tmp_path / "harmful.py").write_text("import os; os.mkdir('harm')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="import harmful first"):
+        build({"class_path": "harmful.Codec"}, LatentCodec)
+    assert not (tmp_path / "harm").exists()
 
 
 def test_wrong_folders_are_refused(tmp_path):

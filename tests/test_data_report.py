@@ -11,8 +11,8 @@ from zsnr import GaussianDenoiser, NoiseSchedule, get_sampler, trailing
 from zsnr.cli import main
 from zsnr.data.filters import Filter, parse_filter
 from zsnr.metrics import kept_fraction, mean_mode, moved_mean, principal_mean
+from zsnr.reports.arms import Arm
 from zsnr.reports.data import gaussian_samples, measure_space
-from zsnr.reports.flaw import Arm
 
 ORIGINAL = NoiseSchedule(zero_terminal_snr=False)
 
@@ -35,20 +35,22 @@ def test_the_paper_s_brightness_mode():
     assert kept_fraction(ORIGINAL, 32) == pytest.approx(0.416, abs=5e-4)
     assert moved_mean(ORIGINAL, 32, -0.8) == pytest.approx(-0.0723, abs=5e-5)
     ends = {
-        (zero, spacing): gaussian_samples(Arm("", zero, spacing), -0.8, 0.5, 64 * 64, 25)[0]
-        for zero in (False, True)
+        (kind, spacing): gaussian_samples(Arm("", kind, spacing, num_steps=25), -0.8, 0.5, 64 * 64)[
+            0
+        ]
+        for kind in ("original", "rescaled")
         for spacing in ("leading", "trailing")
     }
     assert {arm: round(mean, 2) for arm, mean in ends.items()} == {
-        (False, "leading"): -0.05,
-        (False, "trailing"): -0.08,
-        (True, "leading"): -0.43,
-        (True, "trailing"): -0.8,
+        ("original", "leading"): -0.05,
+        ("original", "trailing"): -0.08,
+        ("rescaled", "leading"): -0.43,
+        ("rescaled", "trailing"): -0.8,
     }
-    mean, spread = gaussian_samples(Arm("", False, "trailing"), -0.8, 0.5, 64 * 64, 1000)
+    mean, spread = gaussian_samples(Arm("", "original", num_steps=1000), -0.8, 0.5, 64 * 64)
     assert spread / 0.5 == pytest.approx(kept_fraction(ORIGINAL, 32), rel=1e-3)
     assert mean == pytest.approx(moved_mean(ORIGINAL, 32, -0.8), rel=0.01)
-    assert gaussian_samples(Arm("", True, "trailing"), 0.3, 0.0, 16) == pytest.approx((0.3, 0.0))
+    assert gaussian_samples(Arm("", "rescaled"), 0.3, 0.0, 16) == pytest.approx((0.3, 0.0))
 
 
 def test_the_direction_is_where_means_differ():

@@ -502,6 +502,31 @@ def test_previews_from_a_cache_encode_their_prompts_once(cached, monkeypatch):
     assert pictures == ["step-00000002.png", "step-00000004.png"]
 
 
+def test_image_metrics_from_a_cache_change_nothing_in_training(cached):
+    folder, path = cached
+    cache = str(folder / "cache")
+    assert main(["data", "cache", "-c", str(path), "--output", cache, "--text"]) == 0
+    photographs(folder / "val", [3])
+    (folder / "captions.txt").write_text("picture 3\na cat\n\nsnow\n")
+    options = [
+        f"--data.train={cache}",
+        f"--data.val={folder}/val",
+        "--trainer.val_check_interval=2",
+    ]
+    measured = [f"--metrics.captions={folder}/captions.txt", "--metrics.num_images=3"]
+    measured += [f"--metrics.real={folder}/val", "--model.sampling.num_steps=2"]
+    assert fit(path, folder / "a", *options) == 0
+    assert fit(path, folder / "b", *options, *measured, f"--metrics.output={folder}/n.json") == 0
+    assert [p.name for p in sorted(folder.glob("n-*"))] == [
+        "n-step-00000002.json",
+        "n-step-00000004.json",
+    ]
+    numbers = json.loads((folder / "n-step-00000004.json").read_text())["metrics"]
+    assert numbers["metrics/luma_w1"] > 0
+    a, b = weights(folder / "a"), weights(folder / "b")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
 def test_stale_caches_are_refused(cached, capsys):
     folder, path = cached
     cache = folder / "cache"

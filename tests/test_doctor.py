@@ -255,6 +255,33 @@ def test_links_out_of_a_folder_are_refused(tmp_path):
     assert json.loads(secret.read_text()) == OURS
 
 
+@pytest.mark.parametrize("name", ["scheduler_config.json", "run.json", "checkpoints"])
+def test_links_out_of_plain_folders_and_runs_are_refused(tmp_path, name):
+    secret = write(tmp_path / "elsewhere", OURS).parent
+    run_facts.write_run_facts(secret, RUN)
+    (tmp_path / "a").mkdir()
+    link, checkpoint = tmp_path / "a" / name, tmp_path / "a" / "a.ckpt"
+    link.symlink_to(secret if name == "checkpoints" else secret / name)
+    checkpoint.touch()
+    targets = [tmp_path / "a", *([checkpoint] if name == "run.json" else [])]
+    for target in targets:
+        found = examine(target)
+        assert found.verdict == "unreadable"
+        assert "leads out of" in found.reason
+    if name == "scheduler_config.json":
+        link.unlink()
+        link.symlink_to(write(secret, {**OURS, "timestep_spacing": "leading"}))
+        with pytest.raises(ValueError, match="leads out of"):
+            fix(tmp_path / "a", in_place=True)
+
+
+def test_a_link_to_a_checkpoint_is_that_checkpoint(tmp_path):
+    run_facts.write_run_facts(tmp_path / "run", RUN)
+    (tmp_path / "run" / "step-7.ckpt").touch()
+    (tmp_path / "best.ckpt").symlink_to(tmp_path / "run" / "step-7.ckpt")
+    assert examine(tmp_path / "best.ckpt").verdict == "fixed"
+
+
 def test_the_hubs_cache_links_into_its_own_store(tmp_path):
     blob = write(tmp_path / "models--a--b" / "blobs", OURS, "0123")
     folder = diffusers_folder(tmp_path / "models--a--b" / "snapshots" / "77c7", OURS)
@@ -262,6 +289,7 @@ def test_the_hubs_cache_links_into_its_own_store(tmp_path):
     config.unlink()
     config.symlink_to(blob)
     assert examine(folder).verdict == "fixed"
+    assert examine(folder / "scheduler").verdict == "fixed"
 
 
 # Single files

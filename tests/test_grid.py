@@ -10,7 +10,6 @@ from zsnr import GaussianDenoiser, Multiscale, NoiseSchedule, get_sampler, get_t
 from zsnr.checkpoints import DiffusersScheduler
 from zsnr.checkpoints.doctor import examine
 from zsnr.cli import main
-from zsnr.metrics.brightness import wasserstein_1d
 from zsnr.oracle import EmpiricalDenoiser, span
 from zsnr.reports.grid import GridLoss
 
@@ -150,18 +149,6 @@ def test_the_oracle_in_the_span_of_its_images():
                 log_snr(8),
             )
             torch.testing.assert_close(found @ basis, wanted.flatten(1), rtol=0, atol=1e-9)
-
-
-def test_wasserstein():
-    from scipy.stats import wasserstein_distance
-
-    generator = torch.Generator().manual_seed(0)
-    for n, m in ((1, 1), (5, 9), (64, 64), (100, 37)):
-        a = torch.randn(n, generator=generator).round(decimals=1)
-        b = 2 * torch.randn(m, generator=generator).round(decimals=1) + 1
-        wanted = wasserstein_distance(a.numpy(), b.numpy())
-        assert wasserstein_1d(a, b) == pytest.approx(wanted, abs=1e-6)
-    assert wasserstein_1d(a, a) == 0
 
 
 def test_gaussians_see_a_grid_of_a_file(tmp_path):

@@ -73,6 +73,7 @@ def test_no_tensor_is_no_fault(tmp_path):
         (raw(b'{"a": "\xff"}'), "no readable JSON"),
         (raw(b'{"__metadata__":' + b"[" * 100_000), "nested too deeply"),
         (raw(b"{" + b"[" * 1_000_001), "lists and objects"),
+        (raw(b'{"a":[0' + b",0" * 2_000_001 + b"]}"), "entries"),
         (raw(b'{"a":{},"a":{}}'), "twice"),
         (raw(b'{"a": NaN}'), "no number"),
         (raw(b'{"a": 1' + b"0" * 5000 + b"}"), "no readable JSON"),

@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 import yaml
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 
 from zsnr.checkpoints.own import read_checkpoint
 from zsnr.cli import main
@@ -84,6 +84,16 @@ def test_ranks_and_strategies_change_nothing_but_rounding(ranks, shards, alone, 
         whole = alone["weights"]["unet.unet.conv_in.weight"].shape
         for local in (runs[0]["local"], runs[0]["local_ema"]):
             assert local["unet.unet.conv_in.weight"] == (whole[0] // shard, *whole[1:])
+
+
+@pytest.mark.parametrize("kind", ["ddp", "sharded"])
+def test_layers_behind_the_text_that_is_taken_have_no_gradient(ranks, shards, tmp_path, kind):
+    alone = cells.fit_text(shards, tmp_path / "one", "one", layer=-2)
+    for run in ranks[2](cells.fit_text, shards, tmp_path / kind, kind, layer=-2):
+        same_run(run, alone)
+        for name, weight in run["weights"].items():
+            idle = ".layers.2." in name or "final_layer_norm" in name
+            assert torch.equal(weight, run["start"][name]) == idle
 
 
 @pytest.mark.parametrize("kept", [True, False])
@@ -341,6 +351,48 @@ def test_a_batch_that_does_not_divide_is_refused_before_training(ranks, shards, 
 def test_another_accumulation_is_refused(shards, tmp_path):
     with pytest.raises(ValueError, match="accumulate_grad_batches=4, but"):
         cells.fit(shards, tmp_path, trainer_options={"accumulate_grad_batches": 4})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"callbacks": [GradientAccumulationScheduler({0: 2})]},
+            "GradientAccumulationScheduler would take other steps",
+        ),
+        (
+            {"trainer_options": {"limit_train_batches": 2}},
+            "limit_train_batches=2 would train on the same batches again",
+        ),
+    ],
+)
+def test_what_changes_the_batch_behind_its_back_is_refused(shards, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        cells.fit(shards, tmp_path, **options)
+
+
+@pytest.mark.parametrize("option", ["fast_dev_run", "overfit_batches"])
+def test_trying_out_on_few_batches_is_not(shards, tmp_path, option):
+    run = cells.fit(shards, tmp_path, trainer_options={option: 2})
+    assert len(run["logged"]) == {"fast_dev_run": 2, "overfit_batches": 4}[option]
+
+
+def test_a_strategy_that_would_not_average_gradients_is_refused(shards, tmp_path, capsys):
+    values = {
+        "trainer": {
+            "accelerator": "cpu",
+            "devices": 2,
+            "max_steps": 1,
+            "default_root_dir": str(tmp_path),
+            "strategy": {"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"},
+        },
+        "model": tiny.MODEL,
+        "data": {"train": f"{shards}/train-*.tar", "image_size": 16, "batch_size": 4},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    assert main(["fit", "-c", str(tmp_path / "config.yaml")]) == 2
+    told = capsys.readouterr().err
+    assert "trainer.strategy=ModelParallelStrategy does not shard" in told
 
 
 @pytest.mark.parametrize("asked", [1, 4])

@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+import torch
 from PIL import Image
 
 from zsnr import NoiseSchedule, available_spacings
@@ -61,6 +62,19 @@ def test_text_says_both_and_which_spacing_misses_the_end(capsys):
     assert lines["leading"].endswith("(never sees t=999)")
     assert lines["trailing"].startswith("trailing   999 979")
     assert "never" not in lines["linspace"]
+
+
+def test_a_checkpoint_is_opened_when_asked(capsys, tmp_path):
+    path, schedule = tmp_path / "a.ckpt", NoiseSchedule("cosine", 50)
+    parts = dict.fromkeys(("codec", "conditioner", "unet", "image_size"))
+    own = {**parts, "schedule": schedule.settings(), "prediction_type": "v_prediction"}
+    torch.save({"zsnr": own, "state_dict": {}}, path)
+    code, _, err = run(capsys, path)
+    assert code == 2
+    assert "--open reads" in err
+    code, out, _ = run(capsys, path, "--open", "--json")
+    assert code == 0
+    assert NoiseSchedule(**json.loads(out)["schedule"]) == schedule
 
 
 def test_targets_are_those_of_the_doctor(capsys, tmp_path):

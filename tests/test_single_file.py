@@ -22,8 +22,9 @@ from zsnr.checkpoints import (
     read_single_file,
     write_single_file,
 )
+from zsnr.checkpoints.doctor import examine
 from zsnr.checkpoints.ldm_layout import ldm_clip, ldm_open_clip, ldm_unet, ldm_vae
-from zsnr.checkpoints.single_file import check_single_file
+from zsnr.checkpoints.single_file import check_single_file, read_marks
 from zsnr.cli import main
 from zsnr.codecs import AutoencoderKLCodec, PixelCodec
 from zsnr.conditioning import NullConditioner, TransformersConditioner
@@ -455,6 +456,28 @@ def test_metadata_of_others(files, tmp_path, monkeypatch, metadata, prediction_t
         warnings.simplefilter("error")
         model = read_single_file(path)
     assert (model.prediction_type, model.image_size) == (prediction_type, size)
+
+
+@pytest.mark.parametrize(
+    ("stored", "marks", "wanted"),
+    [
+        (NoiseSchedule(zero_terminal_snr=False), (), NoiseSchedule(zero_terminal_snr=False)),
+        (NoiseSchedule(), (), NoiseSchedule()),
+        (NoiseSchedule(zero_terminal_snr=False), ("ztsnr",), NoiseSchedule()),
+        (NoiseSchedule("cosine", 50), (), None),
+    ],
+)
+def test_a_stored_schedule_is_taken(files, tmp_path, stored, marks, wanted):
+    table = stored.alphas_cumprod.float()
+
+    def with_table(tensors):
+        kept = {name: t for name, t in tensors.items() if t.numel() or name in marks}
+        return {**kept, "alphas_cumprod": table}
+
+    path = rewrite(files["v1"], tmp_path / "x.safetensors", None, with_table)
+    found, _ = read_marks(path)
+    assert found == (wanted or NoiseSchedule.from_alphas_cumprod(table.double()))
+    assert examine(path).facts["snr_T"] == pytest.approx(float(found.snr[-1]), rel=1e-5)
 
 
 def test_parts_alone(files, models):

@@ -326,6 +326,16 @@ def test_a_resumed_run_says_which_learning_rate_it_has(shards, tmp_path):
     assert [line for line in told if "learning rate, 0.002; the config's, 1e-05" in line]
 
 
+@pytest.mark.parametrize("averaged", [True, False])
+def test_a_run_goes_on_with_averages_as_it_began(shards, tmp_path, averaged):
+    ema = cells.module().ema_config
+    cells.fit(shards, tmp_path, stop_at=1, model={"ema": ema if averaged else None})
+    model = {"ema": None if averaged else ema}
+    wanted = "has averaged weights: set" if averaged else "has no averaged weights: unset"
+    with pytest.raises(ValueError, match=wanted):
+        cells.fit(shards, tmp_path, checkpoint=cells.newest(tmp_path), model=model)
+
+
 # Damage and malice
 
 
@@ -370,7 +380,7 @@ def test_a_strangers_index_runs_no_code(folder, tmp_path):
         read_checkpoint(broken)
     (broken / ".metadata").write_bytes((folder / ".metadata").read_bytes())
     torch.save({"zsnr": Malice()}, broken / sharded.REST)
-    with pytest.raises(ValueError, match="not readable"):
+    with pytest.raises(ValueError, match="more than tensors and plain values"):
         read_checkpoint(broken)
     assert not Path("/tmp/zsnr-was-here").exists()
 

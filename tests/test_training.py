@@ -105,6 +105,14 @@ def test_dropout_and_noise_have_their_distributions():
     assert draws(range(50), dropout=0.0).keep.all()
 
 
+@pytest.mark.parametrize("batch_size", [1, 3, 2048, 4096])
+def test_the_largest_random_number_is_the_last_timestep(batch_size, monkeypatch):
+    below_1 = math.nextafter(1, 0)  # what torch.rand may give
+    strata = [*range(batch_size)], [below_1] * batch_size
+    monkeypatch.setattr("zsnr.training.draws._strata", lambda *args: strata)
+    assert draws([0, batch_size - 1], batch_size).t.tolist() == [(T - 1) // batch_size, T - 1]
+
+
 def test_validation_draws_are_fixed_and_cover_the_strata():
     strata = torch.tensor([999, 500, 100])
     one = validation_draws(0, range(7), strata, SHAPE)
@@ -360,13 +368,30 @@ def test_validation_is_fixed_and_by_stratum(tmp_path):
         datamodule=data(tmp_path / "shards", val=f"{tmp_path}/shards/val-*.tar", batch_size=3),
         verbose=False,
     )[0]
-    assert (
-        first.keys()
-        == again.keys()
-        == {"val/loss", *(f"val_by_timestep/t{t:04d}" for t in range(99, 1000, 100))}
-    )
+    strata = range(99, 1000, 100)
+    names = {f"val_by_timestep{raw}/t{t:04d}" for t in strata for raw in ("", "_raw")}
+    assert first.keys() == again.keys() == {"val/loss", "val/loss_raw", *names}
     for name in first:
         assert first[name] == pytest.approx(again[name], rel=1e-5)
+
+
+def test_validation_measures_averaged_and_raw_weights(tmp_path):
+    def validate(model):
+        loader = data(tmp_path / "shards", val=f"{tmp_path}/shards/val-*.tar")
+        return trainer(tmp_path, 2).validate(model, datamodule=loader, verbose=False)[0]
+
+    both, raw, averaged = module(), module(ema=None), module(ema=None)
+    for p in both.ema.parameters():
+        p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    averaged.trained.load_state_dict(both.ema.state_dict())
+    found, of_raw, of_averaged = map(validate, (both, raw, averaged))
+    assert not [name for name in of_raw if "raw" in name]
+    for name in of_raw:
+        group, _, rest = name.partition("/")
+        name_of_raw = "val/loss_raw" if name == "val/loss" else f"{group}_raw/{rest}"
+        assert found[name_of_raw] == pytest.approx(of_raw[name], rel=1e-6)
+        assert found[name] == pytest.approx(of_averaged[name], rel=1e-6)
+    assert found["val/loss"] != pytest.approx(found["val/loss_raw"], rel=1e-3)
 
 
 def test_a_checkpoint_is_a_pipeline(tmp_path):
@@ -390,7 +415,7 @@ def test_a_checkpoint_is_a_pipeline(tmp_path):
         (lambda path: path.write_bytes(b"garbage"), "not a readable checkpoint"),
         (lambda path: path.write_bytes(b""), "not a readable checkpoint"),
         (lambda path: torch.save({"state_dict": {}}, path), "was not written by zsnr"),
-        (lambda path: torch.save([Exploit()], path), "not a readable checkpoint"),
+        (lambda path: torch.save([Exploit()], path), "more than tensors and plain values"),
         (lambda path: torch.save({"zsnr": {}, "state_dict": {}}, path), "damaged: it lacks codec"),
     ],
 )

@@ -48,8 +48,9 @@ MODEL = {  # as a YAML says it
 }
 
 
-def conditioner(**options):
-    return TransformersConditioner(config=TEXT, tokenizer="open_clip", max_length=8, **options)
+def conditioner(layers=1, **options):
+    config = {**TEXT, "num_hidden_layers": layers}
+    return TransformersConditioner(config=config, tokenizer="open_clip", max_length=8, **options)
 
 
 def frozen_conditioner(folder):
@@ -189,3 +190,28 @@ def sdxl_folder(folder, *, force_zeros=True, **scheduler):
     pipe.set_progress_bar_config(disable=True)
     pipe.save_pretrained(folder)
     return pipe
+
+
+def write_inception(path):
+    """Write random weights of FID's Inception network, as torch-fidelity's file holds them.
+
+    They are of a size that lets differences of pictures pass through all layers.
+    """
+    import torch_fidelity.feature_extractor_inceptionv3 as module
+
+    class Network(module.FeatureExtractorInceptionV3):
+        def load_state_dict(self, *_):
+            """Keep the random weights."""
+
+    nothing = io.BytesIO()
+    torch.save({}, nothing)
+    nothing.seek(0)
+    torch.manual_seed(0)
+    weights = Network("inception", ["2048"], nothing).state_dict()
+    for name, weight in weights.items():
+        if name.endswith("conv.weight"):
+            weight.mul_(6**0.5)  # He's; the default is of a third of LeCun's variance
+    weights["fc.weight"][8:] = 0  # few classes, or one of them always wins
+    weights["fc.weight"].mul_(30)
+    torch.save(weights, path)
+    return path

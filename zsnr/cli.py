@@ -11,6 +11,10 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from zsnr.codecs import LatentCodec
 
 TRAINING = {
     "fit": "train from YAML, with validation and previews",
@@ -18,6 +22,8 @@ TRAINING = {
     "test": "the same as validate",
     "predict": "make images from a prompts file",
 }
+
+_OPEN = "open a .ckpt that has no run.json beside it; tensors and plain values only"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -244,6 +250,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     schedule.add_argument("--plot", metavar="FILE", help="write a PNG; must not exist")
     schedule.add_argument("--json", action="store_true", help="print all timesteps' values as JSON")
+    schedule.add_argument("--open", action="store_true", help=_OPEN)
     schedule.set_defaults(run=_schedule)
 
     timesteps = commands.add_parser("timesteps", help="search timesteps").add_subparsers(
@@ -381,11 +388,7 @@ def _parser() -> argparse.ArgumentParser:
         help="a step count to look at besides 10, 20, 25, 30 and 50; may be repeated",
     )
     doctor.add_argument("--json", action="store_true", help="print it as JSON")
-    doctor.add_argument(
-        "--open",
-        action="store_true",
-        help="open a .ckpt that has no run.json beside it; tensors and plain values only",
-    )
+    doctor.add_argument("--open", action="store_true", help=_OPEN)
     doctor.add_argument(
         "--fix",
         action="store_true",
@@ -395,6 +398,9 @@ def _parser() -> argparse.ArgumentParser:
         "--in-place", action="store_true", help="with --fix: replace the config instead"
     )
     doctor.set_defaults(run=_doctor)
+
+    _add_compare(commands)
+    _add_figure(commands)
 
     report = commands.add_parser(
         "report",
@@ -407,6 +413,183 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--data", required=True, help="the shards it was trained on")
     report.set_defaults(run=_report)
     return parser
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Add the options of every command that samples; None = not given."""
+    parser.add_argument(
+        "--sampler", metavar="NAME", help="such as ddim, ddpm, euler (default ddim)"
+    )
+    parser.add_argument("--num-steps", type=int, metavar="S", help="steps (default 50)")
+    parser.add_argument(
+        "--spacing", metavar="NAME", help="trailing, leading, linspace, ... (default trailing)"
+    )
+    parser.add_argument("--guidance-scale", type=float, metavar="W", help="w (default 7.5)")
+    parser.add_argument(
+        "--guidance-rescale", type=float, metavar="PHI", help="phi, 0 to 1 (default 0.7)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="the first seed (default 0)")
+
+
+def _add_oracle(parser: argparse.ArgumentParser) -> None:
+    """Add the options of every command that samples an exact denoiser; None = not given."""
+    parser.add_argument(
+        "--image-size", type=int, metavar="PIXELS", help="with --oracle (default 32)"
+    )
+    parser.add_argument(
+        "--betas",
+        choices=("scaled_linear", "linear", "cosine"),
+        help="with --oracle: the schedule (default scaled_linear)",
+    )
+    parser.add_argument(
+        "--codec",
+        help="with --oracle: sample its latents, in its scale: a folder, hub id, "
+        "asset:openmoji_vae, or pixels (default pixels)",
+    )
+    parser.add_argument("--codec-subfolder", help="such as vae, in a Stable Diffusion folder")
+
+
+def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    compare = commands.add_parser(
+        "compare",
+        help="compare models or ways to sample: pictures, brightness, one page",
+        usage="%(prog)s MODEL ... --output FOLDER [options]\n       "
+        "%(prog)s --oracle SHARDS --output FOLDER [options]",
+        description="Sample two or more arms by the same prompts and seeds and write "
+        "FOLDER/index.html, a page that stands alone: pictures side by side, luma histograms, "
+        "numbers, settings, and whether brightness follows the prompts; FOLDER/compare.json with "
+        "every number; and the pictures. An arm is a model, a way to sample, or both. With "
+        "--oracle the network is the exact denoiser of your own pictures: the flaw of a schedule "
+        "without any model.",
+        epilog="Examples: `zsnr compare a.ckpt b.ckpt --output page`; `zsnr compare a.ckpt --vary "
+        "guidance_rescale=0,0.35,0.7,1 --output sweep`; `zsnr compare --arm 'name=before "
+        "model=a.ckpt spacing=leading' --arm 'name=after model=b1.ckpt,b2.ckpt,b3.ckpt' --data "
+        "shards --prompts data --output page`.",
+    )
+    compare.add_argument(
+        "models",
+        nargs="*",
+        metavar="MODEL",
+        help="a checkpoint, folder of diffusers, single file or hub id; each is an arm, or what "
+        "each --arm without a model of its own samples; A,B is one arm of several trainings",
+    )
+    compare.add_argument(
+        "--arm",
+        action="append",
+        default=[],
+        metavar="'SETTING=VALUE ...'",
+        help="an arm; may be repeated. Settings: name, model, schedule (original or rescaled; "
+        "default: as the model declares), spacing, sampler, num_steps, guidance_scale, "
+        "guidance_rescale; those not named are as the options below say",
+    )
+    compare.add_argument(
+        "--vary",
+        action="append",
+        default=[],
+        metavar="SETTING=VALUE,VALUE",
+        help="make of every arm one with each value; may be repeated",
+    )
+    compare.add_argument("--output", required=True, metavar="FOLDER", help="where to write; new")
+    compare.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help=".txt or .jsonl, which may say group and brightness_rank; 'data' = captions of "
+        "--data; 'empty' = no prompt (default: a suite from solid black to solid white)",
+    )
+    compare.add_argument(
+        "--num-prompts",
+        type=int,
+        default=64,
+        metavar="N",
+        help="captions of the data (default 64)",
+    )
+    compare.add_argument(
+        "--count",
+        type=int,
+        metavar="N",
+        help="pictures of each prompt, by seeds s .. s+N-1 (default: as the file says, 2 of the "
+        "suite, 1 of a caption, 64 without a prompt, 256 with --oracle)",
+    )
+    compare.add_argument(
+        "--data",
+        nargs="+",
+        metavar="SHARDS",
+        help="measure the distance of brightness to these pictures",
+    )
+    compare.add_argument(
+        "--samples",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="pictures of the data to look at, by chance (default 1000)",
+    )
+    _add_sampling(compare)
+    compare.add_argument(
+        "--oracle",
+        nargs="+",
+        metavar="SHARDS",
+        help="compare without a model, by the exact denoiser of these pictures; by default the "
+        "original and the rescaled schedule with leading and trailing timesteps",
+    )
+    _add_oracle(compare)
+    compare.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="pictures at a time (default 8, 64 with --oracle)",
+    )
+    compare.add_argument("--device", help="where to sample (default: the GPU if there is one)")
+    compare.add_argument("--json", action="store_true", help="print compare.json")
+    compare.set_defaults(run=_compare)
+
+
+def _add_figure(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    figure = commands.add_parser(
+        "figure",
+        help="draw the paper's Figure 2, 4, 5 or 6 with a model or without one",
+        description="Draw a figure of the paper, as PNG. 2: log SNR and sqrt(abar), original and "
+        "rescaled. 4: leading, linspace and trailing timesteps at S = 5 and 25. 5: the prediction "
+        "of x_0 after each step; at zero terminal SNR the first is the same whatever the noise. 6: "
+        "guidance rescale 0, 0.25, 0.5, 0.75, 1. With --oracle, the exact denoiser of your own "
+        "pictures is the model, and a prompt is a group of them.",
+    )
+    figure.add_argument("number", type=int, choices=(2, 4, 5, 6), help="which one")
+    source = figure.add_mutually_exclusive_group()
+    source.add_argument("--model", help="a checkpoint, folder of diffusers, single file or hub id")
+    source.add_argument(
+        "--oracle", nargs="+", metavar="SHARDS", help="no model: these pictures themselves"
+    )
+    figure.add_argument("--output", required=True, metavar="FILE", help="a new .png")
+    figure.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="what to show; may be repeated (default: three of the suite). With --oracle: words of "
+        "captions, which make a group (default: the whole set; in Figure 6 its darkest and "
+        "brightest quarter)",
+    )
+    figure.add_argument(
+        "--count",
+        type=int,
+        metavar="N",
+        help="seeds of each prompt (default: 2; more of one alone)",
+    )
+    figure.add_argument(
+        "--schedule",
+        choices=("original", "rescaled"),
+        help="default: as the model declares; rescaled with --oracle",
+    )
+    _add_sampling(figure)
+    figure.add_argument(
+        "--samples",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="with --oracle: pictures to know, by chance (default 1000)",
+    )
+    _add_oracle(figure)
+    figure.add_argument("--device", help="where to sample (default: the GPU if there is one)")
+    figure.set_defaults(run=_figure)
 
 
 def _data_openmoji(options: argparse.Namespace) -> None:
@@ -442,16 +625,11 @@ def _data_report(options: argparse.Namespace) -> None:
 
     import torch
 
-    from zsnr.codecs import AutoencoderKLCodec, LatentCodec, PixelCodec
     from zsnr.data.buckets import AspectBuckets
     from zsnr.data.filters import parse_filter
     from zsnr.reports.data import write_data_report
 
-    codec: LatentCodec | None = None
-    if options.codec == "pixels":
-        codec = PixelCodec()
-    elif options.codec is not None:
-        codec = AutoencoderKLCodec(options.codec, subfolder=options.codec_subfolder)
+    codec = _codec(options.codec, options.codec_subfolder)
     if codec is not None:
         codec.latent_shape(options.image_size, options.image_size)
     report, facts = write_data_report(
@@ -531,6 +709,118 @@ def _export(options: argparse.Namespace) -> None:
     print(json.dumps(written) if options.json else output)
 
 
+def _compare(options: argparse.Namespace) -> None:
+    from zsnr.reports.arms import GUIDANCE, SETTINGS, Arm, make_arms
+    from zsnr.reports.compare import compare_exact, compare_models, comparison_text, to_json
+
+    exact = options.oracle is not None
+    _check_options(
+        options,
+        ("data", "prompts", "device", *GUIDANCE)
+        if exact
+        else ("image_size", "betas", "codec", "codec_subfolder"),
+        "belongs to a comparison of models, not to --oracle" if exact else "belongs to --oracle",
+    )
+    given = {name: getattr(options, name, None) for name in SETTINGS}
+    defaults = Arm(**{name: value for name, value in given.items() if value is not None})
+    varied = options.vary
+    if exact and not options.arm and not varied:
+        varied = ["schedule=original,rescaled"]
+        if options.spacing is None:
+            varied.append("spacing=leading,trailing")
+    arms = make_arms(options.models, options.arm, varied, defaults, exact=exact)
+    output = Path(options.output).expanduser()
+    if exact:
+        from zsnr.schedule import NoiseSchedule
+
+        facts = compare_exact(
+            arms,
+            output,
+            data=options.oracle,
+            image_size=32 if options.image_size is None else options.image_size,
+            codec=_codec(options.codec, options.codec_subfolder),
+            most=options.samples,
+            count=256 if options.count is None else options.count,
+            seed=options.seed,
+            schedule=NoiseSchedule(options.betas or "scaled_linear"),
+            batch_size=64 if options.batch_size is None else options.batch_size,
+        )
+    else:
+        facts = compare_models(
+            arms,
+            output,
+            prompts=options.prompts,
+            num_prompts=options.num_prompts,
+            count=options.count,
+            seed=options.seed,
+            data=options.data,
+            most=options.samples,
+            batch_size=8 if options.batch_size is None else options.batch_size,
+            device=options.device,
+        )
+    print(to_json(facts) if options.json else comparison_text(facts, output / "index.html"))
+
+
+def _figure(options: argparse.Namespace) -> None:
+    from zsnr.reports.arms import SETTINGS, Arm
+    from zsnr.reports.figures import DEFAULTS, draw_figure, draw_schedule
+
+    output = Path(options.output).expanduser()
+    given = {name: getattr(options, name) for name in SETTINGS}
+    fixed = {
+        2: ("schedule", "spacing", "sampler", "guidance_scale", "guidance_rescale"),
+        4: ("num_steps", "spacing"),
+        5: (),
+        6: ("guidance_rescale",),
+    }[options.number]
+    _check_options(options, fixed, f"is not free in Figure {options.number}")
+    oracle = ("image_size", "betas", "codec", "codec_subfolder")
+    if options.oracle is None:
+        _check_options(options, oracle, "belongs to --oracle")
+    if options.number == 2:
+        _check_options(options, ("prompt", "count"), "says nothing in Figure 2")
+        draw_schedule(
+            options.model or options.betas or "scaled_linear", options.num_steps or 10, output
+        )
+        print(output)
+        return
+    if options.model is None and options.oracle is None:
+        raise ValueError(f"Figure {options.number} needs --model MODEL or --oracle SHARDS.")
+    settings = {name: value for name, value in given.items() if value is not None}
+    draw_figure(
+        options.number,
+        Arm(**{**DEFAULTS[options.number], **settings}),
+        output,
+        model=options.model,
+        data=options.oracle,
+        prompts=options.prompt,
+        count=options.count,
+        seed=options.seed,
+        image_size=32 if options.image_size is None else options.image_size,
+        codec=_codec(options.codec, options.codec_subfolder),
+        betas=options.betas or "scaled_linear",
+        most=options.samples,
+        device=options.device,
+    )
+    print(output)
+
+
+def _check_options(options: argparse.Namespace, names: Sequence[str], why: str) -> None:
+    """Refuse options that would do nothing here."""
+    for name in names:
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} {why}: leave it out.")
+
+
+def _codec(name: str | None, subfolder: str | None) -> LatentCodec | None:
+    """Find what --codec names."""
+    from zsnr.codecs import AutoencoderKLCodec, PixelCodec
+
+    if name is None:
+        return None
+    return PixelCodec() if name == "pixels" else AutoencoderKLCodec(name, subfolder=subfolder)
+
+
 def _report(options: argparse.Namespace) -> None:
     from zsnr.reports.run import write_report
 
@@ -560,7 +850,7 @@ def _schedule(options: argparse.Namespace) -> None:
         if path.suffix != ".png":
             raise ValueError(f"--plot {path}: wanted a name that ends in .png.")
         check_new(path)
-    schedule = find_schedule(options.target)
+    schedule = find_schedule(options.target, open_pickle=options.open)
     facts = schedule_facts(schedule, options.num_steps, options.spacing)
     if path is not None:
         plot_schedule(facts, path)

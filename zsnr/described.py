@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Mapping
 from typing import Any, Protocol, TypeVar
 
@@ -43,10 +44,18 @@ def build(description: Mapping[str, Any], base: type[T]) -> T:
         base: The class it must be derived from.
 
     Raises:
-        ValueError: The class is not installed, is no `base`, or refuses the arguments.
+        ValueError: The class is not installed, is of a module outside this package that has not
+            been imported, is no `base`, or refuses the arguments.
     """
+    if not isinstance(description, Mapping):
+        raise ValueError(f"A {base.__name__} is described by {description!r:.80}: wanted a class.")
     path = description.get("class_path", "")
     module_name, _, name = str(path).rpartition(".")
+    if module_name.split(".")[0] != "zsnr" and module_name not in sys.modules:
+        raise ValueError(
+            f"{path!r} cannot be imported by a checkpoint's word, which would run its module: "
+            f"import {module_name or 'it'} first."
+        )
     try:
         cls = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError, ValueError) as error:
@@ -57,5 +66,7 @@ def build(description: Mapping[str, Any], base: type[T]) -> T:
         raise ValueError(f"{path!r} is not a {base.__name__}.")
     try:
         return cls(**description.get("init_args", {}))
-    except TypeError as error:
-        raise ValueError(f"{path}: {error}.") from error
+    except (ValueError, OSError, ImportError):
+        raise
+    except Exception as error:  # of arguments that somebody else wrote, in any way
+        raise ValueError(f"{path}: {error!s:.300}.") from error

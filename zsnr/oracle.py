@@ -75,7 +75,9 @@ class EmpiricalDenoiser:
         logits = (
             alpha_t * self._product(x, self._images.T) - alpha_t**2 * self._half_norms
         ) / sigma_t**2
-        x_0 = self._product(logits.softmax(1), self._images)
+        weights = logits.softmax(1)
+        weights[weights < torch.finfo(torch.float64).tiny] = 0  # subnormal: say nothing, cost much
+        x_0 = self._product(weights, self._images)
         return x_0.view(x_t.shape).to(torch.promote_types(x_t.dtype, torch.float32))
 
 

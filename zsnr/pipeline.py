@@ -26,6 +26,7 @@ from zsnr.ldm_file import is_single_file
 from zsnr.noise import SampleNoise, sample_generator
 from zsnr.prediction import PredictionType, check_prediction_type
 from zsnr.samplers import DDIM, Sampler, get_sampler
+from zsnr.samplers.base import Callback
 from zsnr.samplers.registry import sampler_name
 from zsnr.schedule import NoiseSchedule
 from zsnr.timesteps import get_timesteps
@@ -146,6 +147,7 @@ class TextToImage:
         batch_size: int = 8,
         max_rows: int | None = None,
         progress: bool = True,
+        callback: Callback | None = None,
     ) -> list[Image]:
         """Make one image a prompt.
 
@@ -165,6 +167,8 @@ class TextToImage:
             max_rows: Rows of one network call, to bound memory; see `Denoiser`. None = with
                 guidance two an image, else one.
             progress: Show a bar on stderr.
+            callback: Called after each step of each batch, as by `Sampler.sample`: with the step's
+                number, its timestep, the predicted x_0 and the state it led to, both latents.
 
         Returns:
             Images whose `info["zsnr"]` is a JSON text with all that made them; `save_png` keeps it.
@@ -204,6 +208,12 @@ class TextToImage:
         bar = tqdm(
             total=len(batches) * num_steps, desc="sampling", unit="step", disable=not progress
         )
+
+        def after_step(i: int, t: int, x_0: Tensor, x_s: Tensor) -> None:
+            bar.update()
+            if callback is not None:
+                callback(i, t, x_0, x_s)
+
         with bar:
             for i in batches:
                 rows = slice(i, i + batch_size)
@@ -211,7 +221,7 @@ class TextToImage:
                     prompts[rows], negatives[rows], (height, width), sampling.guidance
                 )
                 latents = self._sample(
-                    cond, uncond, seeds[rows], shape, sampling, timesteps, bar, max_rows
+                    cond, uncond, seeds[rows], shape, sampling, timesteps, after_step, max_rows
                 )
                 for row, pixels in enumerate(self.model.codec.decode(latents), start=i):
                     images.append(to_image(pixels))
@@ -273,7 +283,7 @@ class TextToImage:
         shape: tuple[int, int, int],
         sampling: Sampling,
         timesteps: Tensor,
-        bar: Any,
+        callback: Callback,
         max_rows: int | None,
     ) -> Tensor:
         denoiser = Denoiser(
@@ -292,7 +302,7 @@ class TextToImage:
             noise.randn(shape, device=_device(cond)),
             timesteps,
             randn_like=noise.randn_like,
-            callback=lambda *_: bar.update(),
+            callback=callback,
         )
 
 

@@ -24,6 +24,8 @@ from zsnr.ldm_file import (
     read_part,
 )
 
+_LONGEST = 300
+_MOST_LAYERS = 1000
 _HUB = " A name that is no local folder is looked up on the hub."
 Precision = Literal["float32", "float16", "bfloat16"]
 
@@ -46,6 +48,13 @@ def without_weights() -> Iterator[None]:
 def is_weightless() -> bool:
     """Whether parts are made from their config alone."""
     return _WEIGHTLESS.get()
+
+
+def reason(error: BaseException) -> str:
+    """Say on one short line why a library refused what somebody else wrote."""
+    text = " ".join((str(error).strip() or repr(error)).split())
+    text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def check_precision(dtype: str, name: str = "dtype") -> torch.dtype:
@@ -109,13 +118,13 @@ def load_pretrained(
     if looks_local and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no config.json: wanted a folder with {what}.")
     try:
+        _check_depth(read_config(source, subfolder) or {})
         return cls.from_pretrained(
             source, subfolder=subfolder or "", use_safetensors=True, **(options or {})
         )
-    except (OSError, ValueError, KeyError, TypeError, ArithmeticError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+    except Exception as error:  # of a config that somebody else wrote, in any way
         hint = "" if looks_local else _HUB
-        raise ValueError(f"Cannot load {what} from {where}: {reason}{hint}") from error
+        raise ValueError(f"Cannot load {what} from {where}: {reason(error)}{hint}") from error
 
 
 def load_whole(
@@ -159,6 +168,31 @@ def load_whole(
             "wanted the ones that belong to its config."
         )
     return model
+
+
+def _check_depth(config: Mapping[str, Any]) -> None:
+    """Refuse a config whose network would take for ever to build.
+
+    Raises:
+        ValueError: It wants so many layers.
+    """
+
+    def most(value: Any) -> int:
+        if isinstance(value, list | tuple):
+            return max((most(item) for item in value), default=0)
+        return value if type(value) is int else 0
+
+    counts = {name: most(value) for name, value in config.items() if "layer" in name}
+    blocks = max(len(value) for value in [[0], *config.values()] if isinstance(value, list))
+    deep = max(1, most([n for name, n in counts.items() if name.startswith("transformer")]))
+    deep = max(deep, counts.get("reverse_transformer_layers_per_block", 0))
+    counts["layers in all blocks"] = blocks * max(1, counts.get("layers_per_block", 1)) * deep
+    for name, count in counts.items():
+        if count > _MOST_LAYERS:
+            raise ValueError(f"its config has {name}={count:.3g}: wanted {_MOST_LAYERS} at most.")
+    for value in config.values():
+        if isinstance(value, Mapping):
+            _check_depth(value)
 
 
 def _from_config(
@@ -218,10 +252,11 @@ def load_index(source: str) -> dict[str, Any]:
         raise ValueError(f"{source} holds no model_index.json: wanted a folder of diffusers.")
     try:
         index: Any = DiffusionPipeline.load_config(source)
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
+    except Exception as error:  # somebody else wrote it
         hint = "" if Path(source).exists() else _HUB
-        raise ValueError(f"Cannot read model_index.json of {source}: {reason}{hint}") from error
+        raise ValueError(
+            f"Cannot read model_index.json of {source}: {reason(error)}{hint}"
+        ) from error
     if not isinstance(index, Mapping):
         raise ValueError(f"Cannot read model_index.json of {source}: wanted an object.")
     return dict(index)

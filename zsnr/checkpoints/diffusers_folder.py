@@ -11,7 +11,7 @@ from zsnr.codecs import AutoencoderKLCodec
 from zsnr.conditioning import Conditioner, SDXLConditioner, TransformersConditioner
 from zsnr.networks import UNet
 from zsnr.prediction import PredictionType
-from zsnr.pretrained import load_index
+from zsnr.pretrained import load_index, reason
 from zsnr.schedule import NoiseSchedule
 
 
@@ -37,9 +37,12 @@ def read_diffusers_folder(source: str, schedule: NoiseSchedule | None = None) ->
         )
     try:
         config = DDIMScheduler.load_config(source, subfolder="scheduler")
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise ValueError(f"Cannot read the scheduler's config in {source}: {reason}") from error
+    except Exception as error:  # somebody else wrote it
+        raise ValueError(
+            f"Cannot read the scheduler's config in {source}: {reason(error)}"
+        ) from error
+    if not isinstance(config, Mapping):
+        raise ValueError(f"Cannot read the scheduler's config in {source}: wanted an object.")
     codec = AutoencoderKLCodec(source, subfolder="vae")
     conditioner: Conditioner
     if _has(index, "text_encoder_2"):

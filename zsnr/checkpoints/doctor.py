@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +19,9 @@ from zsnr.checkpoints.declared import (
     off_grid_steps,
 )
 from zsnr.checkpoints.diagnosis import Diagnosis, Verdict, judge, late, schedule_facts, signal
-from zsnr.checkpoints.header import Header, read_header, read_tensor
+from zsnr.checkpoints.header import Header, read_header, read_schedule
 from zsnr.checkpoints.run_facts import FORMAT, NAME
-from zsnr.checkpoints.untrusted import clipped, open_regular, read_json, read_yaml, shown
+from zsnr.checkpoints.untrusted import clipped, read_json, read_yaml, shown
 from zsnr.files import replacing
 from zsnr.guidance import Guidance
 from zsnr.loss import LossWeighting
@@ -177,10 +176,12 @@ def _examine_folder(
         return _examine_diffusers(target, path, num_steps)
     for facts in (path / NAME, path / "checkpoints" / NAME):
         if facts.exists():
+            _check_inside(facts, path)
             return _examine_run(target, facts, read_json(facts), num_steps)
     if is_sharded(path):
         return _examine_checkpoint(target, path, num_steps, open_pickle)
     if (path / _CONFIG).exists():
+        _check_inside(path / _CONFIG, path)
         config = read_json(path / _CONFIG)
         return _examine_config(target, "scheduler config", path / _CONFIG, config, num_steps)
     raise ValueError(
@@ -199,6 +200,7 @@ def _scheduler_files(path: Path) -> tuple[Path | None, Path]:
     if not path.is_dir():
         return None, path
     if not (path / "model_index.json").exists():
+        _check_inside(path / _CONFIG, path)
         return None, path / _CONFIG
     index, config = path / "model_index.json", path / "scheduler" / _CONFIG
     for file in (index, config):
@@ -213,8 +215,8 @@ def _check_inside(file: Path, folder: Path) -> None:
         ValueError: A link leads elsewhere.
     """
     real, home = file.resolve(), folder.resolve()
-    store = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
-    if not (real.is_relative_to(home) or real.is_relative_to(store)):
+    snapshots = (above.parent / "blobs" for above in home.parents if above.name == "snapshots")
+    if not any(real.is_relative_to(place) for place in (home, *snapshots)):
         raise ValueError(f"{file} leads out of {folder}: wanted a folder that holds its own files.")
 
 
@@ -428,8 +430,10 @@ def _fixed(config: Mapping[str, Any]) -> dict[str, Any]:
 def _examine_checkpoint(
     target: str, path: Path, num_steps: Sequence[int], open_pickle: bool
 ) -> Diagnosis:
-    facts = path.absolute().parent / NAME
+    folder = path.resolve().parent
+    facts = folder / NAME
     if facts.exists():
+        _check_inside(facts, folder)
         return _examine_run(target, facts, read_json(facts), num_steps)
     if not open_pickle:
         raise ValueError(
@@ -442,36 +446,15 @@ def _examine_checkpoint(
 def _open(path: Path) -> dict[str, Any]:
     """Read what a checkpoint says of itself."""
     from zsnr.checkpoints.own import KEY, open_checkpoint
-    from zsnr.checkpoints.sharded import REST, is_sharded, read_rest
+    from zsnr.checkpoints.sharded import is_sharded, read_rest
 
-    if is_sharded(path):
-        _check_archive(path / REST)
-        checkpoint = read_rest(path)
-    else:
-        _check_archive(path)
-        checkpoint = open_checkpoint(path)
+    checkpoint = read_rest(path) if is_sharded(path) else open_checkpoint(path)
     run, model = checkpoint.get("run"), checkpoint.get(KEY)
     if isinstance(run, dict):
         return run
     if not isinstance(model, dict):
         raise ValueError(f"{path} was not written by zsnr: it has no {KEY!r} entry.")
     return {"format": FORMAT, **{key: model.get(key) for key in ("schedule", "prediction_type")}}
-
-
-def _check_archive(path: Path) -> None:
-    """See that a checkpoint is an archive that takes no more room than its file.
-
-    Raises:
-        ValueError: It is none, or packs more than it holds.
-    """
-    try:
-        with open_regular(path) as (file, size), zipfile.ZipFile(file) as archive:
-            members = archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, OverflowError) as error:
-        raise ValueError(f"{path} is not a checkpoint of this package: {error}") from error
-    packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
-    if packed or sum(member.file_size for member in members) > size:
-        raise ValueError(f"{path} is packed: wanted a checkpoint as training writes it.")
 
 
 def _examine_run(
@@ -667,7 +650,7 @@ def _examine_single(target: str, path: Path) -> Diagnosis:
     metadata = {key: clipped(text, 60) for key, text in header.metadata.items() if _telling(key)}
     marks = {name: name in header.tensors for name in ("v_pred", "ztsnr")}
     says_v, says_zero = _metadata_says(header.metadata)
-    table = _stored_table(path, header)
+    table = read_schedule(path, header)
     stored_zero = table is not None and float(table.snr[-1]) == 0
     silent = not any(marks.values()) and table is None and (says_v, says_zero) == (None, None)
     if silent and family.endswith("of diffusers"):
@@ -754,20 +737,6 @@ def _metadata_says(metadata: Mapping[str, str]) -> tuple[bool | None, bool | Non
     trained_v = flags.get(metadata.get("ss_v_parameterization", "").lower())
     says_zero = flags.get(metadata.get("ss_zero_terminal_snr", "").lower())
     return trained_v if says_v is None else says_v, says_zero
-
-
-def _stored_table(path: Path, header: Header) -> NoiseSchedule | None:
-    """Read the file's alphas_cumprod, if it holds one that is a schedule's."""
-    facts = header.tensors.get("alphas_cumprod")
-    if facts is None or facts.dtype not in ("F16", "BF16", "F32", "F64"):
-        return None
-    if len(facts.shape) != 1 or not 2 <= facts.shape[0] <= MAX_TIMESTEPS:
-        return None
-    table = read_tensor(path, header, "alphas_cumprod").double()
-    try:
-        return NoiseSchedule.from_alphas_cumprod(table)
-    except ValueError:  # half precision repeats values
-        return None
 
 
 def _family(header: Header) -> str:

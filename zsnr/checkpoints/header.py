@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from zsnr.checkpoints.untrusted import clipped, open_regular, parse_json
+from zsnr.schedule import NoiseSchedule
 
 MAX_HEADER = 100_000_000  # bytes; the format's own bound
 _MAX_DIMENSIONS = 64
+_MOST_TIMESTEPS = 100_000
 
 _BITS = {
     **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6},
@@ -127,6 +129,20 @@ def read_tensor(path: str | Path, header: Header, name: str) -> Tensor:
     if not data:
         return torch.empty(facts.shape, dtype=dtype)
     return torch.frombuffer(data, dtype=dtype).reshape(facts.shape)
+
+
+def read_schedule(path: str | Path, header: Header) -> NoiseSchedule | None:
+    """Read a file's alphas_cumprod, if it holds one that is a schedule's."""
+    facts = header.tensors.get("alphas_cumprod")
+    if facts is None or facts.dtype not in ("F16", "BF16", "F32", "F64"):
+        return None
+    if len(facts.shape) != 1 or not 2 <= facts.shape[0] <= _MOST_TIMESTEPS:
+        return None
+    table = read_tensor(path, header, "alphas_cumprod").double()
+    try:
+        return NoiseSchedule.from_alphas_cumprod(table)
+    except ValueError:  # half precision repeats values
+        return None
 
 
 def _metadata(path: Path, entry: Any) -> dict[str, str]:

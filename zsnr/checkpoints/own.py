@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from zsnr.checkpoints import sharded
 from zsnr.checkpoints.model import Model
+from zsnr.checkpoints.untrusted import open_archive
 from zsnr.codecs import LatentCodec
 from zsnr.conditioning import Conditioner
 from zsnr.described import build, describe
@@ -66,12 +65,8 @@ def _open_file(path: Path) -> dict[str, Any]:
             f"{path} is no file: wanted a checkpoint (.ckpt) that training wrote, a file or a "
             "folder of shards."
         )
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise ValueError(f"{path} is not a readable checkpoint: {reason}") from error
-    if not isinstance(checkpoint, dict) or KEY not in checkpoint:
+    checkpoint = open_archive(path)
+    if not isinstance(checkpoint.get(KEY), dict):
         raise ValueError(
             f"{path} was not written by zsnr: it has no {KEY!r} entry. If it is a Stable Diffusion "
             "in one file, convert it to .safetensors."

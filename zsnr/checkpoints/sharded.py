@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from zsnr.checkpoints.untrusted import open_archive
 from zsnr.files import replacing
 
 REST = "meta.pt"
@@ -147,13 +148,7 @@ def read_rest(folder: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: It is damaged.
     """
-    path = Path(folder) / REST
-    try:
-        rest: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise ValueError(f"{path} is not readable: {reason}") from error
-    return rest
+    return open_archive(Path(folder) / REST)
 
 
 def read_tensors(folder: str | Path, prefix: str = "") -> dict[str, Tensor]:
@@ -232,7 +227,7 @@ def restore(
         _fill({**targets, **states}, path)
         full = _merge(rest, states)
     else:
-        full = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        full = open_archive(path)
         _check_names(path, own, set(full["state_dict"]))
         for name, tensor in own.items():
             tensor.copy_(_sharded_as(full["state_dict"][name], tensor))

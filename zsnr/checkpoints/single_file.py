@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zsnr.checkpoints.header import read_header, read_schedule
 from zsnr.checkpoints.ldm_layout import ldm_clip, ldm_open_clip, ldm_unet, ldm_vae
 from zsnr.checkpoints.model import Model
 from zsnr.codecs import AutoencoderKLCodec
@@ -166,7 +167,7 @@ def read_single_file(
     Args:
         source: The .safetensors file.
         schedule: Instead of the one the file declares: Stable Diffusion's, rescaled if it has the
-            mark `ztsnr`.
+            mark `ztsnr`; without it that of its `alphas_cumprod`, if it holds them.
         prediction_type: Instead of the one the file declares: v if it has the mark `v_pred` or says
             so in its metadata, else epsilon.
 
@@ -212,7 +213,15 @@ def read_marks(source: str) -> tuple[NoiseSchedule, PredictionType]:
 
 def _schedule(file: LdmFile) -> NoiseSchedule:
     says = file.metadata.get("ss_zero_terminal_snr", "").lower() == "true"
-    return NoiseSchedule("scaled_linear", zero_terminal_snr="ztsnr" in file.shapes or says)
+    marked = NoiseSchedule("scaled_linear", zero_terminal_snr="ztsnr" in file.shapes or says)
+    if marked.zero_terminal_snr or "alphas_cumprod" not in file.shapes:
+        return marked
+    stored = read_schedule(file.path, read_header(file.path))
+    if stored is None:
+        return marked
+    if is_marked_schedule(stored):
+        return NoiseSchedule("scaled_linear", zero_terminal_snr=float(stored.snr[-1]) == 0)
+    return stored
 
 
 def _prediction_type(file: LdmFile) -> PredictionType:

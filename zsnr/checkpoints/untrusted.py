@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 import re
 import stat
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
+
 _MOST_BRACKETS = 1_000_000
+_MOST_COMMAS = 2_000_000
 _MOST_JSON = 8 * 2**20
 _MOST_YAML = 200_000
 _MOST_NODES = 200_000
@@ -39,6 +44,34 @@ def open_regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
         yield file, status.st_size
 
 
+def open_archive(path: Path) -> dict[str, Any]:
+    """Open what torch.save wrote, on the CPU: tensors, which stay on disk, and plain values.
+
+    Raises:
+        ValueError: It is no such file, is packed, so that it would take more room than it has, or
+            holds something else.
+    """
+    with open_regular(path) as (file, size):
+        try:
+            members = zipfile.ZipFile(file).infolist()
+        except Exception as error:  # damaged archives fail in many ways
+            reason = clipped(str(error) or repr(error))
+            raise ValueError(f"{path} is not a readable checkpoint: {reason}") from error
+    packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
+    if packed or sum(member.file_size for member in members) > size:
+        raise ValueError(f"{path} is packed: wanted a checkpoint as training writes it.")
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path} holds more than tensors and plain values.") from error
+    except Exception as error:  # a pickle may fail in any way
+        reason = clipped(str(error) or repr(error))
+        raise ValueError(f"{path} is not a readable checkpoint: {reason}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is no checkpoint: it holds {shown(found)}.")
+    return found
+
+
 def read_small(path: Path, most: int) -> bytes:
     """Read a file of at most so many bytes.
 
@@ -63,8 +96,11 @@ def parse_json(data: bytes, what: str, *, strict: bool = False) -> dict[str, Any
     Raises:
         ValueError: It is none; says why.
     """
-    if data.count(b"[") + data.count(b"{") > _MOST_BRACKETS:
-        raise ValueError(f"{what} has over {_MOST_BRACKETS} lists and objects: no model needs so.")
+    if data.count(b"[") + data.count(b"{") > _MOST_BRACKETS or data.count(b",") > _MOST_COMMAS:
+        raise ValueError(
+            f"{what} has over {_MOST_BRACKETS} lists and objects or {_MOST_COMMAS} entries: no "
+            "model needs so many."
+        )
     try:
         found = json.loads(
             data.decode("utf-8"),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
@@ -31,6 +32,7 @@ class Remembered(Conditioner):
         self.context_dim, self.pooled_dim = inner.context_dim, inner.pooled_dim
         self.to(inner._place.device)
         self._rows: dict[str, Conditioning] = {}
+        self._passing = False
 
     @property
     def described(self) -> Conditioner:
@@ -55,17 +57,29 @@ class Remembered(Conditioner):
             )
         self._rows[prompt] = _row(row, 0)
 
+    @contextmanager
+    def passing(self) -> Iterator[None]:
+        """Keep the encoder loaded and remember nothing new, while many prompts come once each."""
+        self._passing = True
+        try:
+            yield
+        finally:
+            self._passing = False
+            self.inner.release()
+
     def forward(self, prompts: Sequence[str]) -> Conditioning:
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._rows]
+        rows = self._rows
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in rows]
         if new:
             # A row must not depend on where its prompt first came: in sampling, or in training
             # under a trainer's precision.
             with torch.no_grad(), torch.autocast(self._place.device.type, enabled=False):
                 encoded = self.inner(new)
-            self._rows.update((prompt, _row(encoded, i)) for i, prompt in enumerate(new))
-            self.inner.release()
-        rows = Conditioning.cat([self._rows[prompt] for prompt in prompts])
-        return rows.to(self._place.device)
+            rows = rows | {prompt: _row(encoded, i) for i, prompt in enumerate(new)}
+            if not self._passing:
+                self._rows = rows
+                self.inner.release()
+        return Conditioning.cat([rows[prompt] for prompt in prompts]).to(self._place.device)
 
     def settings(self) -> dict[str, Any]:
         return self.inner.settings()

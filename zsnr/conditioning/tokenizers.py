@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from zsnr.ldm_file import is_single_file, open_ldm_file, part_tokenizer
-from zsnr.pretrained import digest, find_file
+from zsnr.pretrained import digest, find_file, reason
 
 _FILES = (
     "tokenizer.json",
@@ -75,14 +75,12 @@ def transformers_tokenizer(
         return *bpe_tokenizer(name, length), length
     try:
         auto = AutoTokenizer.from_pretrained(pretrained, subfolder=subfolder or "")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        if auto.pad_token is None:
+            auto.pad_token = auto.eos_token
+        length = max_length or min(int(auto.model_max_length), 512)
+    except Exception as error:  # of files that somebody else wrote, in any way
         where = pretrained if subfolder is None else f"{pretrained} (subfolder {subfolder})"
-        raise ValueError(f"Cannot load a tokenizer from {where}: {reason}") from error
-    if auto.pad_token is None:
-        auto.pad_token = auto.eos_token
-
-    length = max_length or min(auto.model_max_length, 512)
+        raise ValueError(f"Cannot load a tokenizer from {where}: {reason(error)}") from error
 
     def tokenize(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         encoded = auto(

@@ -200,7 +200,6 @@ def pretrained_encoder(
     Raises:
         ValueError: It cannot be loaded, or its weights are not whole.
     """
-    from safetensors import SafetensorError
     from transformers import (
         AutoModel,
         CLIPTextModel,
@@ -212,14 +211,9 @@ def pretrained_encoder(
     by_type: dict[str, Any] = {"clip_text_model": clip, "t5": T5EncoderModel}
     model_type = pretrained_config(pretrained, subfolder).model_type
     cls = by_type.get(model_type, AutoModel)
-    try:
-        encoder: nn.Module = load_whole(
-            cls, pretrained, subfolder, what="a text encoder", spare="pooler"
-        )
-    except (RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        where = pretrained if subfolder is None else f"{pretrained} (subfolder {subfolder})"
-        raise ValueError(f"Cannot load a text encoder from {where}: {reason}") from error
+    encoder: nn.Module = load_whole(
+        cls, pretrained, subfolder, what="a text encoder", spare="pooler"
+    )
     return encoder
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+from zsnr.assets import resolve_asset
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,8 @@ class PromptRequest:
         height: Pixels. None = the model's own.
         width: Likewise.
         line: Line in the file, from 1.
+        group: What it is compared with: pictures of a group are averaged.
+        brightness_rank: Place of the group, from dark to bright. None = no matter.
     """
 
     prompt: str
@@ -28,6 +32,8 @@ class PromptRequest:
     height: int | None = None
     width: int | None = None
     line: int = 0
+    group: str = field(default="", repr=False)  # neither of the two decides the picture
+    brightness_rank: int | None = field(default=None, repr=False)
 
     @property
     def filename(self) -> str:
@@ -41,6 +47,8 @@ _TYPES = {
     "count": int,
     "height": int,
     "width": int,
+    "group": str,
+    "brightness_rank": int,
 }
 _DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(PromptRequest)}
 
@@ -49,8 +57,8 @@ def read_prompts(path: str | Path, seed: int = 0) -> list[PromptRequest]:
     """Read a prompts file.
 
     In a .txt every line is a prompt; in a .jsonl every line is an object with prompt
-    and, if wanted, negative_prompt, seed, count (seeds s .. s+n-1), height, width. Empty lines are
-    skipped. `seed` is that of lines that name none.
+    and, if wanted, negative_prompt, seed, count (seeds s .. s+n-1), height, width, group,
+    brightness_rank. Empty lines are skipped. `seed` is that of lines that name none.
 
     Raises:
         ValueError: No such file, another suffix, no prompts, or a bad line, with its number.
@@ -97,6 +105,11 @@ def parse_prompts(records: Sequence[Any], seed: int = 0) -> list[PromptRequest]:
     if not requests:
         raise ValueError("data.prompts holds no prompts.")
     return requests
+
+
+def brightness_suite() -> Path:
+    """Return the shipped prompts file for the paper's claim: groups from solid black to white."""
+    return Path(resolve_asset("asset:prompts")) / "brightness.jsonl"
 
 
 def _parse(record: Any, line: int, default_seed: int) -> list[PromptRequest]:

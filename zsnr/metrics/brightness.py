@@ -15,21 +15,6 @@ def brightness(images: Tensor) -> Tensor:
     return images.float().flatten(1).mean(1)
 
 
-def wasserstein_1d(a: Tensor, b: Tensor) -> float:
-    """Compute the 1-Wasserstein distance of two sets of numbers: the area between their CDFs.
-
-    Args:
-        a: Numbers, (n,).
-        b: Numbers, (m,).
-    """
-    a, b = a.double().sort().values, b.double().sort().values
-    steps = torch.cat([a, b]).sort().values
-    below = steps[:-1].contiguous()
-    shares = (torch.searchsorted(x, below, right=True) / len(x) for x in (a, b))
-    cdf_a, cdf_b = (share.double() for share in shares)
-    return float(((cdf_a - cdf_b).abs() * steps.diff()).sum())
-
-
 def mean_mode(latents: Tensor) -> float:
     """Measure how far the mean of a picture stands out of the noise: S of `principal_mean`."""
     return principal_mean(latents)[0]

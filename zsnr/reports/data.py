@@ -26,9 +26,10 @@ from zsnr.files import replacing
 from zsnr.metrics import brightness, kept_fraction, moved_mean, principal_mean
 from zsnr.oracle import GaussianDenoiser
 from zsnr.pipeline import to_image
-from zsnr.reports.flaw import Arm, oracle_samples
+from zsnr.reports.arms import Arm
+from zsnr.reports.flaw import oracle_samples
 from zsnr.reports.pictures import figure_of, picture_grid, save_figure
-from zsnr.samplers import DDIM
+from zsnr.samplers import get_sampler
 from zsnr.schedule import NoiseSchedule
 from zsnr.timesteps import get_timesteps
 
@@ -44,8 +45,8 @@ _LARGEST = 4 * 64 * 64  # numbers of a sample; of larger ones the exact denoiser
 _NUM_STEPS = 50
 _AHEAD = 32  # pictures that wait in memory
 _ARMS = (
-    Arm("original schedule", False, "trailing"),
-    Arm("rescaled schedule", True, "trailing"),
+    Arm("original schedule", "original", num_steps=_NUM_STEPS),
+    Arm("rescaled schedule", "rescaled", num_steps=_NUM_STEPS),
 )
 
 
@@ -196,7 +197,7 @@ def measure_space(name: str, latents: Tensor, size: int | None = None) -> SpaceR
         def along(x: Tensor) -> Tensor:
             return x.double().mean((2, 3)) @ direction
 
-        found = oracle_samples(latents, along, _ARMS, num_steps=_NUM_STEPS)
+        found = oracle_samples(latents, along, _ARMS)
         shown = {arm: (float(x.mean()), float(x.std())) for arm, x in found.items()}
         expected = {arm.name: gaussian_samples(arm, mean, std, h * w) for arm in _ARMS}
     else:
@@ -205,35 +206,49 @@ def measure_space(name: str, latents: Tensor, size: int | None = None) -> SpaceR
     return SpaceReport(name, mode, mean, std, kept, moved, shown, expected)
 
 
-def gaussian_samples(
-    arm: Arm, mean: float, std: float, pixels: int, num_steps: int = _NUM_STEPS
-) -> tuple[float, float]:
-    """Sample a Gaussian mode with its exact denoiser, by DDIM.
+def gaussian_samples(arm: Arm, mean: float, std: float, pixels: int) -> tuple[float, float]:
+    """Sample a Gaussian mode with its exact denoiser, by the arm's deterministic sampler.
 
     Each step is linear, so x_T = 0 ends at the samples' mean and x_T = 1 a spread beside it.
 
     Args:
-        arm: Schedule and spacing.
+        arm: The way to sample.
         mean: m, of the channels' means along a direction.
         std: Their spread along it.
         pixels: h w, over which they are means: the noise's spread is 1 / sqrt(h w).
-        num_steps: S.
 
     Returns:
         Mean and spread of the samples, in the units of `mean`.
     """
-    schedule = NoiseSchedule(zero_terminal_snr=arm.zero_terminal_snr)
+    schedule = arm.schedule_of(NoiseSchedule())
     denoiser = GaussianDenoiser(schedule, mean * pixels**0.5, std * pixels**0.5)
     x_T = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
-    ends = DDIM().sample(denoiser, schedule, x_T, get_timesteps(arm.spacing, num_steps))
+    timesteps = get_timesteps(arm.spacing, arm.num_steps, schedule=schedule)
+    ends = get_sampler(arm.sampler).sample(denoiser, schedule, x_T, timesteps)
     middle, beside = (ends.double().flatten() / pixels**0.5).tolist()
     return middle, beside - middle
 
 
 def _look(samples: Samples, size: int, most: int) -> tuple[Tensor, list[str], list[Fault]]:
     """Decode pictures evenly from the set, small; broken ones are left out."""
+    return look_at(samples, size, even_rows(samples, most))
+
+
+def look_at(
+    samples: Samples, size: int, rows: Sequence[int]
+) -> tuple[Tensor, list[str], list[Fault]]:
+    """Decode some pictures of a set as squares; broken ones are left out.
+
+    Args:
+        samples: The set.
+        size: Height and width, in pixels.
+        rows: Which ones.
+
+    Returns:
+        Images (N, 3, size, size) in [-1, 1], their captions, and what was broken.
+    """
     images, captions, faults = [torch.empty(0, 3, size, size, dtype=torch.uint8)], [], []
-    for item in _even(samples, size, most, "pictures"):
+    for item in _load(samples, size, rows, "pictures"):
         if isinstance(item, Fault):
             faults.append(item)
         else:
@@ -242,8 +257,16 @@ def _look(samples: Samples, size: int, most: int) -> tuple[Tensor, list[str], li
     return to_unit_range(torch.cat(images)), captions, faults
 
 
-def _even(samples: Samples, size: int, most: int, what: str) -> Iterator[dict[str, Any] | Fault]:
-    """Load samples evenly from the set, as squares, with a bar; broken ones become faults."""
+def even_rows(samples: Samples, most: int) -> list[int]:
+    """Choose at most so many rows, evenly from the set."""
+    count = min(most, len(samples))
+    return [i * (len(samples) - 1) // max(1, count - 1) for i in range(count)]
+
+
+def _load(
+    samples: Samples, size: int, rows: Sequence[int], what: str
+) -> Iterator[dict[str, Any] | Fault]:
+    """Load samples as squares, with a bar; broken ones become faults."""
     from tqdm import tqdm
 
     dataset = ShardDataset(replace(samples, shapes=[(size, size)], bucket=samples.bucket * 0))
@@ -255,10 +278,8 @@ def _even(samples: Samples, size: int, most: int, what: str) -> Iterator[dict[st
             sample, reason = samples[row], " ".join(str(error).split())
             return Fault("sample", sample.shard, sample.key, reason)
 
-    count = min(most, len(samples))
-    rows = [i * (len(samples) - 1) // max(1, count - 1) for i in range(count)]
-    with ThreadPoolExecutor(8) as pool, tqdm(total=count, desc=what, unit="picture") as bar:
-        for start in range(0, count, _AHEAD):
+    with ThreadPoolExecutor(8) as pool, tqdm(total=len(rows), desc=what, unit="picture") as bar:
+        for start in range(0, len(rows), _AHEAD):
             for item in pool.map(load, rows[start : start + _AHEAD]):
                 yield item
                 bar.update()
@@ -282,7 +303,7 @@ def _latent_space(
     large = math.prod(shape) > _LARGEST
     codec.to(device)
     parts = []
-    for item in _even(samples, image_size, _LATENTS, "latents"):
+    for item in _load(samples, image_size, even_rows(samples, _LATENTS), "latents"):
         if not isinstance(item, Fault):
             images = to_unit_range(item["image"][None]).to(device)
             latents = codec.latents(codec.encode(images)).cpu()

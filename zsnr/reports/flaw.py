@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,31 +11,16 @@ from torch import Tensor
 from zsnr.metrics import brightness
 from zsnr.noise import SampleNoise
 from zsnr.oracle import EmpiricalDenoiser
-from zsnr.samplers import DDIM
+from zsnr.reports.arms import Arm
+from zsnr.samplers import get_sampler
 from zsnr.schedule import NoiseSchedule
 from zsnr.timesteps import get_timesteps
 
-
-@dataclass(frozen=True)
-class Arm:
-    """One way to sample.
-
-    Args:
-        name: What to call it in tables.
-        zero_terminal_snr: Whether the schedule is rescaled.
-        spacing: The timestep spacing.
-    """
-
-    name: str
-    zero_terminal_snr: bool
-    spacing: str
-
-
 ARMS = (
-    Arm("original schedule, leading", False, "leading"),
-    Arm("original schedule, trailing", False, "trailing"),
-    Arm("rescaled schedule, leading", True, "leading"),
-    Arm("rescaled schedule, trailing (fixed)", True, "trailing"),
+    Arm("original schedule, leading", "original", "leading"),
+    Arm("original schedule, trailing", "original", "trailing"),
+    Arm("rescaled schedule, leading", "rescaled", "leading"),
+    Arm("rescaled schedule, trailing (fixed)", "rescaled", "trailing"),
 )
 
 
@@ -53,41 +38,52 @@ def oracle_brightness(
     Returns:
         Brightness of the samples, (num_samples,), by the arm's name.
     """
-    return oracle_samples(images, brightness, ARMS, num_samples, num_steps, batch_size)
+    arms = [replace(arm, num_steps=num_steps) for arm in ARMS]
+    return oracle_samples(images, brightness, arms, range(num_samples), batch_size)
 
 
 def oracle_samples(
     images: Tensor,
     measure: Callable[[Tensor], Tensor],
     arms: Sequence[Arm] = ARMS,
-    num_samples: int = 256,
-    num_steps: int = 50,
+    seeds: Sequence[int] = range(256),
     batch_size: int = 64,
+    schedule: NoiseSchedule = NoiseSchedule(),
 ) -> dict[str, Tensor]:
-    """Do as `oracle_brightness`, and measure what is asked for.
+    """Sample each arm with the exact denoiser of `images`, from the same noise.
 
     Args:
         images: (N, C, h, w), in pixels or latents.
-        measure: (B, C, h, w) of samples to (B,).
-        arms: The ways to sample.
-        num_samples: Samples of each arm.
-        num_steps: S.
+        measure: (B, C, h, w) of samples to (B, *), what is kept of them.
+        arms: The ways to sample; guidance does not count.
+        seeds: One a sample.
         batch_size: Samples at a time.
+        schedule: Whose original and rescaled form the arms name.
+
+    Returns:
+        (len(seeds), *), by the arm's name.
     """
     from tqdm import tqdm
 
     found: dict[str, Tensor] = {}
-    starts = range(0, num_samples, batch_size)
-    with tqdm(total=len(arms) * len(starts), desc="exact denoiser", unit="batch") as bar:
+    starts = range(0, len(seeds), batch_size)
+    steps = len(starts) * sum(arm.num_steps for arm in arms)
+    with tqdm(total=steps, desc="exact denoiser", unit="step") as bar:
         for arm in arms:
-            schedule = NoiseSchedule(zero_terminal_snr=arm.zero_terminal_snr)
-            denoiser = EmpiricalDenoiser(schedule, images)
-            timesteps = get_timesteps(arm.spacing, num_steps)
-            rows = []
+            own = arm.schedule_of(schedule)
+            denoiser = EmpiricalDenoiser(own, images)
+            grid = get_timesteps(arm.spacing, arm.num_steps, own.num_timesteps, schedule=own)
+            sampler, rows = get_sampler(arm.sampler), []
             for start in starts:
-                seeds = range(start, min(start + batch_size, num_samples))
-                x_T = SampleNoise(seeds).randn(images.shape[1:])
-                rows.append(measure(DDIM().sample(denoiser, schedule, x_T, timesteps)))
-                bar.update()
+                noise = SampleNoise(seeds[start : start + batch_size])
+                samples = sampler.sample(
+                    denoiser,
+                    own,
+                    noise.randn(images.shape[1:]),
+                    grid,
+                    randn_like=noise.randn_like,
+                    callback=lambda *_: bar.update(),
+                )
+                rows.append(measure(samples))
             found[arm.name] = torch.cat(rows)
     return found

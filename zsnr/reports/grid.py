@@ -18,7 +18,7 @@ from zsnr.data.samples import select
 from zsnr.data.sources import Sources, find_shards
 from zsnr.data.storage import Storage
 from zsnr.files import check_new, replacing
-from zsnr.metrics.brightness import wasserstein_1d
+from zsnr.metrics import wasserstein_1
 from zsnr.noise import SampleNoise
 from zsnr.oracle import EmpiricalDenoiser, span
 from zsnr.samplers import Sampler, get_sampler
@@ -87,15 +87,15 @@ class GridLoss:
             get_timesteps("log_snr", fine, schedule.num_timesteps, schedule=schedule)
         )
         self._exact = exact @ self._brightness, (exact @ self._modes.T).std(0)
-        self.fine_to_data = wasserstein_1d(self._exact[0], self._data)
+        self.fine_to_data = wasserstein_1(self._exact[0], self._data)
 
     def __call__(self, grid: Tensor | Sequence[int]) -> Loss:
         ends = self._sample(grid)
         brightness, (exact, spread) = ends @ self._brightness, self._exact
         return Loss(
-            wasserstein_1d(brightness, exact) / float(self._data.std()),
+            wasserstein_1(brightness, exact) / float(self._data.std()),
             float(((ends @ self._modes.T).std(0) / spread - 1).abs().mean()),
-            wasserstein_1d(brightness, self._data),
+            wasserstein_1(brightness, self._data),
         )
 
     def _sample(self, grid: Tensor | Sequence[int]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,8 @@ from zsnr.files import replacing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+_DPI = 110
 
 
 def picture_grid(images: Sequence[Image], columns: int, gap: int = 2) -> Image:
@@ -37,7 +40,52 @@ def figure_of(width: float, height: float, rows: int = 1, sharex: bool = True) -
     return figure, figure.subplots(rows, 1, sharex=sharex)
 
 
+def panel_figure(
+    images: Sequence[Sequence[Image]], rows: Sequence[str], columns: Sequence[str], title: str
+) -> Any:
+    """Make a figure of pictures in rows and columns, with labels beside and above them.
+
+    Args:
+        images: One list a row.
+        rows: A label a row.
+        columns: A label a column.
+        title: Above all.
+    """
+    from textwrap import fill
+
+    from matplotlib.figure import Figure
+
+    side = min(3.0, 12 / len(columns))
+    shape = max(image.height / image.width for row in images for image in row)
+    figure = Figure(
+        figsize=(side * len(columns) + 1.2, side * shape * len(rows) + 0.9), layout="constrained"
+    )
+    figure.suptitle(title, fontsize=10)
+    axes = figure.subplots(len(rows), len(columns), squeeze=False)
+    for i, row in enumerate(images):
+        for j, image in enumerate(row):
+            axis = axes[i, j]
+            axis.imshow(image, interpolation="nearest" if image.width < 256 else "antialiased")
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_color("0.8")
+            if i == 0:
+                axis.set_title(columns[j], fontsize=9)
+            if j == 0:
+                label = "\n".join(fill(line, 22) for line in rows[i].split("\n"))
+                axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
+    return figure
+
+
 def save_figure(figure: Any, path: Path) -> None:
     """Write a figure as PNG."""
     with replacing(path) as beside:
-        figure.savefig(beside, format="png", dpi=110)
+        figure.savefig(beside, format="png", dpi=_DPI)
+
+
+def figure_image(figure: Any) -> Image:
+    """Draw a figure as a picture."""
+    from PIL import Image as PILImage
+
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=_DPI)
+    return PILImage.open(drawn).convert("RGB")

@@ -16,8 +16,12 @@ from zsnr.timesteps import available_spacings, get_timesteps
 _ROWS = 11  # timesteps of the printed table
 
 
-def find_schedule(target: str) -> NoiseSchedule:
+def find_schedule(target: str, *, open_pickle: bool = False) -> NoiseSchedule:
     """Find a schedule by its kind, or in what `zsnr doctor` reads.
+
+    Args:
+        target: One of these.
+        open_pickle: Open a checkpoint that has no run.json, tensors and plain values only.
 
     Raises:
         ValueError: It is neither.
@@ -26,7 +30,7 @@ def find_schedule(target: str) -> NoiseSchedule:
         return NoiseSchedule(cast(BetaKind, target))
     from zsnr.checkpoints.doctor import examine
 
-    found = examine(target)
+    found = examine(target, open_pickle=open_pickle)
     if "schedule" not in found.facts:
         known = ", ".join(get_args(BetaKind))
         raise ValueError(f"{found.reason} Known kinds: {known}.")
@@ -75,9 +79,8 @@ def schedule_text(schedule: NoiseSchedule, facts: dict[str, Any], name: str) -> 
     """Write the facts as tables for a terminal; timesteps count from 0."""
     T = schedule.num_timesteps
     original, rescaled = facts["original"], facts["rescaled"]
-    kind = "rescaled to zero terminal SNR" if schedule.snr[-1] == 0 else "keeps signal at the end"
     lines = [
-        f"{name}: {_describe(schedule)}, {T} timesteps, {kind}",
+        f"{name}: {schedule_title(schedule)}",
         "",
         f"{'':14}{'original':>14}{'rescaled':>14}",
         f"{'SNR(T)':14}{original['snr_T']:14.6g}{rescaled['snr_T']:14.6g}",
@@ -98,6 +101,12 @@ def schedule_text(schedule: NoiseSchedule, facts: dict[str, Any], name: str) -> 
     return "\n".join(lines)
 
 
+def schedule_title(schedule: NoiseSchedule) -> str:
+    """Say in a line what a schedule is."""
+    kind = "rescaled to zero terminal SNR" if schedule.snr[-1] == 0 else "keeps signal at the end"
+    return f"{_describe(schedule)}, {schedule.num_timesteps} timesteps, {kind}"
+
+
 def plot_schedule(facts: dict[str, Any], path: Path) -> None:
     """Draw log SNR(t) and sqrt(abar_t), original and rescaled (Figure 2), and the grids.
 
@@ -108,7 +117,16 @@ def plot_schedule(facts: dict[str, Any], path: Path) -> None:
     Raises:
         OSError: It cannot be written.
     """
-    figure, (upper, middle, lower) = figure_of(7, 8, rows=3)
+    figure = schedule_figure(facts)
+    try:
+        save_figure(figure, path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror}.") from error
+
+
+def schedule_figure(facts: dict[str, Any], width: float = 7, height: float = 8) -> Any:
+    """Make that figure of so many inches: of the facts of `schedule_facts`."""
+    figure, (upper, middle, lower) = figure_of(width, height, rows=3)
     for name, style in (("original", "--"), ("rescaled", "-")):
         curve = facts[name]
         logs = [math.nan if value is None else value for value in curve["log_snr"]]
@@ -124,10 +142,7 @@ def plot_schedule(facts: dict[str, Any], path: Path) -> None:
     lower.set_ylim(-0.6, len(spacings) - 0.4)
     lower.invert_yaxis()
     lower.set_xlabel(f"t, and the timesteps of {facts['num_steps']} steps")
-    try:
-        save_figure(figure, path)
-    except OSError as error:
-        raise OSError(f"{path} cannot be written: {error.strerror}.") from error
+    return figure
 
 
 def to_json(facts: dict[str, Any]) -> str:

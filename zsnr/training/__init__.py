@@ -1,9 +1,11 @@
 """Training with Lightning."""
 
-from zsnr.training.callbacks import PredictionWriter, Previews, Throughput
+from zsnr.training.board import TrainingBoard
+from zsnr.training.callbacks import PredictionWriter, Previews
 from zsnr.training.checkpointing import CheckpointFiles, Checkpoints
 from zsnr.training.data import DataModule
 from zsnr.training.ema import EMAConfig
+from zsnr.training.image_metrics import ImageMetrics
 from zsnr.training.module import LatentDiffusion, LearningRate
 from zsnr.training.preemption import Preemption
 from zsnr.training.strategy import FullyShardedStrategy
@@ -15,11 +17,12 @@ __all__ = [
     "DataModule",
     "EMAConfig",
     "FullyShardedStrategy",
+    "ImageMetrics",
     "LatentDiffusion",
     "LearningRate",
     "PredictionWriter",
     "Preemption",
     "Previews",
-    "Throughput",
+    "TrainingBoard",
     "Watchdog",
 ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,21 +13,26 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback
 from PIL import Image
+from torch import Tensor
 
 from zsnr.checkpoints import sharded
 from zsnr.checkpoints.own import describe_model
+from zsnr.data.images import to_unit_range
 from zsnr.data.prompts import PromptRequest
 from zsnr.files import replacing
+from zsnr.metrics.luma import luma
 from zsnr.noise import sample_generator
 from zsnr.pipeline import save_png
 from zsnr.reports.pictures import picture_grid
+from zsnr.training.loggers import log_luma, log_picture
 from zsnr.training.module import LatentDiffusion
 
 
 class Previews(Callback):
     """Samples from the same prompts and seeds as training goes on, by the sampling path of predict.
 
-    Written to the folder `previews` of the run and, as grids, to TensorBoard and W&B.
+    Written to the folder `previews` of the run and, as grids, to TensorBoard and W&B; their mean
+    luma to all loggers, and its histograms to TensorBoard.
 
     Args:
         prompts: One picture each.
@@ -88,33 +92,18 @@ class Previews(Callback):
         everyone = trainer.strategy.all_gather(pixels.to(trainer.strategy.root_device))
         by_prompt = everyone.reshape(ranks, *pixels.shape).transpose(0, 1).flatten(0, 1)
         if trainer.is_global_zero:
-            pictures = [Image.fromarray(p) for p in by_prompt[: len(self.prompts)].cpu().numpy()]
-            self._write(trainer, picture_grid(pictures, self.columns), step)
+            self._write(trainer, by_prompt[: len(self.prompts)].cpu(), step)
 
-    def _write(self, trainer: L.Trainer, grid: Image.Image, step: int) -> None:
+    def _write(self, trainer: L.Trainer, pixels: Tensor, step: int) -> None:
+        """Write pictures (N, H, W, 3), uint8, to the run's folder and its loggers."""
+        grid = picture_grid([Image.fromarray(p) for p in pixels.numpy()], self.columns)
         save_png(grid, Path(trainer.default_root_dir) / "previews" / f"step-{step:08d}.png")
+        done_before = step - 1  # so are scalars counted, and what a resumed run keeps
+        log_picture(trainer.loggers, "previews", grid, done_before)
+        values = luma(to_unit_range(pixels.permute(0, 3, 1, 2))).flatten(1)
+        log_luma(trainer.loggers, "previews", values.mean(1), values, done_before)
         for logger in trainer.loggers:
-            if hasattr(logger, "log_image"):  # W&B
-                logger.log_image("previews", [grid], step=step)
-            elif hasattr(logger.experiment, "add_image"):  # TensorBoard
-                logger.experiment.add_image("previews", np.asarray(grid), step, dataformats="HWC")
-
-
-class Throughput(Callback):
-    """Logs images a second, over all devices, between two logged steps."""
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        self._since, self._step = time.perf_counter(), trainer.global_step
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        steps = trainer.global_step - self._step
-        if steps >= trainer.log_every_n_steps:
-            now = time.perf_counter()
-            rate = steps * batch["global_batch_size"] / (now - self._since)
-            pl_module.log("train/images_per_second", rate)
-            self._since, self._step = now, trainer.global_step
+            logger.log_metrics({"luma_mean/previews": float(values.mean())}, done_before)
 
 
 class PredictionWriter(BasePredictionWriter):

@@ -307,22 +307,43 @@ class DataModule(L.LightningDataModule):
             return []
         trainer = self.trainer
         assert trainer is not None
+        number = min(len(self._val), self.val_samples or len(self._val))
+        batches = batches_by_bucket(self._val, range(number), self._share())
+        mine = dealt(batches, trainer.global_rank, trainer.world_size)
+        return self._loader(self._as_indexed("data.val", self._val), batch_sampler=mine)
+
+    def spread(self, count: int) -> DataLoader[dict[str, Any]] | list[Any]:
+        """Load up to `count` samples spread evenly over the training data, the same on all ranks.
+
+        They are cropped as in validation. Where training reads a stream they are of data.val.
+        """
+        name = "data.train" if isinstance(self._train, Samples) else "data.val"
+        samples = self._train if isinstance(self._train, Samples) else self._val
+        if samples is None:
+            return []
+        taken = min(count, len(samples))
+        rows = [i * len(samples) // taken for i in range(taken)]
+        batches = batches_by_bucket(samples, rows, self._share())
+        return self._loader(self._as_indexed(name, samples), batch_sampler=batches)
+
+    def _share(self) -> int:
+        """Samples that a device holds at a time, at most."""
+        assert self.trainer is not None
+        share: int = max(1, self.batch_size // self.trainer.world_size)
+        return min(share, self.max_batch_size_per_device or share)
+
+    def _as_indexed(self, name: str, samples: Samples) -> ShardDataset:
+        """Read samples in the order of the index, without chance."""
         cls, crop = ShardDataset, Pixels.crop
-        if "data.val" in self.caches:
+        if name in self.caches:
             cls, crop = CacheDataset, self.pixels.crop  # those that it was made with
-        dataset = cls(
-            self._val,
+        return cls(
+            samples,
             pixels=Pixels(crop=crop, max_pixels=self.pixels.max_pixels),
             captions=self.captions,
             retries=self.retries,
             seed=self.seed,
         )
-        number = min(len(dataset), self.val_samples or len(dataset))
-        share = max(1, self.batch_size // trainer.world_size)
-        each = min(share, self.max_batch_size_per_device or share)
-        batches = batches_by_bucket(self._val, range(number), each)
-        mine = dealt(batches, trainer.global_rank, trainer.world_size)
-        return self._loader(dataset, batch_sampler=mine)
 
     def test_dataloader(self) -> DataLoader[dict[str, Any]] | list[Any]:
         return self.val_dataloader()

@@ -80,7 +80,8 @@ def _draws(
 def _timestep(seed: int, step: int, slot: int, batch_size: int, num_timesteps: int) -> int:
     """One of the batch's equal slices of [0, T), a random one for each slot, and a place in it."""
     permutation, offsets = _strata(seed, step, batch_size)
-    return int((permutation[slot] + offsets[slot]) / batch_size * num_timesteps)
+    T = num_timesteps
+    return (permutation[slot] * T + int(offsets[slot] * T)) // batch_size
 
 
 @lru_cache(maxsize=4)

@@ -33,7 +33,7 @@ def run_facts(trainer: L.Trainer, module: LatentDiffusion) -> dict[str, Any]:
     metrics = {
         name: float(value)
         for name, value in trainer.callback_metrics.items()
-        if name == "val/loss" and torch.as_tensor(value).isfinite()
+        if (name == "val/loss" or name.startswith("metrics/")) and torch.as_tensor(value).isfinite()
     }
     return {
         "format": FORMAT,
@@ -64,3 +64,20 @@ def _public(path: str) -> str:
         return path
     parts = urlsplit(path)
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def public_config(config: str) -> str:
+    """Write a config's YAML again for all to see, as `public_sources` does."""
+    import yaml  # type: ignore[import-untyped]
+
+    values = _published(yaml.safe_load(config))
+    text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
+    return text
+
+
+def _published(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _published(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_published(part) for part in value]
+    return _public(value) if isinstance(value, str) else value

@@ -6,6 +6,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import lightning as L
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from zsnr.data.order import accumulation
@@ -38,6 +39,18 @@ class GlobalBatch(L.Callback):
                 f"trainer.accumulate_grad_batches={asked}, but data.batch_size={data.batch_size} "
                 f"on {trainer.world_size} ranks with data.max_batch_size_per_device={most} is "
                 f"{wanted}: leave it out, and set data.max_batch_size_per_device."
+            )
+        if any(isinstance(each, GradientAccumulationScheduler) for each in trainer.callbacks):
+            raise ValueError(
+                "GradientAccumulationScheduler would take other steps than data.batch_size says: "
+                "leave it out of trainer.callbacks, and set data.max_batch_size_per_device."
+            )
+        if trainer.limit_train_batches != 1.0 and not (
+            trainer.fast_dev_run or trainer.overfit_batches
+        ):
+            raise ValueError(
+                f"trainer.limit_train_batches={trainer.limit_train_batches} would train on the "
+                "same batches again and again: set trainer.max_steps."
             )
         interval = _INTERVALS.setdefault(trainer, trainer.val_check_interval)
         if isinstance(interval, int):

@@ -28,10 +28,13 @@ from zsnr.lora import LoRA
 from zsnr.loss import LossWeighting
 from zsnr.samplers import Sampler, get_sampler
 from zsnr.schedule import NoiseSchedule
+from zsnr.training.board import TrainingBoard
 from zsnr.training.callbacks import PredictionWriter
 from zsnr.training.checkpointing import CheckpointFiles, Checkpoints, find_last
 from zsnr.training.data import DataModule, check_shards, read_requests
-from zsnr.training.loggers import continue_loggers
+from zsnr.training.facts import public_config
+from zsnr.training.image_metrics import ImageMetrics, check_files
+from zsnr.training.loggers import begin_loggers, continue_loggers, default_loggers
 from zsnr.training.module import (
     LatentDiffusion,
     check_lora,
@@ -40,7 +43,7 @@ from zsnr.training.module import (
     check_unsharded,
 )
 from zsnr.training.preemption import Preemption, listen, restarted
-from zsnr.training.strategy import FullyShardedStrategy
+from zsnr.training.strategy import FullyShardedStrategy, check_strategy
 from zsnr.training.watchdog import Watchdog
 
 # Short options of every command that samples; --sampler and --seed need more than a name.
@@ -78,6 +81,14 @@ class SaveConfigOfFit(SaveConfigCallback):
         if stage == "fit":
             super().setup(trainer, pl_module, stage)
 
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give it to the board too, which other people see: without secrets."""
+        config = self.config.clone()
+        config.ckpt_path = None  # a resumed run has the same settings
+        for callback in trainer.callbacks:
+            if isinstance(callback, TrainingBoard):
+                callback.config = public_config(self.parser.dump(config))
+
 
 class ZsnrCLI(LightningCLI):
     """fit, validate, test and predict from YAML."""
@@ -85,6 +96,8 @@ class ZsnrCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(PredictionWriter, "output")
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
+        parser.add_lightning_class_args(ImageMetrics, "metrics")
+        parser.add_lightning_class_args(TrainingBoard, "board")
         parser.add_lightning_class_args(Watchdog, "watchdog")
         parser.add_lightning_class_args(Preemption, "preemption")
         parser.link_arguments("data.image_size", "model.image_size")
@@ -98,8 +111,15 @@ class ZsnrCLI(LightningCLI):
             raise ValueError(short_message(str(error))) from error
         self.trainer.strategy.checkpoint_io = CheckpointFiles()
 
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        trainer = self._get(self.config_init, "trainer")
+        if trainer.logger is None:
+            kwargs["logger"] = default_loggers(trainer.default_root_dir or ".")
+        return super().instantiate_trainer(**kwargs)
+
     def before_fit(self) -> None:
-        """Refuse a batch that does not divide; let the loggers go on with a resumed run."""
+        """Refuse what cannot train; let the loggers go on with a resumed run."""
+        check_strategy(self.trainer.strategy)
         data = self.datamodule
         accumulation(data.batch_size, self.trainer.world_size, data.max_batch_size_per_device)
         if isinstance(self.trainer.strategy, FullyShardedStrategy):
@@ -108,8 +128,11 @@ class ZsnrCLI(LightningCLI):
         for callback in self.trainer.checkpoint_callbacks:
             if isinstance(callback, Checkpoints):
                 callback.resumed_from = Path(checkpoint).name if checkpoint else ""
-        if checkpoint is not None and self.trainer.is_global_zero:
-            continue_loggers(self.trainer.loggers, open_checkpoint(checkpoint)["global_step"])
+        if self.trainer.is_global_zero:
+            if checkpoint is None:
+                begin_loggers(self.trainer.loggers)
+            else:
+                continue_loggers(self.trainer.loggers, open_checkpoint(checkpoint)["global_step"])
 
     def before_instantiate_classes(self) -> None:
         """Refuse what cannot work before a model or data is loaded."""
@@ -138,6 +161,8 @@ class ZsnrCLI(LightningCLI):
                     "prediction_type": model.prediction_type,
                 },
             )
+        if self.subcommand != "predict":
+            check_files(config.metrics, writes_once=self.subcommand != "fit")
         if self.subcommand == "predict":
             config.trainer.logger = False  # it logs nothing, and a CSV logger would start anew
             if data.prompts is None or config.output.folder is None:
@@ -288,6 +313,7 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec")
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     warnings.filterwarnings("ignore", message=".*infer the batch indices fetched")
+    warnings.filterwarnings("ignore", message=".*sync_dist=True")  # they are reduced already
     warnings.filterwarnings("ignore", message=".*across ranks is zero")  # no validation data
     warnings.filterwarnings("ignore", message=".*broadcast_buffers. is deprecated")
     warnings.filterwarnings("ignore", message=".*dirpath has changed from")
@@ -326,7 +352,12 @@ _BASES: dict[str, type[Any]] = {
 def _option_names() -> list[str]:
     """List the settings of model, data and trainer, down to the fields of dataclasses."""
     names: list[str] = []
-    for group, cls in (("model", LatentDiffusion), ("data", DataModule), ("trainer", Trainer)):
+    for group, cls in (
+        ("model", LatentDiffusion),
+        ("data", DataModule),
+        ("trainer", Trainer),
+        ("metrics", ImageMetrics),
+    ):
         for name, parameter in inspect.signature(cls.__init__).parameters.items():
             names.append(f"{group}.{name}")
             default = parameter.default

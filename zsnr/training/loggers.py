@@ -1,15 +1,124 @@
-"""Loggers of a resumed run go on where the checkpoint was written, in the same files."""
+"""What loggers show besides scalars, and how those of a resumed run go on in the same files."""
 
 from __future__ import annotations
 
 import csv
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_BINS = 30  # of a histogram: what TensorBoard draws, so it moves nothing
+
+
+def default_loggers(folder: str | Path) -> list[TensorBoardLogger | CSVLogger]:
+    """Return what logs where nothing is said: `tensorboard` and `metrics` of a run's folder."""
+    return [
+        TensorBoardLogger(folder, name="tensorboard", version=""),
+        CSVLogger(folder, name="metrics"),
+    ]
+
+
+def log_picture(loggers: Iterable[Any], name: str, image: Image, step: int) -> None:
+    """Show a picture in TensorBoard and W&B.
+
+    Args:
+        loggers: Of the trainer.
+        name: The tag.
+        image: What to show.
+        step: As scalars count: steps done before the one that is shown.
+    """
+    import numpy as np
+
+    for logger in loggers:
+        if hasattr(logger, "log_image"):  # W&B
+            logger.log_image(name, [image], step=step)
+        elif isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_image(name, np.asarray(image), step, dataformats="HWC")
+
+
+def log_luma(loggers: Iterable[Any], name: str, means: Tensor, pixels: Tensor, step: int) -> None:
+    """Show how luma is distributed: over pixels, and the mean of each picture over pictures.
+
+    Histograms in TensorBoard, from -1 (black) to 1 (white).
+
+    Args:
+        loggers: Of the trainer.
+        name: Whose luma it is.
+        means: Of the pictures, on the CPU.
+        pixels: Their pixels, or some of them, on the CPU.
+        step: As in `log_picture`.
+    """
+    groups = {"luma_of_pictures": means.flatten(), "luma_of_pixels": pixels.flatten()}
+    edges = torch.linspace(-1, 1, _BINS + 1, dtype=torch.float64)
+    for logger in loggers:
+        if not isinstance(logger, TensorBoardLogger):
+            continue
+        for group, values in groups.items():
+            counts = torch.histogram(values.double(), edges).hist
+            logger.experiment.add_histogram_raw(
+                f"{group}/{name}",
+                min=-1.0,
+                max=1.0,
+                num=len(values),
+                sum=float(values.double().sum()),
+                sum_squares=float(values.double().square().sum()),
+                bucket_limits=edges[1:].tolist(),
+                bucket_counts=counts.tolist(),
+                global_step=step,
+            )
+
+
+def log_text(loggers: Iterable[Any], name: str, markdown: str, step: int) -> None:
+    """Show text in TensorBoard."""
+    for logger in loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_text(name, markdown, step)
+
+
+def log_settings(
+    loggers: Iterable[Any], settings: Mapping[str, Any], metrics: Iterable[str]
+) -> None:
+    """Put a run into TensorBoard's table of hyperparameters, or W&B's.
+
+    Args:
+        loggers: Of the trainer.
+        settings: Plain values.
+        metrics: Tags of scalars that the table shows beside them, as they stand in the log.
+    """
+    for logger in loggers:
+        if isinstance(logger, TensorBoardLogger):
+            from torch.utils.tensorboard.summary import hparams
+
+            # log_hyperparams would log a value of each metric as well
+            writer = logger.experiment._get_file_writer()
+            shown: Any = hparams  # untyped
+            for summary in shown(dict(settings), dict.fromkeys(metrics, 0.0)):
+                writer.add_summary(summary)
+        elif not isinstance(logger, CSVLogger):
+            logger.log_hyperparams(dict(settings))
+
+
+def log_layout(loggers: Iterable[Any], layout: Mapping[str, Any]) -> None:
+    """Lay out TensorBoard's tab of charts with several curves: {group: {chart: [kind, tags]}}."""
+    for logger in loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_custom_scalars(layout)
+
+
+def begin_loggers(loggers: Iterable[Any]) -> None:
+    """Make TensorBoard forget what a run in the same folder logged that left no checkpoint."""
+    for logger in loggers:
+        if isinstance(logger, TensorBoardLogger):
+            _purge(logger, 0)
 
 
 def continue_loggers(loggers: Iterable[Any], step: int) -> None:
@@ -32,9 +141,15 @@ def continue_loggers(loggers: Iterable[Any], step: int) -> None:
             trained = [number for number, path in versions.items() if _is_of_fit(path)]
             logger._version = max(trained or versions, default=None)
         if isinstance(logger, TensorBoardLogger):
-            logger._kwargs.setdefault("purge_step", step)
+            _purge(logger, step)
         else:
             _continue_csv(logger, step)
+
+
+def _purge(logger: TensorBoardLogger, step: int) -> None:
+    """Make TensorBoard forget what older files hold of this step and those behind it."""
+    if logger._kwargs.get("purge_step") is None:  # the command line sets it, to None
+        logger._kwargs["purge_step"] = step
 
 
 def _is_of_fit(folder: Path) -> bool:

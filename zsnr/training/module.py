@@ -16,6 +16,7 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import AdamW
@@ -43,7 +44,14 @@ from zsnr.training.ema import EMAConfig, averaged_copy, update_average
 from zsnr.training.facts import run_facts
 from zsnr.training.global_batch import GlobalBatch
 from zsnr.training.progress import NonFiniteError, Progress
-from zsnr.training.strategy import FullyShardedStrategy, reshard, squared_norm
+from zsnr.training.strategy import (
+    FullyShardedStrategy,
+    check_strategy,
+    reshard,
+    squared_norm,
+    without_gradient,
+)
+from zsnr.training.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -232,6 +240,11 @@ class LatentDiffusion(L.LightningModule):
             for block in self._unet_of(self.trained).blocks():  # forward: hooks stay outside
                 block.forward = torch.compile(block.forward, backend=self.compile_backend)
         strategy = self.trainer.strategy
+        if isinstance(strategy, DDPStrategy) and "conditioner" in self.trained:
+            self._ddp_params_and_buffers_to_ignore = [
+                f"trained.conditioner.{name}"
+                for name in without_gradient(self.trained["conditioner"])
+            ]
         if isinstance(strategy, FullyShardedStrategy):
             for modules in (self.trained, self.ema):
                 if modules is not None:
@@ -245,6 +258,8 @@ class LatentDiffusion(L.LightningModule):
         return unet
 
     def setup(self, stage: str) -> None:
+        if stage == "fit":
+            check_strategy(self.trainer.strategy)
         if stage == "fit" and isinstance(self.trainer.strategy, FullyShardedStrategy):
             check_unsharded(isinstance(self.trained["unet"], AdaptedUNet))
         precision = str(self.trainer.precision)
@@ -354,6 +369,7 @@ class LatentDiffusion(L.LightningModule):
             self._progress.add(totals, counts)
         self.log("train/loss", loss, prog_bar=True, rank_zero_only=True)
         self.log("train/grad_norm", norm, rank_zero_only=True)
+        self.log("train/learning_rate", optimizer.param_groups[0]["lr"], rank_zero_only=True)
         self.log("train/terminal_exposures", self._progress.terminal, rank_zero_only=True)
         self.log("train/skipped_steps", self._progress.skipped, rank_zero_only=True)
         if (self.trainer.global_step + 1) % max(1, self.trainer.log_every_n_steps) == 0:
@@ -447,6 +463,7 @@ class LatentDiffusion(L.LightningModule):
             "loss over that of the start, converted. 1 = as good as the start was."
         )
         bar = self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None
+        watchdogs = [each for each in self.trainer.callbacks if isinstance(each, Watchdog)]
         self.on_validation_epoch_start()
         modes = [(part, part.training) for part in self.modules()]
         self.eval()
@@ -454,17 +471,20 @@ class LatentDiffusion(L.LightningModule):
         with torch.no_grad(), self.trainer.precision_plugin.val_step_context():
             some = islice(batches, count)
             for batch in tqdm(some, "measuring the start", total=count, disable=not bar):
+                for watchdog in watchdogs:
+                    watchdog.note(self.trainer, "measures the start")
                 batch = self._on_before_batch_transfer(batch)
                 self._add_validation(self.trainer.strategy.batch_to_device(batch), start)
         self.trainer.training = True
         for part, mode in modes:
             part.training = mode
         reshard(self)
-        sums, counts = self.trainer.strategy.reduce(self._val_sums, reduce_op="sum")
+        sums, _, counts = self.trainer.strategy.reduce(self._val_sums, reduce_op="sum")
         self._start_losses = (sums / counts).tolist()
 
     def on_validation_epoch_start(self) -> None:
-        self._val_sums = torch.zeros(2, len(self._val_strata), device=self.device)
+        # Losses with the weights that sample, and with the raw ones beside averaged; counts.
+        self._val_sums = torch.zeros(3, len(self._val_strata), device=self.device)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         self._add_validation(batch)
@@ -473,20 +493,29 @@ class LatentDiffusion(L.LightningModule):
         draws = validation_draws(
             self.seed, batch["position"].tolist(), self._val_strata, self._latent_shape(batch)
         )
-        losses = self._losses(batch, draws, ema=start is None, start=start)
-        counts = (batch["position"] >= 0).to(losses)  # others only keep the ranks in step
+        noised = self._noised(batch, draws)
+        losses = [self._losses(batch, draws, ema=start is None, start=start, noised=noised)]
+        if self.ema is not None and start is None:
+            losses.append(self._losses(batch, draws, ema=False, noised=noised))
+        counts = (batch["position"] >= 0).to(losses[0])  # others only keep the ranks in step
         stratum = batch["position"] % len(self._val_strata)
-        self._val_sums[0].index_add_(0, stratum, losses * counts)
-        self._val_sums[1].index_add_(0, stratum, counts)
+        for sums, values in zip(self._val_sums, losses, strict=False):
+            sums.index_add_(0, stratum, values * counts)
+        self._val_sums[2].index_add_(0, stratum, counts)
 
     def on_validation_epoch_end(self) -> None:
         reshard(self)
-        sums, counts = self.trainer.strategy.reduce(self._val_sums, reduce_op="sum")
+        sums, raw, counts = self.trainer.strategy.reduce(self._val_sums, reduce_op="sum")
         # Reduced already, so the same on every rank.
         self.log("val/loss", sums.sum() / counts.sum(), prog_bar=True, rank_zero_only=True)
-        for t, total, count in zip(self._val_strata.tolist(), sums, counts, strict=True):
-            if count > 0:
-                self.log(f"val_by_timestep/t{t:04d}", total / count, rank_zero_only=True)
+        both = [("val_by_timestep", sums)]
+        if self.ema is not None:
+            self.log("val/loss_raw", raw.sum() / counts.sum(), rank_zero_only=True)
+            both.append(("val_by_timestep_raw", raw))
+        for group, losses in both:
+            for t, total, count in zip(self._val_strata.tolist(), losses, counts, strict=True):
+                if count > 0:
+                    self.log(f"{group}/t{t:04d}", total / count, rank_zero_only=True)
         if self.trainer.state.fn == "fit":
             ratios = sums / counts / torch.tensor(self._start_losses or math.nan).to(sums)
             for t, ratio in zip(self._val_strata.tolist(), ratios.tolist(), strict=True):
@@ -528,6 +557,13 @@ class LatentDiffusion(L.LightningModule):
         check_resumed(
             checkpoint[KEY], {name: own[name] for name in ("schedule", "prediction_type", "unet")}
         )
+        averaged = any(name.startswith("ema.") for name in checkpoint.get("state_dict", ()))
+        if "state_dict" in checkpoint and averaged != (self.ema is not None):
+            has, do = ("has", "set") if averaged else ("has no", "unset")
+            raise ValueError(
+                f"The checkpoint {has} averaged weights: {do} model.ema, as the run that wrote it "
+                "did."
+            )
         for name in ("codec", "conditioner"):  # a moved folder is another name of the same weights
             if checkpoint[KEY][name] != own[name]:
                 rank_zero_warn(
@@ -537,8 +573,25 @@ class LatentDiffusion(L.LightningModule):
 
     # The loss
 
+    def _noised(self, batch: dict[str, Any], draws: Draws) -> tuple[Tensor, Tensor]:
+        """Return x_t (B, C, h, w) of a batch and the target the network is to predict."""
+        t, z, eps = (part.to(self.device) for part in (draws.t, draws.z, draws.eps))
+        if self.offset_strength:
+            eps = offset_noise(eps, draws.d.to(self.device), self.offset_strength)
+        with torch.no_grad():
+            moments = batch["moments"] if "moments" in batch else self.codec.encode(batch["image"])
+            x_0 = self.codec.latents(moments, z)
+        x_t = self.schedule.add_noise(x_0, eps, t)
+        return x_t, prediction_target(x_0, eps, *self.schedule(t), self.prediction_type)
+
     def _losses(
-        self, batch: dict[str, Any], draws: Draws, *, ema: bool, start: Start | None = None
+        self,
+        batch: dict[str, Any],
+        draws: Draws,
+        *,
+        ema: bool,
+        start: Start | None = None,
+        noised: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Compute lambda_t ||v - v~||^2 for each sample, (B,).
 
@@ -547,19 +600,13 @@ class LatentDiffusion(L.LightningModule):
             draws: Its random numbers.
             ema: Whose weights.
             start: Take the network for what it was before this run, and convert.
+            noised: What `_noised` gives of both, where it is known.
         """
-        model, device = self.model(ema=ema), self.device
-        t, z, eps = (part.to(device) for part in (draws.t, draws.z, draws.eps))
-        if self.offset_strength:
-            eps = offset_noise(eps, draws.d.to(device), self.offset_strength)
-        with torch.no_grad():
-            moments = batch["moments"] if "moments" in batch else self.codec.encode(batch["image"])
-            x_0 = self.codec.latents(moments, z)
-        x_t = self.schedule.add_noise(x_0, eps, t)
-        target = prediction_target(x_0, eps, *self.schedule(t), self.prediction_type)
+        model, t = self.model(ema=ema), draws.t.to(self.device)
+        x_t, target = self._noised(batch, draws) if noised is None else noised
         # Text encoders may be kept in half precision.
         dtype = next(model.unet.parameters()).dtype
-        cond = _conditioning(model.conditioner, batch, draws.keep).to(device, dtype)
+        cond = _conditioning(model.conditioner, batch, draws.keep).to(self.device, dtype)
         if model.unet.takes_sizes:
             cond = replace(cond, sizes=batch.get("sizes"))
         if start is None:

@@ -23,6 +23,11 @@ def listen(*signals: signal.Signals) -> None:
             signal.signal(number, lambda number, frame: _received.add(number))
 
 
+def asked() -> bool:
+    """Whether a signal has asked this process to stop."""
+    return bool(_received)
+
+
 class Preemption(L.Callback):
     """Saves and stops when a signal asks for it; SIGUSR1 under SLURM puts the job back in line.
 

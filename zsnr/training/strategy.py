@@ -12,7 +12,12 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
@@ -164,6 +169,20 @@ class FullyShardedStrategy(ModelParallelStrategy):
         )
 
 
+def check_strategy(strategy: Strategy) -> None:
+    """Refuse to train with a strategy that is not one of those this package knows.
+
+    Raises:
+        ValueError: Averages, guards or checkpoints would be wrong with it.
+    """
+    known = (SingleDeviceStrategy, DDPStrategy, FullyShardedStrategy)
+    if not isinstance(strategy, known):
+        raise ValueError(
+            f"trainer.strategy={type(strategy).__name__} does not shard weights and averages as "
+            "training needs it: use auto, ddp or zsnr.training.FullyShardedStrategy."
+        )
+
+
 def reshard(module: nn.Module) -> None:
     """Free what FSDP modules have gathered, after a pass without a backward pass."""
     from torch.distributed.fsdp import FSDPModule
@@ -176,6 +195,22 @@ def reshard(module: nn.Module) -> None:
 def local(tensor: Tensor) -> Tensor:
     """Return the shard of a DTensor that this rank holds, or a tensor itself."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def without_gradient(conditioner: nn.Module) -> list[str]:
+    """Name the parameters that no embedding depends on, such as those of layers behind it.
+
+    DDP waits for the gradient of every parameter that it is not told to leave alone.
+
+    Args:
+        conditioner: A text encoder that is trained.
+    """
+    named = [(name, p) for name, p in conditioner.named_parameters() if p.requires_grad]
+    with torch.enable_grad():
+        null = conditioner([""])
+        outputs = [x.sum() for x in (null.context, null.pooled) if x is not None]
+        found = torch.autograd.grad(outputs, [p for _, p in named], allow_unused=True)
+    return [name for (name, _), gradient in zip(named, found, strict=True) if gradient is None]
 
 
 def squared_norm(tensors: Iterable[Tensor]) -> Tensor:

@@ -48,24 +48,24 @@ class Watchdog(L.Callback):
             for file in self._folder.glob("rank-*.json"):
                 if int(file.stem.removeprefix("rank-")) >= self._ranks:
                     file.unlink(missing_ok=True)
-        self._note(trainer, "starts")
+        self.note(trainer, "starts")
         self._stop = threading.Event()
         threading.Thread(target=self._watch, args=[self._stop], daemon=True).start()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        self._note(trainer, "waits for data")
+        self.note(trainer, "waits for data")
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
-        self._note(trainer, "trains on a batch, or waits for the others there")
+        self.note(trainer, "trains on a batch, or waits for the others there")
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
-        self._note(trainer, "saves, makes previews, or waits for data")
+        self.note(trainer, "saves, makes previews, or waits for data")
 
     def on_validation_batch_start(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
-        self._note(trainer, "validates")
+        self.note(trainer, "validates")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        self._note(trainer, "has validated")
+        self.note(trainer, "has validated")
 
     def teardown(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         if self._stop is not None:
@@ -74,7 +74,8 @@ class Watchdog(L.Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         self.teardown(trainer, pl_module, "fit")
 
-    def _note(self, trainer: L.Trainer, doing: str) -> None:
+    def note(self, trainer: L.Trainer, doing: str) -> None:
+        """Note that there is progress, and what this rank begins to do."""
         self._state = {
             "rank": trainer.global_rank,
             "host": socket.gethostname(),

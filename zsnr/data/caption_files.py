@@ -1,0 +1,118 @@
+"""Captions to measure a model on: which of a file's, and the seed of each one's picture."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zsnr.noise import derive_seed
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """A picture to make.
+
+    Args:
+        caption: Its prompt.
+        seed: Of its noise.
+        group: What the file groups it with; "" = nothing.
+        number: The id of COCO's image, or the line in the file, from 1.
+    """
+
+    caption: str
+    seed: int
+    group: str
+    number: int
+
+
+def read_captions(path: str | Path, num_images: int, seed: int = 0) -> list[Captioned]:
+    """Choose captions of a file.
+
+    .json: as COCO has it, `annotations` with `image_id`, `id` and `caption`; of each image the
+    caption with the smallest id. .txt: one a line. .jsonl: one object a line, with `caption` or
+    `prompt` and, if wanted, `group`. Empty lines are skipped.
+
+    Of all images (lines), the `num_images` whose hash of (seed, number) is smallest are taken, in
+    the order of that hash, which is also the seed of the picture: another number of images adds to
+    the same ones, or leaves some out.
+
+    Raises:
+        ValueError: No such file, another kind, fewer captions than wanted, or one that is none.
+    """
+    path = Path(path).expanduser()
+    readers = {".json": _coco, ".txt": _lines, ".jsonl": _objects}
+    if path.suffix not in readers:
+        raise ValueError(f"{path}: wanted a captions file that ends in .json, .txt or .jsonl.")
+    if not path.is_file():
+        raise ValueError(f"{path}: no such captions file.")
+    if num_images < 1:
+        raise ValueError(f"num_images={num_images}: wanted at least 1.")
+    try:
+        found = readers[path.suffix](path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error.reason}.") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if len(found) < num_images:
+        raise ValueError(
+            f"{path} has captions of {len(found)} pictures, and num_images={num_images}: lower it."
+        )
+    chosen = [
+        Captioned(caption, derive_seed(seed, number), group, number)
+        for number, (caption, group) in found.items()
+    ]
+    return sorted(chosen, key=lambda one: (one.seed, one.number))[:num_images]
+
+
+def _coco(text: str) -> dict[int, tuple[str, str]]:
+    content = json.loads(text)
+    annotations = content.get("annotations") if isinstance(content, dict) else None
+    if not isinstance(annotations, list):
+        raise ValueError("wanted an object with annotations, as COCO's captions have it.")
+    first: dict[int, tuple[int, str]] = {}
+    for i, annotation in enumerate(annotations):
+        try:
+            image, number = int(annotation["image_id"]), int(annotation["id"])
+            caption = _text(annotation["caption"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"annotation {i} is {_short(annotation)}: wanted image_id, id and caption."
+            ) from error
+        if image not in first or number < first[image][0]:
+            first[image] = (number, caption)
+    return {image: (caption, "") for image, (_, caption) in first.items()}
+
+
+def _lines(text: str) -> dict[int, tuple[str, str]]:
+    lines = enumerate(text.split("\n"), start=1)
+    return {number: (line.strip(), "") for number, line in lines if line.strip()}
+
+
+def _objects(text: str) -> dict[int, tuple[str, str]]:
+    found = {}
+    for number, (line, _) in _lines(text).items():
+        try:
+            record = json.loads(line)
+            caption = _text(record["caption" if "caption" in record else "prompt"])
+            group = record.get("group") or ""
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f'line {number} is {_short(line)}: wanted an object such as {{"caption": "a cat"}}.'
+            ) from error
+        if not isinstance(group, str):
+            raise ValueError(f"line {number}: group={group!r}: wanted a name.")
+        found[number] = (caption, group)
+    return found
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("no text")
+    return " ".join(value.split())
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) < 80 else text[:80] + "..."

@@ -1,0 +1,125 @@
+"""CLIP score: how well pictures show their captions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class CLIPScore:
+    """max(100 cos(picture, caption), 0) of each picture, by a CLIP model.
+
+    Hessel et al., arXiv:2104.08718, with a weight of 100. Longer captions are cut.
+
+    Args:
+        model: A folder of transformers with a CLIPModel, its tokenizer and image processor; or
+            ARCHITECTURE:FILE of open_clip, such as ViT-B-32:clip.safetensors.
+
+    Raises:
+        ValueError: It cannot be loaded.
+    """
+
+    def __init__(self, model: str) -> None:
+        self.name = model
+        self.network: Any
+        folder = Path(model).expanduser()
+        if folder.is_dir():
+            self._images, self._texts = self._load_transformers(str(folder))
+        elif ":" in model:
+            self._images, self._texts = self._load_open_clip(*model.split(":", 1))
+        else:
+            raise ValueError(
+                f"{model}: no such folder. Wanted one with a CLIPModel of transformers, such as "
+                "openai/clip-vit-base-patch32 of https://huggingface.co, or ARCHITECTURE:FILE of "
+                "open_clip."
+            )
+        self.network.eval().requires_grad_(False)
+
+    def to(self, device: torch.device) -> CLIPScore:
+        """Move to a device, in place, and return self."""
+        self.network.to(device)
+        return self
+
+    @torch.no_grad()
+    def __call__(self, images: Sequence[Image], captions: Sequence[str]) -> Tensor:
+        """Score each picture, (B,), float32."""
+        if len(images) != len(captions):
+            raise ValueError(f"{len(captions)} captions for {len(images)} pictures.")
+        a, b = self._images(images).double(), self._texts(captions).double()
+        return (100 * torch.cosine_similarity(a, b)).clamp(min=0).float()
+
+    def _load_transformers(self, folder: str) -> _Encoders:
+        from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+
+        from zsnr.pretrained import load_whole
+
+        self.network = load_whole(CLIPModel, folder, None, what="a CLIPModel")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            processor = AutoImageProcessor.from_pretrained(folder)
+        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            raise ValueError(f"{folder} lacks a tokenizer or image processor: {reason}") from error
+        longest = self.network.config.text_config.max_position_embeddings
+
+        def encode_images(images: Sequence[Image]) -> Tensor:
+            pixels = processor([*images], return_tensors="pt")["pixel_values"]
+            return _embedding(self.network.get_image_features(pixel_values=self._put(pixels)))
+
+        def encode_texts(captions: Sequence[str]) -> Tensor:
+            tokens = tokenizer(
+                [*captions],
+                padding=True,
+                truncation=True,
+                max_length=longest,
+                return_tensors="pt",
+            )
+            ids, mask = self._put(tokens["input_ids"]), self._put(tokens["attention_mask"])
+            return _embedding(self.network.get_text_features(input_ids=ids, attention_mask=mask))
+
+        return encode_images, encode_texts
+
+    def _load_open_clip(self, architecture: str, weights: str) -> _Encoders:
+        import open_clip
+        from safetensors import SafetensorError
+
+        if architecture not in open_clip.list_models():
+            raise ValueError(f"open_clip has no model {architecture!r}.")
+        path = Path(weights).expanduser()
+        if not path.is_file():
+            raise ValueError(f"{weights}: no such file of weights of {architecture}.")
+        try:
+            made = open_clip.create_model_and_transforms(
+                architecture, pretrained=str(path), weights_only=True
+            )
+        except (OSError, RuntimeError, ValueError, UnpicklingError, SafetensorError) as error:
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            raise ValueError(f"Cannot load {architecture} from {weights}: {reason}") from error
+        self.network, _, prepare = made
+        tokenize = open_clip.get_tokenizer(architecture)
+        return (
+            lambda images: self.network.encode_image(
+                self._put(torch.stack([*map(prepare, images)]))
+            ),
+            lambda captions: self.network.encode_text(self._put(tokenize([*captions]))),
+        )
+
+    def _put(self, tensor: Tensor) -> Tensor:
+        return tensor.to(next(self.network.parameters()).device)
+
+
+_Encoders = tuple[Callable[[Sequence["Image"]], Tensor], Callable[[Sequence[str]], Tensor]]
+
+
+def _embedding(found: Any) -> Tensor:
+    """Take the projected embedding; newer versions of transformers wrap it."""
+    embedding: Tensor = found if isinstance(found, Tensor) else found.pooler_output
+    return embedding

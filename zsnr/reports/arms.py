@@ -1,0 +1,251 @@
+"""Arms: ways to sample that are compared with each other."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import product
+from pathlib import PurePath
+from typing import Any, Literal, get_args
+
+from zsnr.guidance import Guidance
+from zsnr.pipeline import Sampling
+from zsnr.reports.schedule import both
+from zsnr.samplers import get_sampler
+from zsnr.schedule import NoiseSchedule
+from zsnr.timesteps import get_timesteps
+
+ScheduleKind = Literal["original", "rescaled"]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to sample; the defaults are the paper's.
+
+    Args:
+        name: What to call it.
+        schedule: The schedule as it was published, or rescaled to zero terminal SNR. None = as the
+            model declares it; rescaled, for an exact denoiser.
+        spacing: The timestep spacing.
+        sampler: The sampler, by its registered name.
+        num_steps: S.
+        guidance_scale: w. An exact denoiser of one data set has no guidance.
+        guidance_rescale: phi.
+        models: Paths or hub ids; several are one arm, such as trainings of several seeds. Empty =
+            an exact denoiser.
+    """
+
+    name: str = ""
+    schedule: ScheduleKind | None = None
+    spacing: str = Sampling.spacing
+    sampler: str = "ddim"
+    num_steps: int = Sampling.num_steps
+    guidance_scale: float = Guidance.scale
+    guidance_rescale: float = Guidance.rescale
+    models: tuple[str, ...] = ()
+
+    def schedule_of(self, declared: NoiseSchedule) -> NoiseSchedule:
+        """Return the schedule to sample on.
+
+        Raises:
+            ValueError: The original is asked for, but only the rescaled table is known.
+        """
+        if self.schedule is None:
+            return declared
+        found = both(declared)[self.schedule]
+        if self.schedule == "original" and found.snr[-1] == 0:
+            raise ValueError(
+                f"arm {self.name!r}: schedule=original, but the model's own table ends at SNR 0, "
+                "and what it was before is not known. Leave schedule out."
+            )
+        return found
+
+    def sampling(self) -> Sampling:
+        """Return how it samples.
+
+        Raises:
+            ValueError: An unknown sampler, or guidance out of range.
+        """
+        guidance = Guidance(self.guidance_scale, self.guidance_rescale)
+        return Sampling(get_sampler(self.sampler), self.num_steps, self.spacing, guidance)
+
+    def check(self, declared: NoiseSchedule) -> None:
+        """Refuse what cannot be sampled.
+
+        Raises:
+            ValueError: It is so.
+        """
+        schedule = self.schedule_of(declared)
+        self.sampling()
+        get_timesteps(self.spacing, self.num_steps, schedule.num_timesteps, schedule=schedule)
+
+
+GUIDANCE = ("guidance_scale", "guidance_rescale")
+_PARSED: Mapping[str, Callable[[str], Any]] = {
+    "schedule": str,
+    "spacing": str,
+    "sampler": str,
+    "num_steps": int,
+    "guidance_scale": float,
+    "guidance_rescale": float,
+}
+SETTINGS = tuple(_PARSED)
+"""What a comparison may vary, by the words of the sampling options."""
+
+_LABELS: Mapping[str, Callable[[Any], str]] = {
+    "models": lambda models: ", ".join(models),
+    "schedule": lambda kind: f"{kind} schedule" if kind else "own schedule",
+    "spacing": str,
+    "sampler": str,
+    "num_steps": lambda S: f"S = {S}",
+    "guidance_scale": lambda w: f"w = {w:g}",
+    "guidance_rescale": lambda phi: f"phi = {phi:g}",
+}
+
+
+def make_arms(
+    models: Sequence[str] = (),
+    texts: Sequence[str] = (),
+    variations: Sequence[str] = (),
+    defaults: Arm = Arm(),
+    *,
+    exact: bool = False,
+) -> list[Arm]:
+    """Make the arms that a command line asks for.
+
+    Each of `texts` is an arm; one that names no model is an arm of each of `models`. Without texts,
+    each of `models` is an arm. Each variation multiplies them by its values.
+
+    Args:
+        models: Paths or hub ids; "a,b" is one arm of two models.
+        texts: Such as "name=fixed model=a.ckpt,b.ckpt spacing=trailing num_steps=25".
+        variations: Such as "guidance_rescale=0,0.5,1".
+        defaults: The settings that are not named.
+        exact: The arms are of an exact denoiser: no models, no guidance.
+
+    Raises:
+        ValueError: A text is wrong, an arm has no model, or two arms are the same.
+    """
+    if not (models or texts or exact):
+        raise ValueError("There is nothing to compare: name models, or --oracle SHARDS.")
+    bases = [parse_arm(text, defaults) for text in texts] or [defaults]
+    if exact and (models or any(arm.models for arm in bases)):
+        raise ValueError("--oracle compares without a model: leave the models out.")
+    arms: list[Arm] = []
+    for arm in bases:
+        if exact or arm.models:
+            arms.append(arm)
+        elif not models:
+            raise ValueError(
+                f"arm {arm.name or '1'!r} has no model: name one or more as arguments, or "
+                "model=PATH in --arm."
+            )
+        else:
+            arms += [replace(arm, models=_paths(model)) for model in models]
+    varied = [_variation(text) for text in variations]
+    names = [name for name, _ in varied]
+    if len(set(names)) < len(names):
+        raise ValueError(f"--vary {', '.join(names)}: wanted each setting once.")
+    arms = [
+        replace(arm, **dict(zip(names, values, strict=True)))
+        for arm in arms
+        for values in product(*(values for _, values in varied))
+    ]
+    for arm in arms:
+        if exact and any(getattr(arm, name) != getattr(defaults, name) for name in GUIDANCE):
+            raise ValueError("An exact denoiser of one data set has no guidance: leave it out.")
+        if arm.schedule not in (None, *get_args(ScheduleKind)):
+            known = ", ".join(get_args(ScheduleKind))
+            raise ValueError(f"schedule={arm.schedule!r} is unknown. Known: {known}.")
+    return _named(arms)
+
+
+def parse_arm(text: str, defaults: Arm) -> Arm:
+    """Read an arm from words such as "name=fixed spacing=trailing num_steps=25".
+
+    Raises:
+        ValueError: A word is no setting, or its value is none.
+    """
+    found: dict[str, Any] = {}
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f"arm {text!r}: {error}.") from error
+    for word in words:
+        name, equals, value = word.partition("=")
+        name = name.replace("-", "_")
+        if name == "model":
+            name = "models"
+        if not equals or not value or name not in (*_PARSED, "name", "models"):
+            known = ", ".join(("name", "model", *_PARSED))
+            raise ValueError(
+                f"arm {text!r}: {word!r} is no setting. Known: {known}, as NAME=VALUE."
+            )
+        if name in found:
+            raise ValueError(f"arm {text!r}: {word.partition('=')[0]} is there twice.")
+        found[name] = _paths(value) if name == "models" else _value(name, value)
+    return replace(defaults, **found)
+
+
+def differing(arms: Sequence[Arm]) -> list[str]:
+    """List the settings in which arms differ, `models` among them."""
+    names = [f.name for f in fields(Arm) if f.name != "name"]
+    return [name for name in names if len({getattr(arm, name) for arm in arms}) > 1]
+
+
+def _variation(text: str) -> tuple[str, list[Any]]:
+    name, equals, values = text.partition("=")
+    name = name.replace("-", "_")
+    if not equals or name not in _PARSED:
+        raise ValueError(
+            f"--vary {text}: wanted SETTING=VALUE,VALUE,... with one of {', '.join(_PARSED)}."
+        )
+    return name, [_value(name, value) for value in values.split(",")]
+
+
+def _value(name: str, text: str) -> Any:
+    try:
+        return _PARSED.get(name, str)(text)
+    except ValueError as error:
+        raise ValueError(f"{name}={text!r}: wanted a number.") from error
+
+
+def _paths(text: str) -> tuple[str, ...]:
+    paths = tuple(text.split(","))
+    if not all(paths):
+        raise ValueError(f"model={text!r}: wanted a path, or several with commas between.")
+    return paths
+
+
+def _named(arms: Sequence[Arm]) -> list[Arm]:
+    """Give arms without a name one that says in what they differ."""
+    short = _short(arms)
+    named: list[Arm] = []
+    for arm in arms:
+        alike = [other for other in arms if other.name == arm.name] if arm.name else arms
+        parts = [arm.name] if arm.name else []
+        for name in _LABELS:
+            if name in differing(alike):
+                value = short[arm.models] if name == "models" else getattr(arm, name)
+                parts.append(_LABELS[name](value))
+        named.append(replace(arm, name=", ".join(parts) or "arm"))
+    names = [arm.name for arm in named]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"Two arms are the same: {twice[0]!r}. Wanted arms that differ.")
+    return named
+
+
+def _short(arms: Sequence[Arm]) -> dict[tuple[str, ...], tuple[str, ...]]:
+    """Cut from paths what all have in common, at both ends."""
+    every = list(dict.fromkeys(path for arm in arms for path in arm.models))
+    parts = {path: list(PurePath(path).parts) for path in every}
+    if len(every) > 1:
+        for end in (0, -1):
+            while len({p[end] for p in parts.values()}) == 1 and all(
+                len(p) > 1 for p in parts.values()
+            ):
+                for p in parts.values():
+                    p.pop(end)
+    return {arm.models: tuple("/".join(parts[path]) for path in arm.models) for arm in arms}

@@ -1,0 +1,442 @@
+"""Arms beside each other: the same prompts and seeds, pictures and numbers."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from zsnr.checkpoints.own import KEY, open_checkpoint
+from zsnr.codecs import LatentCodec, PixelCodec
+from zsnr.data.faults import summarize
+from zsnr.data.images import to_unit_range
+from zsnr.data.index import load_index
+from zsnr.data.prompts import PromptRequest, brightness_suite, read_prompts
+from zsnr.data.samples import select
+from zsnr.data.sources import Sources, as_sources, find_shards
+from zsnr.data.storage import Storage
+from zsnr.files import check_new, new_folder
+from zsnr.metrics import kept_fraction, mean_mode
+from zsnr.noise import derive_seed, sample_generator
+from zsnr.pipeline import TextToImage, save_png, to_image
+from zsnr.prediction import check_prediction_type
+from zsnr.reports.arms import Arm
+from zsnr.reports.compare_page import comparison_page
+from zsnr.reports.data import look_at
+from zsnr.reports.flaw import oracle_samples
+from zsnr.reports.outcomes import MEASURES, Outcome, Shots, groups_of, measure, measure_arms
+from zsnr.schedule import NoiseSchedule
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_ENCODED = 256  # pictures whose latents tell how far their mean stands out
+
+
+def compare_models(
+    arms: Sequence[Arm],
+    output: Path,
+    *,
+    prompts: str | None = None,
+    num_prompts: int = 64,
+    count: int | None = None,
+    seed: int = 0,
+    data: Sources | None = None,
+    most: int = 1000,
+    batch_size: int = 8,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Sample every arm by `TextToImage` and write OUTPUT/index.html, compare.json and pictures.
+
+    Args:
+        arms: With the models of each.
+        output: The folder; must not exist.
+        prompts: A prompts file; "data" for captions of the data; "empty" for no prompt. None = the
+            shipped suite.
+        num_prompts: How many captions of the data.
+        count: Pictures of each prompt, seeds s .. s+n-1. None = as the file says; 2 of the suite,
+            1 of a caption, 64 without a prompt.
+        seed: The first.
+        data: What to measure the distance of brightness to.
+        most: Pictures of it that are looked at, by chance.
+        batch_size: Pictures at a time.
+        device: Where to sample. None = the GPU if there is one.
+
+    Returns:
+        What compare.json holds.
+
+    Raises:
+        ValueError: Something of it is wrong, before anything slow where that can be known.
+    """
+    check_new(output)
+    check_numbers(count=count, num_prompts=num_prompts, samples=most, batch_size=batch_size)
+    sample_generator(seed)
+    if data is not None:
+        check_pictures(data)
+    if prompts == "data" and data is None:
+        raise ValueError("--prompts data takes captions of the data: give --data SHARDS.")
+    if prompts not in ("data", "empty"):
+        _requests(prompts, count, seed, [])
+    for arm in arms:
+        check_models(arm)
+    paths = list(dict.fromkeys(path for arm in arms for path in arm.models))
+
+    images: Tensor | None = None
+    captions: list[str] = []
+    requests: list[PromptRequest] = []
+    bar: Any = None
+    shots: dict[tuple[str, str], Shots] = {}
+    schedules: dict[str, NoiseSchedule] = {}
+    kept: dict[str, float | None] = {}
+    with new_folder(output) as folder:
+        for number, path in enumerate(paths):
+            pipe = TextToImage.from_pretrained(path, device=device)
+            own = [arm for arm in arms if path in arm.models]
+            for arm in own:
+                arm.check(pipe.model.schedule)
+                check_prediction_type(
+                    pipe.model.prediction_type, arm.schedule_of(pipe.model.schedule)
+                )
+            if number == 0:
+                if data is not None:
+                    images, captions = read_data(data, pipe.model.image_size, most, seed)
+                if prompts == "data":
+                    captions = _choose(captions, num_prompts, seed)
+                requests = _requests(prompts, count, seed, captions)
+                bar = _bar(arms, requests, batch_size)
+            mode = None
+            if images is not None:
+                device_of = next(pipe.model.unet.parameters()).device
+                mode = mean_mode(encode(images[:_ENCODED], pipe.model.codec, device_of))
+            for arm in own:
+                schedule = arm.schedule_of(pipe.model.schedule)
+                _check_same(arm, schedules.setdefault(arm.name, schedule), schedule)
+                kept.setdefault(arm.name, None if mode is None else kept_fraction(schedule, mode))
+                place = f"pictures/{arms.index(arm) + 1:02d}-{_slug(arm.name)}"
+                if len(arm.models) > 1:
+                    place += f"/model-{arm.models.index(path) + 1}"
+                model = replace(pipe.model, schedule=schedule)
+                shots[arm.name, path] = _shoot(
+                    TextToImage(model, pipe.network, path),
+                    arm,
+                    requests,
+                    folder,
+                    place,
+                    batch_size,
+                    bar,
+                )
+            del pipe
+        if bar is not None:
+            bar.close()
+        outcomes = [
+            Outcome(
+                arm, schedules[arm.name], kept[arm.name], [shots[arm.name, p] for p in arm.models]
+            )
+            for arm in arms
+        ]
+        facts = {
+            "kind": "models",
+            "prompts": prompts or "suite",
+            **measure_arms(outcomes, requests, None if images is None else measure(images)),
+        }
+        if data is not None:
+            facts["data"]["source"] = [source.path for source in as_sources(data)]
+        _write(facts, folder)
+    return facts
+
+
+def compare_exact(
+    arms: Sequence[Arm],
+    output: Path,
+    *,
+    data: Sources,
+    image_size: int = 32,
+    codec: LatentCodec | None = None,
+    most: int = 1000,
+    count: int = 256,
+    seed: int = 0,
+    schedule: NoiseSchedule = NoiseSchedule(),
+    batch_size: int = 64,
+) -> dict[str, Any]:
+    """Do as `compare_models` with the exact denoiser of the data in the place of a model.
+
+    Args:
+        arms: Without models.
+        output: The folder; must not exist.
+        data: The pictures that the denoiser knows.
+        image_size: Height and width, in pixels.
+        codec: Its latents are the space, with its scale. None = pixels.
+        most: Pictures of the data that it knows, by chance.
+        count: Samples of each arm.
+        seed: The first.
+        schedule: Whose original and rescaled form the arms name.
+        batch_size: Samples at a time.
+
+    Raises:
+        ValueError: Something of it is wrong.
+    """
+    check_new(output)
+    check_numbers(count=count, samples=most, batch_size=batch_size, image_size=image_size)
+    for last in (seed, seed + count - 1):
+        sample_generator(last)
+    codec = codec or PixelCodec(1)
+    shape = codec.latent_shape(image_size, image_size)
+    check_pictures(data)
+    for arm in arms:
+        arm.check(schedule)
+    with new_folder(output) as folder:
+        images, _ = read_data(data, image_size, most, seed)
+        latents = encode(images, codec)
+        mode = mean_mode(latents)
+        seeds = range(seed, seed + count)
+        found = oracle_samples(latents, lambda x: x, arms, seeds, batch_size, schedule)
+        requests = [PromptRequest("", seed=s, line=1) for s in seeds]
+        outcomes = []
+        for number, arm in enumerate(arms, start=1):
+            pixels = (codec.decode(part) for part in torch.split(found[arm.name], batch_size))
+            pictures = [to_image(picture) for part in pixels for picture in part]
+            place = f"pictures/{number:02d}-{_slug(arm.name)}"
+            files = _save(pictures, requests, folder, place)
+            own = arm.schedule_of(schedule)
+            shots = Shots("", files, measure(_tensor(pictures)))
+            outcomes.append(Outcome(arm, own, kept_fraction(own, mode), [shots]))
+        facts = {
+            "kind": "exact denoiser",
+            "prompts": "empty",
+            **measure_arms(outcomes, requests, measure(images)),
+        }
+        facts["data"]["source"] = [source.path for source in as_sources(data)]
+        facts["space"] = {"shape": list(shape), "codec": codec.settings(), "mode": mode}
+        _write(facts, folder)
+    return facts
+
+
+def read_data(data: Sources, size: int, most: int, seed: int = 0) -> tuple[Tensor, list[str]]:
+    """Read pictures of a data set as squares, by chance but always the same ones.
+
+    Returns:
+        Images (N, 3, size, size) in [-1, 1], and their captions.
+
+    Raises:
+        ValueError: Fewer than two can be read.
+    """
+    samples = select(load_index(data, Storage()), size)
+    generator = sample_generator(derive_seed(seed, 0))
+    rows = torch.randperm(len(samples), generator=generator)[:most].sort().values.tolist()
+    images, captions, faults = look_at(samples, size, rows)
+    if faults:
+        print(f"broken pictures: {summarize(faults)}", file=sys.stderr)
+    if len(images) < 2:
+        raise ValueError(f"{len(images)} readable pictures: wanted at least 2.")
+    return images, captions
+
+
+def comparison_text(facts: Mapping[str, Any], page: Path) -> str:
+    """Write the main numbers as a table for a terminal."""
+    width = max(len("data"), *(len(arm["name"]) for arm in facts["arms"]))
+    lines = [
+        f"{'':{width}}  {'mean luma':>9}  {'contrast':>8}  {'W1 to the data':>22}  {'in order':>8}"
+    ]
+    data = facts["data"]
+    if data is not None:
+        floor = f"(floor {data['noise_floor']['mean']:.3f})"
+        lines.append(
+            f"{'data':{width}}  {data['mean_luma']:9.3f}  {data['rms_contrast']:8.3f}  {floor:>22}"
+        )
+    for arm in facts["arms"]:
+        w1, order = "", ""
+        if arm["w1"] is not None:
+            w1 = "{estimate:.3f} [{low:.3f}, {high:.3f}]".format(**arm["w1"])
+        if arm["order"] is not None:
+            order = f"{arm['order']['in_order']}/{arm['order']['pairs']}"
+        lines.append(
+            f"{arm['name']:{width}}  {arm['mean_luma']:9.3f}  {arm['rms_contrast']:8.3f}  "
+            f"{w1:>22}  {order:>8}"
+        )
+    return "\n".join([*lines, str(page)])
+
+
+def to_json(facts: Mapping[str, Any]) -> str:
+    """Write the facts as strict JSON."""
+    return json.dumps(facts, allow_nan=False, ensure_ascii=False)
+
+
+def _requests(
+    prompts: str | None, count: int | None, seed: int, captions: Sequence[str]
+) -> list[PromptRequest]:
+    """Read or make what is asked for."""
+    if prompts == "data":
+        count = count or 1
+        read = [
+            PromptRequest(text, seed=seed + i * count, line=i + 1)
+            for i, text in enumerate(captions)
+        ]
+    elif prompts == "empty":
+        count = count or 64
+        read = [PromptRequest("", seed=seed, line=1)]
+    else:
+        read = read_prompts(prompts or brightness_suite(), seed)
+        count = count or (2 if prompts is None else None)
+    if count is not None:
+        first = {request.line: request for request in reversed(read)}
+        read = [
+            replace(first[line], seed=first[line].seed + k)
+            for line in sorted(first)
+            for k in range(count)
+        ]
+    for request in read:
+        sample_generator(request.seed)
+    groups_of(read)
+    return read
+
+
+def _choose(captions: Sequence[str], count: int, seed: int) -> list[str]:
+    """Choose captions by chance, always the same ones."""
+    if len(captions) < count:
+        raise ValueError(
+            f"--num-prompts {count}, but only {len(captions)} pictures of the data are looked at: "
+            "give more --samples, or fewer --num-prompts."
+        )
+    order = torch.randperm(len(captions), generator=sample_generator(derive_seed(seed, 1)))
+    return [captions[i] for i in order[:count].tolist()]
+
+
+def check_numbers(**numbers: int | None) -> None:
+    """Refuse options that are below their least, 2 pictures of the data and 1 of all else."""
+    for name, value in numbers.items():
+        if value is not None and value < (2 if name == "samples" else 1):
+            least = 2 if name == "samples" else 1
+            raise ValueError(f"--{name.replace('_', '-')} {value}: wanted at least {least}.")
+
+
+def check_pictures(data: Sources) -> None:
+    """Refuse data that is not there, or holds no pictures."""
+    cached = [shard.url for shard in find_shards(data) if shard.kind == "cache"]
+    if cached:
+        raise ValueError(f"{cached[0]} holds no pictures: give the shards it was cached from.")
+
+
+def check_models(arm: Arm) -> None:
+    """Refuse what can be known to fail without loading a model."""
+    first: NoiseSchedule | None = None
+    for path in arm.models:
+        if path.endswith(".ckpt"):
+            said = open_checkpoint(Path(path).expanduser())[KEY]
+            declared = NoiseSchedule(**said["schedule"])
+            schedule = arm.schedule_of(declared)
+            check_prediction_type(said["prediction_type"], schedule)
+            first = first or schedule
+            _check_same(arm, first, schedule)
+            arm.check(declared)
+        elif not Path(path).expanduser().exists() and path.count("/") != 1:
+            raise ValueError(f"{path} is not there: wanted a checkpoint, folder, file or hub id.")
+        else:
+            arm.check(NoiseSchedule())
+
+
+def _check_same(arm: Arm, first: NoiseSchedule, schedule: NoiseSchedule) -> None:
+    """Refuse models of one arm that were not trained alike."""
+    if first != schedule:
+        raise ValueError(
+            f"arm {arm.name!r}: its models have different schedules; wanted models that differ in "
+            "the seed of their training alone."
+        )
+
+
+def _bar(arms: Sequence[Arm], requests: Sequence[PromptRequest], batch_size: int) -> Any:
+    from tqdm import tqdm
+
+    batches = sum(1 for _ in _batches(requests, batch_size))
+    steps = sum(arm.num_steps * len(arm.models) for arm in arms)
+    return tqdm(total=batches * steps, desc="sampling", unit="step")
+
+
+def _batches(
+    requests: Sequence[PromptRequest], batch_size: int
+) -> Iterable[list[tuple[int, PromptRequest]]]:
+    """Divide requests into batches of one size of picture."""
+    sizes: dict[tuple[int | None, int | None], list[tuple[int, PromptRequest]]] = {}
+    for i, request in enumerate(requests):
+        sizes.setdefault((request.height, request.width), []).append((i, request))
+    for alike in sizes.values():
+        for start in range(0, len(alike), batch_size):
+            yield alike[start : start + batch_size]
+
+
+def _shoot(
+    pipe: TextToImage,
+    arm: Arm,
+    requests: Sequence[PromptRequest],
+    folder: Path,
+    place: str,
+    batch_size: int,
+    bar: Any,
+) -> Shots:
+    """Sample all requests, and save and measure the pictures."""
+    sampling = arm.sampling()
+    files = [""] * len(requests)
+    values = {name: torch.empty(len(requests)) for name in MEASURES}
+    bar.set_postfix_str(arm.name)
+    for batch in _batches(requests, batch_size):
+        rows, asked = [i for i, _ in batch], [request for _, request in batch]
+        pictures = pipe(
+            [request.prompt for request in asked],
+            negative_prompts=[request.negative_prompt for request in asked],
+            seeds=[request.seed for request in asked],
+            height=asked[0].height,
+            width=asked[0].width,
+            sampler=sampling.sampler,
+            num_steps=sampling.num_steps,
+            spacing=sampling.spacing,
+            guidance=sampling.guidance,
+            batch_size=batch_size,
+            progress=False,
+            callback=lambda *_: bar.update(),
+        )
+        for i, file in zip(rows, _save(pictures, asked, folder, place), strict=True):
+            files[i] = file
+        for name, found in measure(_tensor(pictures)).items():
+            values[name][rows] = found
+    return Shots(pipe.name, files, values)
+
+
+def _save(
+    pictures: Sequence[Image], requests: Sequence[PromptRequest], folder: Path, place: str
+) -> list[str]:
+    files = [f"{place}/{request.filename}" for request in requests]
+    for picture, file in zip(pictures, files, strict=True):
+        save_png(picture, folder / file)
+    return files
+
+
+def _tensor(pictures: Sequence[Image]) -> Tensor:
+    import numpy as np
+
+    pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
+    return to_unit_range(pixels.permute(0, 3, 1, 2))
+
+
+@torch.no_grad()
+def encode(images: Tensor, codec: LatentCodec, device: torch.device | str = "cpu") -> Tensor:
+    """Encode pictures (N, 3, H, W) to latents (N, C, h, w) on the CPU, without noise."""
+    parts = (codec.encode(part.to(device)) for part in torch.split(images, 8))
+    return torch.cat([codec.latents(moments).cpu() for moments in parts])
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60] or "arm"
+
+
+def _write(facts: dict[str, Any], folder: Path) -> None:
+    from zsnr import __version__
+
+    facts["zsnr_version"] = __version__
+    (folder / "compare.json").write_text(to_json(facts) + "\n", encoding="utf-8")
+    (folder / "index.html").write_text(comparison_page(facts, folder), encoding="utf-8")

@@ -1,0 +1,138 @@
+"""The exact denoiser of a data set in the place of a network, with groups of it as prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from zsnr.checkpoints import Model
+from zsnr.codecs import LatentCodec
+from zsnr.conditioning import Conditioner
+from zsnr.denoiser import Conditioning
+from zsnr.metrics import mean_luma
+from zsnr.networks import UNet
+from zsnr.oracle import EmpiricalDenoiser
+from zsnr.pipeline import TextToImage
+from zsnr.prediction import to_v
+from zsnr.schedule import NoiseSchedule
+
+EXTREMES = ("the darkest quarter", "the brightest quarter")
+"""Groups that every data set has, by mean luma."""
+
+
+class GroupConditioner(Conditioner):
+    """A group's number as its only token; no prompt is the whole data set, number 0.
+
+    Args:
+        names: What to call the groups.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__()
+        self.names = tuple(names)
+        self.context_dim = 1
+
+    def forward(self, prompts: Sequence[str]) -> Conditioning:
+        """Look up groups.
+
+        Raises:
+            ValueError: A name is unknown.
+        """
+        known = ("", *self.names)
+        for prompt in prompts:
+            if prompt not in known:
+                raise ValueError(f"{prompt!r} is no group. Known: {', '.join(self.names)}.")
+        numbers = [float(known.index(prompt)) for prompt in prompts]
+        return Conditioning(torch.tensor(numbers).view(-1, 1, 1))
+
+    def settings(self) -> dict[str, Any]:
+        return {"names": list(self.names)}
+
+
+class GroupNetwork:
+    """The optimal v of a data set, or of the group that the conditioning names.
+
+    v = (alpha_t x_t - E[x_0 | x_t, group]) / sigma_t
+
+    Args:
+        schedule: The noise schedule.
+        latents: The data set, (N, C, h, w).
+        groups: Rows of it, by group.
+    """
+
+    def __init__(
+        self, schedule: NoiseSchedule, latents: Tensor, groups: Sequence[Sequence[int]]
+    ) -> None:
+        self.schedule = schedule
+        members = [latents, *(latents[list(rows)] for rows in groups)]
+        self._denoisers = [EmpiricalDenoiser(schedule, group) for group in members]
+
+    def __call__(self, x_t: Tensor, t: Tensor, conditioning: Conditioning | None) -> Tensor:
+        x_0 = torch.empty_like(x_t)
+        if conditioning is None:
+            numbers = torch.zeros(len(x_t), dtype=torch.int64)
+        else:
+            numbers = conditioning.context[:, 0, 0].long()
+        for number in sorted(set(numbers.tolist())):
+            rows = numbers == number
+            x_0[rows] = self._denoisers[number](x_t[rows], t[rows])
+        return to_v(x_0, x_t, *self.schedule(t), "sample")
+
+
+class _NoUNet(nn.Module):
+    takes_sizes = False
+
+
+def exact_pipeline(
+    latents: Tensor,
+    groups: Mapping[str, Sequence[int]],
+    codec: LatentCodec,
+    schedule: NoiseSchedule,
+    image_size: int,
+) -> TextToImage:
+    """Make a pipeline whose prompts are the names of groups, and "" the whole data set.
+
+    Guidance between a group and the whole acts on v, as it does with a network.
+
+    Args:
+        latents: Of the data set, (N, C, h, w).
+        groups: Rows by name.
+        codec: What decodes them.
+        schedule: To sample on.
+        image_size: Height and width of the pictures, in pixels.
+    """
+    model = Model(
+        codec=codec,
+        conditioner=GroupConditioner(list(groups)),
+        unet=cast(UNet, _NoUNet()),
+        schedule=schedule,
+        prediction_type="v_prediction",
+        image_size=image_size,
+    )
+    network = GroupNetwork(schedule, latents, list(groups.values()))
+    return TextToImage(model, network, f"exact denoiser of {len(latents)} pictures")
+
+
+def find_groups(
+    images: Tensor, captions: Sequence[str], names: Sequence[str]
+) -> dict[str, list[int]]:
+    """Find the rows of groups: of `EXTREMES`, or those whose caption holds the name.
+
+    Raises:
+        ValueError: A group is empty.
+    """
+    order = mean_luma(images).argsort().tolist()
+    quarter = max(1, len(order) // 4)
+    extremes = dict(zip(EXTREMES, (order[:quarter], order[-quarter:]), strict=True))
+    found = {}
+    for name in names:
+        own = [i for i, text in enumerate(captions) if name.lower() in text.lower()]
+        found[name] = extremes.get(name, own)
+        if not found[name]:
+            raise ValueError(
+                f"No caption of {len(captions)} pictures holds {name!r}: choose words that some do."
+            )
+    return found

@@ -1,0 +1,261 @@
+"""The paper's Figures 4, 5 and 6, by any model or the exact denoiser."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import Tensor
+
+from zsnr.checkpoints.own import KEY, open_checkpoint
+from zsnr.codecs import LatentCodec, PixelCodec
+from zsnr.data.sources import Sources
+from zsnr.files import check_new
+from zsnr.pipeline import TextToImage, to_image
+from zsnr.reports.arms import Arm
+from zsnr.reports.compare import check_models, check_numbers, check_pictures, encode, read_data
+from zsnr.reports.exact import EXTREMES, exact_pipeline, find_groups
+from zsnr.reports.pictures import panel_figure, picture_grid, save_figure
+from zsnr.reports.schedule import find_schedule, plot_schedule, schedule_facts
+from zsnr.samplers.base import Callback
+from zsnr.schedule import BetaKind, NoiseSchedule
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SPACINGS = ("leading", "linspace", "trailing")
+STEPS = (5, 25)
+RESCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
+_ACROSS = 4  # pictures of a prompt that is the only one
+
+DEFAULTS: Mapping[int, Mapping[str, Any]] = {
+    4: {},
+    5: {"num_steps": 10},
+    6: {"num_steps": 25, "guidance_scale": 7.5},
+}
+"""What a figure samples with where the paper's text says other than for its pictures at large."""
+
+PROMPTS = (
+    "solid black background",
+    "a starry sky over the sea, no moon",
+    "a bald eagle against a white background",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Panels:
+    """Pictures in rows and columns with labels.
+
+    Args:
+        title: Above them.
+        rows: Labels of the rows.
+        columns: Labels of the columns.
+        images: One list a row.
+    """
+
+    title: str
+    rows: list[str]
+    columns: list[str]
+    images: list[list[Image]]
+
+
+def draw_schedule(target: str, num_steps: int, output: Path) -> None:
+    """Draw Figure 2 of what `find_schedule` finds.
+
+    Raises:
+        ValueError: There is no schedule, or OUTPUT is no new .png.
+    """
+    _check_png(output)
+    if target.endswith(".ckpt"):
+        schedule = NoiseSchedule(**open_checkpoint(Path(target).expanduser())[KEY]["schedule"])
+    else:
+        schedule = find_schedule(target)
+    plot_schedule(schedule_facts(schedule, num_steps, SPACINGS), output)
+
+
+def draw_figure(
+    number: int,
+    arm: Arm,
+    output: Path,
+    *,
+    model: str | None = None,
+    data: Sources | None = None,
+    prompts: Sequence[str] | None = None,
+    count: int | None = None,
+    seed: int = 0,
+    image_size: int = 32,
+    codec: LatentCodec | None = None,
+    betas: str = "scaled_linear",
+    most: int = 1000,
+    device: str | None = None,
+) -> Panels:
+    """Sample and draw Figure 4, 5 or 6.
+
+    Args:
+        number: Which one.
+        arm: How to sample, but for what the figure varies.
+        output: A new .png.
+        model: What samples. None = the exact denoiser of `data`.
+        data: Its pictures.
+        prompts: What to show; with `data`, groups as `find_groups` finds. None = the usual ones.
+        count: Seeds of each prompt. None = 2; of one alone 4, and 8 in Figure 4.
+        seed: The first.
+        image_size: Of the exact denoiser's pictures.
+        codec: Of its space. None = pixels.
+        betas: Kind of its schedule.
+        most: Pictures of the data that it knows.
+        device: Where a model samples.
+
+    Raises:
+        ValueError: Something of it is wrong.
+    """
+    _check_png(output)
+    check_numbers(count=count, samples=most, image_size=image_size)
+    schedule = NoiseSchedule(cast(BetaKind, betas))
+    if model is None:
+        for S in STEPS if number == 4 else (arm.num_steps,):
+            replace(arm, num_steps=S).check(schedule)
+        pipe, prompts = _exact(number, arm, data, prompts, image_size, codec, schedule, most, seed)
+        if prompts == [""]:
+            arm = replace(arm, guidance_scale=1.0)  # between the whole and itself there is none
+    else:
+        check_models(replace(arm, models=(model,)))
+        prompts = list(prompts or PROMPTS)
+        pipe = TextToImage.from_pretrained(model, device=device)
+        arm.check(pipe.model.schedule)
+        own = replace(pipe.model, schedule=arm.schedule_of(pipe.model.schedule))
+        pipe = TextToImage(own, pipe.network, pipe.name)
+    count = count or (2 if len(prompts) > 1 else 2 * _ACROSS if number == 4 else _ACROSS)
+    panels = make_panels(number, pipe, arm, prompts, range(seed, seed + count))
+    terminal = float(pipe.model.schedule.snr[-1])
+    save_panels(panels, output, f"{pipe.name}, terminal SNR {terminal:.3g}")
+    return panels
+
+
+def _exact(
+    number: int,
+    arm: Arm,
+    data: Sources | None,
+    prompts: Sequence[str] | None,
+    image_size: int,
+    codec: LatentCodec | None,
+    schedule: NoiseSchedule,
+    most: int,
+    seed: int,
+) -> tuple[TextToImage, list[str]]:
+    """Make the exact denoiser's pipeline, and its prompts."""
+    if data is None:
+        raise ValueError(f"Figure {number} needs a model or pictures.")
+    codec = codec or PixelCodec(1)
+    codec.latent_shape(image_size, image_size)
+    check_pictures(data)
+    images, captions = read_data(data, image_size, most, seed)
+    prompts = list(prompts or (EXTREMES if number == 6 else [""]))
+    groups = find_groups(images, captions, [prompt for prompt in prompts if prompt])
+    own = arm.schedule_of(schedule)
+    return exact_pipeline(encode(images, codec), groups, codec, own, image_size), prompts
+
+
+def _check_png(output: Path) -> None:
+    if output.suffix != ".png":
+        raise ValueError(f"--output {output}: wanted a name that ends in .png.")
+    check_new(output)
+
+
+def make_panels(
+    number: int, pipe: TextToImage, arm: Arm, prompts: Sequence[str], seeds: Sequence[int]
+) -> Panels:
+    """Sample what a figure shows.
+
+    Args:
+        number: 4: timestep spacings, at S = 5 and 25. 5: the prediction of x_0 after each step.
+            6: guidance rescale from 0 to 1.
+        pipe: What samples.
+        arm: How, but for what the figure varies.
+        prompts: What to show.
+        seeds: Of each prompt.
+    """
+    asked = [prompt for prompt in prompts for _ in seeds]
+    every = [seed for _ in prompts for seed in seeds]
+    rows = [_row(prompt, seed, len(seeds)) for prompt, seed in zip(asked, every, strict=True)]
+    if number == 4:
+        columns = len(seeds) if len(prompts) > 1 else _ACROSS
+        return Panels(
+            f"Timesteps: {_settings(arm, 'sampler', 'guidance')}",
+            [f"S = {S}" for S in STEPS],
+            list(SPACINGS),
+            [
+                [
+                    picture_grid(
+                        _sample(pipe, replace(arm, spacing=spacing, num_steps=S), asked, every),
+                        columns,
+                        gap=max(2, pipe.model.image_size // 32),
+                    )
+                    for spacing in SPACINGS
+                ]
+                for S in STEPS
+            ],
+        )
+    if number == 5:
+        found: list[tuple[int, Tensor]] = []
+        _sample(pipe, arm, asked, every, lambda i, t, x_0, x_s: found.append((t, x_0)))
+        decoded = [pipe.model.codec.decode(x_0) for _, x_0 in found]
+        return Panels(
+            f"x_0 as predicted at each step: {_settings(arm, 'sampler', 'spacing', 'guidance')}",
+            rows,
+            [f"t = {t}" for t, _ in found],
+            [[to_image(pixels[i]) for pixels in decoded] for i in range(len(asked))],
+        )
+    by_phi = [_sample(pipe, replace(arm, guidance_rescale=phi), asked, every) for phi in RESCALES]
+    return Panels(
+        f"Guidance rescale: {_settings(arm, 'sampler', 'num_steps', 'spacing', 'scale')}",
+        rows,
+        [f"phi = {phi:g}" for phi in RESCALES],
+        [list(row) for row in zip(*by_phi, strict=True)],
+    )
+
+
+def save_panels(panels: Panels, path: Path, note: str = "") -> None:
+    """Write panels as PNG, with a line below the title."""
+    title = f"{panels.title}\n{note}" if note else panels.title
+    save_figure(panel_figure(panels.images, panels.rows, panels.columns, title), path)
+
+
+def _sample(
+    pipe: TextToImage,
+    arm: Arm,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    callback: Callback | None = None,
+) -> list[Image]:
+    sampling = arm.sampling()
+    return pipe(
+        prompts,
+        seeds=seeds,
+        sampler=sampling.sampler,
+        num_steps=sampling.num_steps,
+        spacing=sampling.spacing,
+        guidance=sampling.guidance,
+        batch_size=8 if callback is None else len(prompts),
+        callback=callback,
+    )
+
+
+def _row(prompt: str, seed: int, count: int) -> str:
+    text = prompt or "no prompt"
+    return f"{text}\nseed {seed}" if count > 1 else text
+
+
+def _settings(arm: Arm, *names: str) -> str:
+    words = {
+        "sampler": arm.sampler,
+        "num_steps": f"S = {arm.num_steps}",
+        "spacing": arm.spacing,
+        "scale": f"w = {arm.guidance_scale:g}",
+        "guidance": f"w = {arm.guidance_scale:g}, phi = {arm.guidance_rescale:g}",
+    }
+    if arm.guidance_scale == 1:
+        words["guidance"] = "no guidance"
+    return ", ".join(words[name] for name in names)

@@ -1,0 +1,292 @@
+"""What came of each arm: luma of its pictures, its distance to the data, its order of groups."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zsnr.data.prompts import PromptRequest
+from zsnr.metrics import (
+    Interval,
+    bootstrap_interval,
+    luma_percentile,
+    mean_luma,
+    rms_contrast,
+    wasserstein_1,
+)
+from zsnr.noise import sample_generator
+from zsnr.reports.arms import SETTINGS, Arm, differing
+from zsnr.schedule import NoiseSchedule
+from zsnr.timesteps import get_timesteps
+
+MEASURES = ("mean_luma", "rms_contrast", "p1", "p99")
+_DRAWS = 500  # of the data itself, for the noise floor
+
+
+@dataclass(frozen=True, eq=False)
+class Shots:
+    """Pictures that one model made in one arm.
+
+    Args:
+        model: Its path; "" = an exact denoiser.
+        files: Their names in the folder, one a request.
+        values: Each of `MEASURES`, (N,).
+    """
+
+    model: str
+    files: list[str]
+    values: dict[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What came of one arm.
+
+    Args:
+        arm: The arm.
+        schedule: That it was sampled on.
+        kept: Fraction of the brightness range that this schedule keeps. None = not known.
+        shots: One of each model.
+    """
+
+    arm: Arm
+    schedule: NoiseSchedule
+    kept: float | None
+    shots: list[Shots]
+
+    def pooled(self, measure: str) -> Tensor:
+        """Join a measure of all models' pictures, (N,)."""
+        return torch.cat([shots.values[measure] for shots in self.shots])
+
+
+def measure(images: Tensor) -> dict[str, Tensor]:
+    """Measure pictures (N, 3, H, W) in [-1, 1]: each of `MEASURES`, (N,)."""
+    return {
+        "mean_luma": mean_luma(images),
+        "rms_contrast": rms_contrast(images),
+        "p1": luma_percentile(images, 1),
+        "p99": luma_percentile(images, 99),
+    }
+
+
+def measure_arms(
+    outcomes: Sequence[Outcome],
+    requests: Sequence[PromptRequest],
+    data: Mapping[str, Tensor] | None,
+) -> dict[str, Any]:
+    """Collect all numbers of a comparison, as plain values.
+
+    Args:
+        outcomes: The arms, with one row of values a request and model.
+        requests: What was asked for.
+        data: `measure` of the data. None = there is none.
+    """
+    target = None if data is None else data["mean_luma"]
+    count = len(requests) * len(outcomes[0].shots)
+    facts: dict[str, Any] = {
+        "differs": differing([outcome.arm for outcome in outcomes]),
+        "groups": groups_of(requests),
+        "data": None,
+        "arms": [_arm_facts(outcome, outcomes[0], requests, target) for outcome in outcomes],
+    }
+    if data is not None and target is not None:
+        facts["data"] = {
+            "pictures": len(target),
+            **{name: float(data[name].mean()) for name in MEASURES},
+            "mean_luma_std": _std(target),
+            "noise_floor": _noise_floor(target, count),
+            "mean_luma_by_picture": target.tolist(),
+        }
+    return facts
+
+
+def order_of_groups(
+    values: Tensor, requests: Sequence[PromptRequest], groups: Sequence[Mapping[str, Any]]
+) -> dict[str, Any] | None:
+    """Compare the order of groups' mean luma with the expected one.
+
+    A pair counts where the expected ranks differ; it is in order where the group that should be
+    darker is.
+
+    Args:
+        values: Mean luma, (k N,), k rows of one value a request.
+        requests: N.
+        groups: Of `groups_of`.
+
+    Returns:
+        pairs; in_order; wrong, pairs of names; range, from the mean of the lowest rank's groups to
+        that of the highest's. None = there are not two ranks.
+    """
+    means = _group_means(values, requests)
+    ranked = [g for g in groups if g["brightness_rank"] is not None]
+    pairs = [
+        (a["name"], b["name"])
+        for a, b in combinations(ranked, 2)
+        if a["brightness_rank"] < b["brightness_rank"]
+    ]
+    if not pairs:
+        return None
+    wrong = [[a, b] for a, b in pairs if means[a] >= means[b]]
+    ranks = [g["brightness_rank"] for g in ranked]
+    low, high = (
+        [means[g["name"]] for g in ranked if g["brightness_rank"] == rank]
+        for rank in (min(ranks), max(ranks))
+    )
+    return {
+        "pairs": len(pairs),
+        "in_order": len(pairs) - len(wrong),
+        "wrong": wrong,
+        "range": sum(high) / len(high) - sum(low) / len(low),
+    }
+
+
+def _arm_facts(
+    outcome: Outcome, first: Outcome, requests: Sequence[PromptRequest], target: Tensor | None
+) -> dict[str, Any]:
+    arm, schedule = outcome.arm, outcome.schedule
+    groups = groups_of(requests)
+    grid = get_timesteps(arm.spacing, arm.num_steps, schedule.num_timesteps, schedule=schedule)
+    settings = {name: getattr(arm, name) for name in SETTINGS}
+    parts = [shots.values["mean_luma"] for shots in outcome.shots]
+    w1 = difference = None
+    if target is not None:
+        w1 = _distance(parts, target)
+        if outcome is not first:
+            theirs = [shots.values["mean_luma"] for shots in first.shots]
+            difference = _difference(parts, theirs, target)
+    pooled = {name: outcome.pooled(name) for name in MEASURES}
+    by_group = {name: _group_means(pooled[name], requests) for name in MEASURES}
+    return {
+        "name": arm.name,
+        "models": list(arm.models),
+        "settings": settings,
+        "schedule": schedule.settings(),
+        "snr_T": float(schedule.snr[-1]),
+        "sqrt_abar_T": float(schedule.alphas_cumprod[-1].sqrt()),
+        "kept_fraction": outcome.kept,
+        "first_timestep": int(grid[0]),
+        "timesteps": grid.tolist(),
+        **{name: float(pooled[name].mean()) for name in MEASURES},
+        "mean_luma_std": _std(pooled["mean_luma"]),
+        "w1": w1,
+        "w1_minus_first": difference,
+        "order": order_of_groups(pooled["mean_luma"], requests, groups),
+        "groups": {
+            group["name"]: {name: by_group[name][group["name"]] for name in MEASURES}
+            for group in groups
+        },
+        "by_model": [
+            {
+                "model": shots.model,
+                **{name: float(shots.values[name].mean()) for name in MEASURES},
+                "mean_luma_std": _std(shots.values["mean_luma"]),
+                "w1": None if target is None else _distance([shots.values["mean_luma"]], target),
+                "order": order_of_groups(shots.values["mean_luma"], requests, groups),
+            }
+            for shots in outcome.shots
+        ],
+        "pictures": [
+            {
+                "file": file,
+                "model": shots.model,
+                "prompt": request.prompt,
+                "seed": request.seed,
+                "group": request.group,
+                **{name: float(shots.values[name][i]) for name in MEASURES},
+            }
+            for shots in outcome.shots
+            for i, (file, request) in enumerate(zip(shots.files, requests, strict=True))
+        ],
+    }
+
+
+def _distance(parts: Sequence[Tensor], target: Tensor) -> dict[str, float]:
+    """Measure W_1 of pooled pictures to the data; models are drawn first, then pictures of each."""
+    return _plain(
+        bootstrap_interval(lambda own: wasserstein_1(_joined(own), target), _group(parts))
+    )
+
+
+def _difference(
+    parts: Sequence[Tensor], theirs: Sequence[Tensor], target: Tensor
+) -> dict[str, float]:
+    """Measure W_1 less another arm's, from the same draws of models and pictures."""
+    alike = [len(part) for part in parts] == [len(part) for part in theirs]
+    return _plain(
+        bootstrap_interval(
+            lambda a, b: wasserstein_1(_joined(a), target) - wasserstein_1(_joined(b), target),
+            _group(parts),
+            _group(theirs),
+            paired=2 if alike else 0,
+        )
+    )
+
+
+def _plain(interval: Interval) -> dict[str, float]:
+    return interval._asdict()
+
+
+def _group(parts: Sequence[Tensor]) -> Tensor | Sequence[Tensor]:
+    return parts[0] if len(parts) == 1 else parts
+
+
+def _joined(own: Tensor | Sequence[Tensor]) -> Tensor:
+    return own if isinstance(own, Tensor) else torch.cat(list(own))
+
+
+def _noise_floor(target: Tensor, count: int) -> dict[str, float]:
+    """Measure W_1 between the data and so many draws of it: what a perfect sampler has."""
+    generator = sample_generator(0)
+    found = torch.tensor(
+        [
+            wasserstein_1(target[torch.randint(len(target), (count,), generator=generator)], target)
+            for _ in range(_DRAWS)
+        ],
+        dtype=torch.float64,
+    )
+    return {"pictures": count, "mean": float(found.mean()), "p95": float(found.quantile(0.95))}
+
+
+def groups_of(requests: Sequence[PromptRequest]) -> list[dict[str, Any]]:
+    """List the groups by rank, those without one last.
+
+    Raises:
+        ValueError: A group has two ranks.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for request in requests:
+        if not request.group:
+            continue
+        rank = request.brightness_rank
+        group = found.setdefault(
+            request.group, {"name": request.group, "brightness_rank": rank, "pictures": 0}
+        )
+        group["pictures"] += 1
+        if group["brightness_rank"] != rank:
+            raise ValueError(
+                f"Prompts of group {request.group!r} have brightness_rank "
+                f"{group['brightness_rank']} and {rank}: wanted one of a group."
+            )
+    infinite = math.inf
+    return sorted(
+        found.values(),
+        key=lambda g: infinite if g["brightness_rank"] is None else g["brightness_rank"],
+    )
+
+
+def _group_means(values: Tensor, requests: Sequence[PromptRequest]) -> dict[str, float]:
+    names = [request.group for request in requests] * (len(values) // len(requests))
+    return {
+        group: float(values[[i for i, name in enumerate(names) if name == group]].mean())
+        for group in dict.fromkeys(names)
+    }
+
+
+def _std(values: Tensor) -> float:
+    return float(values.double().std(correction=0))

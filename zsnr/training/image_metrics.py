@@ -1,0 +1,517 @@
+"""Measures pictures in validation: FID, KID, IS, CLIP score and brightness."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from zsnr.conditioning import Remembered
+from zsnr.data.caption_files import Captioned, read_captions
+from zsnr.data.dataset import ShardDataset, collate
+from zsnr.data.images import to_unit_range
+from zsnr.data.index import load_index
+from zsnr.data.samples import Samples, select
+from zsnr.data.sources import find_shards
+from zsnr.data.storage import Storage
+from zsnr.files import check_new, replacing
+from zsnr.metrics.clip import CLIPScore
+from zsnr.metrics.collected import (
+    InOrder,
+    LatentMean,
+    LumaPercentile,
+    LumaSpread,
+    LumaWasserstein,
+    MeanLuma,
+    PromptGroups,
+    RMSContrast,
+)
+from zsnr.metrics.features import FeatureExtractor, Inception, check_weights
+from zsnr.metrics.fidelity import (
+    RealStatistics,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    real_statistics,
+)
+from zsnr.metrics.luma import mean_luma
+from zsnr.pipeline import describe_sampling, save_png
+from zsnr.training.module import LatentDiffusion
+from zsnr.training.preemption import asked
+from zsnr.training.watchdog import Watchdog
+
+_CHANNELS = "latent_mean_by_channel"
+_MOST_CHANNELS = 16  # whose latent means are logged; the json has all
+
+
+class ImageMetrics(Callback):
+    """Makes pictures of captions, by model.sampling, in validation, and measures them.
+
+    Logged as metrics/luma_mean, luma_std (over pictures), luma_contrast, luma_p01, luma_p99;
+    luma_w1, the distance to the real pictures; fid and kid, inception_score, clip_score; and
+    luma_mean_by_group, luma_contrast_by_group, latent_mean_by_channel (the first 16).
+
+    Args:
+        captions: COCO's captions (.json), one a line (.txt), or objects with caption and, if
+            wanted, group (.jsonl). None = no pictures are measured.
+        num_images: How many, all ranks together. They are chosen by a hash of the seed and COCO's
+            image id or the line; of an image of COCO the caption with the smallest id is taken.
+        seed: Of that choice, of the noise, and of the parts of KID and IS.
+        batch_size: Pictures at a time, per device.
+        every_n_validations: In training, measure in every n-th validation.
+        real: Pictures to compare with, as data.train names them; cropped as validation's are.
+        num_real: Use at most so many of them, evenly spread.
+        statistics: File (.safetensors) of what is measured of the real pictures: read if it is
+            there, else written.
+        inception: File of the weights of FID's Inception network.
+        features: Another network in its place, by class_path: levels (B, 3, s, s) in 0 .. 255 to
+            features (B, D), or to features and logits; its attribute `size` is s, else 299.
+        inception_splits: Parts of the pictures that IS is computed on.
+        clip: CLIP model: a folder of transformers, or ARCHITECTURE:FILE of open_clip.
+        save_images: Folder to write the pictures to. None = they are not kept.
+        output: File (.json) to write the numbers to; in training one each time, with the step in
+            its name. None = they are logged alone.
+
+    Raises:
+        ValueError: A number is out of range, or there are two networks.
+    """
+
+    def __init__(
+        self,
+        captions: str | None = None,
+        num_images: int = 10_000,
+        seed: int = 0,
+        batch_size: int = 8,
+        every_n_validations: int = 1,
+        real: str | list[str] | None = None,
+        num_real: int = 50_000,
+        statistics: str | None = None,
+        inception: str | None = None,
+        features: nn.Module | None = None,
+        inception_splits: int = 10,
+        clip: str | None = None,
+        save_images: str | None = None,
+        output: str | None = None,
+    ) -> None:
+        at_least = {
+            "num_images": (num_images, 1),
+            "batch_size": (batch_size, 1),
+            "every_n_validations": (every_n_validations, 1),
+            "num_real": (num_real, 2),
+            "inception_splits": (inception_splits, 2),
+        }
+        for name, (value, least) in at_least.items():
+            if value < least:
+                raise ValueError(f"metrics.{name}={value}: wanted at least {least}.")
+        if inception is not None and features is not None:
+            raise ValueError("metrics.inception and metrics.features are both set: choose one.")
+        self.captions, self.num_images, self.seed = captions, num_images, seed
+        self.batch_size, self.every_n_validations = batch_size, every_n_validations
+        self.real, self.num_real, self.statistics = real, num_real, statistics
+        self.inception, self.features, self.clip = inception, features, clip
+        self.inception_splits = inception_splits
+        self.save_images, self.output = save_images, output
+        self._validations = 0  # of this run
+        self._loaded_step: int | None = None
+        self._requests: list[Captioned] = []
+        self._extractor: FeatureExtractor | None = None
+        self._clip: CLIPScore | None = None
+        self._samples: Samples | None = None
+        self._real: RealStatistics | None = None
+
+    # Lightning's hooks
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"validations": self._validations}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._validations = state_dict["validations"]
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: Any) -> None:
+        self._loaded_step = checkpoint["global_step"]
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        """Read, load, measure and check all that is needed, before anything is sampled."""
+        if self.captions is None or stage == "predict":
+            return
+        problem = None
+        if trainer.is_global_zero:  # others may come when it has begun to write
+            try:
+                check_files(self, writes_once=stage != "fit")
+            except (ValueError, FileNotFoundError) as error:
+                problem = str(error)
+        problem = trainer.strategy.broadcast(problem)
+        if problem is not None:
+            raise ValueError(problem)
+        self._requests = read_captions(self.captions, self.num_images, self.seed)
+        if self.num_images < trainer.world_size:
+            raise ValueError(
+                f"metrics.num_images={self.num_images} on {trainer.world_size} ranks: wanted at "
+                "least one picture each."
+            )
+        network = self.features if self.inception is None else Inception(self.inception)
+        self._extractor = None if network is None else FeatureExtractor(network)
+        self._clip = None if self.clip is None else CLIPScore(self.clip)
+        self._find_real(trainer, pl_module)
+        pl_module.codec.load()
+        conditioner = pl_module.model().conditioner.load()
+        if trainer.datamodule is not None and getattr(trainer.datamodule, "caches", {}):
+            conditioner.release()  # it was only to be seen that it is there
+        if self._real is None and self._samples is not None:
+            with torch.no_grad(), self._on(trainer.strategy.root_device):
+                self._real = self._measure_real(trainer, pl_module)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.state.fn != "fit" and self._loaded_step is not None:
+            # Lightning takes this for the step it logs at, which would else be 0.
+            pl_module.log("step", float(self._loaded_step), rank_zero_only=True)
+        if self.captions is None or trainer.sanity_checking:
+            return
+        if trainer.state.fn == "fit":
+            self._validations += 1
+            if self._validations % self.every_n_validations:
+                return
+        self.measure(trainer, pl_module)
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self.on_validation_epoch_end(trainer, pl_module)
+
+    # Measuring
+
+    def measure(self, trainer: L.Trainer, module: LatentDiffusion) -> dict[str, float]:
+        """Make the pictures, measure and log them; every rank calls it."""
+        device = trainer.strategy.root_device
+        # What a frozen part remembers here is used in training, where inference tensors are not.
+        conditioner = module.model().conditioner
+        encoding = conditioner.passing() if isinstance(conditioner, Remembered) else nullcontext()
+        with torch.inference_mode(False), torch.no_grad(), self._on(device), encoding:
+            measured = self._measure_pictures(trainer, module)
+        if measured is None:
+            return {}
+        found, rows = measured
+        left_out: dict[str, str] = {}
+        if trainer.is_global_zero:
+            self._add_distances(rows, found, left_out)
+        found, left_out = trainer.strategy.broadcast((found, left_out))
+        for name, reason in left_out.items():
+            rank_zero_warn(f"{name} is left out: {reason}")
+        for name, value in found.items():
+            group, _, channel = name.partition("/c")
+            if group != _CHANNELS or int(channel) < _MOST_CHANNELS:
+                module.log(name, value, rank_zero_only=True)
+        if trainer.is_global_zero and self.output is not None:
+            self._write(trainer, module, found, left_out)
+        return dict(found)
+
+    def _measure_pictures(
+        self, trainer: L.Trainer, module: LatentDiffusion
+    ) -> tuple[dict[str, float], dict[str, Tensor]] | None:
+        """Share the pictures among the ranks, each as many: sharded networks wait for all.
+
+        Returns:
+            The numbers that add up over ranks; features, logits and CLIP scores in the order of the
+            pictures. None = the run is to stop before it is done.
+        """
+        rank, ranks, N = trainer.global_rank, trainer.world_size, len(self._requests)
+        device = trainer.strategy.root_device
+        numbers = [rank + i * ranks for i in range(-(-N // ranks))]
+        groups = sorted({request.group for request in self._requests} - {""})
+        brightness = {
+            "luma_mean": MeanLuma(),
+            "luma_std": LumaSpread(),
+            "luma_contrast": RMSContrast(),
+            "luma_p01": LumaPercentile(1),
+            "luma_p99": LumaPercentile(99),
+        }
+        if self._real is not None:
+            brightness["luma_w1"] = LumaWasserstein(self._real.luma)
+        by_group = {
+            name: PromptGroups(metric, groups).to(device)
+            for name, metric in (("luma_mean", MeanLuma()), ("luma_contrast", RMSContrast()))
+            if groups
+        }
+        latent_mean = LatentMean(module.codec.channels).to(device)
+        rows = {name: InOrder().to(device) for name in ("features", "logits", "clip")}
+        brightness = {name: metric.to(device) for name, metric in brightness.items()}
+
+        bar = trainer.is_global_zero and trainer.progress_bar_callback is not None
+        starts = range(0, len(numbers), self.batch_size)
+        for start in tqdm(starts, "image metrics", unit="batch", disable=not bar):
+            if _stops(trainer):
+                rank_zero_warn("The pictures are not measured: the run stops.")
+                return None
+            batch = numbers[start : start + self.batch_size]
+            counted = [i for i, number in enumerate(batch) if number < N]
+            requests = [self._requests[number % N] for number in batch]
+            images, latents = self._sample(trainer, module, requests)
+            _note(trainer)
+            if not counted:
+                continue
+            images, requests = [images[i] for i in counted], [requests[i] for i in counted]
+            places = [batch[i] for i in counted]
+            levels = torch.stack([torch.from_numpy(np.array(image)) for image in images])
+            levels = levels.permute(0, 3, 1, 2).to(device)
+            pixels = to_unit_range(levels)
+            for metric in brightness.values():
+                metric.update(pixels)
+            for metric in by_group.values():
+                inside = [i for i, request in enumerate(requests) if request.group]
+                metric.update(pixels[inside], [requests[i].group for i in inside])
+            latent_mean.update(latents[counted].to(device))
+            if self._extractor is not None:
+                features, logits = self._extractor(levels)
+                rows["features"].update(features.to(device), places)
+                if logits is not None:
+                    rows["logits"].update(logits.to(device), places)
+            if self._clip is not None:
+                scores = self._clip(images, [request.caption for request in requests])
+                rows["clip"].update(scores.to(device), places)
+            self._save(trainer, images, places)
+
+        found = {f"metrics/{name}": float(m.compute()) for name, m in brightness.items()}
+        for name, metric in by_group.items():
+            for group, value in metric.compute().items():
+                found[f"{name}_by_group/{group.replace(' ', '_')}"] = float(value)
+        for channel, value in enumerate(latent_mean.compute().tolist()):
+            found[f"{_CHANNELS}/c{channel:02d}"] = value
+        used = {name: metric for name, metric in rows.items() if metric.rows}
+        return found, {name: metric.compute().cpu() for name, metric in used.items()}
+
+    def _sample(
+        self,
+        trainer: L.Trainer,
+        module: LatentDiffusion,
+        requests: Sequence[Captioned],
+    ) -> tuple[list[Any], Tensor]:
+        """Make pictures, and return them with their latents."""
+        sampling, states = module.sampling, deque[Tensor](maxlen=1)
+        with module.pipeline() as pipe, trainer.precision_plugin.predict_step_context():
+            images = pipe(
+                [request.caption for request in requests],
+                seeds=[request.seed for request in requests],
+                sampler=sampling.sampler,
+                num_steps=sampling.num_steps,
+                spacing=sampling.spacing,
+                guidance=sampling.guidance,
+                batch_size=len(requests),
+                progress=False,
+                callback=lambda i, t, x_0, x_s: states.append(x_s),
+            )
+        return images, states[0]
+
+    def _add_distances(
+        self, rows: dict[str, Tensor], found: dict[str, float], left_out: dict[str, str]
+    ) -> None:
+        """Add what does not add up over ranks; a collapsed model has none, and trains on."""
+        features, logits = rows.get("features"), rows.get("logits")
+        if "clip" in rows:
+            found["metrics/clip_score"] = float(rows["clip"].double().mean())
+        real = self._real
+        if features is not None and real is not None:
+            try:
+                found["metrics/fid"] = frechet_distance(real, features)
+                kid = kernel_distance(real, features, self.seed)
+                found["metrics/kid"], found["metrics/kid_std"] = kid
+            except ValueError as error:
+                left_out["metrics/fid"] = left_out["metrics/kid"] = str(error)
+        if logits is not None:
+            name = "metrics/inception_score"
+            try:
+                score = inception_score(logits, self.inception_splits, self.seed)
+                found[name], found[f"{name}_std"] = score
+            except ValueError as error:
+                left_out[name] = str(error)
+        if real is not None:
+            found["metrics_of_data/luma_mean"] = float(real.luma.double().mean())
+            found["metrics_of_data/luma_std"] = float(real.luma.double().std(correction=0))
+
+    # Real pictures
+
+    def _find_real(self, trainer: L.Trainer, module: LatentDiffusion) -> None:
+        """Read the statistics, or find the pictures they are to be measured of."""
+        extractor = "" if self._extractor is None else self._extractor.fingerprint
+        source = None
+        if self.real is not None:
+            data: Any = trainer.datamodule
+            if trainer.local_rank:  # one process of a node writes the index
+                trainer.strategy.barrier()
+            try:
+                index = load_index(self.real, Storage(data.retries), folder=data.index_folder)
+            finally:
+                if not trainer.local_rank:
+                    trainer.strategy.barrier()
+            self._samples = select(index, module.image_size, max_pixels=data.pixels.max_pixels)
+            source = f"{self._samples.digest} {min(self.num_real, len(self._samples))}"
+            if len(self._samples) < max(2, trainer.world_size):
+                raise ValueError(
+                    f"metrics.real={self.real} holds {len(self._samples)} pictures: wanted at "
+                    f"least {max(2, trainer.world_size)}."
+                )
+        path = None if self.statistics is None else Path(self.statistics).expanduser()
+        there = trainer.strategy.broadcast(path is not None and path.is_file())
+        if path is not None and there:
+            self._real = RealStatistics.read(path)
+            self._real.check(str(path), module.image_size, extractor, source)
+
+    def _measure_real(self, trainer: L.Trainer, module: LatentDiffusion) -> RealStatistics:
+        assert self._samples is not None
+        data: Any = trainer.datamodule
+        rank, ranks, device = trainer.global_rank, trainer.world_size, trainer.strategy.root_device
+        N = min(self.num_real, len(self._samples))
+        chosen = torch.linspace(0, len(self._samples) - 1, N, dtype=torch.float64).round().long()
+        mine = range(rank, N, ranks)
+        loader = DataLoader(
+            ShardDataset(self._samples, retries=data.retries),
+            batch_sampler=[
+                chosen[list(mine[i : i + self.batch_size])].tolist()
+                for i in range(0, len(mine), self.batch_size)
+            ],
+            num_workers=data.num_workers,
+            collate_fn=collate,
+        )
+        luma, features = InOrder().to(device), InOrder().to(device)
+        broken = 0
+        bar = trainer.is_global_zero and trainer.progress_bar_callback is not None
+        for i, batch in enumerate(tqdm(loader, "real pictures", unit="batch", disable=not bar)):
+            _note(trainer)
+            levels = batch["image"].to(device)
+            places = list(mine[i * self.batch_size : (i + 1) * self.batch_size])
+            luma.update(mean_luma(to_unit_range(levels)), places)
+            if self._extractor is not None:
+                features.update(self._extractor(levels)[0].to(device), places)
+            broken += len(batch.get("faults", ()))
+        if broken:
+            rank_zero_warn(f"{broken} real pictures are broken: their neighbours were taken.")
+        source = f"{self._samples.digest} {N}"
+        found = real_statistics(
+            luma.compute().cpu(),
+            None if self._extractor is None else features.compute().cpu(),
+            image_size=module.image_size,
+            source=source,
+            extractor="" if self._extractor is None else self._extractor.fingerprint,
+        )
+        if self.statistics is not None and trainer.is_global_zero:
+            found.write(Path(self.statistics).expanduser())
+        return found
+
+    # Files and devices
+
+    @contextmanager
+    def _on(self, device: torch.device) -> Iterator[None]:
+        """Keep the networks that measure on a device for as long as they are needed."""
+        networks: list[Any] = [part for part in (self._extractor, self._clip) if part is not None]
+        try:
+            for network in networks:
+                network.to(device)
+            yield
+        finally:
+            for network in networks:
+                network.to(torch.device("cpu"))
+
+    def _step(self, trainer: L.Trainer) -> int | None:
+        return trainer.global_step if trainer.state.fn == "fit" else self._loaded_step
+
+    def _save(self, trainer: L.Trainer, images: Sequence[Any], places: Sequence[int]) -> None:
+        if self.save_images is None:
+            return
+        folder = Path(self.save_images).expanduser()
+        if trainer.state.fn == "fit":
+            folder /= f"step-{trainer.global_step:08d}"
+        for image, place in zip(images, places, strict=True):
+            save_png(image, folder / f"{place:05d}.png")
+
+    def _write(
+        self,
+        trainer: L.Trainer,
+        module: LatentDiffusion,
+        found: dict[str, float],
+        left_out: dict[str, str],
+    ) -> None:
+        assert self.output is not None
+        path = Path(self.output).expanduser()
+        if trainer.state.fn == "fit":
+            path = path.with_name(f"{path.stem}-step-{trainer.global_step:08d}{path.suffix}")
+        real = self._real
+        content = {
+            "global_step": self._step(trainer),
+            "checkpoint": None if trainer.ckpt_path is None else str(trainer.ckpt_path),
+            "captions": self.captions,
+            "num_images": self.num_images,
+            "seed": self.seed,
+            "image_size": module.image_size,
+            "sampling": describe_sampling(module.sampling),
+            "schedule": module.schedule.settings(),
+            "real": None if real is None else {"count": real.count, "source": real.source},
+            "features": None if self._extractor is None else self._extractor.fingerprint,
+            "clip": self.clip,
+            "metrics": found,
+            "left_out": left_out,
+        }
+        with replacing(path) as beside:
+            beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _note(trainer: L.Trainer) -> None:
+    """Tell the watchdog that this rank goes on."""
+    for callback in trainer.callbacks:
+        if isinstance(callback, Watchdog):
+            callback.note(trainer, "measures pictures")
+
+
+def _stops(trainer: L.Trainer) -> bool:
+    """Whether any rank was asked to stop: the time until it is killed is short."""
+    if trainer.state.fn != "fit":
+        return False
+    decision = trainer.strategy.reduce_boolean_decision(asked(), all=False)
+    return bool(decision)
+
+
+def check_files(options: Any, *, writes_once: bool) -> None:
+    """Refuse files that are not there, or are in the way; loads no network.
+
+    Args:
+        options: What ImageMetrics takes, as attributes: of a parsed config, or the callback itself.
+        writes_once: Pictures and numbers go to new files, not to those of training's steps.
+
+    Raises:
+        ValueError: Something is wrong with one.
+        FileNotFoundError: There are no real pictures.
+    """
+    if options.captions is None:
+        return
+    read_captions(options.captions, options.num_images, options.seed)
+    if options.inception is not None:
+        check_weights(options.inception)
+        if options.num_images < 2 * options.inception_splits:
+            raise ValueError(
+                f"metrics.num_images={options.num_images} in {options.inception_splits} parts: IS "
+                "wants at least two pictures each; set metrics.inception_splits."
+            )
+    if options.real is not None:
+        find_shards(options.real)
+    if options.statistics is not None:
+        path = Path(options.statistics).expanduser()
+        if path.suffix != ".safetensors":
+            raise ValueError(f"metrics.statistics={path}: wanted a name ending in .safetensors.")
+        if path.exists():
+            RealStatistics.read(path)
+        elif options.real is None:
+            raise ValueError(f"{path} is not there, and metrics.real names no pictures to make it.")
+    if options.output is not None and Path(options.output).suffix != ".json":
+        raise ValueError(f"metrics.output={options.output}: wanted a name that ends in .json.")
+    if writes_once:
+        for written in (options.output, options.save_images):
+            if written is not None:
+                check_new(Path(written).expanduser())
