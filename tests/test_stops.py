@@ -77,6 +77,22 @@ def test_a_signal_saves_stops_and_requeues(shards, tmp_path, scontrol, number, a
     signal.signal(number, before)
 
 
+@pytest.mark.parametrize(("step", "code"), [(1, 143), (3, 0)])
+def test_a_run_that_is_stopped_early_is_no_success(shards, tmp_path, step, code):
+    before = signal.getsignal(signal.SIGTERM)
+    stop = {"step": step, "number": int(signal.SIGTERM)}
+    callbacks = [{"class_path": "test_stops.SignalAt", "init_args": stop}]
+    more = tmp_path / "more.yaml"
+    more.write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
+    try:
+        found = main([*config(tmp_path, shards), "-c", str(more)])
+    except SystemExit as end:
+        found = end.code
+    assert found == code
+    assert steps(tmp_path / "run/checkpoints")[-1].name == f"step-{step + 1:08d}.ckpt"
+    signal.signal(signal.SIGTERM, before)
+
+
 def test_a_signal_stops_whatever_min_steps_says(shards, tmp_path):
     options = {"trainer_options": {"min_steps": 5}, "steps": 6}
     run = cells.fit(shards, tmp_path, callbacks=[SignalAt(1), Preemption()], **options)

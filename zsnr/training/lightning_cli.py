@@ -42,7 +42,7 @@ from zsnr.training.module import (
     check_settings,
     check_unsharded,
 )
-from zsnr.training.preemption import Preemption, listen, restarted
+from zsnr.training.preemption import EXIT_CODE, Preemption, listen, restarted, stopped_early
 from zsnr.training.strategy import FullyShardedStrategy, check_strategy
 from zsnr.training.watchdog import Watchdog
 
@@ -251,6 +251,7 @@ def run(arguments: Sequence[str]) -> None:
 
     Raises:
         ValueError: The command line or a YAML is wrong; one line.
+        SystemExit: A signal has stopped training before its end; the code is 143.
     """
     _quieten()
     if arguments[:1] == ["fit"]:
@@ -263,7 +264,7 @@ def run(arguments: Sequence[str]) -> None:
     # argv[0] stays: Lightning's launcher starts the other ranks with it.
     sys.argv[1:] = expand_short_options(arguments)
     try:
-        ZsnrCLI(
+        cli = ZsnrCLI(
             LatentDiffusion,
             DataModule,
             save_config_callback=SaveConfigOfFit,
@@ -273,6 +274,8 @@ def run(arguments: Sequence[str]) -> None:
         )
     except ArgumentError as error:
         raise ValueError(short_message(str(error))) from error
+    if stopped_early(cli.trainer, cli.model):
+        raise SystemExit(EXIT_CODE)
 
 
 class _ParseOnly(ZsnrCLI):

@@ -13,6 +13,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from zsnr.training.checkpointing import Checkpoints
 
+EXIT_CODE = 143
+"""Of a run that a signal has stopped before its end: what follows in a script must not begin."""
+
 _received: set[int] = set()
 
 
@@ -62,6 +65,13 @@ class Preemption(L.Callback):
 
     def teardown(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         _received.clear()
+
+
+def stopped_early(trainer: L.Trainer, module: Any) -> bool:
+    """Whether a signal has stopped the run before its end, and SLURM does not start it again."""
+    requeued = module.requeue_agreed and "SLURM_JOB_ID" in os.environ
+    ended = 0 <= trainer.max_steps <= trainer.global_step
+    return module.stop_agreed and not requeued and not ended
 
 
 def requeue() -> None:
