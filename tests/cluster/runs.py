@@ -140,7 +140,7 @@ class Run:
     def unfinished(self) -> list[str]:
         """Names beside the checkpoints that are none: what a killed save left."""
         folder = self.folder / "checkpoints"
-        names = sorted(os.listdir(folder)) if folder.exists() else []
+        names = sorted(set(os.listdir(folder)) - {"run.json"}) if folder.exists() else []
         return [n for n in names if not (n.startswith(("step-", "last")) and n.endswith(".ckpt"))]
 
 
