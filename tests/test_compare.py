@@ -90,7 +90,7 @@ def folder(tmp_path_factory):
 
 def compare(folder, *arguments):
     paths = [str(folder / a) if a.endswith(".ckpt") and "=" not in a else a for a in arguments]
-    return main(["compare", *paths, "--num-steps", "2", "--count", "1"])
+    return main(["compare", "--num-steps", "2", "--count", "1", *paths])
 
 
 # --- arms ---------------------------------------------------------------------------------------
@@ -142,7 +142,9 @@ def test_a_sweep_is_a_product():
         (["a"], ["num_steps=five"], [], False, "num_steps='five': wanted a number"),
         (["a"], ["name='x"], [], False, "No closing quotation"),
         (["a"], ["schedule=cosine"], [], False, "'cosine' is unknown. Known: original, rescaled"),
-        (["a", "a"], [], [], False, "Two arms are the same"),
+        (["a", "a"], [], [], False, "Two arms of a are the same"),
+        ([], ["name=x spacing=leading"] * 2, [], True, "Two arms are the same: 'x'"),
+        (["a,b,a"], [], [], False, "model='a,b,a': wanted each model once"),
         (["a,"], [], [], False, "wanted a path"),
         (["a"], [], ["model=a,b"], False, "--vary model=a,b: wanted SETTING"),
         (["a"], [], ["num_steps=5", "num_steps=6"], False, "wanted each setting once"),
@@ -153,6 +155,15 @@ def test_a_sweep_is_a_product():
 def test_wrong_arms_are_refused(models, texts, variations, exact, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         make_arms(models, texts, variations, exact=exact)
+
+
+def test_a_path_that_exists_may_hold_commas(tmp_path, monkeypatch):
+    (tmp_path / "a, b.ckpt").touch()
+    monkeypatch.chdir(tmp_path)
+    [alone] = make_arms(["a, b.ckpt"])
+    [named] = make_arms([], ["model='a, b.ckpt'"])
+    assert alone.models == named.models == ("a, b.ckpt",)
+    assert make_arms(["a, c.ckpt"])[0].models == ("a", " c.ckpt")
 
 
 def test_the_schedule_of_an_arm():
@@ -387,7 +398,7 @@ def test_prompts_of_the_data_are_the_same_each_time(folder, tmp_path):
         ([], "There is nothing to compare"),
         (["nowhere.ckpt"], "is no file: wanted a checkpoint"),
         (["x.safetensors"], "x.safetensors is not there"),
-        (["b.ckpt", "--spacing", "karras"], "'karras' is unknown. Known:"),
+        (["b.ckpt", "--spacing", "uniform"], "'uniform' is unknown. Known:"),
         (["b.ckpt", "--sampler", "plms"], "'plms' is unknown. Known:"),
         (["b.ckpt", "--vary", "num_steps=5,1001"], "num_steps=1001"),
         (["b.ckpt", "--vary", "guidance_rescale=0,2"], "rescale 2.0: wanted a number in [0, 1]"),
@@ -395,7 +406,11 @@ def test_prompts_of_the_data_are_the_same_each_time(folder, tmp_path):
         (["b.ckpt", "--prompts", "data"], "--prompts data takes captions of the data"),
         (["b.ckpt", "--data", "nowhere"], "No shards at nowhere"),
         (["b.ckpt", "--seed", "-1"], "seed=-1"),
+        (["b.ckpt", "--count", "5000000000"], "seed=4999999999"),
         (["b.ckpt", "--samples", "1"], "--samples 1: wanted at least 2"),
+        (["b.ckpt", "--data", "{0}/shards", "{0}/a.ckpt"], "is a model, and stands among pictures"),
+        (["--oracle", "{0}/shards", "{0}/a.ckpt"], "is a model, and stands among pictures"),
+        (["--oracle", "{0}/shards", "--codec-subfolder", "vae"], "is of a --codec FOLDER"),
         (["b.ckpt", "--image-size", "8"], "--image-size belongs to --oracle"),
         (["--oracle", "x", "--guidance-scale", "3"], "--guidance-scale belongs to a comparison of"),
         (["--oracle", "nowhere"], "No shards at nowhere"),
@@ -413,6 +428,26 @@ def test_wrong_commands_end_before_anything_is_sampled(
     assert compare(folder, *arguments, "--output", str(tmp_path / "out")) == 2
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_device_is_checked_before_anything_is_loaded(folder, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        compare(folder, "b.ckpt", "--device", "gpu", "--output", str(tmp_path / "out"))
+    assert end.value.code == 2
+    assert "argument --device: 'gpu' is no device here" in capsys.readouterr().err
+
+
+def test_names_with_dollars_are_no_formulas(folder, tmp_path):
+    name, group = r"costs $5, not $\frac{", r"$x_ $ and $^"
+    line = json.dumps({"prompt": r"a $\bill{ of $", "group": group})
+    (tmp_path / "p.jsonl").write_text(line + "\n" + json.dumps({"prompt": "a", "group": "b"}))
+    options = ["--prompts", f"{tmp_path}/p.jsonl", "--output", f"{tmp_path}/out"]
+    assert compare(folder, "--arm", f'model="{folder}/b.ckpt" name="{name}"', *options) == 0
+    page = (tmp_path / "out" / "index.html").read_text()
+    histograms, groups = re.findall("<svg.*?</svg>", page, flags=re.DOTALL)
+    assert f">{name}<" in histograms
+    assert f">{name}<" in groups
+    assert f">{group}<" in groups
 
 
 def test_a_folder_is_never_overwritten_nor_half_written(folder, tmp_path, capsys, monkeypatch):

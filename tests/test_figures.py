@@ -150,6 +150,14 @@ def test_each_figure_is_one_command(folder, tmp_path, capsys, number, source):
     assert out.read_bytes() == before
 
 
+def test_a_prompt_with_dollars_is_no_formula(folder, tmp_path):
+    out = tmp_path / "figure.png"
+    options = ["--prompt", r"a $\frac{ $ b", "--num-steps", "1", "--count", "1"]
+    model = ["--model", str(folder / "a.ckpt")]
+    assert main(["figure", "5", *model, *options, "--output", str(out)]) == 0
+    assert out.is_file()
+
+
 @pytest.mark.parametrize(
     ("number", "arguments", "message"),
     [
@@ -157,6 +165,8 @@ def test_each_figure_is_one_command(folder, tmp_path, capsys, number, source):
         (4, ["--model", "{0}/a.ckpt", "--spacing", "leading"], "--spacing is not free in Figure 4"),
         (6, ["--model", "{0}/a.ckpt", "--guidance-rescale", "1"], "is not free in Figure 6"),
         (2, ["--prompt", "a"], "--prompt says nothing in Figure 2"),
+        (2, ["--device", "cpu"], "--device says nothing in Figure 2"),
+        (2, ["--oracle", "nowhere"], "No shards at nowhere"),
         (2, ["--model", "nowhere.ckpt"], "is no file: wanted a checkpoint"),
         (5, ["--model", "{0}/a.ckpt", "--codec", "pixels"], "--codec belongs to --oracle"),
         (5, ["--model", "{0}/a.ckpt", "--num-steps", "1001"], "num_steps=1001"),
@@ -165,6 +175,8 @@ def test_each_figure_is_one_command(folder, tmp_path, capsys, number, source):
         (5, ["--oracle", "{0}/shards", "--prompt", "green"], "holds 'green'"),
         (5, ["--oracle", "{0}/shards", "--sampler", "plms"], "'plms' is unknown"),
         (5, ["--oracle", "{0}/shards", "--count", "0"], "--count 0: wanted at least 1"),
+        (5, ["--model", "{0}/a.ckpt", "--count", "5000000000"], "seed=4999999999"),
+        (5, ["--oracle", "{0}/a.ckpt"], "is a model, and stands among pictures"),
     ],
 )
 def test_wrong_commands(folder, tmp_path, capsys, monkeypatch, number, arguments, message):

@@ -143,7 +143,9 @@ def _parser() -> argparse.ArgumentParser:
     cache.add_argument(
         "--batch-size", type=int, default=8, help="pictures encoded at a time (default 8)"
     )
-    cache.add_argument("--device", help="where to encode (default: the GPU if there is one)")
+    cache.add_argument(
+        "--device", type=_device, help="where to encode (default: the GPU if there is one)"
+    )
     cache.add_argument("--rank", type=int, help="this process (default: RANK, else 0)")
     cache.add_argument("--ranks", type=int, help="all processes (default: WORLD_SIZE, else 1)")
     cache.set_defaults(run=_data_cache)
@@ -178,7 +180,9 @@ def _parser() -> argparse.ArgumentParser:
         "--codec", help="measure its latents too: a folder, hub id, asset:openmoji_vae, or pixels"
     )
     look.add_argument("--codec-subfolder", help="such as vae, in a Stable Diffusion folder")
-    look.add_argument("--device", help="where to encode (default: the GPU if there is one)")
+    look.add_argument(
+        "--device", type=_device, help="where to encode (default: the GPU if there is one)"
+    )
     look.add_argument("--index", metavar="FOLDER", help="where `data index --output` wrote")
     look.add_argument("--json", action="store_true", help="print the figures as JSON")
     look.set_defaults(run=_data_report)
@@ -415,6 +419,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _device(name: str) -> str:
+    """Check the name of a device, before anything is loaded onto it."""
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"{name!r} is no device here: {reason}") from error
+    return name
+
+
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
     """Add the options of every command that samples; None = not given."""
     parser.add_argument(
@@ -538,7 +554,9 @@ def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="N",
         help="pictures at a time (default 8, 64 with --oracle)",
     )
-    compare.add_argument("--device", help="where to sample (default: the GPU if there is one)")
+    compare.add_argument(
+        "--device", type=_device, help="where to sample (default: the GPU if there is one)"
+    )
     compare.add_argument("--json", action="store_true", help="print compare.json")
     compare.set_defaults(run=_compare)
 
@@ -555,7 +573,11 @@ def _add_figure(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     figure.add_argument("number", type=int, choices=(2, 4, 5, 6), help="which one")
     source = figure.add_mutually_exclusive_group()
-    source.add_argument("--model", help="a checkpoint, folder of diffusers, single file or hub id")
+    source.add_argument(
+        "--model",
+        help="a checkpoint, folder of diffusers, single file or hub id; in Figure 2 also linear, "
+        "cosine or scaled_linear",
+    )
     source.add_argument(
         "--oracle", nargs="+", metavar="SHARDS", help="no model: these pictures themselves"
     )
@@ -588,7 +610,9 @@ def _add_figure(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="with --oracle: pictures to know, by chance (default 1000)",
     )
     _add_oracle(figure)
-    figure.add_argument("--device", help="where to sample (default: the GPU if there is one)")
+    figure.add_argument(
+        "--device", type=_device, help="where to sample (default: the GPU if there is one)"
+    )
     figure.set_defaults(run=_figure)
 
 
@@ -763,6 +787,7 @@ def _compare(options: argparse.Namespace) -> None:
 
 def _figure(options: argparse.Namespace) -> None:
     from zsnr.reports.arms import SETTINGS, Arm
+    from zsnr.reports.compare import check_pictures
     from zsnr.reports.figures import DEFAULTS, draw_figure, draw_schedule
 
     output = Path(options.output).expanduser()
@@ -778,7 +803,9 @@ def _figure(options: argparse.Namespace) -> None:
     if options.oracle is None:
         _check_options(options, oracle, "belongs to --oracle")
     if options.number == 2:
-        _check_options(options, ("prompt", "count"), "says nothing in Figure 2")
+        _check_options(options, ("prompt", "count", "device"), "says nothing in Figure 2")
+        if options.oracle is not None:
+            check_pictures(options.oracle)
         draw_schedule(
             options.model or options.betas or "scaled_linear", options.num_steps or 10, output
         )
@@ -816,6 +843,10 @@ def _codec(name: str | None, subfolder: str | None) -> LatentCodec | None:
     """Find what --codec names."""
     from zsnr.codecs import AutoencoderKLCodec, PixelCodec
 
+    if subfolder is not None and name in (None, "pixels"):
+        raise ValueError(
+            f"--codec-subfolder {subfolder} is of a --codec FOLDER, which is not given."
+        )
     if name is None:
         return None
     return PixelCodec() if name == "pixels" else AutoencoderKLCodec(name, subfolder=subfolder)

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import product
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any, Literal, get_args
 
 from zsnr.guidance import Guidance
@@ -212,9 +212,13 @@ def _value(name: str, text: str) -> Any:
 
 
 def _paths(text: str) -> tuple[str, ...]:
+    if Path(text).expanduser().exists():  # a name may hold a comma
+        return (text,)
     paths = tuple(text.split(","))
     if not all(paths):
         raise ValueError(f"model={text!r}: wanted a path, or several with commas between.")
+    if len(set(paths)) < len(paths):
+        raise ValueError(f"model={text!r}: wanted each model once.")
     return paths
 
 
@@ -233,7 +237,9 @@ def _named(arms: Sequence[Arm]) -> list[Arm]:
     names = [arm.name for arm in named]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
-        raise ValueError(f"Two arms are the same: {twice[0]!r}. Wanted arms that differ.")
+        models = next(", ".join(arm.models) for arm in named if arm.name == twice[0])
+        of = f" of {models}" if models else ""
+        raise ValueError(f"Two arms{of} are the same: {twice[0]!r}. Wanted arms that differ.")
     return named
 
 

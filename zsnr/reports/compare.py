@@ -274,6 +274,7 @@ def _requests(
     """Read or make what is asked for."""
     if prompts == "data":
         count = count or 1
+        sample_generator(seed + max(0, len(captions) * count - 1))  # before there are so many
         read = [
             PromptRequest(text, seed=seed + i * count, line=i + 1)
             for i, text in enumerate(captions)
@@ -286,6 +287,7 @@ def _requests(
         count = count or (2 if prompts is None else None)
     if count is not None:
         first = {request.line: request for request in reversed(read)}
+        sample_generator(max(request.seed for request in first.values()) + count - 1)
         read = [
             replace(first[line], seed=first[line].seed + k)
             for line in sorted(first)
@@ -318,9 +320,14 @@ def check_numbers(**numbers: int | None) -> None:
 
 def check_pictures(data: Sources) -> None:
     """Refuse data that is not there, or holds no pictures."""
-    cached = [shard.url for shard in find_shards(data) if shard.kind == "cache"]
-    if cached:
-        raise ValueError(f"{cached[0]} holds no pictures: give the shards it was cached from.")
+    for shard in find_shards(data):
+        if shard.kind == "cache":
+            raise ValueError(f"{shard.url} holds no pictures: give the shards it was cached from.")
+        if shard.url.endswith((".ckpt", ".safetensors")):
+            raise ValueError(
+                f"{shard.url} is a model, and stands among pictures: name models before --data "
+                "and --oracle."
+            )
 
 
 def check_models(arm: Arm) -> None:

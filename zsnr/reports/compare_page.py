@@ -279,7 +279,7 @@ def _histograms(facts: Mapping[str, Any]) -> str:
                 linewidth=1.1,
             )
         text = arm["name"] + ("" if data is None else f"    W1 {arm['w1']['estimate']:.3f}")
-        axis.set_title(text, fontsize=9, loc="left", pad=2)
+        axis.set_title(text, fontsize=9, loc="left", pad=2, parse_math=False)
         axis.set(yticks=[], xlim=(-1, 1))
         axis.spines[["top", "left", "right"]].set_visible(False)
     np.atleast_1d(axes)[-1].set_xlabel("mean luma of a picture, -1 black to 1 white", fontsize=9)
@@ -334,13 +334,15 @@ def _group_chart(facts: Mapping[str, Any]) -> str:
         luma = [arm["groups"][group["name"]]["mean_luma"] for group in groups]
         colour = COLOURS[i % len(COLOURS)]
         axes.plot(luma, range(len(groups)), "o-", color=colour, label=arm["name"], linewidth=0.8)
-    axes.set_yticks(range(len(groups)), [group["name"] for group in groups], fontsize=9)
+    names = [group["name"] for group in groups]
+    axes.set_yticks(range(len(groups)), names, fontsize=9, parse_math=False)
     axes.invert_yaxis()
     axes.set(xlim=(-1, 1))
     axes.set_xlabel("mean luma of the group, -1 black to 1 white", fontsize=9)
     axes.grid(axis="x", color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8, loc="lower left")
+    for text in axes.legend(frameon=False, fontsize=8, loc="lower left").get_texts():
+        text.set_parse_math(False)
     return chart(figure)
 
 

@@ -13,6 +13,7 @@ from zsnr.checkpoints.own import KEY, open_checkpoint
 from zsnr.codecs import LatentCodec, PixelCodec
 from zsnr.data.sources import Sources
 from zsnr.files import check_new
+from zsnr.noise import sample_generator
 from zsnr.pipeline import TextToImage, to_image
 from zsnr.reports.arms import Arm
 from zsnr.reports.compare import check_models, check_numbers, check_pictures, encode, read_data
@@ -113,6 +114,7 @@ def draw_figure(
     """
     _check_png(output)
     check_numbers(count=count, samples=most, image_size=image_size)
+    sample_generator(seed + (count or 1) - 1)
     schedule = NoiseSchedule(cast(BetaKind, betas))
     if model is None:
         for S in STEPS if number == 4 else (arm.num_steps,):

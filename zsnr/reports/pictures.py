@@ -60,7 +60,7 @@ def panel_figure(
     figure = Figure(
         figsize=(side * len(columns) + 1.2, side * shape * len(rows) + 0.9), layout="constrained"
     )
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=10, parse_math=False)  # a prompt may hold $
     axes = figure.subplots(len(rows), len(columns), squeeze=False)
     for i, row in enumerate(images):
         for j, image in enumerate(row):
@@ -69,10 +69,12 @@ def panel_figure(
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_color("0.8")
             if i == 0:
-                axis.set_title(columns[j], fontsize=9)
+                axis.set_title(columns[j], fontsize=9, parse_math=False)
             if j == 0:
                 label = "\n".join(fill(line, 22) for line in rows[i].split("\n"))
-                axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
+                axis.set_ylabel(
+                    label, rotation=0, ha="right", va="center", fontsize=9, parse_math=False
+                )
     return figure
 
 

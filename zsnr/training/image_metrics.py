@@ -52,6 +52,7 @@ from zsnr.training.module import LatentDiffusion
 from zsnr.training.preemption import asked
 from zsnr.training.watchdog import Watchdog
 
+_ASKED = ("real", "statistics", "inception", "features", "clip", "save_images", "output")
 _CHANNELS = "latent_mean_by_channel"
 _MOST_CHANNELS = 16  # whose latent means are logged; the json has all
 
@@ -490,6 +491,11 @@ def check_files(options: Any, *, writes_once: bool) -> None:
         FileNotFoundError: There are no real pictures.
     """
     if options.captions is None:
+        asked = [name for name in _ASKED if getattr(options, name) is not None]
+        if asked and writes_once:
+            raise ValueError(
+                f"metrics.{asked[0]} is set, but nothing is measured without metrics.captions."
+            )
         return
     read_captions(options.captions, options.num_images, options.seed)
     if options.inception is not None:
