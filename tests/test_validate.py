@@ -270,6 +270,7 @@ def test_a_model_that_has_collapsed_is_no_error(folder, run, tmp_path, capsys, m
         (["--metrics.batch_size", "0"], "metrics.batch_size=0"),
         (["--metrics.real", "/nowhere"], "No shards at /nowhere"),
         (["--metrics.statistics", "OUT/real.npz"], "ending in .safetensors"),
+        (["--metrics.statistics", "CONFIG/r.safetensors"], "config.yaml is no folder to write to"),
         (["--metrics.statistics", "OUT/r.safetensors", "--metrics.real", "null"], "is not there"),
         (["--metrics.inception", "/nowhere.pth"], "FID's Inception weights are weights-inception"),
         (
@@ -333,3 +334,10 @@ def test_cached_text_embeddings_need_the_encoder_for_captions_alone(folder, tmp_
         assert encoder._loaded
     assert not encoder._loaded
     assert set(remembered._rows) == {"a"}
+
+
+def test_suggestions_are_options_that_exist():
+    from zsnr.training.lightning_cli import _option_names
+
+    assert "metrics.features" in _option_names()
+    assert not [name for name in _option_names() if name.endswith((".self", ".args", ".kwargs"))]

@@ -515,6 +515,8 @@ def check_files(options: Any, *, writes_once: bool) -> None:
             RealStatistics.read(path)
         elif options.real is None:
             raise ValueError(f"{path} is not there, and metrics.real names no pictures to make it.")
+        else:
+            check_new(path)  # so that it can be written
     if options.output is not None and Path(options.output).suffix != ".json":
         raise ValueError(f"metrics.output={options.output}: wanted a name that ends in .json.")
     if writes_once:

@@ -361,7 +361,7 @@ def _option_names() -> list[str]:
         ("trainer", Trainer),
         ("metrics", ImageMetrics),
     ):
-        for name, parameter in inspect.signature(cls.__init__).parameters.items():
+        for name, parameter in inspect.signature(cls).parameters.items():
             names.append(f"{group}.{name}")
             default = parameter.default
             if dataclasses.is_dataclass(default):
