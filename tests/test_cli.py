@@ -216,9 +216,11 @@ def test_predict_with_short_options_and_a_file(run, folder, tmp_path):
     prompts.write_text(
         '{"prompt": "grey 2", "seed": 5, "height": 8}\n{"prompt": "b", "negative_prompt": "c"}\n'
     )
+    grid = tmp_path / "my grid.json"
+    grid.write_text('{"timesteps": [999, 300]}')
     options = [
         *("--prompts", str(prompts), "--output", str(tmp_path / "out"), "--sampler", "ddpm"),
-        *("--num-steps=2", "--spacing", "linspace", "--guidance-scale", "2"),
+        *("--num-steps=2", "--spacing", str(grid), "--guidance-scale", "2"),
         *("--guidance-rescale", "0.5", "--guidance-interval", "[0.2,.inf]", "--seed", "9"),
     ]
     assert predict(folder, *options) == 0
@@ -229,12 +231,15 @@ def test_predict_with_short_options_and_a_file(run, folder, tmp_path):
     wanted = {
         "sampler": "ddpm",
         "num_steps": 2,
-        "spacing": "linspace",
+        "spacing": str(grid),
+        "timesteps": [999, 300],
         "guidance_scale": 2.0,
         "guidance_rescale": 0.5,
         "guidance_interval": [0.2, None],
     }
     assert {name: facts[name] for name in wanted} == wanted
+    grid.write_text('{"timesteps": [999, 200]}')  # is another run, by the same name
+    assert predict(folder, *options) == 2
 
 
 def test_report(run, folder):

@@ -8,9 +8,12 @@ from PIL import Image
 
 from zsnr import GaussianDenoiser, Multiscale, NoiseSchedule, get_sampler, get_timesteps, log_snr
 from zsnr.checkpoints import DiffusersScheduler
+from zsnr.checkpoints.card import model_card
 from zsnr.checkpoints.doctor import examine
+from zsnr.checkpoints.run_facts import published, write_run_facts
 from zsnr.cli import main
 from zsnr.oracle import EmpiricalDenoiser, span
+from zsnr.pipeline import Sampling, describe_sampling
 from zsnr.reports.grid import GridLoss
 
 SCHEDULE = NoiseSchedule()
@@ -100,12 +103,21 @@ def test_a_file_is_a_spacing(optimized, tmp_path):
         ("nothing", "no JSON"),
         ('{"timesteps": [300, 999]}', "descending"),
         ('{"timesteps": [1000, 2]}', "wanted 999 to 0"),
+        ('{"timesteps": [9.5, 2]}', "bare.json: .* not all integers"),
+        ("[" * 100_000, "no JSON"),
+        ('{"timesteps": [999, 2], "schedule": [1]}', "wanted settings by name"),
+        ('{"timesteps": [999, 2], "schedule": {"beta": 1}}', "bare.json: schedule"),
+        ('{"timesteps": [999, 2], "schedule": {"beta_start": "a"}}', "bare.json: schedule"),
+        ('{"timesteps": [999, 2], "schedule": {"num_timesteps": 1e99}}', "not 1000"),
     ):
         bare.write_text(text)
         with pytest.raises(ValueError, match=message):
             get_timesteps(str(bare), 2)
-    with pytest.raises(OSError, match="none.json"):
-        get_timesteps(str(tmp_path / "none.json"), 2)
+    with pytest.raises(OSError, match="none.json: there is no such file, seen from"):
+        get_timesteps("none.json", 2)
+    bare.write_text('{"timesteps": [999, 2], "schedule": {"num_timesteps": 2000}}')
+    with pytest.raises(ValueError, match="2000 timesteps, not 1000"):
+        get_timesteps(str(bare), 2)
 
 
 def test_schedulers_and_the_doctor_take_a_file(optimized, tmp_path):
@@ -118,6 +130,50 @@ def test_schedulers_and_the_doctor_take_a_file(optimized, tmp_path):
     assert examine(str(config)).verdict == "fixed"
 
 
+def test_what_was_sampled_is_known_without_the_file(tmp_path):
+    path = tmp_path / "my grid.json"
+    path.write_text('{"timesteps": [999, 300, 20]}')
+    facts = describe_sampling(Sampling(num_steps=3, spacing=str(path)))
+    assert facts["timesteps"] == [999, 300, 20]
+    assert "timesteps" not in describe_sampling(Sampling())
+    path.write_text('{"timesteps": [999, 200, 20]}')  # another way to sample, by the same name
+    assert describe_sampling(Sampling(num_steps=3, spacing=str(path))) != facts
+    path.unlink()
+
+    run = {"format": 1, "schedule": SCHEDULE.settings(), "sampling": json.loads(json.dumps(facts))}
+    (tmp_path / "last.ckpt").write_bytes(b"")
+    for own, verdict in (
+        ([999, 300, 20], "fixed"),
+        ([900, 300, 20], "inconsistent"),
+        ([999, 300], "unreadable"),
+        ([999, 300, "20"], "unreadable"),
+        ("999", "unreadable"),
+    ):
+        run["sampling"]["timesteps"] = own
+        write_run_facts(tmp_path, run)
+        assert examine(tmp_path / "last.ckpt").verdict == verdict, own
+    with pytest.raises(OSError, match="my grid.json"):
+        Sampling(num_steps=3, spacing=str(path))
+
+
+def test_a_card_names_the_grid_and_not_the_place_of_its_file():
+    sampling = {
+        "sampler": "multiscale",
+        "spacing": "/home/somebody/secret/runs/grid.json",
+        "timesteps": [999, 300, 20],
+        "guidance_interval": [0.3, None],
+    }
+    facts = {"schedule": SCHEDULE.settings(), "prediction_type": "v_prediction"}
+    card = model_card("x", {**facts, "sampling": sampling})
+    assert "made with multiscale on the timesteps 999, 300, 20" in card
+    assert "somebody" not in card
+    assert "sigma / alpha from 0.3 to inf" in card
+    assert published({"sampling": sampling})["sampling"]["spacing"] == "runs/grid.json"
+    del sampling["timesteps"]
+    assert "somebody" not in model_card("x", {**facts, "sampling": sampling})
+    assert "guided at some" not in model_card("x", facts)
+
+
 def test_the_loss_falls_with_more_steps(folder):
     images = torch.stack(
         [torch.full((3, 4, 4), level) for level in torch.linspace(-1, 1, 12).tolist()]
@@ -128,6 +184,15 @@ def test_the_loss_falls_with_more_steps(folder):
     assert totals[-1] < 0.01
     noisy = GridLoss(images, SCHEDULE, get_sampler("dpmpp_2m_sde"), 64, 0)
     assert noisy(log_snr(10)) == noisy(log_snr(10))
+
+
+def test_directions_without_spread_do_not_count():
+    """Four pictures lie in three directions about their mean, and a fourth is rounding alone."""
+    pictures = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    loss = GridLoss(pictures, SCHEDULE, get_sampler("multiscale"), 64, 100)
+    assert loss(log_snr(40)).spread < 1e-12  # each sample ends at the picture of the exact solution
+    with pytest.raises(ValueError, match="all of one brightness"):
+        GridLoss(torch.zeros(4, 3, 8, 8), SCHEDULE, get_sampler("multiscale"), 64, 0)
 
 
 def test_the_oracle_in_the_span_of_its_images():

@@ -99,7 +99,19 @@ def test_the_interval_is_of_noise_levels():
 
 
 @pytest.mark.parametrize(
-    "interval", [(5.0, 0.3), (1.0, 1.0), (-1.0, 2.0), (math.nan, 1.0), (1.0,), ("a", "b")]
+    "interval",
+    [
+        (5.0, 0.3),
+        (1.0, 1.0),
+        (-1.0, 2.0),
+        (math.nan, 1.0),
+        (1.0,),
+        ("a", "b"),
+        3,
+        "ab",
+        (True, 2.0),
+        (0.3, None),
+    ],
 )
 def test_wrong_intervals_are_refused(interval):
     with pytest.raises(ValueError, match="Guidance interval"):

@@ -224,7 +224,14 @@ def test_network_calls():
 
 
 @pytest.mark.parametrize(
-    "options", [{"order": 4}, {"order": True}, {"smallest": 0.0}, {"smallest": 2.0, "largest": 1.0}]
+    "options",
+    [
+        {"order": 4},
+        {"order": True},
+        {"order": 2.0},
+        {"smallest": 0.0},
+        {"smallest": 2.0, "largest": 1.0},
+    ],
 )
 def test_wrong_options(options):
     with pytest.raises(ValueError, match="wanted"):

@@ -157,7 +157,8 @@ class Denoiser:
         uncond: Negative or null prompts, one row a sample or one for all.
         guidance: None = no guidance. The scale 1 skips the unconditional pass.
         max_rows: Rows of one network call, to bound memory; more are divided over several calls.
-            None = all at once, with guidance two a sample.
+            None = all at once, with guidance two a sample. Where the network is sharded, ranks must
+            have equally many samples, else they call it unequally often and wait for ever.
         dtype: What x_t and the conditioning are cast to for the network. None = the dtype of its
             parameters where it is a module, else as they are.
 

@@ -70,14 +70,18 @@ class Guidance:
         if not isinstance(self.rescale, numbers) or not 0 <= self.rescale <= 1:
             raise ValueError(f"Guidance rescale {self.rescale!r}: wanted a number in [0, 1].")
         if self.interval is not None:
-            ends = tuple(self.interval)
-            if len(ends) != 2 or not all(isinstance(end, numbers) for end in ends):
-                raise ValueError(f"Guidance interval {self.interval!r}: wanted two noise levels.")
+            ends = self.interval
+            pair = isinstance(ends, tuple | list) and len(ends) == 2
+            plain = pair and all(isinstance(x, numbers) and not isinstance(x, bool) for x in ends)
+            if not plain:
+                raise ValueError(
+                    f"Guidance interval {ends!r}: wanted two noise levels; the second may be inf."
+                )
             if not 0 <= ends[0] < ends[1]:
                 raise ValueError(
                     f"Guidance interval {self.interval!r}: wanted 0 or more, then a higher level."
                 )
-            object.__setattr__(self, "interval", ends)
+            object.__setattr__(self, "interval", tuple(ends))
 
     @overload
     def acts(self, alpha_t: float, sigma_t: float) -> bool: ...

@@ -29,7 +29,7 @@ from zsnr.samplers import DDIM, Sampler, get_sampler
 from zsnr.samplers.base import Callback
 from zsnr.samplers.registry import sampler_name
 from zsnr.schedule import NoiseSchedule
-from zsnr.timesteps import get_timesteps
+from zsnr.timesteps import get_timesteps, is_grid_file, read_grid
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -41,10 +41,17 @@ class Sampling:
 
     Args:
         sampler: The sampler, by class.
-        num_steps: S, the number of network calls.
+        num_steps: S; the network is called as often, by Heun's method nearly twice as often.
         spacing: A registered timestep spacing, or the path of a grid that `zsnr timesteps optimize`
-            wrote.
+            wrote, seen from the folder where the command runs.
         guidance: Guidance scale, rescale and interval.
+
+    Attributes:
+        grid: What that file held; None where the spacing is none.
+
+    Raises:
+        ValueError: The file holds no grid.
+        OSError: It cannot be read.
     """
 
     sampler: Sampler = field(default_factory=DDIM)
@@ -52,15 +59,25 @@ class Sampling:
     spacing: str = "trailing"
     guidance: Guidance = field(default_factory=Guidance)
 
+    grid: tuple[int, ...] | None = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        steps = read_grid(Path(self.spacing))[0] if is_grid_file(self.spacing) else None
+        object.__setattr__(self, "grid", None if steps is None else tuple(steps))
+
 
 def describe_sampling(sampling: Sampling) -> dict[str, Any]:
-    """Return how images are sampled, as plain values."""
+    """Return how images are sampled, as plain values.
+
+    A grid of a file is written out as `timesteps`: the file may change, or be on another machine.
+    """
     sampler: Any = sampling.sampler
     return {
         "sampler": sampler_name(sampler),
         "sampler_options": asdict(sampler) if is_dataclass(type(sampler)) else {},
         "num_steps": sampling.num_steps,
         "spacing": sampling.spacing,
+        **({} if sampling.grid is None else {"timesteps": list(sampling.grid)}),
         "guidance_scale": sampling.guidance.scale,
         "guidance_rescale": sampling.guidance.rescale,
         "guidance_interval": _ends(sampling.guidance.interval),
@@ -160,12 +177,13 @@ class TextToImage:
             height: Pixels. None = the size the model was trained at.
             width: Likewise.
             sampler: A sampler, or the name of a registered one. None = DDIM.
-            num_steps: S, the number of network calls.
+            num_steps: S, see `Sampling`.
             spacing: A registered timestep spacing, or the path of a grid file.
             guidance: None = the paper's, scale 7.5 and rescale 0.7.
             batch_size: Images at a time.
-            max_rows: Rows of one network call, to bound memory; see `Denoiser`. None = with
-                guidance two an image, else one.
+            max_rows: Rows of one network call, to bound memory; see `Denoiser`, also for what
+                that means where the network is sharded. None = with guidance two an image, else
+                one.
             progress: Show a bar on stderr.
             callback: Called after each step of each batch, as by `Sampler.sample`: with the step's
                 number, its timestep, the predicted x_0 and the state it led to, both latents.

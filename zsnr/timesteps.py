@@ -14,7 +14,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -174,7 +174,7 @@ def get_timesteps(
             f"num_timesteps={schedule.num_timesteps}."
         )
     if is_grid_file(spacing):
-        return _read_grid(Path(spacing), S, T, schedule)
+        return _grid_of_file(Path(spacing), S, T, schedule)
     rule = _SPACINGS[spacing]
     if "schedule" in inspect.signature(rule).parameters:
         grid = rule(S, T, schedule=schedule or NoiseSchedule(num_timesteps=T))
@@ -247,21 +247,51 @@ def check_timesteps(
     return steps
 
 
-def _read_grid(path: Path, S: int, T: int, schedule: NoiseSchedule | None) -> Tensor:
+def read_grid(path: Path) -> tuple[list[int], dict[str, Any] | None]:
+    """Read a grid file: its timesteps, and the settings of the schedule that it is for, if any.
+
+    Raises:
+        ValueError: It holds no grid.
+        OSError: It cannot be read.
+    """
     try:
         facts = json.loads(path.expanduser().read_text(encoding="utf-8"))
-    except ValueError as error:
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{path}: there is no such file, seen from {Path.cwd()}."
+        ) from error
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON: {error}.") from error
     if not isinstance(facts, dict) or not isinstance(facts.get("timesteps"), list):
         raise ValueError(f'{path} holds no grid: wanted {{"timesteps": [999, ...]}}.')
-    steps = check_timesteps(facts["timesteps"], T)
+    settings = facts.get("schedule")
+    if not isinstance(settings, dict | None):
+        raise ValueError(f"{path}: schedule is {settings!r:.80}: wanted settings by name.")
+    try:
+        return check_timesteps(facts["timesteps"]), settings
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _grid_of_file(path: Path, S: int, T: int, schedule: NoiseSchedule | None) -> Tensor:
+    steps, settings = read_grid(path)
+    if steps[0] >= T:
+        raise ValueError(f"{path}: timesteps run from {steps[0]}: wanted {T - 1} to 0.")
     if len(steps) != S:
         raise ValueError(
             f"{path} is a grid of {len(steps)} steps: wanted {S}. Set num_steps={len(steps)}, or "
             "optimise another."
         )
-    if facts.get("schedule") is not None:
-        its = NoiseSchedule(**facts["schedule"])
+    if settings is not None:
+        count = settings.get("num_timesteps", 1000)
+        if count != T:  # and that may be too many to build
+            raise ValueError(
+                f"{path} is a grid for a schedule of {count!r:.80} timesteps, not {T}."
+            )
+        try:
+            its = NoiseSchedule(**settings)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: schedule: {error}") from error
         if its != (schedule or NoiseSchedule(num_timesteps=T)):
             raise ValueError(f"{path} is a grid for {its}: optimise one for this schedule.")
     return _grid(steps)

@@ -52,7 +52,8 @@ class DiffusersScheduler:
 
     Attributes:
         timesteps: t of every network call, int64, (calls,), after `set_timesteps`.
-        order: Always 1: `timesteps` has every call.
+        order: Always 1: `timesteps` has every call. So image-to-image pipelines, which count S of
+            them, begin earlier with Heun's method than their `strength` says.
         init_noise_sigma: Always 1: x_T is noise of unit variance.
 
     Raises:

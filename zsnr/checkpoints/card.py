@@ -121,7 +121,7 @@ def _proof(facts: Mapping[str, Any], schedule: NoiseSchedule, fixed: bool) -> st
 
 
 def _usage(name: str, facts: Mapping[str, Any], schedule: NoiseSchedule, fixed: bool) -> str:
-    sampling = _mapping(facts.get("sampling"))
+    sampling = _mapping(published(facts).get("sampling"))
     scale = _number(sampling.get("guidance_scale"), Guidance.scale)
     rescale = _rescale(facts, fixed)
     pipeline = facts.get("pipeline", "StableDiffusionPipeline")
@@ -165,9 +165,16 @@ image.save("image.png")
     ]
     spacing, sampler = sampling.get("spacing", "trailing"), sampling.get("sampler", "ddim")
     if spacing != "trailing" or sampler != "ddim":
+        own = sampling.get("timesteps")
+        grid = f"the timesteps {_said(own)}" if own else f"{_said(spacing)} timesteps"
         notes.append(
-            f"- This model's own previews were made with {_said(sampler)} on {_said(spacing)} "
-            "timesteps; the folder says DDIM and trailing."
+            f"- This model's own previews were made with {_said(sampler)} on {grid}; the folder "
+            "says DDIM and trailing."
+        )
+    if sampling.get("guidance_interval") is not None:
+        notes.append(
+            "- This model's own previews were guided at some noise levels only, "
+            f"{_interval(sampling['guidance_interval'])}; a pipeline of diffusers guides them all."
         )
     if dtype == "float16":
         notes.append(
@@ -331,6 +338,14 @@ def _said(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return _plain(str(value))
+
+
+def _interval(ends: Any) -> str:
+    """Say an interval of noise levels, whose infinite end JSON has as null."""
+    if not isinstance(ends, list | tuple) or len(ends) != 2:
+        return _said(ends)
+    low, high = (_said(float("inf") if end is None else end) for end in ends)
+    return f"sigma / alpha from {low} to {high}"
 
 
 def _plain(text: str) -> str:

@@ -27,7 +27,7 @@ from zsnr.guidance import Guidance
 from zsnr.loss import LossWeighting
 from zsnr.prediction import PredictionType
 from zsnr.schedule import NoiseSchedule
-from zsnr.timesteps import get_timesteps, is_grid_file
+from zsnr.timesteps import check_timesteps, get_timesteps, is_grid_file
 
 NUM_STEPS = (10, 20, 25, 30, 50)
 DEFAULT_SAMPLING = {
@@ -539,8 +539,14 @@ def _examine_own(
         raise ValueError(f"num_steps={shown(S)}: wanted 1 to {T}.")
     if not isinstance(spacing, str):
         raise ValueError(f"spacing={shown(spacing)}: wanted a name.")
-    counts = [S] if is_grid_file(spacing) else _step_counts(T, (S, *num_steps), None)
-    starts = {n: int(get_timesteps(spacing, n, T, schedule=schedule)[0]) for n in counts}
+    own = told.get("timesteps") if is_grid_file(spacing) else None
+    if own is None:
+        counts = [S] if is_grid_file(spacing) else _step_counts(T, (S, *num_steps), None)
+        starts = {n: int(get_timesteps(spacing, n, T, schedule=schedule)[0]) for n in counts}
+    elif isinstance(own, list) and len(own) == S:
+        starts = {S: check_timesteps(own, T)[0]}
+    else:
+        raise ValueError(f"sampling.timesteps={shown(own)}: wanted a list of {S}.")
     verdict, reason = judge(schedule, prediction_type, starts, None)
     zero = float(schedule.snr[-1]) == 0
     warnings, changes = [], []

@@ -48,6 +48,9 @@ def published(facts: Mapping[str, Any]) -> dict[str, Any]:
         facts["data"] = [_named(source) for source in (data if isinstance(data, list) else [data])]
     if isinstance(start, Mapping):
         facts["start"] = {**start, "unet": _named(start.get("unet"))}
+    sampling = facts.get("sampling")
+    if isinstance(sampling, Mapping) and "spacing" in sampling:
+        facts["sampling"] = {**sampling, "spacing": _named(sampling["spacing"])}
     return facts
 
 

@@ -61,6 +61,9 @@ class GridLoss:
         sampler: The sampler.
         num_samples: Samples of each grid.
         seed: The first of their seeds.
+
+    Raises:
+        ValueError: The pictures are all of one brightness.
     """
 
     def __init__(
@@ -71,6 +74,11 @@ class GridLoss:
         num_samples: int,
         seed: int,
     ) -> None:
+        self._data = images.flatten(1).double().mean(1)
+        if self._data.std() < 1e-6:
+            raise ValueError(
+                "The pictures are all of one brightness, which a grid is chosen by: wanted others."
+            )
         coordinates, basis = span(images)
         self._schedule, self._sampler = schedule, sampler
         self._denoiser = EmpiricalDenoiser(schedule, coordinates, batch_invariant=False)
@@ -79,9 +87,8 @@ class GridLoss:
         z = noise.randn(images.shape[1:], dtype=torch.float64)
         self._x_T = z.flatten(1) @ basis.T
         self._brightness = basis.mean(1)
-        self._data = images.flatten(1).double().mean(1)
-        centred = coordinates - coordinates.mean(0)
-        self._modes = torch.linalg.svd(centred, full_matrices=False)[2][:_MODES]
+        _, sizes, modes = torch.linalg.svd(coordinates - coordinates.mean(0), full_matrices=False)
+        self._modes = modes[sizes > sizes[0] * 1e-9][:_MODES]  # along others there is no spread
         fine = min(_FINE, schedule.num_timesteps)
         exact = self._sample(
             get_timesteps("log_snr", fine, schedule.num_timesteps, schedule=schedule)

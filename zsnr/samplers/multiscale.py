@@ -135,7 +135,7 @@ class Multiscale(Sampler):
     largest: float = 60.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.order, bool) or self.order not in (1, 2, 3):
+        if type(self.order) is not int or self.order not in (1, 2, 3):
             raise ValueError(f"order={self.order!r}: wanted 1, 2 or 3.")
         numbers = all(isinstance(s, (int, float)) for s in (self.smallest, self.largest))
         if not (numbers and 0 < self.smallest < self.largest < math.inf):
