@@ -218,6 +218,7 @@ def test_run_json_stands_beside_the_checkpoints(start, tmp_path):
         "spacing": "trailing",
         "guidance_scale": 7.5,
         "guidance_rescale": 0.7,
+        "guidance_interval": None,
     }
     assert facts["start"]["prediction_type"] == "epsilon"
     assert facts["start"]["unet"] == str(start)

@@ -12,7 +12,7 @@ from zsnr.training.lightning_cli import SHORT_OPTIONS
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LIGHTNING = ("fit", "validate", "test", "predict")
-GROUPS = ("data", "configs", "checkpoint")
+GROUPS = ("data", "configs", "checkpoint", "timesteps")
 
 
 def commands():

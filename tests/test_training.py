@@ -437,7 +437,7 @@ class Exploit:
         ({"loss": LossWeighting("min_snr")}, "allow_zero_terminal_weight"),
         ({"caption_dropout": 1.5}, "caption_dropout"),
         ({"image_size": 15}, "multiple of 2"),
-        ({"sampling": Sampling(spacing="karras")}, "Known"),
+        ({"sampling": Sampling(spacing="uniform")}, "Known"),
         ({"sampling": Sampling(num_steps=1001)}, "num_steps=1001"),
     ],
 )
