@@ -63,6 +63,7 @@ OVERHEAD = (  # average, batch, pixels
     (True, 16, 64),
     (False, 8, 128),
     (True, 8, 128),
+    (True, 6, 256),
 )
 LR = {"lr": 1e-4, "weight_decay": 0.01}
 
