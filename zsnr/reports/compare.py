@@ -16,7 +16,6 @@ from torch import Tensor
 from zsnr.checkpoints.own import KEY, open_checkpoint
 from zsnr.codecs import LatentCodec, PixelCodec
 from zsnr.data.faults import summarize
-from zsnr.data.images import to_unit_range
 from zsnr.data.index import load_index
 from zsnr.data.prompts import PromptRequest, brightness_suite, read_prompts
 from zsnr.data.samples import select
@@ -32,6 +31,7 @@ from zsnr.reports.compare_page import comparison_page
 from zsnr.reports.data import look_at
 from zsnr.reports.flaw import oracle_samples
 from zsnr.reports.outcomes import MEASURES, Outcome, Shots, groups_of, measure, measure_arms
+from zsnr.reports.pictures import picture_pixels
 from zsnr.schedule import NoiseSchedule
 
 if TYPE_CHECKING:
@@ -205,7 +205,7 @@ def compare_exact(
             place = f"pictures/{number:02d}-{_slug(arm.name)}"
             files = _save(pictures, requests, folder, place)
             own = arm.schedule_of(schedule)
-            shots = Shots("", files, measure(_tensor(pictures)))
+            shots = Shots("", files, measure(picture_pixels(pictures)))
             outcomes.append(Outcome(arm, own, kept_fraction(own, mode), [shots]))
         facts = {
             "kind": "exact denoiser",
@@ -409,7 +409,7 @@ def _shoot(
         )
         for i, file in zip(rows, _save(pictures, asked, folder, place), strict=True):
             files[i] = file
-        for name, found in measure(_tensor(pictures)).items():
+        for name, found in measure(picture_pixels(pictures)).items():
             values[name][rows] = found
     return Shots(pipe.name, files, values)
 
@@ -421,13 +421,6 @@ def _save(
     for picture, file in zip(pictures, files, strict=True):
         save_png(picture, folder / file)
     return files
-
-
-def _tensor(pictures: Sequence[Image]) -> Tensor:
-    import numpy as np
-
-    pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
-    return to_unit_range(pixels.permute(0, 3, 1, 2))
 
 
 @torch.no_grad()

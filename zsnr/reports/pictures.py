@@ -7,12 +7,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
+from zsnr.data.images import to_unit_range
 from zsnr.files import replacing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 _DPI = 110
+
+
+def picture_pixels(images: Sequence[Image]) -> Tensor:
+    """Stack RGB pictures of one size: (B, 3, H, W), float32 in [-1, 1]."""
+    import numpy as np
+
+    levels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+    return to_unit_range(levels.permute(0, 3, 1, 2))
 
 
 def picture_grid(images: Sequence[Image], columns: int, gap: int = 2) -> Image:

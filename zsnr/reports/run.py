@@ -22,7 +22,7 @@ from zsnr.data.storage import Storage
 from zsnr.files import replacing
 from zsnr.metrics import brightness, kept_fraction, mean_mode
 from zsnr.reports.flaw import oracle_brightness
-from zsnr.reports.pictures import figure_of, picture_grid, save_figure
+from zsnr.reports.pictures import figure_of, picture_grid, picture_pixels, save_figure
 from zsnr.schedule import NoiseSchedule
 
 ORIGINAL = NoiseSchedule(zero_terminal_snr=False)
@@ -108,15 +108,10 @@ def _read_data(data: str | Sequence[str], size: int, most: int = 1500) -> tuple[
     return to_unit_range(batch["image"]), batch["caption"]
 
 
-def _tensor(samples: Sequence[Mapping[str, Any]]) -> Tensor:
-    import numpy as np
-
-    pixels = torch.from_numpy(np.stack([np.asarray(s["image"]) for s in samples]))
-    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
 def _brightness_of(samples: Sequence[Mapping[str, Any]]) -> Tensor:
-    return torch.cat([brightness(_tensor([sample])) for sample in samples] or [torch.empty(0)])
+    return torch.cat(
+        [brightness(picture_pixels([sample["image"]])) for sample in samples] or [torch.empty(0)]
+    )
 
 
 def _save_grid(samples: Sequence[Mapping[str, Any]], path: Path, columns: int = 8) -> None:
