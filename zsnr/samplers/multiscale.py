@@ -122,7 +122,8 @@ class Multiscale(Sampler):
     scales s from `smallest` to `largest` at once, for N(m, s^2); see `multiscale_coefficients`. The
     mean path is exact whatever the weights are, and SNR 0 is a timestep like any other.
 
-    Made for the spacing "log_snr", and works on any.
+    Made for sampling without guidance on the spacing "log_snr"; it runs on any. A guidance scale
+    above about 3, and fewer than 15 steps with any guidance, make it overshoot: use DDIM there.
 
     Args:
         order: How many predictions a step uses, 1 to 3. 1 = DDIM.
