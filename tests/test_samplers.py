@@ -435,7 +435,7 @@ def test_registry(monkeypatch):
     assert register_sampler("one_shot")(OneShot) is OneShot  # a reload
     with pytest.raises(TypeError, match="not a subclass"):
         register_sampler("wrong")(int)
-    with pytest.raises(TypeError, match="no `sample` method"):
+    with pytest.raises(TypeError, match="no `calls` and no `sample` method"):
         register_sampler("wrong")(type("Wrong", (Sampler,), {}))
     with pytest.raises(ValueError, match="Known: 'ddim', 'ddpm', 'dpmpp_2m', 'dpmpp_2m_sde'"):
         get_sampler("plms")

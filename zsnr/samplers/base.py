@@ -1,16 +1,17 @@
-"""What a sampler is, and the loop that one-step and multistep samplers share."""
+"""What a sampler is: a plan of network calls, and the one loop that follows it."""
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from zsnr.guidance import Guidance
 from zsnr.schedule import NoiseSchedule
 from zsnr.timesteps import check_timesteps
 from zsnr.transition import reverse_transition
@@ -20,19 +21,93 @@ RandnLike = Callable[[Tensor], Tensor]
 Callback = Callable[[int, int, Tensor, Tensor], None]
 Coefficients = tuple[float, float, float]
 
-_MOST = 3  # predictions that a step may use
-
 
 class MultistepCoefficients(NamedTuple):
-    """Of x_s = a_0 x_0 + a_1 x_0' + ... + b x_t + c z; the newest prediction comes first."""
+    """Weights of x_s = sum_i a_i x_0^(i) + b x_t + sum_i e_i eps^(i) + c z.
+
+    x_0^(i) and eps^(i) are the predictions of the i-th last network call; the newest comes first.
+    eps = (x_t - alpha_t x_0) / sigma_t.
+    """
 
     a: tuple[float, ...]
     b: float
     c: float = 0.0
+    e: tuple[float, ...] = ()
 
 
-class Sampler(ABC):
+class Call(NamedTuple):
+    """One network call, and what follows from its prediction.
+
+    Args:
+        t: The timestep the network is asked at.
+        s: The timestep that the step leads to; -1 is clean data.
+        step: The step from x_t. None = the call only corrects, and the next is at the same t.
+        correct: How to take the step that led here again, from where it began, now that the
+            prediction at its end is known too. None = x_t stays as it is.
+    """
+
+    t: int
+    s: int
+    step: MultistepCoefficients | None
+    correct: MultistepCoefficients | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a sampler does on one grid, known before the first network call.
+
+    Args:
+        calls: The network calls, in order.
+        scales: (alpha_t, sigma_t) of each.
+
+    Attributes:
+        memory: How many predictions of x_0, and of eps, any call uses.
+    """
+
+    calls: tuple[Call, ...]
+    scales: tuple[tuple[float, float], ...]
+    memory: tuple[int, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        used = [c for call in self.calls for c in (call.step, call.correct) if c is not None]
+        memory = max(len(c.a) for c in used), max(len(c.e) for c in used)
+        object.__setattr__(self, "memory", memory)
+
+    @property
+    def timesteps(self) -> list[int]:
+        """The timestep of every network call."""
+        return [call.t for call in self.calls]
+
+
+class State(NamedTuple):
+    """Where sampling stands, after some of a plan's network calls.
+
+    Args:
+        x_t: The state the next call sees, (B, *), float32 at least; the sample at the end.
+        t: The next call's timestep; -1 at the end.
+        made: Number of calls so far.
+        before: The state that the last step began from.
+        x_0: Predictions of the calls so far, newest first, as many as are used again.
+        eps: Likewise.
+    """
+
+    x_t: Tensor
+    t: int
+    made: int
+    before: Tensor
+    x_0: tuple[Tensor, ...] = ()
+    eps: tuple[Tensor, ...] = ()
+
+    @property
+    def done(self) -> bool:
+        """Whether no call is left."""
+        return self.t < 0
+
+
+class Sampler:
     """A rule from noise to data. A sampler is a frozen value: all that changes is an argument.
+
+    A subclass writes `calls`, or overrides `sample` where its loop is no plan.
 
     Attributes:
         keeps_history: Whether a step depends on more than x_t and x_0 of its own timestep, or
@@ -41,7 +116,71 @@ class Sampler(ABC):
 
     keeps_history: ClassVar[bool] = True
 
-    @abstractmethod
+    def calls(
+        self, schedule: NoiseSchedule, grid: tuple[int, ...], guidance: Guidance | None
+    ) -> Sequence[Call]:
+        """Compute the network calls and the coefficients of every step.
+
+        Args:
+            schedule: The noise schedule.
+            grid: Timesteps, descending, checked.
+            guidance: What the denoiser is guided by. None = no guidance, or not known.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has neither `calls` nor `sample`.")
+
+    def plan(
+        self,
+        schedule: NoiseSchedule,
+        timesteps: Tensor | Sequence[int],
+        guidance: Guidance | None = None,
+    ) -> Plan:
+        """Plan the network calls of a grid, with coefficients in float64.
+
+        Args:
+            schedule: The schedule the denoiser was made for.
+            timesteps: The grid, 1-D, descending, such as `trailing(25)`.
+            guidance: What the denoiser is guided by, for samplers whose steps depend on it. None =
+                no guidance, or not known.
+
+        Raises:
+            ValueError: The grid is not a descending list of the schedule's timesteps.
+        """
+        grid = tuple(check_timesteps(timesteps, schedule.num_timesteps))
+        calls = tuple(self.calls(schedule, grid, guidance))
+        return Plan(calls, tuple(schedule(call.t) for call in calls))
+
+    def begin(self, plan: Plan, x_T: Tensor) -> State:
+        """Return the state before the first call; x_T (B, *) is noise, and is not changed."""
+        x_t = x_T.to(torch.promote_types(x_T.dtype, torch.float32))
+        return State(x_t, plan.calls[0].t, 0, x_t)
+
+    def advance(
+        self, plan: Plan, state: State, x_0: Tensor, randn_like: RandnLike = torch.randn_like
+    ) -> State:
+        """Go on by one network call.
+
+        Args:
+            plan: From `plan`.
+            state: From `begin` or `advance`; it is left as it is.
+            x_0: What the denoiser says at (state.x_t, state.t), (B, *).
+            randn_like: Source of noise, called where the step needs some.
+        """
+        call = plan.calls[state.made]
+        kept_x_0, kept_eps = plan.memory
+        x_0s = (x_0.to(state.x_t.dtype), *state.x_0)
+        before, x_t, epses = state.before, state.x_t, state.eps
+        if call.correct is not None:
+            x_t = multistep(x_0s, before, call.correct, epses)
+        if call.step is not None:
+            if kept_eps:
+                alpha_t, sigma_t = plan.scales[state.made]
+                epses = (x_t.sub(x_0s[0], alpha=alpha_t).div_(sigma_t), *epses)
+            z = randn_like(x_t) if call.step.c > 0 else None
+            before, x_t = x_t, multistep(x_0s, x_t, call.step, epses, z)
+        made = state.made + 1
+        t = plan.calls[made].t if made < len(plan.calls) else -1
+        return State(x_t, t, made, before, x_0s[:kept_x_0], epses[:kept_eps])
+
     def sample(
         self,
         denoiser: DenoiserFunction,
@@ -70,6 +209,38 @@ class Sampler(ABC):
             ValueError: The grid is not a descending list of the schedule's timesteps, or the
                 denoiser says it was made for another schedule.
         """
+        check_schedule(denoiser, schedule)
+        plan = self.plan(schedule, timesteps, guidance_of(denoiser))
+        state = self.begin(plan, x_T)
+        t_rows = torch.tensor(plan.timesteps, device=x_T.device)
+        t_rows = t_rows.view(-1, 1).repeat(1, len(x_T))
+        i, begun = 0, (state.t, state.x_t)  # the step's number; its timestep and first prediction
+        for call, t_row in zip(plan.calls, t_rows.unbind(), strict=True):
+            x_0 = predict(denoiser, state.x_t, call, t_row)
+            state = self.advance(plan, state, x_0, randn_like)
+            if call.step is not None:
+                begun = call.t, x_0
+            if state.done or plan.calls[state.made].step is not None:  # the step is complete
+                if callback is not None:
+                    callback(i, *begun, state.x_t)
+                i += 1
+        return state.x_t.to(x_T.dtype)
+
+
+def step_calls(grid: Sequence[int], steps: Sequence[MultistepCoefficients]) -> list[Call]:
+    """Plan one network call a step."""
+    ends = (*grid[1:], -1)
+    return [Call(t, s, step) for t, s, step in zip(grid, ends, steps, strict=True)]
+
+
+def transition_steps(
+    schedule: NoiseSchedule, grid: Sequence[int], eta: float
+) -> list[MultistepCoefficients]:
+    """Compute first-order steps, `reverse_transition` with this eta."""
+    return [
+        MultistepCoefficients((a,), b, c)
+        for a, b, c in transition_coefficients(schedule, grid, eta)
+    ]
 
 
 def transition_coefficients(
@@ -99,107 +270,59 @@ def step(x_0: Tensor, x_t: Tensor, coefficients: Coefficients, z: Tensor | None 
     compile the network instead.
     """
     a, b, c = coefficients
-    return multistep((x_0,), x_t, MultistepCoefficients((a,), b, c), z)
+    return multistep((x_0,), x_t, MultistepCoefficients((a,), b, c), z=z)
 
 
 def multistep(
-    history: Sequence[Tensor],
+    x_0: Sequence[Tensor],
     x_t: Tensor,
     coefficients: MultistepCoefficients,
+    eps: Sequence[Tensor] = (),
     z: Tensor | None = None,
 ) -> Tensor:
-    """Apply one step: x_s = a_0 x_0 + a_1 x_0' + ... + b x_t + c z.
+    """Apply one step: x_s = sum_i a_i x_0^(i) + b x_t + sum_i e_i eps^(i) + c z.
 
     Args:
-        history: The predictions x_0, x_0' (of the step before), ..., newest first; those beyond
-            the coefficients' are not used.
+        x_0: Predictions, newest first; those beyond the coefficients' are not used.
         x_t: The state.
         coefficients: Of this step.
+        eps: Likewise, of the noise.
         z: Noise. None = no noise.
     """
     a, *older = coefficients.a
-    x_s = torch.mul(history[0], a).add_(x_t, alpha=coefficients.b)
-    for x_0, weight in zip(history[1:], older, strict=False):
-        x_s.add_(x_0, alpha=weight)
+    x_s = torch.mul(x_0[0], a).add_(x_t, alpha=coefficients.b)
+    for prediction, weight in (
+        *zip(x_0[1:], older, strict=False),
+        *zip(eps, coefficients.e, strict=False),
+    ):
+        x_s.add_(prediction, alpha=weight)
     return x_s if z is None else x_s.add_(z, alpha=coefficients.c)
 
 
-def run_steps(
-    eta: float,
-    denoiser: DenoiserFunction,
-    schedule: NoiseSchedule,
-    x_T: Tensor,
-    timesteps: Tensor | Sequence[int],
-    randn_like: RandnLike,
-    callback: Callback | None,
-) -> Tensor:
-    """Run the loop: predict x_0, step with this eta, repeat. The rest as `Sampler.sample`."""
-    grid = check_run(denoiser, schedule, timesteps)
-    steps = [
-        MultistepCoefficients((a,), b, c)
-        for a, b, c in transition_coefficients(schedule, grid, eta)
-    ]
-    return run_multistep(steps, denoiser, x_T, grid, randn_like, callback)
-
-
-def run_multistep(
-    steps: Sequence[MultistepCoefficients],
-    denoiser: DenoiserFunction,
-    x_T: Tensor,
-    grid: Sequence[int],
-    randn_like: RandnLike,
-    callback: Callback | None,
-) -> Tensor:
-    """Run the loop of a linear multistep sampler: predict x_0, remember it, step, repeat.
-
-    Args:
-        steps: Coefficients of each step.
-        denoiser: See `Sampler.sample`, and so the rest.
-        x_T: Noise of the first timestep.
-        grid: Timesteps that `check_run` returned.
-        randn_like: Source of noise.
-        callback: Called after each step.
-    """
-    x_t, t_rows = begin(x_T, grid)
-    history: tuple[Tensor, ...] = ()
-    for i, (t, t_row, coefficients) in enumerate(zip(grid, t_rows, steps, strict=True)):
-        x_0 = predict(denoiser, x_t, t, t_row)
-        history = (x_0, *history[: _MOST - 1])
-        z = randn_like(x_t) if coefficients.c > 0 else None
-        x_t = multistep(history, x_t, coefficients, z)
-        if callback is not None:
-            callback(i, t, x_0, x_t)
-    return x_t.to(x_T.dtype)
-
-
-def check_run(
-    denoiser: DenoiserFunction, schedule: NoiseSchedule, timesteps: Tensor | Sequence[int]
-) -> list[int]:
-    """Return the grid as ints, or say why this denoiser cannot be sampled on it.
+def check_schedule(denoiser: DenoiserFunction, schedule: NoiseSchedule) -> None:
+    """Refuse a denoiser that says it was made for another schedule.
 
     Raises:
-        ValueError: See `Sampler.sample`.
+        ValueError: It does.
     """
     theirs = getattr(denoiser, "schedule", schedule)
     if theirs != schedule:
         raise ValueError(
             f"The denoiser was made for {theirs}, the sampler got {schedule}: wanted one schedule."
         )
-    return check_timesteps(timesteps, schedule.num_timesteps)
 
 
-def predict(denoiser: DenoiserFunction, x_t: Tensor, t: int, t_row: Tensor) -> Tensor:
+def guidance_of(denoiser: DenoiserFunction) -> Guidance | None:
+    """Return what a denoiser says it is guided by. None = no guidance, or it does not say."""
+    guidance = getattr(denoiser, "guidance", None)
+    return guidance if isinstance(guidance, Guidance) else None
+
+
+def predict(denoiser: DenoiserFunction, x_t: Tensor, call: Call, t_row: Tensor) -> Tensor:
     """Ask a denoiser for x_0 at a timestep known here as well as on the device.
 
     One that has a method `at` is told: it may save a pass without waiting for the device.
     """
     at = getattr(denoiser, "at", None)
-    x_0: Tensor = (denoiser if at is None else at(t))(x_t, t_row)
+    x_0: Tensor = (denoiser if at is None else at(call.t))(x_t, t_row)
     return x_0.to(x_t.dtype)
-
-
-def begin(x_T: Tensor, grid: Sequence[int]) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Return x_T in float32 at least, and t of every step as a row (B,) on its device."""
-    x_t = x_T.to(torch.promote_types(x_T.dtype, torch.float32))
-    t_rows = torch.tensor(grid, device=x_T.device).view(-1, 1).repeat(1, len(x_T)).unbind()
-    return x_t, t_rows

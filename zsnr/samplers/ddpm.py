@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
-from zsnr.samplers.base import (
-    Callback,
-    DenoiserFunction,
-    RandnLike,
-    Sampler,
-    run_steps,
-)
+from zsnr.guidance import Guidance
+from zsnr.samplers.base import Call, Sampler, step_calls, transition_steps
 from zsnr.samplers.registry import register_sampler
 from zsnr.schedule import NoiseSchedule
 
@@ -27,14 +18,7 @@ class DDPM(Sampler):
 
     keeps_history: ClassVar[bool] = False
 
-    def sample(
-        self,
-        denoiser: DenoiserFunction,
-        schedule: NoiseSchedule,
-        x_T: Tensor,
-        timesteps: Tensor | Sequence[int],
-        *,
-        randn_like: RandnLike = torch.randn_like,
-        callback: Callback | None = None,
-    ) -> Tensor:
-        return run_steps(1.0, denoiser, schedule, x_T, timesteps, randn_like, callback)
+    def calls(
+        self, schedule: NoiseSchedule, grid: tuple[int, ...], guidance: Guidance | None
+    ) -> list[Call]:
+        return step_calls(grid, transition_steps(schedule, grid, 1.0))

@@ -6,18 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
+from zsnr.guidance import Guidance
 from zsnr.samplers.base import (
-    Callback,
-    DenoiserFunction,
+    Call,
     MultistepCoefficients,
-    RandnLike,
     Sampler,
-    check_run,
     log_snr_steps,
-    run_multistep,
+    step_calls,
     transition_coefficients,
 )
 from zsnr.samplers.registry import register_sampler
@@ -58,19 +53,11 @@ class DPMpp2M(Sampler):
     See `dpmpp_2m_coefficients`.
     """
 
-    def sample(
-        self,
-        denoiser: DenoiserFunction,
-        schedule: NoiseSchedule,
-        x_T: Tensor,
-        timesteps: Tensor | Sequence[int],
-        *,
-        randn_like: RandnLike = torch.randn_like,
-        callback: Callback | None = None,
-    ) -> Tensor:
-        grid = check_run(denoiser, schedule, timesteps)
+    def calls(
+        self, schedule: NoiseSchedule, grid: tuple[int, ...], guidance: Guidance | None
+    ) -> list[Call]:
         steps = dpmpp_2m_coefficients(schedule, grid)
-        return run_multistep(steps, denoiser, x_T, grid, randn_like, callback)
+        return step_calls(grid, steps)
 
 
 @register_sampler("dpmpp_2m_sde")
@@ -81,16 +68,8 @@ class DPMpp2MSDE(Sampler):
     See `dpmpp_2m_coefficients`, with eta = 1.
     """
 
-    def sample(
-        self,
-        denoiser: DenoiserFunction,
-        schedule: NoiseSchedule,
-        x_T: Tensor,
-        timesteps: Tensor | Sequence[int],
-        *,
-        randn_like: RandnLike = torch.randn_like,
-        callback: Callback | None = None,
-    ) -> Tensor:
-        grid = check_run(denoiser, schedule, timesteps)
+    def calls(
+        self, schedule: NoiseSchedule, grid: tuple[int, ...], guidance: Guidance | None
+    ) -> list[Call]:
         steps = dpmpp_2m_coefficients(schedule, grid, eta=1.0)
-        return run_multistep(steps, denoiser, x_T, grid, randn_like, callback)
+        return step_calls(grid, steps)

@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
+from zsnr.guidance import Guidance
 from zsnr.samplers.base import (
-    Callback,
-    DenoiserFunction,
+    Call,
     MultistepCoefficients,
-    RandnLike,
     Sampler,
-    begin,
-    check_run,
     log_snr_steps,
-    multistep,
-    predict,
-    step,
     transition_coefficients,
 )
 from zsnr.samplers.registry import register_sampler
@@ -41,29 +31,16 @@ class Heun(Sampler):
     exact, since x_0 does not depend on x_t there. So S steps make max(S, 2S - 2) network calls.
     """
 
-    def sample(
-        self,
-        denoiser: DenoiserFunction,
-        schedule: NoiseSchedule,
-        x_T: Tensor,
-        timesteps: Tensor | Sequence[int],
-        *,
-        randn_like: RandnLike = torch.randn_like,
-        callback: Callback | None = None,
-    ) -> Tensor:
-        grid = check_run(denoiser, schedule, timesteps)
-        steps = transition_coefficients(schedule, grid, 0.0)
+    def calls(
+        self, schedule: NoiseSchedule, grid: tuple[int, ...], guidance: Guidance | None
+    ) -> list[Call]:
         h = log_snr_steps(schedule, grid)
-        x_t, t_rows = begin(x_T, grid)
-        for i, (t, coefficients) in enumerate(zip(grid, steps, strict=True)):
-            x_0 = predict(denoiser, x_t, t, t_rows[i])
-            x_s = step(x_0, x_t, coefficients)
+        ends = (*grid[1:], -1)
+        calls: list[Call] = []
+        for i, (a, b, _) in enumerate(transition_coefficients(schedule, grid, 0.0)):
+            calls.append(Call(grid[i], ends[i], MultistepCoefficients((a,), b)))
             if math.isfinite(h[i]):
-                again = predict(denoiser, x_s, grid[i + 1], t_rows[i + 1])
-                a, b, _ = coefficients
                 w = math.exp(h[i]) / 2
-                x_s = multistep((again, x_0), x_t, MultistepCoefficients((a * w, a * (1 - w)), b))
-            x_t = x_s
-            if callback is not None:
-                callback(i, t, x_0, x_t)
-        return x_t.to(x_T.dtype)
+                again = MultistepCoefficients((a * w, a * (1 - w)), b)
+                calls.append(Call(ends[i], ends[i], None, again))
+        return calls

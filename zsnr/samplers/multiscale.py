@@ -9,18 +9,8 @@ from functools import lru_cache
 from itertools import pairwise
 from operator import mul, sub, truediv
 
-import torch
-from torch import Tensor
-
-from zsnr.samplers.base import (
-    Callback,
-    DenoiserFunction,
-    MultistepCoefficients,
-    RandnLike,
-    Sampler,
-    check_run,
-    run_multistep,
-)
+from zsnr.guidance import Guidance
+from zsnr.samplers.base import Call, MultistepCoefficients, Sampler, step_calls
 from zsnr.samplers.registry import register_sampler
 from zsnr.schedule import NoiseSchedule
 from zsnr.transition import reverse_transition
@@ -145,18 +135,10 @@ class Multiscale(Sampler):
                 "numbers, the smaller first."
             )
 
-    def sample(
-        self,
-        denoiser: DenoiserFunction,
-        schedule: NoiseSchedule,
-        x_T: Tensor,
-        timesteps: Tensor | Sequence[int],
-        *,
-        randn_like: RandnLike = torch.randn_like,
-        callback: Callback | None = None,
-    ) -> Tensor:
-        grid = check_run(denoiser, schedule, timesteps)
+    def calls(
+        self, schedule: NoiseSchedule, grid: tuple[int, ...], guidance: Guidance | None
+    ) -> list[Call]:
         steps = multiscale_coefficients(
             schedule, tuple(grid), self.order, self.smallest, self.largest
         )
-        return run_multistep(steps, denoiser, x_T, grid, randn_like, callback)
+        return step_calls(grid, steps)

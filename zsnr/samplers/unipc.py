@@ -6,20 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
+from zsnr.guidance import Guidance
 from zsnr.samplers.base import (
-    Callback,
-    DenoiserFunction,
+    Call,
     MultistepCoefficients,
-    RandnLike,
     Sampler,
-    begin,
-    check_run,
     log_snr_steps,
-    multistep,
-    predict,
+    step_calls,
     transition_coefficients,
 )
 from zsnr.samplers.dpmpp import dpmpp_2m_coefficients
@@ -73,29 +66,12 @@ class UniPC(Sampler):
     no network call. What the callback sees as x_s is predicted, not corrected yet.
     """
 
-    def sample(
-        self,
-        denoiser: DenoiserFunction,
-        schedule: NoiseSchedule,
-        x_T: Tensor,
-        timesteps: Tensor | Sequence[int],
-        *,
-        randn_like: RandnLike = torch.randn_like,
-        callback: Callback | None = None,
-    ) -> Tensor:
-        grid = check_run(denoiser, schedule, timesteps)
+    def calls(
+        self, schedule: NoiseSchedule, grid: tuple[int, ...], guidance: Guidance | None
+    ) -> list[Call]:
         predictors = dpmpp_2m_coefficients(schedule, grid)
         correctors = [None, *unic_coefficients(schedule, grid)[:-1]]  # of the step that led to t
-        x_t, t_rows = begin(x_T, grid)
-        before = x_t  # the state that the last step left
-        history: tuple[Tensor, ...] = ()
-        for i, (t, t_row) in enumerate(zip(grid, t_rows, strict=True)):
-            x_0 = predict(denoiser, x_t, t, t_row)
-            history = (x_0, *history[:2])
-            corrector = correctors[i]
-            if corrector is not None:
-                x_t = multistep(history, before, corrector)
-            before, x_t = x_t, multistep(history, x_t, predictors[i])
-            if callback is not None:
-                callback(i, t, x_0, x_t)
-        return x_t.to(x_T.dtype)
+        return [
+            call._replace(correct=correct)
+            for call, correct in zip(step_calls(grid, predictors), correctors, strict=True)
+        ]
