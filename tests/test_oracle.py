@@ -3,7 +3,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zsnr import DDIM, EmpiricalDenoiser, GaussianDenoiser, NoiseSchedule, get_timesteps
+from zsnr import (
+    DDIM,
+    EmpiricalDenoiser,
+    GaussianDenoiser,
+    Guidance,
+    NoiseSchedule,
+    get_timesteps,
+    to_v,
+    to_x0,
+)
 from zsnr.oracle import _rows_matmul
 
 SCHEDULE = NoiseSchedule()
@@ -77,3 +86,105 @@ def test_wrong_input_is_refused():
         EmpiricalDenoiser(SCHEDULE, torch.ones(2, 3, 8, 8))(
             torch.ones(1, 3, 4, 4), torch.tensor([5])
         )
+
+
+@pytest.mark.parametrize("t", [0, 100, 600, 998, 999])
+@pytest.mark.parametrize("std", [0.3, (0.1, 0.2, 0.4, 0.8, 1.6)])
+def test_a_mixture_of_gaussians_is_the_posterior_mean_by_quadrature(t, std):
+    """One number a sample: the integral over x_0 of the mixture's density."""
+    members = torch.tensor([-1.0, -0.4, 0.1, 0.9, 1.0], dtype=torch.float64)
+    s = torch.as_tensor(std, dtype=torch.float64).expand(5)
+    alpha, sigma = SCHEDULE(t)
+    x = torch.linspace(-12, 12, 400_001, dtype=torch.float64)
+    density = (-((x - members[:, None]) ** 2) / (2 * s[:, None] ** 2)).exp() / s[:, None]
+    oracle = EmpiricalDenoiser(SCHEDULE, members[:, None], std=torch.as_tensor(std))
+    for x_t in (-1.0, 0.3, 2.0):
+        weights = density.sum(0) * (-((x_t - alpha * x) ** 2) / (2 * sigma**2)).exp()
+        got = oracle(torch.tensor([[x_t]]).double(), torch.tensor([t]))
+        wanted = (weights * x).sum() / weights.sum()
+        torch.testing.assert_close(got[0, 0], wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_one_member_with_a_spread_is_the_gaussian():
+    x_t, t = torch.randn(6, 4, dtype=torch.float64), torch.tensor([0, 10, 300, 700, 998, 999])
+    member = torch.full((1, 4), -0.8, dtype=torch.float64)
+    got = EmpiricalDenoiser(SCHEDULE, member, std=0.5)(x_t, t)
+    torch.testing.assert_close(got, GaussianDenoiser(SCHEDULE, -0.8, 0.5)(x_t, t))
+
+
+@pytest.mark.parametrize("std", [0.0, 0.4])
+def test_a_class_is_the_oracle_of_its_members(std):
+    images = torch.randn(9, 2, 3, dtype=torch.float64)
+    classes = torch.tensor([0, 1, 2, 0, 1, 2, 0, 0, 0])
+    x_t, t = torch.randn(4, 2, 3, dtype=torch.float64), torch.tensor([5, 300, 998, 999])
+    oracle = EmpiricalDenoiser(SCHEDULE, images, classes=classes, std=std)
+    assert oracle.num_classes == 3
+    for k in range(3):
+        alone = EmpiricalDenoiser(SCHEDULE, images[classes == k], std=std)
+        torch.testing.assert_close(oracle(x_t, t, torch.full((4,), k)), alone(x_t, t))
+    every = EmpiricalDenoiser(SCHEDULE, images, std=std)(x_t, t)
+    assert torch.equal(oracle(x_t, t), every)
+    assert torch.equal(oracle(x_t, t, torch.full((4,), -1)), every)
+
+
+def test_all_classes_are_the_posterior_average_of_each():
+    """D(x_t) = sum_c p(c | x_t) D_c(x_t), with x_t in the place of smoothed clean data."""
+    images, classes = torch.randn(8, 5, dtype=torch.float64), torch.tensor([0, 1] * 4)
+    oracle = EmpiricalDenoiser(SCHEDULE, images, classes=classes, std=0.2)
+    t, (alpha, _) = 400, SCHEDULE(400)
+    x_t = torch.randn(6, 5, dtype=torch.float64)
+    p = oracle.posterior(x_t / alpha, t)
+    torch.testing.assert_close(p.sum(1), torch.ones(6, dtype=torch.float64))
+    rows = torch.full((6,), t)
+    each = torch.stack([oracle(x_t, rows, torch.full((6,), k)) for k in (0, 1)], 1)
+    torch.testing.assert_close((p[:, :, None] * each).sum(1), oracle(x_t, rows))
+
+
+def test_the_posterior_of_clean_gaussians_is_bayes_rule():
+    means = torch.tensor([[-1.0], [0.5]], dtype=torch.float64)
+    oracle = EmpiricalDenoiser(SCHEDULE, means, classes=torch.tensor([0, 1]), std=0.5)
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
+    likelihood = (-((x - means.T) ** 2) / (2 * 0.25)).exp()
+    wanted = likelihood / likelihood.sum(1, keepdim=True)
+    torch.testing.assert_close(oracle.posterior(x, -1), wanted)
+
+
+def test_guided_is_guidance_on_the_exact_v():
+    images, classes = torch.randn(8, 5, dtype=torch.float64), torch.tensor([0, 1] * 4)
+    oracle = EmpiricalDenoiser(SCHEDULE, images, classes=classes)
+    x_t, t, of = torch.randn(3, 5, dtype=torch.float64), torch.tensor([7, 500, 999]), classes[:3]
+    scales = [scale.view(-1, 1) for scale in SCHEDULE(t)]
+    cond, uncond = (to_v(oracle(x_t, t, c), x_t, *scales, "sample") for c in (of, None))
+    for guidance in (Guidance(7.5, 0.7), Guidance(3.0, 0.0)):
+        wanted = to_x0(guidance(cond, uncond), x_t, *scales, "v_prediction")
+        torch.testing.assert_close(oracle.guided(of, guidance)(x_t, t), wanted)
+    torch.testing.assert_close(oracle.guided(of, None)(x_t, t), oracle(x_t, t, of))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"classes": torch.tensor([0.0, 1.0])}, "wanted integers"),
+        ({"classes": torch.tensor([0])}, "wanted integers"),
+        ({"classes": torch.tensor([0, 2])}, "a member of each"),
+        ({"std": torch.tensor([0.1, 0.2, 0.3])}, "wanted a number"),
+    ],
+)
+def test_classes_and_spreads_that_do_not_fit_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        EmpiricalDenoiser(SCHEDULE, torch.randn(2, 3), **options)
+
+
+def test_what_has_no_class_has_no_posterior():
+    images, x = torch.randn(4, 3), torch.randn(2, 3)
+    plain = EmpiricalDenoiser(SCHEDULE, images)
+    classed = EmpiricalDenoiser(SCHEDULE, images, classes=torch.tensor([0, 0, 1, 1]))
+    with pytest.raises(ValueError, match="pass classes="):
+        plain.posterior(x, 100)
+    for t in (-1, 999):
+        with pytest.raises(ValueError, match="signal and noise"):
+            classed.posterior(x, t)
+    with pytest.raises(ValueError, match="-1 to 1"):
+        classed(x, torch.tensor([5, 5]), torch.tensor([0, 2]))
+    with pytest.raises(ValueError, match="-1 to -1"):
+        plain(x, torch.tensor([5, 5]), torch.tensor([0, 0]))

@@ -266,9 +266,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Choose timesteps for a data set, by the exact denoiser of half of its "
         "pictures, without a model: one timestep moves at a time, as long as brightness and spread "
         "of samples come nearer to those of many steps. The other half judges the grid beside "
-        "log_snr, karras and trailing. All of it is measured without guidance: with a guidance scale "
-        "above 1 compare the grid with log_snr before you use it. Use the file as any spacing: "
-        "--spacing grid.json.",
+        "log_snr, karras and trailing. All of it is measured without guidance: with a guidance "
+        "scale above 1 compare the grid with log_snr before you use it. Use the file as any "
+        "spacing: --spacing grid.json.",
     )
     optimize.add_argument(
         "source", nargs="+", help="a folder, a pattern such as 'https://host/{000..099}.tar', ..."

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from zsnr.denoiser import Conditioning, Denoiser
+from zsnr.guidance import Guidance
+from zsnr.prediction import to_v
 from zsnr.schedule import NoiseSchedule, per_sample
 
 
@@ -37,24 +40,37 @@ class GaussianDenoiser:
 class EmpiricalDenoiser:
     """The optimal denoiser of a finite data set: a softmax average of its members.
 
-    E[x_0 | x_t] = sum_i w_i x^i
-    w = softmax_i((alpha_t <x_t, x^i> - alpha_t^2 |x^i|^2 / 2) / sigma_t^2)
+    E[x_0 | x_t] = sum_i w_i (x^i + alpha_t s_i^2 / v_i (x_t - alpha_t x^i))
+    w = softmax_i(-|x_t - alpha_t x^i|^2 / (2 v_i) - D/2 log v_i)
+    v_i = alpha_t^2 s_i^2 + sigma_t^2
 
-    At alpha_t = 0 it is the mean of the data whatever x_t is (section 5.2). The logits are float64:
-    near t = 0 they reach 1e6.
+    with D numbers a sample. s = 0 is the data set itself, else a mixture of Gaussians around its
+    members. At alpha_t = 0 it is the mean of the data whatever x_t is (section 5.2). The logits are
+    float64: near t = 0 they reach 1e6.
+
+    With classes, it is exact for a class as well as for all, so guidance can be judged without a
+    network: see `guided` and `posterior`.
 
     Args:
         schedule: The noise schedule.
         images: The data set, (N, *).
+        classes: The class of each member, (N,) integers from 0 on. None = there are none.
+        std: s, of the Gaussian around each member: a number, or one a member, (N,).
         batch_invariant: Give a sample bit for bit the same x_0 whatever stands beside it in the
             batch. False = one matrix product for the batch, which is faster.
 
     Raises:
-        ValueError: The data set is empty.
+        ValueError: The data set is empty, or classes or std do not fit it.
     """
 
     def __init__(
-        self, schedule: NoiseSchedule, images: Tensor, *, batch_invariant: bool = True
+        self,
+        schedule: NoiseSchedule,
+        images: Tensor,
+        *,
+        classes: Tensor | None = None,
+        std: Tensor | float = 0.0,
+        batch_invariant: bool = True,
     ) -> None:
         if len(images) == 0:
             raise ValueError("EmpiricalDenoiser got no images: wanted at least one.")
@@ -63,22 +79,104 @@ class EmpiricalDenoiser:
         self._images = images.flatten(1).to(torch.float64)
         self._product = _rows_matmul if batch_invariant else torch.matmul
         self._half_norms = self._images.square().sum(1) / 2
-
-    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
-        if x_t.shape[1:] != self._shape:
+        self.classes = None if classes is None else _check_classes(classes, len(images))
+        variance = torch.as_tensor(std, dtype=torch.float64, device=images.device).square()
+        if variance.ndim and variance.shape != (len(images),):
             raise ValueError(
-                f"x_t has samples of shape {tuple(x_t.shape[1:])}, the data set "
+                f"std has shape {tuple(variance.shape)}: wanted a number, or ({len(images)},)."
+            )
+        self._variance = variance
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes, 0 where there are none."""
+        return 0 if self.classes is None else int(self.classes.max()) + 1
+
+    def __call__(self, x_t: Tensor, t: Tensor, of: Tensor | None = None) -> Tensor:
+        """Predict clean data.
+
+        Args:
+            x_t: Noisy data, (B, *).
+            t: int64 timesteps, (B,).
+            of: The class of each sample, (B,); -1 = any. None = any for all.
+
+        Returns:
+            x_0, (B, *), in x_t's dtype, at least float32.
+
+        Raises:
+            ValueError: Shapes that do not fit, or a class that is not there.
+        """
+        x = self._rows(x_t)
+        alpha_t, sigma_t = (scale.to(torch.float64).view(-1, 1) for scale in self.schedule(t))
+        weights = self._logits(x, alpha_t, sigma_t, of).softmax(1)
+        weights[weights < torch.finfo(torch.float64).tiny] = 0  # subnormal: say nothing, cost much
+        gain = alpha_t * self._variance / (alpha_t**2 * self._variance + sigma_t**2)  # (B, 1 or N)
+        x_0 = self._product(weights * (1 - alpha_t * gain), self._images)
+        if self._variance.any():
+            x_0 = x_0 + (weights * gain).sum(1, keepdim=True) * x
+        return x_0.view(x_t.shape).to(torch.promote_types(x_t.dtype, torch.float32))
+
+    def posterior(self, x_0: Tensor, t: int) -> Tensor:
+        """Tell which class clean data belong to: p(class | x_0), (B, classes), float64.
+
+        The data are smoothed by the noise of a timestep, sigma_t / alpha_t, since what a sampler
+        makes is no member of the data set.
+
+        Args:
+            x_0: Clean data, (B, *).
+            t: The timestep whose noise smooths; -1 = none, for a mixture of Gaussians.
+
+        Raises:
+            ValueError: There are no classes, t has SNR 0, or nothing smooths a finite data set.
+        """
+        if self.classes is None:
+            raise ValueError("EmpiricalDenoiser was made without classes: pass classes=.")
+        alpha_t, sigma_t = self.schedule(t)
+        if alpha_t == 0 or (sigma_t == 0 and not self._variance.all()):
+            raise ValueError(f"t={t}: wanted a timestep with signal and noise, such as 100.")
+        rows = self._rows(x_0)
+        alpha, sigma = (rows.new_full((1, 1), scale) for scale in (alpha_t, sigma_t))
+        weights = self._logits(alpha_t * rows, alpha, sigma, None).softmax(1)
+        classes = torch.nn.functional.one_hot(self.classes, self.num_classes)
+        return weights @ classes.to(weights)
+
+    def network(self, x_t: Tensor, t: Tensor, conditioning: Conditioning | None) -> Tensor:
+        """Predict v, as a `Network`; the conditioning's context holds the class, (B, 1, 1)."""
+        of = None if conditioning is None else conditioning.context.flatten(0).long()
+        x_0 = self(x_t, t, of)
+        return to_v(x_0, x_t.to(x_0.dtype), *self.schedule(t), "sample")
+
+    def guided(self, of: Tensor, guidance: Guidance | None) -> Denoiser:
+        """Return the exact denoiser of a class each sample, (B,), guided away from all classes."""
+        cond, uncond = (
+            Conditioning(classes.to(torch.float64).view(-1, 1, 1))
+            for classes in (of, torch.full_like(of, -1))
+        )
+        return Denoiser(self.network, self.schedule, "v_prediction", cond, uncond, guidance)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        if x.shape[1:] != self._shape:
+            raise ValueError(
+                f"x_t has samples of shape {tuple(x.shape[1:])}, the data set "
                 f"{tuple(self._shape)}: wanted equal shapes."
             )
-        x = x_t.flatten(1).to(torch.float64)
-        alpha_t, sigma_t = (scale.to(torch.float64).view(-1, 1) for scale in self.schedule(t))
-        logits = (
-            alpha_t * self._product(x, self._images.T) - alpha_t**2 * self._half_norms
-        ) / sigma_t**2
-        weights = logits.softmax(1)
-        weights[weights < torch.finfo(torch.float64).tiny] = 0  # subnormal: say nothing, cost much
-        x_0 = self._product(weights, self._images)
-        return x_0.view(x_t.shape).to(torch.promote_types(x_t.dtype, torch.float32))
+        return x.flatten(1).to(torch.float64)
+
+    def _logits(self, x: Tensor, alpha_t: Tensor, sigma_t: Tensor, of: Tensor | None) -> Tensor:
+        """Compute log w_i but for a constant, (B, N)."""
+        v = alpha_t**2 * self._variance + sigma_t**2
+        logits = (alpha_t * self._product(x, self._images.T) - alpha_t**2 * self._half_norms) / v
+        if self._variance.ndim:
+            logits = logits - x.square().sum(1, keepdim=True) / (2 * v) - x.shape[1] / 2 * v.log()
+        if of is None:
+            return logits
+        if self.classes is None or len(of) != len(x) or bool((of >= self.num_classes).any()):
+            raise ValueError(
+                f"Classes {of[:8].tolist()} of {len(x)} samples: wanted one a sample, -1 to "
+                f"{self.num_classes - 1}."
+            )
+        other = (of.view(-1, 1) >= 0) & (of.view(-1, 1) != self.classes)
+        return logits.masked_fill(other, -torch.inf)
 
 
 def span(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,3 +210,17 @@ def _rows_matmul(x: Tensor, matrix: Tensor, block: int = 16) -> Tensor:
         return torch.stack([row @ matrix for row in x])
     blocks = pad(x, (0, 0, 0, -len(x) % block)).split(block)  # type: ignore[no-untyped-call]
     return torch.cat([rows @ matrix for rows in blocks])[: len(x)]
+
+
+def _check_classes(classes: Tensor, count: int) -> Tensor:
+    """Return classes as int64, or say what is wrong with them."""
+    if classes.shape != (count,) or classes.is_floating_point():
+        raise ValueError(
+            f"classes is {classes.dtype} of shape {tuple(classes.shape)}: wanted integers, "
+            f"({count},)."
+        )
+    classes = classes.to(torch.int64)
+    present = sorted(set(classes.tolist()))
+    if present != list(range(len(present))):
+        raise ValueError(f"classes are {present[:8]}: wanted 0, 1, 2, ... with a member of each.")
+    return classes
