@@ -300,7 +300,7 @@ def test_an_own_sampler_by_its_class_path(run, folder, tmp_path, monkeypatch):
         (["--model.prediction_type=epsilon"], "no x_0 at t=999"),
         (["--model.loss.name=min_snr"], "allow_zero_terminal_weight=True"),
         (["--num-steps=1001"], "num_steps=1001"),
-        (["--spacing=bosh"], "Known: 'karras', 'leading', 'linspace', 'log_snr'"),
+        (["--spacing=bosh"], "Known: 'ays', 'beta', 'karras', 'kl_optimal'"),
         (["--guidance-rescale=2"], "Guidance rescale 2.0"),
         (["--data.image_size=15"], "height=15: wanted a positive multiple of 2"),
         (["--data.train=/nowhere"], "No shards at /nowhere"),

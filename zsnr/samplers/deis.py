@@ -28,11 +28,11 @@ def deis_coefficients(
 
     x_s = a x_0 + b x_t + sum_i e_i (eps^(i) - eps),    e_i = alpha_s int_t^s L_i(tau) dk(tau)
 
-    with (a, b) of the shared transition. k is linear between the schedule's timesteps, clean data,
-    k = 0, being t = -1; so the integral is exact. The step from SNR 0, where k is infinite, has no
+    with (a, b) of the shared transition. k is linear between the schedule's timesteps, so that the
+    integral is exact. The step from SNR 0, where k is infinite, has no
     history: it is first order, which is exact since x_0 does not depend on x_t there. What it
     leaves to the next steps is finite, since eps at SNR 0 is x_T itself. The first steps are of
-    lower order.
+    lower order, and the step to clean data lands on x_0: extrapolated eps would overshoot there.
 
     Args:
         schedule: The noise schedule.
@@ -40,11 +40,12 @@ def deis_coefficients(
         order: Degree of the polynomial.
     """
     abar = schedule.alphas_cumprod.tolist()
-    k = [math.sqrt((1 - a) / a) if a > 0 else math.inf for a in (*abar, 1.0)]  # k[-1] = 0
+    k = [math.sqrt((1 - a) / a) if a > 0 else math.inf for a in abar]
     steps = []
+    ends = (*grid[1:], -1)
     for i, (a, b, _) in enumerate(transition_coefficients(schedule, grid, 0.0)):
-        s = grid[i + 1] if i + 1 < len(grid) else -1
-        nodes = grid[i::-1][: order + 1]  # newest first
+        s = ends[i]
+        nodes = grid[i::-1][: order + 1] if s >= 0 else grid[i:]  # newest first
         alpha_s = schedule(s)[0]
         older = [alpha_s * _integral(nodes, j, s, k) for j in range(1, len(nodes))]
         e = (-math.fsum(older), *older) if older else ()

@@ -38,8 +38,9 @@ def ipndm_coefficients(
 
     with (a, b) of the shared transition. The step from SNR 0, where k is infinite, has no history:
     it is first order, which is exact since x_0 does not depend on x_t there. What it leaves to the
-    next steps is finite, since eps at SNR 0 is x_T itself. The first steps are of lower order. The
-    step to clean data is like any other, as published.
+    next steps is finite, since eps at SNR 0 is x_T itself. The first steps are of lower order, and
+    the step to clean data lands on x_0, as in the published solvers over sigma: extrapolated eps
+    would overshoot there.
 
     Args:
         schedule: The noise schedule.
@@ -52,7 +53,7 @@ def ipndm_coefficients(
         zip(transition_coefficients(schedule, grid, 0.0), pairwise(scales), strict=True)
     ):
         e: tuple[float, ...] = ()
-        if i > 0:
+        if i > 0 and sigma_s > 0:
             newest, *older = _WEIGHTS[min(order, i + 1)]
             gain = sigma_s - alpha_s * sigma_t / alpha_t
             e = tuple(gain * w for w in (newest - 1, *older))
