@@ -153,9 +153,9 @@ _BETA = 0.6
 def ays(
     num_steps: int, num_timesteps: int = 1000, *, schedule: NoiseSchedule | None = None
 ) -> Tensor:
-    """Follow Align Your Steps' noise levels for Stable Diffusion 1 (Sabour et al., arXiv:2404.14507).
+    """Follow the noise levels of Align Your Steps for Stable Diffusion 1.
 
-    The published eleven values of sigma_t / alpha_t, ten steps and the level they end at, are made
+    Sabour et al., arXiv:2404.14507, table 3. The published eleven values of sigma_t / alpha_t, ten steps and the level they end at, are made
     S + 1 by dividing their numbers evenly, linearly in the logarithm; the last is left out, since
     the last step goes on to clean data. Each step is the nearest timestep in log(sigma / alpha),
     distinct as in `log_snr`, and the first becomes T-1. On a schedule that ends at SNR 0 no step is

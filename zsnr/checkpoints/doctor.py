@@ -45,16 +45,17 @@ MODEL_KEYS = (
     *("compile", "max_skipped_steps", "image_size", "seed", "lora"),
 )
 SAMPLING_KEYS = ("num_steps", "spacing", "sampler", "guidance")
-# Spacings that leave out the noise levels next to SNR 0, and what that costs. Measured by the spread
-# of the brightness of 64x64 images at 5 to 10 steps (5 to 25 for beta), DDIM and DPM-Solver++ 2M.
+# What spacings that leave out noise levels next to SNR 0 cost. Measured by the spread of the
+# brightness of 64x64 images at 5 to 10 steps (5 to 25 for beta), with DDIM and DPM-Solver++ 2M.
 _LATE_LEVELS = (
-    "was made for schedules that end at SNR > 0: 2 to 8 times the brightness error of log_snr at few "
-    "steps"
+    "was made for schedules that end at SNR > 0: 2 to 8 times the brightness error of log_snr at "
+    "few steps"
 )
 _COMPARED_SPACINGS = {
     "ays": _LATE_LEVELS,
     "kl_optimal": _LATE_LEVELS,
-    "beta": "was not made for zero SNR: 1.3 to 7 times the brightness error of log_snr at few steps",
+    "beta": "was not made for zero SNR: 1.3 to 7 times the brightness error of log_snr at few "
+    "steps",
 }
 _CONFIG = "scheduler_config.json"
 _FIXED = "scheduler_config.fixed.json"
@@ -363,8 +364,8 @@ def _scheduler_warnings(
         texts.append(f"{declared.warp} spaces noise levels, not timesteps")
     if zero and declared.warp == "use_beta_sigmas":
         texts.append(
-            "use_beta_sigmas divides sigma itself, which has no bound at SNR 0: few steps or none are "
-            'left where images form. "use_beta_sigmas": false'
+            "use_beta_sigmas divides sigma itself, which has no bound at SNR 0: few steps or none "
+            'are left where images form. "use_beta_sigmas": false'
         )
     for S, t in starts.items():
         if t >= declared.num_train_timesteps:
