@@ -292,7 +292,7 @@ def test_an_own_sampler_by_its_class_path(run, folder, tmp_path, monkeypatch):
         (["-c", "BAD"], "Did you mean model.schedule.betas?"),
         (["-c", "/nowhere.yaml"], "does not exist: '/nowhere.yaml'"),
         (["--model.codec=Pixels"], "Known: AutoencoderKLCodec, PixelCodec"),
-        (["--model.sampling.sampler=PLMS"], "Known: DDIM, DDPM, DPMpp2M, DPMpp2MSDE"),
+        (["--model.sampling.sampler=PLMS"], "Known: DDIM, DDPM, DEIS, DPMpp2M"),
         (["--sampler", "plms"], "Sampler 'plms' is unknown. Known: 'ddim'"),
         (["--model.codec.init_args.patchsize=3"], "'patchsize' is not accepted"),
         (["--model.schedule.betas=sigmoid"], "'linear', 'cosine', 'scaled_linear'"),

@@ -155,12 +155,12 @@ def ays(
 ) -> Tensor:
     """Follow the noise levels of Align Your Steps for Stable Diffusion 1.
 
-    Sabour et al., arXiv:2404.14507, table 3. The published eleven values of sigma_t / alpha_t, ten steps and the level they end at, are made
-    S + 1 by dividing their numbers evenly, linearly in the logarithm; the last is left out, since
-    the last step goes on to clean data. Each step is the nearest timestep in log(sigma / alpha),
-    distinct as in `log_snr`, and the first becomes T-1. On a schedule that ends at SNR 0 no step is
-    between there and the second level: made for schedules that end at sigma / alpha = 14.6, it is
-    kept to compare with.
+    Sabour et al., arXiv:2404.14507, table 3: eleven values of sigma / alpha, ten steps and the
+    level where they end. Interpolated linearly in the logarithm they become S + 1, and the last is
+    left out, since the last step goes on to clean data. Each step is the nearest timestep in
+    log(sigma / alpha), distinct as in `log_snr`, and the first becomes T-1. On a schedule that ends
+    at SNR 0 there is no step between T-1 and the second level: the levels are made for schedules
+    that end at sigma / alpha = 14.6, and are here to compare with.
 
     Args:
         num_steps: S, 1 to T.
@@ -191,7 +191,7 @@ def kl_optimal(
 
     The grid of least Kullback-Leibler divergence for data N(0, 1), from T-1 to t = 0, both
     included, as common user interfaces take it. On a schedule that ends at SNR 0 the first step
-    spans all noise levels above sigma / alpha of about 2 S / pi: kept to compare with. Each step is
+    spans all noise levels above sigma / alpha of about 2 S / pi: here to compare with. Each step is
     the nearest timestep, distinct as in `log_snr`. S = 1 gives the last timestep. Else as `ays`.
     """
     S, T = _check_counts(num_steps, num_timesteps)

@@ -97,7 +97,8 @@ class ERSDE(Sampler):
     See `er_sde_coefficients`.
 
     Args:
-        order: Number of predictions a step uses, 1 to 3. 3 as published.
+        order: Number of predictions a step uses, 1 to 3. 3 as published. The deterministic part has
+            order of convergence 1, 2 and 2: the slope of x_0 is a difference to the step before.
     """
 
     order: int = 3

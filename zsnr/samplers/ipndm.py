@@ -71,6 +71,10 @@ class IPNDM(Sampler):
     convergence is `order` on grids that divide sigma / alpha evenly, and 2 on other smooth grids.
     See `ipndm_coefficients`.
 
+    In the noise the method is stable for steps of at most 1, 0.55 or 0.3 of k, for orders 2, 3 and
+    4; from zero SNR the first few steps of any grid are larger, and it stays finite since they are
+    few.
+
     Args:
         order: Number of predictions a step uses, 2 to 4. 4 as published.
     """
