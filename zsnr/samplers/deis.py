@@ -74,8 +74,8 @@ def _integral(nodes: Sequence[int], j: int, s: int, k: Sequence[float]) -> float
 class DEIS(Sampler):
     """tAB-DEIS: Adams-Bashforth in eps, a polynomial in t integrated over sigma / alpha.
 
-    See `deis_coefficients`. On "log_snr" grids of less than about 15 steps order 3 may amplify errors
-    of the network several times as much as `dpmpp_2m`, since the gaps in t are unequal.
+    See `deis_coefficients`. On "log_snr" grids of 10 steps or fewer, whose gaps in t are unequal,
+    order 3 may amplify errors of the network several times as much as `dpmpp_2m`.
 
     Args:
         order: Degree of the polynomial, 2 or 3: the r of tAB r. A step uses order + 1 predictions,

@@ -71,9 +71,9 @@ class IPNDM(Sampler):
     convergence is `order` on grids that divide sigma / alpha evenly, and 2 on other smooth grids.
     See `ipndm_coefficients`.
 
-    In the noise the method is stable for steps of at most 1, 0.55 or 0.3 of k, for orders 2, 3 and
-    4; from zero SNR the first few steps of any grid are larger, and it stays finite since they are
-    few.
+    Where noise outweighs the data, a step is stable if it takes away at most 1, 0.55 or 0.3 of k,
+    for orders 2, 3 and 4. Grids of few steps exceed that for orders 3 and 4; the error stays
+    bounded because few steps are made there.
 
     Args:
         order: Number of predictions a step uses, 2 to 4. 4 as published.
