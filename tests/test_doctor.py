@@ -15,7 +15,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from zsnr import NoiseSchedule
+from zsnr import DDIM, DPMpp2M, NoiseSchedule, get_timesteps
 from zsnr.checkpoints import run_facts
 from zsnr.checkpoints.declared import SCHEDULERS
 from zsnr.checkpoints.diagnosis import kept_brightness
@@ -497,6 +497,64 @@ def test_yaml_of_the_training_command(tmp_path):
     assert examine(path).facts["schedule"]["beta_start"] == 1e-4
     path.write_text("trainer: {}")
     assert "no `model:` block" in examine(path).reason
+
+
+@pytest.mark.parametrize(
+    ("spacing", "words"),
+    [
+        ("ays", "'ays' was made for schedules that end at SNR > 0: 2 to 8 times"),
+        ("kl_optimal", "'kl_optimal' was made for schedules that end at SNR > 0: 2 to 8 times"),
+        ("beta", "'beta' was not made for zero SNR: 1.3 to 7 times"),
+        ("log_snr", None),
+        ("karras", None),
+    ],
+)
+def test_spacings_of_other_schedules_are_warned_of_at_zero_snr(tmp_path, spacing, words):
+    run = {**RUN, "sampling": {**DEFAULT_SAMPLING, "spacing": spacing}}
+    original = NoiseSchedule(zero_terminal_snr=False).settings()
+    found = examine(write(tmp_path, run, "run.json"))
+    for diagnosis, where in (
+        (found, "run.json"),
+        (yaml_file(tmp_path, {"sampling": {"spacing": spacing}}), "a.yaml"),
+    ):
+        assert diagnosis.verdict == "fixed"
+        assert any(words in text for text in diagnosis.warnings if words) == (words is not None)
+        change = f"{where}: sampling.spacing: log_snr"
+        assert (change in diagnosis.changes) == (words is not None), diagnosis.changes
+    flawed = examine(write(tmp_path, {**run, "schedule": original}, "run.json"))
+    assert not any("timestep spacing" in text for text in flawed.warnings)
+
+
+@pytest.mark.parametrize("zero", [True, False])
+def test_beta_sigmas_are_warned_of_at_zero_snr(tmp_path, zero):
+    config = {"_class_name": "EulerDiscreteScheduler", "use_beta_sigmas": True}
+    found = judge(tmp_path, **config, rescale_betas_zero_snr=zero)
+    assert any("divides sigma itself" in text for text in found.warnings) == zero
+
+
+def test_the_doctors_factors_of_compared_spacings():
+    """The spread of the brightness of 64x64 images, relative to the data's, beside log_snr's."""
+    ratios = {}
+    root, schedule = 64.0, NoiseSchedule()
+    oracle = GaussianDenoiser(schedule, -0.8 * root, 0.5 * root)
+    ends = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+    for spacing, counts in (
+        ("ays", (5, 8, 10)),
+        ("kl_optimal", (5, 8, 10)),
+        ("beta", (5, 8, 10, 15, 25)),
+    ):
+        for sampler in (DDIM(), DPMpp2M()):
+            for S in counts:
+                errors = []
+                for grid in (get_timesteps(spacing, S), get_timesteps("log_snr", S)):
+                    at_mean, moved = sampler.sample(oracle, schedule, ends, grid)
+                    errors.append(abs(float((moved - at_mean) / (0.5 * root)) - 1))
+                ratios.setdefault(spacing, []).append(errors[0] / errors[1])
+    for spacing in ("ays", "kl_optimal"):
+        assert 2 <= min(ratios[spacing]) < 3
+        assert 7 < max(ratios[spacing]) < 9
+    assert 1.2 < min(ratios["beta"]) < 1.4
+    assert 6 < max(ratios["beta"]) < 7
 
 
 def test_defaults_are_those_of_training():

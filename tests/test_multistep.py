@@ -8,9 +8,13 @@ import torch
 
 from zsnr import (
     DDIM,
+    DEIS,
+    ERSDE,
+    IPNDM,
     Denoiser,
     DPMpp2M,
     DPMpp2MSDE,
+    DPMpp3M,
     EmpiricalDenoiser,
     GaussianDenoiser,
     Heun,
@@ -22,11 +26,19 @@ from zsnr import (
     trailing,
 )
 from zsnr.samplers.base import transition_coefficients
-from zsnr.samplers.dpmpp import dpmpp_2m_coefficients
+from zsnr.samplers.deis import deis_coefficients
+from zsnr.samplers.dpmpp import dpmpp_2m_coefficients, dpmpp_3m_coefficients
+from zsnr.samplers.er_sde import er_sde_coefficients
+from zsnr.samplers.ipndm import ipndm_coefficients
 from zsnr.samplers.multiscale import multiscale_coefficients
+from zsnr.samplers.unipc import unic_coefficients, unip_coefficients
 
 SCHEDULE, ORIGINAL = NoiseSchedule(), NoiseSchedule(zero_terminal_snr=False)
-SAMPLERS = [DPMpp2M(), DPMpp2MSDE(), Heun(), Multiscale(), UniPC()]
+SAMPLERS = [
+    *(DPMpp2M(), DPMpp2MSDE(), DPMpp3M(), DPMpp3M(refined=True), Heun(), Multiscale()),
+    *(IPNDM(2), IPNDM(3), IPNDM(4), DEIS(2), DEIS(3), UniPC(), UniPC(3)),
+    *(ERSDE(1), ERSDE(2), ERSDE(3)),
+]
 SETTINGS = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -40,6 +52,10 @@ LARGE = torch.tensor([2.0, 4.0, 8.0, 16.0, 32.0], dtype=torch.float64)
 
 def zeros_like(x):
     return torch.zeros_like(x)
+
+
+def drawn_from(generator):
+    return lambda x: torch.randn(x.shape, dtype=x.dtype, generator=generator)
 
 
 def responses(sampler, grid, std, schedule=SCHEDULE, mean=-0.8):
@@ -69,12 +85,29 @@ def test_weights_keep_a_constant_for_every_step_count(betas):
         wanted = transition_coefficients(schedule, grid, 0.0)
         for steps in (
             dpmpp_2m_coefficients(schedule, grid),
+            dpmpp_3m_coefficients(schedule, grid),
+            dpmpp_3m_coefficients(schedule, grid, refined=True),
             multiscale_coefficients(schedule, tuple(grid)),
+            ipndm_coefficients(schedule, grid),
+            deis_coefficients(schedule, grid),
+            unip_coefficients(schedule, grid, 3),
+            unic_coefficients(schedule, grid, 3),
         ):
             for (a, b, _), step in zip(wanted, steps, strict=True):
+                if step is None:  # nothing to correct
+                    continue
                 assert math.fsum(step.a) == pytest.approx(a, rel=1e-12)
                 assert step.b == b
-                assert all(math.isfinite(w) for w in step.a)
+                assert all(math.isfinite(w) for w in (*step.a, *step.e))
+                largest = max(map(abs, step.e), default=0.0)
+                assert math.fsum(step.e) == pytest.approx(0, abs=1e-14 * max(1.0, largest))
+        scales = [schedule(t) for t in (*grid, -1)]
+        for step, (alpha_t, _), (alpha_s, sigma_s) in zip(
+            er_sde_coefficients(schedule, grid), scales, scales[1:], strict=False
+        ):
+            assert math.fsum(step.a) + step.b * alpha_t == pytest.approx(alpha_s, rel=1e-12)
+            assert 0 <= step.c <= sigma_s
+            assert all(math.isfinite(w) for w in step.a)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +151,7 @@ def test_the_first_order_member_is_ddim():
             wanted = DDIM().sample(oracle, SCHEDULE, x_T, grid)
             assert torch.equal(Multiscale(order=1).sample(oracle, SCHEDULE, x_T, grid), wanted)
             if S <= 2:  # the steps from SNR 0 and to clean data are of first order
-                for sampler in (DPMpp2M(), Heun()):
+                for sampler in (DPMpp2M(), DPMpp3M(), Heun(), IPNDM(), DEIS(), UniPC(3)):
                     assert torch.equal(sampler.sample(oracle, SCHEDULE, x_T, grid), wanted)
 
 
@@ -127,17 +160,25 @@ def test_zero_snr_is_the_limit_of_little_snr():
     table = SCHEDULE.alphas_cumprod.tolist()
     x_T = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     grid = log_snr(8)
-    for sampler in (DPMpp2M(), UniPC()):
+    fast = (IPNDM(), DEIS(), ERSDE())  # as a power of alpha_T
+    for sampler in (DPMpp2M(), DPMpp3M(), DPMpp3M(refined=True), UniPC(), UniPC(3), *fast):
         found = []
         for last in (1e-40, 1e-280):
             almost = NoiseSchedule.from_alphas_cumprod([*table[:-1], last])
             oracle = GaussianDenoiser(almost, -0.8, 0.5)
-            found.append(sampler.sample(oracle, almost, x_T, grid))
-        exact = sampler.sample(GaussianDenoiser(SCHEDULE, -0.8, 0.5), SCHEDULE, x_T, grid)
+            noise = torch.Generator().manual_seed(1)
+            found.append(sampler.sample(oracle, almost, x_T, grid, randn_like=drawn_from(noise)))
+        exact = sampler.sample(
+            GaussianDenoiser(SCHEDULE, -0.8, 0.5),
+            SCHEDULE,
+            x_T,
+            grid,
+            randn_like=drawn_from(torch.Generator().manual_seed(1)),
+        )
         distances = [float((x - exact).abs().max()) for x in found]
-        if isinstance(sampler, DPMpp2M):
+        if isinstance(sampler, DPMpp2M | DPMpp3M):
             assert distances[1] < distances[0] / 5  # as 1 / log SNR
-        assert distances[1] < 0.02
+        assert distances[1] < (1e-12 if sampler in fast else 0.02), sampler
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from zsnr import (
     DDIM,
     DDPM,
+    ERSDE,
     Denoiser,
     DPMpp2MSDE,
     EmpiricalDenoiser,
@@ -377,7 +378,7 @@ def test_noise_is_drawn_once_for_every_step_that_needs_it(sampler):
         return torch.randn_like(x)
 
     run(sampler, torch.randn(2, 3), trailing(10), randn_like=randn_like)
-    noisy = isinstance(sampler, DPMpp2MSDE) or (sampler in ONE_STEP and eta_of(sampler) > 0)
+    noisy = isinstance(sampler, DPMpp2MSDE | ERSDE) or (sampler in ONE_STEP and eta_of(sampler) > 0)
     assert len(drawn) == (9 if noisy else 0)  # the last step lands on x_0
 
 
@@ -409,11 +410,15 @@ def test_registry(monkeypatch):
     assert available_samplers() == [
         "ddim",
         "ddpm",
+        "deis",
         "dpmpp_2m",
         "dpmpp_2m_sde",
+        "dpmpp_3m",
+        "er_sde",
         "euler",
         "euler_ancestral",
         "heun",
+        "ipndm",
         "multiscale",
         "unipc",
     ]
@@ -437,7 +442,7 @@ def test_registry(monkeypatch):
         register_sampler("wrong")(int)
     with pytest.raises(TypeError, match="no `calls` and no `sample` method"):
         register_sampler("wrong")(type("Wrong", (Sampler,), {}))
-    with pytest.raises(ValueError, match="Known: 'ddim', 'ddpm', 'dpmpp_2m', 'dpmpp_2m_sde'"):
+    with pytest.raises(ValueError, match="Known: 'ddim', 'ddpm', 'deis', 'dpmpp_2m'"):
         get_sampler("plms")
     with pytest.raises(ValueError, match="Its options: eta"):
         get_sampler("ddim", etta=1.0)

@@ -7,8 +7,10 @@ import torch
 from zsnr import (
     NoiseSchedule,
     available_spacings,
+    ays,
     get_timesteps,
     karras,
+    kl_optimal,
     leading,
     linspace,
     log_snr,
@@ -17,6 +19,7 @@ from zsnr import (
     trailing,
 )
 from zsnr import timesteps as module
+from zsnr.timesteps import beta, beta_quantile
 
 
 @pytest.mark.parametrize(
@@ -31,8 +34,13 @@ def test_table_2(spacing, row):
     assert (spacing(10).flip(0) + 1).tolist() == row
 
 
-@pytest.mark.parametrize("T", [10, 100, 999, 1000])
-@pytest.mark.parametrize("spacing", [trailing, leading, linspace])
+@pytest.mark.parametrize(
+    ("spacing", "T"),
+    [
+        *((spacing, T) for spacing in (trailing, leading, linspace) for T in (10, 100, 999, 1000)),
+        *((beta, T) for T in (2, 3, 10, 100, 1000)),
+    ],
+)
 def test_every_step_count(spacing, T):
     for S in range(1, min(T, 1000) + 1):
         grid = spacing(S, T)
@@ -79,7 +87,7 @@ SCHEDULES = {
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
-@pytest.mark.parametrize("spacing", [log_snr, karras])
+@pytest.mark.parametrize("spacing", [log_snr, karras, ays, kl_optimal])
 def test_every_step_count_in_log_snr(spacing, schedule):
     T = schedule.num_timesteps
     for S in range(1, T + 1):
@@ -118,6 +126,43 @@ def test_the_schedule_of_a_grid_in_log_snr():
     original = SCHEDULES["original"]  # all steps divide what is there: T-1 has no place of its own
     half = original.log_snr[log_snr(10, schedule=original)] / 2
     assert float(half.diff().std() / half.diff().mean()) < 0.02
+
+
+def test_align_your_steps_is_the_published_grid_on_the_original_schedule():
+    """Their timesteps and their noise levels differ by one at 0.399, between 124 and 125."""
+    published = [999, 850, 736, 645, 545, 455, 343, 233, 124, 24]
+    original = SCHEDULES["original"]
+    grid = ays(10, schedule=original).tolist()
+    assert [t for t in grid if t not in published] == [125]
+    half = original.log_snr / 2
+    levels = [14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152]
+    for t, k in zip(grid[1:], levels[1:], strict=True):
+        assert t == int((half + math.log(k)).abs().argmin())
+    doubled = ays(20, schedule=original).tolist()
+    assert doubled[::2] == grid
+    fine = NoiseSchedule("cosine", 100_000)  # with timesteps near every level
+    k = (-fine.log_snr / 2).exp()[ays(20, 100_000, schedule=fine)].tolist()
+    for i in range(1, 9):
+        assert k[2 * i] == pytest.approx(levels[i], rel=1e-3)
+        assert k[2 * i + 1] == pytest.approx(math.sqrt(levels[i] * levels[i + 1]), rel=1e-3)
+
+
+def test_kl_optimal_divides_the_angle_evenly():
+    schedule = NoiseSchedule("cosine", 100_000)
+    for S in (2, 5, 10, 25):
+        steps = kl_optimal(S, 100_000, schedule=schedule)
+        alpha, sigma = schedule(steps)
+        angles = torch.atan2(sigma.double(), alpha.double())
+        even = torch.linspace(math.pi / 2, float(angles[-1]), S, dtype=torch.float64)
+        torch.testing.assert_close(angles, even, rtol=0, atol=2e-5)
+        assert steps[-1] == 0
+
+
+def test_beta_quantiles():
+    stats = pytest.importorskip("scipy.stats")
+    for p in (*(i / 997 for i in range(998)), *(10.0**-n for n in range(1, 16))):
+        assert beta_quantile(p) == pytest.approx(stats.beta.ppf(p, 0.6, 0.6), rel=1e-9, abs=1e-300)
+    assert beta(10).tolist() == [999, 959, 876, 765, 637, 499, 362, 234, 123, 40]
 
 
 def test_pairs_read_their_neighbour_from_the_grid():
@@ -170,7 +215,10 @@ def test_registry(monkeypatch):
 
     own = {"broken", "by_snr", "ends", "listed", "upward"}
     assert set(available_spacings()) == own | {
+        "ays",
+        "beta",
         "karras",
+        "kl_optimal",
         "leading",
         "linspace",
         "log_snr",
@@ -191,5 +239,5 @@ def test_registry(monkeypatch):
         get_timesteps("broken", 3)
     with pytest.raises(ValueError, match="registered already"):
         register_spacing("ends")(broken)
-    with pytest.raises(ValueError, match="Known: 'broken'"):
+    with pytest.raises(ValueError, match="Known: 'ays', 'beta', 'broken'"):
         get_timesteps("bosh", 3)

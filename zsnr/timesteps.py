@@ -141,6 +141,103 @@ def karras(
     return _between_bounds(num_steps, num_timesteps, schedule, lambda level: -math.exp(-level / 7))
 
 
+# Spacings of models whose schedules end at SNR > 0, to compare with.
+
+
+# Stable Diffusion 1's noise levels of ten steps, and the last that they lead to.
+_AYS = (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029)
+_BETA = 0.6
+
+
+@register_spacing("ays")
+def ays(
+    num_steps: int, num_timesteps: int = 1000, *, schedule: NoiseSchedule | None = None
+) -> Tensor:
+    """Follow the noise levels of Align Your Steps for Stable Diffusion 1.
+
+    Sabour et al., arXiv:2404.14507, table 3: eleven values of sigma / alpha, ten steps and the
+    level where they end. Interpolated linearly in the logarithm they become S + 1, and the last is
+    left out, since the last step goes on to clean data. Each step is the nearest timestep in
+    log(sigma / alpha), distinct as in `log_snr`, and the first becomes T-1. On a schedule that ends
+    at SNR 0 there is no step between T-1 and the second level: the levels are made for schedules
+    that end at sigma / alpha = 14.6, and are here to compare with.
+
+    Args:
+        num_steps: S, 1 to T.
+        num_timesteps: T.
+        schedule: The schedule. None = the paper's with that T.
+
+    Returns:
+        int64, shape (S,), descending, the first is T-1.
+
+    Raises:
+        ValueError: S or T is out of range.
+    """
+    S, T = _check_counts(num_steps, num_timesteps)
+    levels = [-math.log(k) for k in _AYS]
+    parts = len(levels) - 1
+    wanted = []
+    for i in range(S):
+        whole, rest = divmod(i * parts, S)
+        wanted.append(levels[whole] + (levels[whole + 1] - levels[whole]) * rest / S)
+    return _nearest(wanted, T, _half_log_snr(T, schedule))
+
+
+@register_spacing("kl_optimal")
+def kl_optimal(
+    num_steps: int, num_timesteps: int = 1000, *, schedule: NoiseSchedule | None = None
+) -> Tensor:
+    """Divide arctan(sigma_t / alpha_t) evenly (Sabour et al., arXiv:2404.14507).
+
+    The grid of least Kullback-Leibler divergence for data N(0, 1), from T-1 to t = 0, both
+    included, as common user interfaces take it. On a schedule that ends at SNR 0 the first step
+    spans all noise levels above sigma / alpha of about 2 S / pi: here to compare with. Each step is
+    the nearest timestep, distinct as in `log_snr`. S = 1 gives the last timestep. Else as `ays`.
+    """
+    S, T = _check_counts(num_steps, num_timesteps)
+    angles = [-math.atan2(1.0, math.exp(level)) for level in _half_log_snr(T, schedule)]
+    first, last = angles[-1], angles[0]
+    return _nearest([first + (last - first) * i / max(S - 1, 1) for i in range(S)], T, angles)
+
+
+@register_spacing("beta")
+def beta(num_steps: int, num_timesteps: int = 1000) -> Tensor:
+    """Take quantiles of a Beta distribution over the timesteps (Lee et al., arXiv:2407.12173).
+
+    t_i = round((T - 1) q(1 - i / S)), with q the quantile function of Beta(0.6, 0.6): denser at
+    both ends. Rounds half to even; timesteps that meet are moved apart as in `log_snr`, where user
+    interfaces leave some out. Else as `trailing`.
+    """
+    S, T = _check_counts(num_steps, num_timesteps)
+    return _grid(_distinct([round((T - 1) * beta_quantile(1 - i / S)) for i in range(S)], T))
+
+
+def beta_quantile(p: float) -> float:
+    """Compute the p-quantile of Beta(a, a) with a = 0.6.
+
+    Newton's method in w = x^a on the series of the lower half,
+    B_x(a, a) = sum_n (1 - a)_n x^(a + n) / (n! (a + n)); it is convex in w, and starts above the
+    quantile, so that it descends to it.
+    """
+    if p > 0.5:
+        return 1 - beta_quantile(1 - p)
+    a = _BETA
+    target = p * math.gamma(a) ** 2 / math.gamma(2 * a)
+    w = a * target
+    for _ in range(50):
+        x = w ** (1 / a)
+        total, power, n = 0.0, 1.0, 0
+        while power / (a + n) > 1e-17 * total:
+            total += power / (a + n)
+            power *= (1 - a + n) / (n + 1) * x
+            n += 1
+        lower = w - (w * total - target) * a * (1 - x) ** (1 - a)  # dB / dw = (1 - x)^(a - 1) / a
+        if not lower < w:
+            break
+        w = lower
+    return float(w ** (1 / a))
+
+
 def get_timesteps(
     spacing: str,
     num_steps: int,
@@ -305,22 +402,38 @@ def _between_bounds(
 ) -> Tensor:
     """Divide an increasing function of l = log(alpha / sigma) evenly, as `log_snr` says."""
     S, T = _check_counts(num_steps, num_timesteps)
-    table = (schedule or NoiseSchedule(num_timesteps=T)).log_snr.tolist()
-    levels = [level / 2 for level in table]
+    levels = _half_log_snr(T, schedule)
     low, high = -2 - math.log(S), min(-1 + 2 * math.log(S), levels[0])
     first = 0 if levels[-1] >= low else 1  # the first step that is divided
     low = levels[-1] if first == 0 else max(low, levels[-2])
     start, end = coordinate(low), coordinate(max(low, high))
-    marks = [coordinate(level) for level in reversed(levels[: T - first])]  # increasing
     parts = S - first - 1
-    nearest = [T - 1] * first
-    for i in range(S - first):
-        wanted = start + (end - start) * (i / parts if parts else 0.5)
-        at = min(bisect_left(marks, wanted), len(marks) - 1)
-        if at > 0 and wanted - marks[at - 1] <= marks[at] - wanted:
+    wanted = [start + (end - start) * (i / parts if parts else 0.5) for i in range(S - first)]
+    marks = [coordinate(level) for level in levels[: T - first]]
+    return _nearest(wanted, T, marks)
+
+
+def _half_log_snr(num_timesteps: int, schedule: NoiseSchedule | None) -> list[float]:
+    table = (schedule or NoiseSchedule(num_timesteps=num_timesteps)).log_snr.tolist()
+    return [level / 2 for level in table]
+
+
+def _nearest(wanted: Sequence[float], num_timesteps: int, marks: Sequence[float]) -> Tensor:
+    """Take the timesteps whose marks are nearest to the wanted ones, and make them distinct.
+
+    Args:
+        wanted: Increasing.
+        num_timesteps: T.
+        marks: Of timesteps 0, 1, ..., decreasing. Those without one, at the end, are taken first.
+    """
+    up = list(reversed(marks))
+    nearest = list(range(num_timesteps - 1, len(marks) - 1, -1))
+    for mark in wanted:
+        at = min(bisect_left(up, mark), len(up) - 1)
+        if at > 0 and mark - up[at - 1] <= up[at] - mark:
             at -= 1
-        nearest.append(T - 1 - first - at)
-    return _grid(_distinct(nearest, T))
+        nearest.append(len(up) - 1 - at)
+    return _grid(_distinct(nearest, num_timesteps))
 
 
 def _distinct(steps: Sequence[int], num_timesteps: int) -> list[int]:

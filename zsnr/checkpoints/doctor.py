@@ -45,6 +45,18 @@ MODEL_KEYS = (
     *("compile", "max_skipped_steps", "image_size", "seed", "lora"),
 )
 SAMPLING_KEYS = ("num_steps", "spacing", "sampler", "guidance")
+# What spacings that leave out noise levels next to SNR 0 cost. Measured by the spread of the
+# brightness of 64x64 images at 5 to 10 steps (5 to 25 for beta), with DDIM and DPM-Solver++ 2M.
+_LATE_LEVELS = (
+    "was made for schedules that end at SNR > 0: 2 to 8 times the brightness error of log_snr at "
+    "few steps"
+)
+_COMPARED_SPACINGS = {
+    "ays": _LATE_LEVELS,
+    "kl_optimal": _LATE_LEVELS,
+    "beta": "was not made for zero SNR: 1.3 to 7 times the brightness error of log_snr at few "
+    "steps",
+}
 _CONFIG = "scheduler_config.json"
 _FIXED = "scheduler_config.fixed.json"
 _FAMILIES = {768: "SD 1", 1024: "SD 2", 2048: "SDXL"}
@@ -350,6 +362,11 @@ def _scheduler_warnings(
         texts.append('x_0 is thresholded, which latents must not be: "thresholding": false')
     if declared.warp is not None:
         texts.append(f"{declared.warp} spaces noise levels, not timesteps")
+    if zero and declared.warp == "use_beta_sigmas":
+        texts.append(
+            "use_beta_sigmas divides sigma itself, which has no bound at SNR 0: few steps or none "
+            'are left where images form. "use_beta_sigmas": false'
+        )
     for S, t in starts.items():
         if t >= declared.num_train_timesteps:
             texts.append(f"S = {S} starts at t = {t:g}, outside of the schedule")
@@ -578,6 +595,9 @@ def _examine_own(
         facts[key] = value
     if zero and facts["guidance_rescale"] == 0 and facts["guidance_scale"] > 1:
         warnings.append("guidance without rescale over-exposes at zero SNR: rescale 0.7 is usual")
+    if zero and spacing in _COMPARED_SPACINGS:
+        warnings.append(f"timestep spacing {spacing!r} {_COMPARED_SPACINGS[spacing]}")
+        changes.append(f"{where}sampling.spacing: log_snr")
     if verdict == "inconsistent" and prediction_type == "epsilon":
         changes.insert(0, f"{where}prediction_type: v_prediction, and train with it")
     elif verdict == "inconsistent":

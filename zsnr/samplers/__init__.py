@@ -3,9 +3,12 @@
 from zsnr.samplers.base import Sampler
 from zsnr.samplers.ddim import DDIM
 from zsnr.samplers.ddpm import DDPM
-from zsnr.samplers.dpmpp import DPMpp2M, DPMpp2MSDE
+from zsnr.samplers.deis import DEIS
+from zsnr.samplers.dpmpp import DPMpp2M, DPMpp2MSDE, DPMpp3M
+from zsnr.samplers.er_sde import ERSDE
 from zsnr.samplers.euler import Euler, EulerAncestral
 from zsnr.samplers.heun import Heun
+from zsnr.samplers.ipndm import IPNDM
 from zsnr.samplers.multiscale import Multiscale
 from zsnr.samplers.registry import available_samplers, get_sampler, register_sampler
 from zsnr.samplers.unipc import UniPC
@@ -13,8 +16,12 @@ from zsnr.samplers.unipc import UniPC
 __all__ = [
     "DDIM",
     "DDPM",
+    "DEIS",
+    "ERSDE",
+    "IPNDM",
     "DPMpp2M",
     "DPMpp2MSDE",
+    "DPMpp3M",
     "Euler",
     "EulerAncestral",
     "Heun",

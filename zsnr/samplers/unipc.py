@@ -20,19 +20,47 @@ from zsnr.samplers.registry import register_sampler
 from zsnr.schedule import NoiseSchedule
 
 
+def unip_coefficients(
+    schedule: NoiseSchedule, grid: Sequence[int], order: int = 2
+) -> list[MultistepCoefficients]:
+    """Compute the predictors of UniPC, with B(h) = e^h - 1 ("bh2").
+
+    With l = log(alpha / sigma), h = l_s - l_t, and r_i = (l_i - l_t) / h of earlier predictions
+    x_0^(i), i = 1 .. p - 1,
+
+    x_s = a (x_0 + sum_i w_i (x_0^(i) - x_0) / r_i) + b x_t
+
+    where (a, b) are the shared transition's and w solves sum_i w_i r_i^(n-1) = b_n for n = 1 to
+    p - 1, see `_conditions`. Order p = 2 has w_1 = 1/2 as published, which is DPM-Solver++ 2M's
+    step.
+
+    The order warms up from one, ends with 2 and 1 as published, and predictions at SNR 0, where l
+    is minus infinity, do not count.
+    """
+    h = log_snr_steps(schedule, grid)
+    steps = dpmpp_2m_coefficients(schedule, grid)
+    for i, (a, b, _) in enumerate(transition_coefficients(schedule, grid, 0.0)):
+        r = _earlier(h, i, order)
+        if len(r) > 1:
+            w = _solve(r, _conditions(h[i], len(r)))
+            slopes = [w_i / r_i for w_i, r_i in zip(w, r, strict=True)]
+            newest = a * (1 - math.fsum(slopes))
+            steps[i] = MultistepCoefficients((newest, *(a * slope for slope in slopes)), b)
+    return steps
+
+
 def unic_coefficients(
-    schedule: NoiseSchedule, grid: Sequence[int]
+    schedule: NoiseSchedule, grid: Sequence[int], order: int = 2
 ) -> list[MultistepCoefficients | None]:
-    """Compute the correctors of UniPC's second order, with B(h) = e^h - 1 ("bh2").
+    """Compute the correctors of UniPC, with B(h) = e^h - 1 ("bh2").
 
     Once the network was asked at s, the step that led there is taken anew, with the new prediction
-    x_0^s beside x_0 and the one before, x_0':
+    x_0^s too:
 
-    x_s = a (x_0 + r_0 (x_0 - x_0') h / h' + r_1 (x_0^s - x_0)) + b x_t
+    x_s = a (x_0 + sum_i w_i (x_0^(i) - x_0) / r_i + w_s (x_0^s - x_0)) + b x_t
 
-    With e = e^-h - 1 and p = -e / h - 1, r solves r_0 + r_1 = p / e and
-    r_1 - (h' / h) r_0 = -(2 p / h + 1) / e.
-    Where there is no x_0', r_1 = 1/2 alone.
+    in the terms of `unip_coefficients`, with r_s = 1 among the r and one condition more. Where
+    there is no earlier prediction, w_s = 1/2.
 
     Returns:
         One a step, newest prediction first. None = nothing to correct: the step from SNR 0 is
@@ -41,36 +69,83 @@ def unic_coefficients(
     h = log_snr_steps(schedule, grid)
     found: list[MultistepCoefficients | None] = []
     for i, (a, b, _) in enumerate(transition_coefficients(schedule, grid, 0.0)):
+        r = _earlier(h, i, order)
         if not math.isfinite(h[i]):
             found.append(None)
-        elif i == 0 or not math.isfinite(h[i - 1]):
+        elif not r:
             found.append(MultistepCoefficients((a / 2, a / 2), b))
         else:
-            ratio, e = h[i - 1] / h[i], math.expm1(-h[i])
-            p = -e / h[i] - 1
-            b_1, b_2 = p / e, (-2 * p / h[i] - 1) / e
-            r_0 = (b_1 - b_2) / (1 + ratio)
-            r_1 = b_1 - r_0
-            found.append(
-                MultistepCoefficients((a * r_1, a * (1 - r_1 + r_0 / ratio), -a * r_0 / ratio), b)
-            )
+            w_s, *w = _solve([1.0, *r], _conditions(h[i], len(r) + 1))
+            old = 1 - w_s
+            for w_i, r_i in zip(w, r, strict=True):
+                old -= w_i / r_i
+            earlier = (a * w_i / r_i for w_i, r_i in zip(w, r, strict=True))
+            found.append(MultistepCoefficients((a * w_s, a * old, *earlier), b))
     return found
+
+
+def _earlier(h: Sequence[float], i: int, order: int) -> list[float]:
+    """Compute r of the earlier predictions that step i uses, newest first."""
+    r: list[float] = []
+    back = 0.0
+    for j in range(1, min(order, i + 1, len(h) - i)):
+        back += h[i - j]
+        if not math.isfinite(back):
+            break
+        r.append(-back / h[i])
+    return r
+
+
+def _conditions(h: float, count: int) -> list[float]:
+    """Compute b_n = n! f_n / (e^-h - 1), with f_0 = e^-h - 1 and f_n = -f_(n-1) / h - 1 / n!."""
+    e = f = math.expm1(-h)
+    b, factorial = [], 1
+    for n in range(1, count + 1):
+        factorial *= n
+        f = -f / h - 1 / factorial
+        b.append(f * factorial / e)
+    return b
+
+
+def _solve(r: Sequence[float], b: Sequence[float]) -> list[float]:
+    """Solve sum_i w_i r_i^(n-1) = b_n for w, by Björck and Pereyra's elimination."""
+    w, size = list(b), len(b)
+    for k in range(size - 1):
+        for i in range(size - 1, k, -1):
+            w[i] -= r[k] * w[i - 1]
+    for k in range(size - 2, -1, -1):
+        for i in range(k + 1, size):
+            w[i] /= r[i] - r[i - k - 1]
+        for i in range(k, size - 1):
+            w[i] -= w[i + 1]
+    return w
 
 
 @register_sampler("unipc")
 @dataclass(frozen=True)
 class UniPC(Sampler):
-    """UniPC of second order in x_0, with B(h) = e^h - 1.
+    """UniPC in x_0, with B(h) = e^h - 1.
 
-    The predictor is DPM-Solver++ 2M's step; see `unic_coefficients` for the corrector, which costs
-    no network call. What the callback sees as x_s is predicted, not corrected yet.
+    A predictor, see `unip_coefficients`, and a corrector that costs no network call, see
+    `unic_coefficients`, and gains one order of convergence. What the callback sees as x_s is
+    predicted, not corrected yet.
+
+    Args:
+        order: Number of predictions the predictor uses, 2 or 3.
     """
+
+    order: int = 2
+
+    def __post_init__(self) -> None:
+        if type(self.order) is not int or self.order not in (2, 3):
+            raise ValueError(f"order={self.order!r}: wanted 2 or 3.")
 
     def calls(
         self, schedule: NoiseSchedule, grid: tuple[int, ...], guidance: Guidance | None
     ) -> list[Call]:
-        predictors = dpmpp_2m_coefficients(schedule, grid)
-        correctors = [None, *unic_coefficients(schedule, grid)[:-1]]  # of the step that led to t
+        predictors = unip_coefficients(schedule, grid, self.order)
+        # correctors are of the step that led to t
+        correctors = [None, *unic_coefficients(schedule, grid, self.order)[:-1]]
         return [
             call._replace(correct=correct)
             for call, correct in zip(step_calls(grid, predictors), correctors, strict=True)
