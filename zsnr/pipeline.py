@@ -112,6 +112,19 @@ def check_threshold(guidance: Guidance, codec: LatentCodec) -> None:
         )
 
 
+def check_steps(sampling: Sampling, schedule: NoiseSchedule) -> None:
+    """Refuse a sampler that makes network calls at which guidance has no scale.
+
+    Raises:
+        ValueError: It is so; only with the guidance method "cfg_pp".
+    """
+    sampler = sampling.sampler
+    if sampling.guidance.method == "cfg_pp" and type(sampler).sample is Sampler.sample:
+        T = schedule.num_timesteps
+        timesteps = get_timesteps(sampling.spacing, sampling.num_steps, T, schedule=schedule)
+        sampler.plan(schedule, timesteps, sampling.guidance)
+
+
 class TextToImage:
     """A latent diffusion model as a function from prompts to images.
 

@@ -10,7 +10,7 @@ from pathlib import Path, PurePath
 from typing import Any, Literal, get_args
 
 from zsnr.guidance import Curve, Guidance, GuidanceMethod, GuidanceSource
-from zsnr.pipeline import Sampling
+from zsnr.pipeline import Sampling, check_steps
 from zsnr.reports.schedule import both
 from zsnr.samplers import get_sampler
 from zsnr.schedule import NoiseSchedule
@@ -95,7 +95,7 @@ class Arm:
             ValueError: It is so.
         """
         schedule = self.schedule_of(declared)
-        self.sampling()
+        check_steps(self.sampling(), schedule)
         get_timesteps(self.spacing, self.num_steps, schedule.num_timesteps, schedule=schedule)
 
 

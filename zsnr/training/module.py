@@ -34,7 +34,13 @@ from zsnr.lora import AdaptedUNet, LoRA, require_peft
 from zsnr.loss import LossWeighting, diffusion_loss
 from zsnr.networks import UNet, UNetConfig
 from zsnr.noise import offset_noise
-from zsnr.pipeline import Sampling, TextToImage, check_threshold, describe_sampling
+from zsnr.pipeline import (
+    Sampling,
+    TextToImage,
+    check_steps,
+    check_threshold,
+    describe_sampling,
+)
 from zsnr.prediction import PredictionType, check_prediction_type, prediction_target
 from zsnr.pretrained import is_weightless
 from zsnr.schedule import NoiseSchedule
@@ -144,6 +150,7 @@ class LatentDiffusion(L.LightningModule):
             check_lora(unet, conditioner.trainable)
         check_guidance(sampling.guidance, averaged=ema is not None)
         check_threshold(sampling.guidance, codec)
+        check_steps(sampling, schedule)
         self.schedule, self.prediction_type, self.loss = schedule, prediction_type, loss
         self.caption_dropout, self.offset_strength = caption_dropout, offset_noise
         self.make_optimizer, self.learning_rate = optimizer, learning_rate
