@@ -242,6 +242,29 @@ def test_predict_with_short_options_and_a_file(run, folder, tmp_path):
     assert predict(folder, *options) == 2
 
 
+def test_predict_with_options_of_guidance(run, folder, tmp_path):
+    for number, options in enumerate(
+        (
+            [
+                *("--guidance-method", "apg", "--guidance-apg-parallel", "0.5"),
+                *("--guidance-apg-norm=2.5", "--guidance-threshold", "0.995"),
+            ],
+            ["--guidance-curve", "[[-6,1],[0,7.5]]", "--guidance-at-zero-snr", "false"],
+            ["--guidance-method=cfg_pp", "--guidance-scale=0.6", "--guidance-rescale=0"],
+            ["--guidance-against", "raw", "--guidance-method", "cfg_zero_star"],
+        )
+    ):
+        out = tmp_path / str(number)
+        assert predict(folder, "--output", str(out), *options) == 0
+        with Image.open(out / "00001-0.png") as image:
+            facts = json.loads(image.info["zsnr"])
+        names, values = [], []
+        for word in " ".join(options).replace("=", " ").split():
+            (names if word.startswith("--") else values).append(word)
+        for name, value in zip(names, values, strict=True):
+            assert facts[name[2:].replace("-", "_")] == yaml.safe_load(value), name
+
+
 def test_report(run, folder):
     if not (run / "samples").exists():
         assert predict(folder, "--output", str(run / "samples")) == 0
@@ -302,6 +325,22 @@ def test_an_own_sampler_by_its_class_path(run, folder, tmp_path, monkeypatch):
         (["--num-steps=1001"], "num_steps=1001"),
         (["--spacing=bosh"], "Known: 'ays', 'beta', 'karras', 'kl_optimal'"),
         (["--guidance-rescale=2"], "Guidance rescale 2.0"),
+        (["--guidance-method=apgg"], "'cfg', 'apg', 'cfg_zero_star', 'cfg_pp'"),
+        (["--guidance-method=cfg_pp"], "Guidance scale 7.5 with method 'cfg_pp'"),
+        (["--guidance-curve=[[0,1],[0,2]]"], "wanted knots that ascend"),
+        (["--guidance-apg-norm=2"], "belongs to method 'apg'"),
+        (["--guidance-against=raw", "--model.ema=null"], "but model.ema is null"),
+        (
+            [
+                *("--guidance-method=cfg_pp", "--guidance-scale=0.6", "--guidance-rescale=0"),
+                *("--sampler=heun", "--num-steps=5"),
+            ],
+            "has no scale at a network call",
+        ),
+        (
+            ["--guidance-threshold=0.9", "--model.codec.init_args.scale=0.5"],
+            "is for models of pixels",
+        ),
         (["--data.image_size=15"], "height=15: wanted a positive multiple of 2"),
         (["--data.train=/nowhere"], "No shards at /nowhere"),
         (["--data.batch_size=0"], "data.batch_size=0"),

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 import re
 from html.parser import HTMLParser
 
@@ -12,7 +13,7 @@ import tiny
 import torch
 from PIL import Image
 
-from zsnr import NoiseSchedule
+from zsnr import Guidance, NoiseSchedule
 from zsnr.assets import resolve_asset
 from zsnr.checkpoints import Model
 from zsnr.checkpoints.own import describe_model
@@ -23,7 +24,7 @@ from zsnr.data.prompts import PromptRequest, brightness_suite, read_prompts
 from zsnr.metrics import kept_fraction, mean_mode
 from zsnr.networks import UNet
 from zsnr.pipeline import TextToImage
-from zsnr.reports.arms import Arm, make_arms
+from zsnr.reports.arms import Arm, guidance_text, make_arms, parse_setting
 from zsnr.reports.compare import compare_models
 from zsnr.reports.outcomes import Outcome, Shots, measure, measure_arms
 
@@ -131,9 +132,45 @@ def test_a_sweep_is_a_product():
     ]
 
 
+def test_guidance_is_a_setting_like_any_other():
+    arms = make_arms(["a"], [], ["guidance_method=cfg,apg", "guidance-at-zero-snr=true,false"])
+    assert [arm.name for arm in arms] == [
+        "cfg, guided at SNR 0",
+        "cfg, not guided at SNR 0",
+        "apg, guided at SNR 0",
+        "apg, not guided at SNR 0",
+    ]
+    assert arms[3].sampling().guidance == Guidance(method="apg", at_zero_snr=False)
+    arms = make_arms(["a"], [], ["guidance_interval=none,0.3:5,0.3:inf"])
+    assert [arm.guidance_interval for arm in arms] == [None, (0.3, 5.0), (0.3, math.inf)]
+    assert arms[0].name == "all noise levels"
+    assert arms[2].name == "sigma / alpha 0.3:inf"
+    arms = make_arms(["a"], [], ["guidance_curve=none,-6:1/0:7.5,2:3"])
+    curves = [arm.guidance_curve for arm in arms]
+    assert curves == [None, ((-6.0, 1.0), (0.0, 7.5)), ((2.0, 3.0),)]
+    assert [arm.name for arm in arms] == ["one w", "w by log SNR -6:1/0:7.5", "w by log SNR 2:3"]
+    assert [parse_setting("guidance_curve", guidance_text(curve)) for curve in curves] == curves
+    text = (
+        "guidance_method=apg guidance_apg_parallel=0.5 guidance_apg_norm=2.5 guidance_against=raw"
+    )
+    [arm] = make_arms(["a"], [f"{text} guidance_threshold=0.995"])
+    wanted = Guidance(method="apg", apg_parallel=0.5, apg_norm=2.5, against="raw", threshold=0.995)
+    assert arm.sampling().guidance == wanted
+    arms = make_arms(["a"], ["guidance_threshold=none", "guidance_against=raw"])
+    assert [arm.name for arm in arms] == ["against negative", "against raw"]
+    arms = make_arms(["a"], [text], ["guidance_apg_norm=none,2", "guidance_apg_parallel=0,1"])
+    assert [arm.name for arm in arms][1:3] == ["eta = 1, no bound", "eta = 0, r = 2"]
+
+
 @pytest.mark.parametrize(
     ("models", "texts", "variations", "exact", "message"),
     [
+        (["a"], ["guidance_interval=0.3"], [], False, "wanted LOW:HIGH, such as 0.3:5"),
+        (["a"], ["guidance_interval=0.3:5/1:2"], [], False, "wanted LOW:HIGH"),
+        (["a"], [], ["guidance_curve=[-6]"], False, "wanted knots LOG_SNR:W with slashes"),
+        (["a"], ["guidance_at_zero_snr=yes"], [], False, "wanted true or false"),
+        (["a"], ["guidance_threshold=high"], [], False, "wanted a number or none"),
+        ([], ["guidance_method=apg"], [], True, "no guidance"),
         ([], [], [], False, "There is nothing to compare"),
         ([], ["spacing=leading"], [], False, "has no model"),
         (["a"], ["steps=5"], [], False, "'steps=5' is no setting. Known: name, model, schedule"),
@@ -378,6 +415,28 @@ def test_a_model_s_settings_through_the_one_sampling_path(folder, tmp_path, caps
     assert facts["arms"][0]["w1"] is None
 
 
+def test_the_page_shows_what_differs_in_guidance(folder, tmp_path):
+    out = tmp_path / "page"
+    varied = ["--vary", "guidance_method=cfg,apg", "--vary", "guidance_interval=none,0.3:inf"]
+    options = ["--guidance-threshold", "0.995", "--prompts", "empty", "--output", str(out)]
+    assert compare(folder, "b.ckpt", *varied, *options) == 0
+    facts = json.loads((out / "compare.json").read_text())
+    assert facts["differs"] == ["guidance_interval", "guidance_method"]
+    last = facts["arms"][3]
+    assert last["settings"]["guidance_interval"] == [0.3, None]
+    assert last["settings"]["guidance_method"] == "apg"
+    with Image.open(out / last["pictures"][0]["file"]) as image:
+        made = json.loads(image.info["zsnr"])
+    assert (made["guidance_method"], made["guidance_threshold"]) == ("apg", 0.995)
+    page = Page((out / "index.html").read_text())
+    [head] = [row for row in page.rows if "sampler" in row]
+    assert head[6:-3] == ["guidance", "rescale", "interval", "method", "threshold"]
+    row = next(row for row in page.rows if row and row[0] == last["name"] and "apg" in row)
+    assert row[8:11] == ["0.3:inf", "apg", "0.995"]
+    raw = ["--guidance-against", "raw", "--prompts", "empty", "--output", str(tmp_path / "raw")]
+    assert compare(folder, "b.ckpt", *raw) == 2  # which has no averaged weights
+
+
 def test_prompts_of_the_data_are_the_same_each_time(folder, tmp_path):
     drawn = []
     for name in ("one", "two"):
@@ -402,6 +461,18 @@ def test_prompts_of_the_data_are_the_same_each_time(folder, tmp_path):
         (["b.ckpt", "--sampler", "plms"], "'plms' is unknown. Known:"),
         (["b.ckpt", "--vary", "num_steps=5,1001"], "num_steps=1001"),
         (["b.ckpt", "--vary", "guidance_rescale=0,2"], "rescale 2.0: wanted a number in [0, 1]"),
+        (["b.ckpt", "--guidance-method", "apgg"], "method 'apgg' is unknown. Known: 'cfg'"),
+        (["b.ckpt", "--guidance-interval", "5:0.3"], "wanted 0 or more, then a higher level"),
+        (["b.ckpt", "--vary", "guidance_method=cfg,cfg_pp"], "wanted a number in [0, 1]"),
+        (
+            [
+                *("b.ckpt", "--guidance-method", "cfg_pp", "--guidance-scale", "0.6"),
+                *("--guidance-rescale", "0", "--sampler", "heun", "--num-steps", "5"),
+            ],
+            "has no scale at a network call",
+        ),
+        (["some/model", "--guidance-against", "raw"], "some/model holds one set of weights"),
+        (["--oracle", "x", "--guidance-method", "apg"], "--guidance-method belongs to a compari"),
         (["b.ckpt", "--prompts", "nowhere.txt"], "no such prompts file"),
         (["b.ckpt", "--prompts", "data"], "--prompts data takes captions of the data"),
         (["b.ckpt", "--data", "nowhere"], "No shards at nowhere"),

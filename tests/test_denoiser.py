@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -8,9 +10,12 @@ from zsnr import (
     Denoiser,
     Guidance,
     NoiseSchedule,
+    dynamic_threshold,
     get_sampler,
     get_timesteps,
     prediction_target,
+    rescale_guidance,
+    to_x0,
 )
 
 SCHEDULE = NoiseSchedule()
@@ -258,3 +263,192 @@ def test_conditioning_rows():
         contexts(1.0, 2.0).where(torch.tensor([True]), contexts(0.0))
     with pytest.raises(ValueError, match=r"\(3, 5\) and \(4, 5\)"):
         Conditioning.cat([contexts(1.0), Conditioning(torch.ones(1, 4, 5))])
+
+
+# --- methods of guidance ------------------------------------------------------------------------
+
+
+def pieces(t, dtype=torch.float32, x=X):
+    """x_0 of both prompts, by hand."""
+    alpha, sigma = (s.to(dtype).view(-1, 1, 1, 1) for s in SCHEDULE(t))
+    shifts = torch.tensor([1.0, 2.0], dtype=dtype).view(-1, 1, 1, 1), -1.0
+    return [alpha * x.to(dtype) - sigma * (0.5 * x.to(dtype) + shift) for shift in shifts]
+
+
+def guided(guidance, network=None, schedule=SCHEDULE, **options):
+    cond, uncond = contexts(1.0, 2.0), contexts(-1.0)
+    network = network or Linear()
+    return Denoiser(network, schedule, "v_prediction", cond, uncond, guidance, **options)
+
+
+def test_apg_acts_on_x0():
+    guidance = Guidance(3.0, 0.7, method="apg", apg_norm=1.5, apg_parallel=0.2)
+    torch.testing.assert_close(guided(guidance)(X, T), guidance(*pieces(T)))
+    torch.testing.assert_close(
+        guided(guidance).at(400)(X[1:].repeat(2, 1, 1, 1), T[[1, 1]])[1], guided(guidance)(X, T)[1]
+    )
+
+
+def test_the_threshold_comes_last_and_everywhere():
+    guidance = Guidance(3.0, 0.7, interval=(0.0, 4.0), threshold=0.9)
+    plain = guided(Guidance(3.0, 0.7, interval=(0.0, 4.0)))
+    wanted = dynamic_threshold(plain(5 * X, T), 0.9)
+    torch.testing.assert_close(guided(guidance)(5 * X, T), wanted)
+    network = Linear()
+    alone = guided(Guidance(1.0, threshold=0.9, interval=(0.3, 5.0)), network)
+    wanted = dynamic_threshold(Denoiser(Linear(), SCHEDULE, cond=contexts(1.0, 2.0))(X, T), 0.9)
+    for x_0 in (
+        alone(X, T),
+        Denoiser(
+            Linear(), SCHEDULE, cond=contexts(1.0, 2.0), guidance=Guidance(1.0, threshold=0.9)
+        )(X, T),
+    ):
+        torch.testing.assert_close(x_0, wanted)
+    assert len(network.seen[0][0]) == 2
+
+
+def test_a_curve_and_snr_0_of_each_row():
+    guidance = Guidance(rescale=0.0, curve=((-4.0, 2.0), (2.0, 6.0)), at_zero_snr=False)
+    cond, uncond = pieces(T)
+    w = guidance.scale_at(*SCHEDULE(400))
+    x_0 = guided(guidance)(X, T)
+    torch.testing.assert_close(x_0[0], cond[0])  # SNR 0
+    torch.testing.assert_close(x_0[1], (uncond + w * (cond - uncond))[1])
+
+
+@pytest.mark.parametrize("method", ["cfg", "apg", "cfg_zero_star", "cfg_pp"])
+def test_where_the_scale_is_1_the_unconditional_pass_is_left_out(method):
+    network = Linear()
+    last = 1.0 if method == "cfg_pp" else 4.0
+    curve = ((-5.0, 1.0), (-1.0, 1.0), (2.0, last))
+    guidance = Guidance(rescale=0.0, method=method, curve=curve)
+    denoiser = guided(guidance, network)
+    plain = Denoiser(Linear(), SCHEDULE, cond=contexts(1.0, 2.0))
+    x_0 = denoiser.at(999, 400)(X, T[[0, 0]])
+    assert len(network.seen[-1][0]) == 2
+    assert torch.equal(x_0, plain(X, T[[0, 0]]))
+    denoiser.at(100, 50)(X, torch.tensor([100, 100]))
+    assert len(network.seen[-1][0]) == 4
+
+
+@pytest.mark.parametrize("name", ["ddim", "euler"])
+@pytest.mark.parametrize("schedule", [SCHEDULE, NoiseSchedule(zero_terminal_snr=False)])
+@pytest.mark.parametrize("num_steps", [1, 2, 7, 50])
+def test_cfg_pp_adds_the_unconditional_noise_again(name, schedule, num_steps):
+    x_T = torch.randn(2, 4, 3, 3, dtype=torch.float64)
+    grid = get_timesteps("trailing", num_steps)
+    network = Linear().double()
+    denoiser = guided(Guidance(0.6, 0.0, method="cfg_pp"), network, schedule)
+    got = get_sampler(name).sample(denoiser, schedule, x_T, grid)
+    x, shifts = x_T, (torch.tensor([1.0, 2.0]).double().view(-1, 1, 1, 1), -1.0)
+    for t, s in itertools.pairwise([*grid.tolist(), -1]):
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule(t), schedule(s)
+        cond, uncond = (alpha_t * x - sigma_t * (0.5 * x + shift) for shift in shifts)
+        eps = (x - alpha_t * uncond) / sigma_t
+        x = alpha_s * (uncond + 0.6 * (cond - uncond)) + sigma_s * eps
+    torch.testing.assert_close(got, x, rtol=1e-10, atol=1e-10)
+
+
+def test_cfg_pp_needs_the_next_timestep():
+    denoiser = guided(Guidance(0.6, 0.0, method="cfg_pp"))
+    for ask in (lambda: denoiser(X, T), lambda: denoiser.at(400)):
+        with pytest.raises(ValueError, match="needs the timestep that a step leads to"):
+            ask()
+    with pytest.raises(ValueError, match="Use a sampler of one call a step"):
+        get_sampler("heun").sample(denoiser, SCHEDULE, X, get_timesteps("trailing", 4))
+    assert denoiser.network.seen == []
+    for name in ("unipc", "dpmpp_2m", "multiscale"):
+        assert get_sampler(name).sample(denoiser, SCHEDULE, X, [999, 500]).isfinite().all()
+
+
+class Weak(Linear):
+    def forward(self, x_t, t, conditioning):
+        return super().forward(x_t, t, conditioning) * 0.25
+
+
+@pytest.mark.parametrize("max_rows", [None, 1])
+@pytest.mark.parametrize("against", ["negative", "raw"])
+def test_a_weak_network_takes_the_place_of_no_prompt(max_rows, against):
+    network, weak = Linear(), Weak().half()
+    guidance = Guidance(3.0, 0.7, against=against, interval=(0.0, 4.0))
+    denoiser = Denoiser(
+        network,
+        SCHEDULE,
+        "sample",
+        contexts(1.0, 2.0),
+        guidance=guidance,
+        weak_network=weak,
+        max_rows=max_rows,
+    )
+    wanted = guidance(Linear()(X, T, contexts(1.0, 2.0)), Weak()(X, T, contexts(1.0, 2.0)))
+    x_0 = denoiser(X, torch.tensor([400, 400]))
+    torch.testing.assert_close(x_0, wanted, rtol=1e-2, atol=1e-2)
+    assert sum(len(x) for x, _, _ in network.seen) == 2
+    assert sum(len(x) for x, _, _ in weak.seen) == 2
+    assert weak.seen[0][0].dtype == weak.seen[0][2].context.dtype == torch.float16
+    assert network.seen[0][0].dtype == torch.float32
+    denoiser.at(999)(X, torch.tensor([999, 999]))
+    assert sum(len(x) for x, _, _ in weak.seen) == 2  # outside of the interval
+    unconditional = Denoiser(
+        Linear(), SCHEDULE, "sample", guidance=Guidance(3.0, 0.0), weak_network=Weak()
+    )
+    torch.testing.assert_close(unconditional(X, T), (0.125 + 3 * 0.375) * X)
+
+
+def test_raw_weights_need_a_weak_network():
+    with pytest.raises(ValueError, match="pass it as weak_network"):
+        guided(Guidance(3.0, against="raw"))
+
+
+METHODS = [
+    Guidance(3.0, 0.7, method="apg", apg_norm=2.0),
+    Guidance(3.0, 0.7, method="cfg_zero_star"),
+    Guidance(0.6, 0.0, method="cfg_pp"),
+    Guidance(curve=((-4.0, 1.0), (0.0, 5.0)), at_zero_snr=False, interval=(0.1, 9.0)),
+    Guidance(3.0, 0.7, threshold=0.995),
+]
+
+
+@pytest.mark.parametrize("guidance", METHODS)
+def test_methods_compile_whole_and_read_no_tensor(guidance):
+    def network(x_t, t, conditioning):
+        return 0.5 * x_t + conditioning.context.mean((1, 2)).view(-1, 1, 1, 1)
+
+    denoiser = guided(guidance, network)
+    SCHEDULE(T)
+    for t, s in ((999, 400), (400, 3), (3, -1)):
+        row = torch.full((2,), t)
+        whole = torch.compile(denoiser.at(t, s), fullgraph=True, backend="eager")
+        torch.testing.assert_close(whole(X, row), denoiser.at(t, s)(X, row))
+    grid = get_timesteps("log_snr", 6).tolist()
+    with FakeTensorMode():
+        x_T, prompts = torch.empty(2, 4, 3, 3), Conditioning(torch.empty(2, 3, 5))
+        for weak in (None, network):
+            fake = Denoiser(
+                network, SCHEDULE, "v_prediction", prompts, prompts, guidance, weak_network=weak
+            )
+            for name in ("ddim", "multiscale"):
+                assert get_sampler(name).sample(fake, SCHEDULE, x_T, grid).shape == x_T.shape
+            if guidance.method != "cfg_pp":
+                assert fake(x_T, torch.tensor([999, 3])).shape == x_T.shape
+
+
+@pytest.mark.parametrize("guidance", METHODS)
+def test_methods_of_half_networks_run_in_float32(guidance):
+    network = Linear().half()
+    x_0 = guided(guidance, network).at(400, 3)(X, T[[1, 1]])
+    assert x_0.dtype == torch.float32
+    reference = guided(guidance).at(400, 3)(X, T[[1, 1]])
+    torch.testing.assert_close(x_0, reference, rtol=5e-2, atol=5e-2)
+
+
+def test_the_defaults_are_the_papers_to_the_bit():
+    """Equations 13 to 16 as they were before there were methods."""
+    x_0 = guided(Guidance())(X, T)
+    cond = 0.5 * X + torch.tensor([1.0, 2.0]).view(-1, 1, 1, 1)
+    uncond = 0.5 * X + torch.tensor(-1.0).view(-1, 1, 1, 1)
+    cfg = uncond + 7.5 * (cond - uncond)
+    alpha, sigma = SCHEDULE(T)
+    assert torch.equal(
+        x_0, to_x0(rescale_guidance(cfg, cond, 0.7), X, alpha, sigma, "v_prediction")
+    )

@@ -410,6 +410,13 @@ def test_runs_tell_the_weight_of_the_last_step(tmp_path):
     guidance = {**DEFAULT_SAMPLING, "guidance_rescale": 0}
     run_facts.write_run_facts(tmp_path, {**RUN, "sampling": guidance})
     assert any("over-exposes" in text for text in examine(tmp_path).warnings)
+    guidance |= {"guidance_method": "apg", "guidance_interval": [0.3, None]}
+    run_facts.write_run_facts(tmp_path, {**RUN, "sampling": guidance})
+    assert not any("over-exposes" in text for text in examine(tmp_path).warnings)
+    assert examine(tmp_path).facts["guidance_method"] == "apg"
+    guidance["guidance_curve"] = "steep"
+    run_facts.write_run_facts(tmp_path, {**RUN, "sampling": guidance})
+    assert "wanted knots (log SNR, w)" in examine(tmp_path).reason
     run_facts.write_run_facts(tmp_path, {**RUN, "sampling": None})
     assert any("assumed" in text for text in examine(tmp_path).warnings)
 
@@ -478,6 +485,11 @@ def yaml_file(folder, model):
         ({"predictiontype": "epsilon"}, "unreadable", "has no 'predictiontype'. Known: codec"),
         ({"sampling": {"spacings": "leading"}}, "unreadable", "model.sampling has no 'spacings'"),
         ({"sampling": {"guidance": {"phi": 0}}}, "unreadable", "Known: scale, rescale, interval"),
+        ({"sampling": {"guidance": {"method": "apg", "apg_norm": 2.5}}}, "fixed", "SNR_T"),
+        ({"sampling": {"guidance": {"curve": [[-6, 1], [0, 7.5]]}}}, "fixed", "SNR_T"),
+        ({"sampling": {"guidance": {"interval": [0.3, math.inf]}}}, "fixed", "SNR_T"),
+        ({"sampling": {"guidance": {"method": "apgg"}}}, "unreadable", "Known: 'cfg', 'apg'"),
+        ({"sampling": {"guidance": {"method": "cfg_pp"}}}, "unreadable", "in [0, 1]"),
         ({"class_path": "my.Model", "init_args": {"own": 1}}, "fixed", "SNR_T"),
     ],
 )

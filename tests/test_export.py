@@ -527,6 +527,32 @@ def test_a_card_tells_of_the_run():
         assert line in card, line
 
 
+def test_a_card_tells_of_guidance_that_diffusers_has_not():
+    guided = {
+        "guidance_scale": 0.6,
+        "guidance_rescale": 0.0,
+        "guidance_method": "cfg_pp",
+        "guidance_curve": [[-6.0, 0.2], [0.0, 0.75]],
+        "guidance_at_zero_snr": False,
+    }
+    card = model_card("mine", {**FACTS, "sampling": guided})
+    assert "guidance_scale=7.5,\n    guidance_rescale=0.7," in card  # what a pipeline does with it
+    assert "not tried out on this model" in card
+    assert (
+        "guided otherwise (scale 0.6, rescale 0, method cfg_pp, curve -6:0.2 / 0:0.75, "
+        "at zero snr False)"
+    ) in card
+    plain = {"guidance_scale": 3.0, "guidance_rescale": 0.5}
+    against = model_card("mine", {**FACTS, "sampling": {**plain, "guidance_against": "raw"}})
+    assert "guidance_scale=3.0," in against
+    assert "against raw" in against
+    assert "guided otherwise" not in model_card("mine", {**FACTS, "sampling": plain})
+    odd = model_card(
+        "mine", {**FACTS, "sampling": {"guidance_method": ["<a>"], "guidance_curve": 3}}
+    )
+    assert "<a>" not in odd
+
+
 def test_odd_facts_neither_break_a_card_nor_become_code():
     odd = {
         "sampling": {"guidance_scale": "0)\nimport os", "guidance_rescale": float("nan")},

@@ -12,7 +12,10 @@ ROOT = Path(__file__).parents[1]
 # Rooms from the lowest to the highest: a file imports only rooms that stand before its own, and
 # floors 0 and 1 import torch only.
 FLOORS = (
-    ("schedule", "prediction", "loss", "timesteps", "guidance", "transition", "noise"),
+    (
+        *("schedule", "prediction", "loss", "timesteps"),
+        *("guidance_methods", "guidance", "transition", "noise"),
+    ),
     ("denoiser", "oracle", "samplers"),
     (
         "files",

@@ -1,3 +1,5 @@
+import copy
+import dataclasses
 import json
 
 import numpy as np
@@ -6,8 +8,13 @@ import tiny
 import torch
 from PIL import Image
 
-from zsnr import DDIM, Guidance, NoiseSchedule, SampleNoise, trailing
-from zsnr.pipeline import TextToImage, save_png, to_image
+from zsnr import DDIM, Denoiser, Guidance, NoiseSchedule, SampleNoise, trailing
+from zsnr.checkpoints import Model
+from zsnr.checkpoints.own import describe_model
+from zsnr.codecs import PixelCodec
+from zsnr.conditioning import NullConditioner
+from zsnr.networks import UNet
+from zsnr.pipeline import TextToImage, describe_guidance, save_png, to_image
 
 FAST = {"num_steps": 3, "progress": False}
 
@@ -94,6 +101,105 @@ def test_a_png_says_how_to_make_it_again(pipe, tmp_path):
     assert np.abs(arrays(again) - arrays([first])).max() <= 1
     assert NoiseSchedule(**facts["schedule"]) == pipe.model.schedule
     assert list(path.parent.iterdir()) == [path]
+
+
+def guidance_of(facts):
+    """Rebuild guidance from what a picture says."""
+    names = [f.name for f in dataclasses.fields(Guidance) if f"guidance_{f.name}" in facts]
+    return Guidance(**{name: facts[f"guidance_{name}"] for name in names})
+
+
+@pytest.mark.parametrize(
+    "guidance",
+    [
+        Guidance(3.0, 0.0, method="apg", apg_parallel=0.2, apg_norm=4.0),
+        Guidance(3.0, 0.7, method="cfg_zero_star", threshold=0.99),
+        Guidance(0.6, 0.0, method="cfg_pp"),
+        Guidance(curve=((-6.0, 1.0), (0.0, 7.5)), at_zero_snr=False),
+        Guidance(1.0, threshold=0.99),
+    ],
+)
+def test_a_png_tells_its_guidance(pipe, guidance):
+    [image] = pipe(["a cat"], seeds=[7], guidance=guidance, **FAST)
+    facts = json.loads(image.info["zsnr"])
+    assert guidance_of(facts) == guidance
+    defaults = {name for name in facts if name.startswith("guidance_")}
+    assert len(defaults) == 3 + sum(
+        getattr(guidance, f.name) != f.default
+        for f in dataclasses.fields(Guidance)
+        if f.name not in ("scale", "rescale", "interval")
+    )
+    again = pipe(["a cat"], seeds=[7], guidance=guidance_of(facts), **FAST)
+    assert np.array_equal(arrays(again), arrays([image]))
+    plain = pipe(["a cat"], seeds=[7], **FAST)
+    assert np.abs(arrays(plain) - arrays([image])).max() > 1
+    assert describe_guidance(Guidance()) == {
+        "guidance_scale": 7.5,
+        "guidance_rescale": 0.7,
+        "guidance_interval": None,
+    }
+
+
+def test_guidance_away_from_raw_weights(pipe):
+    guidance = Guidance(3.0, 0.0, against="raw")
+    raw = copy.deepcopy(pipe.model.unet)
+    with torch.no_grad():
+        for parameter in raw.parameters():
+            parameter.mul_(0.9)
+    both = TextToImage(dataclasses.replace(pipe.model, raw_unet=raw)).to("cpu")
+    got = arrays(both(["a cat"], seeds=[4], guidance=guidance, **FAST))
+    cond = pipe.model.conditioner(["a cat"])
+    denoiser = Denoiser(
+        lambda x, t, c: 3 * pipe.model.unet(x, t, c) - 2 * raw(x, t, c),
+        pipe.model.schedule,
+        cond=cond,
+    )
+    x_T = SampleNoise([4]).randn((12, 8, 8))
+    with torch.no_grad():
+        x_0 = DDIM().sample(denoiser, pipe.model.schedule, x_T, trailing(3))
+    wanted = np.asarray(to_image(pipe.model.codec.decode(x_0)[0])).astype(int)
+    assert np.abs(got[0] - wanted).max() <= 1
+    with pytest.raises(ValueError, match="needs the raw weights beside the averaged ones"):
+        pipe(["a cat"], guidance=guidance, **FAST)
+    with pytest.raises(ValueError, match="not from negative prompts"):
+        both(["a cat"], negative_prompts=["a dog"], guidance=guidance, **FAST)
+    with pytest.raises(ValueError, match="holds one set of weights"):
+        TextToImage.from_pretrained("some/model", raw_beside=True)
+
+
+def test_a_checkpoint_holds_raw_weights_beside_averaged_ones(tmp_path):
+    torch.manual_seed(0)
+    codec, conditioner = PixelCodec(2), NullConditioner(8)
+    unets = {
+        name: UNet(tiny.UNET, channels=codec.channels, context_dim=8) for name in ("ema", "trained")
+    }
+    model = Model(codec, conditioner, unets["ema"], NoiseSchedule(), "v_prediction", 16)
+    for names in (("ema", "trained"), ("trained",)):
+        weights = {
+            f"{name}.unet.{key}": value
+            for name in names
+            for key, value in unets[name].state_dict().items()
+        }
+        torch.save({"zsnr": describe_model(model), "state_dict": weights}, tmp_path / "a.ckpt")
+        if names == ("trained",):
+            with pytest.raises(ValueError, match="no averaged weights beside the raw ones"):
+                TextToImage.from_pretrained(tmp_path / "a.ckpt", raw_beside=True)
+            return
+        pipe = TextToImage.from_pretrained(
+            tmp_path / "a.ckpt", raw_beside=True, device="cpu", dtype=torch.bfloat16
+        )
+        for unet, name in ((pipe.model.unet, "ema"), (pipe.model.raw_unet, "trained")):
+            for parameter, wanted in zip(unet.parameters(), unets[name].parameters(), strict=True):
+                assert torch.equal(parameter, wanted.bfloat16())
+                assert not parameter.requires_grad
+        pipe([""], guidance=Guidance(2.0, against="raw"), **FAST)
+        assert TextToImage.from_pretrained(tmp_path / "a.ckpt").model.raw_unet is None
+
+
+def test_a_threshold_is_for_pixels(pipe):
+    scaled = dataclasses.replace(pipe.model, codec=PixelCodec(2, scale=0.5))
+    with pytest.raises(ValueError, match="is for models of pixels"):
+        TextToImage(scaled)(["a"], guidance=Guidance(threshold=0.995), **FAST)
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path):

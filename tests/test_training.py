@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
-from zsnr import EmpiricalDenoiser, LossWeighting, NoiseSchedule
+from zsnr import EmpiricalDenoiser, Guidance, LossWeighting, NoiseSchedule
 from zsnr.codecs import AutoencoderKLCodec, PixelCodec
 from zsnr.pipeline import Sampling, TextToImage
 from zsnr.training import DataModule, EMAConfig, LatentDiffusion, LearningRate
@@ -406,6 +406,28 @@ def test_a_checkpoint_is_a_pipeline(tmp_path):
         images = [p(["a cat"], num_steps=3, progress=False)[0] for p in (own, pipe)]
     assert np.array_equal(*(np.asarray(image) for image in images))
     assert own.network is model.ema["unet"]
+
+
+def test_previews_are_guided_away_from_the_weights_in_training(tmp_path):
+    guidance = Guidance(3.0, 0.0, against="raw")
+    model = module(ema=EMAConfig(0.5), sampling=Sampling(num_steps=3, guidance=guidance))
+    loop = trainer(tmp_path, 3)
+    loop.fit(model, datamodule=data(tmp_path / "shards"))
+    loop.save_checkpoint(tmp_path / "a.ckpt")
+    pipe = TextToImage.from_pretrained(tmp_path / "a.ckpt", device="cpu", raw_beside=True)
+    model.train()
+    settings = {"num_steps": 3, "guidance": guidance, "progress": False}
+    with model.pipeline() as own:
+        assert own.model.raw_unet is model.trained["unet"]
+        assert not own.model.raw_unet.training
+        images = [p(["a cat"], **settings)[0] for p in (own, pipe)]
+        alone = own(["a cat"], num_steps=3, guidance=Guidance(1.0), progress=False)[0]
+    assert model.trained["unet"].training
+    assert np.array_equal(*(np.asarray(image) for image in images))
+    assert not np.array_equal(np.asarray(images[0]), np.asarray(alone))
+    assert model.facts()["sampling"]["guidance_against"] == "raw"
+    with pytest.raises(ValueError, match=r"but model\.ema is null"):
+        module(ema=None, sampling=Sampling(guidance=guidance))
 
 
 @pytest.mark.parametrize(

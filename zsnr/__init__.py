@@ -5,7 +5,14 @@ namespace needs torch only; networks, training and the command line are imported
 """
 
 from zsnr.denoiser import Conditioning, Denoiser
-from zsnr.guidance import Guidance, classifier_free_guidance, rescale_guidance
+from zsnr.guidance import Guidance
+from zsnr.guidance_methods import (
+    adaptive_projected_guidance,
+    classifier_free_guidance,
+    dynamic_threshold,
+    rescale_guidance,
+    zero_star_guidance,
+)
 from zsnr.loss import LossWeighting, diffusion_loss
 from zsnr.noise import SampleNoise, derive_seed, offset_noise
 from zsnr.oracle import EmpiricalDenoiser, GaussianDenoiser
@@ -73,12 +80,14 @@ __all__ = [
     "Sampler",
     "TimestepSpacing",
     "UniPC",
+    "adaptive_projected_guidance",
     "available_samplers",
     "available_spacings",
     "ays",
     "classifier_free_guidance",
     "derive_seed",
     "diffusion_loss",
+    "dynamic_threshold",
     "get_sampler",
     "get_timesteps",
     "karras",
@@ -98,4 +107,5 @@ __all__ = [
     "to_v",
     "to_x0",
     "trailing",
+    "zero_star_guidance",
 ]

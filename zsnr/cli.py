@@ -449,6 +449,21 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="the first seed (default 0)")
 
 
+def _add_guidance(parser: argparse.ArgumentParser) -> None:
+    """Add the other options of guidance, as texts of arms; None = not given."""
+    for name, metavar, text in (
+        ("interval", "LOW:HIGH", "levels sigma / alpha that are guided, such as 0.3:inf"),
+        ("method", "NAME", "cfg, apg, cfg_zero_star or cfg_pp (default cfg)"),
+        ("curve", "LOG_SNR:W/...", "w by log SNR, such as -6:1/0:7.5, instead of one w"),
+        ("at-zero-snr", "true|false", "guide at SNR 0 (default true)"),
+        ("threshold", "PERCENTILE", "dynamic threshold, for models of pixels, such as 0.995"),
+        ("apg-parallel", "ETA", "with apg (default 0)"),
+        ("apg-norm", "R", "with apg: bound on the norm of the difference"),
+        ("against", "negative|raw", "what to guide away from (default negative)"),
+    ):
+        parser.add_argument(f"--guidance-{name}", metavar=metavar, help=text)
+
+
 def _add_oracle(parser: argparse.ArgumentParser) -> None:
     """Add the options of every command that samples an exact denoiser; None = not given."""
     parser.add_argument(
@@ -498,7 +513,10 @@ def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="'SETTING=VALUE ...'",
         help="an arm; may be repeated. Settings: name, model, schedule (original or rescaled; "
         "default: as the model declares), spacing, sampler, num_steps, guidance_scale, "
-        "guidance_rescale; those not named are as the options below say",
+        "guidance_rescale, guidance_interval (LOW:HIGH), guidance_method, guidance_curve "
+        "(LOG_SNR:W/LOG_SNR:W), guidance_at_zero_snr (true or false), guidance_threshold, "
+        "guidance_apg_parallel, guidance_apg_norm, guidance_against; those not named are as the "
+        "options below say",
     )
     compare.add_argument(
         "--vary",
@@ -542,6 +560,7 @@ def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="pictures of the data to look at, by chance (default 1000)",
     )
     _add_sampling(compare)
+    _add_guidance(compare)
     compare.add_argument(
         "--oracle",
         nargs="+",
@@ -736,7 +755,7 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from zsnr.reports.arms import GUIDANCE, SETTINGS, Arm, make_arms
+    from zsnr.reports.arms import GUIDANCE, SETTINGS, Arm, make_arms, parse_setting
     from zsnr.reports.compare import compare_exact, compare_models, comparison_text, to_json
 
     exact = options.oracle is not None
@@ -748,7 +767,13 @@ def _compare(options: argparse.Namespace) -> None:
         "belongs to a comparison of models, not to --oracle" if exact else "belongs to --oracle",
     )
     given = {name: getattr(options, name, None) for name in SETTINGS}
-    defaults = Arm(**{name: value for name, value in given.items() if value is not None})
+    defaults = Arm(
+        **{
+            name: parse_setting(name, value) if isinstance(value, str) else value
+            for name, value in given.items()
+            if value is not None
+        }
+    )
     varied = options.vary
     if exact and not options.arm and not varied:
         varied = ["schedule=original,rescaled"]
@@ -793,7 +818,7 @@ def _figure(options: argparse.Namespace) -> None:
     from zsnr.reports.figures import DEFAULTS, draw_figure, draw_schedule
 
     output = Path(options.output).expanduser()
-    given = {name: getattr(options, name) for name in SETTINGS}
+    given = {name: getattr(options, name, None) for name in SETTINGS}
     fixed = {
         2: ("schedule", "spacing", "sampler", "guidance_scale", "guidance_rescale"),
         4: ("num_steps", "spacing"),

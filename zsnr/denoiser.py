@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from zsnr.guidance import Guidance
+from zsnr.guidance_methods import dynamic_threshold
 from zsnr.prediction import PredictionType, check_prediction_type, to_x0
 from zsnr.schedule import NoiseSchedule
 
@@ -145,9 +146,10 @@ class Denoiser:
     """A network as a function (x_t, t) -> x_0.
 
     With guidance, one pass over the doubled batch [uncond, cond]; guidance and its rescale act on
-    the raw output, in float32, before the conversion to x_0. Where guidance has an interval,
-    `denoiser.at(t)`, which samplers use, leaves the unconditional pass out outside of it; a call
-    with t as a tensor cannot tell without waiting for the device, and makes both passes.
+    the raw output (on x_0 with "apg"), in float32, before the conversion to x_0. Where guidance
+    does not act, or its scale is 1, `denoiser.at(t, s)`, which samplers use, leaves the
+    unconditional pass out; a call with t as a tensor cannot tell without waiting for the device,
+    and makes both passes.
 
     Args:
         network: (x_t, t, conditioning) -> raw output.
@@ -161,9 +163,13 @@ class Denoiser:
             have equally many samples, else they call it unequally often and wait for ever.
         dtype: What x_t and the conditioning are cast to for the network. None = the dtype of its
             parameters where it is a module, else as they are.
+        weak_network: A weaker version of the network, which predicts the same; what it says with
+            `cond` takes the place of the unconditional output, and `uncond` is not used
+            (autoguidance, Karras et al., arXiv:2406.02507). Two calls instead of a doubled batch.
 
     Raises:
-        ValueError: epsilon at zero SNR; guidance without both `cond` and `uncond`.
+        ValueError: epsilon at zero SNR; guidance without both `cond` and `uncond`, or away from raw
+            weights without a weak network.
     """
 
     def __init__(
@@ -177,25 +183,36 @@ class Denoiser:
         *,
         dtype: torch.dtype | None = None,
         max_rows: int | None = None,
+        weak_network: Network | None = None,
     ) -> None:
         if max_rows is not None and max_rows < 1:
             raise ValueError(f"max_rows={max_rows}: wanted at least 1.")
         check_prediction_type(prediction_type, schedule)
         self.network, self.schedule, self.prediction_type = network, schedule, prediction_type
-        self.guidance = None if guidance is None or guidance.scale == 1 else guidance
+        acts = guidance is not None and (guidance.guides or guidance.threshold is not None)
+        self.guidance = guidance if acts else None
         self.dtype = dtype or _parameter_dtype(network)
         self.max_rows = max_rows
-        if cond is not None:
-            cond = cond.to(cond.context.device, self.dtype)
-        self._cond, self._both = cond, cond
-        if self.guidance is not None:
-            if cond is None or uncond is None:
-                raise ValueError(
-                    f"Guidance of scale {self.guidance.scale} needs both cond and uncond: pass "
-                    "both, or guidance=None."
-                )
+        self._cond = self._both = _cast(cond, self.dtype)
+        self._weak: tuple[Network, torch.dtype | None, Conditioning | None] | None = None
+        if self.guidance is None or not self.guidance.guides:
+            return
+        if weak_network is not None:
+            weak_dtype = dtype or _parameter_dtype(weak_network)
+            self._weak = weak_network, weak_dtype, _cast(cond, weak_dtype)
+        elif self.guidance.against == "raw":
+            raise ValueError(
+                "Guidance against 'raw' needs the network with raw weights: pass it as "
+                "weak_network."
+            )
+        elif self._cond is None or uncond is None:
+            raise ValueError(
+                f"Guidance of scale {self.guidance.scale} needs both cond and uncond: pass "
+                "both, or guidance=None."
+            )
+        else:
             uncond = uncond.to(uncond.context.device, self.dtype)
-            self._both = Conditioning.cat([uncond.expand(len(cond)), cond])
+            self._both = Conditioning.cat([uncond.expand(len(self._cond)), self._cond])
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Predict clean data.
@@ -206,41 +223,75 @@ class Denoiser:
 
         Returns:
             x_0, (B, *), in x_t's dtype, at least float32.
-        """
-        acts: Tensor | bool = self.guidance is not None
-        if self.guidance is not None and self.guidance.interval is not None:
-            acts = self.guidance.acts(*self.schedule(t))
-        return self._predict(x_t, t, acts)
 
-    def at(self, t: int) -> Callable[[Tensor, Tensor], Tensor]:
+        Raises:
+            ValueError: The guidance method is "cfg_pp", whose scale depends on the next timestep.
+        """
+        scale = None
+        if self.guidance is not None and self.guidance.guides:
+            scale = self.guidance.scales_at(*self.schedule(t))
+        return self._predict(x_t, t, scale)
+
+    def at(self, t: int, s: int | None = None) -> Callable[[Tensor, Tensor], Tensor]:
         """Return the denoiser of one timestep, known before the device gets to it.
 
         Args:
             t: The timestep.
+            s: The timestep that the step from it leads to; -1 is clean data. None = not known,
+                which only the guidance method "cfg_pp" refuses.
 
         Returns:
             (x_t, t) -> x_0, as the denoiser itself, for x_t (B, *) and t (B,) all of that timestep.
         """
-        acts = self.guidance is not None and self.guidance.acts(*self.schedule(t))
-        return lambda x_t, t_row: self._predict(x_t, t_row, acts)
+        scale = None
+        if self.guidance is not None and self.guidance.guides:
+            at_s = () if s is None else self.schedule(s)
+            scale = self.guidance.scale_at(*self.schedule(t), *at_s)
+        return lambda x_t, t_row: self._predict(x_t, t_row, scale)
 
-    def _predict(self, x_t: Tensor, t: Tensor, acts: Tensor | bool) -> Tensor:
-        """Predict clean data, with guidance for all samples, for none, or where `acts` (B,) is."""
-        if self.guidance is None or acts is False:
-            output = self._run(x_t, t, self._cond, 1)
-        else:
-            doubled = torch.cat([x_t, x_t]), torch.cat([t, t])
-            uncond, cond = self._run(*doubled, self._both, 2).chunk(2)
-            output = self.guidance(cond, uncond)
-            if isinstance(acts, Tensor):
-                output = torch.where(acts.view(-1, *(1,) * (x_t.ndim - 1)), output, cond)
+    def _predict(self, x_t: Tensor, t: Tensor, scale: Tensor | float | None) -> Tensor:
+        """Predict clean data with guidance of one scale, or one a sample, (B,); None = without."""
         alpha_t, sigma_t = self.schedule(t)
-        return to_x0(output, x_t, alpha_t, sigma_t, self.prediction_type)
 
-    def _run(self, x_t: Tensor, t: Tensor, c: Conditioning | None, times: int) -> Tensor:
-        """Ask the network, in pieces where there are more rows than `max_rows`.
+        def to_data(output: Tensor) -> Tensor:
+            return to_x0(output, x_t, alpha_t, sigma_t, self.prediction_type)
+
+        guidance = self.guidance
+        if guidance is None or scale is None or (not isinstance(scale, Tensor) and scale == 1):
+            x_0 = to_data(self._run(self.network, self.dtype, x_t, t, self._cond, 1))
+        elif guidance.guides_x0:
+            cond, uncond = self._outputs(x_t, t)
+            x_0 = guidance(to_data(cond), to_data(uncond), scale)
+        else:
+            x_0 = to_data(guidance(*self._outputs(x_t, t), scale))
+        if guidance is None or guidance.threshold is None:
+            return x_0
+        return dynamic_threshold(x_0, guidance.threshold)
+
+    def _outputs(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Ask for the conditional output, and for the one to guide away from."""
+        if self._weak is not None:
+            network, dtype, conditioning = self._weak
+            cond = self._run(self.network, self.dtype, x_t, t, self._cond, 1)
+            return cond, self._run(network, dtype, x_t, t, conditioning, 1)
+        doubled = torch.cat([x_t, x_t]), torch.cat([t, t])
+        uncond, cond = self._run(self.network, self.dtype, *doubled, self._both, 2).chunk(2)
+        return cond, uncond
+
+    def _run(
+        self,
+        network: Network,
+        dtype: torch.dtype | None,
+        x_t: Tensor,
+        t: Tensor,
+        c: Conditioning | None,
+        times: int,
+    ) -> Tensor:
+        """Ask a network, in pieces where there are more rows than `max_rows`.
 
         Args:
+            network: Which.
+            dtype: What x_t is cast to for it. None = as it is.
             x_t: (times B, *).
             t: (times B,).
             c: As many rows, or None.
@@ -251,14 +302,14 @@ class Denoiser:
                 f"{len(x_t) // times} samples but {len(c) // times} rows of conditioning: "
                 "wanted one row a sample."
             )
-        x = x_t if self.dtype is None else x_t.to(self.dtype)
+        x = x_t if dtype is None else x_t.to(dtype)
         rows, most = len(x_t), self.max_rows
         if most is None or rows <= most:
-            output = self.network(x, t, c)
+            output = network(x, t, c)
         else:
             spans = [(i, min(i + most, rows)) for i in range(0, rows, most)]
             pieces = [
-                self.network(x[i:j], t[i:j], None if c is None else c.rows(i, j)) for i, j in spans
+                network(x[i:j], t[i:j], None if c is None else c.rows(i, j)) for i, j in spans
             ]
             fits = all(isinstance(piece, Tensor) for piece in pieces)
             output = torch.cat(pieces) if fits else pieces[0]
@@ -275,3 +326,7 @@ def _parameter_dtype(network: Network) -> torch.dtype | None:
         return None
     floating = (p.dtype for p in network.parameters() if p.is_floating_point())
     return next(floating, None)
+
+
+def _cast(conditioning: Conditioning | None, dtype: torch.dtype | None) -> Conditioning | None:
+    return None if conditioning is None else conditioning.to(conditioning.context.device, dtype)

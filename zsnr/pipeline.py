@@ -6,7 +6,7 @@ import json
 import math
 import operator
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from zsnr.checkpoints import (
     read_diffusers_folder,
     read_single_file,
 )
+from zsnr.codecs import LatentCodec, PixelCodec
 from zsnr.denoiser import Conditioning, Denoiser, Network
 from zsnr.files import replacing
 from zsnr.guidance import Guidance
@@ -44,7 +45,7 @@ class Sampling:
         num_steps: S; the network is called as often, by Heun's method nearly twice as often.
         spacing: A registered timestep spacing, or the path of a grid that `zsnr timesteps optimize`
             wrote, seen from the folder where the command runs.
-        guidance: Guidance scale, rescale and interval.
+        guidance: Guidance scale, rescale, interval and method.
 
     Attributes:
         grid: What that file held; None where the spacing is none.
@@ -78,17 +79,57 @@ def describe_sampling(sampling: Sampling) -> dict[str, Any]:
         "num_steps": sampling.num_steps,
         "spacing": sampling.spacing,
         **({} if sampling.grid is None else {"timesteps": list(sampling.grid)}),
-        "guidance_scale": sampling.guidance.scale,
-        "guidance_rescale": sampling.guidance.rescale,
-        "guidance_interval": _ends(sampling.guidance.interval),
+        **describe_guidance(sampling.guidance),
     }
+
+
+def describe_guidance(guidance: Guidance) -> dict[str, Any]:
+    """Return guidance as plain values: scale, rescale and interval, and what is not the default."""
+    described: dict[str, Any] = {
+        "guidance_scale": guidance.scale,
+        "guidance_rescale": guidance.rescale,
+        "guidance_interval": _ends(guidance.interval),
+    }
+    for option in fields(Guidance):
+        value, name = getattr(guidance, option.name), f"guidance_{option.name}"
+        if name not in described and value != option.default:
+            described[name] = [list(knot) for knot in value] if option.name == "curve" else value
+    return described
+
+
+def check_threshold(guidance: Guidance, codec: LatentCodec) -> None:
+    """Refuse a dynamic threshold where x_0 has another range than that of pixels.
+
+    Raises:
+        ValueError: The codec's latents are not pixels in [-1, 1].
+    """
+    pixels = isinstance(codec, PixelCodec) and codec.scale == 1 and codec.shift == 0
+    if guidance.threshold is not None and not pixels:
+        raise ValueError(
+            f"Guidance threshold {guidance.threshold} is for models of pixels in [-1, 1], the "
+            f"latents of a PixelCodec of scale 1; this model's codec is {type(codec).__name__}. "
+            "Leave the threshold out."
+        )
+
+
+def check_steps(sampling: Sampling, schedule: NoiseSchedule) -> None:
+    """Refuse a sampler that makes network calls at which guidance has no scale.
+
+    Raises:
+        ValueError: It is so; only with the guidance method "cfg_pp".
+    """
+    sampler = sampling.sampler
+    if sampling.guidance.method == "cfg_pp" and type(sampler).sample is Sampler.sample:
+        T = schedule.num_timesteps
+        timesteps = get_timesteps(sampling.spacing, sampling.num_steps, T, schedule=schedule)
+        sampler.plan(schedule, timesteps, sampling.guidance)
 
 
 class TextToImage:
     """A latent diffusion model as a function from prompts to images.
 
     Args:
-        model: The parts.
+        model: The parts; with `raw_unet`, guidance may lead away from that.
         network: Instead of the model's UNet.
         name: What pictures call the model that made them, such as its path.
     """
@@ -108,6 +149,7 @@ class TextToImage:
         prediction_type: PredictionType | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        raw_beside: bool = False,
     ) -> TextToImage:
         """Load a model.
 
@@ -118,15 +160,19 @@ class TextToImage:
             prediction_type: Likewise.
             device: Where to run. None = the GPU if there is one.
             dtype: Of the UNet's weights. None = as they are.
+            raw_beside: Load the raw weights too, beside the averaged ones, for guidance against
+                "raw". Only checkpoints of this package have both.
 
         Raises:
-            ValueError: Nothing readable is there.
+            ValueError: Nothing readable is there, or no raw weights where they are asked for.
         """
         source = str(path_or_hub)
         if source.startswith("~"):
             source = str(Path(source).expanduser())
+        if raw_beside:
+            check_raw_beside(source)
         if source.endswith(".ckpt"):
-            model = read_checkpoint(source)
+            model = read_checkpoint(source, raw_beside=raw_beside)
             if schedule is not None:
                 model = replace(model, schedule=schedule)
         elif is_single_file(source):
@@ -137,7 +183,9 @@ class TextToImage:
             model = replace(model, prediction_type=prediction_type)
         model.codec.load()
         model.conditioner.load()
-        model.unet.to(dtype=dtype).eval().requires_grad_(False)
+        for unet in (model.unet, model.raw_unet):
+            if unet is not None:
+                unet.to(dtype=dtype).eval().requires_grad_(False)
         pipe = cls(model, name=source)
         return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
@@ -146,6 +194,8 @@ class TextToImage:
         self.model.codec.to(device)
         self.model.conditioner.to(device)
         self.model.unet.to(device)
+        if self.model.raw_unet is not None:
+            self.model.raw_unet.to(device)
         return self
 
     @torch.no_grad()  # a sharded network cannot be gathered in inference mode
@@ -179,7 +229,8 @@ class TextToImage:
             sampler: A sampler, or the name of a registered one. None = DDIM.
             num_steps: S, see `Sampling`.
             spacing: A registered timestep spacing, or the path of a grid file.
-            guidance: None = the paper's, scale 7.5 and rescale 0.7.
+            guidance: None = the paper's, scale 7.5 and rescale 0.7. Against "raw" it needs a model
+                with `raw_unet`, and takes no negative prompts.
             batch_size: Images at a time.
             max_rows: Rows of one network call, to bound memory; see `Denoiser`, also for what
                 that means where the network is sharded. None = with guidance two an image, else
@@ -212,6 +263,7 @@ class TextToImage:
                 raise ValueError(f"{name}={most}: wanted at least 1.")
         sampler = get_sampler(sampler) if isinstance(sampler, str) else sampler or DDIM()
         sampling = Sampling(sampler, num_steps, spacing, guidance or Guidance())
+        self._check_guidance(sampling.guidance, negatives)
         schedule = self.model.schedule
         timesteps = get_timesteps(spacing, num_steps, schedule.num_timesteps, schedule=schedule)
         height = self.model.image_size if height is None else height
@@ -267,6 +319,23 @@ class TextToImage:
             "zsnr_version": __version__,
         }
 
+    def _check_guidance(self, guidance: Guidance, negatives: Sequence[str]) -> None:
+        """Refuse guidance that this model, or a negative prompt, does not fit."""
+        check_threshold(guidance, self.model.codec)
+        if guidance.against != "raw":
+            return
+        if self.model.raw_unet is None:
+            raise ValueError(
+                "Guidance against 'raw' needs the raw weights beside the averaged ones, and this "
+                "model was loaded without them: load a .ckpt of training by "
+                "TextToImage.from_pretrained(..., raw_beside=True)."
+            )
+        if any(negatives):
+            raise ValueError(
+                "Guidance against 'raw' leads away from raw weights, not from negative prompts: "
+                "leave one of them out."
+            )
+
     def _conditioning(
         self,
         prompts: list[str],
@@ -281,7 +350,7 @@ class TextToImage:
         conditioner = self.model.conditioner
         cond = conditioner(prompts)
         uncond = None
-        if guidance.scale != 1:
+        if guidance.guides and guidance.against == "negative":
             uncond = conditioner.null().expand(len(prompts))
             asked = torch.tensor([text != "" for text in negatives])
             if asked.any():
@@ -310,8 +379,9 @@ class TextToImage:
             self.model.prediction_type,
             cond,
             uncond,
-            None if uncond is None else sampling.guidance,
+            sampling.guidance,
             max_rows=max_rows,
+            weak_network=self.model.raw_unet if sampling.guidance.against == "raw" else None,
         )
         noise = SampleNoise(seeds)
         return sampling.sampler.sample(
@@ -321,6 +391,19 @@ class TextToImage:
             timesteps,
             randn_like=noise.randn_like,
             callback=callback,
+        )
+
+
+def check_raw_beside(source: str) -> None:
+    """Refuse a source of weights that holds no raw ones beside the averaged ones.
+
+    Raises:
+        ValueError: It is no checkpoint of this package.
+    """
+    if not source.endswith(".ckpt"):
+        raise ValueError(
+            f"{source} holds one set of weights: guidance against 'raw' needs a checkpoint (.ckpt) "
+            "that training wrote, with averaged and raw ones. Use guidance against 'negative'."
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from zsnr.checkpoints.declared import SCHEDULERS
@@ -15,6 +16,11 @@ from zsnr.guidance import Guidance
 from zsnr.schedule import NoiseSchedule, beta_ends
 
 _UNKNOWN = "not recorded"
+_OTHER_GUIDANCE = tuple(
+    f"guidance_{option.name}"
+    for option in fields(Guidance)
+    if option.name not in ("scale", "rescale", "interval")
+)
 
 # What diffusers' schedulers make of this folder's scheduler config by `from_config`.
 EXACT = tuple(name for name, cls in SCHEDULERS.items() if cls.finite_at_zero)
@@ -122,7 +128,11 @@ def _proof(facts: Mapping[str, Any], schedule: NoiseSchedule, fixed: bool) -> st
 
 def _usage(name: str, facts: Mapping[str, Any], schedule: NoiseSchedule, fixed: bool) -> str:
     sampling = _mapping(published(facts).get("sampling"))
-    scale = _number(sampling.get("guidance_scale"), Guidance.scale)
+    # What a pipeline of diffusers cannot do by itself says nothing of the w that it needs.
+    others = {name: sampling[name] for name in _OTHER_GUIDANCE if sampling.get(name) is not None}
+    own_w = sampling.get("guidance_method", Guidance.method) == Guidance.method
+    own_w = own_w and "guidance_curve" not in others
+    scale = _number(sampling.get("guidance_scale") if own_w else None, Guidance.scale)
     rescale = _rescale(facts, fixed)
     pipeline = facts.get("pipeline", "StableDiffusionPipeline")
     T = schedule.num_timesteps
@@ -145,7 +155,7 @@ image = pipe(
 ).images[0]
 image.save("image.png")
 ```"""
-    tried = "guidance_scale" in sampling
+    tried = "guidance_scale" in sampling and not others
     notes = [
         "- **Pass `guidance_rescale`.** A folder cannot store it, and the pipeline's own is 0, "
         "which over-exposes at zero terminal SNR."
@@ -175,6 +185,19 @@ image.save("image.png")
         notes.append(
             "- This model's own previews were guided at some noise levels only, "
             f"{_interval(sampling['guidance_interval'])}; a pipeline of diffusers guides them all."
+        )
+    if others:
+        said = ", ".join(
+            f"{name.removeprefix('guidance_').replace('_', ' ')} {_guidance(value)}"
+            for name, value in {
+                "guidance_scale": sampling.get("guidance_scale"),
+                "guidance_rescale": sampling.get("guidance_rescale"),
+                **others,
+            }.items()
+        )
+        notes.append(
+            f"- This model's own previews were guided otherwise ({said}): a pipeline of diffusers "
+            "has classifier-free guidance and its rescale alone."
         )
     if dtype == "float16":
         notes.append(
@@ -299,7 +322,9 @@ def _number(value: Any, default: float) -> float:
 
 
 def _rescale(facts: Mapping[str, Any], fixed: bool) -> float:
-    recorded = _mapping(facts.get("sampling")).get("guidance_rescale")
+    sampling = _mapping(facts.get("sampling"))
+    own = sampling.get("guidance_method", Guidance.method) == Guidance.method
+    recorded = sampling.get("guidance_rescale") if own else None
     return _number(recorded, Guidance.rescale if fixed else 0.0)
 
 
@@ -346,6 +371,13 @@ def _interval(ends: Any) -> str:
         return _said(ends)
     low, high = (_said(float("inf") if end is None else end) for end in ends)
     return f"sigma / alpha from {low} to {high}"
+
+
+def _guidance(value: Any) -> str:
+    """Say an option of guidance; a curve knot by knot."""
+    if isinstance(value, list | tuple):
+        return " / ".join(_said(knot).replace(", ", ":") for knot in value)
+    return _said(value)
 
 
 def _plain(text: str) -> str:

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -485,6 +485,7 @@ def _examine_run(
     if run.get("sampling") is None:
         notes.append("it does not say how it is sampled: the package's defaults are assumed")
     sampling = _block(path, "sampling", run.get("sampling"))
+    _check_guidance(f"{path}: sampling", _recorded_guidance(sampling))
     found = _examine_own(
         target,
         "zsnr checkpoint",
@@ -514,11 +515,13 @@ def _examine_yaml(target: str, path: Path, num_steps: Sequence[int]) -> Diagnosi
     sampling = _block(path, "model.sampling", _init_args(model.get("sampling")))
     _check_keys(path, "model.sampling", sampling, SAMPLING_KEYS)
     guidance = _block(path, "model.sampling.guidance", _init_args(sampling.get("guidance")))
-    _check_keys(path, "model.sampling.guidance", guidance, ("scale", "rescale", "interval"))
+    options = [option.name for option in fields(Guidance)]
+    _check_keys(path, "model.sampling.guidance", guidance, options)
+    _check_guidance(f"{path}: model.sampling.guidance", guidance)
     told: dict[str, Any] = {
         key: sampling[key] for key in ("num_steps", "spacing") if key in sampling
     }
-    told |= {f"guidance_{key}": guidance[key] for key in ("scale", "rescale") if key in guidance}
+    told |= {f"guidance_{key}": value for key, value in guidance.items()}
     sampler = sampling.get("sampler", DEFAULT_SAMPLING["sampler"])
     if isinstance(sampler, dict):
         sampler = sampler.get("class_path")
@@ -593,7 +596,10 @@ def _examine_own(
         if not _is_plain_number(value):
             raise ValueError(f"{key}={shown(value)}: wanted a number.")
         facts[key] = value
-    if zero and facts["guidance_rescale"] == 0 and facts["guidance_scale"] > 1:
+    facts |= {key: told[key] for key in ("guidance_method", "guidance_against") if key in told}
+    method, threshold = told.get("guidance_method", "cfg"), told.get("guidance_threshold")
+    unanswered = method == "cfg" and threshold is None
+    if zero and unanswered and facts["guidance_rescale"] == 0 and facts["guidance_scale"] > 1:
         warnings.append("guidance without rescale over-exposes at zero SNR: rescale 0.7 is usual")
     if zero and spacing in _COMPARED_SPACINGS:
         warnings.append(f"timestep spacing {spacing!r} {_COMPARED_SPACINGS[spacing]}")
@@ -632,6 +638,27 @@ def _built(path: Path, name: str, cls: type[Any], settings: Any) -> Any:
     except (TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
         reason = str(error).replace(f"{cls.__name__}.__init__() ", "")
         raise ValueError(f"{path}: {name}: {clipped(reason, 300)}") from error
+
+
+def _check_guidance(where: str, settings: Mapping[str, Any]) -> None:
+    """Refuse guidance that sampling would refuse.
+
+    Raises:
+        ValueError: It is so.
+    """
+    try:
+        Guidance(**settings)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{where}: {clipped(str(error), 300)}") from error
+
+
+def _recorded_guidance(sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the guidance of a run.json, in which null ends an interval at infinity."""
+    names = [option.name for option in fields(Guidance)]
+    guidance = {n: sampling[f"guidance_{n}"] for n in names if f"guidance_{n}" in sampling}
+    if isinstance(guidance.get("interval"), list):
+        guidance["interval"] = [math.inf if x is None else x for x in guidance["interval"]]
+    return guidance
 
 
 def _is_plain_number(value: Any) -> bool:

@@ -22,6 +22,8 @@ class Model:
         schedule: The schedule it was trained on.
         prediction_type: What the network predicts.
         image_size: Height and width it was trained at, in pixels.
+        raw_unet: The network with the weights of the last step where `unet` has averaged ones, for
+            guidance away from it. None = not there, or not asked for.
     """
 
     codec: LatentCodec
@@ -30,3 +32,4 @@ class Model:
     schedule: NoiseSchedule
     prediction_type: PredictionType
     image_size: int
+    raw_unet: UNet | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,20 +75,24 @@ def _open_file(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def read_checkpoint(path: str | Path, *, ema: bool = True, base: str | None = None) -> Model:
+def read_checkpoint(
+    path: str | Path, *, ema: bool = True, base: str | None = None, raw_beside: bool = False
+) -> Model:
     """Read a checkpoint that training wrote, on the CPU.
 
     Args:
         path: The .ckpt file, or folder of shards.
         ema: Take the averaged weights, else the raw ones.
         base: Where the UNet under trained adapters is now. None = where it was.
+        raw_beside: Read the raw UNet too, beside the averaged one.
 
     Returns:
         The model; with adapters in its UNet, if they were trained.
 
     Raises:
         ValueError: No such file, not a checkpoint, or not one of this package's; or the UNet that
-            adapters were trained on is not there, or has other weights.
+            adapters were trained on is not there, or has other weights; or the raw UNet is wanted
+            beside the averaged one, and weights were not averaged.
     """
     path = Path(path)
     checkpoint = open_checkpoint(path)
@@ -95,6 +100,11 @@ def read_checkpoint(path: str | Path, *, ema: bool = True, base: str | None = No
     if base is not None:
         description = {**description, "unet": moved(description["unet"], base)}
     prefix, weights = _weights(path, checkpoint, ema)
+    if raw_beside and prefix != "ema":
+        raise ValueError(
+            f"{path} has no averaged weights beside the raw ones, between which guidance against "
+            "'raw' is. Use guidance against 'negative', or train with model.ema."
+        )
     model = Model(
         codec=build(description["codec"], LatentCodec),  # type: ignore[type-abstract]
         conditioner=build(description["conditioner"], Conditioner),  # type: ignore[type-abstract]
@@ -106,7 +116,11 @@ def read_checkpoint(path: str | Path, *, ema: bool = True, base: str | None = No
     _load(model.unet, weights, f"{prefix}.unet.", path)
     if model.conditioner.trainable:
         _load(model.conditioner, weights, f"{prefix}.conditioner.", path)
-    return model
+    if not raw_beside:
+        return model
+    raw, (prefix, weights) = build(description["unet"], UNet), _weights(path, checkpoint, ema=False)
+    _load(raw, weights, f"{prefix}.unet.", path)
+    return replace(model, raw_unet=raw)
 
 
 def _weights(path: Path, checkpoint: dict[str, Any], ema: bool) -> tuple[str, dict[str, Tensor]]:

@@ -9,8 +9,8 @@ from itertools import product
 from pathlib import Path, PurePath
 from typing import Any, Literal, get_args
 
-from zsnr.guidance import Guidance
-from zsnr.pipeline import Sampling
+from zsnr.guidance import Curve, Guidance, GuidanceMethod, GuidanceSource
+from zsnr.pipeline import Sampling, check_steps
 from zsnr.reports.schedule import both
 from zsnr.samplers import get_sampler
 from zsnr.schedule import NoiseSchedule
@@ -34,6 +34,15 @@ class Arm:
         guidance_rescale: phi.
         models: Paths or hub ids; several are one arm, such as trainings of several seeds. Empty =
             an exact denoiser.
+        guidance_interval: Noise levels sigma / alpha that are guided; this and what follows are
+            options of `Guidance`.
+        guidance_method: How w acts.
+        guidance_curve: Knots (log SNR, w), instead of guidance_scale.
+        guidance_at_zero_snr: Whether the timestep of SNR 0 is guided.
+        guidance_threshold: Percentile of the dynamic threshold.
+        guidance_apg_parallel: eta of APG.
+        guidance_apg_norm: r of APG.
+        guidance_against: What to guide away from.
     """
 
     name: str = ""
@@ -44,6 +53,14 @@ class Arm:
     guidance_scale: float = Guidance.scale
     guidance_rescale: float = Guidance.rescale
     models: tuple[str, ...] = ()
+    guidance_interval: tuple[float, float] | None = Guidance.interval
+    guidance_method: GuidanceMethod = Guidance.method
+    guidance_curve: Curve | None = Guidance.curve
+    guidance_at_zero_snr: bool = Guidance.at_zero_snr
+    guidance_threshold: float | None = Guidance.threshold
+    guidance_apg_parallel: float = Guidance.apg_parallel
+    guidance_apg_norm: float | None = Guidance.apg_norm
+    guidance_against: GuidanceSource = Guidance.against
 
     def schedule_of(self, declared: NoiseSchedule) -> NoiseSchedule:
         """Return the schedule to sample on.
@@ -67,7 +84,8 @@ class Arm:
         Raises:
             ValueError: An unknown sampler, or guidance out of range.
         """
-        guidance = Guidance(self.guidance_scale, self.guidance_rescale)
+        options = {name.removeprefix("guidance_"): getattr(self, name) for name in GUIDANCE}
+        guidance = Guidance(**options)
         return Sampling(get_sampler(self.sampler), self.num_steps, self.spacing, guidance)
 
     def check(self, declared: NoiseSchedule) -> None:
@@ -77,11 +95,36 @@ class Arm:
             ValueError: It is so.
         """
         schedule = self.schedule_of(declared)
-        self.sampling()
+        check_steps(self.sampling(), schedule)
         get_timesteps(self.spacing, self.num_steps, schedule.num_timesteps, schedule=schedule)
 
 
-GUIDANCE = ("guidance_scale", "guidance_rescale")
+def _or_none(text: str) -> float | None:
+    return None if text == "none" else float(text)
+
+
+def _flag(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError
+    return text.lower() == "true"
+
+
+def _pair(text: str) -> tuple[float, float]:
+    left, right = text.split(":")
+    return float(left), float(right)
+
+
+def _pair_or_none(text: str) -> tuple[float, float] | None:
+    return None if text == "none" else _pair(text)
+
+
+def _pairs_or_none(text: str) -> Curve | None:
+    return None if text == "none" else tuple(map(_pair, text.split("/")))
+
+
+GUIDANCE = tuple(f"guidance_{option.name}" for option in fields(Guidance))
+"""The settings of guidance, as the options of commands call them."""
+
 _PARSED: Mapping[str, Callable[[str], Any]] = {
     "schedule": str,
     "spacing": str,
@@ -89,6 +132,20 @@ _PARSED: Mapping[str, Callable[[str], Any]] = {
     "num_steps": int,
     "guidance_scale": float,
     "guidance_rescale": float,
+    "guidance_interval": _pair_or_none,
+    "guidance_method": str,
+    "guidance_curve": _pairs_or_none,
+    "guidance_at_zero_snr": _flag,
+    "guidance_threshold": _or_none,
+    "guidance_apg_parallel": float,
+    "guidance_apg_norm": _or_none,
+    "guidance_against": str,
+}
+_WANTED: Mapping[Callable[[str], Any], str] = {
+    _pair_or_none: "LOW:HIGH, such as 0.3:5 or 0.3:inf, or none",
+    _pairs_or_none: "knots LOG_SNR:W with slashes between, such as -6:1/0:7.5, or none",
+    _flag: "true or false",
+    _or_none: "a number or none",
 }
 SETTINGS = tuple(_PARSED)
 """What a comparison may vary, by the words of the sampling options."""
@@ -101,7 +158,33 @@ _LABELS: Mapping[str, Callable[[Any], str]] = {
     "num_steps": lambda S: f"S = {S}",
     "guidance_scale": lambda w: f"w = {w:g}",
     "guidance_rescale": lambda phi: f"phi = {phi:g}",
+    "guidance_interval": lambda ends: (
+        f"sigma / alpha {guidance_text(ends)}" if ends else "all noise levels"
+    ),
+    "guidance_method": str,
+    "guidance_curve": lambda knots: f"w by log SNR {guidance_text(knots)}" if knots else "one w",
+    "guidance_at_zero_snr": lambda on: f"{'' if on else 'not '}guided at SNR 0",
+    "guidance_threshold": lambda q: "no threshold" if q is None else f"threshold {q:g}",
+    "guidance_apg_parallel": lambda eta: f"eta = {eta:g}",
+    "guidance_apg_norm": lambda r: "no bound" if r is None else f"r = {r:g}",
+    "guidance_against": lambda source: f"against {source}",
 }
+
+
+def guidance_text(value: Any) -> str:
+    """Write an option of guidance as `parse_setting` reads it."""
+    match value:
+        case None:
+            return "none"
+        case bool():
+            return str(value).lower()
+        case int() | float():
+            return f"{value:g}"
+        case (tuple() | list(), *_):
+            return "/".join(map(guidance_text, value))
+        case tuple() | list():
+            return ":".join(map(guidance_text, value))
+    return str(value)
 
 
 def make_arms(
@@ -120,7 +203,7 @@ def make_arms(
     Args:
         models: Paths or hub ids; "a,b" is one arm of two models.
         texts: Such as "name=fixed model=a.ckpt,b.ckpt spacing=trailing num_steps=25".
-        variations: Such as "guidance_rescale=0,0.5,1".
+        variations: Such as "guidance_rescale=0,0.5,1" or "guidance_curve=none,-6:1/0:7.5".
         defaults: The settings that are not named.
         exact: The arms are of an exact denoiser: no models, no guidance.
 
@@ -184,7 +267,7 @@ def parse_arm(text: str, defaults: Arm) -> Arm:
             )
         if name in found:
             raise ValueError(f"arm {text!r}: {word.partition('=')[0]} is there twice.")
-        found[name] = _paths(value) if name == "models" else _value(name, value)
+        found[name] = _paths(value) if name == "models" else parse_setting(name, value)
     return replace(defaults, **found)
 
 
@@ -201,14 +284,24 @@ def _variation(text: str) -> tuple[str, list[Any]]:
         raise ValueError(
             f"--vary {text}: wanted SETTING=VALUE,VALUE,... with one of {', '.join(_PARSED)}."
         )
-    return name, [_value(name, value) for value in values.split(",")]
+    return name, [parse_setting(name, value) for value in values.split(",")]
 
 
-def _value(name: str, text: str) -> Any:
+def parse_setting(name: str, text: str) -> Any:
+    """Read a setting of an arm from a word without spaces and commas.
+
+    An interval is LOW:HIGH, such as 0.3:inf; a curve is knots LOG_SNR:W with slashes between, such
+    as -6:1/0:7.5; "none" is no interval, curve, threshold or bound.
+
+    Raises:
+        ValueError: It cannot be read. What it says is judged later.
+    """
+    parse = _PARSED.get(name, str)
     try:
-        return _PARSED.get(name, str)(text)
+        return parse(text)
     except ValueError as error:
-        raise ValueError(f"{name}={text!r}: wanted a number.") from error
+        wanted = _WANTED.get(parse, "a number")
+        raise ValueError(f"{name}={text!r}: wanted {wanted}.") from error
 
 
 def _paths(text: str) -> tuple[str, ...]:

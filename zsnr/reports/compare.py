@@ -24,7 +24,13 @@ from zsnr.data.storage import Storage
 from zsnr.files import check_new, new_folder
 from zsnr.metrics import kept_fraction, mean_mode
 from zsnr.noise import derive_seed, sample_generator
-from zsnr.pipeline import TextToImage, save_png, to_image
+from zsnr.pipeline import (
+    TextToImage,
+    check_raw_beside,
+    check_threshold,
+    save_png,
+    to_image,
+)
 from zsnr.prediction import check_prediction_type
 from zsnr.reports.arms import Arm
 from zsnr.reports.compare_page import comparison_page
@@ -97,10 +103,12 @@ def compare_models(
     kept: dict[str, float | None] = {}
     with new_folder(output) as folder:
         for number, path in enumerate(paths):
-            pipe = TextToImage.from_pretrained(path, device=device)
             own = [arm for arm in arms if path in arm.models]
+            raw_beside = any(arm.guidance_against == "raw" for arm in own)
+            pipe = TextToImage.from_pretrained(path, device=device, raw_beside=raw_beside)
             for arm in own:
                 arm.check(pipe.model.schedule)
+                check_threshold(arm.sampling().guidance, pipe.model.codec)
                 check_prediction_type(
                     pipe.model.prediction_type, arm.schedule_of(pipe.model.schedule)
                 )
@@ -334,6 +342,8 @@ def check_models(arm: Arm) -> None:
     """Refuse what can be known to fail without loading a model."""
     first: NoiseSchedule | None = None
     for path in arm.models:
+        if arm.guidance_against == "raw":
+            check_raw_beside(path)
         if path.endswith(".ckpt"):
             said = open_checkpoint(Path(path).expanduser())[KEY]
             declared = NoiseSchedule(**said["schedule"])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from zsnr.reports.arms import GUIDANCE, Arm, guidance_text
 from zsnr.reports.page import chart, document, embedded, fitting, table
 from zsnr.reports.pictures import figure_of
 
@@ -196,7 +198,13 @@ def _by_model(facts: Mapping[str, Any]) -> str:
 def _settings(facts: Mapping[str, Any]) -> str:
     exact = facts["kind"] == "exact denoiser"
     columns = ["models", "schedule", "sampler", "num_steps", "spacing"]
-    columns += [] if exact else ["guidance_scale", "guidance_rescale"]
+    if not exact:
+        columns += ["guidance_scale", "guidance_rescale"]
+        columns += [
+            name
+            for name in GUIDANCE[2:]
+            if any(arm["settings"][name] != getattr(Arm, name) for arm in facts["arms"])
+        ]
     if exact:
         columns.remove("models")
     names = {
@@ -205,7 +213,7 @@ def _settings(facts: Mapping[str, Any]) -> str:
         "guidance_scale": "guidance",
         "guidance_rescale": "rescale",
     }
-    head = ["arm", *(names.get(name, name) for name in columns)]
+    head = ["arm", *(names.get(name, _words(name)) for name in columns)]
     head += ["SNR<sub>T</sub>", "first t", "kept"]
     cells = [
         [
@@ -232,6 +240,10 @@ def _settings(facts: Mapping[str, Any]) -> str:
     )
 
 
+def _words(name: str) -> str:
+    return name.removeprefix("guidance_").replace("_", " ")
+
+
 def _num_timesteps(arm: Mapping[str, Any]) -> int:
     return int(arm["schedule"]["num_timesteps"])
 
@@ -244,6 +256,10 @@ def _setting(arm: Mapping[str, Any], name: str) -> str:
         kind = "own table" if settings["alphas_cumprod_table"] else settings["betas"]
         return f"{escape(kind)}, {'rescaled' if arm['snr_T'] == 0 else 'original'}"
     value = arm["settings"][name]
+    if name in GUIDANCE[2:]:
+        if name == "guidance_interval" and value is not None:
+            value = [math.inf if end is None else end for end in value]
+        return escape(guidance_text(value))
     return escape(f"{value:g}" if isinstance(value, float) else str(value))
 
 

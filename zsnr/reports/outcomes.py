@@ -21,6 +21,7 @@ from zsnr.metrics import (
     wasserstein_1,
 )
 from zsnr.noise import sample_generator
+from zsnr.pipeline import describe_guidance
 from zsnr.reports.arms import SETTINGS, Arm, differing
 from zsnr.schedule import NoiseSchedule
 from zsnr.timesteps import get_timesteps
@@ -153,6 +154,7 @@ def _arm_facts(
     groups = groups_of(requests)
     grid = get_timesteps(arm.spacing, arm.num_steps, schedule.num_timesteps, schedule=schedule)
     settings = {name: getattr(arm, name) for name in SETTINGS}
+    settings |= describe_guidance(arm.sampling().guidance)  # as JSON has it
     parts = [shots.values["mean_luma"] for shots in outcome.shots]
     w1 = difference = None
     if target is not None:

@@ -21,6 +21,7 @@ from zsnr.data.samples import select
 from zsnr.data.storage import Storage
 from zsnr.files import replacing
 from zsnr.metrics import brightness, kept_fraction, mean_mode
+from zsnr.reports.arms import GUIDANCE, guidance_text
 from zsnr.reports.flaw import oracle_brightness
 from zsnr.reports.pictures import figure_of, picture_grid, picture_pixels, save_figure
 from zsnr.schedule import NoiseSchedule
@@ -71,10 +72,16 @@ def write_report(run_folder: str | Path, data: str | Sequence[str]) -> Path:
         f"{model.image_size}x{model.image_size} pixels": mean_mode(images),
     }
     first = samples[0]
+    named = {name: first[name] for name in GUIDANCE[2:] if first.get(name) is not None}
+    others = "".join(
+        f", {name.removeprefix('guidance_').replace('_', ' ')} {guidance_text(value)}"
+        for name, value in named.items()
+        if name != "guidance_interval"
+    )
     sections = [
         f"# {run.name}\n\n{len(prompted)} prompted and {len(free)} unprompted samples, "
         f"{first['sampler']} in {first['num_steps']} steps, {first['spacing']} timesteps, guidance "
-        f"{first['guidance_scale']:g} rescaled by {first['guidance_rescale']:g}. Every "
+        f"{first['guidance_scale']:g} rescaled by {first['guidance_rescale']:g}{others}. Every "
         "sample of the manifest is shown, in its order.",
         f"## Prompted\n\n![prompted samples](report/prompted.png)\n\n{_prompt_list(prompted)}",
         "## Without a prompt\n\n![unprompted samples](report/unprompted.png)",

@@ -143,10 +143,14 @@ class Sampler:
                 no guidance, or not known.
 
         Raises:
-            ValueError: The grid is not a descending list of the schedule's timesteps.
+            ValueError: The grid is not a descending list of the schedule's timesteps, or guidance
+                has no scale at one of the calls.
         """
         grid = tuple(check_timesteps(timesteps, schedule.num_timesteps))
         calls = tuple(self.calls(schedule, grid, guidance))
+        if guidance is not None:
+            for call in calls:
+                guidance.scale_at(*schedule(call.t), *schedule(call.s))
         return Plan(calls, tuple(schedule(call.t) for call in calls))
 
     def begin(self, plan: Plan, x_T: Tensor) -> State:
@@ -324,5 +328,5 @@ def predict(denoiser: DenoiserFunction, x_t: Tensor, call: Call, t_row: Tensor) 
     One that has a method `at` is told: it may save a pass without waiting for the device.
     """
     at = getattr(denoiser, "at", None)
-    x_0: Tensor = (denoiser if at is None else at(call.t))(x_t, t_row)
+    x_0: Tensor = (denoiser if at is None else at(call.t, call.s))(x_t, t_row)
     return x_0.to(x_t.dtype)

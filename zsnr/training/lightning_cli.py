@@ -37,6 +37,7 @@ from zsnr.training.image_metrics import ImageMetrics, check_files
 from zsnr.training.loggers import begin_loggers, continue_loggers, default_loggers
 from zsnr.training.module import (
     LatentDiffusion,
+    check_guidance,
     check_lora,
     check_resumed,
     check_settings,
@@ -50,9 +51,10 @@ from zsnr.training.watchdog import Watchdog
 SHORT_OPTIONS = {
     "--num-steps": "--model.sampling.num_steps",
     "--spacing": "--model.sampling.spacing",
-    "--guidance-scale": "--model.sampling.guidance.scale",
-    "--guidance-rescale": "--model.sampling.guidance.rescale",
-    "--guidance-interval": "--model.sampling.guidance.interval",
+    **{
+        f"--guidance-{option.name.replace('_', '-')}": f"--model.sampling.guidance.{option.name}"
+        for option in dataclasses.fields(Guidance)
+    },
     "--prompts": "--data.prompts",
     "--output": "--output.folder",
 }
@@ -70,7 +72,10 @@ DEFAULTS = {
 _PREDICT_HELP = (
     "Short options: --prompts FILE, --output FOLDER, --sampler NAME, --num-steps N, "
     "--spacing NAME, --guidance-scale W, --guidance-rescale PHI, --guidance-interval [LOW,HIGH] "
-    "(of sigma / alpha), --seed SEED (of prompts that name none)."
+    "(of sigma / alpha), --guidance-method cfg|apg|cfg_zero_star|cfg_pp, --guidance-curve "
+    "[[LOG_SNR,W],...], --guidance-at-zero-snr false, --guidance-threshold PERCENTILE, "
+    "--guidance-apg-parallel ETA, --guidance-apg-norm R, --guidance-against negative|raw, "
+    "--seed SEED (of prompts that name none)."
 )
 
 
@@ -189,7 +194,7 @@ def check_model(model: Any) -> None:
         model.sampling.spacing,
         model.sampling.num_steps,
     )
-    Guidance(**model.sampling.guidance.as_dict())
+    check_guidance(Guidance(**model.sampling.guidance.as_dict()), averaged=model.ema is not None)
     if model.lora is not None:
         LoRA(**model.lora.as_dict())
         check_lora(model.unet, bool(model.conditioner.get("init_args", {}).get("trainable")))

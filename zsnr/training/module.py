@@ -29,11 +29,18 @@ from zsnr.conditioning import Conditioner, Remembered
 from zsnr.data.cache import Cache, check_cache
 from zsnr.data.prompts import PromptRequest
 from zsnr.denoiser import Conditioning
+from zsnr.guidance import Guidance
 from zsnr.lora import AdaptedUNet, LoRA, require_peft
 from zsnr.loss import LossWeighting, diffusion_loss
 from zsnr.networks import UNet, UNetConfig
 from zsnr.noise import offset_noise
-from zsnr.pipeline import Sampling, TextToImage, describe_sampling
+from zsnr.pipeline import (
+    Sampling,
+    TextToImage,
+    check_steps,
+    check_threshold,
+    describe_sampling,
+)
 from zsnr.prediction import PredictionType, check_prediction_type, prediction_target
 from zsnr.pretrained import is_weightless
 from zsnr.schedule import NoiseSchedule
@@ -141,6 +148,9 @@ class LatentDiffusion(L.LightningModule):
             )
         if lora is not None:
             check_lora(unet, conditioner.trainable)
+        check_guidance(sampling.guidance, averaged=ema is not None)
+        check_threshold(sampling.guidance, codec)
+        check_steps(sampling, schedule)
         self.schedule, self.prediction_type, self.loss = schedule, prediction_type, loss
         self.caption_dropout, self.offset_strength = caption_dropout, offset_noise
         self.make_optimizer, self.learning_rate = optimizer, learning_rate
@@ -200,7 +210,11 @@ class LatentDiffusion(L.LightningModule):
     def pipeline(self) -> Iterator[TextToImage]:
         """Give the model as a sampling pipeline, in evaluation mode while it is open."""
         model = self.model()
-        modes = [(part, part.training) for part in (model.unet, model.conditioner)]
+        unets = [model.unet]
+        if self.sampling.guidance.against == "raw":
+            model = replace(model, raw_unet=self._unet_of(self.trained))
+            unets.append(self._unet_of(self.trained))
+        modes = [(part, part.training) for part in (*unets, model.conditioner)]
         try:
             for part, _ in modes:
                 part.eval()
@@ -209,7 +223,8 @@ class LatentDiffusion(L.LightningModule):
         finally:
             for part, mode in modes:
                 part.train(mode)
-            reshard(model.unet)
+            for unet in unets:
+                reshard(unet)
 
     def facts(self) -> dict[str, Any]:
         """Return the settings that decide what the model is, as plain values."""
@@ -641,6 +656,19 @@ def check_settings(
     check_prediction_type(prediction_type, schedule)
     loss.table(schedule, prediction_type)
     get_timesteps(spacing, num_steps, schedule.num_timesteps, schedule=schedule)
+
+
+def check_guidance(guidance: Guidance, averaged: bool) -> None:
+    """Refuse guidance away from raw weights where there are no averaged ones.
+
+    Raises:
+        ValueError: So it is.
+    """
+    if guidance.against == "raw" and not averaged:
+        raise ValueError(
+            "model.sampling.guidance.against: raw leads from the raw weights to the averaged ones, "
+            "but model.ema is null: average weights, or guide against negative."
+        )
 
 
 def check_lora(unet: Any, trains_text: bool) -> None:

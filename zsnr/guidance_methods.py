@@ -1,0 +1,147 @@
+"""Two predictions to one: classifier-free guidance, its rescale (section 3.4), and later methods.
+
+Each is a function of tensors. `Guidance` in guidance.py says which are used, with what scale, and
+whether on raw network outputs or on x_0.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def classifier_free_guidance(cond: Tensor, uncond: Tensor, scale: float | Tensor) -> Tensor:
+    """Guide: x_cfg = x_neg + w (x_pos - x_neg)    (equation 13).
+
+    Args:
+        cond: Network output for the prompt, (B, *).
+        uncond: Network output for the negative or null prompt, (B, *).
+        scale: w, a float or (B, 1, ...); 1 gives `cond`, 0 gives `uncond`.
+    """
+    return uncond + scale * (cond - uncond)
+
+
+def rescale_guidance(guided: Tensor, cond: Tensor, rescale: float) -> Tensor:
+    """Bring the guided output's standard deviation back to the conditional one's.
+
+    x_final = x_cfg (phi s_pos / s_cfg + 1 - phi)    (Algorithm 2; equations 14 to 16)
+
+    s_pos, s_cfg are standard deviations of each sample over all axes but the batch. Where s_cfg is
+    0 there is nothing to rescale, and the sample stays as it is. Gradients stay finite.
+
+    Args:
+        guided: x_cfg, (B, *).
+        cond: x_pos, (B, *).
+        rescale: phi in [0, 1]; 0 changes nothing.
+    """
+    if rescale == 0:
+        return guided
+    s_pos, s_cfg = _std(cond), _std(guided)
+    constant = s_cfg == 0
+    ratio = torch.where(constant, 1.0, s_pos / torch.where(constant, 1.0, s_cfg))
+    return guided * (rescale * ratio + (1 - rescale)).to(guided.dtype)
+
+
+def adaptive_projected_guidance(
+    cond: Tensor,
+    uncond: Tensor,
+    scale: float | Tensor,
+    parallel: float = 0.0,
+    norm: float | None = None,
+) -> Tensor:
+    """Guide x_0 mostly across itself: APG (Sadat et al., arXiv:2410.02416).
+
+    d = D_c - D_u, times min(1, r / |d|)
+    d_par = (<d, D_c> / |D_c|^2) D_c
+    x_0 = D_c + (w - 1) (d - d_par + eta d_par)
+
+    The part of d along D_c mostly raises contrast and saturation. Products and norms are of each
+    sample, over all axes but the batch, in float32 at least. Where D_c is 0, d has no part along
+    it. The paper's negative momentum is left out: it keeps d from one step to the next, and a
+    denoiser is a function of (x_t, t).
+
+    Args:
+        cond: D_c, the conditional prediction of x_0, (B, *).
+        uncond: D_u, the unconditional one, (B, *).
+        scale: w, a float or (B, 1, ...); 1 gives `cond`.
+        parallel: eta, the weight of d_par; 1 is classifier-free guidance.
+        norm: r, the largest |d|, positive. None = no bound.
+    """
+    D_c, D_u = _at_least_float32(cond), _at_least_float32(uncond)
+    d = D_c - D_u
+    if norm is not None:
+        length = torch.linalg.vector_norm(d.flatten(1), dim=1)
+        d = d * per_sample(norm / length.clamp(min=norm), d)
+    d_par = _share(d, D_c) * D_c
+    return (D_c + (scale - 1) * (d + (parallel - 1) * d_par)).to(cond.dtype)
+
+
+def zero_star_guidance(cond: Tensor, uncond: Tensor, scale: float | Tensor) -> Tensor:
+    """Guide from the multiple of x_neg that is nearest to x_pos: CFG-Zero* (arXiv:2503.18886).
+
+    s = <x_pos, x_neg> / |x_neg|^2
+    x_cfg = s x_neg + w (x_pos - s x_neg)
+
+    Products are of each sample, over all axes but the batch, in float32 at least; where x_neg is 0,
+    so is s. The paper's zero-init, a first step of flow matching that does not move, is left out:
+    the first step from SNR 0 is the one that decides brightness.
+
+    Args:
+        cond: x_pos, network output for the prompt, (B, *).
+        uncond: x_neg, network output for the negative or null prompt, (B, *).
+        scale: w, a float or (B, 1, ...); 1 gives `cond`.
+    """
+    x_pos, x_neg = _at_least_float32(cond), _at_least_float32(uncond)
+    x_neg = _share(x_pos, x_neg) * x_neg
+    return classifier_free_guidance(x_pos, x_neg, scale).to(cond.dtype)
+
+
+def dynamic_threshold(x_0: Tensor, percentile: float) -> Tensor:
+    """Clamp to a quantile of each sample and scale back to [-1, 1] (Imagen, arXiv:2205.11487).
+
+    s = max(1, quantile of |x_0| over all axes but the batch)
+    x_0 <- clamp(x_0, -s, s) / s
+
+    Args:
+        x_0: Predicted pixels, (B, *), whose range is [-1, 1].
+        percentile: Of |x_0|, in (0, 1], such as 0.995; interpolated linearly.
+    """
+    size = _at_least_float32(x_0).abs().flatten(1)
+    position = percentile * (size.shape[1] - 1)
+    below = math.floor(position)
+    # torch.quantile takes no more than 2^24 elements.
+    top = size.topk(size.shape[1] - below, dim=1).values
+    low, high = top[:, -1], top[:, max(-2, -top.shape[1])]
+    s = per_sample((low + (position - below) * (high - low)).clamp(min=1), x_0)
+    return (x_0.clamp(-s, s) / s).to(x_0.dtype)
+
+
+def _std(x: Tensor) -> Tensor:
+    """Standard deviation a sample, (B, 1, ...), in float32 at least, with gradient 0 at 0."""
+    shape = (-1, *(1,) * (x.ndim - 1))
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = x.flatten(1)
+    # Shifted by its first element: else a constant such as 0.1 has a variance of 1e-17, not 0.
+    # correction=0: only ratios count, and so a single element has a value.
+    variance = (x - x[:, :1].detach()).var(dim=1, correction=0)
+    constant = variance == 0
+    return torch.where(constant, 0.0, torch.where(constant, 1.0, variance).sqrt()).view(shape)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def per_sample(values: Tensor, x: Tensor) -> Tensor:
+    """View values of samples, (B,), as (B, 1, ...), to go with x (B, *)."""
+    return values.view(-1, *(1,) * (x.ndim - 1))
+
+
+def _share(x: Tensor, y: Tensor) -> Tensor:
+    """Compute <x, y> / |y|^2 of each sample, (B, 1, ...); 0 where y is 0."""
+    square = y.square().flatten(1).sum(dim=1)
+    zero = square == 0
+    share = (x * y).flatten(1).sum(dim=1) / torch.where(zero, 1.0, square)
+    return per_sample(torch.where(zero, 0.0, share), x)
