@@ -34,6 +34,7 @@ from zsnr.samplers import (
     UniPC,
     available_samplers,
     get_sampler,
+    recommend_sampling,
     register_sampler,
 )
 from zsnr.schedule import NoiseSchedule, rescale_zero_terminal_snr
@@ -42,6 +43,7 @@ from zsnr.timesteps import (
     available_spacings,
     ays,
     get_timesteps,
+    guided,
     karras,
     kl_optimal,
     leading,
@@ -90,6 +92,7 @@ __all__ = [
     "dynamic_threshold",
     "get_sampler",
     "get_timesteps",
+    "guided",
     "karras",
     "kl_optimal",
     "leading",
@@ -97,6 +100,7 @@ __all__ = [
     "log_snr",
     "offset_noise",
     "prediction_target",
+    "recommend_sampling",
     "register_sampler",
     "register_spacing",
     "rescale_guidance",

@@ -10,6 +10,7 @@ from zsnr.samplers.euler import Euler, EulerAncestral
 from zsnr.samplers.heun import Heun
 from zsnr.samplers.ipndm import IPNDM
 from zsnr.samplers.multiscale import Multiscale
+from zsnr.samplers.recommend import recommend_sampling
 from zsnr.samplers.registry import available_samplers, get_sampler, register_sampler
 from zsnr.samplers.unipc import UniPC
 
@@ -30,5 +31,6 @@ __all__ = [
     "UniPC",
     "available_samplers",
     "get_sampler",
+    "recommend_sampling",
     "register_sampler",
 ]

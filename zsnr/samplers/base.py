@@ -44,12 +44,14 @@ class Call(NamedTuple):
         step: The step from x_t. None = the call only corrects, and the next is at the same t.
         correct: How to take the step that led here again, from where it began, now that the
             prediction at its end is known too. None = x_t stays as it is.
+        limited: Whether a sample whose prediction turns back falls to first order, see `agreement`.
     """
 
     t: int
     s: int
     step: MultistepCoefficients | None
     correct: MultistepCoefficients | None = None
+    limited: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class Plan:
     def __post_init__(self) -> None:
         used = [c for call in self.calls for c in (call.step, call.correct) if c is not None]
         memory = max(len(c.a) for c in used), max(len(c.e) for c in used)
+        if any(call.limited for call in self.calls):
+            memory = max(3, memory[0]), memory[1]
         object.__setattr__(self, "memory", memory)
 
     @property
@@ -180,7 +184,8 @@ class Sampler:
                 alpha_t, sigma_t = plan.scales[state.made]
                 epses = (x_t.sub(x_0s[0], alpha=alpha_t).div_(sigma_t), *epses)
             z = randn_like(x_t) if call.step.c > 0 else None
-            before, x_t = x_t, multistep(x_0s, x_t, call.step, epses, z)
+            trust = agreement(x_0s) if call.limited and len(x_0s) > 2 else None
+            before, x_t = x_t, multistep(x_0s, x_t, call.step, epses, z, trust)
         made = state.made + 1
         t = plan.calls[made].t if made < len(plan.calls) else -1
         return State(x_t, t, made, before, x_0s[:kept_x_0], epses[:kept_eps])
@@ -283,6 +288,7 @@ def multistep(
     coefficients: MultistepCoefficients,
     eps: Sequence[Tensor] = (),
     z: Tensor | None = None,
+    trust: Tensor | None = None,
 ) -> Tensor:
     """Apply one step: x_s = sum_i a_i x_0^(i) + b x_t + sum_i e_i eps^(i) + c z.
 
@@ -292,15 +298,32 @@ def multistep(
         coefficients: Of this step.
         eps: Likewise, of the noise.
         z: Noise. None = no noise.
+        trust: The share of each sample, (B, 1, ...), of what goes beyond the first-order step from
+            x_0. None = all of it.
     """
     a, *older = coefficients.a
+    used = x_0[: 1 + len(older)]
+    if trust is not None:
+        a += sum(older)
+        used = (x_0[0], *((x - x_0[0]).mul_(trust) for x in used[1:]))
     x_s = torch.mul(x_0[0], a).add_(x_t, alpha=coefficients.b)
     for prediction, weight in (
-        *zip(x_0[1:], older, strict=False),
+        *zip(used[1:], older, strict=False),
         *zip(eps, coefficients.e, strict=False),
     ):
         x_s.add_(prediction, alpha=weight)
     return x_s if z is None else x_s.add_(z, alpha=coefficients.c)
+
+
+def agreement(x_0: Sequence[Tensor]) -> Tensor:
+    """Compute 1 + min(0, cos(x_0 - x_0', x_0' - x_0'')) of each sample, (B, 1, ...).
+
+    It is 1 where the last two changes of the prediction go the same way, and falls to 0 where the
+    last one takes the one before back: there, extrapolation would swing up.
+    """
+    d, d_before = (a.sub(b).flatten(1) for a, b in pairwise(x_0[:3]))
+    cosine = torch.nn.functional.cosine_similarity(d, d_before, dim=1)
+    return (1 + cosine.clamp(max=0)).view(-1, *(1,) * (x_0[0].ndim - 1))
 
 
 def check_schedule(denoiser: DenoiserFunction, schedule: NoiseSchedule) -> None:
