@@ -49,6 +49,7 @@ GUIDANCE = tuple(
     Guidance(w, phi) for w in (1.0, 3.0, 5.0, 7.5) for phi in (0.7, 0.0) if w > 1 or phi > 0
 )
 Row = dict[str, object]
+TRAINED_GUIDANCE = tuple(g for g in GUIDANCE if g.rescale > 0 or g.scale == 7.5)
 FIRST_ORDER = ("ddim, trailing", "ddim, log_snr")
 EXACT = ("OpenMoji", "photographs", "Gaussians")
 MEASURES = ("path", "w1", "adherence", "range")
@@ -67,6 +68,7 @@ class Case:
         show: From samples to what is compared, (B, *).
         measure: From shown samples to W1, adherence and range; None = only path.
         steps: Of the converged solution.
+        guidance: What is measured.
     """
 
     name: str
@@ -75,6 +77,7 @@ class Case:
     show: Callable[[Tensor], Tensor]
     measure: Callable[[Tensor], dict[str, float]] | None
     steps: int
+    guidance: tuple[Guidance, ...] = GUIDANCE
 
 
 def glyphs(count: int = 60) -> tuple[Tensor, Tensor]:
@@ -184,7 +187,8 @@ def trained(run: Path, prompts: int) -> Case:
     def show(x: Tensor) -> Tensor:
         return pipe.model.codec.decode(x.float()).clamp(-1, 1) * 127.5
 
-    return Case(run.name, SampleNoise(range(len(texts))).randn(shape), denoiser, show, None, 250)
+    noise = SampleNoise(range(len(texts))).randn(shape)
+    return Case(name_of(run), noise, denoiser, show, None, 250, TRAINED_GUIDANCE)
 
 
 def name_of(kind: object) -> str:
@@ -208,7 +212,7 @@ def measure_case(
     case = make[0](*make[1])
     by_name = {contender.name: contender for contender in ALL}
     rows: list[Row] = []
-    for guidance in GUIDANCE:
+    for guidance in case.guidance:
         denoiser = case.denoiser(guidance)
         wanted = case.show(converged(case, denoiser))
         facts = {"case": case.name, "scale": guidance.scale, "rescale": guidance.rescale}
@@ -252,6 +256,8 @@ def summary(rows: Sequence[Row], case: str) -> str:
     ]
     for guidance in GUIDANCE:
         at = {"case": case, "scale": guidance.scale, "rescale": guidance.rescale}
+        if not any(all(row[key] == value for key, value in at.items()) for row in rows):
+            continue
         named: dict[str, list[str]] = {"recommended": [], "DDIM": [], "best other": []}
         for S in COUNTS:
             found = {
@@ -320,7 +326,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", type=Path, default=[], help="run folders")
     parser.add_argument("--exact", nargs="*", default=list(EXACT), help="kinds of data")
     parser.add_argument("--samples", type=int, default=100, help="of exact denoisers")
-    parser.add_argument("--prompts", type=int, default=10, help="of each trained model")
+    parser.add_argument("--prompts", type=int, default=8, help="of each trained model")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--rows", type=Path, help="keep figures in this file, and use those in it")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/")
