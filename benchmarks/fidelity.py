@@ -1,4 +1,4 @@
-"""What samplers and timestep grids lose at few steps, by exact denoisers, beside diffusers'.
+"""What samplers and timestep grids lose at few steps without guidance, by exact denoisers.
 
     python benchmarks/fidelity.py [--quick] [--write]
 
@@ -9,6 +9,7 @@ data have is printed as the floor. path: the root mean square distance of a pixe
 in 1000 steps from the same noise. The pictures are every third glyph of one half of the glyphs, on
 five backgrounds, 32 x 32; grids and weights were chosen on the other half. All contenders start
 from the same noise; diffusers' schedulers get the same exact v, at the timestep that they ask for.
+With guidance the order is another: benchmarks/guided.py.
 """
 
 from __future__ import annotations
@@ -18,8 +19,7 @@ import json
 import platform
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -27,18 +27,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from contenders import ALL, SCHEDULE, Contender, ours
 from torch import Tensor
 from tqdm import tqdm
 
-from zsnr import (
-    EmpiricalDenoiser,
-    GaussianDenoiser,
-    NoiseSchedule,
-    SampleNoise,
-    get_sampler,
-    get_timesteps,
-    to_v,
-)
+from zsnr import EmpiricalDenoiser, GaussianDenoiser, SampleNoise
 from zsnr.data.openmoji import BACKGROUNDS, list_glyphs, render
 from zsnr.metrics import wasserstein_1
 from zsnr.oracle import span
@@ -47,91 +40,24 @@ from zsnr.reports.pictures import save_figure
 COUNTS = (5, 8, 10, 15, 20, 25, 50)
 STDS = (0.1, 0.2, 0.35, 0.5, 0.7, 1.0)
 MEAN, SIZE = -0.8, 32
-SCHEDULE = NoiseSchedule()
-SETTINGS = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "prediction_type": "v_prediction",
-    "timestep_spacing": "trailing",
-    "rescale_betas_zero_snr": True,
-}
-Denoise = Callable[[Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A sampler and a grid.
-
-    Args:
-        name: In the table.
-        sample: (denoiser, x_T (B, D), S) -> x_0.
-    """
-
-    name: str
-    sample: Callable[[Denoise, Tensor, int], Tensor]
-
-
-def ours(sampler: str, spacing: str) -> Contender:
-    """One of this package's samplers on one of its grids; heun on as many steps as it may have."""
-
-    def sample(denoiser: Denoise, x_T: Tensor, S: int) -> Tensor:
-        steps = (S + 2) // 2 if sampler == "heun" else S
-        grid = get_timesteps(spacing, steps, schedule=SCHEDULE)
-        return get_sampler(sampler).sample(denoiser, SCHEDULE, x_T, grid)
-
-    return Contender(f"{sampler}, {spacing}", sample)
-
-
-def theirs(name: str, cls: str, **options: Any) -> Contender:
-    """A scheduler of diffusers."""
-
-    def sample(denoiser: Denoise, x_T: Tensor, S: int) -> Tensor:
-        import diffusers
-
-        scheduler = getattr(diffusers, cls)(**SETTINGS, **options)
-        scheduler.set_timesteps(S)
-        if len(scheduler.timesteps) != S:
-            raise IndexError(f"{len(scheduler.timesteps)} timesteps for {S}")
-        x = x_T * scheduler.init_noise_sigma
-        for t in scheduler.timesteps:
-            x_t = scheduler.scale_model_input(x, t)
-            row = torch.full((len(x),), round(float(t)))
-            alpha, sigma = (scale.view(-1, 1) for scale in SCHEDULE(row))
-            v = to_v(denoiser(x_t, row), x_t, alpha, sigma, "sample")
-            x = scheduler.step(v, t, x).prev_sample
-        return x
-
-    return Contender(name, sample)
-
-
-CONTENDERS = (
-    ours("ddim", "trailing"),
-    ours("dpmpp_2m", "trailing"),
-    ours("unipc", "trailing"),
-    ours("heun", "log_snr"),
-    ours("dpmpp_2m", "log_snr"),
-    ours("dpmpp_2m", "karras"),
-    ours("unipc", "log_snr"),
-    ours("multiscale", "trailing"),
-    ours("multiscale", "karras"),
-    ours("multiscale", "log_snr"),
-    theirs("diffusers DDIM, trailing", "DDIMScheduler", clip_sample=False),
-    theirs("diffusers Euler, trailing", "EulerDiscreteScheduler"),
-    theirs("diffusers DPM++ 2M, trailing", "DPMSolverMultistepScheduler"),
-    theirs("diffusers DPM++ 2M, Karras", "DPMSolverMultistepScheduler", use_karras_sigmas=True),
-    theirs(
-        "diffusers DPM++ 2M, uniform log SNR", "DPMSolverMultistepScheduler", use_lu_lambdas=True
-    ),
-    theirs("diffusers UniPC, trailing", "UniPCMultistepScheduler", final_sigmas_type="zero"),
-    theirs(
-        "diffusers UniPC, Karras",
-        "UniPCMultistepScheduler",
-        use_karras_sigmas=True,
-        final_sigmas_type="zero",
-    ),
-)
 RECOMMENDED = "multiscale, log_snr"
+CONTENDERS = [c for c in ALL if c.name != "recommended" and not c.random]
+PLOTTED = (
+    "ddim, trailing",
+    "dpmpp_2m, log_snr",
+    "dpmpp_2m, karras",
+    "unipc, log_snr",
+    "ipndm order=3, log_snr",
+    "deis order=2, log_snr",
+    "dpmpp_3m, log_snr",
+    "multiscale, karras",
+    RECOMMENDED,
+    "diffusers DDIM, trailing",
+    "diffusers DPM++ 2M, Karras",
+    "diffusers DPM++ 2M, uniform log SNR",
+    "diffusers UniPC, trailing",
+)
+"""The lines of the figure; the tables have all."""
 
 
 def pictures(half: int) -> Tensor:
@@ -244,6 +170,7 @@ def plot(
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
+    found = {name: found[name] for name in PLOTTED}
     figure = Figure(figsize=(13, 8), layout="constrained")
     (upper, lower) = figure.subplots(2, 3)
     names = ("worst error of std", "W1 of brightness", "distance to 1000 steps")
@@ -273,8 +200,7 @@ def plot(
 
 
 def _style(name: str) -> dict[str, Any]:
-    names = [contender.name for contender in CONTENDERS]
-    i, foreign = names.index(name), name.startswith("diffusers")
+    i, foreign = PLOTTED.index(name), name.startswith("diffusers")
     return {
         "label": name,
         "color": "black" if name == RECOMMENDED else f"C{i % 10}",
@@ -313,9 +239,11 @@ def main() -> None:
         versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers"))
         plot(found, floor, results / "fidelity.png")
         (results / "fidelity.md").write_text(
-            f"# Samplers and grids at few steps\n\n{date.today()}, {versions}, Python "
-            f"{platform.python_version()}, {platform.machine()}, threads: "
-            f"{torch.get_num_threads()}, {minutes:.0f} processor minutes.\n"
+            "# Samplers and grids at few steps, without guidance\n\n"
+            "With guidance the order is another: [guided.md](guided.md).\n\n"
+            f"{date.today()}, {versions}, Python {platform.python_version()}, "
+            f"{platform.machine()}, threads: {torch.get_num_threads()}, {minutes:.0f} processor "
+            "minutes.\n"
             f"Made by `python benchmarks/fidelity.py{' --quick' * arguments.quick} --write`; its "
             "first lines say what is measured.\n\n"
             f"{text}\n![the measures against S](fidelity.png)\n"

@@ -1,0 +1,289 @@
+"""What ways to guide cost in brightness and spread at equal adherence, by exact denoisers.
+
+    python benchmarks/guidance.py [--write]
+
+Classes of the data overlap, so that samples of the exact conditional denoiser are of their class
+only most of the time, and guidance buys adherence: the mean posterior p(class | sample) of the
+class that was asked for, by Bayes' rule. It costs
+
+bias: the distance between the mean brightness of a class's samples and of its data, averaged over
+    classes, in units of the data's standard deviation of brightness;
+loss of spread: 1 - (standard deviation of a class's samples / of its data), averaged over classes
+    and components.
+
+Each method is swept over its scale; at the adherence that the paper's 7.5 with rescale 0.7 reaches,
+its bias and loss are interpolated linearly. Two kinds of data: a mixture of Gaussians in 16
+dimensions, and crops of photographs of scikit-image, 8 x 8, each with a Gaussian around it.
+Autoguidance leads away from the conditional denoiser of the same data, smoothed. 100 steps of
+`multiscale` on `guided`; for CFG++, whose strength depends on the steps, of `ddim` on `trailing`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from contenders import SCHEDULE, Denoise
+from guided import photographs
+from torch import Tensor
+from torch.nn.functional import avg_pool2d
+
+from zsnr import (
+    Conditioning,
+    Denoiser,
+    EmpiricalDenoiser,
+    Guidance,
+    SampleNoise,
+    get_sampler,
+    get_timesteps,
+)
+from zsnr.reports.pictures import save_figure
+
+SCALES = (1.25, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0, 25.0)
+LAMBDAS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
+STEPS = 100
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to guide.
+
+    Args:
+        name: In the table.
+        guidance: From the scale to guidance.
+        scales: What is swept.
+        weak: Whether it leads away from a weaker network.
+    """
+
+    name: str
+    guidance: Callable[[float], Guidance]
+    scales: Sequence[float] = SCALES
+    weak: bool = False
+
+
+def plain(name: str, rescale: float = 0.0, **options: Any) -> Method:
+    """A method that differs from classifier-free guidance in options."""
+    return Method(name, lambda w: Guidance(w, rescale, **options))
+
+
+def curve(w: float) -> Guidance:
+    """Full scale at middle noise levels, none at both ends."""
+    return Guidance(rescale=0.0, curve=((-8.0, 1.0), (-3.0, w), (1.0, w), (4.0, 1.0)))
+
+
+METHODS = (
+    plain("plain, rescale 0"),
+    plain("the paper's, rescale 0.7", 0.7),
+    plain("rescale 1", 1.0),
+    plain("not at SNR 0", at_zero_snr=False),
+    plain("interval (0.3, 5)", interval=(0.3, 5.0)),
+    plain("interval (0.1, 1.5)", interval=(0.1, 1.5)),
+    plain("interval (0.1, 1.5), rescale 0.7", 0.7, interval=(0.1, 1.5)),
+    Method("curve over log SNR", curve),
+    plain("APG", method="apg"),
+    plain("APG, eta 0.5", method="apg", apg_parallel=0.5),
+    plain("APG, norm 2", method="apg", apg_norm=2.0),
+    plain("CFG-Zero*", method="cfg_zero_star"),
+    Method("CFG++", lambda w: Guidance(w, 0.0, method="cfg_pp"), LAMBDAS),
+    Method("autoguidance", lambda w: Guidance(w, 0.0), weak=True),
+    plain("dynamic threshold 0.995", threshold=0.995),
+)
+PAPER = METHODS[1].name
+
+
+@dataclass(frozen=True)
+class Data:
+    """Members of the data with a Gaussian around each."""
+
+    name: str
+    members: Tensor
+    classes: Tensor
+    std: float
+    weaker: float
+
+
+def kinds() -> list[Data]:
+    """Make both kinds of data; std and centers give a posterior of 0.8 to 0.9 without guidance."""
+    generator = torch.Generator().manual_seed(11)
+    center = torch.randn(4, 1, 16, generator=generator, dtype=torch.float64) * 0.12
+    center += torch.linspace(-0.35, 0.35, 4, dtype=torch.float64).view(4, 1, 1)
+    spread = torch.tensor([0.2, 0.3, 0.35, 0.4], dtype=torch.float64).view(4, 1, 1)
+    noise = torch.randn(4, 24, 16, generator=generator, dtype=torch.float64)
+    images, classes = photographs(40)
+    small = avg_pool2d(images, 4)
+    return [
+        Data(
+            "Gaussians",
+            (center + spread * noise).flatten(0, 1),
+            torch.arange(4).repeat_interleave(24),
+            0.2,
+            0.4,
+        ),
+        Data("photographs", small.flatten(1), classes, 0.3, 0.5),
+    ]
+
+
+@torch.no_grad()
+def sweep(data: Data, method: Method, samples: int) -> list[dict[str, float]]:
+    """Measure a method at each of its scales."""
+    oracle, weak = (
+        EmpiricalDenoiser(
+            SCHEDULE, data.members, classes=data.classes, std=std, batch_invariant=False
+        )
+        for std in (data.std, data.weaker)
+    )
+    of = torch.arange(samples) % oracle.num_classes
+    x_T = SampleNoise(range(samples)).randn(data.members.shape[1:], dtype=torch.float64)
+    found = []
+    for scale in method.scales:
+        guidance = method.guidance(scale)
+        denoiser: Denoise = oracle.guided(of, guidance)
+        if method.weak:
+            cond = Conditioning(of.to(torch.float64).view(-1, 1, 1))
+            denoiser = Denoiser(
+                oracle.network, SCHEDULE, cond=cond, guidance=guidance, weak_network=weak.network
+            )
+        pair = ("ddim", "trailing") if guidance.method == "cfg_pp" else ("multiscale", "guided")
+        grid = get_timesteps(pair[1], STEPS, schedule=SCHEDULE)
+        x_0 = get_sampler(pair[0]).sample(denoiser, SCHEDULE, x_T, grid)
+        found.append({"scale": scale, **measure(oracle, data, x_0, of)})
+    return found
+
+
+def measure(oracle: EmpiricalDenoiser, data: Data, x_0: Tensor, of: Tensor) -> dict[str, float]:
+    """Compute adherence, bias and loss of spread of samples (B, D)."""
+    p = oracle.posterior(x_0, -1)[torch.arange(len(of)), of]
+    bias, loss = [], []
+    brightness = data.members.mean(1)
+    unit = float((brightness.var(correction=0) + data.std**2 / data.members.shape[1]).sqrt())
+    for k in range(oracle.num_classes):
+        members, own = data.members[data.classes == k], x_0[of == k]
+        bias.append(abs(float(own.mean() - members.mean())) / unit)
+        wanted = (members.var(0, correction=0) + data.std**2).mean().sqrt()
+        loss.append(1 - float(own.var(0, correction=0).mean().sqrt() / wanted))
+    return {
+        "adherence": float(p.mean()),
+        "bias": float(np.mean(bias)),
+        "loss": float(np.mean(loss)),
+    }
+
+
+def at_adherence(rows: Sequence[dict[str, float]], wanted: float) -> dict[str, float] | None:
+    """Interpolate linearly at the first crossing of an adherence; None where it is not reached."""
+    for low, high in pairwise(rows):
+        if low["adherence"] <= wanted <= high["adherence"]:
+            width = high["adherence"] - low["adherence"]
+            share = (wanted - low["adherence"]) / width if width else 0.0
+            return {key: low[key] + share * (high[key] - low[key]) for key in low}
+    return None
+
+
+def plot(found: dict[str, dict[str, list[dict[str, float]]]], path: Path) -> None:
+    """Draw bias and loss of spread against adherence."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 10), layout="constrained")
+    for row, (kind, methods) in zip(
+        figure.subplots(len(found), 2, squeeze=False), found.items(), strict=True
+    ):
+        for axes, key in zip(row, ("bias", "loss"), strict=True):
+            for i, (name, rows) in enumerate(methods.items()):
+                axes.plot(
+                    [point["adherence"] for point in rows],
+                    [point[key] for point in rows],
+                    color="black" if name == PAPER else f"C{i % 10}",
+                    linestyle="-" if i < 10 else "--",
+                    marker="o",
+                    markersize=3,
+                    label=name,
+                )
+            axes.set(title=kind, xlabel="adherence", ylabel=AXES[key])
+    axes = figure.axes[0]
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    save_figure(figure, path)
+
+
+AXES = {"bias": "bias of brightness", "loss": "loss of spread"}
+
+
+def table(methods: dict[str, list[dict[str, float]]], free: dict[str, float]) -> str:
+    """Write each method at the adherence of the paper's default."""
+    paper = next(row for row in methods[PAPER] if row["scale"] == 7.5)
+    lines = [
+        f"Without guidance: adherence {free['adherence']:.3f}, bias {free['bias']:.3f}, loss "
+        f"{free['loss']:.3f}. At adherence {paper['adherence']:.3f}, that of 7.5 with rescale 0.7:",
+        "",
+        "| method | scale | bias | loss of spread | bias / paper's | loss / paper's |",
+        "|---" * 6 + "|",
+    ]
+    for name, rows in methods.items():
+        at = at_adherence(rows, paper["adherence"])
+        if at is None:
+            most = max(row["adherence"] for row in rows)
+            lines.append(f"| {name} | not reached: {most:.3f} at most | - | - | - | - |")
+            continue
+        ratios = (at[key] / paper[key] if paper[key] > 0 else math.nan for key in ("bias", "loss"))
+        lines.append(
+            f"| {name} | {at['scale']:.2f} | {at['bias']:.3f} | {at['loss']:.3f} | "
+            + " | ".join(f"{ratio:.2f}" for ratio in ratios)
+            + " |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--samples", type=int, default=1000, help="of each method and scale")
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/")
+    arguments = parser.parse_args()
+    start, found, parts = time.perf_counter(), {}, []
+    for data in kinds():
+        methods = {}
+        free = sweep(data, Method("none", lambda w: Guidance(w, 0.0), (1.0,)), arguments.samples)
+        for method in METHODS:
+            if method.name.startswith("dynamic") and data.name == "Gaussians":
+                continue  # for pixels in [-1, 1]
+            methods[method.name] = sweep(data, method, arguments.samples)
+        found[data.name] = methods
+        every = "\n".join(
+            f"| {name} | {row['scale']:g} | {row['adherence']:.3f} | {row['bias']:.3f} | "
+            f"{row['loss']:.3f} |"
+            for name, rows in methods.items()
+            for row in rows
+        )
+        parts.append(
+            f"## {data.name}\n\n{table(methods, free[0])}\n\nEvery scale:\n\n"
+            f"| method | scale | adherence | bias | loss of spread |\n{'|---' * 5}|\n{every}\n"
+        )
+    text = "\n".join(parts)
+    if not arguments.write:
+        print(text)
+        return
+    results = Path(__file__).parent / "results"
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    plot(found, results / "guidance.png")
+    (results / "guidance.md").write_text(
+        f"# Ways to guide, at equal adherence\n\n{date.today()}, commit {commit}, torch "
+        f"{version('torch')}, Python {platform.python_version()}, {platform.machine()}, "
+        f"{(time.perf_counter() - start) / 60:.0f} minutes.\nMade by `python "
+        f"benchmarks/guidance.py --write`, {arguments.samples} samples of each row; its first "
+        f"lines say what is measured.\n\n![adherence against bias and loss](guidance.png)\n\n{text}"
+    )
+
+
+if __name__ == "__main__":
+    main()
