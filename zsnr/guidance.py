@@ -19,10 +19,10 @@ from torch import Tensor
 from zsnr.guidance_methods import (
     adaptive_projected_guidance,
     classifier_free_guidance,
-    per_sample,
     rescale_guidance,
     zero_star_guidance,
 )
+from zsnr.schedule import per_sample
 
 GuidanceMethod = Literal["cfg", "apg", "cfg_zero_star", "cfg_pp"]
 GuidanceSource = Literal["negative", "raw"]

@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from zsnr.schedule import per_sample
+
 
 def classifier_free_guidance(cond: Tensor, uncond: Tensor, scale: float | Tensor) -> Tensor:
     """Guide: x_cfg = x_neg + w (x_pos - x_neg)    (equation 13).
@@ -132,11 +134,6 @@ def _std(x: Tensor) -> Tensor:
 
 def _at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def per_sample(values: Tensor, x: Tensor) -> Tensor:
-    """View values of samples, (B,), as (B, 1, ...), to go with x (B, *)."""
-    return values.view(-1, *(1,) * (x.ndim - 1))
 
 
 def _share(x: Tensor, y: Tensor) -> Tensor:

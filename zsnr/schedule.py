@@ -209,6 +209,14 @@ def rescale_zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
     return torch.tensor(_rescale(values), dtype=torch.float64, device="cpu")
 
 
+@overload
+def per_sample(scale: Tensor, data: Tensor) -> Tensor: ...
+
+
+@overload
+def per_sample(scale: Tensor | float, data: Tensor) -> Tensor | float: ...
+
+
 def per_sample(scale: Tensor | float, data: Tensor) -> Tensor | float:
     """Fit a scale to data: (B,) becomes (B, 1, ...), the dtype becomes the data's.
 
