@@ -215,7 +215,7 @@ def test_run_json_stands_beside_the_checkpoints(start, tmp_path):
         "sampler": "ddim",
         "sampler_options": {"eta": 0.0},
         "num_steps": 3,
-        "spacing": "trailing",
+        "spacing": "guided",
         "guidance_scale": 7.5,
         "guidance_rescale": 0.7,
         "guidance_interval": None,

@@ -167,6 +167,9 @@ def test_errors():
         DiffusersScheduler("dimm")
     with pytest.raises(ValueError, match="'trail' is unknown"):
         DiffusersScheduler(spacing="trail")
+    for auto in ({"sampler": "auto"}, {"spacing": "auto"}):
+        with pytest.raises(ValueError, match="'auto' depends on the number of steps and the guid"):
+            DiffusersScheduler.from_config({"prediction_type": "v_prediction"}, **auto)
     scheduler = DiffusersScheduler()
     x = torch.zeros(1, 4)
     with pytest.raises(ValueError, match="set_timesteps"):
@@ -249,6 +252,27 @@ def test_one_line_repairs_a_pipeline(pipeline, sampler, num_steps):
     ).images
     for image, array in zip(wanted, made, strict=True):
         np.testing.assert_allclose(np.asarray(image) / 255, array, rtol=0, atol=0.5 / 255 + 1e-4)
+
+
+def test_multiscale_is_told_the_guidance_scale(pipeline):
+    folder, pipe = pipeline
+    sampler = get_sampler("multiscale", guidance=5.0)
+    pipe.scheduler = DiffusersScheduler.from_config(
+        pipe.scheduler.config, sampler, spacing="guided"
+    )
+    guidance = Guidance(5.0, 0.6)
+    [wanted] = TextToImage.from_pretrained(folder)(
+        ["a cat"], num_steps=8, guidance=guidance, progress=False
+    )
+    [made] = pipe(
+        ["a cat"],
+        latents=SampleNoise([0]).randn((4, 8, 8)),
+        num_inference_steps=8,
+        guidance_scale=5.0,
+        guidance_rescale=0.6,
+        output_type="np",
+    ).images
+    np.testing.assert_allclose(np.asarray(wanted) / 255, made, rtol=0, atol=0.5 / 255 + 1e-4)
 
 
 def seeded(seed):

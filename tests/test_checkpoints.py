@@ -93,7 +93,8 @@ def test_a_diffusers_folder_gives_diffusers_images(tmp_path, zero, num_steps):
     ours = TextToImage.from_pretrained(tmp_path, device="cpu")
     assert ours.model.schedule.zero_terminal_snr == zero
     prompts, guidance = ["a cat", "dog"], Guidance(4.0, 0.7)
-    images = ours(prompts, seeds=[5, 6], num_steps=num_steps, guidance=guidance, progress=False)
+    settings = {"sampler": "ddim", "num_steps": num_steps, "guidance": guidance}
+    images = ours(prompts, seeds=[5, 6], **settings, progress=False)
     latents = torch.cat(
         [torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(s)) for s in (5, 6)]
     )

@@ -17,6 +17,7 @@ from PIL import Image
 
 from zsnr.cli import main
 from zsnr.samplers import registry
+from zsnr.training.lightning_cli import parse_fit
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -277,6 +278,45 @@ def test_report(run, folder):
     assert "kept fraction" in text
 
 
+@pytest.mark.parametrize(
+    ("yaml_text", "options", "wanted"),
+    [
+        ("num_steps: 8", [], ("multiscale", "guided")),
+        ("num_steps: 8", ["--guidance-scale=1"], ("multiscale", "log_snr")),
+        ("num_steps: 50", [], ("ddim", "trailing")),
+        ("num_steps: 8", ["--num-steps=4"], ("ddim", "guided")),
+        ("sampler: auto", ["--num-steps", "8", "--spacing", "auto"], ("multiscale", "guided")),
+        ("sampler: multiscale", ["--num-steps=8"], ("multiscale", "trailing")),
+        ("sampler: DDIM", ["--num-steps=8"], ("ddim", "trailing")),
+        ("sampler: {class_path: zsnr.samplers.Heun}", [], ("heun", "trailing")),
+        ("spacing: leading", ["--num-steps=8"], ("ddim", "leading")),
+        (
+            "{sampler: {class_path: zsnr.samplers.ddim.DDIM}, spacing: trailing}",
+            ["--num-steps=8", "--sampler", "auto", "--spacing=auto"],
+            ("multiscale", "guided"),
+        ),
+    ],
+)
+def test_the_number_of_steps_is_enough(run, folder, tmp_path, yaml_text, options, wanted):
+    config = tmp_path / "own.yaml"
+    config.write_text(f"model:\n  sampling:\n    {yaml_text}\n")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("grey 1\n")
+    options = ["--prompts", str(prompts), "--output", str(tmp_path / "out"), *options]
+    assert predict(folder, "-c", str(config), *options) == 0
+    [line] = (tmp_path / "out" / "manifest.jsonl").read_text().splitlines()
+    with Image.open(tmp_path / "out" / "00001-0.png") as image:
+        png = json.loads(image.info["zsnr"])
+    for facts in (json.loads(line), png):
+        assert (facts["sampler"], facts["spacing"]) == wanted
+
+
+def test_a_sampler_that_is_none_is_one_line(tmp_path):
+    (tmp_path / "own.yaml").write_text("model: {sampling: {sampler: 3}}")
+    with pytest.raises(ValueError, match=r"^model.sampling.sampler: no such class. Known: DDIM"):
+        parse_fit(["-c", str(ROOT / "configs/tiny.yaml"), "-c", str(tmp_path / "own.yaml")])
+
+
 OWN_SAMPLER = """
 from dataclasses import dataclass
 import torch
@@ -315,7 +355,10 @@ def test_an_own_sampler_by_its_class_path(run, folder, tmp_path, monkeypatch):
         (["-c", "BAD"], "Did you mean model.schedule.betas?"),
         (["-c", "/nowhere.yaml"], "does not exist: '/nowhere.yaml'"),
         (["--model.codec=Pixels"], "Known: AutoencoderKLCodec, PixelCodec"),
-        (["--model.sampling.sampler=PLMS"], "Known: DDIM, DDPM, DEIS, DPMpp2M"),
+        (["--model.sampling.sampler=plms"], "Sampler 'plms' is unknown. Known: 'ddim'"),
+        (["--model.sampling.sampler.class_path=PLMS"], "Known: DDIM, DDPM, DEIS, DPMpp2M"),
+        (["--model.sampling.sampler.eta=0.5"], "Known: DDIM, DDPM, DEIS, DPMpp2M"),
+        (["--num-steps=0"], "num_steps=0: wanted an int of at least 1"),
         (["--sampler", "plms"], "Sampler 'plms' is unknown. Known: 'ddim'"),
         (["--model.codec.init_args.patchsize=3"], "'patchsize' is not accepted"),
         (["--model.schedule.betas=sigmoid"], "'linear', 'cosine', 'scaled_linear'"),
@@ -323,7 +366,7 @@ def test_an_own_sampler_by_its_class_path(run, folder, tmp_path, monkeypatch):
         (["--model.prediction_type=epsilon"], "no x_0 at t=999"),
         (["--model.loss.name=min_snr"], "allow_zero_terminal_weight=True"),
         (["--num-steps=1001"], "num_steps=1001"),
-        (["--spacing=bosh"], "Known: 'ays', 'beta', 'karras', 'kl_optimal'"),
+        (["--spacing=bosh"], "Known: 'ays', 'beta', 'guided', 'karras'"),
         (["--guidance-rescale=2"], "Guidance rescale 2.0"),
         (["--guidance-method=apgg"], "'cfg', 'apg', 'cfg_zero_star', 'cfg_pp'"),
         (["--guidance-method=cfg_pp"], "Guidance scale 7.5 with method 'cfg_pp'"),

@@ -115,7 +115,8 @@ def test_arms_of_their_own_settings():
 
 
 def test_a_sweep_is_a_product():
-    arms = make_arms(["a.ckpt"], [], ["guidance_rescale=0,0.5", "num-steps=5,25"])
+    defaults = Arm(sampler="ddim")
+    arms = make_arms(["a.ckpt"], [], ["guidance_rescale=0,0.5", "num-steps=5,25"], defaults)
     assert [(arm.guidance_rescale, arm.num_steps) for arm in arms] == [
         (0, 5),
         (0, 25),
@@ -129,6 +130,22 @@ def test_a_sweep_is_a_product():
         "one, b.ckpt",
         "a.ckpt, linspace",
         "b.ckpt, linspace",
+    ]
+
+
+def test_auto_is_what_it_stands_for():
+    arms = make_arms(["a.ckpt"], [], ["num_steps=8,50"])
+    assert [arm.name for arm in arms] == ["guided, multiscale, S = 8", "trailing, ddim, S = 50"]
+    assert [(arm.sampler, arm.spacing) for arm in arms] == [
+        ("multiscale", "guided"),
+        ("ddim", "trailing"),
+    ]
+    [exact] = make_arms([], [], [], Arm(num_steps=8), exact=True)
+    assert (exact.sampler, exact.spacing) == ("multiscale", "log_snr")  # it has no guidance
+    arms = make_arms(["a"], ["sampler=euler", "spacing=leading"], [], Arm(num_steps=8))
+    assert [(arm.sampler, arm.spacing) for arm in arms] == [
+        ("euler", "trailing"),
+        ("ddim", "leading"),
     ]
 
 
@@ -239,7 +256,7 @@ def flat(levels):
 
 def outcome(name, *levels, **settings):
     shots = [Shots(f"{name}{i}", [""] * len(row), flat(row)) for i, row in enumerate(levels)]
-    return Outcome(Arm(name, **settings), FIXED, 1.0, shots)
+    return Outcome(Arm(name, **settings).resolved(), FIXED, 1.0, shots)
 
 
 REQUESTS = [
@@ -345,7 +362,7 @@ def test_a_toy_that_does_as_it_is_told(folder, tmp_path, monkeypatch):
     assert {(tuple(prompts), tuple(seeds)) for _, prompts, seeds, *_ in asked} == {
         (("0", "60", "200"), (3, 3, 3))
     }
-    assert [rest for *_, rest in asked] == ["leading", "leading", "trailing"]
+    assert [rest for *_, rest in asked] == ["leading", "leading", "guided"]
     assert asked[2][3] == 0.25
 
     facts = json.loads((out / "compare.json").read_text())

@@ -544,6 +544,24 @@ def test_beta_sigmas_are_warned_of_at_zero_snr(tmp_path, zero):
     assert any("divides sigma itself" in text for text in found.warnings) == zero
 
 
+@pytest.mark.parametrize(
+    ("sampling", "wanted"),
+    [
+        ({}, ("ddim", "trailing")),
+        ({"num_steps": 8}, ("multiscale", "guided")),
+        ({"num_steps": 8, "sampler": "auto", "spacing": "auto"}, ("multiscale", "guided")),
+        ({"num_steps": 8, "guidance": {"scale": 1}}, ("multiscale", "log_snr")),
+        ({"num_steps": 8, "spacing": "linspace"}, ("ddim", "linspace")),
+        ({"num_steps": 8, "sampler": {"class_path": "zsnr.UniPC"}}, ("zsnr.UniPC", "trailing")),
+    ],
+)
+def test_auto_is_judged_by_what_it_stands_for(tmp_path, sampling, wanted):
+    found = yaml_file(tmp_path, {"sampling": sampling})
+    assert found.verdict == "fixed"
+    assert (found.facts["sampler"], found.facts["timestep_spacing"]) == wanted
+    assert set(found.facts["first_timestep"].values()) == {999}
+
+
 def test_the_doctors_factors_of_compared_spacings():
     """The spread of the brightness of 64x64 images, relative to the data's, beside log_snr's."""
     ratios = {}

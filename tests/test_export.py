@@ -117,7 +117,12 @@ def both(model, pipe, num_steps, prompts=("a cat!", "two dogs"), guidance=GUIDAN
     seeds = range(5, 5 + len(prompts))
     try:
         TextToImage(model)(
-            list(prompts), seeds=seeds, num_steps=num_steps, guidance=guidance, progress=False
+            list(prompts),
+            seeds=seeds,
+            sampler="ddim",
+            num_steps=num_steps,
+            guidance=guidance,
+            progress=False,
         )
     finally:
         del model.codec.decode

@@ -39,7 +39,8 @@ def pixels(pictures):
 @pytest.mark.parametrize(("prompt", "rows"), [("", range(8)), ("dark", [0, 1, 2])])
 def test_without_guidance_it_is_the_exact_denoiser(prompt, rows):
     pipe, latents = exact()
-    got = pipe([prompt] * 3, num_steps=10, guidance=Guidance(1.0, 0.0), progress=False)
+    settings = {"sampler": "ddim", "num_steps": 10, "guidance": Guidance(1.0, 0.0)}
+    got = pipe([prompt] * 3, **settings, progress=False)
     denoiser = EmpiricalDenoiser(FIXED, latents[list(rows)])
     x_T = SampleNoise(range(3)).randn(latents.shape[1:])
     wanted = pipe.model.codec.decode(DDIM().sample(denoiser, FIXED, x_T, trailing(10)))
@@ -52,6 +53,7 @@ def test_guidance_acts_on_v_as_it_does_with_a_network():
     first = []
     pipe(
         ["dark", "bright"],
+        spacing="trailing",
         num_steps=4,
         guidance=Guidance(3.0, 0.5),
         progress=False,
@@ -79,6 +81,7 @@ def test_groups_are_words_of_captions_or_the_extremes():
 def test_figure_4_has_a_panel_of_each_spacing_and_step_count():
     pipe, _ = exact()
     panels = make_panels(4, pipe, Arm(guidance_scale=1.0), ["dark", "bright"], [0, 1])
+    assert panels.title == "Timesteps: ddim, no guidance"
     assert (panels.rows, panels.columns) == (["S = 5", "S = 25"], list(SPACINGS))
     for S, row in zip((5, 25), panels.images, strict=True):
         for spacing, panel in zip(SPACINGS, row, strict=True):
@@ -93,7 +96,8 @@ def test_figure_4_has_a_panel_of_each_spacing_and_step_count():
 @pytest.mark.parametrize(("schedule", "same"), [(FIXED, True), (ORIGINAL, False)])
 def test_figure_5_starts_at_one_picture_where_the_snr_is_zero(schedule, same):
     pipe, latents = exact(schedule)
-    panels = make_panels(5, pipe, Arm(num_steps=5, guidance_scale=1.0), [""], [0, 1, 2])
+    arm = Arm(spacing="trailing", num_steps=5, guidance_scale=1.0)
+    panels = make_panels(5, pipe, arm, [""], [0, 1, 2])
     assert panels.columns == ["t = 999", "t = 799", "t = 599", "t = 399", "t = 199"]
     assert panels.rows == [f"no prompt\nseed {seed}" for seed in range(3)]
     columns = [pixels(column) for column in zip(*panels.images, strict=True)]
@@ -106,13 +110,14 @@ def test_figure_5_starts_at_one_picture_where_the_snr_is_zero(schedule, same):
 
 def test_figure_6_sweeps_the_rescale():
     pipe, _ = exact()
-    panels = make_panels(6, pipe, Arm(num_steps=5), ["dark", "bright"], [3])
+    panels = make_panels(6, pipe, Arm(num_steps=8), ["dark", "bright"], [3])
+    assert panels.title == "Guidance rescale: multiscale, S = 8, guided, w = 7.5"
     assert panels.columns == [f"phi = {phi}" for phi in ("0", "0.25", "0.5", "0.75", "1")]
     assert panels.rows == ["dark", "bright"]
     for prompt, row in zip(panels.rows, panels.images, strict=True):
         for phi, picture in zip((0, 0.25, 0.5, 0.75, 1), row, strict=True):
             guidance = Guidance(7.5, phi)
-            alone = pipe([prompt], seeds=[3], num_steps=5, guidance=guidance, progress=False)
+            alone = pipe([prompt], seeds=[3], num_steps=8, guidance=guidance, progress=False)
             assert np.abs(pixels([picture]) - pixels(alone)).max() <= 1
 
 

@@ -8,13 +8,25 @@ import tiny
 import torch
 from PIL import Image
 
-from zsnr import DDIM, Denoiser, Guidance, NoiseSchedule, SampleNoise, trailing
+from zsnr import (
+    DDIM,
+    Denoiser,
+    Guidance,
+    Heun,
+    NoiseSchedule,
+    SampleNoise,
+    UniPC,
+    get_sampler,
+    get_timesteps,
+    recommend_sampling,
+    trailing,
+)
 from zsnr.checkpoints import Model
 from zsnr.checkpoints.own import describe_model
 from zsnr.codecs import PixelCodec
 from zsnr.conditioning import NullConditioner
 from zsnr.networks import UNet
-from zsnr.pipeline import TextToImage, describe_guidance, save_png, to_image
+from zsnr.pipeline import Sampling, TextToImage, describe_guidance, save_png, to_image
 
 FAST = {"num_steps": 3, "progress": False}
 
@@ -40,7 +52,8 @@ def test_a_seed_is_a_picture_whatever_stands_beside_it(pipe):
 
 def test_it_is_the_paper_by_hand(pipe):
     model, guidance = pipe.model, Guidance(3.0, 0.7)
-    got = arrays(pipe(["a cat"], seeds=[4], num_steps=4, guidance=guidance, progress=False))
+    settings = {"sampler": "ddim", "num_steps": 4, "guidance": guidance, "progress": False}
+    got = arrays(pipe(["a cat"], seeds=[4], **settings))
     schedule, x = model.schedule, SampleNoise([4]).randn((12, 8, 8))
     cond, null = model.conditioner(["a cat"]), model.conditioner([""])
     grid = trailing(4).tolist()
@@ -63,11 +76,94 @@ def test_negative_prompts(pipe):
     plain = arrays(pipe(["a cat"], seeds=[0], **FAST))
     assert np.abs(same[0] - plain[0]).max() <= 1
     # guiding away from the prompt itself is no guidance
-    away = arrays(
-        pipe(["a cat"], negative_prompts=["a cat"], seeds=[0], guidance=Guidance(9.0, 0.0), **FAST)
-    )
-    alone = arrays(pipe(["a cat"], seeds=[0], guidance=Guidance(1.0, 0.0), **FAST))
+    ddim = {"sampler": "ddim", "seeds": [0], **FAST}
+    away = arrays(pipe(["a cat"], negative_prompts=["a cat"], guidance=Guidance(9.0, 0.0), **ddim))
+    alone = arrays(pipe(["a cat"], guidance=Guidance(1.0, 0.0), **ddim))
     assert np.abs(away - alone).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "scale", "given", "sampler", "spacing"),
+    [
+        (50, 7.5, {}, "ddim", "trailing"),
+        (60, 1.0, {}, "ddim", "trailing"),
+        (8, 7.5, {}, "multiscale", "guided"),
+        (8, 1.0, {}, "multiscale", "log_snr"),
+        (4, 7.5, {}, "ddim", "guided"),
+        (8, 7.5, {"sampler": "euler"}, "euler", "trailing"),
+        (8, 7.5, {"spacing": "log_snr"}, "ddim", "log_snr"),
+        (8, 7.5, {"sampler": "auto", "spacing": "auto"}, "multiscale", "guided"),
+    ],
+)
+def test_the_number_of_steps_is_enough(pipe, num_steps, scale, given, sampler, spacing):
+    guidance = {} if scale == 7.5 else {"guidance": Guidance(scale)}
+    settings = {"num_steps": num_steps, "seeds": [3], "progress": False, **guidance}
+    found = pipe(["a cat"], **settings, **given)
+    wanted = pipe(["a cat"], **settings, sampler=sampler, spacing=spacing)
+    assert (arrays(found) == arrays(wanted)).all()
+    assert found[0].info == wanted[0].info  # which names what was used
+    facts = json.loads(found[0].info["zsnr"])
+    assert (facts["sampler"], facts["spacing"]) == (sampler, spacing)
+    sampling = Sampling(num_steps=num_steps, **guidance, **given)
+    assert (sampling.sampler, sampling.spacing) == (get_sampler(sampler), spacing)
+    assert dataclasses.replace(sampling, num_steps=7).sampler == sampling.sampler
+
+
+def test_a_grid_file_brings_its_sampler(tmp_path):
+    path = tmp_path / "grid.json"
+    for named, wanted in (("", DDIM()), (', "sampler": "unipc"', UniPC())):
+        path.write_text(f'{{"timesteps": [999, 300, 20]{named}}}')
+        assert Sampling(num_steps=3, spacing=str(path)).sampler == wanted
+        assert Sampling("heun", num_steps=3, spacing=str(path)).sampler == Heun()
+    path.write_text('{"timesteps": [999], "sampler": 5}')
+    with pytest.raises(ValueError, match="grid.json: sampler is 5: wanted a name"):
+        Sampling(num_steps=1, spacing=str(path))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sampler": "plms"}, "Sampler 'plms' is unknown. Known: 'ddim', 'ddpm'"),
+        ({"sampler": None}, "sampler=None: wanted a sampler, the name of one, or 'auto'"),
+        ({"num_steps": 0}, "num_steps=0: wanted an int of at least 1"),
+    ],
+)
+def test_sampling_that_cannot_be_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**settings)
+
+
+@pytest.mark.parametrize("guidance", [None, Guidance(2.0, 0.0, interval=(0.5, 4.0)), Guidance(1.0)])
+def test_a_loop_of_one_s_own(pipe, guidance):
+    prompts, negatives, seeds = ["a cat", "a dog"], ["", "a cat"], [4, 5]
+    states = []
+    pipe(
+        prompts,
+        negative_prompts=negatives,
+        seeds=seeds,
+        num_steps=8,
+        guidance=guidance,
+        progress=False,
+        callback=lambda i, t, x_0, x_s: states.append(x_s),
+    )
+    model = pipe.model
+    sampler, spacing = recommend_sampling(8, guidance or Guidance())
+    sampler = get_sampler(sampler)
+    with torch.no_grad():
+        denoiser = pipe.denoiser(prompts, negative_prompts=negatives, guidance=guidance)
+        grid = get_timesteps(spacing, 8, schedule=model.schedule)
+        plan = sampler.plan(model.schedule, grid, denoiser.guidance)
+        noise = SampleNoise(seeds).randn(model.codec.latent_shape(16, 16), device=denoiser.device)
+        state = sampler.begin(plan, noise)
+        for call, wanted in zip(plan.calls, states, strict=True):
+            x_0 = denoiser.at(call.t, call.s)(state.x_t, torch.full((2,), call.t))
+            state = sampler.advance(plan, state, x_0)
+            assert torch.equal(state.x_t, wanted)
+    assert state.done
+    with pytest.raises(ValueError, match="1 negative_prompts for 2 prompts"):
+        pipe.denoiser(prompts, negative_prompts=["a"])
+    with pytest.raises(ValueError, match="needs the raw weights"):
+        pipe.denoiser(prompts, guidance=Guidance(against="raw"))
 
 
 def test_sizes_and_samplers(pipe):
@@ -147,7 +243,7 @@ def test_guidance_away_from_raw_weights(pipe):
         for parameter in raw.parameters():
             parameter.mul_(0.9)
     both = TextToImage(dataclasses.replace(pipe.model, raw_unet=raw)).to("cpu")
-    got = arrays(both(["a cat"], seeds=[4], guidance=guidance, **FAST))
+    got = arrays(both(["a cat"], seeds=[4], sampler="ddim", guidance=guidance, **FAST))
     cond = pipe.model.conditioner(["a cat"])
     denoiser = Denoiser(
         lambda x, t, c: 3 * pipe.model.unet(x, t, c) - 2 * raw(x, t, c),

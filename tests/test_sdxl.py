@@ -73,7 +73,8 @@ def test_images_are_diffusers(made, num_steps, scale, rescale):
     decode = codec.decode
     codec.decode = lambda latents: found.append(latents) or decode(latents)
     settings = {"num_steps": num_steps, "guidance": Guidance(scale, rescale), "progress": False}
-    images = ours(PROMPTS, seeds=[5, 6], height=16, width=24, **settings)
+    size = {"height": 16, "width": 24}
+    images = ours(PROMPTS, seeds=[5, 6], sampler="ddim", **size, **settings)
     assert [image.size for image in images] == [(24, 16)] * 2
     start = [torch.randn(1, 4, 8, 12, generator=torch.Generator().manual_seed(s)) for s in (5, 6)]
     wanted = theirs(
@@ -186,7 +187,8 @@ def test_from_a_flawed_start_to_what_diffusers_samples_right(made, tmp_path, cap
     theirs.set_progress_bar_config(disable=True)
     noise = torch.cat([torch.randn(1, 4, 8, 8, generator=seeded(s)) for s in (5, 6)])
     settings = {"height": 16, "width": 16}
-    images = ours(PROMPTS, seeds=[5, 6], num_steps=10, progress=False, **settings)
+    own = {"sampler": "ddim", "progress": False}
+    images = ours(PROMPTS, seeds=[5, 6], num_steps=10, **own, **settings)
     arrays = theirs(
         PROMPTS,
         latents=noise,

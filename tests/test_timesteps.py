@@ -217,6 +217,7 @@ def test_registry(monkeypatch):
     assert set(available_spacings()) == own | {
         "ays",
         "beta",
+        "guided",
         "karras",
         "kl_optimal",
         "leading",

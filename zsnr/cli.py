@@ -436,11 +436,25 @@ def _device(name: str) -> str:
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
     """Add the options of every command that samples; None = not given."""
     parser.add_argument(
-        "--sampler", metavar="NAME", help="such as ddim, ddpm, euler (default ddim)"
+        "--sampler",
+        metavar="NAME",
+        help="The sampler, such as ddim, multiscale or euler. The default, auto, chooses sampler "
+        "and spacing for the number of steps and the guidance scale. If only --spacing is given, "
+        "auto is ddim, or the sampler that a grid file was made for.",
     )
-    parser.add_argument("--num-steps", type=int, metavar="S", help="steps (default 50)")
     parser.add_argument(
-        "--spacing", metavar="NAME", help="trailing, leading, linspace, ... (default trailing)"
+        "--num-steps",
+        type=int,
+        metavar="S",
+        help="Number of sampling steps (default 50). It is enough to set this alone: sampler and "
+        "spacing follow from it. With 50 and more steps they are ddim and trailing.",
+    )
+    parser.add_argument(
+        "--spacing",
+        metavar="NAME",
+        help="The timestep spacing, such as trailing, guided or log_snr, or a grid file. The "
+        "default, auto, chooses it with the sampler. If only --sampler is given, auto is "
+        "trailing.",
     )
     parser.add_argument("--guidance-scale", type=float, metavar="W", help="w (default 7.5)")
     parser.add_argument(

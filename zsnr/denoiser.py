@@ -214,6 +214,11 @@ class Denoiser:
             uncond = uncond.to(uncond.context.device, self.dtype)
             self._both = Conditioning.cat([uncond.expand(len(self._cond)), self._cond])
 
+    @property
+    def device(self) -> torch.device | None:
+        """Where the conditioning is, and x_t is to be. None = there is no conditioning."""
+        return None if self._cond is None else self._cond.context.device
+
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Predict clean data.
 

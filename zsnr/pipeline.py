@@ -26,8 +26,9 @@ from zsnr.guidance import Guidance
 from zsnr.ldm_file import is_single_file
 from zsnr.noise import SampleNoise, sample_generator
 from zsnr.prediction import PredictionType, check_prediction_type
-from zsnr.samplers import DDIM, Sampler, get_sampler
+from zsnr.samplers import Sampler, get_sampler
 from zsnr.samplers.base import Callback
+from zsnr.samplers.recommend import AUTO, resolve_sampling
 from zsnr.samplers.registry import sampler_name
 from zsnr.schedule import NoiseSchedule
 from zsnr.timesteps import get_timesteps, is_grid_file, read_grid
@@ -38,33 +39,49 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How images are sampled; the defaults are the paper's.
+    """How images are sampled. The number of steps alone is enough.
+
+    "auto" is replaced by what it stands for when this is made, see `resolve_sampling`: with 50
+    steps and more it is the paper's DDIM and trailing timesteps, with fewer steps what the
+    measurements favor at this guidance scale. So `dataclasses.replace` keeps what was chosen.
 
     Args:
-        sampler: The sampler, by class.
-        num_steps: S; the network is called as often, by Heun's method nearly twice as often.
-        spacing: A registered timestep spacing, or the path of a grid that `zsnr timesteps optimize`
-            wrote, seen from the folder where the command runs.
+        sampler: The sampler, its registered name, or "auto". "auto" chooses the sampler for the
+            number of steps and the guidance scale, or takes DDIM where a spacing is given.
+        num_steps: S, from which sampler and spacing follow where they are "auto". The network is
+            called as often, by Heun's method nearly twice as often.
+        spacing: A registered timestep spacing; the path of a grid that `zsnr timesteps optimize`
+            wrote, seen from the folder where the command runs; or "auto". "auto" chooses the
+            spacing with the sampler, or takes trailing timesteps where a sampler is given.
         guidance: Guidance scale, rescale, interval and method.
 
     Attributes:
         grid: What that file held; None where the spacing is none.
 
     Raises:
-        ValueError: The file holds no grid.
-        OSError: It cannot be read.
+        ValueError: The sampler's name is unknown, the number of steps is not positive, or the file
+            holds no grid.
+        OSError: The file cannot be read.
     """
 
-    sampler: Sampler = field(default_factory=DDIM)
+    sampler: Sampler | str = AUTO
     num_steps: int = 50
-    spacing: str = "trailing"
+    spacing: str = AUTO
     guidance: Guidance = field(default_factory=Guidance)
 
     grid: tuple[int, ...] | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        steps = read_grid(Path(self.spacing))[0] if is_grid_file(self.spacing) else None
+        sampler, spacing = resolve_sampling(
+            self.sampler, self.spacing, self.num_steps, self.guidance
+        )
+        steps = read_grid(Path(spacing)).timesteps if is_grid_file(spacing) else None
         object.__setattr__(self, "grid", None if steps is None else tuple(steps))
+        object.__setattr__(self, "spacing", spacing)
+        sampler = get_sampler(sampler) if isinstance(sampler, str) else sampler
+        if not isinstance(sampler, Sampler):
+            raise ValueError(f"sampler={sampler!r}: wanted a sampler, the name of one, or 'auto'.")
+        object.__setattr__(self, "sampler", sampler)
 
 
 def describe_sampling(sampling: Sampling) -> dict[str, Any]:
@@ -119,6 +136,7 @@ def check_steps(sampling: Sampling, schedule: NoiseSchedule) -> None:
         ValueError: It is so; only with the guidance method "cfg_pp".
     """
     sampler = sampling.sampler
+    assert isinstance(sampler, Sampler)
     if sampling.guidance.method == "cfg_pp" and type(sampler).sample is Sampler.sample:
         T = schedule.num_timesteps
         timesteps = get_timesteps(sampling.spacing, sampling.num_steps, T, schedule=schedule)
@@ -209,7 +227,7 @@ class TextToImage:
         width: int | None = None,
         sampler: Sampler | str | None = None,
         num_steps: int = Sampling.num_steps,
-        spacing: str = Sampling.spacing,
+        spacing: str | None = None,
         guidance: Guidance | None = None,
         batch_size: int = 8,
         max_rows: int | None = None,
@@ -226,9 +244,9 @@ class TextToImage:
             seeds: One a prompt. None = 0, 1, 2, ...
             height: Pixels. None = the size the model was trained at.
             width: Likewise.
-            sampler: A sampler, or the name of a registered one. None = DDIM.
+            sampler: A sampler, or the name of a registered one. None = "auto", see `Sampling`.
             num_steps: S, see `Sampling`.
-            spacing: A registered timestep spacing, or the path of a grid file.
+            spacing: A registered timestep spacing, or the path of a grid file. None = "auto".
             guidance: None = the paper's, scale 7.5 and rescale 0.7. Against "raw" it needs a model
                 with `raw_unet`, and takes no negative prompts.
             batch_size: Images at a time.
@@ -247,25 +265,18 @@ class TextToImage:
         """
         from tqdm import tqdm
 
-        prompts = _texts("prompts", prompts)
-        negatives = [""] * len(prompts)
-        if negative_prompts is not None:
-            negatives = _texts("negative_prompts", negative_prompts)
+        prompts, negatives = _prompts(prompts, negative_prompts)
         seeds = range(len(prompts)) if seeds is None else seeds
         seeds = [operator.index(seed) for seed in seeds]
-        for name, values in (("negative_prompts", negatives), ("seeds", seeds)):
-            if len(values) != len(prompts):
-                raise ValueError(
-                    f"{len(values)} {name} for {len(prompts)} prompts: wanted one a prompt."
-                )
+        _check_count("seeds", seeds, prompts)
         for name, most in (("batch_size", batch_size), ("max_rows", max_rows)):
             if most is not None and most < 1:
                 raise ValueError(f"{name}={most}: wanted at least 1.")
-        sampler = get_sampler(sampler) if isinstance(sampler, str) else sampler or DDIM()
-        sampling = Sampling(sampler, num_steps, spacing, guidance or Guidance())
+        sampling = Sampling(sampler or AUTO, num_steps, spacing or AUTO, guidance or Guidance())
         self._check_guidance(sampling.guidance, negatives)
         schedule = self.model.schedule
-        timesteps = get_timesteps(spacing, num_steps, schedule.num_timesteps, schedule=schedule)
+        T = schedule.num_timesteps
+        timesteps = get_timesteps(sampling.spacing, num_steps, T, schedule=schedule)
         height = self.model.image_size if height is None else height
         width = self.model.image_size if width is None else width
         shape = self.model.codec.latent_shape(height, width)
@@ -287,11 +298,16 @@ class TextToImage:
         with bar:
             for i in batches:
                 rows = slice(i, i + batch_size)
-                cond, uncond = self._conditioning(
-                    prompts[rows], negatives[rows], (height, width), sampling.guidance
+                denoiser = self.denoiser(
+                    prompts[rows],
+                    negative_prompts=negatives[rows],
+                    guidance=sampling.guidance,
+                    height=height,
+                    width=width,
+                    max_rows=max_rows,
                 )
                 latents = self._sample(
-                    cond, uncond, seeds[rows], shape, sampling, timesteps, after_step, max_rows
+                    denoiser, seeds[rows], shape, sampling, timesteps, after_step
                 )
                 for row, pixels in enumerate(self.model.codec.decode(latents), start=i):
                     images.append(to_image(pixels))
@@ -306,6 +322,55 @@ class TextToImage:
                         }
                     )
         return images
+
+    @torch.no_grad()
+    def denoiser(
+        self,
+        prompts: Sequence[str],
+        *,
+        negative_prompts: Sequence[str] | None = None,
+        guidance: Guidance | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        max_rows: int | None = None,
+    ) -> Denoiser:
+        """Make the guided denoiser of prompts, (x_t, t) -> x_0, for a sampling loop of one's own.
+
+        It is what images are sampled with. Call it within torch.no_grad(); the latents it takes
+        and gives have the shape `model.codec.latent_shape(height, width)`, one row a prompt.
+
+        Args:
+            prompts: What to show.
+            negative_prompts: What to guide away from, one a prompt; "" = nothing. None = nothing.
+            guidance: None = the paper's, scale 7.5 and rescale 0.7.
+            height: Pixels. None = the size the model was trained at. Only networks that take sizes
+                are told.
+            width: Likewise.
+            max_rows: Rows of one network call, see `Denoiser`.
+
+        Raises:
+            ValueError: Lists of different lengths, or guidance that does not fit the model.
+        """
+        prompts, negatives = _prompts(prompts, negative_prompts)
+        guidance = guidance or Guidance()
+        self._check_guidance(guidance, negatives)
+        size = self.model.image_size
+        cond, uncond = self._conditioning(
+            prompts,
+            negatives,
+            (size if height is None else height, size if width is None else width),
+            guidance,
+        )
+        return Denoiser(
+            self.network,
+            self.model.schedule,
+            self.model.prediction_type,
+            cond,
+            uncond,
+            guidance,
+            max_rows=max_rows,
+            weak_network=self.model.raw_unet if guidance.against == "raw" else None,
+        )
 
     def describe(self, sampling: Sampling) -> dict[str, Any]:
         """Return all that makes an image beside prompt, seed and size, as plain values."""
@@ -364,30 +429,19 @@ class TextToImage:
 
     def _sample(
         self,
-        cond: Conditioning,
-        uncond: Conditioning | None,
+        denoiser: Denoiser,
         seeds: list[int],
         shape: tuple[int, int, int],
         sampling: Sampling,
         timesteps: Tensor,
         callback: Callback,
-        max_rows: int | None,
     ) -> Tensor:
-        denoiser = Denoiser(
-            self.network,
-            self.model.schedule,
-            self.model.prediction_type,
-            cond,
-            uncond,
-            sampling.guidance,
-            max_rows=max_rows,
-            weak_network=self.model.raw_unet if sampling.guidance.against == "raw" else None,
-        )
+        assert isinstance(sampling.sampler, Sampler)
         noise = SampleNoise(seeds)
         return sampling.sampler.sample(
             denoiser,
             self.model.schedule,
-            noise.randn(shape, device=_device(cond)),
+            noise.randn(shape, device=denoiser.device or "cpu"),
             timesteps,
             randn_like=noise.randn_like,
             callback=callback,
@@ -431,11 +485,24 @@ def _ends(interval: tuple[float, float] | None) -> list[float | None] | None:
     return None if interval is None else [x if math.isfinite(x) else None for x in interval]
 
 
+def _prompts(
+    prompts: Sequence[str], negative_prompts: Sequence[str] | None
+) -> tuple[list[str], list[str]]:
+    """Check prompts and negative prompts; where there are none of these, they are empty."""
+    prompts = _texts("prompts", prompts)
+    if negative_prompts is None:
+        return prompts, [""] * len(prompts)
+    negatives = _texts("negative_prompts", negative_prompts)
+    _check_count("negative_prompts", negatives, prompts)
+    return prompts, negatives
+
+
+def _check_count(name: str, values: Sequence[Any], prompts: Sequence[str]) -> None:
+    if len(values) != len(prompts):
+        raise ValueError(f"{len(values)} {name} for {len(prompts)} prompts: wanted one a prompt.")
+
+
 def _texts(name: str, texts: Sequence[str]) -> list[str]:
     if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{name}: wanted a list of strings, such as ['a black cat'].")
     return list(texts)
-
-
-def _device(cond: Conditioning) -> torch.device:
-    return cond.context.device

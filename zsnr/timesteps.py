@@ -14,7 +14,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -372,8 +372,22 @@ def check_timesteps(
     return steps
 
 
-def read_grid(path: Path) -> tuple[list[int], dict[str, Any] | None]:
-    """Read a grid file: its timesteps, and the settings of the schedule that it is for, if any.
+class GridFile(NamedTuple):
+    """What a grid file holds.
+
+    Args:
+        timesteps: The grid, descending.
+        schedule: Settings of the schedule that it is for. None = any.
+        sampler: Name of the sampler that it was made for. None = the file names none.
+    """
+
+    timesteps: list[int]
+    schedule: dict[str, Any] | None
+    sampler: str | None
+
+
+def read_grid(path: Path) -> GridFile:
+    """Read a grid file.
 
     Raises:
         ValueError: It holds no grid.
@@ -392,14 +406,17 @@ def read_grid(path: Path) -> tuple[list[int], dict[str, Any] | None]:
     settings = facts.get("schedule")
     if not isinstance(settings, dict | None):
         raise ValueError(f"{path}: schedule is {settings!r:.80}: wanted settings by name.")
+    sampler = facts.get("sampler")
+    if not isinstance(sampler, str | None):
+        raise ValueError(f"{path}: sampler is {sampler!r:.80}: wanted a name.")
     try:
-        return check_timesteps(facts["timesteps"]), settings
+        return GridFile(check_timesteps(facts["timesteps"]), settings, sampler)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
 def _grid_of_file(path: Path, S: int, T: int, schedule: NoiseSchedule | None) -> Tensor:
-    steps, settings = read_grid(path)
+    steps, settings, _ = read_grid(path)
     if steps[0] >= T:
         raise ValueError(f"{path}: timesteps run from {steps[0]}: wanted {T - 1} to 0.")
     if len(steps) != S:

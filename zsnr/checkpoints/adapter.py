@@ -13,6 +13,7 @@ from zsnr.checkpoints.declared import rescaled, schedule_from_diffusers
 from zsnr.checkpoints.scheduler_config import scheduler_config
 from zsnr.prediction import PredictionType, to_x0
 from zsnr.samplers import Sampler, get_sampler
+from zsnr.samplers.recommend import AUTO
 from zsnr.samplers.registry import sampler_name
 from zsnr.schedule import NoiseSchedule
 from zsnr.timesteps import check_spacing, check_timesteps, get_timesteps
@@ -45,10 +46,17 @@ class DiffusersScheduler:
     timestep, on its own grid, without patching the schedule.
 
     Args:
-        sampler: A sampler or the name of a registered one.
+        sampler: A sampler or the name of a registered one. "auto" is refused: it depends on the
+            number of steps and the guidance scale, and a pipeline does not tell its scheduler the
+            second. `zsnr.recommend_sampling` names sampler and spacing for both.
         schedule: The schedule the network was trained on.
         prediction_type: What the network predicts.
-        spacing: A registered timestep spacing, or the path of a grid file.
+        spacing: A registered timestep spacing, or the path of a grid file; not "auto" either.
+
+    The sampler "multiscale" fits its steps to the guidance scale, so it must be told the one that
+    the pipeline is called with:
+
+    DiffusersScheduler(get_sampler("multiscale", guidance=7.5), spacing="guided")
 
     Attributes:
         timesteps: t of every network call, int64, (calls,), after `set_timesteps`.
@@ -57,7 +65,7 @@ class DiffusersScheduler:
         init_noise_sigma: Always 1: x_T is noise of unit variance.
 
     Raises:
-        ValueError: Unknown names, or epsilon at zero SNR.
+        ValueError: Unknown names, "auto", or epsilon at zero SNR.
     """
 
     order = 1
@@ -71,6 +79,12 @@ class DiffusersScheduler:
         spacing: str = "trailing",
     ) -> None:
         declared = scheduler_config(schedule, prediction_type)  # refuses epsilon at zero SNR
+        if AUTO in (sampler, spacing):
+            raise ValueError(
+                f"sampler={sampler!r}, spacing={spacing!r}: 'auto' depends on the number of steps "
+                "and the guidance scale, which a scheduler does not know. Pass the two names that "
+                "zsnr.recommend_sampling(num_steps, guidance_scale) returns."
+            )
         check_spacing(spacing)
         self.sampler = get_sampler(sampler) if isinstance(sampler, str) else sampler
         self.schedule, self.prediction_type, self.spacing = schedule, prediction_type, spacing
@@ -105,7 +119,8 @@ class DiffusersScheduler:
             zero_terminal_snr: Whether the network was trained on the rescaled schedule. None = as
                 the config says; pass True where a class that has no such flag lost it.
         """
-        schedule = schedule_from_diffusers(config)
+        # The spacing is not used, and may be one that diffusers does not know.
+        schedule = schedule_from_diffusers({**config, "timestep_spacing": "trailing"})
         if zero_terminal_snr is not None:
             plain = replace(schedule, zero_terminal_snr=False)
             schedule = rescaled(plain) if zero_terminal_snr else plain

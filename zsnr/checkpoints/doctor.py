@@ -26,6 +26,7 @@ from zsnr.files import replacing
 from zsnr.guidance import Guidance
 from zsnr.loss import LossWeighting
 from zsnr.prediction import PredictionType
+from zsnr.samplers.recommend import AUTO, resolve_sampling
 from zsnr.schedule import NoiseSchedule
 from zsnr.timesteps import check_timesteps, get_timesteps, is_grid_file
 
@@ -517,14 +518,14 @@ def _examine_yaml(target: str, path: Path, num_steps: Sequence[int]) -> Diagnosi
     guidance = _block(path, "model.sampling.guidance", _init_args(sampling.get("guidance")))
     options = [option.name for option in fields(Guidance)]
     _check_keys(path, "model.sampling.guidance", guidance, options)
-    _check_guidance(f"{path}: model.sampling.guidance", guidance)
-    told: dict[str, Any] = {
-        key: sampling[key] for key in ("num_steps", "spacing") if key in sampling
-    }
-    told |= {f"guidance_{key}": value for key, value in guidance.items()}
-    sampler = sampling.get("sampler", DEFAULT_SAMPLING["sampler"])
+    guides = _check_guidance(f"{path}: model.sampling.guidance", guidance)
+    told = {f"guidance_{key}": value for key, value in guidance.items()}
+    sampler, spacing = sampling.get("sampler", AUTO), sampling.get("spacing", AUTO)
     if isinstance(sampler, dict):
         sampler = sampler.get("class_path")
+    S = sampling.get("num_steps", DEFAULT_SAMPLING["num_steps"])
+    if isinstance(spacing, str) and type(S) is int and S > 0:  # else it is refused later
+        sampler, spacing = resolve_sampling(sampler, spacing, S, guides)
     return _examine_own(
         target,
         "zsnr YAML",
@@ -532,7 +533,7 @@ def _examine_yaml(target: str, path: Path, num_steps: Sequence[int]) -> Diagnosi
         schedule=_built(path, "model.schedule", NoiseSchedule, model.get("schedule")),
         prediction_type=model.get("prediction_type", "v_prediction"),
         loss=_built(path, "model.loss", LossWeighting, model.get("loss")),
-        sampling={**told, "sampler": sampler},
+        sampling={**told, "sampler": sampler, "num_steps": S, "spacing": spacing},
         num_steps=num_steps,
     )
 
@@ -640,14 +641,14 @@ def _built(path: Path, name: str, cls: type[Any], settings: Any) -> Any:
         raise ValueError(f"{path}: {name}: {clipped(reason, 300)}") from error
 
 
-def _check_guidance(where: str, settings: Mapping[str, Any]) -> None:
-    """Refuse guidance that sampling would refuse.
+def _check_guidance(where: str, settings: Mapping[str, Any]) -> Guidance:
+    """Build guidance, as sampling does; refuse what it would refuse.
 
     Raises:
         ValueError: It is so.
     """
     try:
-        Guidance(**settings)
+        return Guidance(**settings)
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{where}: {clipped(str(error), 300)}") from error
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from zsnr.guidance import Curve, Guidance, GuidanceMethod, GuidanceSource
 from zsnr.pipeline import Sampling, check_steps
 from zsnr.reports.schedule import both
-from zsnr.samplers import get_sampler
+from zsnr.samplers.recommend import AUTO, resolve_sampling
 from zsnr.schedule import NoiseSchedule
 from zsnr.timesteps import get_timesteps
 
@@ -21,14 +21,14 @@ ScheduleKind = Literal["original", "rescaled"]
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to sample; the defaults are the paper's.
+    """One way to sample. The number of steps alone is enough; guidance is the paper's by default.
 
     Args:
         name: What to call it.
         schedule: The schedule as it was published, or rescaled to zero terminal SNR. None = as the
             model declares it; rescaled, for an exact denoiser.
-        spacing: The timestep spacing.
-        sampler: The sampler, by its registered name.
+        spacing: The timestep spacing, or "auto", see `resolved`.
+        sampler: The sampler, by its registered name, or "auto".
         num_steps: S.
         guidance_scale: w. An exact denoiser of one data set has no guidance.
         guidance_rescale: phi.
@@ -47,8 +47,8 @@ class Arm:
 
     name: str = ""
     schedule: ScheduleKind | None = None
-    spacing: str = Sampling.spacing
-    sampler: str = "ddim"
+    spacing: str = AUTO
+    sampler: str = AUTO
     num_steps: int = Sampling.num_steps
     guidance_scale: float = Guidance.scale
     guidance_rescale: float = Guidance.rescale
@@ -78,15 +78,31 @@ class Arm:
             )
         return found
 
+    def resolved(self, *, guided: bool = True) -> Arm:
+        """Return the arm with the sampler and the spacing that "auto" stands for.
+
+        Args:
+            guided: Whether its guidance counts. An exact denoiser of one data set has none.
+
+        Raises:
+            ValueError: Guidance or the number of steps is out of range, or a grid file holds none.
+        """
+        guidance = self._guidance() if guided else None
+        sampler, spacing = resolve_sampling(self.sampler, self.spacing, self.num_steps, guidance)
+        return replace(self, sampler=sampler, spacing=spacing)
+
+    def _guidance(self) -> Guidance:
+        return Guidance(
+            **{name.removeprefix("guidance_"): getattr(self, name) for name in GUIDANCE}
+        )
+
     def sampling(self) -> Sampling:
         """Return how it samples.
 
         Raises:
             ValueError: An unknown sampler, or guidance out of range.
         """
-        options = {name.removeprefix("guidance_"): getattr(self, name) for name in GUIDANCE}
-        guidance = Guidance(**options)
-        return Sampling(get_sampler(self.sampler), self.num_steps, self.spacing, guidance)
+        return Sampling(self.sampler, self.num_steps, self.spacing, self._guidance())
 
     def check(self, declared: NoiseSchedule) -> None:
         """Refuse what cannot be sampled.
@@ -94,9 +110,10 @@ class Arm:
         Raises:
             ValueError: It is so.
         """
-        schedule = self.schedule_of(declared)
-        check_steps(self.sampling(), schedule)
-        get_timesteps(self.spacing, self.num_steps, schedule.num_timesteps, schedule=schedule)
+        schedule, sampling = self.schedule_of(declared), self.sampling()
+        check_steps(sampling, schedule)
+        T = schedule.num_timesteps
+        get_timesteps(sampling.spacing, sampling.num_steps, T, schedule=schedule)
 
 
 def _or_none(text: str) -> float | None:
@@ -198,7 +215,8 @@ def make_arms(
     """Make the arms that a command line asks for.
 
     Each of `texts` is an arm; one that names no model is an arm of each of `models`. Without texts,
-    each of `models` is an arm. Each variation multiplies them by its values.
+    each of `models` is an arm. Each variation multiplies them by its values. In the end "auto" is
+    replaced by the sampler and the spacing that it stands for in each arm.
 
     Args:
         models: Paths or hub ids; "a,b" is one arm of two models.
@@ -241,7 +259,7 @@ def make_arms(
         if arm.schedule not in (None, *get_args(ScheduleKind)):
             known = ", ".join(get_args(ScheduleKind))
             raise ValueError(f"schedule={arm.schedule!r} is unknown. Known: {known}.")
-    return _named(arms)
+    return _named([arm.resolved(guided=not exact) for arm in arms])
 
 
 def parse_arm(text: str, defaults: Arm) -> Arm:

@@ -81,6 +81,7 @@ def compare_models(
     Raises:
         ValueError: Something of it is wrong, before anything slow where that can be known.
     """
+    arms = [arm.resolved() for arm in arms]
     check_new(output)
     check_numbers(count=count, num_prompts=num_prompts, samples=most, batch_size=batch_size)
     sample_generator(seed)
@@ -190,6 +191,7 @@ def compare_exact(
     Raises:
         ValueError: Something of it is wrong.
     """
+    arms = [arm.resolved(guided=False) for arm in arms]
     check_new(output)
     check_numbers(count=count, samples=most, batch_size=batch_size, image_size=image_size)
     for last in (seed, seed + count - 1):

@@ -45,8 +45,8 @@ _LARGEST = 4 * 64 * 64  # numbers of a sample; of larger ones the exact denoiser
 _NUM_STEPS = 50
 _AHEAD = 32  # pictures that wait in memory
 _ARMS = (
-    Arm("original schedule", "original", num_steps=_NUM_STEPS),
-    Arm("rescaled schedule", "rescaled", num_steps=_NUM_STEPS),
+    Arm("original schedule", "original", "trailing", "ddim", num_steps=_NUM_STEPS),
+    Arm("rescaled schedule", "rescaled", "trailing", "ddim", num_steps=_NUM_STEPS),
 )
 
 
@@ -220,7 +220,7 @@ def gaussian_samples(arm: Arm, mean: float, std: float, pixels: int) -> tuple[fl
     Returns:
         Mean and spread of the samples, in the units of `mean`.
     """
-    schedule = arm.schedule_of(NoiseSchedule())
+    arm, schedule = arm.resolved(guided=False), arm.schedule_of(NoiseSchedule())
     denoiser = GaussianDenoiser(schedule, mean * pixels**0.5, std * pixels**0.5)
     x_T = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
     timesteps = get_timesteps(arm.spacing, arm.num_steps, schedule=schedule)

@@ -175,13 +175,15 @@ def make_panels(
         number: 4: timestep spacings, at S = 5 and 25. 5: the prediction of x_0 after each step.
             6: guidance rescale from 0 to 1.
         pipe: What samples.
-        arm: How, but for what the figure varies.
+        arm: How, but for what the figure varies. Where its sampler is "auto", Figure 4 takes ddim
+            on all of its timesteps.
         prompts: What to show.
         seeds: Of each prompt.
     """
     asked = [prompt for prompt in prompts for _ in seeds]
     every = [seed for _ in prompts for seed in seeds]
     rows = [_row(prompt, seed, len(seeds)) for prompt, seed in zip(asked, every, strict=True)]
+    arm = (replace(arm, spacing="trailing") if number == 4 else arm).resolved()
     if number == 4:
         columns = len(seeds) if len(prompts) > 1 else _ACROSS
         return Panels(

@@ -17,10 +17,10 @@ from zsnr.schedule import NoiseSchedule
 from zsnr.timesteps import get_timesteps
 
 ARMS = (
-    Arm("original schedule, leading", "original", "leading"),
-    Arm("original schedule, trailing", "original", "trailing"),
-    Arm("rescaled schedule, leading", "rescaled", "leading"),
-    Arm("rescaled schedule, trailing (fixed)", "rescaled", "trailing"),
+    Arm("original schedule, leading", "original", "leading", "ddim"),
+    Arm("original schedule, trailing", "original", "trailing", "ddim"),
+    Arm("rescaled schedule, leading", "rescaled", "leading", "ddim"),
+    Arm("rescaled schedule, trailing (fixed)", "rescaled", "trailing", "ddim"),
 )
 
 
@@ -69,7 +69,7 @@ def oracle_samples(
     starts = range(0, len(seeds), batch_size)
     steps = len(starts) * sum(arm.num_steps for arm in arms)
     with tqdm(total=steps, desc="exact denoiser", unit="step") as bar:
-        for arm in arms:
+        for arm in (arm.resolved(guided=False) for arm in arms):
             own = arm.schedule_of(schedule)
             denoiser = EmpiricalDenoiser(own, images)
             grid = get_timesteps(arm.spacing, arm.num_steps, own.num_timesteps, schedule=own)

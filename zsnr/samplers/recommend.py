@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-from zsnr.guidance import Guidance
+from pathlib import Path
+from typing import TypeVar
 
+from zsnr.guidance import Guidance
+from zsnr.timesteps import is_grid_file, read_grid
+
+_Given = TypeVar("_Given")
+
+AUTO = "auto"
 PAPER = ("ddim", "trailing")
 MANY_STEPS = 50
 
@@ -44,3 +51,38 @@ def recommend_sampling(num_steps: int, guidance: Guidance | float | None = None)
     if w <= 1:
         return "multiscale", "log_snr"
     return "ddim" if num_steps < 7 and w > 4 else "multiscale", "guided"
+
+
+def resolve_sampling(
+    sampler: _Given | str,
+    spacing: str,
+    num_steps: int,
+    guidance: Guidance | float | None = None,
+) -> tuple[_Given | str, str]:
+    """Replace "auto" by the sampler and the spacing that it stands for.
+
+    | sampler | spacing | what is used |
+    |---|---|---|
+    | auto | auto | `recommend_sampling` of the number of steps and the guidance scale |
+    | auto | a grid file | the sampler that the file was made for, ddim if it names none |
+    | auto | a name | ddim, the paper's |
+    | given | auto | trailing, the paper's |
+
+    Args:
+        sampler: "auto", or anything else, which is returned as it is.
+        spacing: "auto", a registered timestep spacing, or the path of a grid file.
+        num_steps: S.
+        guidance: The guidance, or its scale w. None = no guidance.
+
+    Raises:
+        ValueError: Both are "auto" and num_steps is not a positive int, or the file holds no grid.
+        OSError: The file cannot be read.
+    """
+    if spacing == AUTO:
+        if sampler == AUTO:
+            return recommend_sampling(num_steps, guidance)
+        return sampler, PAPER[1]
+    if sampler == AUTO:
+        made_for = read_grid(Path(spacing)).sampler if is_grid_file(spacing) else None
+        return made_for or PAPER[0], spacing
+    return sampler, spacing

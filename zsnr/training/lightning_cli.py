@@ -27,6 +27,7 @@ from zsnr.guidance import Guidance
 from zsnr.lora import LoRA
 from zsnr.loss import LossWeighting
 from zsnr.samplers import Sampler, get_sampler
+from zsnr.samplers.recommend import AUTO, resolve_sampling
 from zsnr.schedule import NoiseSchedule
 from zsnr.training.board import TrainingBoard
 from zsnr.training.callbacks import PredictionWriter
@@ -66,16 +67,22 @@ DEFAULTS = {
     "trainer.val_check_interval": 1000,
     "trainer.use_distributed_sampler": False,
     "trainer.num_sanity_val_steps": 0,
+    # The default of LatentDiffusion is resolved for its own number of steps.
+    "model.sampling.sampler": AUTO,
+    "model.sampling.spacing": AUTO,
 }
 
 
 _PREDICT_HELP = (
-    "Short options: --prompts FILE, --output FOLDER, --sampler NAME, --num-steps N, "
-    "--spacing NAME, --guidance-scale W, --guidance-rescale PHI, --guidance-interval [LOW,HIGH] "
-    "(of sigma / alpha), --guidance-method cfg|apg|cfg_zero_star|cfg_pp, --guidance-curve "
-    "[[LOG_SNR,W],...], --guidance-at-zero-snr false, --guidance-threshold PERCENTILE, "
+    "Short options: --prompts FILE, --output FOLDER, --sampler NAME|auto, --num-steps N, "
+    "--spacing NAME|auto, --guidance-scale W, --guidance-rescale PHI, --guidance-interval "
+    "[LOW,HIGH] (of sigma / alpha), --guidance-method cfg|apg|cfg_zero_star|cfg_pp, "
+    "--guidance-curve [[LOG_SNR,W],...], --guidance-at-zero-snr false, --guidance-threshold "
+    "PERCENTILE, "
     "--guidance-apg-parallel ETA, --guidance-apg-norm R, --guidance-against negative|raw, "
-    "--seed SEED (of prompts that name none)."
+    "--seed SEED (of prompts that name none). The number of steps alone is enough: where sampler "
+    "and spacing are auto, which is the default, both are chosen for the number of steps and the "
+    "guidance scale. If only one of them is given, the other is the paper's: ddim, trailing."
 )
 
 
@@ -187,14 +194,21 @@ def check_model(model: Any) -> None:
     Raises:
         ValueError: Settings contradict each other, or are out of range.
     """
+    sampling = model.sampling
+    guidance = Guidance(**sampling.guidance.as_dict())
+    sampler, spacing = resolve_sampling(
+        sampling.sampler, sampling.spacing, sampling.num_steps, guidance
+    )
+    if isinstance(sampler, str):
+        get_sampler(sampler)
     check_settings(
         NoiseSchedule(**model.schedule.as_dict()),
         model.prediction_type,
         LossWeighting(**model.loss.as_dict()),
-        model.sampling.spacing,
-        model.sampling.num_steps,
+        spacing,
+        sampling.num_steps,
     )
-    check_guidance(Guidance(**model.sampling.guidance.as_dict()), averaged=model.ema is not None)
+    check_guidance(guidance, averaged=model.ema is not None)
     if model.lora is not None:
         LoRA(**model.lora.as_dict())
         check_lora(model.unet, bool(model.conditioner.get("init_args", {}).get("trainable")))
@@ -231,16 +245,18 @@ def expand_short_options(arguments: Sequence[str]) -> list[str]:
     """Replace short options by the settings they stand for.
 
     Raises:
-        ValueError: --sampler names none that is registered.
+        ValueError: --sampler is neither a registered name nor "auto".
     """
     expanded: list[str] = []
     rest = iter(arguments)
     for argument in rest:
         name, equals, value = argument.partition("=")
         if name == "--sampler":
-            sampler = get_sampler(value if equals else next(rest, ""))
-            cls = type(sampler)
-            expanded.append(f"--model.sampling.sampler={cls.__module__}.{cls.__qualname__}")
+            value = value if equals else next(rest, "")
+            if value != AUTO:
+                cls = type(get_sampler(value))
+                value = f"{cls.__module__}.{cls.__qualname__}"
+            expanded.append(f"--model.sampling.sampler={value}")
         elif name == "--seed":
             seed = "--data.prompt_seed" if "predict" in arguments[:1] else "--data.seed"
             expanded.append(seed + equals + value)
@@ -335,7 +351,8 @@ def short_message(message: str) -> str:
     """Make one line of jsonargparse's message, with the known names where a name is wrong."""
     key = re.search(r"Parser key \"([\w.]+)\"", message)
     for suffix, base in _BASES.items():
-        if key and key[1].endswith(suffix) and "import path" in message:
+        wrong = "import path" in message or "Not a valid subclass" in message
+        if key and key[1].endswith(suffix) and wrong:
             usable = set(base.__subclasses__()) - {Remembered}
             known = ", ".join(sorted(cls.__name__ for cls in usable))
             return f"{key[1]}: no such class. Known: {known}, or the import path of your own."
