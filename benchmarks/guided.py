@@ -95,15 +95,22 @@ def glyphs(count: int = 60) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(np.stack(images)), classes
 
 
-def photographs(count: int = 60) -> tuple[Tensor, Tensor]:
+PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "hubble_deep_field")
+TEXTURES = ("brick", "grass", "gravel", "moon", "coins")
+
+
+def photographs(
+    count: int = 60, names: Sequence[str] = PHOTOGRAPHS, seed: int = 0
+) -> tuple[Tensor, Tensor]:
     """Crops of photographs, (N, 3, 32, 32), and which photograph each is of."""
     import skimage.data
     from skimage.transform import resize
 
-    names = ("astronaut", "chelsea", "coffee", "rocket", "hubble_deep_field")
-    generator, images = np.random.default_rng(0), []
+    generator, images = np.random.default_rng(seed), []
     for name in names:
         picture = getattr(skimage.data, name)().astype(np.float64) / 127.5 - 1
+        if picture.ndim == 2:
+            picture = np.stack([picture] * 3, axis=2)
         for _ in range(count):
             size = int(generator.integers(48, 160))
             y, x = (int(generator.integers(0, side - size)) for side in picture.shape[:2])
