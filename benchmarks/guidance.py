@@ -26,7 +26,6 @@ the five backgrounds, in levels of 255, at the scales that are usual, without an
 from __future__ import annotations
 
 import argparse
-import math
 import platform
 import subprocess
 import time
@@ -281,7 +280,7 @@ def table(methods: dict[str, list[dict[str, float]]], free: dict[str, float]) ->
         f"Without guidance: adherence {free['adherence']:.3f}, bias {free['bias']:.3f}, loss "
         f"{free['loss']:.3f}. At adherence {paper['adherence']:.3f}, that of 7.5 with rescale 0.7:",
         "",
-        "| method | scale | bias | loss of spread | bias / paper's | loss / paper's |",
+        "| method | scale | bias | loss of spread | bias / paper's | abs(loss / paper's) |",
         "|---" * 6 + "|",
     ]
     for name, rows in methods.items():
@@ -290,7 +289,7 @@ def table(methods: dict[str, list[dict[str, float]]], free: dict[str, float]) ->
             most = max(row["adherence"] for row in rows)
             lines.append(f"| {name} | not reached: {most:.3f} at most | - | - | - | - |")
             continue
-        ratios = (at[key] / paper[key] if paper[key] > 0 else math.nan for key in ("bias", "loss"))
+        ratios = (abs(at[key] / paper[key]) for key in ("bias", "loss"))
         lines.append(
             f"| {name} | {at['scale']:.2f} | {at['bias']:.3f} | {at['loss']:.3f} | "
             + " | ".join(f"{ratio:.2f}" for ratio in ratios)

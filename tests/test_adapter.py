@@ -73,7 +73,7 @@ def gaussian(schedule):
         alpha, sigma = (scale.view(-1, 1) for scale in schedule(t))
         return to_v(denoiser(x_t, t), x_t, alpha, sigma, "sample")
 
-    return denoiser, network
+    return lambda x_t, t: denoiser(x_t, t), network  # as in a pipeline, guidance is not told
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=["fixed", "original", "cosine"])

@@ -286,7 +286,7 @@ def test_report(run, folder):
         ("num_steps: 50", [], ("ddim", "trailing")),
         ("num_steps: 8", ["--num-steps=4"], ("ddim", "guided")),
         ("sampler: auto", ["--num-steps", "8", "--spacing", "auto"], ("multiscale", "guided")),
-        ("sampler: multiscale", ["--num-steps=8"], ("multiscale", "trailing")),
+        ("sampler: multiscale", ["--num-steps=8"], ("multiscale", "guided")),
         ("sampler: DDIM", ["--num-steps=8"], ("ddim", "trailing")),
         ("sampler: {class_path: zsnr.samplers.Heun}", [], ("heun", "trailing")),
         ("spacing: leading", ["--num-steps=8"], ("ddim", "leading")),
@@ -378,7 +378,7 @@ def test_an_own_sampler_by_its_class_path(run, folder, tmp_path, monkeypatch):
                 *("--guidance-method=cfg_pp", "--guidance-scale=0.6", "--guidance-rescale=0"),
                 *("--sampler=heun", "--num-steps=5"),
             ],
-            "has no scale at a network call",
+            "Use the sampler 'ddim' or 'euler'",
         ),
         (
             ["--guidance-threshold=0.9", "--model.codec.init_args.scale=0.5"],

@@ -357,11 +357,10 @@ def test_cfg_pp_needs_the_next_timestep():
     for ask in (lambda: denoiser(X, T), lambda: denoiser.at(400)):
         with pytest.raises(ValueError, match="needs the timestep that a step leads to"):
             ask()
-    with pytest.raises(ValueError, match="Use a sampler of one call a step"):
-        get_sampler("heun").sample(denoiser, SCHEDULE, X, get_timesteps("trailing", 4))
+    for name in ("heun", "unipc", "dpmpp_2m", "multiscale", "ddpm"):
+        with pytest.raises(ValueError, match="Use the sampler 'ddim' or 'euler'"):
+            get_sampler(name).sample(denoiser, SCHEDULE, X, get_timesteps("trailing", 4))
     assert denoiser.network.seen == []
-    for name in ("unipc", "dpmpp_2m", "multiscale"):
-        assert get_sampler(name).sample(denoiser, SCHEDULE, X, [999, 500]).isfinite().all()
 
 
 class Weak(Linear):
@@ -430,7 +429,7 @@ def test_methods_compile_whole_and_read_no_tensor(guidance):
             fake = Denoiser(
                 network, SCHEDULE, "v_prediction", prompts, prompts, guidance, weak_network=weak
             )
-            for name in ("ddim", "multiscale"):
+            for name in ("ddim",) if guidance.method == "cfg_pp" else ("ddim", "multiscale"):
                 assert get_sampler(name).sample(fake, SCHEDULE, x_T, grid).shape == x_T.shape
             if guidance.method != "cfg_pp":
                 assert fake(x_T, torch.tensor([999, 3])).shape == x_T.shape

@@ -521,17 +521,21 @@ def test_yaml_of_the_training_command(tmp_path):
         ("karras", None),
     ],
 )
-def test_spacings_of_other_schedules_are_warned_of_at_zero_snr(tmp_path, spacing, words):
-    run = {**RUN, "sampling": {**DEFAULT_SAMPLING, "spacing": spacing}}
+@pytest.mark.parametrize(("num_steps", "better"), [(8, "guided"), (50, "trailing")])
+def test_spacings_of_other_schedules_are_warned_of_at_zero_snr(
+    tmp_path, spacing, words, num_steps, better
+):
+    sampling = {"spacing": spacing, "num_steps": num_steps}
+    run = {**RUN, "sampling": {**DEFAULT_SAMPLING, **sampling}}
     original = NoiseSchedule(zero_terminal_snr=False).settings()
     found = examine(write(tmp_path, run, "run.json"))
     for diagnosis, where in (
         (found, "run.json"),
-        (yaml_file(tmp_path, {"sampling": {"spacing": spacing}}), "a.yaml"),
+        (yaml_file(tmp_path, {"sampling": sampling}), "a.yaml"),
     ):
         assert diagnosis.verdict == "fixed"
         assert any(words in text for text in diagnosis.warnings if words) == (words is not None)
-        change = f"{where}: sampling.spacing: log_snr"
+        change = f"{where}: sampling.spacing: {better}"
         assert (change in diagnosis.changes) == (words is not None), diagnosis.changes
     flawed = examine(write(tmp_path, {**run, "schedule": original}, "run.json"))
     assert not any("timestep spacing" in text for text in flawed.warnings)
@@ -971,3 +975,27 @@ def test_mutated_bytes_have_a_verdict(tmp_path, name):
         json.loads(found.to_json())
         seen.add(found.verdict)
     assert {"fixed", "unreadable"} <= seen
+
+
+@pytest.mark.parametrize(
+    ("guidance", "warned"),
+    [
+        ({"scale": 7.5, "rescale": 0}, True),
+        ({"scale": 1, "rescale": 0, "curve": [[-6, 7.5]]}, True),
+        ({"scale": 7.5, "rescale": 0, "curve": [[-6, 1]]}, False),
+        ({"scale": 7.5, "rescale": 0.7}, False),
+        ({"scale": 7.5, "rescale": 0, "method": "apg"}, False),
+    ],
+)
+def test_guidance_that_over_exposes_is_judged_by_its_largest_scale(tmp_path, guidance, warned):
+    found = yaml_file(tmp_path, {"sampling": {"guidance": guidance}})
+    assert any("over-exposes" in text for text in found.warnings) == warned
+    if "curve" in guidance:
+        assert found.facts["guidance_curve"] == guidance["curve"]
+
+
+@pytest.mark.parametrize("sampler", ["nope", ["ddim"], 3])
+def test_a_sampler_that_is_none_is_refused(tmp_path, sampler):
+    found = yaml_file(tmp_path, {"sampling": {"sampler": sampler}})
+    assert found.verdict == "unreadable"
+    assert "ampler" in found.reason

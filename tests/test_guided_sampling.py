@@ -16,16 +16,21 @@ from zsnr import (
     Multiscale,
     NoiseSchedule,
     SampleNoise,
+    Sampler,
     available_samplers,
     get_sampler,
     get_timesteps,
     guided,
     recommend_sampling,
+    register_sampler,
+    register_spacing,
     to_v,
     trailing,
 )
+from zsnr.guidance_methods import inner
 from zsnr.samplers.base import MultistepCoefficients, agreement, multistep, transition_coefficients
 from zsnr.samplers.multiscale import _exact_path, multiscale_coefficients
+from zsnr.samplers.recommend import resolve_sampling
 
 SCHEDULE, ORIGINAL = NoiseSchedule(), NoiseSchedule(zero_terminal_snr=False)
 DEFAULT = Guidance()
@@ -202,9 +207,97 @@ def test_the_scale_comes_from_the_denoiser_or_is_told():
 @pytest.mark.parametrize("scale", [1.0, 0.0, -1.0])
 def test_without_guidance_weights_are_those_of_no_guidance(scale):
     grid = get_timesteps("log_snr", 10)
-    plain = Multiscale().plan(SCHEDULE, grid)
+    plain = Multiscale(guidance=1.0).plan(SCHEDULE, grid)
     assert Multiscale().plan(SCHEDULE, grid, Guidance(scale)) == plain
     assert not any(call.limited for call in plain.calls)
+
+
+def test_where_guidance_is_not_known_the_weights_are_safe():
+    """A function that does not tell: within 1.5 times DDIM's error at the default guidance."""
+    images, classes = two_classes()
+    oracle = EmpiricalDenoiser(SCHEDULE, images, classes=classes, std=0.2, batch_invariant=False)
+    denoiser = oracle.guided(torch.tensor([0, 1] * 8), DEFAULT)
+    x_T = SampleNoise(range(16)).randn((1, 8, 8), dtype=torch.float64)
+
+    def untold(x_t, t):
+        return denoiser(x_t, t)
+
+    assert Multiscale().plan(SCHEDULE, guided(8)) == Multiscale(guidance=3.0).plan(
+        SCHEDULE, guided(8)
+    )
+    exact = DDIM().sample(denoiser, SCHEDULE, x_T, trailing(1000))
+    for S in (5, 8, 10, 20):
+        first, second = (
+            float((sampler.sample(untold, SCHEDULE, x_T, guided(S)) - exact).square().mean().sqrt())
+            for sampler in (DDIM(), Multiscale())
+        )
+        assert second < 1.5 * first
+
+
+def test_what_declares_no_guidance_gets_the_weights_of_none():
+    grid, oracle = get_timesteps("log_snr", 8), GaussianDenoiser(SCHEDULE, -0.8, 0.5)
+    wanted = Multiscale(guidance=1.0).sample(lambda x, t: oracle(x, t), SCHEDULE, NOISE, grid)
+    for denoiser in (oracle, guided_gaussian_of(oracle)):
+        assert torch.equal(Multiscale().sample(denoiser, SCHEDULE, NOISE, grid), wanted)
+
+
+def guided_gaussian_of(oracle):
+    def predicts_v(x_t, t, conditioning):
+        return to_v(oracle(x_t, t), x_t, *SCHEDULE(t), "sample")
+
+    class Exact(Denoiser):
+        def __call__(self, x_t, t):
+            return oracle(x_t, t)
+
+        def at(self, t, s=None):
+            return self
+
+    return Exact(predicts_v, SCHEDULE)
+
+
+def test_a_sample_is_bit_for_bit_the_same_in_any_batch():
+    """Large enough that torch divides a single sum over threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        x_0 = [torch.randn(3, 4, 128, 128, generator=generator(i)) for i in range(3)]
+        together, products = agreement(x_0), inner(x_0[0], x_0[1])
+        for row in range(3):
+            alone = [x[row : row + 1].clone() for x in x_0]
+            assert torch.equal(agreement(alone)[0], together[row])
+            assert torch.equal(inner(alone[0], alone[1])[0], products[row])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("name", available_samplers())
+def test_cfg_pp_is_for_deterministic_steps_of_first_order(name):
+    guidance = Guidance(0.6, 0.0, method="cfg_pp")
+    for S in (5, 10):
+        if name in ("ddim", "euler"):
+            get_sampler(name).plan(SCHEDULE, guided(S), guidance)
+        else:
+            with pytest.raises(ValueError, match="Use the sampler 'ddim' or 'euler'"):
+                get_sampler(name).plan(SCHEDULE, guided(S), guidance)
+
+
+def test_a_strong_scale_overflows_nowhere():
+    for scale in (1e3, 1e6, 1e300):
+        plan = Multiscale().plan(SCHEDULE, guided(10), Guidance(scale))
+        assert all(math.isfinite(a) for call in plan.calls for a in call.step.a)
+
+
+def test_a_sampler_that_plans_nothing_is_refused():
+    class Nothing(Sampler):
+        def calls(self, schedule, grid, guidance):
+            return []
+
+    with pytest.raises(ValueError, match="planned no network call"):
+        Nothing().plan(SCHEDULE, guided(5))
 
 
 def test_an_interval_changes_the_weights_where_it_ends():
@@ -265,7 +358,7 @@ def test_a_sample_is_limited_on_its_own():
 @pytest.mark.parametrize("guidance", [None, DEFAULT])
 def test_the_loop_in_pieces_is_the_loop(name, guidance):
     sampler, denoiser = get_sampler(name), guided_network(guidance)
-    plan = sampler.plan(SCHEDULE, guided(7), denoiser.guidance)
+    plan = sampler.plan(SCHEDULE, guided(7), guidance or Guidance(1.0))
     noise, state = SampleNoise(range(4)), sampler.begin(plan, NOISE)
     for i in itertools.count():
         if state.done:
@@ -316,6 +409,27 @@ def test_recommended_sampling(num_steps, guidance, wanted):
     assert (sampler, spacing) == wanted
     get_sampler(sampler)
     assert len(get_timesteps(spacing, num_steps)) == num_steps
+
+
+@pytest.mark.parametrize("guidance", [math.nan, math.inf, "7.5", True])
+def test_a_guidance_that_is_none_is_refused(guidance):
+    with pytest.raises(ValueError, match="its scale as a finite number"):
+        recommend_sampling(8, guidance)
+
+
+def test_multiscale_alone_takes_its_own_spacing():
+    for sampler in ("multiscale", Multiscale(), "zsnr.samplers.multiscale.Multiscale"):
+        for S in (5, 8, 100):
+            assert resolve_sampling(sampler, "auto", S, DEFAULT) == (sampler, "guided")
+            assert resolve_sampling(sampler, "auto", S) == (sampler, "log_snr")
+    assert resolve_sampling("ddim", "auto", 8, DEFAULT) == ("ddim", "trailing")
+
+
+def test_auto_is_no_name_to_register():
+    with pytest.raises(ValueError, match="what is recommended"):
+        register_sampler("auto")(DDIM)
+    with pytest.raises(ValueError, match="what is recommended"):
+        register_spacing("auto")(trailing)
 
 
 @pytest.mark.parametrize("num_steps", [0, -1, True, 2.0, "8"])

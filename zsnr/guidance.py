@@ -111,8 +111,7 @@ class Guidance:
                 )
 
     def _check_cfg_pp(self) -> None:
-        scales = [self.scale] if self.curve is None else [w for _, w in self.curve]
-        wrong = [w for w in scales if not 0 <= w <= 1]
+        wrong = [w for w in self.scales if not 0 <= w <= 1]
         if wrong:
             raise ValueError(
                 f"Guidance scale {wrong[0]!r} with method 'cfg_pp': wanted a number in [0, 1], "
@@ -129,8 +128,12 @@ class Guidance:
     @property
     def guides(self) -> bool:
         """Whether any step may need both outputs; it is not so where w is 1 everywhere."""
-        scales = [self.scale] if self.curve is None else [w for _, w in self.curve]
-        return self.method == "cfg_pp" or any(w != 1 for w in scales)
+        return self.method == "cfg_pp" or any(w != 1 for w in self.scales)
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """The scale, or those of the curve's knots."""
+        return (self.scale,) if self.curve is None else tuple(w for _, w in self.curve)
 
     @overload
     def acts(self, alpha_t: float, sigma_t: float) -> bool: ...
@@ -166,14 +169,14 @@ class Guidance:
 
         which is the usual step, `reverse_transition` with eta = 0, from
         x_0 = D_u + w (D_c - D_u),  w = lambda / (1 - r),  r = alpha_t sigma_s / (alpha_s sigma_t).
-        So w is lambda from SNR 0 and to clean data, and grows as steps get shorter; that x_0 makes
-        the step, and is no prediction to look at.
+        So w is lambda from SNR 0 and to clean data, and grows as steps get shorter. That x_0 makes
+        the step; it does not predict the image.
 
         Args:
             alpha_t: sqrt(abar_t).
             sigma_t: sqrt(1 - abar_t).
             alpha_s: sqrt(abar_s) of the timestep that the step leads to. Only "cfg_pp" needs it.
-            sigma_s: Likewise, sqrt(1 - abar_s).
+            sigma_s: sqrt(1 - abar_s) of that timestep.
 
         Raises:
             ValueError: The method is "cfg_pp", and s is unknown or not less noisy than t.
@@ -189,9 +192,7 @@ class Guidance:
             raise _needs_step()
         if not alpha_t * sigma_s < alpha_s * sigma_t:
             raise ValueError(
-                "Guidance method 'cfg_pp' has no scale at a network call that leads to no less "
-                "noise, such as Heun's second one. Use a sampler of one call a step: 'ddim' or "
-                "'euler'."
+                "Guidance method 'cfg_pp' has no scale where the noise does not fall from t to s."
             )
         return scale / (1 - alpha_t * sigma_s / (alpha_s * sigma_t))
 

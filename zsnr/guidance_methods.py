@@ -74,7 +74,9 @@ def adaptive_projected_guidance(
     D_c, D_u = _at_least_float32(cond), _at_least_float32(uncond)
     d = D_c - D_u
     if norm is not None:
-        length = torch.linalg.vector_norm(d.flatten(1), dim=1)
+        square = inner(d, d)
+        zero = square == 0  # where a root has no gradient
+        length = torch.where(zero, 0.0, torch.where(zero, 1.0, square).sqrt())
         d = d * per_sample(norm / length.clamp(min=norm), d)
     d_par = _share(d, D_c) * D_c
     return (D_c + (scale - 1) * (d + (parallel - 1) * d_par)).to(cond.dtype)
@@ -123,8 +125,7 @@ def dynamic_threshold(x_0: Tensor, percentile: float) -> Tensor:
 def _std(x: Tensor) -> Tensor:
     """Standard deviation a sample, (B, 1, ...), in float32 at least, with gradient 0 at 0."""
     shape = (-1, *(1,) * (x.ndim - 1))
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    x = x.flatten(1)
+    x = _at_least_float32(x).flatten(1)
     # Shifted by its first element: else a constant such as 0.1 has a variance of 1e-17, not 0.
     # correction=0: only ratios count, and so a single element has a value.
     variance = (x - x[:, :1].detach()).var(dim=1, correction=0)
@@ -136,9 +137,20 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def inner(x: Tensor, y: Tensor) -> Tensor:
+    """Compute <x, y> of each sample, (B,), of (B, *).
+
+    One axis is summed after the other: a sum over all at once is divided over threads where the
+    batch is one, and would round otherwise than in a larger batch.
+    """
+    product = x * y
+    while product.ndim > 1:
+        product = product.sum(-1)
+    return product
+
+
 def _share(x: Tensor, y: Tensor) -> Tensor:
     """Compute <x, y> / |y|^2 of each sample, (B, 1, ...); 0 where y is 0."""
-    square = y.square().flatten(1).sum(dim=1)
+    square = inner(y, y)
     zero = square == 0
-    share = (x * y).flatten(1).sum(dim=1) / torch.where(zero, 1.0, square)
-    return per_sample(torch.where(zero, 0.0, share), x)
+    return per_sample(torch.where(zero, 0.0, inner(x, y) / torch.where(zero, 1.0, square)), x)

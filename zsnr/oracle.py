@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -22,6 +24,8 @@ class GaussianDenoiser:
         mean: m, a number or a tensor that broadcasts with x_t.
         std: s, likewise; not negative.
     """
+
+    guidance: ClassVar[None] = None
 
     def __init__(self, schedule: NoiseSchedule, mean: Tensor | float, std: Tensor | float) -> None:
         self.schedule, self.mean, self.std = schedule, mean, std
@@ -62,6 +66,8 @@ class EmpiricalDenoiser:
     Raises:
         ValueError: The data set is empty, or classes or std do not fit it.
     """
+
+    guidance: ClassVar[None] = None
 
     def __init__(
         self,
@@ -162,6 +168,9 @@ class EmpiricalDenoiser:
             )
         return x.flatten(1).to(torch.float64)
 
+    def _has(self, of: Tensor) -> bool:
+        return bool(((of >= -1) & (of < self.num_classes)).all())
+
     def _logits(self, x: Tensor, alpha_t: Tensor, sigma_t: Tensor, of: Tensor | None) -> Tensor:
         """Compute log w_i but for a constant, (B, N)."""
         v = alpha_t**2 * self._variance + sigma_t**2
@@ -170,7 +179,7 @@ class EmpiricalDenoiser:
             logits = logits - x.square().sum(1, keepdim=True) / (2 * v) - x.shape[1] / 2 * v.log()
         if of is None:
             return logits
-        if self.classes is None or len(of) != len(x) or bool((of >= self.num_classes).any()):
+        if self.classes is None or len(of) != len(x) or not self._has(of):
             raise ValueError(
                 f"Classes {of[:8].tolist()} of {len(x)} samples: wanted one a sample, -1 to "
                 f"{self.num_classes - 1}."

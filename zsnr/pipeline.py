@@ -72,6 +72,8 @@ class Sampling:
     grid: tuple[int, ...] | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.guidance, Guidance):
+            raise ValueError(f"guidance={self.guidance!r}: wanted a Guidance.")
         sampler, spacing = resolve_sampling(
             self.sampler, self.spacing, self.num_steps, self.guidance
         )
@@ -130,10 +132,10 @@ def check_threshold(guidance: Guidance, codec: LatentCodec) -> None:
 
 
 def check_steps(sampling: Sampling, schedule: NoiseSchedule) -> None:
-    """Refuse a sampler that makes network calls at which guidance has no scale.
+    """Refuse the guidance method "cfg_pp" with a sampler it is not made for.
 
     Raises:
-        ValueError: It is so; only with the guidance method "cfg_pp".
+        ValueError: The method is "cfg_pp", and a step is not first order and deterministic.
     """
     sampler = sampling.sampler
     assert isinstance(sampler, Sampler)
@@ -272,7 +274,12 @@ class TextToImage:
         for name, most in (("batch_size", batch_size), ("max_rows", max_rows)):
             if most is not None and most < 1:
                 raise ValueError(f"{name}={most}: wanted at least 1.")
-        sampling = Sampling(sampler or AUTO, num_steps, spacing or AUTO, guidance or Guidance())
+        sampling = Sampling(
+            AUTO if sampler is None else sampler,
+            num_steps,
+            AUTO if spacing is None else spacing,
+            guidance or Guidance(),
+        )
         self._check_guidance(sampling.guidance, negatives)
         schedule = self.model.schedule
         T = schedule.num_timesteps

@@ -42,6 +42,8 @@ def register_spacing(name: str) -> Callable[[_Spacing], _Spacing]:
     """
 
     def register(spacing: _Spacing) -> _Spacing:
+        if name == "auto":
+            raise ValueError("Spacing 'auto' stands for what is recommended. Choose another name.")
         known = _SPACINGS.get(name)
         if known is not None and known.__qualname__ != spacing.__qualname__:  # a reload may
             raise ValueError(f"Spacing {name!r} is registered already. Choose another name.")

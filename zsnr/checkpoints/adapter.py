@@ -83,7 +83,8 @@ class DiffusersScheduler:
             raise ValueError(
                 f"sampler={sampler!r}, spacing={spacing!r}: 'auto' depends on the number of steps "
                 "and the guidance scale, which a scheduler does not know. Pass the two names that "
-                "zsnr.recommend_sampling(num_steps, guidance_scale) returns."
+                "zsnr.recommend_sampling(num_steps, guidance_scale) returns, and tell multiscale "
+                "the scale: get_sampler('multiscale', guidance=7.5)."
             )
         check_spacing(spacing)
         self.sampler = get_sampler(sampler) if isinstance(sampler, str) else sampler

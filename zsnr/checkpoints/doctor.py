@@ -26,6 +26,7 @@ from zsnr.files import replacing
 from zsnr.guidance import Guidance
 from zsnr.loss import LossWeighting
 from zsnr.prediction import PredictionType
+from zsnr.samplers import get_sampler, recommend_sampling
 from zsnr.samplers.recommend import AUTO, resolve_sampling
 from zsnr.schedule import NoiseSchedule
 from zsnr.timesteps import check_timesteps, get_timesteps, is_grid_file
@@ -50,14 +51,15 @@ SAMPLING_KEYS = ("num_steps", "spacing", "sampler", "guidance")
 # brightness of 64x64 images at 5 to 10 steps (5 to 25 for beta), with DDIM and DPM-Solver++ 2M.
 _LATE_LEVELS = (
     "was made for schedules that end at SNR > 0: 2 to 8 times the brightness error of log_snr at "
-    "few steps"
+    "few steps, measured without guidance"
 )
 _COMPARED_SPACINGS = {
     "ays": _LATE_LEVELS,
     "kl_optimal": _LATE_LEVELS,
     "beta": "was not made for zero SNR: 1.3 to 7 times the brightness error of log_snr at few "
-    "steps",
+    "steps, measured without guidance",
 }
+_SHOWN_GUIDANCE = ("guidance_method", "guidance_against", "guidance_curve", "guidance_interval")
 _CONFIG = "scheduler_config.json"
 _FIXED = "scheduler_config.fixed.json"
 _FAMILIES = {768: "SD 1", 1024: "SD 2", 2048: "SDXL"}
@@ -523,6 +525,10 @@ def _examine_yaml(target: str, path: Path, num_steps: Sequence[int]) -> Diagnosi
     sampler, spacing = sampling.get("sampler", AUTO), sampling.get("spacing", AUTO)
     if isinstance(sampler, dict):
         sampler = sampler.get("class_path")
+    if isinstance(sampler, str) and "." not in sampler and sampler.islower() and sampler != AUTO:
+        get_sampler(sampler)  # an unknown name is refused
+    elif not isinstance(sampler, str):
+        raise ValueError(f"{path}: model.sampling.sampler is {shown(sampler)}: wanted a sampler.")
     S = sampling.get("num_steps", DEFAULT_SAMPLING["num_steps"])
     if isinstance(spacing, str) and type(S) is int and S > 0:  # else it is refused later
         sampler, spacing = resolve_sampling(sampler, spacing, S, guides)
@@ -597,14 +603,14 @@ def _examine_own(
         if not _is_plain_number(value):
             raise ValueError(f"{key}={shown(value)}: wanted a number.")
         facts[key] = value
-    facts |= {key: told[key] for key in ("guidance_method", "guidance_against") if key in told}
-    method, threshold = told.get("guidance_method", "cfg"), told.get("guidance_threshold")
-    unanswered = method == "cfg" and threshold is None
-    if zero and unanswered and facts["guidance_rescale"] == 0 and facts["guidance_scale"] > 1:
+    facts |= {key: told[key] for key in _SHOWN_GUIDANCE if told.get(key) is not None}
+    guidance = _check_guidance(f"{where}guidance", _recorded_guidance(told))
+    unanswered = guidance.method == "cfg" and guidance.threshold is None
+    if zero and unanswered and guidance.rescale == 0 and max(guidance.scales) > 1:
         warnings.append("guidance without rescale over-exposes at zero SNR: rescale 0.7 is usual")
     if zero and spacing in _COMPARED_SPACINGS:
         warnings.append(f"timestep spacing {spacing!r} {_COMPARED_SPACINGS[spacing]}")
-        changes.append(f"{where}sampling.spacing: log_snr")
+        changes.append(f"{where}sampling.spacing: {recommend_sampling(S, guidance)[1]}")
     if verdict == "inconsistent" and prediction_type == "epsilon":
         changes.insert(0, f"{where}prediction_type: v_prediction, and train with it")
     elif verdict == "inconsistent":
@@ -642,10 +648,10 @@ def _built(path: Path, name: str, cls: type[Any], settings: Any) -> Any:
 
 
 def _check_guidance(where: str, settings: Mapping[str, Any]) -> Guidance:
-    """Build guidance, as sampling does; refuse what it would refuse.
+    """Build guidance, as sampling does.
 
     Raises:
-        ValueError: It is so.
+        ValueError: The settings are unknown or out of range.
     """
     try:
         return Guidance(**settings)

@@ -163,6 +163,7 @@ _WANTED: Mapping[Callable[[str], Any], str] = {
     _pairs_or_none: "knots LOG_SNR:W with slashes between, such as -6:1/0:7.5, or none",
     _flag: "true or false",
     _or_none: "a number or none",
+    int: "an integer",
 }
 SETTINGS = tuple(_PARSED)
 """What a comparison may vary, by the words of the sampling options."""
@@ -348,9 +349,12 @@ def _named(arms: Sequence[Arm]) -> list[Arm]:
     names = [arm.name for arm in named]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
-        models = next(", ".join(arm.models) for arm in named if arm.name == twice[0])
-        of = f" of {models}" if models else ""
-        raise ValueError(f"Two arms{of} are the same: {twice[0]!r}. Wanted arms that differ.")
+        arm = next(arm for arm in named if arm.name == twice[0])
+        of = f" of {', '.join(arm.models)}" if arm.models else ""
+        raise ValueError(
+            f"Two arms{of} are the same: {twice[0]!r}, sampler {arm.sampler}, spacing "
+            f"{arm.spacing}, which is also what 'auto' may stand for. Wanted arms that differ."
+        )
     return named
 
 

@@ -11,15 +11,18 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from zsnr.denoiser import Denoiser
 from zsnr.guidance import Guidance
+from zsnr.guidance_methods import inner
 from zsnr.schedule import NoiseSchedule
-from zsnr.timesteps import check_timesteps
+from zsnr.timesteps import check_timesteps, timestep_pairs
 from zsnr.transition import reverse_transition
 
 DenoiserFunction = Callable[[Tensor, Tensor], Tensor]
 RandnLike = Callable[[Tensor], Tensor]
 Callback = Callable[[int, int, Tensor, Tensor], None]
 Coefficients = tuple[float, float, float]
+_UNKNOWN = object()
 
 
 class MultistepCoefficients(NamedTuple):
@@ -92,7 +95,7 @@ class State(NamedTuple):
         made: Number of calls so far.
         before: The state that the last step began from.
         x_0: Predictions of the calls so far, newest first, as many as are used again.
-        eps: Likewise.
+        eps: Predictions of the noise, newest first, as many as are used again.
     """
 
     x_t: Tensor
@@ -128,7 +131,7 @@ class Sampler:
         Args:
             schedule: The noise schedule.
             grid: Timesteps, descending, checked.
-            guidance: What the denoiser is guided by. None = no guidance, or not known.
+            guidance: What the denoiser is guided by; a scale of 1 = no guidance. None = not known.
         """
         raise NotImplementedError(f"{type(self).__name__} has neither `calls` nor `sample`.")
 
@@ -143,18 +146,22 @@ class Sampler:
         Args:
             schedule: The schedule the denoiser was made for.
             timesteps: The grid, 1-D, descending, such as `trailing(25)`.
-            guidance: What the denoiser is guided by, for samplers whose steps depend on it. None =
-                no guidance, or not known.
+            guidance: What the denoiser is guided by, for samplers whose steps depend on it; a scale
+                of 1 = no guidance. None = not known.
 
         Raises:
-            ValueError: The grid is not a descending list of the schedule's timesteps, or guidance
-                has no scale at one of the calls.
+            ValueError: The grid is not a descending list of the schedule's timesteps, or the
+                guidance method "cfg_pp" meets a step that is not first order and deterministic.
         """
         grid = tuple(check_timesteps(timesteps, schedule.num_timesteps))
         calls = tuple(self.calls(schedule, grid, guidance))
-        if guidance is not None:
-            for call in calls:
-                guidance.scale_at(*schedule(call.t), *schedule(call.s))
+        if not calls:
+            raise ValueError(f"{type(self).__name__} planned no network call: wanted one a step.")
+        if guidance is not None and guidance.method == "cfg_pp" and not all(map(_is_ddim, calls)):
+            raise ValueError(
+                f"Guidance method 'cfg_pp' with {type(self).__name__}: its scale follows from "
+                "deterministic steps of first order. Use the sampler 'ddim' or 'euler'."
+            )
         return Plan(calls, tuple(schedule(call.t) for call in calls))
 
     def begin(self, plan: Plan, x_T: Tensor) -> State:
@@ -238,8 +245,8 @@ class Sampler:
 
 def step_calls(grid: Sequence[int], steps: Sequence[MultistepCoefficients]) -> list[Call]:
     """Plan one network call a step."""
-    ends = (*grid[1:], -1)
-    return [Call(t, s, step) for t, s, step in zip(grid, ends, steps, strict=True)]
+    pairs = timestep_pairs(grid)
+    return [Call(t, s, step) for (t, s), step in zip(pairs, steps, strict=True)]
 
 
 def transition_steps(
@@ -296,7 +303,7 @@ def multistep(
         x_0: Predictions, newest first; those beyond the coefficients' are not used.
         x_t: The state.
         coefficients: Of this step.
-        eps: Likewise, of the noise.
+        eps: Predictions of the noise, newest first.
         z: Noise. None = no noise.
         trust: The share of each sample, (B, 1, ...), of what goes beyond the first-order step from
             x_0. None = all of it.
@@ -321,16 +328,25 @@ def agreement(x_0: Sequence[Tensor]) -> Tensor:
     It is 1 where the last two changes of the prediction go the same way, and falls to 0 where the
     last one takes the one before back: there, extrapolation would swing up.
     """
-    d, d_before = (a.sub(b).flatten(1) for a, b in pairwise(x_0[:3]))
-    cosine = torch.nn.functional.cosine_similarity(d, d_before, dim=1)
-    return (1 + cosine.clamp(max=0)).view(-1, *(1,) * (x_0[0].ndim - 1))
+    d, d_before = (a.sub(b) for a, b in pairwise(x_0[:3]))
+    sizes = (inner(d, d) * inner(d_before, d_before)).sqrt()
+    cosine = inner(d, d_before) / torch.where(sizes == 0, 1.0, sizes)
+    return (1 + cosine.clamp(-1, 0)).view(-1, *(1,) * (x_0[0].ndim - 1))
+
+
+def _is_ddim(call: Call) -> bool:
+    """Whether a call is one deterministic step of first order from its own prediction."""
+    step = call.step
+    if step is None or call.correct is not None:
+        return False
+    return len(step.a) == 1 and step.c == 0 and not step.e
 
 
 def check_schedule(denoiser: DenoiserFunction, schedule: NoiseSchedule) -> None:
-    """Refuse a denoiser that says it was made for another schedule.
+    """Refuse a denoiser that was made for another schedule.
 
     Raises:
-        ValueError: It does.
+        ValueError: `denoiser.schedule` differs from `schedule`.
     """
     theirs = getattr(denoiser, "schedule", schedule)
     if theirs != schedule:
@@ -340,16 +356,22 @@ def check_schedule(denoiser: DenoiserFunction, schedule: NoiseSchedule) -> None:
 
 
 def guidance_of(denoiser: DenoiserFunction) -> Guidance | None:
-    """Return what a denoiser says it is guided by. None = no guidance, or it does not say."""
-    guidance = getattr(denoiser, "guidance", None)
+    """Return the guidance that a denoiser declares as its attribute `guidance`.
+
+    A declared None is no guidance, of scale 1; a function without the attribute does not tell, and
+    gives None.
+    """
+    guidance = getattr(denoiser, "guidance", _UNKNOWN)
+    if guidance is None:
+        return Guidance(1.0)
     return guidance if isinstance(guidance, Guidance) else None
 
 
 def predict(denoiser: DenoiserFunction, x_t: Tensor, call: Call, t_row: Tensor) -> Tensor:
-    """Ask a denoiser for x_0 at a timestep known here as well as on the device.
+    """Evaluate a denoiser at the timestep of a call, (B, *).
 
-    One that has a method `at` is told: it may save a pass without waiting for the device.
+    A `Denoiser` is asked by `at`, with the timestep as an int: it may leave out the unconditional
+    pass without waiting for the device.
     """
-    at = getattr(denoiser, "at", None)
-    x_0: Tensor = (denoiser if at is None else at(call.t, call.s))(x_t, t_row)
-    return x_0.to(x_t.dtype)
+    asked = denoiser.at(call.t, call.s) if isinstance(denoiser, Denoiser) else denoiser
+    return asked(x_t, t_row).to(x_t.dtype)

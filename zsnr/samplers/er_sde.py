@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 
-import torch
-
 from zsnr.guidance import Guidance
 from zsnr.samplers.base import Call, MultistepCoefficients, Sampler, step_calls
 from zsnr.samplers.registry import register_sampler
@@ -82,11 +80,22 @@ def _integrals(k_t: float, k_s: float) -> tuple[float, float]:
 
 @cache
 def _gauss_legendre() -> tuple[list[float], list[float]]:
-    """Compute nodes and weights on [0, 1], from the eigenvectors of Legendre's recurrence."""
-    n = torch.arange(1, _NODES, dtype=torch.float64, device="cpu")
-    off = n / (4 * n**2 - 1).sqrt()
-    nodes, vectors = torch.linalg.eigh(off.diag(1) + off.diag(-1))
-    return ((nodes + 1) / 2).tolist(), vectors[0].square().tolist()
+    """Compute nodes and weights on [0, 1], by Newton's method on Legendre's polynomial P_n.
+
+    With n P_n = (2 n - 1) x P_{n-1} - (n - 1) P_{n-2}, w = 2 / ((1 - x^2) P_n'^2) on [-1, 1].
+    """
+    nodes, weights = [], []
+    for i in range(_NODES):
+        x, slope = -math.cos(math.pi * (i + 0.75) / (_NODES + 0.5)), 1.0
+        for _ in range(8):
+            P, before = x, 1.0
+            for n in range(2, _NODES + 1):
+                P, before = ((2 * n - 1) * x * P - (n - 1) * before) / n, P
+            slope = _NODES * (x * P - before) / (x * x - 1)
+            x -= P / slope
+        nodes.append((x + 1) / 2)
+        weights.append(1 / ((1 - x * x) * slope**2))
+    return nodes, weights
 
 
 @register_sampler("er_sde")

@@ -13,12 +13,15 @@ from zsnr.guidance import Guidance
 from zsnr.samplers.base import Call, MultistepCoefficients, Sampler, step_calls
 from zsnr.samplers.registry import register_sampler
 from zsnr.schedule import NoiseSchedule
+from zsnr.timesteps import timestep_pairs
 from zsnr.transition import reverse_transition
 
 DAMPING = 0.1
 _SCALES = 36
 _RATIOS = (1.0, 1.8, 3.3, 6.0)  # s_u / s_c: how much a condition narrows a pattern
 _GUIDED_SCALES = 16
+_ASSUMED = 3.0  # w, where it is not known
+_MOST = 20.0  # of w'; beyond it the path of a narrowed pattern is no number
 
 
 @lru_cache(maxsize=64)
@@ -169,8 +172,10 @@ class Multiscale(Sampler):
         order: How many predictions a step uses, 1 to 3. 1 = DDIM.
         smallest: Least standard deviation of a pattern in the data, where noise has 1.
         largest: Greatest one. The mean of an image counts times the root of its number of pixels.
-        guidance: The guidance scale in use, where the denoiser does not tell it, as behind a
-            scheduler of diffusers. None = what the denoiser is guided by, at each step.
+        guidance: The guidance scale of all steps, 1 = no guidance: for denoisers that do not tell
+            it, such as a function of your own or a pipeline of diffusers. None = what the denoiser
+            is guided by, at each step; where it does not tell, 3 is assumed, whose weights lose
+            little with other scales.
     """
 
     order: int = 3
@@ -194,16 +199,11 @@ class Multiscale(Sampler):
     def calls(
         self, schedule: NoiseSchedule, grid: tuple[int, ...], guidance: Guidance | None
     ) -> list[Call]:
-        w: list[float] = [1.0] * len(grid)
-        if self.guidance is not None:
-            w = [self.guidance] * len(grid)
-        elif guidance is not None:
-            ends = (*grid[1:], -1)
-            w = [
-                guidance.scale_at(*schedule(t), *schedule(s))
-                for t, s in zip(grid, ends, strict=True)
-            ]
-        fitted = tuple(1 + 0.75 * math.sqrt(max(scale - 1, 0)) for scale in w)
+        w = [_ASSUMED if self.guidance is None else self.guidance] * len(grid)
+        if self.guidance is None and guidance is not None:
+            pairs = timestep_pairs(grid)
+            w = [guidance.scale_at(*schedule(t), *schedule(s)) for t, s in pairs]
+        fitted = tuple(min(1 + 0.75 * math.sqrt(max(scale - 1, 0)), _MOST) for scale in w)
         guided = any(scale != 1 for scale in fitted)
         steps = multiscale_coefficients(
             schedule, grid, self.order, self.smallest, self.largest, fitted if guided else ()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TypeVar
 
 from zsnr.guidance import Guidance
+from zsnr.samplers.multiscale import Multiscale
 from zsnr.timesteps import is_grid_file, read_grid
 
 _Given = TypeVar("_Given")
@@ -35,19 +37,19 @@ def recommend_sampling(num_steps: int, guidance: Guidance | float | None = None)
         Names that `get_sampler` and `get_timesteps` take.
 
     Raises:
-        ValueError: num_steps is not a positive int.
+        ValueError: num_steps is not a positive int, or the scale not a finite number.
     """
-    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
-        raise ValueError(f"num_steps={num_steps!r}: wanted an int of at least 1.")
+    _check_num_steps(num_steps)
+    if isinstance(guidance, Guidance):
+        w = max(guidance.scales)
+    else:
+        w = 1.0 if guidance is None else guidance
+    if isinstance(w, bool) or not isinstance(w, (int, float)) or not math.isfinite(w):
+        raise ValueError(f"guidance={w!r}: wanted a Guidance, or its scale as a finite number.")
     if num_steps >= MANY_STEPS:
         return PAPER
-    if isinstance(guidance, Guidance):
-        if guidance.method == "cfg_pp":
-            return "ddim", "guided"
-        scales = [guidance.scale] if guidance.curve is None else [w for _, w in guidance.curve]
-        w = float(max(scales))
-    else:
-        w = 1.0 if guidance is None else float(guidance)
+    if isinstance(guidance, Guidance) and guidance.method == "cfg_pp":
+        return "ddim", "guided"
     if w <= 1:
         return "multiscale", "log_snr"
     return "ddim" if num_steps < 7 and w > 4 else "multiscale", "guided"
@@ -66,23 +68,37 @@ def resolve_sampling(
     | auto | auto | `recommend_sampling` of the number of steps and the guidance scale |
     | auto | a grid file | the sampler that the file was made for, ddim if it names none |
     | auto | a name | ddim, the paper's |
-    | given | auto | trailing, the paper's |
+    | multiscale | auto | guided, or log_snr where the scale is at most 1 |
+    | another | auto | trailing, the paper's |
 
     Args:
-        sampler: "auto", or anything else, which is returned as it is.
+        sampler: "auto", or a sampler, its name or the path of its class, which is returned as it
+            is.
         spacing: "auto", a registered timestep spacing, or the path of a grid file.
         num_steps: S.
         guidance: The guidance, or its scale w. None = no guidance.
 
     Raises:
-        ValueError: Both are "auto" and num_steps is not a positive int, or the file holds no grid.
+        ValueError: num_steps is not a positive int, spacing is not a string, or the file holds no
+            grid.
         OSError: The file cannot be read.
     """
+    _check_num_steps(num_steps)
+    if not isinstance(spacing, str):
+        raise ValueError(f"spacing={spacing!r}: wanted a name, the path of a grid, or 'auto'.")
     if spacing == AUTO:
         if sampler == AUTO:
             return recommend_sampling(num_steps, guidance)
+        name = sampler.rpartition(".")[2].lower() if isinstance(sampler, str) else ""
+        if name == "multiscale" or isinstance(sampler, Multiscale):
+            return sampler, recommend_sampling(MANY_STEPS - 1, guidance)[1]
         return sampler, PAPER[1]
     if sampler == AUTO:
         made_for = read_grid(Path(spacing)).sampler if is_grid_file(spacing) else None
         return made_for or PAPER[0], spacing
     return sampler, spacing
+
+
+def _check_num_steps(num_steps: int) -> None:
+    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
+        raise ValueError(f"num_steps={num_steps!r}: wanted an int of at least 1.")

@@ -23,6 +23,8 @@ def register_sampler(name: str) -> Callable[[_SamplerClass], _SamplerClass]:
     """
 
     def register(sampler: _SamplerClass) -> _SamplerClass:
+        if name == "auto":
+            raise ValueError("Sampler 'auto' stands for what is recommended. Choose another name.")
         if not (isinstance(sampler, type) and issubclass(sampler, Sampler)):
             raise TypeError(f"{sampler!r} is not a subclass of zsnr.Sampler.")
         known = _SAMPLERS.get(name)

@@ -26,6 +26,7 @@ from zsnr.data.order import accumulation
 from zsnr.guidance import Guidance
 from zsnr.lora import LoRA
 from zsnr.loss import LossWeighting
+from zsnr.pipeline import Sampling, check_steps
 from zsnr.samplers import Sampler, get_sampler
 from zsnr.samplers.recommend import AUTO, resolve_sampling
 from zsnr.schedule import NoiseSchedule
@@ -199,8 +200,6 @@ def check_model(model: Any) -> None:
     sampler, spacing = resolve_sampling(
         sampling.sampler, sampling.spacing, sampling.num_steps, guidance
     )
-    if isinstance(sampler, str):
-        get_sampler(sampler)
     check_settings(
         NoiseSchedule(**model.schedule.as_dict()),
         model.prediction_type,
@@ -208,6 +207,11 @@ def check_model(model: Any) -> None:
         spacing,
         sampling.num_steps,
     )
+    if isinstance(sampler, str):
+        check_steps(
+            Sampling(sampler, sampling.num_steps, spacing, guidance),
+            NoiseSchedule(**model.schedule.as_dict()),
+        )
     check_guidance(guidance, averaged=model.ema is not None)
     if model.lora is not None:
         LoRA(**model.lora.as_dict())

@@ -662,7 +662,7 @@ def check_guidance(guidance: Guidance, averaged: bool) -> None:
     """Refuse guidance away from raw weights where there are no averaged ones.
 
     Raises:
-        ValueError: So it is.
+        ValueError: guidance.against is "raw", and weights are not averaged.
     """
     if guidance.against == "raw" and not averaged:
         raise ValueError(
