@@ -20,18 +20,20 @@ MANY_STEPS = 50
 def recommend_sampling(num_steps: int, guidance: Guidance | float | None = None) -> tuple[str, str]:
     """Choose a sampler and a spacing for a number of steps and a guidance scale.
 
-    | steps | no guidance (w = 1) | with guidance |
-    |---|---|---|
-    | 50 and more | ddim, trailing: the paper's | the same |
-    | 7 to 49 | multiscale, log_snr | multiscale, guided |
-    | up to 6 | multiscale, log_snr | w <= 4: multiscale, guided; else ddim, guided |
+    | steps | w up to 1 | w up to 4 | w above 4 | w above 4, rescale below 0.35 |
+    |---|---|---|---|---|
+    | 50 and more | ddim, trailing: the paper's | the same | the same | the same |
+    | 10 to 49 | multiscale, log_snr | multiscale, guided | the same | the same |
+    | 7 to 9 | multiscale, log_snr | multiscale, guided | the same | ddim, guided |
+    | 6 | multiscale, log_snr | multiscale, guided | ddim, guided | ddim, guided |
+    | up to 5 | multiscale, log_snr | multiscale, guided | ddim, guided | ddim, trailing |
 
-    CFG++ is made for first-order steps: ddim, guided. The figures behind each row, of every sampler
-    and spacing that was tried, are in benchmarks/results/guided.md and fidelity.md.
+    CFG++ is made for first-order steps: ddim, guided below 50 steps. The figures behind each row,
+    of every sampler and spacing that was tried, are in benchmarks/results/guided.md and fidelity.md.
 
     Args:
         num_steps: S, at least 1.
-        guidance: The guidance, or its scale w. None = no guidance.
+        guidance: The guidance, or its scale w with the paper's rescale. None = no guidance.
 
     Returns:
         Names that `get_sampler` and `get_timesteps` take.
@@ -52,7 +54,10 @@ def recommend_sampling(num_steps: int, guidance: Guidance | float | None = None)
         return "ddim", "guided"
     if w <= 1:
         return "multiscale", "log_snr"
-    return "ddim" if num_steps < 7 and w > 4 else "multiscale", "guided"
+    plain = isinstance(guidance, Guidance) and guidance.rescale < 0.35
+    if w > 4 and num_steps < (10 if plain else 7):
+        return "ddim", "trailing" if plain and num_steps < 6 else "guided"
+    return "multiscale", "guided"
 
 
 def resolve_sampling(
