@@ -20,16 +20,15 @@ MANY_STEPS = 50
 def recommend_sampling(num_steps: int, guidance: Guidance | float | None = None) -> tuple[str, str]:
     """Choose a sampler and a spacing for a number of steps and a guidance scale.
 
-    | steps | w up to 1 | w up to 4 | w above 4 | w above 4, rescale below 0.35 |
-    |---|---|---|---|---|
-    | 50 and more | ddim, trailing: the paper's | the same | the same | the same |
-    | 10 to 49 | multiscale, log_snr | multiscale, guided | the same | the same |
-    | 7 to 9 | multiscale, log_snr | multiscale, guided | the same | ddim, guided |
-    | 6 | multiscale, log_snr | multiscale, guided | ddim, guided | ddim, guided |
-    | up to 5 | multiscale, log_snr | multiscale, guided | ddim, guided | ddim, trailing |
+    | steps | w up to 1 | w above 1 | w above 4 and rescale below 0.35 |
+    |---|---|---|---|
+    | 50 and more | ddim, trailing: the paper's | the same | the same |
+    | 10 to 49 | multiscale, log_snr | multiscale, guided | the same |
+    | 6 to 9 | multiscale, log_snr | multiscale, guided | ddim, guided |
+    | up to 5 | multiscale, log_snr | multiscale, guided | ddim, trailing |
 
     CFG++ is made for first-order steps: ddim, guided below 50 steps. The figures behind each row,
-    of every sampler and spacing that was tried, are in benchmarks/results/guided.md and fidelity.md.
+    for every sampler and spacing that was tried, are in benchmarks/results: guided.md, fidelity.md.
 
     Args:
         num_steps: S, at least 1.
@@ -55,8 +54,8 @@ def recommend_sampling(num_steps: int, guidance: Guidance | float | None = None)
     if w <= 1:
         return "multiscale", "log_snr"
     plain = isinstance(guidance, Guidance) and guidance.rescale < 0.35
-    if w > 4 and num_steps < (10 if plain else 7):
-        return "ddim", "trailing" if plain and num_steps < 6 else "guided"
+    if plain and w > 4 and num_steps < 10:
+        return "ddim", "trailing" if num_steps < 6 else "guided"
     return "multiscale", "guided"
 
 
