@@ -236,7 +236,7 @@ def test_hyperparameters_stand_beside_logged_metrics(folder, board):
     start = metadata.parse_session_start_info_plugin_data(plugin["_hparams_/session_start_info"])
     values = dict(start.hparams.items())
     used = [values[f"sampling.{name}"].string_value for name in ("sampler", "spacing")]
-    assert used == ["ddim", "guided"]  # what auto stands for with 3 steps
+    assert used == ["multiscale", "guided"]  # what auto stands for with 3 steps
     assert values["batch_size"].number_value == 4
     assert values["schedule.betas"].string_value == "scaled_linear"
     assert values["schedule.zero_terminal_snr"].number_value == 1

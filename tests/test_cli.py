@@ -284,7 +284,7 @@ def test_report(run, folder):
         ("num_steps: 8", [], ("multiscale", "guided")),
         ("num_steps: 8", ["--guidance-scale=1"], ("multiscale", "log_snr")),
         ("num_steps: 50", [], ("ddim", "trailing")),
-        ("num_steps: 8", ["--num-steps=4"], ("ddim", "guided")),
+        ("num_steps: 8", ["--num-steps=4"], ("multiscale", "guided")),
         ("sampler: auto", ["--num-steps", "8", "--spacing", "auto"], ("multiscale", "guided")),
         ("sampler: multiscale", ["--num-steps=8"], ("multiscale", "guided")),
         ("sampler: DDIM", ["--num-steps=8"], ("ddim", "trailing")),

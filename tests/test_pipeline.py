@@ -89,7 +89,7 @@ def test_negative_prompts(pipe):
         (60, 1.0, {}, "ddim", "trailing"),
         (8, 7.5, {}, "multiscale", "guided"),
         (8, 1.0, {}, "multiscale", "log_snr"),
-        (4, 7.5, {}, "ddim", "guided"),
+        (4, 7.5, {}, "multiscale", "guided"),
         (8, 7.5, {"sampler": "euler"}, "euler", "trailing"),
         (8, 7.5, {"spacing": "log_snr"}, "ddim", "log_snr"),
         (8, 7.5, {"sampler": "auto", "spacing": "auto"}, "multiscale", "guided"),

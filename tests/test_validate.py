@@ -127,7 +127,10 @@ def test_validate_gives_the_numbers_of_training(run, folder, validated):
     assert numbers["global_step"] == 4
     assert numbers["checkpoint"].endswith("last.ckpt")
     assert numbers["sampling"]["num_steps"] == 2
-    assert (numbers["sampling"]["sampler"], numbers["sampling"]["spacing"]) == ("ddim", "guided")
+    assert (numbers["sampling"]["sampler"], numbers["sampling"]["spacing"]) == (
+        "multiscale",
+        "guided",
+    )
     assert numbers["sampling"]["guidance_rescale"] == 0.7
     assert numbers["metrics"].keys() == trained["metrics"].keys()
     for name, value in numbers["metrics"].items():

@@ -164,8 +164,9 @@ class Multiscale(Sampler):
     whose prediction turns back falls to first order: with d = x_0 - x_0' and d' that of the step
     before, all that is added to the first-order step is multiplied by 1 + min(0, cos(d, d')).
 
-    Made for the spacings "log_snr" without guidance and "guided" with it; it runs on any. With plain
-    guidance of a scale above 4 and fewer than 10 steps, DDIM is better: see `recommend_sampling`.
+    Made for the spacings "log_snr" without guidance and "guided" with it; it runs on any. With
+    plain guidance of a scale above 4 and fewer than 10 steps, DDIM is better: see
+    `recommend_sampling`.
 
     Args:
         order: How many predictions a step uses, 1 to 3. 1 = DDIM.
