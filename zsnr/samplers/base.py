@@ -22,7 +22,7 @@ DenoiserFunction = Callable[[Tensor, Tensor], Tensor]
 RandnLike = Callable[[Tensor], Tensor]
 Callback = Callable[[int, int, Tensor, Tensor], None]
 Coefficients = tuple[float, float, float]
-_UNKNOWN = object()
+_ASSUMED = Guidance(3.0)
 
 
 class MultistepCoefficients(NamedTuple):
@@ -131,7 +131,7 @@ class Sampler:
         Args:
             schedule: The noise schedule.
             grid: Timesteps, descending, checked.
-            guidance: What the denoiser is guided by; a scale of 1 = no guidance. None = not known.
+            guidance: What the denoiser is guided by. None = no guidance.
         """
         raise NotImplementedError(f"{type(self).__name__} has neither `calls` nor `sample`.")
 
@@ -146,8 +146,8 @@ class Sampler:
         Args:
             schedule: The schedule the denoiser was made for.
             timesteps: The grid, 1-D, descending, such as `trailing(25)`.
-            guidance: What the denoiser is guided by, for samplers whose steps depend on it; a scale
-                of 1 = no guidance. None = not known.
+            guidance: What the denoiser is guided by, for samplers whose steps depend on it. None =
+                no guidance.
 
         Raises:
             ValueError: The grid is not a descending list of the schedule's timesteps, or the
@@ -356,14 +356,12 @@ def check_schedule(denoiser: DenoiserFunction, schedule: NoiseSchedule) -> None:
 
 
 def guidance_of(denoiser: DenoiserFunction) -> Guidance | None:
-    """Return the guidance that a denoiser declares as its attribute `guidance`.
+    """Return the guidance that a denoiser declares as its attribute `guidance`; None = none.
 
-    A declared None is no guidance, of scale 1; a function without the attribute does not tell, and
-    gives None.
+    A function without the attribute may be guided or not. A scale of 3 is assumed: steps that are
+    fitted to it lose little at other scales, where steps for none overshoot under guidance.
     """
-    guidance = getattr(denoiser, "guidance", _UNKNOWN)
-    if guidance is None:
-        return Guidance(1.0)
+    guidance = getattr(denoiser, "guidance", _ASSUMED)
     return guidance if isinstance(guidance, Guidance) else None
 
 

@@ -20,7 +20,6 @@ DAMPING = 0.1
 _SCALES = 36
 _RATIOS = (1.0, 1.8, 3.3, 6.0)  # s_u / s_c: how much a condition narrows a pattern
 _GUIDED_SCALES = 16
-_ASSUMED = 3.0  # w, where it is not known
 _MOST = 20.0  # of w'; beyond it the path of a narrowed pattern is no number
 
 
@@ -174,8 +173,7 @@ class Multiscale(Sampler):
         largest: Greatest one. The mean of an image counts times the root of its number of pixels.
         guidance: The guidance scale of all steps, 1 = no guidance: for denoisers that do not tell
             it, such as a function of your own or a pipeline of diffusers. None = what the denoiser
-            is guided by, at each step; where it does not tell, 3 is assumed, whose weights lose
-            little with other scales.
+            is guided by, at each step; where it does not tell, 3 is assumed.
     """
 
     order: int = 3
@@ -199,7 +197,7 @@ class Multiscale(Sampler):
     def calls(
         self, schedule: NoiseSchedule, grid: tuple[int, ...], guidance: Guidance | None
     ) -> list[Call]:
-        w = [_ASSUMED if self.guidance is None else self.guidance] * len(grid)
+        w = [1.0 if self.guidance is None else self.guidance] * len(grid)
         if self.guidance is None and guidance is not None:
             pairs = timestep_pairs(grid)
             w = [guidance.scale_at(*schedule(t), *schedule(s)) for t, s in pairs]
