@@ -362,7 +362,7 @@ def test_a_toy_that_does_as_it_is_told(folder, tmp_path, monkeypatch):
     assert {(tuple(prompts), tuple(seeds)) for _, prompts, seeds, *_ in asked} == {
         (("0", "60", "200"), (3, 3, 3))
     }
-    assert [rest for *_, rest in asked] == ["leading", "leading", "guided"]
+    assert [rest for *_, rest in asked] == ["leading", "leading", "trailing"]
     assert asked[2][3] == 0.25
 
     facts = json.loads((out / "compare.json").read_text())
