@@ -212,8 +212,8 @@ def test_run_json_stands_beside_the_checkpoints(start, tmp_path):
     assert facts["prediction_type"] == "v_prediction"
     assert facts["loss"]["name"] == "uniform"
     assert facts["sampling"] == {
-        "sampler": "ddim",
-        "sampler_options": {"eta": 0.0},
+        "sampler": "multiscale",
+        "sampler_options": {"order": 3, "smallest": 0.05, "largest": 60.0, "guidance": None},
         "num_steps": 3,
         "spacing": "guided",
         "guidance_scale": 7.5,
