@@ -190,18 +190,7 @@ def ays(
     left out, since the last step goes on to clean data. Each step is the nearest timestep in
     log(sigma / alpha), distinct as in `log_snr`, and the first becomes T-1. On a schedule that ends
     at SNR 0 there is no step between T-1 and the second level: the levels are made for schedules
-    that end at sigma / alpha = 14.6, and are here to compare with.
-
-    Args:
-        num_steps: S, 1 to T.
-        num_timesteps: T.
-        schedule: The schedule. None = the paper's with that T.
-
-    Returns:
-        int64, shape (S,), descending, the first is T-1.
-
-    Raises:
-        ValueError: S or T is out of range.
+    that end at sigma / alpha = 14.6, and are here to compare with. Else as `log_snr`.
     """
     S, T = _check_counts(num_steps, num_timesteps)
     levels = [-math.log(k) for k in _AYS]

@@ -128,7 +128,7 @@ def _proof(facts: Mapping[str, Any], schedule: NoiseSchedule, fixed: bool) -> st
 
 def _usage(name: str, facts: Mapping[str, Any], schedule: NoiseSchedule, fixed: bool) -> str:
     sampling = _mapping(published(facts).get("sampling"))
-    # What a pipeline of diffusers cannot do by itself says nothing of the w that it needs.
+    # A method that a pipeline of diffusers lacks does not tell which w plain guidance needs there.
     others = {name: sampling[name] for name in _OTHER_GUIDANCE if sampling.get(name) is not None}
     own_w = sampling.get("guidance_method", Guidance.method) == Guidance.method
     own_w = own_w and "guidance_curve" not in others
