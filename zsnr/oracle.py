@@ -91,7 +91,7 @@ class EmpiricalDenoiser:
             raise ValueError(
                 f"std has shape {tuple(variance.shape)}: wanted a number, or ({len(images)},)."
             )
-        self._variance = variance
+        self._variance, self._spreads = variance, bool(variance.any())
 
     @property
     def num_classes(self) -> int:
@@ -116,10 +116,12 @@ class EmpiricalDenoiser:
         alpha_t, sigma_t = (scale.to(torch.float64).view(-1, 1) for scale in self.schedule(t))
         weights = self._logits(x, alpha_t, sigma_t, of).softmax(1)
         weights[weights < torch.finfo(torch.float64).tiny] = 0  # subnormal: say nothing, cost much
-        gain = alpha_t * self._variance / (alpha_t**2 * self._variance + sigma_t**2)  # (B, 1 or N)
-        x_0 = self._product(weights * (1 - alpha_t * gain), self._images)
-        if self._variance.any():
+        if self._spreads:
+            gain = alpha_t * self._variance / self._noisy_variance(alpha_t, sigma_t)
+            x_0 = self._product(weights * (1 - alpha_t * gain), self._images)
             x_0 = x_0 + (weights * gain).sum(1, keepdim=True) * x
+        else:
+            x_0 = self._product(weights, self._images)
         return x_0.view(x_t.shape).to(torch.promote_types(x_t.dtype, torch.float32))
 
     def posterior(self, x_0: Tensor, t: int) -> Tensor:
@@ -168,12 +170,16 @@ class EmpiricalDenoiser:
             )
         return x.flatten(1).to(torch.float64)
 
+    def _noisy_variance(self, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
+        """Compute v_i of the Gaussian around each member, (B, 1 or N)."""
+        return alpha_t**2 * self._variance + sigma_t**2
+
     def _has(self, of: Tensor) -> bool:
         return bool(((of >= -1) & (of < self.num_classes)).all())
 
     def _logits(self, x: Tensor, alpha_t: Tensor, sigma_t: Tensor, of: Tensor | None) -> Tensor:
         """Compute log w_i but for a constant, (B, N)."""
-        v = alpha_t**2 * self._variance + sigma_t**2
+        v = self._noisy_variance(alpha_t, sigma_t)
         logits = (alpha_t * self._product(x, self._images.T) - alpha_t**2 * self._half_norms) / v
         if self._variance.ndim:
             logits = logits - x.square().sum(1, keepdim=True) / (2 * v) - x.shape[1] / 2 * v.log()

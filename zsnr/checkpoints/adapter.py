@@ -53,8 +53,8 @@ class DiffusersScheduler:
         prediction_type: What the network predicts.
         spacing: A registered timestep spacing, or the path of a grid file; not "auto" either.
 
-    The sampler "multiscale" fits its steps to the guidance scale, so it must be told the one that
-    the pipeline is called with:
+    The sampler "multiscale" fits its steps to the guidance scale, and assumes 3 where it is not
+    told the one that the pipeline is called with:
 
     DiffusersScheduler(get_sampler("multiscale", guidance=7.5), spacing="guided")
 

@@ -16,6 +16,7 @@ from zsnr.samplers.base import (
 )
 from zsnr.samplers.registry import register_sampler
 from zsnr.schedule import NoiseSchedule
+from zsnr.timesteps import timestep_pairs
 
 
 def deis_coefficients(
@@ -42,9 +43,8 @@ def deis_coefficients(
     abar = schedule.alphas_cumprod.tolist()
     k = [math.sqrt((1 - a) / a) if a > 0 else math.inf for a in abar]
     steps = []
-    ends = (*grid[1:], -1)
-    for i, (a, b, _) in enumerate(transition_coefficients(schedule, grid, 0.0)):
-        s = ends[i]
+    transitions = transition_coefficients(schedule, grid, 0.0)
+    for i, ((_, s), (a, b, _)) in enumerate(zip(timestep_pairs(grid), transitions, strict=True)):
         nodes = grid[i::-1][: order + 1] if s >= 0 else grid[i:]  # newest first
         alpha_s = schedule(s)[0]
         older = [alpha_s * _integral(nodes, j, s, k) for j in range(1, len(nodes))]

@@ -15,6 +15,7 @@ from zsnr.samplers.base import (
 )
 from zsnr.samplers.registry import register_sampler
 from zsnr.schedule import NoiseSchedule
+from zsnr.timesteps import timestep_pairs
 
 
 @register_sampler("heun")
@@ -35,12 +36,12 @@ class Heun(Sampler):
         self, schedule: NoiseSchedule, grid: tuple[int, ...], guidance: Guidance | None
     ) -> list[Call]:
         h = log_snr_steps(schedule, grid)
-        ends = (*grid[1:], -1)
         calls: list[Call] = []
-        for i, (a, b, _) in enumerate(transition_coefficients(schedule, grid, 0.0)):
-            calls.append(Call(grid[i], ends[i], MultistepCoefficients((a,), b)))
-            if math.isfinite(h[i]):
-                w = math.exp(h[i]) / 2
+        transitions = transition_coefficients(schedule, grid, 0.0)
+        for (t, s), (a, b, _), h_t in zip(timestep_pairs(grid), transitions, h, strict=True):
+            calls.append(Call(t, s, MultistepCoefficients((a,), b)))
+            if math.isfinite(h_t):
+                w = math.exp(h_t) / 2
                 again = MultistepCoefficients((a * w, a * (1 - w)), b)
-                calls.append(Call(ends[i], ends[i], None, again))
+                calls.append(Call(s, s, None, again))
         return calls

@@ -195,23 +195,20 @@ def check_model(model: Any) -> None:
     Raises:
         ValueError: Settings contradict each other, or are out of range.
     """
-    sampling = model.sampling
+    sampling, schedule = model.sampling, NoiseSchedule(**model.schedule.as_dict())
     guidance = Guidance(**sampling.guidance.as_dict())
     sampler, spacing = resolve_sampling(
         sampling.sampler, sampling.spacing, sampling.num_steps, guidance
     )
     check_settings(
-        NoiseSchedule(**model.schedule.as_dict()),
+        schedule,
         model.prediction_type,
         LossWeighting(**model.loss.as_dict()),
         spacing,
         sampling.num_steps,
     )
     if isinstance(sampler, str):
-        check_steps(
-            Sampling(sampler, sampling.num_steps, spacing, guidance),
-            NoiseSchedule(**model.schedule.as_dict()),
-        )
+        check_steps(Sampling(sampler, sampling.num_steps, spacing, guidance), schedule)
     check_guidance(guidance, averaged=model.ema is not None)
     if model.lora is not None:
         LoRA(**model.lora.as_dict())
