@@ -19,6 +19,7 @@ FLOORS = (
     ("denoiser", "oracle", "samplers"),
     (
         "files",
+        "untrusted",
         "assets",
         "ldm_file",
         "pretrained",

@@ -15,9 +15,9 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 
-from zsnr.checkpoints.untrusted import shown
 from zsnr.prediction import PredictionType
 from zsnr.schedule import NoiseSchedule
+from zsnr.untrusted import shown
 
 # How a class makes its grid of S timesteps:
 # whole       integers, S of them

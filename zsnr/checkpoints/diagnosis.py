@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
-from zsnr.checkpoints.untrusted import clipped
 from zsnr.prediction import PredictionType
 from zsnr.schedule import NoiseSchedule
+from zsnr.untrusted import clipped
 
 Verdict = Literal["fixed", "flawed", "inconsistent", "unreadable"]
 

@@ -21,7 +21,6 @@ from zsnr.checkpoints.declared import (
 from zsnr.checkpoints.diagnosis import Diagnosis, Verdict, judge, late, schedule_facts, signal
 from zsnr.checkpoints.header import Header, read_header, read_schedule
 from zsnr.checkpoints.run_facts import FORMAT, NAME
-from zsnr.checkpoints.untrusted import clipped, read_json, read_yaml, shown
 from zsnr.files import replacing
 from zsnr.guidance import Guidance
 from zsnr.loss import LossWeighting
@@ -30,6 +29,7 @@ from zsnr.samplers import get_sampler, recommend_sampling
 from zsnr.samplers.recommend import AUTO, resolve_sampling
 from zsnr.schedule import NoiseSchedule
 from zsnr.timesteps import check_timesteps, get_timesteps, is_grid_file
+from zsnr.untrusted import clipped, read_json, read_yaml, shown
 
 NUM_STEPS = (10, 20, 25, 30, 50)
 DEFAULT_SAMPLING = {

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zsnr.checkpoints.untrusted import clipped, open_regular, parse_json
 from zsnr.schedule import NoiseSchedule
+from zsnr.untrusted import clipped, open_regular, parse_json
 
 MAX_HEADER = 100_000_000  # bytes; the format's own bound
 _MAX_DIMENSIONS = 64

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from zsnr.checkpoints import sharded
 from zsnr.checkpoints.model import Model
-from zsnr.checkpoints.untrusted import open_archive
 from zsnr.codecs import LatentCodec
 from zsnr.conditioning import Conditioner
 from zsnr.described import build, describe
 from zsnr.lora import moved
 from zsnr.networks import UNet
 from zsnr.schedule import NoiseSchedule
+from zsnr.untrusted import open_archive
 
 KEY = "zsnr"
 

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from zsnr.checkpoints.untrusted import read_json
 from zsnr.files import replacing
+from zsnr.untrusted import read_json
 
 NAME = "run.json"
 FORMAT = 1

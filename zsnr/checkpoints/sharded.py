@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from zsnr.checkpoints.untrusted import open_archive
 from zsnr.files import replacing
+from zsnr.untrusted import open_archive
 
 REST = "meta.pt"
 _INDEX = ".metadata"

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from zsnr.checkpoints import schedule_from_diffusers
 from zsnr.checkpoints.single_file import read_marks
-from zsnr.checkpoints.untrusted import read_json
 from zsnr.denoiser import Conditioning, Network
 from zsnr.ldm_file import is_single_file
 from zsnr.prediction import PredictionType, to_eps, to_v, to_x0
 from zsnr.schedule import NoiseSchedule
+from zsnr.untrusted import read_json
 
 _CONVERT = {"v_prediction": to_v, "sample": to_x0, "epsilon": to_eps}
 
