@@ -15,8 +15,9 @@ from zsnr.cli import main
 from zsnr.data.buckets import AspectBuckets, assign
 from zsnr.data.faults import BudgetError, Fault, Ledger, check_budget, read_ledger, summarize
 from zsnr.data.filters import Filter
-from zsnr.data.index import index_path, load_index, make_index, read_index
+from zsnr.data.index import index_path, load_index, read_index
 from zsnr.data.samples import select
+from zsnr.data.scan import make_index
 from zsnr.data.sources import Shard, Source, find_shards
 from zsnr.data.storage import Storage
 

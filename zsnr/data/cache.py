@@ -26,8 +26,9 @@ from zsnr.data.dataset import Pixels, ShardDataset
 from zsnr.data.faults import Fault
 from zsnr.data.filters import Filter
 from zsnr.data.images import to_unit_range
-from zsnr.data.index import FIELD, Index, ShardIndex, write_index
+from zsnr.data.index import Index, write_index
 from zsnr.data.samples import PARTS, Sample, Samples, select
+from zsnr.data.scan import FIELD, ShardIndex
 from zsnr.data.sources import CACHE, Shard, Sources, as_sources, is_cache
 from zsnr.data.storage import Storage
 from zsnr.denoiser import Conditioning

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from zsnr.data.buckets import AspectBuckets, assign
 from zsnr.data.faults import Fault
 from zsnr.data.filters import PICTURE_FIELDS, Filter, apply_filters
-from zsnr.data.index import FIELD, METADATA, Index
+from zsnr.data.index import Index
+from zsnr.data.scan import FIELD, METADATA
 from zsnr.data.sources import Shard
 
 if TYPE_CHECKING:

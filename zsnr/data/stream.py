@@ -18,7 +18,7 @@ from zsnr.data.dataset import Pixels
 from zsnr.data.faults import BudgetError, Fault
 from zsnr.data.filters import Filter, apply_filters
 from zsnr.data.images import decode_image, image_size, size_facts
-from zsnr.data.index import read_fields
+from zsnr.data.scan import read_fields
 from zsnr.data.sources import IMAGE_SUFFIXES, Shard
 from zsnr.data.storage import Retries, Storage
 from zsnr.noise import derive_seed
