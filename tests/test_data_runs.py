@@ -433,6 +433,16 @@ def fit(path, out, *options):
     return main(["fit", "-c", str(path), f"--trainer.default_root_dir={out}", *options])
 
 
+def test_a_config_may_weight_its_sources(cached):
+    folder, path = cached
+    config = yaml.safe_load(path.read_text())
+    config["data"]["train"] = [config["data"]["train"], {"path": config["data"]["train"]}]
+    config["data"]["train"][1]["weight"] = 0.5
+    (folder / "weighted.yaml").write_text(yaml.safe_dump(config))
+    assert fit(folder / "weighted.yaml", folder / "run", "--trainer.max_steps=1") == 0
+    assert (folder / "run" / "checkpoints" / "last.ckpt").exists()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_training_from_the_cache_is_training_from_the_pictures(cached, dtype):
     folder, path = cached

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentError
+from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -23,6 +23,7 @@ from zsnr.checkpoints.own import KEY, open_checkpoint
 from zsnr.codecs import LatentCodec
 from zsnr.conditioning import Conditioner, Remembered
 from zsnr.data.order import accumulation
+from zsnr.data.sources import Source
 from zsnr.guidance import Guidance
 from zsnr.lora import LoRA
 from zsnr.loss import LossWeighting
@@ -184,9 +185,17 @@ class ZsnrCLI(LightningCLI):
         else:
             for name in ("train", "val") if self.subcommand == "fit" else ("val",):
                 if data[name] is not None:
-                    check_shards(data.train if self.subcommand == "fit" else None, data.val)
+                    train = _sources(data.train) if self.subcommand == "fit" else None
+                    check_shards(train, _sources(data.val))
                 elif name == "train" or self.subcommand != "fit":
                     raise ValueError(f"{self.subcommand} needs data.{name}: a folder of shards.")
+
+
+def _sources(parsed: Any) -> Any:
+    """Build the objects with path and weight among the sources of a parsed config."""
+    if not isinstance(parsed, list):
+        return parsed
+    return [Source(**vars(item)) if isinstance(item, Namespace) else item for item in parsed]
 
 
 def check_model(model: Any) -> None:
