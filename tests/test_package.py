@@ -18,6 +18,7 @@ FLOORS = (
     ),
     ("denoiser", "oracle", "samplers"),
     (
+        "locks",
         "files",
         "untrusted",
         "assets",

@@ -8,6 +8,7 @@ import signal
 import stat
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import cells
 import pytest
@@ -20,6 +21,7 @@ from ranks import groups
 from zsnr.checkpoints import sharded
 from zsnr.checkpoints.own import open_checkpoint, read_checkpoint
 from zsnr.cli import main
+from zsnr.locks import LOCK, Lock, LockedError
 from zsnr.training import Checkpoints, Preemption, Watchdog
 from zsnr.training.checkpointing import find_last, steps
 
@@ -350,6 +352,87 @@ def test_a_run_goes_on_with_averages_as_it_began(shards, tmp_path, averaged):
     wanted = "has averaged weights: set" if averaged else "has no averaged weights: unset"
     with pytest.raises(ValueError, match=wanted):
         cells.fit(shards, tmp_path, checkpoint=cells.newest(tmp_path), model=model)
+
+
+# Two in one folder
+
+
+def other_run(path):
+    """Write a lock of a process that lives."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    owner = {**vars(Lock(path, path)._owner), "token": "other", "command": "zsnr fit -c a.yaml"}
+    path.write_text(json.dumps(owner))
+    return path
+
+
+def test_a_second_run_in_a_folder_is_refused(shards, tmp_path, capsys, monkeypatch):
+    fit = config(tmp_path, shards)
+    folder = tmp_path / "run" / "checkpoints"
+    lock = other_run(folder / LOCK)
+    assert main(fit) == 2
+    told = capsys.readouterr().err
+    for part in (str(folder), f"pid {os.getpid()}", "since 20", "zsnr fit -c a.yaml"):
+        assert part in told.splitlines()[-1]
+    assert [*folder.iterdir()] == [lock]
+    assert [*(tmp_path / "run").iterdir()] == [folder]  # not even logs or heartbeats
+    lock.write_text(lock.read_text().replace(f'"pid": {os.getpid()}', '"pid": 4194303'))
+    assert main(fit) == 0
+    assert not lock.exists()
+    assert main([*fit, "--ckpt_path", "last", "--trainer.max_steps", "5"]) == 0
+
+
+def test_a_run_that_fails_leaves_no_lock(shards, tmp_path):
+    fit = config(tmp_path, shards)
+    lock = tmp_path / "run" / "checkpoints" / LOCK
+    with pytest.raises(RuntimeError, match="at step 1"):
+        main([*fit, "--trainer.callbacks", "test_stops.Fail"])
+    assert lock.parent.exists()
+    assert not lock.exists()
+
+
+class Fail(Callback):
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        assert (Path(trainer.default_root_dir) / "checkpoints" / LOCK).exists()
+        if trainer.global_step == 1:
+            raise RuntimeError("at step 1")
+
+
+def test_a_second_prediction_into_a_folder_is_refused(shards, tmp_path):
+    cells.fit(shards, tmp_path, steps=1)
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    output = tmp_path / "images"
+    prompts = str(tmp_path / "prompts.txt")
+    arguments = (shards, tmp_path, "one", cells.newest(tmp_path), str(output))
+    lock = other_run(output / LOCK)
+    with pytest.raises(LockedError, match="images is in use"):
+        cells.predict(*arguments, prompts)
+    lock.unlink()
+    cells.predict(*arguments, prompts)
+    assert len(list(output.glob("*.png"))) == 2
+    assert not lock.exists()
+
+
+def test_a_share_of_a_cache_is_written_by_one(shards, tmp_path, capsys):
+    cache = ["data", "cache", *config(tmp_path, shards)[1:], "--output", f"{tmp_path}/cache"]
+    lock = other_run(tmp_path / "cache" / ".share-00000-of-00002.lock")
+    share = ["--rank", "0", "--ranks", "2"]
+    assert main([*cache, *share]) == 2
+    assert "cache is in use" in capsys.readouterr().err
+    assert main([*cache, "--rank", "1", "--ranks", "2"]) == 0
+    lock.unlink()
+    assert main([*cache, *share]) == 0
+    assert not list((tmp_path / "cache").glob(".*"))
+
+
+def test_an_index_is_written_by_one(shards, tmp_path, capsys):
+    output, many = tmp_path / "index", f"{shards}/train-*.tar"
+    with patch.object(Lock, "release"):
+        assert main(["data", "index", many, "--output", str(output)]) == 0
+    [lock] = output.glob(".*.lock")
+    assert main(["data", "index", many, "--output", str(output)]) == 2
+    assert "index is in use" in capsys.readouterr().err
+    assert main(["data", "index", f"{shards}/val-*.tar", "--output", str(output)]) == 0
+    lock.unlink()
 
 
 # Damage and malice

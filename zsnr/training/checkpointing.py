@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from zsnr.checkpoints import sharded
 from zsnr.checkpoints.own import open_checkpoint
 from zsnr.checkpoints.run_facts import write_run_facts
+from zsnr.locks import unfinished
 from zsnr.training.facts import run_facts
 
 
@@ -254,8 +255,7 @@ def _step(path: Path) -> int:
 
 
 def _link(link: Path, name: str) -> None:
-    beside = link.with_name(f".{link.name}.link")
-    beside.unlink(missing_ok=True)
+    beside = unfinished(link)
     try:
         beside.symlink_to(name)
     except OSError:  # a file system without links: `last` is found all the same

@@ -46,6 +46,7 @@ from zsnr.training.module import (
     check_unsharded,
 )
 from zsnr.training.preemption import EXIT_CODE, Preemption, listen, restarted, stopped_early
+from zsnr.training.run_lock import RunLock
 from zsnr.training.strategy import FullyShardedStrategy, check_strategy
 from zsnr.training.watchdog import Watchdog
 
@@ -138,14 +139,23 @@ class ZsnrCLI(LightningCLI):
         if isinstance(self.trainer.strategy, FullyShardedStrategy):
             self.trainer.strategy.shard_size()
         checkpoint = self.config.fit.ckpt_path
+        folder = checkpoint_folder(self.config.fit)
         for callback in self.trainer.checkpoint_callbacks:
             if isinstance(callback, Checkpoints):
                 callback.resumed_from = Path(checkpoint).name if checkpoint else ""
-        if self.trainer.is_global_zero:
+        lock = RunLock(folder)
+        lock.take(self.trainer)
+        self.trainer.callbacks.insert(0, lock)
+        if not self.trainer.is_global_zero:
+            return
+        try:
             if checkpoint is None:
                 begin_loggers(self.trainer.loggers)
             else:
                 continue_loggers(self.trainer.loggers, open_checkpoint(checkpoint)["global_step"])
+        except BaseException:
+            lock.release()
+            raise
 
     def before_instantiate_classes(self) -> None:
         """Refuse what cannot work before a model or data is loaded."""
@@ -156,8 +166,7 @@ class ZsnrCLI(LightningCLI):
             check_unsharded(model.lora is not None)
         if self.subcommand == "fit" and config.trainer.max_steps < 1:
             raise ValueError("trainer.max_steps is not set: say how many steps to train.")
-        root = config.trainer.default_root_dir or "."
-        folder = Path(config.checkpoint.dirpath or Path(root) / "checkpoints")
+        folder = checkpoint_folder(config)
         if self.subcommand == "fit":
             config.ckpt_path = _resumed(config.ckpt_path, folder)
         elif config.ckpt_path == "last":
@@ -187,6 +196,12 @@ class ZsnrCLI(LightningCLI):
                     check_shards(data.train if self.subcommand == "fit" else None, data.val)
                 elif name == "train" or self.subcommand != "fit":
                     raise ValueError(f"{self.subcommand} needs data.{name}: a folder of shards.")
+
+
+def checkpoint_folder(config: Any) -> Path:
+    """Return where a parsed config's checkpoints are."""
+    root = config.trainer.default_root_dir or "."
+    return Path(config.checkpoint.dirpath or Path(root) / "checkpoints")
 
 
 def check_model(model: Any) -> None:
