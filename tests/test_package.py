@@ -19,6 +19,7 @@ FLOORS = (
     ("denoiser", "oracle", "samplers"),
     (
         "locks",
+        "stops",
         "files",
         "untrusted",
         "assets",

@@ -6,6 +6,9 @@ import pickle
 import shutil
 import signal
 import stat
+import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 from unittest.mock import patch
@@ -15,6 +18,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from faulty_server import Fault, FaultyServer
 from lightning.pytorch.callbacks import Callback
 from ranks import groups
 
@@ -22,6 +26,7 @@ from zsnr.checkpoints import sharded
 from zsnr.checkpoints.own import open_checkpoint, read_checkpoint
 from zsnr.cli import main
 from zsnr.locks import LOCK, Lock, LockedError
+from zsnr.stops import stopping
 from zsnr.training import Checkpoints, Preemption, Watchdog
 from zsnr.training.checkpointing import find_last, steps
 
@@ -352,6 +357,175 @@ def test_a_run_goes_on_with_averages_as_it_began(shards, tmp_path, averaged):
     wanted = "has averaged weights: set" if averaged else "has no averaged weights: unset"
     with pytest.raises(ValueError, match=wanted):
         cells.fit(shards, tmp_path, checkpoint=cells.newest(tmp_path), model=model)
+
+
+# Signals to what saves nothing
+
+
+class SignalIn(Callback):
+    """Sends this process signals when a batch of validation or prediction begins."""
+
+    def __init__(self, batch, numbers, rank=0):
+        self.batch, self.numbers, self.rank, self.begun = batch, numbers, rank, []
+
+    def on_validation_batch_start(self, trainer, module, batch, batch_idx, dataloader_idx=0):
+        self.begun.append(batch_idx)
+        if batch_idx == self.batch and trainer.global_rank == self.rank:
+            for number in self.numbers:
+                signal.raise_signal(number)
+
+    def on_predict_batch_start(self, *args):
+        self.on_validation_batch_start(*args)
+
+
+def interrupted(arguments):
+    """Run a command that a signal stops; return its exit code."""
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert before == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    return stopped.value.code
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_predict_stops_within_a_batch_and_resumes(
+    shards, tmp_path, number, code, scontrol, monkeypatch
+):
+    before = signal.getsignal(signal.SIGUSR1)
+    fit = config(tmp_path, shards)
+    assert main([*fit, "--trainer.max_steps", "1"]) == 0
+    (tmp_path / "prompts.txt").write_text("a\nb\nc\nd\n")
+    told = ["--ckpt_path", "last", "--prompts", str(tmp_path / "prompts.txt"), "--num-steps", "2"]
+    predict = ["predict", *fit[1:], *told, "--output", str(tmp_path / "images")]
+    predict.append("--data.predict_batch_size=1")
+    numbers = [int(signal.SIGUSR1), int(number)]  # USR1, of SLURM, stops nothing
+    stop = {"class_path": "test_stops.SignalIn", "init_args": {"batch": 2, "numbers": numbers}}
+    more = tmp_path / "more.yaml"
+    more.write_text(yaml.safe_dump({"trainer": {"callbacks": [stop]}}))
+    assert interrupted([*predict, "-c", str(more)]) == code
+    assert len(list((tmp_path / "images").glob("*.png"))) == 2
+    assert not (tmp_path / "images" / LOCK).exists()
+    assert main(predict) == 0
+    assert len(list((tmp_path / "images").glob("*.png"))) == 4
+    assert scontrol() == []
+    signal.signal(signal.SIGUSR1, before)
+
+
+def test_validate_stops_within_a_batch(shards, tmp_path, capsys):
+    fit = config(tmp_path, shards)
+    assert main([*fit, "--trainer.max_steps", "1"]) == 0
+    stop = {"batch": 1, "numbers": [int(signal.SIGTERM)]}
+    more = tmp_path / "more.yaml"
+    callbacks = [{"class_path": "test_stops.SignalIn", "init_args": stop}]
+    more.write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
+    val = ["--data.val", f"{shards}/val-*.tar", "--data.batch_size=1", "-c", str(more)]
+    assert interrupted(["validate", *fit[1:], "--ckpt_path", "last", *val]) == 143
+    assert "val/loss" not in capsys.readouterr().out
+
+
+def test_a_validation_within_training_is_cut_short(shards, tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    stop = SignalIn(0, [signal.SIGTERM])
+    callbacks = [stop, Preemption()]
+    run = cells.fit(shards, tmp_path, steps=6, callbacks=callbacks, data_options={"batch_size": 2})
+    assert stop.begun == [0]
+    assert len(run["logged"]) == 3  # validation was after 2
+    assert "val/loss" not in run["logged"][-1]
+    assert open_checkpoint(cells.newest(tmp_path))["global_step"] == 3
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_all_ranks_cut_a_validation_short(ranks, shards, tmp_path):
+    callbacks = [SignalIn(0, [signal.SIGTERM], rank=1), Preemption()]
+    options = {"steps": 6, "callbacks": callbacks, "data_options": {"batch_size": 2}}
+    runs = ranks[2](cells.fit, shards, tmp_path, "sharded", **options)
+    assert [len(run["logged"]) for run in runs] == [3, 3]
+
+
+@pytest.mark.parametrize("what", ["cache", "index", "openmoji"])
+def test_a_command_that_is_stopped_resumes(shards, tmp_path, monkeypatch, what):
+    output = tmp_path / "made"
+    many = f"{shards}/train-*.tar"
+    command, owner, name = {
+        "cache": (
+            [*["data", "cache"], *config(tmp_path, shards)[1:], "--output"],
+            "zsnr.data.cache._Encoder",
+            "__call__",
+        ),
+        "index": (["data", "index", many, "--output"], "zsnr.data.index.Ledger", "write"),
+        "openmoji": (
+            ["data", "openmoji", "--glyphs", "demo", "--size", "8"],
+            "zsnr.data.openmoji",
+            "caption",
+        ),
+    }[what]
+    if what == "index":
+        command = ["data", "index", many, "--ledger", str(tmp_path / "ledger"), "--output"]
+
+    def stop(*args, **kwargs):
+        signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(f"{owner}.{name}", stop)
+        assert interrupted([*command, str(output)]) == 143
+    assert not list(tmp_path.glob(".*"))
+    if what != "openmoji":
+        assert not [path for path in output.glob(".*") if path.suffix != ".lock"]
+    assert main([*command, str(output)]) == 0
+    assert not list(output.glob(".*"))
+
+
+def test_what_does_not_return_is_ended(monkeypatch):
+    left, ended = [], threading.Event()
+    monkeypatch.setattr("zsnr.stops.GRACE", 0.05)
+    monkeypatch.setattr("zsnr.stops.leave", lambda code: (left.append(code), ended.set()))
+    with pytest.raises(SystemExit), stopping(alone=True):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            assert ended.wait(20)
+    assert left == [143, 143]  # the second when the command ends by itself
+
+
+def test_a_second_signal_ends_at_once(monkeypatch):
+    left, ended = [], threading.Event()
+    monkeypatch.setattr("zsnr.stops._TWICE", 0.0)
+    monkeypatch.setattr("zsnr.stops.leave", lambda code: (left.append(code), ended.set()))
+    with pytest.raises(SystemExit), stopping(alone=True):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            time.sleep(0.01)
+            signal.raise_signal(signal.SIGINT)
+            assert ended.wait(10)
+    assert left[0] == 130
+
+
+def test_what_was_ignored_stays_ignored():
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with stopping(alone=False):
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.signal(signal.SIGTERM, before) == signal.SIG_IGN
+
+
+def test_indexing_a_server_that_stalls_is_stopped(shards, tmp_path):
+    name = sorted(shards.glob("train-*.tar"))[0].name
+    with FaultyServer(shards, [Fault(None, "stall", times=99)]) as server:
+        command = [sys.executable, "-m", "zsnr.cli", "data", "index", server.url(name)]
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+        with subprocess.Popen(
+            [*command, "--output", str(tmp_path / "index")],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            while not server.requests:
+                assert process.poll() is None
+                time.sleep(0.05)
+            process.terminate()
+            assert process.wait(20) == 143
+            assert "zsnr: stopped by SIGTERM" in process.stderr.read()
+    assert not list((tmp_path / "index").iterdir())
 
 
 # Two in one folder

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from zsnr.stops import stopping
+
 if TYPE_CHECKING:
     from zsnr.codecs import LatentCodec
 
@@ -30,7 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code: 0 for success, 1 for a plan that does not fit, 2 for
     wrong input; the doctor's is its verdict, and 3 for wrong input.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    with stopping(alone=arguments is None):
+        return _run(list(sys.argv[1:] if arguments is None else arguments))
+
+
+def _run(arguments: list[str]) -> int:
     wrong = 3 if arguments[:1] == ["doctor"] else 2  # the doctor's 2 is a verdict
     try:
         if arguments and arguments[0] in TRAINING:

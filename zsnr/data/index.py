@@ -80,9 +80,9 @@ def load_index(
     pool: Executor = ThreadPoolExecutor(8)
     if processes > 1:
         pool = ProcessPoolExecutor(processes, get_context("spawn"))
-    with pool as running:
+    try:
         bar = tqdm(
-            running.map(one, shards),
+            pool.map(one, shards),
             total=len(shards),
             desc="index",
             unit="shard",
@@ -94,6 +94,8 @@ def load_index(
             if storage.on_fault is not None:
                 for fault in met:
                     storage.on_fault(*fault)
+    finally:
+        pool.shutdown(wait=len(parts) == len(shards), cancel_futures=True)
     wanted = None if fields is None else [FIELD + name for name in fields]
     tables = []
     for number, part in enumerate(parts):

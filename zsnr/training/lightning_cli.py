@@ -291,8 +291,7 @@ def run(arguments: Sequence[str]) -> None:
         SystemExit: A signal has stopped training before its end; the code is 143.
     """
     _quieten()
-    if arguments[:1] == ["fit"]:
-        listen(signal.SIGUSR1)
+    listen(signal.SIGUSR1)
     for i, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         path = value if equals else "".join(arguments[i + 1 : i + 2])
