@@ -691,6 +691,49 @@ def test_a_rank_that_hangs_is_named_and_not_waited_for(shards, tmp_path):
     assert beat["rank"] == 1
 
 
+class Clock:
+    """A monotonic clock that jumps."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def watched(tmp_path, monkeypatch, advances):
+    """Let a watchdog of one minute wait while a clock advances; return whether it has ended."""
+    clock, left, watchdog = Clock(), [], Watchdog(minutes=1)
+    steps = iter(advances)
+
+    class Stop(threading.Event):
+        def wait(self, timeout=None):
+            step = next(steps, None)
+            clock.now += step or 0.0
+            return bool(left) or step is None
+
+    monkeypatch.setattr("zsnr.training.watchdog.time.monotonic", clock)
+    monkeypatch.setattr("zsnr.training.watchdog.os._exit", left.append)
+    watchdog._folder, watchdog._rank, watchdog._ranks = tmp_path, 0, 1
+    watchdog._state = {"rank": 0, "host": "a", "pid": 1, "step": 2, "doing": "waits"}
+    watchdog._watch(Stop())
+    return bool(left)
+
+
+@pytest.mark.parametrize(
+    ("advances", "ends"),
+    [
+        ([10.0] * 5, False),
+        ([10.0] * 10, True),
+        ([10.0, 3600.0, 10.0], False),  # a suspend, stopped or not, is no hang
+        ([10.0] * 6 + [3600.0, 10.0, 10.0], True),
+    ],
+)
+def test_a_watchdog_counts_the_time_it_has_seen(tmp_path, monkeypatch, advances, ends):
+    monkeypatch.setattr("time.time", lambda: -1e9)  # a clock set back hides nothing
+    assert watched(tmp_path, monkeypatch, advances) == ends
+
+
 def test_a_watchdog_is_quiet_while_all_goes_well(shards, tmp_path, capfd):
     cells.fit(shards, tmp_path, callbacks=[Watchdog(minutes=1)])
     assert "no progress" not in capfd.readouterr().err
