@@ -20,6 +20,7 @@ FLOORS = (
     (
         "locks",
         "stops",
+        "elastic",
         "files",
         "untrusted",
         "assets",

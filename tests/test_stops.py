@@ -25,6 +25,7 @@ from ranks import groups
 from zsnr.checkpoints import sharded
 from zsnr.checkpoints.own import open_checkpoint, read_checkpoint
 from zsnr.cli import main
+from zsnr.elastic import former_failure, note_failure
 from zsnr.locks import LOCK, Lock, LockedError
 from zsnr.stops import stopping
 from zsnr.training import Checkpoints, Preemption, Watchdog
@@ -526,6 +527,65 @@ def test_indexing_a_server_that_stalls_is_stopped(shards, tmp_path):
             assert process.wait(20) == 143
             assert "zsnr: stopped by SIGTERM" in process.stderr.read()
     assert not list((tmp_path / "index").iterdir())
+
+
+# Errors under torchrun
+
+
+FAILS = """
+import sys
+from pathlib import Path
+from zsnr import cli, files
+
+def fail(options):
+    with open(sys.argv[1], "a") as file:
+        file.write("tried\\n")
+    files.check_new(Path("/"))
+
+cli._schedule = fail
+sys.exit(cli.main(["schedule"]))
+"""
+
+
+def test_torchrun_does_not_try_a_lasting_error_again(tmp_path):
+    (tmp_path / "fails.py").write_text(FAILS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--max-restarts=2", "--standalone"]
+    done = subprocess.run(
+        [*command, "--monitor-interval=0.1", "fails.py", "tries"],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("zsnr: error: / exists") == 3, done.stderr[-3000:]
+    assert (tmp_path / "tries").read_text() == "tried\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "lasting"),
+    [
+        (ValueError("wrong"), True),
+        (FileNotFoundError(2, "No such file or directory"), True),
+        (LockedError("in use"), True),
+        (OSError(5, "Input/output error"), False),
+        (TimeoutError("the server does not answer"), False),
+    ],
+)
+def test_only_lasting_errors_are_known_to_the_next_attempt(tmp_path, monkeypatch, error, lasting):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    for attempt, rank in ((1, 0), (2, 1)):
+        (tmp_path / f"attempt_{attempt}" / f"{rank}").mkdir(parents=True)
+        file = tmp_path / f"attempt_{attempt}" / f"{rank}" / "error.json"
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+        if attempt == 1:
+            note_failure("the line", error)
+    assert json.loads((tmp_path / "attempt_1/0/error.json").read_text())["message"] == "the line"
+    assert former_failure() is None  # of attempt 0
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+    assert former_failure() == ("the line" if lasting else None)
+    (tmp_path / "attempt_1/0/error.json").write_text("{")
+    assert former_failure() is None
 
 
 # Two in one folder
