@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 from unittest.mock import patch
 
@@ -30,6 +31,7 @@ from zsnr.locks import LOCK, Lock, LockedError
 from zsnr.stops import stopping
 from zsnr.training import Checkpoints, Preemption, Watchdog
 from zsnr.training.checkpointing import find_last, steps
+from zsnr.training.strategy import meet
 
 
 class SignalAt(Callback):
@@ -749,6 +751,30 @@ def test_a_rank_that_hangs_is_named_and_not_waited_for(shards, tmp_path):
     assert "SILENT" in told.partition("rank 1 (")[2].partition("\n")[0]
     beat = json.loads((tmp_path / "heartbeats" / "rank-00001.json").read_text())
     assert beat["rank"] == 1
+
+
+def come(ranks_that_come):
+    """Return what a rank is told where only some of two come."""
+    dist = torch.distributed
+    mine = not dist.is_initialized()
+    if mine:
+        dist.init_process_group("gloo")
+    told = ""
+    if dist.get_rank() in ranks_that_come:
+        try:
+            meet("the checkpoint of step 3", timeout=timedelta(seconds=1))
+        except TimeoutError as error:
+            told = str(error)
+    if mine:
+        dist.destroy_process_group()
+    return told
+
+
+def test_a_rank_that_does_not_come_is_named(ranks):
+    told = ranks[2](come, [0])
+    assert "have come to the checkpoint of step 3: " in told[0]
+    assert "anks 1 " in told[0]
+    assert ranks[2](come, [0, 1]) == ["", ""]
 
 
 class Clock:

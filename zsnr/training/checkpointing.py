@@ -19,6 +19,7 @@ from zsnr.checkpoints.own import open_checkpoint
 from zsnr.checkpoints.run_facts import write_run_facts
 from zsnr.locks import unfinished
 from zsnr.training.facts import run_facts
+from zsnr.training.strategy import meet
 
 
 class Checkpoints(Checkpoint):
@@ -129,6 +130,7 @@ class Checkpoints(Checkpoint):
             return
         assert self.dirpath is not None
         folder = Path(self.dirpath)
+        meet(f"the checkpoint of step {step}")
         files = trainer.strategy.checkpoint_io
         files = files if isinstance(files, CheckpointFiles) else CheckpointFiles()
         with files.deferring():

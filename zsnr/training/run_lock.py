@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 
 from zsnr.locks import LOCK, SILENCE, Lock
 from zsnr.training.preemption import restarted
+from zsnr.training.strategy import meet
 
 
 class RunLock(L.Callback):
@@ -48,6 +49,9 @@ class RunLock(L.Callback):
             problem = strategy.broadcast(problem)
         if problem is not None:
             raise problem
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        meet("the start of training")
 
     def release(self) -> None:
         """Let others in."""
