@@ -18,6 +18,9 @@ FLOORS = (
     ),
     ("denoiser", "oracle", "samplers"),
     (
+        "locks",
+        "stops",
+        "elastic",
         "files",
         "untrusted",
         "assets",

@@ -6,22 +6,32 @@ import pickle
 import shutil
 import signal
 import stat
+import subprocess
+import sys
+import threading
 import time
+from datetime import timedelta
 from pathlib import Path
+from unittest.mock import patch
 
 import cells
 import pytest
 import tiny
 import torch
 import yaml
+from faulty_server import Fault, FaultyServer
 from lightning.pytorch.callbacks import Callback
 from ranks import groups
 
 from zsnr.checkpoints import sharded
 from zsnr.checkpoints.own import open_checkpoint, read_checkpoint
 from zsnr.cli import main
+from zsnr.elastic import former_failure, note_failure
+from zsnr.locks import LOCK, Lock, LockedError
+from zsnr.stops import stopping
 from zsnr.training import Checkpoints, Preemption, Watchdog
 from zsnr.training.checkpointing import find_last, steps
+from zsnr.training.strategy import meet
 
 
 class SignalAt(Callback):
@@ -352,6 +362,315 @@ def test_a_run_goes_on_with_averages_as_it_began(shards, tmp_path, averaged):
         cells.fit(shards, tmp_path, checkpoint=cells.newest(tmp_path), model=model)
 
 
+# Signals to what saves nothing
+
+
+class SignalIn(Callback):
+    """Sends this process signals when a batch of validation or prediction begins."""
+
+    def __init__(self, batch, numbers, rank=0):
+        self.batch, self.numbers, self.rank, self.begun = batch, numbers, rank, []
+
+    def on_validation_batch_start(self, trainer, module, batch, batch_idx, dataloader_idx=0):
+        self.begun.append(batch_idx)
+        if batch_idx == self.batch and trainer.global_rank == self.rank:
+            for number in self.numbers:
+                signal.raise_signal(number)
+
+    def on_predict_batch_start(self, *args):
+        self.on_validation_batch_start(*args)
+
+
+def interrupted(arguments):
+    """Run a command that a signal stops; return its exit code."""
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert before == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    return stopped.value.code
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_predict_stops_within_a_batch_and_resumes(
+    shards, tmp_path, number, code, scontrol, monkeypatch
+):
+    before = signal.getsignal(signal.SIGUSR1)
+    fit = config(tmp_path, shards)
+    assert main([*fit, "--trainer.max_steps", "1"]) == 0
+    (tmp_path / "prompts.txt").write_text("a\nb\nc\nd\n")
+    told = ["--ckpt_path", "last", "--prompts", str(tmp_path / "prompts.txt"), "--num-steps", "2"]
+    predict = ["predict", *fit[1:], *told, "--output", str(tmp_path / "images")]
+    predict.append("--data.predict_batch_size=1")
+    numbers = [int(signal.SIGUSR1), int(number)]  # USR1, of SLURM, stops nothing
+    stop = {"class_path": "test_stops.SignalIn", "init_args": {"batch": 2, "numbers": numbers}}
+    more = tmp_path / "more.yaml"
+    more.write_text(yaml.safe_dump({"trainer": {"callbacks": [stop]}}))
+    assert interrupted([*predict, "-c", str(more)]) == code
+    assert len(list((tmp_path / "images").glob("*.png"))) == 2
+    assert not (tmp_path / "images" / LOCK).exists()
+    assert main(predict) == 0
+    assert len(list((tmp_path / "images").glob("*.png"))) == 4
+    assert scontrol() == []
+    signal.signal(signal.SIGUSR1, before)
+
+
+def test_validate_stops_within_a_batch(shards, tmp_path, capsys):
+    fit = config(tmp_path, shards)
+    assert main([*fit, "--trainer.max_steps", "1"]) == 0
+    stop = {"batch": 1, "numbers": [int(signal.SIGTERM)]}
+    more = tmp_path / "more.yaml"
+    callbacks = [{"class_path": "test_stops.SignalIn", "init_args": stop}]
+    more.write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
+    val = ["--data.val", f"{shards}/val-*.tar", "--data.batch_size=1", "-c", str(more)]
+    assert interrupted(["validate", *fit[1:], "--ckpt_path", "last", *val]) == 143
+    assert "val/loss" not in capsys.readouterr().out
+
+
+def test_a_validation_within_training_is_cut_short(shards, tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    stop = SignalIn(0, [signal.SIGTERM])
+    callbacks = [stop, Preemption()]
+    run = cells.fit(shards, tmp_path, steps=6, callbacks=callbacks, data_options={"batch_size": 2})
+    assert stop.begun == [0]
+    assert len(run["logged"]) == 3  # validation was after 2
+    assert "val/loss" not in run["logged"][-1]
+    assert open_checkpoint(cells.newest(tmp_path))["global_step"] == 3
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_all_ranks_cut_a_validation_short(ranks, shards, tmp_path):
+    callbacks = [SignalIn(0, [signal.SIGTERM], rank=1), Preemption()]
+    options = {"steps": 6, "callbacks": callbacks, "data_options": {"batch_size": 2}}
+    runs = ranks[2](cells.fit, shards, tmp_path, "sharded", **options)
+    assert [len(run["logged"]) for run in runs] == [3, 3]
+
+
+@pytest.mark.parametrize("what", ["cache", "index", "openmoji"])
+def test_a_command_that_is_stopped_resumes(shards, tmp_path, monkeypatch, what):
+    output = tmp_path / "made"
+    many = f"{shards}/train-*.tar"
+    command, owner, name = {
+        "cache": (
+            [*["data", "cache"], *config(tmp_path, shards)[1:], "--output"],
+            "zsnr.data.cache._Encoder",
+            "__call__",
+        ),
+        "index": (["data", "index", many, "--output"], "zsnr.data.index.Ledger", "write"),
+        "openmoji": (
+            ["data", "openmoji", "--glyphs", "demo", "--size", "8"],
+            "zsnr.data.openmoji",
+            "caption",
+        ),
+    }[what]
+    if what == "index":
+        command = ["data", "index", many, "--ledger", str(tmp_path / "ledger"), "--output"]
+
+    def stop(*args, **kwargs):
+        signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(f"{owner}.{name}", stop)
+        assert interrupted([*command, str(output)]) == 143
+    assert not list(tmp_path.glob(".*"))
+    if what != "openmoji":
+        assert not [path for path in output.glob(".*") if path.suffix != ".lock"]
+    assert main([*command, str(output)]) == 0
+    assert not list(output.glob(".*"))
+
+
+def test_what_does_not_return_is_ended(monkeypatch):
+    left, ended = [], threading.Event()
+    monkeypatch.setattr("zsnr.stops.GRACE", 0.05)
+    monkeypatch.setattr("zsnr.stops.leave", lambda code: (left.append(code), ended.set()))
+    with pytest.raises(SystemExit), stopping(alone=True):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            assert ended.wait(20)
+    assert left == [143, 143]  # the second when the command ends by itself
+
+
+def test_a_second_signal_ends_at_once(monkeypatch):
+    left, ended = [], threading.Event()
+    monkeypatch.setattr("zsnr.stops._TWICE", 0.0)
+    monkeypatch.setattr("zsnr.stops.leave", lambda code: (left.append(code), ended.set()))
+    with pytest.raises(SystemExit), stopping(alone=True):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            time.sleep(0.01)
+            signal.raise_signal(signal.SIGINT)
+            assert ended.wait(10)
+    assert left[0] == 130
+
+
+def test_what_was_ignored_stays_ignored():
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with stopping(alone=False):
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.signal(signal.SIGTERM, before) == signal.SIG_IGN
+
+
+def test_indexing_a_server_that_stalls_is_stopped(shards, tmp_path):
+    name = sorted(shards.glob("train-*.tar"))[0].name
+    with FaultyServer(shards, [Fault(None, "stall", times=99)]) as server:
+        command = [sys.executable, "-m", "zsnr.cli", "data", "index", server.url(name)]
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+        with subprocess.Popen(
+            [*command, "--output", str(tmp_path / "index")],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            while not server.requests:
+                assert process.poll() is None
+                time.sleep(0.05)
+            process.terminate()
+            assert process.wait(20) == 143
+            assert "zsnr: stopped by SIGTERM" in process.stderr.read()
+    assert not list((tmp_path / "index").iterdir())
+
+
+# Errors under torchrun
+
+
+FAILS = """
+import sys
+from pathlib import Path
+from zsnr import cli, files
+
+def fail(options):
+    with open(sys.argv[1], "a") as file:
+        file.write("tried\\n")
+    files.check_new(Path("/"))
+
+cli._schedule = fail
+sys.exit(cli.main(["schedule"]))
+"""
+
+
+def test_torchrun_does_not_try_a_lasting_error_again(tmp_path):
+    (tmp_path / "fails.py").write_text(FAILS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--max-restarts=2", "--standalone"]
+    done = subprocess.run(
+        [*command, "--monitor-interval=0.1", "fails.py", "tries"],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("zsnr: error: / exists") == 3, done.stderr[-3000:]
+    assert (tmp_path / "tries").read_text() == "tried\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "lasting"),
+    [
+        (ValueError("wrong"), True),
+        (FileNotFoundError(2, "No such file or directory"), True),
+        (LockedError("in use"), True),
+        (OSError(5, "Input/output error"), False),
+        (TimeoutError("the server does not answer"), False),
+    ],
+)
+def test_only_lasting_errors_are_known_to_the_next_attempt(tmp_path, monkeypatch, error, lasting):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    for attempt, rank in ((1, 0), (2, 1)):
+        (tmp_path / f"attempt_{attempt}" / f"{rank}").mkdir(parents=True)
+        file = tmp_path / f"attempt_{attempt}" / f"{rank}" / "error.json"
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+        if attempt == 1:
+            note_failure("the line", error)
+    assert json.loads((tmp_path / "attempt_1/0/error.json").read_text())["message"] == "the line"
+    assert former_failure() is None  # of attempt 0
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+    assert former_failure() == ("the line" if lasting else None)
+    (tmp_path / "attempt_1/0/error.json").write_text("{")
+    assert former_failure() is None
+
+
+# Two in one folder
+
+
+def other_run(path):
+    """Write a lock of a process that lives."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    owner = {**vars(Lock(path, path)._owner), "token": "other", "command": "zsnr fit -c a.yaml"}
+    path.write_text(json.dumps(owner))
+    return path
+
+
+def test_a_second_run_in_a_folder_is_refused(shards, tmp_path, capsys, monkeypatch):
+    fit = config(tmp_path, shards)
+    folder = tmp_path / "run" / "checkpoints"
+    lock = other_run(folder / LOCK)
+    assert main(fit) == 2
+    told = capsys.readouterr().err
+    for part in (str(folder), f"pid {os.getpid()}", "since 20", "zsnr fit -c a.yaml"):
+        assert part in told.splitlines()[-1]
+    assert [*folder.iterdir()] == [lock]
+    assert [*(tmp_path / "run").iterdir()] == [folder]  # not even logs or heartbeats
+    lock.write_text(lock.read_text().replace(f'"pid": {os.getpid()}', '"pid": 4194303'))
+    assert main(fit) == 0
+    assert not lock.exists()
+    assert main([*fit, "--ckpt_path", "last", "--trainer.max_steps", "5"]) == 0
+
+
+def test_a_run_that_fails_leaves_no_lock(shards, tmp_path):
+    fit = config(tmp_path, shards)
+    lock = tmp_path / "run" / "checkpoints" / LOCK
+    with pytest.raises(RuntimeError, match="at step 1"):
+        main([*fit, "--trainer.callbacks", "test_stops.Fail"])
+    assert lock.parent.exists()
+    assert not lock.exists()
+
+
+class Fail(Callback):
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        assert (Path(trainer.default_root_dir) / "checkpoints" / LOCK).exists()
+        if trainer.global_step == 1:
+            raise RuntimeError("at step 1")
+
+
+def test_a_second_prediction_into_a_folder_is_refused(shards, tmp_path):
+    cells.fit(shards, tmp_path, steps=1)
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    output = tmp_path / "images"
+    prompts = str(tmp_path / "prompts.txt")
+    arguments = (shards, tmp_path, "one", cells.newest(tmp_path), str(output))
+    lock = other_run(output / LOCK)
+    with pytest.raises(LockedError, match="images is in use"):
+        cells.predict(*arguments, prompts)
+    lock.unlink()
+    cells.predict(*arguments, prompts)
+    assert len(list(output.glob("*.png"))) == 2
+    assert not lock.exists()
+
+
+def test_a_share_of_a_cache_is_written_by_one(shards, tmp_path, capsys):
+    cache = ["data", "cache", *config(tmp_path, shards)[1:], "--output", f"{tmp_path}/cache"]
+    lock = other_run(tmp_path / "cache" / ".share-00000-of-00002.lock")
+    share = ["--rank", "0", "--ranks", "2"]
+    assert main([*cache, *share]) == 2
+    assert "cache is in use" in capsys.readouterr().err
+    assert main([*cache, "--rank", "1", "--ranks", "2"]) == 0
+    lock.unlink()
+    assert main([*cache, *share]) == 0
+    assert not list((tmp_path / "cache").glob(".*"))
+
+
+def test_an_index_is_written_by_one(shards, tmp_path, capsys):
+    output, many = tmp_path / "index", f"{shards}/train-*.tar"
+    with patch.object(Lock, "release"):
+        assert main(["data", "index", many, "--output", str(output)]) == 0
+    [lock] = output.glob(".*.lock")
+    assert main(["data", "index", many, "--output", str(output)]) == 2
+    assert "index is in use" in capsys.readouterr().err
+    assert main(["data", "index", f"{shards}/val-*.tar", "--output", str(output)]) == 0
+    lock.unlink()
+
+
 # Damage and malice
 
 
@@ -432,6 +751,73 @@ def test_a_rank_that_hangs_is_named_and_not_waited_for(shards, tmp_path):
     assert "SILENT" in told.partition("rank 1 (")[2].partition("\n")[0]
     beat = json.loads((tmp_path / "heartbeats" / "rank-00001.json").read_text())
     assert beat["rank"] == 1
+
+
+def come(ranks_that_come):
+    """Return what a rank is told where only some of two come."""
+    dist = torch.distributed
+    mine = not dist.is_initialized()
+    if mine:
+        dist.init_process_group("gloo")
+    told = ""
+    if dist.get_rank() in ranks_that_come:
+        try:
+            meet("the checkpoint of step 3", timeout=timedelta(seconds=1))
+        except TimeoutError as error:
+            told = str(error)
+    if mine:
+        dist.destroy_process_group()
+    return told
+
+
+def test_a_rank_that_does_not_come_is_named(ranks):
+    told = ranks[2](come, [0])
+    assert "have come to the checkpoint of step 3: " in told[0]
+    assert "anks 1 " in told[0]
+    assert ranks[2](come, [0, 1]) == ["", ""]
+
+
+class Clock:
+    """A monotonic clock that jumps."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def watched(tmp_path, monkeypatch, advances):
+    """Let a watchdog of one minute wait while a clock advances; return whether it has ended."""
+    clock, left, watchdog = Clock(), [], Watchdog(minutes=1)
+    steps = iter(advances)
+
+    class Stop(threading.Event):
+        def wait(self, timeout=None):
+            step = next(steps, None)
+            clock.now += step or 0.0
+            return bool(left) or step is None
+
+    monkeypatch.setattr("zsnr.training.watchdog.time.monotonic", clock)
+    monkeypatch.setattr("zsnr.training.watchdog.os._exit", left.append)
+    watchdog._folder, watchdog._rank, watchdog._ranks = tmp_path, 0, 1
+    watchdog._state = {"rank": 0, "host": "a", "pid": 1, "step": 2, "doing": "waits"}
+    watchdog._watch(Stop())
+    return bool(left)
+
+
+@pytest.mark.parametrize(
+    ("advances", "ends"),
+    [
+        ([10.0] * 5, False),
+        ([10.0] * 10, True),
+        ([10.0, 3600.0, 10.0], False),  # a suspend, stopped or not, is no hang
+        ([10.0] * 6 + [3600.0, 10.0, 10.0], True),
+    ],
+)
+def test_a_watchdog_counts_the_time_it_has_seen(tmp_path, monkeypatch, advances, ends):
+    monkeypatch.setattr("time.time", lambda: -1e9)  # a clock set back hides nothing
+    assert watched(tmp_path, monkeypatch, advances) == ends
 
 
 def test_a_watchdog_is_quiet_while_all_goes_well(shards, tmp_path, capfd):

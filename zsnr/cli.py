@@ -13,6 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from zsnr.elastic import former_failure, note_failure
+from zsnr.stops import stopping
+
 if TYPE_CHECKING:
     from zsnr.codecs import LatentCodec
 
@@ -30,9 +33,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code: 0 for success, 1 for a plan that does not fit, 2 for
     wrong input; the doctor's is its verdict, and 3 for wrong input.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    with stopping(alone=arguments is None):
+        return _run(list(sys.argv[1:] if arguments is None else arguments))
+
+
+def _run(arguments: list[str]) -> int:
     wrong = 3 if arguments[:1] == ["doctor"] else 2  # the doctor's 2 is a verdict
     try:
+        if failed := former_failure():
+            raise _FailedBefore(failed)
         if arguments and arguments[0] in TRAINING:
             from zsnr.training.lightning_cli import run
 
@@ -49,9 +58,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, IndexError, ImportError) as error:
         if os.environ.get("ZSNR_TRACEBACK") or not _is_ours(error):
             raise
-        print(f"zsnr: error: {_message(error)}", file=sys.stderr)
+        message = _message(error)
+        print(f"zsnr: error: {message}", file=sys.stderr)
+        note_failure(message, error)
         return wrong
     return code or 0
+
+
+class _FailedBefore(ValueError):
+    """The attempt before this one has failed in a way that does not pass."""
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from zsnr.locks import Lock, remove_leftovers, unfinished
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a path beside `path` to write to; on success it takes `path`'s place, else it goes."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
+    beside = unfinished(path)
     try:
         yield beside
         os.replace(beside, path)
@@ -22,26 +24,43 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Give a path beside `path` to write to; on success it takes the name `path`, else it goes.
+
+    Raises:
+        ValueError: There is something of that name, before or after.
+        OSError: It cannot be written, or another process writes it.
+    """
+    with _new(path), replacing(path) as beside:
+        yield beside
+        check_new(path)
+
+
+@contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Give a folder beside `path` to fill; on success it takes the name `path`, else it goes.
 
     Raises:
         ValueError: There is something of that name, before or after.
-        OSError: It cannot be made.
+        OSError: It cannot be made, or another process writes it.
     """
+    with _new(path):
+        beside = unfinished(path)
+        try:
+            beside.mkdir()
+            yield beside
+            check_new(path)
+            os.rename(beside, path)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextmanager
+def _new(path: Path) -> Iterator[None]:
     check_new(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
-        beside.mkdir(parents=True)
-    except OSError as error:
-        raise OSError(f"{path} cannot be written: {error.strerror}.") from error
-    try:
-        yield beside
-        check_new(path)
-        os.rename(beside, path)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    with Lock(path.with_name(f".{path.name}.lock"), path):
+        remove_leftovers(path.parent, path.name)
+        yield
 
 
 def check_new(path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from zsnr.checkpoints.model import Model
-from zsnr.files import check_new, replacing
+from zsnr.files import check_new, new_file
 from zsnr.lora import AdaptedUNet, lora_state_dict, merge_lora
 from zsnr.pretrained import Precision, cast_weight, check_precision
 
@@ -87,7 +87,7 @@ def write_lora(
     }
     from safetensors.torch import save_file
 
-    with replacing(path) as beside:
+    with new_file(path) as beside:
         save_file(tensors, beside, {"format": "pt", **facts, **(metadata or {})})
     return path
 

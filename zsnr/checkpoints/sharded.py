@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from zsnr.files import replacing
+from zsnr.locks import unfinished
 from zsnr.untrusted import open_archive
 
 REST = "meta.pt"
@@ -67,12 +68,14 @@ def write_sharded(checkpoint: dict[str, Any], folder: Path) -> None:
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
-    part = folder.with_name(f".{folder.name}.part")
     tensors, rest = _split(checkpoint)
     first = not dist.is_initialized() or dist.get_rank() == 0
+    parts = [unfinished(folder)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(parts, src=0)
+    part = parts[0]
 
     def make() -> None:
-        shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
 
     def complete() -> None:
@@ -105,8 +108,7 @@ def write_sharded(checkpoint: dict[str, Any], folder: Path) -> None:
 
 def replace_folder(part: Path, folder: Path) -> None:
     """Give a complete folder its name, at once; what had the name goes."""
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
+    old = unfinished(folder)
     if folder.is_dir():
         os.replace(folder, old)
     elif folder.exists():
@@ -118,8 +120,7 @@ def replace_folder(part: Path, folder: Path) -> None:
 def remove(path: Path) -> None:
     """Remove a checkpoint, file or folder, so that a crash leaves no half of one under its name."""
     if path.is_dir() and not path.is_symlink():
-        gone = path.with_name(f".{path.name}.old")
-        shutil.rmtree(gone, ignore_errors=True)
+        gone = unfinished(path)
         os.replace(path, gone)
         shutil.rmtree(gone)
     else:

@@ -21,7 +21,7 @@ from zsnr.checkpoints.model import Model
 from zsnr.codecs import AutoencoderKLCodec
 from zsnr.conditioning import Conditioner, SDXLConditioner, TransformersConditioner
 from zsnr.conditioning.tokenizers import BPE, Tokenizer, bpe_tokenizer
-from zsnr.files import check_new, replacing
+from zsnr.files import check_new, new_file
 from zsnr.ldm_file import (
     CONFIG,
     NAMES,
@@ -514,7 +514,7 @@ def _write(
         header[name] = {"dtype": "F32", "shape": [0], "data_offsets": [end, end]}
     text = json.dumps(header, ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with replacing(path) as beside, beside.open("xb") as file:
+    with new_file(path) as beside, beside.open("xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for data in _cast(weights, target):
             file.write(data.numpy().data)

@@ -33,6 +33,7 @@ from zsnr.data.sources import CACHE, Shard, Sources, as_sources, is_cache
 from zsnr.data.storage import Storage
 from zsnr.denoiser import Conditioning
 from zsnr.files import replacing
+from zsnr.locks import Lock, remove_leftovers
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -288,8 +289,7 @@ def write_cache(
                 collate_fn=list,
             )
             path = folder / cache.shards[n]["file"]
-            for part in folder.glob(f".{path.name}.*.part"):
-                part.unlink()  # what a killed process left
+            remove_leftovers(folder, path.name)
             found = _write_shard(path, items, encoder, bar)
             broken = [Fault("sample", samples.shards[n].url, *fault) for fault in found.faults]
             faults += broken

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -18,6 +18,7 @@ from zsnr.data.scan import FIELD, ShardIndex, file_state, make_index
 from zsnr.data.sources import Shard, Sources, find_shards
 from zsnr.data.storage import Retries, Storage, is_remote
 from zsnr.files import replacing
+from zsnr.locks import Lock
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -79,9 +80,9 @@ def load_index(
     pool: Executor = ThreadPoolExecutor(8)
     if processes > 1:
         pool = ProcessPoolExecutor(processes, get_context("spawn"))
-    with pool as running:
+    try:
         bar = tqdm(
-            running.map(one, shards),
+            pool.map(one, shards),
             total=len(shards),
             desc="index",
             unit="shard",
@@ -93,6 +94,8 @@ def load_index(
             if storage.on_fault is not None:
                 for fault in met:
                     storage.on_fault(*fault)
+    finally:
+        pool.shutdown(wait=len(parts) == len(shards), cancel_futures=True)
     wanted = None if fields is None else [FIELD + name for name in fields]
     tables = []
     for number, part in enumerate(parts):
@@ -138,7 +141,8 @@ def write_indices(
     """
     import pyarrow.compute as pc
 
-    remote = [shard.url for shard in find_shards(sources) if is_remote(shard.url)]
+    shards = find_shards(sources)
+    remote = [shard.url for shard in shards if is_remote(shard.url)]
     if remote and folder is None:
         raise ValueError(f"{remote[0]}: there is no place beside it; give --output FOLDER.")
     passing: list[Fault] = []
@@ -146,7 +150,8 @@ def write_indices(
         Retries(attempts, timeout=timeout),
         lambda url, reason: passing.append(Fault("passing", url, None, reason)),
     )
-    index = load_index(sources, storage, folder=folder, fields=None, processes=processes)
+    with _lock(shards, folder):
+        index = load_index(sources, storage, folder=folder, fields=None, processes=processes)
     faults = index.faults + passing
     if ledger is not None:
         ledger.unlink(missing_ok=True)
@@ -181,6 +186,16 @@ def write_indices(
     if faults:
         lines.append(f"broken: {summarize(faults)}")
     return "\n".join(lines)
+
+
+def _lock(shards: Sequence[Shard], folder: Path | None) -> AbstractContextManager[object]:
+    """Keep others from indexing the same shards into the same place at the same time."""
+    paths = [path for path in (index_path(shard, folder) for shard in shards) if path is not None]
+    if not paths:
+        return nullcontext()
+    place, urls = paths[0].parent, "\n".join(shard.url for shard in shards)
+    digest = hashlib.blake2b(urls.encode(errors="surrogateescape"), digest_size=4).hexdigest()
+    return Lock(place / f".index-{digest}.lock", place)
 
 
 def index_path(shard: Shard, folder: Path | None) -> Path | None:

@@ -10,15 +10,15 @@ from __future__ import annotations
 import functools
 import io
 import json
-import os
 import random
-import shutil
 import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
+
+from zsnr.files import new_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -200,17 +200,12 @@ def write_openmoji_shards(
         held_out = min(max(held_out, 1), len(pairs) - 1)
     splits = {"val": pairs[:held_out], "train": pairs[held_out:]}
 
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    partial = out_dir.parent / f".{out_dir.name}.partial-{os.getpid()}"
-    partial.mkdir()
-    try:
+    if out_dir.is_dir():
+        out_dir.rmdir()
+    with new_folder(out_dir) as partial:
         (partial / "LICENSE").write_text(LICENSE_NOTICE, encoding="utf-8")
         (partial / "ATTRIBUTION").write_text(ATTRIBUTION_NOTICE, encoding="utf-8")
         _write_splits(partial, splits, size, backgrounds, samples_per_shard, progress)
-        partial.replace(out_dir)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return out_dir
 
 

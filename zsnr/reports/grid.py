@@ -17,7 +17,7 @@ from zsnr.data.index import load_index
 from zsnr.data.samples import select
 from zsnr.data.sources import Sources, find_shards
 from zsnr.data.storage import Storage
-from zsnr.files import check_new, replacing
+from zsnr.files import check_new, new_file
 from zsnr.metrics import wasserstein_1
 from zsnr.noise import SampleNoise
 from zsnr.oracle import EmpiricalDenoiser, span
@@ -220,7 +220,7 @@ def write_grid(
         "held_out_many_steps": held_out.fine_to_data,
         "zsnr_version": __version__,
     }
-    with replacing(output) as beside:
+    with new_file(output) as beside:
         beside.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     return facts
 

@@ -17,6 +17,8 @@ from zsnr.codecs import LatentCodec
 from zsnr.conditioning import Conditioner
 from zsnr.data.cache import Cache, filter_facts, picture_facts, shard_files, write_cache
 from zsnr.data.faults import check_budget, summarize
+from zsnr.data.sources import Sources
+from zsnr.locks import Lock
 from zsnr.training.data import DataModule, describe_samples
 from zsnr.training.lightning_cli import parse_fit, short_message
 
@@ -48,11 +50,26 @@ def run_cache(options: argparse.Namespace, settings: Sequence[str]) -> Path:
     conditioner: Any = None
     if options.text:
         conditioner = build("conditioner", Conditioner, config.model.conditioner)
+    folder = Path(options.output).expanduser()
+    with Lock(folder / f".share-{rank:05d}-of-{ranks:05d}.lock", folder):
+        _write_share(options, folder, data, sources, codec, conditioner, rank, ranks)
+    return folder
+
+
+def _write_share(
+    options: argparse.Namespace,
+    folder: Path,
+    data: DataModule,
+    sources: Sources,
+    codec: LatentCodec,
+    conditioner: Conditioner | None,
+    rank: int,
+    ranks: int,
+) -> None:
     index, samples = data.select(sources)
     if rank == 0:
         rank_zero_info(describe_samples(samples, f"data.{options.source}"))
     check_budget(samples.faults, samples.total, len(samples.shards), data.error_budget)
-    folder = Path(options.output).expanduser()
     cache = Cache(
         folder=folder,
         codec=codec.fingerprint(),
@@ -85,7 +102,6 @@ def run_cache(options: argparse.Namespace, settings: Sequence[str]) -> Path:
     )
     if faults:
         rank_zero_info(f"broken pictures, kept as gaps: {summarize(faults)}")
-    return folder
 
 
 def build(name: str, cls: type[Any], values: Any) -> Any:

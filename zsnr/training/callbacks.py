@@ -20,6 +20,7 @@ from zsnr.checkpoints.own import describe_model
 from zsnr.data.images import to_unit_range
 from zsnr.data.prompts import PromptRequest
 from zsnr.files import replacing
+from zsnr.locks import LOCK, Lock, remove_leftovers
 from zsnr.metrics.luma import luma
 from zsnr.noise import sample_generator
 from zsnr.pipeline import save_png
@@ -121,6 +122,7 @@ class PredictionWriter(BasePredictionWriter):
     def __init__(self, folder: str | None = None) -> None:
         super().__init__(write_interval="batch")
         self.folder = None if folder is None else Path(folder)
+        self._lock: Lock | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         if stage != "predict":
@@ -139,15 +141,19 @@ class PredictionWriter(BasePredictionWriter):
                 raise ValueError(f"Prompt {request.line}: {error}") from error
         self._rank = trainer.global_rank
         identity = run_identity(pl_module, data.requests, trainer.ckpt_path)
-        problem, done = None, set()
+        problem: Exception | None = None
+        done: set[str] = set()
         if trainer.is_global_zero:
             try:
+                self._lock = Lock(self.folder / LOCK, self.folder)
+                self._lock.take()
                 done = self._open(identity)
-            except ValueError as error:
-                problem = str(error)
+            except (ValueError, OSError) as error:
+                problem = error
         problem, data.done = trainer.strategy.broadcast((problem, done))
         if problem is not None:
-            raise ValueError(problem)
+            self._release()
+            raise problem
 
     def write_on_batch_end(
         self,
@@ -170,6 +176,14 @@ class PredictionWriter(BasePredictionWriter):
         trainer.strategy.barrier()
         if trainer.is_global_zero:
             self._join()
+        self._release()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
 
     def _manifest(self, rank: int) -> Path:
         """Name a rank's list of what it has written; several cannot safely append to one file."""
@@ -194,6 +208,7 @@ class PredictionWriter(BasePredictionWriter):
         """Make the folder, or find out what an interrupted run has written into it."""
         assert self.folder is not None
         run = self.folder / self.RUN
+        remove_leftovers(self.folder)
         if run.is_file():
             if json.loads(run.read_text())["identity"] != identity:
                 raise ValueError(
@@ -201,9 +216,8 @@ class PredictionWriter(BasePredictionWriter):
                     "choose another --output."
                 )
             return self._join()
-        if self.folder.exists() and any(self.folder.iterdir()):
+        if any(path.name != LOCK for path in self.folder.iterdir()):
             raise ValueError(f"{self.folder} is not empty: choose another --output.")
-        self.folder.mkdir(parents=True, exist_ok=True)
         with replacing(run) as beside:
             beside.write_text(json.dumps({"identity": identity}) + "\n")
         return set()

@@ -17,7 +17,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from zsnr.checkpoints import sharded
 from zsnr.checkpoints.own import open_checkpoint
 from zsnr.checkpoints.run_facts import write_run_facts
+from zsnr.locks import unfinished
 from zsnr.training.facts import run_facts
+from zsnr.training.strategy import meet
 
 
 class Checkpoints(Checkpoint):
@@ -128,6 +130,7 @@ class Checkpoints(Checkpoint):
             return
         assert self.dirpath is not None
         folder = Path(self.dirpath)
+        meet(f"the checkpoint of step {step}")
         files = trainer.strategy.checkpoint_io
         files = files if isinstance(files, CheckpointFiles) else CheckpointFiles()
         with files.deferring():
@@ -254,8 +257,7 @@ def _step(path: Path) -> int:
 
 
 def _link(link: Path, name: str) -> None:
-    beside = link.with_name(f".{link.name}.link")
-    beside.unlink(missing_ok=True)
+    beside = unfinished(link)
     try:
         beside.symlink_to(name)
     except OSError:  # a file system without links: `last` is found all the same

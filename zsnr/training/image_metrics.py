@@ -49,7 +49,7 @@ from zsnr.metrics.fidelity import (
 from zsnr.metrics.luma import mean_luma
 from zsnr.pipeline import describe_sampling, save_png
 from zsnr.training.module import LatentDiffusion
-from zsnr.training.preemption import asked
+from zsnr.training.preemption import stops
 from zsnr.training.watchdog import Watchdog
 
 _ASKED = ("real", "statistics", "inception", "features", "clip", "save_images", "output")
@@ -250,7 +250,7 @@ class ImageMetrics(Callback):
         bar = trainer.is_global_zero and trainer.progress_bar_callback is not None
         starts = range(0, len(numbers), self.batch_size)
         for start in tqdm(starts, "image metrics", unit="batch", disable=not bar):
-            if _stops(trainer):
+            if stops(trainer):
                 rank_zero_warn("The pictures are not measured: the run stops.")
                 return None
             batch = numbers[start : start + self.batch_size]
@@ -469,14 +469,6 @@ def _note(trainer: L.Trainer) -> None:
     for callback in trainer.callbacks:
         if isinstance(callback, Watchdog):
             callback.note(trainer, "measures pictures")
-
-
-def _stops(trainer: L.Trainer) -> bool:
-    """Whether any rank was asked to stop: the time until it is killed is short."""
-    if trainer.state.fn != "fit":
-        return False
-    decision = trainer.strategy.reduce_boolean_decision(asked(), all=False)
-    return bool(decision)
 
 
 def check_files(options: Any, *, writes_once: bool) -> None:

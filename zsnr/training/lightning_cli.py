@@ -47,6 +47,7 @@ from zsnr.training.module import (
     check_unsharded,
 )
 from zsnr.training.preemption import EXIT_CODE, Preemption, listen, restarted, stopped_early
+from zsnr.training.run_lock import RunLock
 from zsnr.training.strategy import FullyShardedStrategy, check_strategy
 from zsnr.training.watchdog import Watchdog
 
@@ -139,14 +140,23 @@ class ZsnrCLI(LightningCLI):
         if isinstance(self.trainer.strategy, FullyShardedStrategy):
             self.trainer.strategy.shard_size()
         checkpoint = self.config.fit.ckpt_path
+        folder = checkpoint_folder(self.config.fit)
         for callback in self.trainer.checkpoint_callbacks:
             if isinstance(callback, Checkpoints):
                 callback.resumed_from = Path(checkpoint).name if checkpoint else ""
-        if self.trainer.is_global_zero:
+        lock = RunLock(folder)
+        lock.take(self.trainer)
+        self.trainer.callbacks.insert(0, lock)
+        if not self.trainer.is_global_zero:
+            return
+        try:
             if checkpoint is None:
                 begin_loggers(self.trainer.loggers)
             else:
                 continue_loggers(self.trainer.loggers, open_checkpoint(checkpoint)["global_step"])
+        except BaseException:
+            lock.release()
+            raise
 
     def before_instantiate_classes(self) -> None:
         """Refuse what cannot work before a model or data is loaded."""
@@ -157,8 +167,7 @@ class ZsnrCLI(LightningCLI):
             check_unsharded(model.lora is not None)
         if self.subcommand == "fit" and config.trainer.max_steps < 1:
             raise ValueError("trainer.max_steps is not set: say how many steps to train.")
-        root = config.trainer.default_root_dir or "."
-        folder = Path(config.checkpoint.dirpath or Path(root) / "checkpoints")
+        folder = checkpoint_folder(config)
         if self.subcommand == "fit":
             config.ckpt_path = _resumed(config.ckpt_path, folder)
         elif config.ckpt_path == "last":
@@ -196,6 +205,12 @@ def _sources(parsed: Any) -> Any:
     if not isinstance(parsed, list):
         return parsed
     return [Source(**vars(item)) if isinstance(item, Namespace) else item for item in parsed]
+
+
+def checkpoint_folder(config: Any) -> Path:
+    """Return where a parsed config's checkpoints are."""
+    root = config.trainer.default_root_dir or "."
+    return Path(config.checkpoint.dirpath or Path(root) / "checkpoints")
 
 
 def check_model(model: Any) -> None:
@@ -285,8 +300,7 @@ def run(arguments: Sequence[str]) -> None:
         SystemExit: A signal has stopped training before its end; the code is 143.
     """
     _quieten()
-    if arguments[:1] == ["fit"]:
-        listen(signal.SIGUSR1)
+    listen(signal.SIGUSR1)
     for i, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         path = value if equals else "".join(arguments[i + 1 : i + 2])

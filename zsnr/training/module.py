@@ -178,6 +178,7 @@ class LatentDiffusion(L.LightningModule):
         self._ready = False  # compiled, and sharded if the strategy does
         self.stop_requested, self.requeue_requested = False, False  # of this process
         self.stop_agreed, self.requeue_agreed = False, False  # by all
+        self.validation_cut = False  # by a signal
         self._micro_batches: list[tuple[list[str], Tensor, Tensor]] = []  # keys, losses, t
         self._progress = Progress(schedule.num_timesteps)
         self._skipped_in_a_row, self._skip = 0, False
@@ -520,6 +521,8 @@ class LatentDiffusion(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         reshard(self)
+        if self.validation_cut:
+            return
         sums, raw, counts = self.trainer.strategy.reduce(self._val_sums, reduce_op="sum")
         # Reduced already, so the same on every rank.
         self.log("val/loss", sums.sum() / counts.sum(), prog_bar=True, rank_zero_only=True)

@@ -9,8 +9,10 @@ import threading
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from zsnr.stops import listen as stop_on
 from zsnr.training.checkpointing import Checkpoints
 
 EXIT_CODE = 143
@@ -48,6 +50,31 @@ class Preemption(L.Callback):
         pl_module.stop_requested = bool(_received)
         pl_module.requeue_requested = signal.SIGUSR1 in _received
 
+    def on_validation_batch_start(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
+        """Cut a validation within training short; its losses are not logged."""
+        if stops(trainer):
+            pl_module.validation_cut = True
+            raise StopIteration
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        pl_module.validation_cut = False
+        if trainer.state.fn != "fit":
+            _stop_at_once()
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        _stop_at_once()
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        _stop_at_once()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Stop the processes that Lightning has started, too."""
+        launcher = trainer.strategy.launcher
+        if isinstance(exception, SystemExit) and isinstance(launcher, _SubprocessScriptLauncher):
+            fits = trainer.state.fn == "fit"  # where SIGTERM would only be noted
+            launcher.kill(signal.SIGKILL if fits else signal.SIGTERM)
+        _received.clear()
+
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
         if not pl_module.stop_agreed or trainer.should_stop:
             return
@@ -65,6 +92,23 @@ class Preemption(L.Callback):
 
     def teardown(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         _received.clear()
+
+
+def stops(trainer: L.Trainer) -> bool:
+    """Whether a signal has asked any rank of a training run to stop; every rank calls it."""
+    if trainer.state.fn != "fit":
+        return False
+    decision = trainer.strategy.reduce_boolean_decision(asked(), all=False)
+    return bool(decision)
+
+
+def _stop_at_once() -> None:
+    """Let SIGTERM stop what saves nothing; Lightning ignores it there, or waits for all ranks.
+
+    SIGUSR1, which SLURM sends before its time is up, does nothing: the work goes on until SIGTERM.
+    """
+    listen(signal.SIGUSR1)
+    stop_on(signal.SIGTERM)
 
 
 def stopped_early(trainer: L.Trainer, module: Any) -> bool:

@@ -183,6 +183,26 @@ def check_strategy(strategy: Strategy) -> None:
         )
 
 
+def meet(place: str, timeout: timedelta | None = None) -> None:
+    """Wait for all ranks, and name those that do not come.
+
+    With gloo alone: a rank that waits on a GPU is named by the watchdog.
+
+    Args:
+        place: Where in the run this is, for the message.
+        timeout: How long to wait. None = the process group's.
+
+    Raises:
+        TimeoutError: A rank has not come, or has ended.
+    """
+    if not dist.is_initialized() or dist.get_backend() != "gloo":
+        return
+    try:
+        dist.monitored_barrier(timeout=timeout, wait_all_ranks=True)
+    except RuntimeError as error:
+        raise TimeoutError(f"Not all ranks have come to {place}: {error}") from error
+
+
 def reshard(module: nn.Module) -> None:
     """Free what FSDP modules have gathered, after a pass without a backward pass."""
     from torch.distributed.fsdp import FSDPModule

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -82,52 +83,72 @@ class Watchdog(L.Callback):
             "pid": os.getpid(),
             "step": trainer.global_step,
             "doing": doing,
-            "since": time.time(),
         }
 
     def _watch(self, stop: threading.Event) -> None:
         patience = 60 * self.minutes
+        interval = min(10.0, patience / 4)
         name = f"rank-{self._rank:05d}"
+        seen: dict[str, Any] = {}
+        earlier: list[dict[str, Any] | None] | None = None
+        waited, before = 0.0, time.monotonic()
         while True:
-            state = {**self._state, "written": time.time()}
+            now, state = time.monotonic(), self._state
+            # Time in which this thread did not run either, as in a suspend, says nothing.
+            waited = waited + min(now - before, 2 * interval) if state is seen else 0.0
+            seen, before = state, now
+            written = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"  # for people
+            beat = {**state, "waited": waited, "written": written}
             with suppress(OSError):  # a full disk is not a rank that hangs
-                _write(self._folder / f"{name}.json", json.dumps(state))
-            if time.time() - state["since"] > patience:
-                report = self.report(state)
+                _write(self._folder / f"{name}.json", json.dumps(beat))
+            if waited <= patience:
+                earlier = None
+            elif earlier is None:
+                earlier = self._heartbeats()  # all ranks that live write two more until the report
+            elif waited > patience + 2 * interval:
+                report = self.report(beat, earlier)
                 print(report, file=sys.stderr, flush=True)
                 faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
                 with suppress(OSError):
                     _write(self._folder / f"{name}.hung", report)
                 os._exit(EXIT_CODE)
-            if stop.wait(min(10.0, patience / 4)):
+            if stop.wait(interval):
                 return
 
-    def report(self, own: dict[str, Any]) -> str:
-        """Say what this rank waits for, and which ranks are behind it."""
-        now = time.time()
+    def report(self, own: dict[str, Any], earlier: list[dict[str, Any] | None]) -> str:
+        """Say what this rank waits for, and which ranks are behind it.
+
+        A rank is silent if its heartbeat is the earlier one: hosts' clocks differ, and are set.
+        """
         lines = [
             f"zsnr: error: rank {own['rank']} ({own['host']}, pid {own['pid']}) has made no "
-            f"progress for {now - own['since']:.0f} s at step {own['step']}; it {own['doing']}. "
-            "All ranks:"
+            f"progress for {own['waited']:.0f} s at step {own['step']}; it {own['doing']}. All ranks:"
         ]
-        for rank in range(self._ranks):
-            file = self._folder / f"rank-{rank:05d}.json"
-            try:
-                them = json.loads(file.read_text())
-            except (OSError, ValueError):
+        for rank, (then, now) in enumerate(zip(earlier, self._heartbeats(), strict=True)):
+            if now is None:
                 lines.append(f"  rank {rank}: has written nothing")
                 continue
-            silent = now - them["written"]
+            silent = now == then and rank != own["rank"]
             lines.append(
-                f"  rank {rank} ({them['host']}, pid {them['pid']}): step {them['step']}, "
-                f"{them['doing']}, for {now - them['since']:.0f} s"
-                + (f"; SILENT for {silent:.0f} s" if silent > 60 * self.minutes / 2 else "")
+                f"  rank {rank} ({now['host']}, pid {now['pid']}): step {now['step']}, "
+                f"{now['doing']}, for {now['waited']:.0f} s"
+                + (f"; SILENT since {now['written']}" if silent else "")
             )
         lines.append(
             "The one behind the others, or silent, is where to look. trainer.default_root_dir "
             "holds these heartbeats; watchdog.minutes sets the patience."
         )
         return "\n".join(lines)
+
+    def _heartbeats(self) -> list[dict[str, Any] | None]:
+        """Read every rank's heartbeat."""
+        found: list[dict[str, Any] | None] = []
+        for rank in range(self._ranks):
+            try:
+                found.append(json.loads((self._folder / f"rank-{rank:05d}.json").read_text()))
+            except (OSError, ValueError):
+                found.append(None)
+        return found
 
 
 def _write(path: Path, text: str) -> None:
