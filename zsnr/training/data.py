@@ -36,6 +36,7 @@ from zsnr.data.samples import Samples, select
 from zsnr.data.sources import Shard, Source, Sources, find_shards, is_stream
 from zsnr.data.storage import NoRangesError, Retries, Storage, is_remote
 from zsnr.data.stream import StreamDataset
+from zsnr.files import side_file
 from zsnr.noise import derive_seed
 
 _INDEX_AT_MOST = 100  # shards behind an address that training indexes by itself
@@ -296,7 +297,7 @@ class DataModule(L.LightningDataModule):
             )
             return self._loader(stream, batch_size=None)
         if rank == 0:
-            self._ledger.write(self._train.faults + self._passing)
+            self._note(self._train.faults + self._passing)
         order = TrainingOrder(self._train, self.batch_size, self.seed, self.window_shards)
         cls = CacheDataset if "data.train" in self.caches else ShardDataset
         dataset = cls(self._train, order, seed=self.seed, **options)
@@ -360,7 +361,7 @@ class DataModule(L.LightningDataModule):
         if self.trainer is not None and self.trainer.training:
             self._seen += len(batch["position"])
         if faults:
-            self._ledger.write(faults)
+            self._note(faults)
             met = [fault for fault in self._ledger.faults if fault.position is not None]
             tried = self._seen + sum(fault.kind == "sample" for fault in met)
             check_budget(
@@ -371,6 +372,11 @@ class DataModule(L.LightningDataModule):
                 self._ledger.path,
             )
         return batch
+
+    def _note(self, faults: list[Fault]) -> None:
+        """Write down faults; a ledger that cannot be written is no fault of the data."""
+        with side_file(self._ledger.path or ""):
+            self._ledger.write(faults)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         if isinstance(batch, dict) and "image" in batch:
