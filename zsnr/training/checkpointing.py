@@ -17,10 +17,10 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from zsnr.checkpoints import sharded
 from zsnr.checkpoints.own import open_checkpoint
-from zsnr.checkpoints.run_facts import NAME, write_run_facts
+from zsnr.checkpoints.run_facts import NAME, add_start, read_run_facts, write_run_facts
 from zsnr.files import HeldFolder, side_file
 from zsnr.training.agreement import on_first_rank, raise_on_all
-from zsnr.training.facts import run_facts
+from zsnr.training.facts import run_facts, start_facts
 from zsnr.training.progress import NonFiniteError, first_not_finite
 
 
@@ -72,6 +72,7 @@ class Checkpoints(Checkpoint):
         self.resumed_from = ""  # name of a checkpoint
         self._saved, self._seen, self._since = -1, -1, time.monotonic()
         self._held: list[HeldFolder] = []  # on the first rank
+        self._history: list[Any] = []
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         if self.dirpath is None:
@@ -123,7 +124,13 @@ class Checkpoints(Checkpoint):
         self._since = time.monotonic()
         if trainer.is_global_zero:
             assert self.dirpath is not None
-            _set_aside(Path(self.dirpath), trainer.global_step)
+            folder = Path(self.dirpath)
+            _set_aside(folder, trainer.global_step)
+            with side_file(folder / NAME):
+                facts = read_run_facts(folder) or run_facts(trainer, pl_module)
+                facts = add_start(facts, start_facts(trainer, pl_module))
+                self._history = facts["history"]
+                write_run_facts(folder, facts)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
         step = trainer.global_step
@@ -207,7 +214,8 @@ class Checkpoints(Checkpoint):
             module: Any = trainer.lightning_module
             with side_file(Path(self.dirpath) / NAME):
                 self._find_folders()  # it must not be made again
-                write_run_facts(Path(self.dirpath), run_facts(trainer, module))
+                facts = {**run_facts(trainer, module), "history": self._history}
+                write_run_facts(Path(self.dirpath), facts)
 
 
 class CheckpointFiles(TorchCheckpointIO):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -38,6 +38,7 @@ from zsnr.data.storage import NoRangesError, Retries, Storage, is_remote
 from zsnr.data.stream import StreamDataset
 from zsnr.files import side_file
 from zsnr.noise import derive_seed
+from zsnr.training.resuming import changes, flat
 
 _INDEX_AT_MOST = 100  # shards behind an address that training indexes by itself
 
@@ -186,14 +187,17 @@ class DataModule(L.LightningDataModule):
         """
         if self._train is None:
             return  # validate and predict go on with nothing
-        own = self.state_dict()
-        changed = [name for name in own if state_dict.get(name) != own[name]]
-        if changed and not self.accept_changed_data:
+        changed = changes(flat(state_dict), flat(self.state_dict()))
+        if not changed:
+            return
+        said = "; ".join(f"{name} was {was}, is {now} now" for name, (was, now) in changed.items())
+        if not self.accept_changed_data:
             raise ValueError(
-                f"The run began with other training data: {', '.join(changed)} changed (samples = "
-                "the shards' contents, weights, filters and buckets). Put it back, or go on with "
+                f"The run began with other training data: {said} (samples = a digest of the "
+                "shards' contents, weights, filters and buckets). Put it back, or resume with "
                 "other batches by --data.accept_changed_data true."
             )
+        rank_zero_warn(f"The run resumes with other training data: {said}.")
 
     def _load_index(self, sources: Sources, progress: bool = False) -> Index:
         name = repr(sources)

@@ -29,6 +29,7 @@ from zsnr.conditioning import Conditioner, Remembered
 from zsnr.data.cache import Cache, check_cache
 from zsnr.data.prompts import PromptRequest
 from zsnr.denoiser import Conditioning
+from zsnr.described import class_path
 from zsnr.files import side_file
 from zsnr.guidance import Guidance
 from zsnr.lora import AdaptedUNet, LoRA, require_peft
@@ -53,6 +54,7 @@ from zsnr.training.facts import run_facts
 from zsnr.training.global_batch import GlobalBatch
 from zsnr.training.loggers import guard_loggers
 from zsnr.training.progress import NonFiniteError, Progress
+from zsnr.training.resuming import Verdict, changes, check_changes, flat, rule
 from zsnr.training.strategy import (
     FullyShardedStrategy,
     check_strategy,
@@ -190,6 +192,7 @@ class LatentDiffusion(L.LightningModule):
         self._progress = Progress(schedule.num_timesteps)
         self._skip = False
         self._first_step = 0  # of this start
+        self.changed_settings: dict[str, list[Any]] = {}  # since the checkpoint, by name
         self._val_strata = trailing(min(10, schedule.num_timesteps), schedule.num_timesteps)
         self.start = read_start(unet) if isinstance(unet, str) and not is_weightless() else None
         self._start_losses: list[float] = []  # of the start, converted, by stratum
@@ -249,6 +252,33 @@ class LatentDiffusion(L.LightningModule):
             "start": None if self.start is None else self.start.facts(),
             "lora": None if self.lora is None else asdict(self.lora),
         }
+
+    def run_settings(self) -> dict[str, Any]:
+        """Return what a resumed run is compared by besides the parts and the data; see `RULES`."""
+        trainer = self.trainer
+        # before a resumed run has its optimizer, this is one like it
+        optimizer = next(iter(trainer.optimizers), None) or self._new_optimizer()
+        decays = self.learning_rate.decay != "constant"
+        settings: dict[str, Any] = {
+            "optimizer": class_path(optimizer),
+            "trainer.max_steps": trainer.max_steps if decays else None,
+            "trainer.precision": str(trainer.precision),
+            "trainer.gradient_clip_val": trainer.gradient_clip_val or None,
+            "trainer.gradient_clip_algorithm": trainer.gradient_clip_algorithm,
+            "model.loss": asdict(self.loss),
+            "model.caption_dropout": self.caption_dropout,
+            "model.offset_noise": self.offset_strength,
+            "model.learning_rate": asdict(self.learning_rate),
+        }
+        if self.ema_config is not None:
+            settings["model.ema"] = asdict(self.ema_config)
+        strategy = trainer.strategy
+        if isinstance(strategy, FullyShardedStrategy) and strategy.param_dtype is not None:
+            settings["trainer.strategy.param_dtype"] = strategy.param_dtype
+            settings["trainer.strategy.reduce_dtype"] = strategy.reduce_dtype
+        settings = {**flat(settings), **flat({"optimizer": optimizer.defaults})}
+        free = [name for name in settings if rule(name).verdict is Verdict.FREE]
+        return {name: value for name, value in settings.items() if name not in free}
 
     # Lightning's hooks
 
@@ -331,8 +361,11 @@ class LatentDiffusion(L.LightningModule):
             self._frozen["conditioner"] = Remembered(conditioner)
             self._frozen["conditioner"].add("", null)
 
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        return self.make_optimizer(p for p in self.trained.parameters() if p.requires_grad)
+
     def configure_optimizers(self) -> Any:
-        optimizer = self.make_optimizer(p for p in self.trained.parameters() if p.requires_grad)
+        optimizer = self._new_optimizer()
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer,
             lambda step: self.learning_rate.factor(step, self.trainer.max_steps),
@@ -587,6 +620,7 @@ class LatentDiffusion(L.LightningModule):
         checkpoint["progress"] = self._progress.state()
         checkpoint["start_losses"] = self._start_losses
         checkpoint["run"] = run_facts(self.trainer, self)
+        checkpoint["settings"] = self.run_settings()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._progress = Progress(self.schedule.num_timesteps, **checkpoint.get("progress", {}))
@@ -602,6 +636,12 @@ class LatentDiffusion(L.LightningModule):
                 f"The checkpoint {has} averaged weights: {do} model.ema, as the run that wrote it "
                 "did."
             )
+        self.changed_settings = {}
+        if "settings" in checkpoint and self.trainer.state.fn == "fit":
+            self.changed_settings = changes(checkpoint["settings"], self.run_settings())
+            told = check_changes(self.changed_settings)
+            if told is not None:
+                rank_zero_warn(told)
         for name in ("codec", "conditioner"):  # a moved folder is another name of the same weights
             if checkpoint[KEY][name] != own[name]:
                 rank_zero_warn(
