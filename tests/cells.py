@@ -122,6 +122,7 @@ def fit(
     strategy_options=None,
     callbacks=(),
     previews=False,
+    logger=False,
 ):
     """Train, and return what is to be compared; weights are whole."""
     quiet()
@@ -137,7 +138,7 @@ def fit(
         strategy=strategy(kind, **(strategy_options or {})),
         max_steps=steps,
         max_epochs=-1,
-        logger=False,
+        logger=logger,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,

@@ -4,11 +4,78 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from zsnr.locks import Lock, remove_leftovers, unfinished
+
+_TOLD: set[str] = set()  # side files that are known to fail
+
+
+@contextmanager
+def side_file(path: str | Path) -> Iterator[None]:
+    """Write what a run can do without: a failure is warned of once per path, and the run goes on.
+
+    Whatever fails counts, because other ranks do not wait for it, and libraries that write files
+    for us raise errors of their own.
+
+    Args:
+        path: What is written, for the message.
+    """
+    name = str(path)
+    try:
+        yield
+    except Exception as error:
+        if name not in _TOLD:
+            _TOLD.add(name)
+            reason = " ".join(str(error).split()) or type(error).__name__
+            kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
+            warnings.warn(
+                f"{name} cannot be written, and the run goes on without it: {kind}{reason}",
+                stacklevel=3,
+            )
+
+
+class HeldFolder:
+    """An output folder that must stay where it is while it is written to.
+
+    A descriptor is kept open, so that no other folder can be given the same inode.
+
+    Args:
+        path: The folder; it is made if it does not exist.
+
+    Raises:
+        OSError: It cannot be made or opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+
+    def check(self) -> None:
+        """See that the path still names the folder.
+
+        Raises:
+            OSError: It was deleted, moved or replaced.
+        """
+        try:
+            same = os.path.samestat(os.stat(self.path), os.fstat(self._descriptor))
+        except (FileNotFoundError, NotADirectoryError):
+            same = False
+        if not same:
+            raise OSError(
+                f"{self.path} was deleted, moved or replaced while it was being written to: put "
+                "the folder back and resume, or start again in another one."
+            )
+
+    def close(self) -> None:
+        """Stop holding the folder; called again, this does nothing."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
 
 
 @contextmanager

@@ -2,7 +2,9 @@
 
 {"format": 1, "zsnr_version", "versions", "global_step", "schedule", "prediction_type", "loss",
 "sampling", "image_size", "offset_noise", "caption_dropout", "ema", "batch_size", "learning_rate",
-"data", "start", "metrics"}; training/facts.py says what each holds.
+"data", "start", "metrics", "history"}; training/facts.py says what each holds. history has an entry
+for each of the last starts: {"time", "zsnr_version", "from_step", "host", "nodes", "ranks",
+"changed": {setting: [old, new]}}.
 """
 
 from __future__ import annotations
@@ -17,12 +19,20 @@ from zsnr.untrusted import read_json
 
 NAME = "run.json"
 FORMAT = 1
+_STARTS = 100  # that the history keeps
 
 
 def write_run_facts(folder: Path, facts: Mapping[str, Any]) -> None:
     """Write run.json into a folder of checkpoints; a crash leaves the old one or the new one."""
     with replacing(folder / NAME) as beside:
         beside.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+def add_start(facts: Mapping[str, Any], start: Mapping[str, Any]) -> dict[str, Any]:
+    """Return facts with one more start in their history."""
+    history = facts.get("history")
+    past = history if isinstance(history, list) else []
+    return {**facts, "history": [*past, dict(start)][-_STARTS:]}
 
 
 def read_run_facts(folder: Path) -> dict[str, Any] | None:
@@ -42,7 +52,7 @@ def read_run_facts(folder: Path) -> dict[str, Any] | None:
 
 def published(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Return facts for all to see: without the places of files on somebody's machine."""
-    facts = dict(facts)
+    facts = {name: value for name, value in facts.items() if name != "history"}
     data, start = facts.get("data"), facts.get("start")
     if data is not None:
         facts["data"] = [_named(source) for source in (data if isinstance(data, list) else [data])]

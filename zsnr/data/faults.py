@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from zsnr.files import replacing
+from zsnr.files import replacing, side_file
 
 _FREE = 10  # broken samples that no budget counts: one of the first three is no third of the data
 
@@ -98,7 +98,7 @@ class Ledger:
         if path is not None and path.is_file():
             found = read_ledger(path)
             self.faults = [f for f in found if f.position is not None and f.position < position]
-            with replacing(path) as beside:
+            with side_file(path), replacing(path) as beside:
                 beside.write_text("".join(map(_line, self.faults)), encoding="utf-8")
         self._known = {_identity(fault) for fault in self.faults}
 

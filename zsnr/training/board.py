@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from tqdm import tqdm
 
+from zsnr.files import side_file
 from zsnr.metrics.luma import luma
 from zsnr.metrics.terminal import TerminalOptimum
 from zsnr.reports.pictures import figure_image
@@ -64,9 +65,11 @@ class TrainingBoard(Callback):
         self._measured = state_dict["measured"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        if trainer.is_global_zero and trainer.loggers:
-            self._show_settings(trainer, pl_module)
-            self._measure(trainer, pl_module)
+        if trainer.is_global_zero and trainer.loggers:  # the other ranks begin to train
+            with side_file("The run's settings in the logs"):
+                self._show_settings(trainer, pl_module)
+            with side_file("What the data are, in the logs,"):
+                self._measure(trainer, pl_module)
         self._since, self._step = time.perf_counter(), trainer.global_step
 
     def on_train_batch_end(

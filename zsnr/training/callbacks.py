@@ -19,12 +19,13 @@ from zsnr.checkpoints import sharded
 from zsnr.checkpoints.own import describe_model
 from zsnr.data.images import to_unit_range
 from zsnr.data.prompts import PromptRequest
-from zsnr.files import replacing
+from zsnr.files import HeldFolder, replacing, side_file
 from zsnr.locks import LOCK, Lock, remove_leftovers
 from zsnr.metrics.luma import luma
 from zsnr.noise import sample_generator
 from zsnr.pipeline import save_png
 from zsnr.reports.pictures import picture_grid
+from zsnr.training.agreement import on_first_rank
 from zsnr.training.loggers import log_luma, log_picture
 from zsnr.training.module import LatentDiffusion
 
@@ -98,7 +99,10 @@ class Previews(Callback):
     def _write(self, trainer: L.Trainer, pixels: Tensor, step: int) -> None:
         """Write pictures (N, H, W, 3), uint8, to the run's folder and its loggers."""
         grid = picture_grid([Image.fromarray(p) for p in pixels.numpy()], self.columns)
-        save_png(grid, Path(trainer.default_root_dir) / "previews" / f"step-{step:08d}.png")
+        folder = Path(trainer.default_root_dir) / "previews"
+        with side_file(folder):
+            folder.mkdir(exist_ok=True)  # not the run's folder, should it be gone
+            save_png(grid, folder / f"step-{step:08d}.png")
         done_before = step - 1  # so are scalars counted, and what a resumed run keeps
         log_picture(trainer.loggers, "previews", grid, done_before)
         values = luma(to_unit_range(pixels.permute(0, 3, 1, 2))).flatten(1)
@@ -123,6 +127,7 @@ class PredictionWriter(BasePredictionWriter):
         super().__init__(write_interval="batch")
         self.folder = None if folder is None else Path(folder)
         self._lock: Lock | None = None
+        self._held: HeldFolder | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         if stage != "predict":
@@ -141,19 +146,12 @@ class PredictionWriter(BasePredictionWriter):
                 raise ValueError(f"Prompt {request.line}: {error}") from error
         self._rank = trainer.global_rank
         identity = run_identity(pl_module, data.requests, trainer.ckpt_path)
-        problem: Exception | None = None
-        done: set[str] = set()
-        if trainer.is_global_zero:
-            try:
-                self._lock = Lock(self.folder / LOCK, self.folder)
-                self._lock.take()
-                done = self._open(identity)
-            except (ValueError, OSError) as error:
-                problem = error
-        problem, data.done = trainer.strategy.broadcast((problem, done))
-        if problem is not None:
+        try:
+            data.done = on_first_rank(trainer.strategy, lambda: self._begin(identity))
+        except Exception:
             self._release()
-            raise problem
+            raise
+        self._held = HeldFolder(self.folder)
 
     def write_on_batch_end(
         self,
@@ -166,6 +164,8 @@ class PredictionWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         assert self.folder is not None
+        assert self._held is not None
+        self._held.check()
         for request, image in zip(batch, prediction, strict=True):
             save_png(image, self.folder / request.filename)
             entry = {"file": request.filename, **json.loads(image.info["zsnr"])}
@@ -174,14 +174,26 @@ class PredictionWriter(BasePredictionWriter):
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         trainer.strategy.barrier()
-        if trainer.is_global_zero:
-            self._join()
+        on_first_rank(trainer.strategy, self._finish)
         self._release()
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         self._release()
 
+    def _begin(self, identity: str) -> set[str]:
+        assert self.folder is not None
+        self._lock = Lock(self.folder / LOCK, self.folder)
+        self._lock.take()
+        return self._open(identity)
+
+    def _finish(self) -> None:
+        assert self._held is not None
+        self._held.check()
+        self._join()
+
     def _release(self) -> None:
+        if self._held is not None:
+            self._held.close()
         if self._lock is not None:
             self._lock.release()
 

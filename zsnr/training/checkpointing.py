@@ -11,14 +11,18 @@ from typing import Any
 
 import lightning as L
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from zsnr.checkpoints import sharded
 from zsnr.checkpoints.own import open_checkpoint
-from zsnr.checkpoints.run_facts import write_run_facts
+from zsnr.checkpoints.run_facts import NAME, add_start, read_run_facts, write_run_facts
+from zsnr.files import HeldFolder, side_file
 from zsnr.locks import unfinished
-from zsnr.training.facts import run_facts
+from zsnr.training.agreement import on_first_rank, raise_on_all
+from zsnr.training.facts import run_facts, start_facts
+from zsnr.training.progress import NonFiniteError, first_not_finite
 from zsnr.training.strategy import meet
 
 
@@ -28,6 +32,9 @@ class Checkpoints(Checkpoint):
     A checkpoint has its name when it is complete, and not before: a run that is killed while it
     saves goes on from the one before. A run that goes back to an earlier one renames those behind
     it to step-00001000.ckpt.abandoned; they stay until somebody removes them.
+
+    A checkpoint is written before whatever else follows the same step and may fail: callbacks with
+    a state of their own in the checkpoint come before this one, all others after it.
 
     Args:
         dirpath: Folder; all nodes must see it. None = `checkpoints` in trainer.default_root_dir.
@@ -66,24 +73,42 @@ class Checkpoints(Checkpoint):
         self.keep_every_n_steps = keep_every_n_steps
         self.resumed_from = ""  # name of a checkpoint
         self._saved, self._seen, self._since = -1, -1, time.monotonic()
+        self._held: list[HeldFolder] = []  # on the first rank
+        self._history: list[Any] = []
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         if self.dirpath is None:
             self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
         if stage != "fit":
             return
-        problem = None
         first = trainer.strategy.broadcast(self.resumed_from)
         if not trainer.strategy.reduce_boolean_decision(first == self.resumed_from, all=True):
-            problem = f"The ranks do not see the same checkpoints in {self.dirpath}."
-        elif trainer.is_global_zero:
-            try:
-                _prepare(Path(self.dirpath))
-            except OSError as error:
-                problem = f"{self.dirpath} cannot be written: {error}"
-        problem = trainer.strategy.broadcast(problem)
-        if problem is not None:
-            raise OSError(problem)
+            raise OSError(f"The ranks do not see the same checkpoints in {self.dirpath}.")
+        folders = Path(self.dirpath), Path(trainer.default_root_dir)
+        on_first_rank(trainer.strategy, lambda: self._prepare(*folders))
+        trainer.callbacks = sorted(trainer.callbacks, key=self._order)
+
+    def _prepare(self, folder: Path, root: Path) -> None:
+        """Make the run's folders, see that checkpoints can be written, and remove what killed saves
+        have left.
+        """
+        try:
+            self._held = [HeldFolder(root), HeldFolder(folder)]
+            for part in folder.glob(".*.ckpt*"):
+                sharded.remove(part)
+            probe = folder / ".probe.ckpt"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise OSError(f"{folder} cannot be written: {error}") from error
+
+    def _order(self, callback: Callback) -> int:
+        if isinstance(callback, Checkpoints):
+            return 1
+        stateful = any(
+            is_overridden(name, callback, Callback) for name in ("state_dict", "on_save_checkpoint")
+        )
+        return 0 if stateful else 2
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """See that all ranks go on from the same step.
@@ -101,7 +126,13 @@ class Checkpoints(Checkpoint):
         self._since = time.monotonic()
         if trainer.is_global_zero:
             assert self.dirpath is not None
-            _set_aside(Path(self.dirpath), trainer.global_step)
+            folder = Path(self.dirpath)
+            _set_aside(folder, trainer.global_step)
+            with side_file(folder / NAME):
+                facts = read_run_facts(folder) or run_facts(trainer, pl_module)
+                facts = add_start(facts, start_facts(trainer, pl_module))
+                self._history = facts["history"]
+                write_run_facts(folder, facts)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
         step = trainer.global_step
@@ -114,6 +145,8 @@ class Checkpoints(Checkpoint):
             due = trainer.strategy.broadcast(late)
         if due:
             self.save(trainer)
+        elif step % max(1, trainer.log_every_n_steps) == 0:
+            self._check_folders(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Write down the metrics of a validation that follows a checkpoint of the same step."""
@@ -123,42 +156,69 @@ class Checkpoints(Checkpoint):
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         self.save(trainer)
 
+    def teardown(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        for folder in self._held:
+            folder.close()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")
+
     def save(self, trainer: L.Trainer) -> None:
-        """Write a checkpoint of this step, unless there is one; every rank calls it."""
+        """Write a checkpoint of this step, unless there is one; every rank calls it.
+
+        Raises:
+            OSError: It cannot be written, or the run's folder is gone.
+            NonFiniteError: A tensor in it is not finite.
+        """
+        self._check_folders(trainer)
         step = trainer.global_step
         if step == self._saved:
             return
         assert self.dirpath is not None
         folder = Path(self.dirpath)
         meet(f"the checkpoint of step {step}")
+        path = folder / f"step-{step:08d}.ckpt"
+        bad = first_not_finite(trainer.lightning_module, trainer.optimizers)
+        message = (
+            f"{path} is not written: {bad} is not finite. Resume from the checkpoint before it "
+            "with trainer.gradient_clip_val or bf16 in the place of fp16, or start from scratch "
+            "with a lower learning rate."
+        )
+        raise_on_all(None if bad is None else NonFiniteError(message))
         files = trainer.strategy.checkpoint_io
         files = files if isinstance(files, CheckpointFiles) else CheckpointFiles()
         with files.deferring():
-            trainer.save_checkpoint(folder / f"step-{step:08d}.ckpt", weights_only=False)
+            trainer.save_checkpoint(path, weights_only=False)
         problem = trainer.strategy.broadcast(files.problem)
         if problem is not None:
             raise OSError(problem)
         self._saved, self._since = step, time.monotonic()
         self._write_facts(trainer)
         if trainer.is_global_zero:
-            try:
-                _link(folder / "last.ckpt", f"step-{step:08d}.ckpt")
+            with side_file(folder / "last.ckpt"):
+                _link(folder / "last.ckpt", path.name)
+            with side_file(folder):
                 for old in steps(folder)[: -self.keep]:
                     if self.keep_every_n_steps is None or _step(old) % self.keep_every_n_steps:
                         sharded.remove(old)
-            except OSError as error:  # the other ranks are on their way
-                rank_zero_warn(f"The checkpoint is written, but not all tidied up: {error}")
+
+    def _check_folders(self, trainer: L.Trainer) -> None:
+        """Stop on all ranks where the run's folder is no longer the one it began in."""
+        on_first_rank(trainer.strategy, self._find_folders)
+
+    def _find_folders(self) -> None:
+        for folder in self._held:
+            folder.check()
 
     def _write_facts(self, trainer: L.Trainer) -> None:
         """Write run.json on the first rank; a run goes on without it."""
-        if not trainer.is_global_zero:
-            return
-        assert self.dirpath is not None
-        module: Any = trainer.lightning_module
-        try:
-            write_run_facts(Path(self.dirpath), run_facts(trainer, module))
-        except OSError as error:  # the other ranks are on their way
-            rank_zero_warn(f"run.json is not written: {error}")
+        if trainer.is_global_zero:
+            assert self.dirpath is not None
+            module: Any = trainer.lightning_module
+            with side_file(Path(self.dirpath) / NAME):
+                self._find_folders()  # it must not be made again
+                facts = {**run_facts(trainer, module), "history": self._history}
+                write_run_facts(Path(self.dirpath), facts)
 
 
 class CheckpointFiles(TorchCheckpointIO):
@@ -174,10 +234,11 @@ class CheckpointFiles(TorchCheckpointIO):
             if path.is_dir():
                 sharded.remove(path)
             sharded.save_file(checkpoint, path)
-        except OSError as error:
+        except Exception as error:  # whatever it is, the other ranks must not wait
             if not self._defer:
                 raise
-            self.problem = str(error)
+            known = isinstance(error, OSError)
+            self.problem = str(error) if known else f"{path} could not be written: {error}"
 
     @contextmanager
     def deferring(self) -> Iterator[None]:
@@ -227,28 +288,17 @@ def find_last(folder: Path) -> Path | None:
     return None
 
 
-def _prepare(folder: Path) -> None:
-    """Make the folder, see that it can be written to, and remove what killed saves have left."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for part in folder.glob(".*.ckpt*"):
-        sharded.remove(part)
-    probe = folder / ".probe.ckpt"
-    probe.touch()
-    probe.unlink()
-
-
 def _set_aside(folder: Path, step: int) -> None:
     """Rename checkpoints of steps that this run has not come to: they are not of its past."""
     for path in steps(folder):
         if _step(path) > step:
             aside = path.with_name(f"{path.name}.abandoned")
-            try:
+            with side_file(aside):
                 sharded.remove(aside)
                 path.rename(aside)
-            except OSError as error:  # the other ranks are on their way
-                rank_zero_warn(f"{path} is not of this run's past, and cannot be renamed: {error}")
-                continue
-            rank_zero_warn(f"The run goes on from step {step}; {path.name} is now {aside.name}.")
+                rank_zero_warn(
+                    f"The run goes on from step {step}; {path.name} is now {aside.name}."
+                )
 
 
 def _step(path: Path) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -36,7 +36,9 @@ from zsnr.data.samples import Samples, select
 from zsnr.data.sources import Shard, Source, Sources, find_shards, is_stream
 from zsnr.data.storage import NoRangesError, Retries, Storage, is_remote
 from zsnr.data.stream import StreamDataset
+from zsnr.files import side_file
 from zsnr.noise import derive_seed
+from zsnr.training.resuming import changes, flat
 
 _INDEX_AT_MOST = 100  # shards behind an address that training indexes by itself
 
@@ -185,14 +187,17 @@ class DataModule(L.LightningDataModule):
         """
         if self._train is None:
             return  # validate and predict go on with nothing
-        own = self.state_dict()
-        changed = [name for name in own if state_dict.get(name) != own[name]]
-        if changed and not self.accept_changed_data:
+        changed = changes(flat(state_dict), flat(self.state_dict()))
+        if not changed:
+            return
+        said = "; ".join(f"{name} was {was}, is {now} now" for name, (was, now) in changed.items())
+        if not self.accept_changed_data:
             raise ValueError(
-                f"The run began with other training data: {', '.join(changed)} changed (samples = "
-                "the shards' contents, weights, filters and buckets). Put it back, or go on with "
+                f"The run began with other training data: {said} (samples = a digest of the "
+                "shards' contents, weights, filters and buckets). Put it back, or resume with "
                 "other batches by --data.accept_changed_data true."
             )
+        rank_zero_warn(f"The run resumes with other training data: {said}.")
 
     def _load_index(self, sources: Sources, progress: bool = False) -> Index:
         name = repr(sources)
@@ -296,7 +301,7 @@ class DataModule(L.LightningDataModule):
             )
             return self._loader(stream, batch_size=None)
         if rank == 0:
-            self._ledger.write(self._train.faults + self._passing)
+            self._note(self._train.faults + self._passing)
         order = TrainingOrder(self._train, self.batch_size, self.seed, self.window_shards)
         cls = CacheDataset if "data.train" in self.caches else ShardDataset
         dataset = cls(self._train, order, seed=self.seed, **options)
@@ -360,7 +365,7 @@ class DataModule(L.LightningDataModule):
         if self.trainer is not None and self.trainer.training:
             self._seen += len(batch["position"])
         if faults:
-            self._ledger.write(faults)
+            self._note(faults)
             met = [fault for fault in self._ledger.faults if fault.position is not None]
             tried = self._seen + sum(fault.kind == "sample" for fault in met)
             check_budget(
@@ -371,6 +376,11 @@ class DataModule(L.LightningDataModule):
                 self._ledger.path,
             )
         return batch
+
+    def _note(self, faults: list[Fault]) -> None:
+        """Write down faults; a ledger that cannot be written is no fault of the data."""
+        with side_file(self._ledger.path or ""):
+            self._ledger.write(faults)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         if isinstance(batch, dict) and "image" in batch:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
@@ -45,6 +47,19 @@ def run_facts(trainer: L.Trainer, module: LatentDiffusion) -> dict[str, Any]:
         "learning_rate": optimizers[0].defaults.get("lr") if optimizers else None,
         "data": [] if getattr(data, "train", None) is None else public_sources(data.train),
         "metrics": metrics,
+    }
+
+
+def start_facts(trainer: L.Trainer, module: LatentDiffusion) -> dict[str, Any]:
+    """Return what is written down of a start: an entry of run.json's history."""
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "zsnr_version": __version__,
+        "from_step": trainer.global_step,
+        "host": socket.gethostname(),
+        "nodes": trainer.num_nodes,
+        "ranks": trainer.world_size,
+        "changed": module.changed_settings,
     }
 
 

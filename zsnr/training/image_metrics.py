@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from zsnr.data.index import load_index
 from zsnr.data.samples import Samples, select
 from zsnr.data.sources import find_shards
 from zsnr.data.storage import Storage
-from zsnr.files import check_new, replacing
+from zsnr.files import check_new, replacing, side_file
 from zsnr.metrics.clip import CLIPScore
 from zsnr.metrics.collected import (
     InOrder,
@@ -48,6 +49,7 @@ from zsnr.metrics.fidelity import (
 )
 from zsnr.metrics.luma import mean_luma
 from zsnr.pipeline import describe_sampling, save_png
+from zsnr.training.agreement import on_first_rank, raise_on_all
 from zsnr.training.module import LatentDiffusion
 from zsnr.training.preemption import stops
 from zsnr.training.watchdog import Watchdog
@@ -147,15 +149,9 @@ class ImageMetrics(Callback):
         """Read, load, measure and check all that is needed, before anything is sampled."""
         if self.captions is None or stage == "predict":
             return
-        problem = None
-        if trainer.is_global_zero:  # others may come when it has begun to write
-            try:
-                check_files(self, writes_once=stage != "fit")
-            except (ValueError, FileNotFoundError) as error:
-                problem = str(error)
-        problem = trainer.strategy.broadcast(problem)
-        if problem is not None:
-            raise ValueError(problem)
+        # not on others, which may come when it has begun to write
+        check = partial(check_files, self, writes_once=stage != "fit")
+        on_first_rank(trainer.strategy, check)
         self._requests = read_captions(self.captions, self.num_images, self.seed)
         if self.num_images < trainer.world_size:
             raise ValueError(
@@ -202,17 +198,16 @@ class ImageMetrics(Callback):
         if measured is None:
             return {}
         found, rows = measured
-        left_out: dict[str, str] = {}
-        if trainer.is_global_zero:
-            self._add_distances(rows, found, left_out)
-        found, left_out = trainer.strategy.broadcast((found, left_out))
+        found, left_out = on_first_rank(
+            trainer.strategy, partial(self._with_distances, rows, found)
+        )
         for name, reason in left_out.items():
             rank_zero_warn(f"{name} is left out: {reason}")
         for name, value in found.items():
             group, _, channel = name.partition("/c")
             if group != _CHANNELS or int(channel) < _MOST_CHANNELS:
                 module.log(name, value, rank_zero_only=True)
-        if trainer.is_global_zero and self.output is not None:
+        if self.output is not None:
             self._write(trainer, module, found, left_out)
         return dict(found)
 
@@ -249,6 +244,7 @@ class ImageMetrics(Callback):
 
         bar = trainer.is_global_zero and trainer.progress_bar_callback is not None
         starts = range(0, len(numbers), self.batch_size)
+        problem: Exception | None = None
         for start in tqdm(starts, "image metrics", unit="batch", disable=not bar):
             if stops(trainer):
                 rank_zero_warn("The pictures are not measured: the run stops.")
@@ -279,7 +275,9 @@ class ImageMetrics(Callback):
             if self._clip is not None:
                 scores = self._clip(images, [request.caption for request in requests])
                 rows["clip"].update(scores.to(device), places)
-            self._save(trainer, images, places)
+            if self.save_images is not None and problem is None:
+                problem = self._save(trainer, Path(self.save_images), images, places)
+        raise_on_all(problem)
 
         found = {f"metrics/{name}": float(m.compute()) for name, m in brightness.items()}
         for name, metric in by_group.items():
@@ -312,10 +310,11 @@ class ImageMetrics(Callback):
             )
         return images, states[0]
 
-    def _add_distances(
-        self, rows: dict[str, Tensor], found: dict[str, float], left_out: dict[str, str]
-    ) -> None:
+    def _with_distances(
+        self, rows: dict[str, Tensor], found: dict[str, float]
+    ) -> tuple[dict[str, float], dict[str, str]]:
         """Add what does not add up over ranks; a collapsed model has none, and trains on."""
+        left_out: dict[str, str] = {}
         features, logits = rows.get("features"), rows.get("logits")
         if "clip" in rows:
             found["metrics/clip_score"] = float(rows["clip"].double().mean())
@@ -337,6 +336,7 @@ class ImageMetrics(Callback):
         if real is not None:
             found["metrics_of_data/luma_mean"] = float(real.luma.double().mean())
             found["metrics_of_data/luma_std"] = float(real.luma.double().std(correction=0))
+        return found, left_out
 
     # Real pictures
 
@@ -348,11 +348,14 @@ class ImageMetrics(Callback):
             data: Any = trainer.datamodule
             if trainer.local_rank:  # one process of a node writes the index
                 trainer.strategy.barrier()
+            problem: Exception | None = None
             try:
                 index = load_index(self.real, Storage(data.retries), folder=data.index_folder)
-            finally:
-                if not trainer.local_rank:
-                    trainer.strategy.barrier()
+            except Exception as error:  # whatever it is, the other ranks must not wait
+                problem = error
+            if not trainer.local_rank:
+                trainer.strategy.barrier()
+            raise_on_all(problem)
             self._samples = select(index, module.image_size, max_pixels=data.pixels.max_pixels)
             source = f"{self._samples.digest} {min(self.num_real, len(self._samples))}"
             if len(self._samples) < max(2, trainer.world_size):
@@ -403,8 +406,9 @@ class ImageMetrics(Callback):
             source=source,
             extractor="" if self._extractor is None else self._extractor.fingerprint,
         )
-        if self.statistics is not None and trainer.is_global_zero:
-            found.write(Path(self.statistics).expanduser())
+        if self.statistics is not None:
+            path = Path(self.statistics).expanduser()
+            _put(trainer, path, partial(found.write, path))
         return found
 
     # Files and devices
@@ -424,14 +428,23 @@ class ImageMetrics(Callback):
     def _step(self, trainer: L.Trainer) -> int | None:
         return trainer.global_step if trainer.state.fn == "fit" else self._loaded_step
 
-    def _save(self, trainer: L.Trainer, images: Sequence[Any], places: Sequence[int]) -> None:
-        if self.save_images is None:
-            return
-        folder = Path(self.save_images).expanduser()
-        if trainer.state.fn == "fit":
-            folder /= f"step-{trainer.global_step:08d}"
-        for image, place in zip(images, places, strict=True):
-            save_png(image, folder / f"{place:05d}.png")
+    def _save(
+        self, trainer: L.Trainer, folder: Path, images: Sequence[Any], places: Sequence[int]
+    ) -> Exception | None:
+        """Write pictures: side files in training, else what fails is returned."""
+        fits = trainer.state.fn == "fit"
+        folder = folder.expanduser()
+        folder = folder / f"step-{trainer.global_step:08d}" if fits else folder
+        failure: Exception | None = None
+        with side_file(folder):
+            try:
+                for image, place in zip(images, places, strict=True):
+                    save_png(image, folder / f"{place:05d}.png")
+            except Exception as error:  # whatever it is, the other ranks must not wait
+                failure = error
+            if fits and failure is not None:
+                raise failure
+        return None if fits else failure
 
     def _write(
         self,
@@ -460,8 +473,21 @@ class ImageMetrics(Callback):
             "metrics": found,
             "left_out": left_out,
         }
-        with replacing(path) as beside:
-            beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+        def write() -> None:
+            with replacing(path) as beside:
+                beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+        _put(trainer, path, write)
+
+
+def _put(trainer: L.Trainer, path: Path, write: Callable[[], None]) -> None:
+    """Write on rank 0: a side file in training, else what the command was run for."""
+    if trainer.state.fn != "fit":
+        on_first_rank(trainer.strategy, write)
+    elif trainer.is_global_zero:
+        with side_file(path):
+            write()
 
 
 def _note(trainer: L.Trainer) -> None:

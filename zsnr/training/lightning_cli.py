@@ -24,6 +24,7 @@ from zsnr.codecs import LatentCodec
 from zsnr.conditioning import Conditioner, Remembered
 from zsnr.data.order import accumulation
 from zsnr.data.sources import Source
+from zsnr.files import replacing, side_file
 from zsnr.guidance import Guidance
 from zsnr.lora import LoRA
 from zsnr.loss import LossWeighting
@@ -93,11 +94,16 @@ class SaveConfigOfFit(SaveConfigCallback):
     """Saves the whole configuration beside the logs of a training run, and of nothing else."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":
-            super().setup(trainer, pl_module, stage)
-
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give it to the board too, which other people see: without secrets."""
+        """Write it without secrets, and give it to the board, as other people see both."""
+        if stage != "fit" or self.already_saved:
+            return
+        self.already_saved = True
+        folder = Path(trainer.log_dir or ".")  # of the first rank; all ranks ask for it
+        if not trainer.is_global_zero:
+            return
+        path = folder / self.config_filename
+        with side_file(path), replacing(path) as beside:
+            beside.write_text(public_config(self.parser.dump(self.config, skip_none=False)))
         config = self.config.clone()
         config.ckpt_path = None  # a resumed run has the same settings
         for callback in trainer.callbacks:

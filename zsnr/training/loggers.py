@@ -1,22 +1,30 @@
-"""What loggers show besides scalars, and how those of a resumed run go on in the same files."""
+"""What loggers show besides scalars, how those of a resumed run go on in the same files, and how a
+run goes on where they cannot be written.
+"""
 
 from __future__ import annotations
 
 import csv
+import os
 import re
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyLogger, Logger
 from torch import Tensor
+
+from zsnr.files import replacing, side_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 _BINS = 30  # of a histogram: what TensorBoard draws, so it moves nothing
+_RECORD = 16  # bytes of an event's length and checksums
 
 
 def default_loggers(folder: str | Path) -> list[TensorBoardLogger | CSVLogger]:
@@ -25,6 +33,72 @@ def default_loggers(folder: str | Path) -> list[TensorBoardLogger | CSVLogger]:
         TensorBoardLogger(folder, name="tensorboard", version=""),
         CSVLogger(folder, name="metrics"),
     ]
+
+
+class _SideFiles(Logger):
+    """Mixed into a logger's class: what it cannot write is warned of, and does not end a run."""
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        with _side(self):
+            super().log_metrics(metrics, step)  # type: ignore[safe-super]
+
+    def save(self) -> None:
+        with _side(self):
+            super().save()
+
+    def finalize(self, status: str) -> None:
+        with _side(self):
+            super().finalize(status)
+
+
+class _SideExperiment(_SideFiles):
+    """The same for a logger that opens something when it is first asked for it."""
+
+    @property
+    def experiment(self) -> Any:
+        with _side(self):
+            return super().experiment  # type: ignore[misc]
+        return DummyLogger().experiment
+
+
+def guard_loggers(loggers: Iterable[Logger]) -> None:
+    """Let a run go on where its loggers cannot write; called again, this does nothing."""
+    for logger in loggers:
+        cls = type(logger)
+        if not isinstance(logger, _SideFiles):
+            mixed = _SideExperiment if hasattr(cls, "experiment") else _SideFiles
+            logger.__class__ = type(cls.__name__, (mixed, cls), {"__module__": cls.__module__})
+        if isinstance(logger, TensorBoardLogger):
+            _guard_events()
+
+
+def _guard_events() -> None:
+    """Let TensorBoard's thread that writes events go on after one that could not be written."""
+    from tensorboard.summary.writer import event_file_writer  # type: ignore[import-untyped]
+
+    base: Any = event_file_writer.RecordWriter
+    if base.__module__ == __name__:
+        return
+
+    class Records(base):  # type: ignore[misc]
+        size = 0
+
+        def write(self, data: bytes) -> None:
+            path = os.fsdecode(self._writer.filename)
+            with side_file(Path(path).parent):
+                try:
+                    super().write(data)
+                except BaseException:
+                    with suppress(OSError):  # half an event hides all that follow it
+                        os.truncate(path, self.size)
+                    raise
+                self.size += _RECORD + len(data)
+
+    event_file_writer.RecordWriter = Records
+
+
+def _side(logger: Logger) -> AbstractContextManager[None]:
+    return side_file(f"{logger.save_dir or '.'}/{logger.name}")
 
 
 def log_picture(loggers: Iterable[Any], name: str, image: Image, step: int) -> None:
@@ -39,10 +113,11 @@ def log_picture(loggers: Iterable[Any], name: str, image: Image, step: int) -> N
     import numpy as np
 
     for logger in loggers:
-        if hasattr(logger, "log_image"):  # W&B
-            logger.log_image(name, [image], step=step)
-        elif isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_image(name, np.asarray(image), step, dataformats="HWC")
+        with _side(logger):
+            if hasattr(logger, "log_image"):  # W&B
+                logger.log_image(name, [image], step=step)
+            elif isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image(name, np.asarray(image), step, dataformats="HWC")
 
 
 def log_luma(loggers: Iterable[Any], name: str, means: Tensor, pixels: Tensor, step: int) -> None:
@@ -64,24 +139,26 @@ def log_luma(loggers: Iterable[Any], name: str, means: Tensor, pixels: Tensor, s
             continue
         for group, values in groups.items():
             counts = torch.histogram(values.double(), edges).hist
-            logger.experiment.add_histogram_raw(
-                f"{group}/{name}",
-                min=-1.0,
-                max=1.0,
-                num=len(values),
-                sum=float(values.double().sum()),
-                sum_squares=float(values.double().square().sum()),
-                bucket_limits=edges[1:].tolist(),
-                bucket_counts=counts.tolist(),
-                global_step=step,
-            )
+            with _side(logger):
+                logger.experiment.add_histogram_raw(
+                    f"{group}/{name}",
+                    min=-1.0,
+                    max=1.0,
+                    num=len(values),
+                    sum=float(values.double().sum()),
+                    sum_squares=float(values.double().square().sum()),
+                    bucket_limits=edges[1:].tolist(),
+                    bucket_counts=counts.tolist(),
+                    global_step=step,
+                )
 
 
 def log_text(loggers: Iterable[Any], name: str, markdown: str, step: int) -> None:
     """Show text in TensorBoard."""
     for logger in loggers:
         if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_text(name, markdown, step)
+            with _side(logger):
+                logger.experiment.add_text(name, markdown, step)
 
 
 def log_settings(
@@ -95,23 +172,25 @@ def log_settings(
         metrics: Tags of scalars that the table shows beside them, as they stand in the log.
     """
     for logger in loggers:
-        if isinstance(logger, TensorBoardLogger):
-            from torch.utils.tensorboard.summary import hparams
+        with _side(logger):
+            if isinstance(logger, TensorBoardLogger):
+                from torch.utils.tensorboard.summary import hparams
 
-            # log_hyperparams would log a value of each metric as well
-            writer = logger.experiment._get_file_writer()
-            shown: Any = hparams  # untyped
-            for summary in shown(dict(settings), dict.fromkeys(metrics, 0.0)):
-                writer.add_summary(summary)
-        elif not isinstance(logger, CSVLogger):
-            logger.log_hyperparams(dict(settings))
+                # log_hyperparams would log a value of each metric as well
+                writer = logger.experiment._get_file_writer()
+                shown: Any = hparams  # untyped
+                for summary in shown(dict(settings), dict.fromkeys(metrics, 0.0)):
+                    writer.add_summary(summary)
+            elif not isinstance(logger, CSVLogger):
+                logger.log_hyperparams(dict(settings))
 
 
 def log_layout(loggers: Iterable[Any], layout: Mapping[str, Any]) -> None:
     """Lay out TensorBoard's tab of charts with several curves: {group: {chart: [kind, tags]}}."""
     for logger in loggers:
         if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_custom_scalars(layout)
+            with _side(logger):
+                logger.experiment.add_custom_scalars(layout)
 
 
 def begin_loggers(loggers: Iterable[Any]) -> None:
@@ -143,7 +222,8 @@ def continue_loggers(loggers: Iterable[Any], step: int) -> None:
         if isinstance(logger, TensorBoardLogger):
             _purge(logger, step)
         else:
-            _continue_csv(logger, step)
+            with _side(logger):
+                _continue_csv(logger, step)
 
 
 def _purge(logger: TensorBoardLogger, step: int) -> None:
@@ -169,11 +249,12 @@ def _continue_csv(logger: CSVLogger, step: int) -> None:
         rows = csv.DictReader(file)
         kept = [row for row in rows if row.get("step", "").isdigit() and int(row["step"]) < step]
         names = list(rows.fieldnames or [])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        writer = logger.experiment  # removes the file, and says so
+    with replacing(path) as beside:
+        with open(beside, "w", newline="") as file:
+            copy = csv.DictWriter(file, fieldnames=names)
+            copy.writeheader()
+            copy.writerows(kept)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            writer = logger.experiment  # removes the file, and says so
     writer.metrics_keys = names
-    with open(path, "w", newline="") as file:
-        copy = csv.DictWriter(file, fieldnames=names)
-        copy.writeheader()
-        copy.writerows(kept)

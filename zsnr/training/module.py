@@ -29,6 +29,8 @@ from zsnr.conditioning import Conditioner, Remembered
 from zsnr.data.cache import Cache, check_cache
 from zsnr.data.prompts import PromptRequest
 from zsnr.denoiser import Conditioning
+from zsnr.described import class_path
+from zsnr.files import side_file
 from zsnr.guidance import Guidance
 from zsnr.lora import AdaptedUNet, LoRA, require_peft
 from zsnr.loss import LossWeighting, diffusion_loss
@@ -50,7 +52,9 @@ from zsnr.training.draws import Draws, training_draws, validation_draws
 from zsnr.training.ema import EMAConfig, averaged_copy, update_average
 from zsnr.training.facts import run_facts
 from zsnr.training.global_batch import GlobalBatch
+from zsnr.training.loggers import guard_loggers
 from zsnr.training.progress import NonFiniteError, Progress
+from zsnr.training.resuming import Verdict, changes, check_changes, flat, rule
 from zsnr.training.strategy import (
     FullyShardedStrategy,
     check_strategy,
@@ -59,6 +63,12 @@ from zsnr.training.strategy import (
     without_gradient,
 )
 from zsnr.training.watchdog import Watchdog
+
+_SKIPPED_AT_THE_END = 3  # steps in a row with which a run is no success
+_CURE = (
+    "Set trainer.gradient_clip_val, use bf16 in the place of fp16, and resume from a checkpoint "
+    "before them, or start from scratch with a lower learning rate."
+)
 
 
 @dataclass(frozen=True)
@@ -181,7 +191,9 @@ class LatentDiffusion(L.LightningModule):
         self.validation_cut = False  # by a signal
         self._micro_batches: list[tuple[list[str], Tensor, Tensor]] = []  # keys, losses, t
         self._progress = Progress(schedule.num_timesteps)
-        self._skipped_in_a_row, self._skip = 0, False
+        self._skip = False
+        self._first_step = 0  # of this start
+        self.changed_settings: dict[str, list[Any]] = {}  # since the checkpoint, by name
         self._val_strata = trailing(min(10, schedule.num_timesteps), schedule.num_timesteps)
         self.start = read_start(unet) if isinstance(unet, str) and not is_weightless() else None
         self._start_losses: list[float] = []  # of the start, converted, by stratum
@@ -242,9 +254,37 @@ class LatentDiffusion(L.LightningModule):
             "lora": None if self.lora is None else asdict(self.lora),
         }
 
+    def run_settings(self) -> dict[str, Any]:
+        """Return what a resumed run is compared by besides the parts and the data; see `RULES`."""
+        trainer = self.trainer
+        # before a resumed run has its optimizer, this is one like it
+        optimizer = next(iter(trainer.optimizers), None) or self._new_optimizer()
+        decays = self.learning_rate.decay != "constant"
+        settings: dict[str, Any] = {
+            "optimizer": class_path(optimizer),
+            "trainer.max_steps": trainer.max_steps if decays else None,
+            "trainer.precision": str(trainer.precision),
+            "trainer.gradient_clip_val": trainer.gradient_clip_val or None,
+            "trainer.gradient_clip_algorithm": trainer.gradient_clip_algorithm,
+            "model.loss": asdict(self.loss),
+            "model.caption_dropout": self.caption_dropout,
+            "model.offset_noise": self.offset_strength,
+            "model.learning_rate": asdict(self.learning_rate),
+        }
+        if self.ema_config is not None:
+            settings["model.ema"] = asdict(self.ema_config)
+        strategy = trainer.strategy
+        if isinstance(strategy, FullyShardedStrategy) and strategy.param_dtype is not None:
+            settings["trainer.strategy.param_dtype"] = strategy.param_dtype
+            settings["trainer.strategy.reduce_dtype"] = strategy.reduce_dtype
+        settings = {**flat(settings), **flat({"optimizer": optimizer.defaults})}
+        free = [name for name in settings if rule(name).verdict is Verdict.FREE]
+        return {name: value for name, value in settings.items() if name not in free}
+
     # Lightning's hooks
 
     def configure_callbacks(self) -> list[L.Callback]:
+        guard_loggers(self.trainer.loggers)  # the first hook, before they open files
         return [GlobalBatch()]
 
     def configure_model(self) -> None:
@@ -322,8 +362,11 @@ class LatentDiffusion(L.LightningModule):
             self._frozen["conditioner"] = Remembered(conditioner)
             self._frozen["conditioner"].add("", null)
 
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        return self.make_optimizer(p for p in self.trained.parameters() if p.requires_grad)
+
     def configure_optimizers(self) -> Any:
-        optimizer = self.make_optimizer(p for p in self.trained.parameters() if p.requires_grad)
+        optimizer = self._new_optimizer()
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer,
             lambda step: self.learning_rate.factor(step, self.trainer.max_steps),
@@ -381,7 +424,7 @@ class LatentDiffusion(L.LightningModule):
             for p in self.trained.parameters():
                 p.grad = None  # an optimizer changes nothing that has no gradient
         else:
-            self._skipped_in_a_row = 0
+            self._progress.skipped_in_a_row = 0
             self._progress.add(totals, counts)
         self.log("train/loss", loss, prog_bar=True, rank_zero_only=True)
         self.log("train/grad_norm", norm, rank_zero_only=True)
@@ -413,7 +456,7 @@ class LatentDiffusion(L.LightningModule):
         Raises:
             NonFiniteError: There were too many in a row.
         """
-        self._skipped_in_a_row += 1
+        self._progress.skipped_in_a_row += 1
         self._progress.skipped += 1
         step = self.trainer.global_step
         bad = [
@@ -433,24 +476,37 @@ class LatentDiffusion(L.LightningModule):
         line = {"step": step, "loss": str(loss), "grad_norm": str(norm), "keys": keys}
         path = Path(self.trainer.default_root_dir) / "skipped_steps.jsonl"
         if self.trainer.is_global_zero:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "a", encoding="utf-8") as file:
+            with side_file(path), open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             warnings.warn(
                 f"Step {step} is skipped: loss {loss:g}, gradient norm {norm:g}, samples "
                 f"{', '.join(keys[:4])}{' ...' if len(keys) > 4 else ''}; all are in {path}.",
                 stacklevel=2,
             )
-        if self._skipped_in_a_row > self.max_skipped_steps:
+        if self._progress.skipped_in_a_row > self.max_skipped_steps:
             raise NonFiniteError(
-                f"{self._skipped_in_a_row} steps in a row had a loss or gradient that is not "
-                f"finite, the last with samples {', '.join(keys[:4])}; see {path}. Set "
-                "trainer.gradient_clip_val, use bf16 in the place of fp16, and go on from a "
-                "checkpoint before them, or start anew with a lower learning rate."
+                f"{self._progress.skipped_in_a_row} steps in a row had a loss or gradient that is "
+                f"not finite, the last with samples {', '.join(keys[:4])}; see {path}. {_CURE}"
             )
+
+    def on_train_end(self) -> None:
+        """Refuse to call a run a success that has learned nothing, at least of late.
+
+        Raises:
+            NonFiniteError: All its steps, or the last of them, were skipped.
+        """
+        steps, row = self.trainer.global_step - self._first_step, self._progress.skipped_in_a_row
+        if self.stop_agreed or not steps or row < min(steps, _SKIPPED_AT_THE_END):
+            return
+        raise NonFiniteError(
+            f"The run has ended, but the last {row} of {self.trainer.global_step} steps were "
+            "skipped: their loss or gradient was not finite; see "
+            f"{Path(self.trainer.default_root_dir) / 'skipped_steps.jsonl'}. {_CURE}"
+        )
 
     def on_train_start(self) -> None:
         """Say so where a resumed run keeps its learning rate, and the config has another."""
+        self._first_step = self.trainer.global_step
         asked = self.trainer.optimizers[0].defaults.get("lr")
         [scheduler] = self.trainer.lr_scheduler_configs
         own = getattr(scheduler.scheduler, "base_lrs", [asked])[0]
@@ -567,6 +623,7 @@ class LatentDiffusion(L.LightningModule):
         checkpoint["progress"] = self._progress.state()
         checkpoint["start_losses"] = self._start_losses
         checkpoint["run"] = run_facts(self.trainer, self)
+        checkpoint["settings"] = self.run_settings()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._progress = Progress(self.schedule.num_timesteps, **checkpoint.get("progress", {}))
@@ -582,6 +639,12 @@ class LatentDiffusion(L.LightningModule):
                 f"The checkpoint {has} averaged weights: {do} model.ema, as the run that wrote it "
                 "did."
             )
+        self.changed_settings = {}
+        if "settings" in checkpoint and self.trainer.state.fn == "fit":
+            self.changed_settings = changes(checkpoint["settings"], self.run_settings())
+            told = check_changes(self.changed_settings)
+            if told is not None:
+                rank_zero_warn(told)
         for name in ("codec", "conditioner"):  # a moved folder is another name of the same weights
             if checkpoint[KEY][name] != own[name]:
                 rank_zero_warn(

@@ -1,12 +1,15 @@
-"""What training has seen, by timestep, on all ranks together."""
+"""What training has seen, by timestep, on all ranks together, and whether it is finite."""
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass
@@ -19,6 +22,7 @@ class Progress:
         counts: How many they are.
         terminal: How often the last timestep has been trained on.
         skipped: Steps that were not finite.
+        skipped_in_a_row: The last of them, if they are the last steps.
     """
 
     num_timesteps: int
@@ -26,6 +30,7 @@ class Progress:
     counts: list[float] = field(default_factory=lambda: [0.0] * 5)
     terminal: int = 0
     skipped: int = 0
+    skipped_in_a_row: int = 0
 
     def sums(self, losses: Tensor, t: Tensor) -> list[Tensor]:
         """Sum a batch's losses, (B,), and count them, by group: two tensors (5,)."""
@@ -64,3 +69,28 @@ def wide(device: torch.device) -> torch.dtype:
 
 class NonFiniteError(ValueError):
     """Loss or gradients were not finite, too many times in a row."""
+
+
+def first_not_finite(module: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> str | None:
+    """Name a tensor of weights, averages or optimizer states that is not finite on this rank.
+
+    The largest magnitude of each tensor is computed together, and read once per device and dtype.
+    """
+    names = {id(p): name for name, p in module.named_parameters()}
+    tensors = dict(module.state_dict())
+    for optimizer in optimizers:
+        for parameter, state in optimizer.state.items():
+            for key, value in state.items():
+                tensors[f"the optimizer's {key} of {names.get(id(parameter))}"] = value
+    groups = defaultdict[Any, dict[str, Tensor]](dict)
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and tensor.is_floating_point():
+            part = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+            if part.numel():
+                groups[part.device, part.dtype][name] = part.detach()
+    for group in groups.values():
+        largest = torch.stack(torch._foreach_norm([*group.values()], math.inf))
+        bad = largest.isfinite().logical_not_()
+        if bad.any():
+            return [*group][int(bad.int().argmax())]
+    return None

@@ -49,6 +49,8 @@ class Watchdog(L.Callback):
             for file in self._folder.glob("rank-*.json"):
                 if int(file.stem.removeprefix("rank-")) >= self._ranks:
                     file.unlink(missing_ok=True)
+        with suppress(OSError):
+            self._folder.mkdir(parents=True, exist_ok=True)
         self.note(trainer, "starts")
         self._stop = threading.Event()
         threading.Thread(target=self._watch, args=[self._stop], daemon=True).start()
@@ -152,5 +154,6 @@ class Watchdog(L.Callback):
 
 
 def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(exist_ok=True)  # not the run's folder, should it be gone
     with replacing(path) as beside:
         beside.write_text(text + "\n")

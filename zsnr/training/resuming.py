@@ -1,0 +1,206 @@
+"""Which settings a resumed run may change: one table, and what is said of a change.
+
+A checkpoint holds the settings of the run that wrote it. When a run resumes, its own are compared:
+a change is refused, warned of with the value that counts from now on, or free because it changes no
+weight but by rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+
+
+class Verdict(Enum):
+    """What a resumed run may do with a setting."""
+
+    REFUSED = "refused"
+    NEW = "warned of; the new value is used"
+    KEPT = "warned of; the checkpoint's value is used"
+    FREE = "free"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A verdict on a setting.
+
+    Args:
+        verdict: What a resumed run may do with it.
+        reason: Why.
+    """
+
+    verdict: Verdict
+    reason: str
+
+
+def _under(prefix: str, names: str) -> list[str]:
+    return [f"{prefix}.{name}" for name in names.split()]
+
+
+_SCHEDULE = "betas num_timesteps beta_start beta_end zero_terminal_snr alphas_cumprod_table"
+_GUIDANCE = (
+    "scale rescale interval method curve at_zero_snr threshold apg_parallel apg_norm against"
+)
+_GROUPS: tuple[tuple[Verdict, str, Sequence[str]], ...] = (
+    (
+        Verdict.REFUSED,
+        "it decides what the network's output means, or which weights there are",
+        [
+            *_under("model", "unet schedule prediction_type ema lora image_size"),
+            *_under("model.schedule", _SCHEDULE),
+            *_under("model.lora", "rank alpha target_modules base_dtype"),
+            "optimizer",  # its class: the state of another one would be misread
+        ],
+    ),
+    (
+        Verdict.REFUSED,
+        "it decides which samples and draws a step has; data.accept_changed_data allows it",
+        [
+            "model.seed",
+            *_under("data", "train image_size batch_size filters window_shards seed"),
+            *_under("data", "aspect aspect.step aspect.max_ratio"),
+            *_under("data", "pixels pixels.crop pixels.flip pixels.max_pixels"),
+            *_under("data", "captions captions.fields captions.empty"),
+        ],
+    ),
+    (
+        Verdict.NEW,
+        "it changes what is learned from here on, and people change it on purpose",
+        [
+            *_under("model", "loss loss.name loss.gamma loss.allow_zero_terminal_weight"),
+            *_under("model", "caption_dropout offset_noise"),
+            *_under("model", "ema.decay ema.warmup ema.every_n_steps"),
+            *_under("model", "learning_rate learning_rate.warmup_steps learning_rate.decay"),
+            *_under("model", "learning_rate.final"),
+            *_under("trainer", "max_steps precision gradient_clip_val gradient_clip_algorithm"),
+            *_under("trainer", "strategy.param_dtype strategy.reduce_dtype"),
+        ],
+    ),
+    (
+        Verdict.NEW,
+        "it may be another name of the same weights",
+        ["model.codec", "model.conditioner"],
+    ),
+    (Verdict.NEW, "validation losses do not compare any more", ["data.val_samples"]),
+    (
+        Verdict.KEPT,
+        "an optimizer's state holds its settings, which replace those of the config",
+        _under("optimizer", "lr betas eps weight_decay amsgrad maximize"),
+    ),
+    (
+        Verdict.FREE,
+        "the same numbers, by other means or up to rounding",
+        [
+            *_under("optimizer", "foreach capturable differentiable fused"),
+            *_under("model", "gradient_checkpointing compile"),
+            *_under("data", "max_batch_size_per_device num_workers index retries"),
+            *_under("data.retries", "attempts backoff timeout"),
+            *_under("trainer", "accelerator strategy devices num_nodes accumulate_grad_batches"),
+            *_under("trainer", "deterministic benchmark inference_mode use_distributed_sampler"),
+            *_under("trainer", "plugins sync_batchnorm reload_dataloaders_every_n_epochs"),
+        ],
+    ),
+    (
+        Verdict.FREE,
+        "it decides when the run stops, what it shows or what predict makes, and no step of it",
+        [
+            *_under("model", "max_skipped_steps sampling sampling.sampler sampling.num_steps"),
+            *_under("model.sampling", "spacing guidance"),
+            *_under("model.sampling.guidance", _GUIDANCE),
+            *_under("data", "val error_budget accept_changed_data prompts prompt_seed"),
+            *_under("data", "predict_batch_size"),
+            *_under("trainer", "logger callbacks fast_dev_run max_epochs min_epochs min_steps"),
+            *_under("trainer", "max_time limit_train_batches limit_val_batches"),
+            *_under("trainer", "limit_test_batches limit_predict_batches overfit_batches"),
+            *_under("trainer", "val_check_interval check_val_every_n_epoch num_sanity_val_steps"),
+            *_under("trainer", "log_every_n_steps enable_checkpointing enable_progress_bar"),
+            *_under("trainer", "enable_model_summary profiler detect_anomaly barebones"),
+            *_under("trainer", "default_root_dir enable_autolog_hparams model_registry"),
+        ],
+    ),
+)
+RULES = {name: Rule(verdict, why) for verdict, why, names in _GROUPS for name in names}
+"""The table: a rule for each setting by its name on the command line."""
+
+_OTHER_OPTIMIZERS = Rule(Verdict.KEPT, "as of the optimizer's settings that are listed")
+_ELSEWHERE = ("optimizer.lr",)  # said by LatentDiffusion.on_train_start, with the schedule's
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten settings to plain values by names with dots."""
+    values: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            values |= flat(value, f"{prefix}{name}.")
+        else:
+            values[prefix + name] = _plain(value)
+    return values
+
+
+def changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Return the settings that differ: {name: [old, new]}; None stands for one that is not set."""
+    names = sorted(was.keys() | now.keys())
+    return {n: [was.get(n), now.get(n)] for n in names if was.get(n) != now.get(n)}
+
+
+def check_changes(changed: Mapping[str, Sequence[Any]]) -> str | None:
+    """Refuse changes that the table refuses; return what to warn of, if anything.
+
+    Args:
+        changed: As `changes` returns it.
+
+    Raises:
+        ValueError: A setting is refused; names each with its old and its new value.
+    """
+    by_verdict: dict[Verdict, list[str]] = {verdict: [] for verdict in Verdict}
+    for name, (was, now) in changed.items():
+        if name not in _ELSEWHERE:
+            by_verdict[rule(name).verdict].append(f"{name} was {_said(was)}, is {_said(now)} now")
+    if by_verdict[Verdict.REFUSED]:
+        raise ValueError(
+            f"A run does not resume with other settings: {'; '.join(by_verdict[Verdict.REFUSED])}. "
+            "Put them back; or export the checkpoint, and start another run from its weights in "
+            "another folder."
+        )
+    said = []
+    if by_verdict[Verdict.NEW]:
+        said.append(f"{'; '.join(by_verdict[Verdict.NEW])}: the new values are used")
+    if by_verdict[Verdict.KEPT]:
+        said.append(
+            f"{'; '.join(by_verdict[Verdict.KEPT])}: the checkpoint's values are used, because "
+            "they are a part of the optimizer's state; for the config's, start another run from "
+            "exported weights"
+        )
+    if not said:
+        return None
+    return f"The run resumes with other settings than its checkpoint had. {'. '.join(said)}."
+
+
+def rule(name: str) -> Rule:
+    """Return the rule of a setting, or of what it is a part of.
+
+    Raises:
+        ValueError: The table does not have it.
+    """
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        known = RULES.get(".".join(parts[:end]))
+        if known is not None:
+            return _OTHER_OPTIMIZERS if end == 1 and len(parts) > 1 else known
+    raise ValueError(f"No rule says whether a resumed run may change {name}.")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        value = value.tolist()
+    if isinstance(value, tuple | list):
+        return [_plain(part) for part in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def _said(value: Any) -> str:
+    return "not set" if value is None else str(value)
