@@ -21,8 +21,7 @@ TEXT = "txt"
 
 _USUAL = (TEXT, "caption", "text")
 _MOST_NAMES = 256  # fields of one json that may hold captions
-SURROGATE = re.compile("[\ud800-\udfff]")
-"""Half of a character, which no UTF-8 can hold; also how Python names bytes that are no UTF-8."""
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -146,12 +145,20 @@ def text_fields(text: bytes | None, record: Mapping[str, Any]) -> str:
     """
     values = {TEXT: None if text is None else _decode(text)}
     values |= {name: value for name, value in record.items() if name != TEXT}
-    filled, blank = [], []
+    filled: list[str] = []
+    blank: list[str] = []
     for name, value in values.items():
-        texts = _texts(value) if len(name) <= 64 and not SURROGATE.search(name) else []
+        if not isinstance(value, str | list) or len(name) > 64 or not is_text(name):
+            continue
+        texts = _texts(value)
         if texts and len(filled) + len(blank) < _MOST_NAMES:
             (filled if any(map(str.strip, texts)) else blank).append(name)
     return json.dumps([filled, blank])
+
+
+def is_text(text: str) -> bool:
+    """Whether UTF-8 can hold it: it has no half of a character, and no byte of a name as one."""
+    return text.isascii() or not _SURROGATE.search(text)
 
 
 def _decode(data: bytes) -> str | None:
@@ -164,4 +171,4 @@ def _decode(data: bytes) -> str | None:
 def _texts(value: Any) -> list[str]:
     """Gather the texts of a field that are text: not those with halves of characters."""
     values = value if isinstance(value, list) else [value]
-    return [text for text in values if isinstance(text, str) and not SURROGATE.search(text)]
+    return [text for text in values if isinstance(text, str) and is_text(text)]

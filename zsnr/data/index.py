@@ -80,8 +80,13 @@ def load_index(
     from tqdm import tqdm
 
     shards, parts = find_shards(sources), []
-    options = {"folder": folder, "write": write, "must_write": must_write}
-    one = partial(_load_alone, retries=storage.retries, **options)
+    one = partial(
+        _load_alone,
+        retries=storage.retries,
+        folder=folder,
+        write=write,
+        must_write=must_write,
+    )
     unkept: list[str] = []
     pool: Executor = ThreadPoolExecutor(8)
     if processes > 1:
@@ -161,8 +166,9 @@ def write_indices(
         Retries(attempts, timeout=timeout),
         lambda url, reason: passing.append(Fault("passing", url, None, reason)),
     )
-    options = {"folder": folder, "fields": None, "processes": processes}
-    index = load_index(sources, storage, must_write=True, **options)
+    index = load_index(
+        sources, storage, folder=folder, fields=None, must_write=True, processes=processes
+    )
     usable = Captions().usable(index.table.column(TEXTS))
     faults = index.faults + without_caption(index, ~usable, Captions()) + passing
     if ledger is not None:

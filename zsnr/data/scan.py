@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from zsnr.data.captions import SURROGATE, parse_record, text_fields
+from zsnr.data.captions import is_text, parse_record, text_fields
 from zsnr.data.faults import Fault
 from zsnr.data.images import HeaderCut, image_size
 from zsnr.data.sources import IMAGE_SUFFIXES, METADATA, Shard, folder_files
@@ -195,8 +195,9 @@ def part_file(folder: str, key: str, part: str) -> str:
         return f"{folder}/{METADATA}"
     if part == "image":
         return f"{folder}/{key}"
-    files = [f"{folder}/{PurePosixPath(key).with_suffix(end)}" for end in (".txt", ".TXT", ".Txt")]
-    return next(filter(os.path.isfile, files), files[0])
+    stem = f"{folder}/{PurePosixPath(key).with_suffix('')}"
+    endings = (end for end in (".txt", ".TXT", ".Txt") if os.path.isfile(stem + end))
+    return stem + next(endings, ".txt")
 
 
 def _index_tar(shard: Shard, storage: Storage) -> ShardIndex:
@@ -429,7 +430,7 @@ def _index_folder(shard: Shard) -> ShardIndex:
                     continue
                 used.add(key)
                 size = _measure(file, *image)
-            if SURROGATE.search(key):
+            if not is_text(key):
                 raise ValueError("its name is not UTF-8: rename it")
             content = None
             if text.is_file():
@@ -490,7 +491,7 @@ def _read_metadata(rows: _Rows, path: Path) -> dict[str, tuple[int, int]]:
                 if not line.strip():
                     continue
                 name = parse_record(line).get("file_name")
-                if not isinstance(name, str) or SURROGATE.search(name):
+                if not isinstance(name, str) or not is_text(name):
                     raise ValueError("there is no file_name")
                 entries[name.removeprefix("./")] = span
             except ValueError as error:
@@ -519,13 +520,13 @@ def _filterable(record: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: value
         for name, value in record.items()
-        if len(name) <= _LONGEST and not SURROGATE.search(name) and _is_filterable(value)
+        if len(name) <= _LONGEST and is_text(name) and _is_filterable(value)
     }
 
 
 def _is_filterable(value: Any) -> bool:
     if isinstance(value, str):
-        return len(value) <= _LONGEST and not SURROGATE.search(value)
+        return len(value) <= _LONGEST and is_text(value)
     if isinstance(value, int):
         return value.bit_length() <= 1000  # a larger one is no float
     return isinstance(value, float) and value == value
@@ -534,11 +535,12 @@ def _is_filterable(value: Any) -> bool:
 def _measure(file: BinaryIO, offset: int, size: int) -> tuple[int, int]:
     """Read height and width from a picture's first bytes."""
     length = min(size, _HEADER)
-    if _read(file, offset, 4) in (b"II*\0", b"MM\0*"):  # a TIFF keeps its header anywhere
-        length = size
     while True:
+        data = _read(file, offset, length)
+        if data[:4] in (b"II*\0", b"MM\0*"):  # a TIFF keeps its header anywhere
+            data += file.read(size - length)
         try:
-            return image_size(_read(file, offset, length))
+            return image_size(data)
         except HeaderCut:
             if length == size:
                 raise
