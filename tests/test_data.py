@@ -100,8 +100,8 @@ def test_caption_probabilities():
     [
         ({"fields": {"nope": 1.0}}, b"a", RECORD, "no text in nope"),
         ({}, None, b"{}", "no text in txt, caption, text"),
-        ({}, None, b"[]", "no object"),
-        ({}, None, b"{", "unreadable"),
+        ({}, None, b"[]", "wanted a JSON object"),
+        ({}, None, b"{", "no readable JSON"),
         ({}, b"\xff\xfe", None, "not UTF-8"),
         ({"empty": "drop"}, b"  ", None, "caption is empty"),
     ],

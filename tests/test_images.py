@@ -1,17 +1,21 @@
 import io
 import math
+import os
 import random
 import struct
+import threading
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import numpy as np
 import pytest
 import tiny
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
+from zsnr.data import images as module
 from zsnr.data.images import HeaderCut, decode_image, image_size, to_unit_range
 
 ORIENTATION = 0x0112
@@ -64,6 +68,42 @@ def photograph(size):
 
 def psnr(a, b):
     return 10 * math.log10(255**2 / (a.double() - b.double()).square().mean().item())
+
+
+def profile(primaries=None, gamma=2.19921875):
+    """An ICC profile of three primaries, or of grey."""
+
+    def numbers(*values):
+        return struct.pack(f">{len(values)}i", *(round(v * 65536) for v in values))
+
+    def color(values):
+        return b"XYZ \0\0\0\0" + numbers(*values)
+
+    white, curve = (0.9642, 1, 0.8249), struct.pack(">4sxxxxIHxx", b"curv", 1, round(gamma * 256))
+    tags = {b"wtpt": color(white)}
+    for letter, values in zip(b"rgb", primaries or (), strict=False):
+        tags |= {b"%cXYZ" % letter: color(values), b"%cTRC" % letter: curve}
+    if primaries is None:
+        tags[b"kTRC"] = curve
+    end = 132 + 12 * len(tags)
+    table = b""
+    for name, data in tags.items():
+        table += struct.pack(">4sII", name, end, len(data))
+        end += len(data)
+    space = b"RGB " if primaries else b"GRAY"
+    head = struct.pack(">I4sI4s4s4s12s4s", end, b"", 2 << 24, b"mntr", space, b"XYZ ", b"", b"acsp")
+    head = head.ljust(68, b"\0") + numbers(*white)
+    return head.ljust(128, b"\0") + struct.pack(">I", len(tags)) + table + b"".join(tags.values())
+
+
+ADOBE = profile(
+    ((0.60974, 0.31111, 0.01947), (0.20528, 0.62567, 0.06087), (0.14919, 0.06322, 0.74457))
+)
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+def near(image, color, within):
+    return (image[:, 0, 0] - torch.tensor(color)).abs().max() <= within
 
 
 def animation(kind, **options):
@@ -205,6 +245,120 @@ def test_the_first_frame_of_an_animation(kind):
     data = animation(kind, **({"lossless": True} if kind == "WEBP" else {}))
     assert image_size(data) == (9, 12)
     assert decode_image(data, 9, 12)[:, 4, 4].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "kind", ["BMP", "TIFF", "JPEG2000", "PPM", "QOI", "SGI", "PCX", "TGA", "AVIF", "MPO", "PSD"]
+)
+def test_what_pillow_reads_is_read(kind):
+    pixels = np.asarray(photograph(512).resize((40, 30)))
+    if kind == "PSD":  # which Pillow reads and does not write
+        header = struct.pack(">4sH6xHIIHH", b"8BPS", 1, 3, 30, 40, 8, 3)
+        data = header + bytes(12) + bytes(2) + pixels.transpose(2, 0, 1).tobytes()
+    else:
+        data = encoded(Image.fromarray(pixels), kind)
+    assert image_size(data) == (30, 40)
+    assert (decode_image(data, 30, 40).double() - planes(pixels)).abs().mean() < 12
+    assert decode_image(data, 15, 20).shape == (3, 15, 20)
+    for end in range(18, len(data), 97):  # the index reads the first bytes, then more
+        with suppress(HeaderCut):
+            assert image_size(data[:end]) == (30, 40)
+
+
+def test_a_tiff_is_turned_once():
+    seen = Image.fromarray(noise(8, 13))
+    for orientation, turn in TURNS.items():
+        data = encoded(seen.transpose(turn), "TIFF", exif=exif(orientation))
+        assert image_size(data) == (8, 13)
+        assert torch.equal(decode_image(data, 8, 13), planes(seen))
+
+
+def test_floating_point_levels_are_refused():
+    data = encoded(Image.new("F", (8, 8), 0.5), "TIFF")
+    for call in (image_size, lambda data: decode_image(data, 8, 8)):
+        with pytest.raises(ValueError, match="wanted levels of 8 or 16 bits"):
+            call(data)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
+def test_colors_of_a_profile_become_those_of_srgb(kind):
+    green = Image.new("RGB", (16, 16), (60, 150, 60))
+    options = {"quality": 100} if kind in ("JPEG", "WEBP") else {}
+    data = encoded(green, kind, icc_profile=ADOBE, **options)
+    for size in ((16, 16), (8, 8), (32, 32), (7, 16)):
+        assert near(decode_image(data, *size), (0, 151, 48), 4)
+    assert decode_image(data, 8, 8, flip=True).is_contiguous()
+    plain = encoded(Image.fromarray(noise(16, 16)))
+    tagged = encoded(Image.fromarray(noise(16, 16)), icc_profile=SRGB)
+    wide = encoded(Image.fromarray(noise(16, 16)), icc_profile=ADOBE)
+    for size in ((16, 16), (8, 8)):  # the profile of sRGB changes nothing
+        assert torch.equal(decode_image(tagged, *size), decode_image(plain, *size))
+        assert not torch.equal(decode_image(wide, *size), decode_image(plain, *size))
+
+
+def test_profiles_of_other_modes():
+    linear = profile(gamma=1)
+    for mode in ("L", "LA", "I;16"):
+        level = {"L": 60, "LA": (60, 255), "I;16": 60 * 257}[mode]
+        data = encoded(Image.new(mode, (8, 8), level), icc_profile=linear)
+        for size in (8, 4):
+            assert near(decode_image(data, size, size), (133, 133, 133), 1), mode
+    grey = encoded(Image.new("L", (8, 8), 60), icc_profile=ADOBE)  # r = g = b of three primaries
+    assert near(decode_image(grey, 4, 4), (60, 60, 60), 3)
+    palette = encoded(Image.new("RGB", (8, 8), (60, 150, 60)).quantize(4), icc_profile=ADOBE)
+    assert near(decode_image(palette, 8, 8), (0, 151, 48), 4)
+    clear = encoded(Image.new("RGBA", (8, 8), (60, 150, 60, 0)), icc_profile=ADOBE)
+    assert near(decode_image(clear, 8, 8), (255, 255, 255), 1)
+
+
+@pytest.mark.parametrize(
+    ("mode", "content", "reason"),
+    [
+        ("RGB", b"junk" * 100, "cannot open"),
+        ("RGB", profile(), "it is of GRAY, the image of RGB"),
+        ("CMYK", ADOBE, "it is of RGB, the image of CMYK"),
+        ("RGB", ADOBE[:200], ""),
+        ("RGB", bytes(5 << 20), "it is too large"),
+    ],
+)
+def test_a_profile_that_does_not_fit_is_ignored_and_the_image_is_not(mode, content, reason):
+    image = Image.fromarray(noise(16, 16)).convert(mode)
+    module._to_srgb.cache_clear()
+    with pytest.warns(UserWarning, match=f"color profile is ignored: .*{reason}"):
+        found = decode_image(encoded(image, "TIFF", icc_profile=content), 16, 16)
+    assert torch.equal(found, decode_image(encoded(image, "TIFF"), 16, 16))
+
+
+@pytest.mark.filterwarnings("ignore:An embedded color profile")
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_large_texts_and_profiles_do_not_make_pixels_unreadable(packed, behind):
+    text = b"workflow\0" + (b"\0" + zlib.compress(b"node" * 10**6) if packed else b"x" * 10**7)
+    many = (b"tEXt", b"key\0" + b"y" * 500_000)
+    international = b"workflow\0" + bytes([packed]) + b"\0\0\0"
+    international += zlib.compress(b"node" * 10**6) if packed else b"node" * 10**6
+    chunks = [
+        (b"iCCP", b"large\0\0" + zlib.compress(bytes(range(256)) * 8000)),
+        (b"zTXt" if packed else b"tEXt", text),
+        (b"iTXt", international),
+        *[many] * 140,
+    ]
+    pixels = noise(8, 13)
+    content = (b"IDAT", zlib.compress(b"".join(b"\0" + row.tobytes() for row in pixels)))
+    chunks = [content, *chunks[1:]] if behind else [*chunks, content]
+    data = png_chunks((13, 8, 8, 2, 0, 0, 0), *chunks)
+    assert image_size(data) == (8, 13)
+    assert torch.equal(decode_image(data, 8, 13), planes(pixels))
+    if not behind:
+        with pytest.raises(HeaderCut):
+            image_size(data[:16384])
+
+
+def test_small_texts_keep_the_orientation():
+    packet = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    text = (b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + packet)
+    content = (b"IDAT", zlib.compress(bytes(8 * 40)))
+    assert image_size(png_chunks((13, 8, 8, 2, 0, 0, 0), text, content)) == (13, 8)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -419,6 +573,88 @@ def test_threads_decode_at_once(files):
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda call: decode_image(call[0], *call[1]), calls))
     assert all(map(torch.equal, found, wanted))
+
+
+def jpeg_of_scans(count, side=64):
+    data = encoded(Image.new("RGB", (side, side), "red"), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    return data[:last] + data[last:-2] * count + b"\xff\xd9"
+
+
+def test_a_jpeg_of_very_many_scans_is_refused():
+    decode_image(jpeg_of_scans(280), 8, 8)
+    with pytest.raises(ValueError, match="301 or more scans: wanted at most 300"):
+        decode_image(jpeg_of_scans(4000), 8, 8)
+    thumbnails = b"\xff\xe1" + struct.pack(">H", 4002) + b"\xff\xda" * 2000
+    data = tiny_jpeg()
+    decode_image(data[:2] + thumbnails + data[2:] + b"\xff\xda" * 2000, 8, 8)  # none of a scan
+    with pytest.raises(ValueError, match="wanted at most 50 of so many"):
+        module._check_scans(jpeg_of_scans(60), 64_000_000)
+
+
+def test_slow_decoders_get_no_large_image():
+    data = b"P6\n2000 2000\n65535\n"
+    with pytest.raises(ValueError, match="slow to read"):
+        image_size(data)
+
+
+def test_bands_are_the_whole(monkeypatch):
+    levels = (np.arange(40 * 30) * 54).astype(np.uint16).reshape(30, 40)
+    alpha = photograph(512).resize((40, 30)).convert("RGBA")
+    alpha.putalpha(alpha.convert("L"))
+    files = [encoded(Image.fromarray(levels)), encoded(alpha), encoded(alpha.convert("P"))]
+    files.append(encoded(alpha.convert("CMYK"), "JPEG"))
+    whole = [decode_image(data, h, w) for data in files for h, w in ((30, 40), (20, 20))]
+    wanted = (levels / 65535 * 255).round()
+    assert torch.equal(whole[0][0], torch.from_numpy(wanted).byte())
+    monkeypatch.setattr(module, "_BAND", 200)
+    found = [decode_image(data, h, w) for data in files for h, w in ((30, 40), (20, 20))]
+    assert all(map(torch.equal, found, whole))
+
+
+def test_sixteen_bits_take_little_more_memory_than_eight():
+    import tracemalloc
+
+    data = encoded(Image.fromarray(np.zeros((2000, 2000), np.uint16)))
+    tracemalloc.start()  # sees numpy's memory, not Pillow's
+    decode_image(data, 64, 64)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2000 * 2000 * 14  # bytes; float64 took 24
+
+
+def test_the_pixels_of_all_threads_are_bounded(monkeypatch):
+    budget = module._UnderWay(3 * 64)
+    monkeypatch.setattr(module, "_UNDER_WAY", budget)
+    data, held, most = encoded(Image.new("RGB", (8, 8))), [], []
+    original = module._rgb
+
+    def watched(*arguments):
+        held.append(1)
+        most.append(len(held))
+        barrier.wait(5) if len(most) <= 3 else None
+        held.pop()
+        return original(*arguments)
+
+    barrier = threading.Barrier(3)  # three fit at once, and no fourth
+    monkeypatch.setattr(module, "_rgb", watched)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: decode_image(data, 8, 8), range(24)))
+    assert max(most) == 3
+    huge = encoded(Image.new("RGB", (20, 20)))  # more than there are: alone
+    assert decode_image(huge, 8, 8).shape == (3, 8, 8)
+    with pytest.raises(ValueError, match="not a readable"):
+        decode_image(png_chunks((8, 8, 8, 2, 0, 0, 0), (b"IDAT", b"junk")), 8, 8)
+    assert budget._left == 3 * 64
+
+
+def test_a_fork_does_not_wait_for_threads_it_has_not():
+    with module._UNDER_WAY.room(module.MAX_PIXELS):
+        child = os.fork()
+        if not child:
+            decode_image(tiny_jpeg(), 8, 8)
+            os._exit(7)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
 def test_unit_range():

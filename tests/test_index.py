@@ -137,7 +137,7 @@ def test_what_is_broken_is_named_and_the_rest_is_there(tmp_path):
         "b": "0 bytes",
         "c": "no caption",
         "d": "no picture",
-        "e": "json is unreadable",
+        "e": "json is no readable JSON",
         "f": "not a readable picture",
     }.items():
         assert text in why[key]
@@ -226,7 +226,8 @@ def test_a_folder_of_pictures(tmp_path):
     assert why.keys() == {"c.png", "gone.png", "metadata.jsonl, line 4"}
     assert "no caption" in why["c.png"]
     samples = select(found, 8)
-    sample = samples[2]
+    assert samples.faults[-1].key == "d.PNG"  # its line has no text
+    sample = samples[1]
     assert Storage().read(sample.json.url, sample.json.offset, sample.json.size).startswith(b"{")
     assert not list(tmp_path.rglob("*.index"))
 

@@ -7,7 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from zsnr.data.captions import is_text
 from zsnr.noise import derive_seed
+from zsnr.untrusted import clipped, read_small
+
+_LARGEST = 1 << 30  # bytes; COCO's captions of training have 92 MB
 
 
 @dataclass(frozen=True)
@@ -49,10 +53,13 @@ def read_captions(path: str | Path, num_images: int, seed: int = 0) -> list[Capt
         raise ValueError(f"{path}: no such captions file.")
     if num_images < 1:
         raise ValueError(f"num_images={num_images}: wanted at least 1.")
+    data = read_small(path, _LARGEST)
     try:
-        found = readers[path.suffix](path.read_text(encoding="utf-8-sig"))
+        found = readers[path.suffix](data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error.reason}.") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply.") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if len(found) < num_images:
@@ -74,9 +81,9 @@ def _coco(text: str) -> dict[int, tuple[str, str]]:
     first: dict[int, tuple[int, str]] = {}
     for i, annotation in enumerate(annotations):
         try:
-            image, number = int(annotation["image_id"]), int(annotation["id"])
+            image, number = _id(annotation["image_id"]), _id(annotation["id"])
             caption = _text(annotation["caption"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(
                 f"annotation {i} is {_short(annotation)}: wanted image_id, id and caption."
             ) from error
@@ -101,18 +108,24 @@ def _objects(text: str) -> dict[int, tuple[str, str]]:
             raise ValueError(
                 f'line {number} is {_short(line)}: wanted an object such as {{"caption": "a cat"}}.'
             ) from error
-        if not isinstance(group, str):
+        if not isinstance(group, str) or not is_text(group):
             raise ValueError(f"line {number}: group={group!r}: wanted a name.")
         found[number] = (caption, group)
     return found
 
 
 def _text(value: Any) -> str:
-    if not isinstance(value, str):
+    if not isinstance(value, str) or not is_text(value):
         raise ValueError("no text")
     return " ".join(value.split())
 
 
+def _id(value: Any) -> int:
+    number = int(value)
+    if not 0 <= number < 2**63:
+        raise ValueError("no id")
+    return number
+
+
 def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else repr(value)
-    return text if len(text) < 80 else text[:80] + "..."
+    return clipped(value if isinstance(value, str) else repr(value), 80)

@@ -1,15 +1,27 @@
-"""Which text of a sample is its caption."""
+"""Which text of a sample is its caption, and whether it has one."""
 
 from __future__ import annotations
 
+import codecs
 import json
 import random
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from zsnr.untrusted import parse_json
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
 
 TEXT = "txt"
 """The sample's text file, among the fields of its json."""
+
+_USUAL = (TEXT, "caption", "text")
+_MOST_NAMES = 256  # fields of one json that may hold captions
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -21,8 +33,8 @@ class Captions:
             fields of the json. A field that is a list gives one of its texts, each as likely. A
             field that a sample lacks passes its probability to the others. Empty = the text file,
             else the json's caption or text.
-        empty: What to do with an empty caption: "keep" trains it as no prompt, "drop" counts the
-            sample as broken.
+        empty: What to do with an empty caption: "keep" trains it as no prompt, "drop" takes
+            another field's, and counts the sample as broken where there is none.
     """
 
     fields: dict[str, float] = field(default_factory=dict)
@@ -51,8 +63,7 @@ class Captions:
         """
         found = self._candidates(text, record)
         if not found:
-            wanted = ", ".join(self.fields) or f"{TEXT}, caption, text"
-            raise ValueError(f"it has no caption: no text in {wanted}")
+            raise ValueError(self._lacks(text, record))
         draw = random.Random(seed)
         names = list(found)
         name = names[0]
@@ -60,22 +71,52 @@ class Captions:
             name = draw.choices(names, [self.fields[name] for name in names])[0]
         texts = found[name]
         chosen = texts[0] if len(texts) == 1 else draw.choice(texts)
-        caption = chosen.strip()
-        if not caption and self.empty == "drop":
-            raise ValueError("its caption is empty")
-        return caption
+        return chosen.strip()
+
+    def usable(self, texts: pa.ChunkedArray) -> np.ndarray:
+        """Tell which samples have a caption.
+
+        Args:
+            texts: What `text_fields` says of each, as a dictionary column.
+
+        Returns:
+            bool (count,).
+        """
+        import numpy as np
+
+        parts = [np.zeros(0, bool)]
+        for chunk in texts.chunks:
+            answers = np.array([self._accepts(each) for each in chunk.dictionary.to_pylist()], bool)
+            parts.append(answers[chunk.indices.to_numpy()])
+        return np.concatenate(parts)
+
+    def lacking(self) -> str:
+        """Say what a sample lacks that has no caption."""
+        return f"it has no caption: no text in {', '.join(self.fields or _USUAL)}"
+
+    def _accepts(self, texts: str) -> bool:
+        filled, blank = json.loads(texts)
+        kept = filled if self.empty == "drop" else filled + blank
+        return any(name in kept for name in self.fields or _USUAL)
+
+    def _lacks(self, text: bytes | None, record: bytes | None) -> str:
+        if text is not None and _decode(text) is None:
+            return "its caption is not UTF-8"
+        if self.empty == "drop" and Captions(self.fields)._candidates(text, record):
+            return "its caption is empty"
+        return self.lacking()
 
     def _candidates(self, text: bytes | None, record: bytes | None) -> dict[str, list[str]]:
         """Gather the texts of each field that the sample has; of the usual ones the first."""
         values: dict[str, Any] = {}
         if record is not None and set(self.fields) != {TEXT}:
-            values = dict(_parse(record))
-        values.pop(TEXT, None)
-        if text is not None and (not self.fields or TEXT in self.fields):
-            values[TEXT] = _decode(text)
+            values = parse_record(record)
+        values[TEXT] = None if text is None else _decode(text)
         found: dict[str, list[str]] = {}
-        for name in self.fields or (TEXT, "caption", "text"):
+        for name in self.fields or _USUAL:
             texts = _texts(values.get(name))
+            if self.empty == "drop":
+                texts = [each for each in texts if each.strip()]
             if texts:
                 found[name] = texts
                 if not self.fields:
@@ -83,26 +124,51 @@ class Captions:
         return found
 
 
-def _parse(record: bytes) -> Mapping[str, Any]:
-    try:
-        parsed = json.loads(_decode(record))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"its json is unreadable: {error}") from error
-    if not isinstance(parsed, dict):
-        raise ValueError("its json is no object")
-    return parsed
+def parse_record(record: bytes) -> dict[str, Any]:
+    """Read a sample's json.
+
+    Raises:
+        ValueError: It is no JSON object; one line.
+    """
+    return parse_json(record.removeprefix(codecs.BOM_UTF8), "its json")
 
 
-def _decode(data: bytes) -> str:
+def text_fields(text: bytes | None, record: Mapping[str, Any]) -> str:
+    """Name the fields that hold texts, and those whose texts are all blank, as JSON.
+
+    The index keeps this, so that a run's captions are judged without reading them. Samples of a
+    data set have few different answers.
+
+    Args:
+        text: The text file. None = there is none.
+        record: The fields of the json.
+    """
+    values = {TEXT: None if text is None else _decode(text)}
+    values |= {name: value for name, value in record.items() if name != TEXT}
+    filled: list[str] = []
+    blank: list[str] = []
+    for name, value in values.items():
+        if not isinstance(value, str | list) or len(name) > 64 or not is_text(name):
+            continue
+        texts = _texts(value)
+        if texts and len(filled) + len(blank) < _MOST_NAMES:
+            (filled if any(map(str.strip, texts)) else blank).append(name)
+    return json.dumps([filled, blank])
+
+
+def is_text(text: str) -> bool:
+    """Whether UTF-8 can hold it: it has no half of a character, and no byte of a name as one."""
+    return text.isascii() or not _SURROGATE.search(text)
+
+
+def _decode(data: bytes) -> str | None:
     try:
         return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"its caption is not UTF-8: {error.reason}") from error
+    except UnicodeDecodeError:
+        return None
 
 
 def _texts(value: Any) -> list[str]:
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, list):
-        return [text for text in value if isinstance(text, str)]
-    return []
+    """Gather the texts of a field that are text: not those with halves of characters."""
+    values = value if isinstance(value, list) else [value]
+    return [text for text in values if isinstance(text, str) and is_text(text)]

@@ -21,14 +21,15 @@ class Fault:
 
     Args:
         kind: "shard" = a shard is missing or cut short, "sample" = a sample is broken for good,
-            "passing" = a read failed and was tried again.
+            "passing" = a read failed and was tried again, "note" = nothing is broken, but a
+            shard holds something that is not read.
         shard: Path or address.
         key: The sample's. None = the whole shard.
         reason: One line.
         position: The sample's place in the run that met it. None = found by indexing.
     """
 
-    kind: Literal["shard", "sample", "passing"]
+    kind: Literal["shard", "sample", "passing", "note"]
     shard: str
     key: str | None
     reason: str

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from zsnr.data.captions import Captions
 from zsnr.data.faults import Fault, Ledger, summarize
-from zsnr.data.scan import FIELD, ShardIndex, file_state, make_index
+from zsnr.data.scan import FIELD, TEXTS, ShardIndex, file_state, make_index
 from zsnr.data.sources import Shard, Sources, find_shards
 from zsnr.data.storage import Retries, Storage, is_remote
 from zsnr.files import replacing
 from zsnr.locks import Lock
 
 if TYPE_CHECKING:
+    import numpy as np
     import pyarrow as pa
 
 _VERSION = 1
@@ -52,6 +55,7 @@ def load_index(
     folder: Path | None = None,
     fields: Iterable[str] | None = (),
     write: bool = True,
+    must_write: bool = False,
     processes: int = 0,
     progress: bool = True,
 ) -> Index:
@@ -63,20 +67,29 @@ def load_index(
         folder: Where index files are. None = beside the shards; those behind an address are then
             indexed every time.
         fields: Fields of the json that are wanted. None = all.
-        write: Keep what was made.
+        write: Keep what was made; what cannot be kept is said once.
+        must_write: What cannot be kept is an error.
         processes: How many work at once; below 2, threads of this one.
         progress: Show a bar if it takes long.
 
     Raises:
         FileNotFoundError: There are no shards.
         NoRangesError: A server gives no parts of a file.
+        OSError: An index file cannot be written, but must be.
         ValueError: A cached shard has no index, or not its own.
     """
     import pyarrow as pa
     from tqdm import tqdm
 
     shards, parts = find_shards(sources), []
-    one = partial(_load_alone, retries=storage.retries, folder=folder, write=write)
+    one = partial(
+        _load_alone,
+        retries=storage.retries,
+        folder=folder,
+        write=write,
+        must_write=must_write,
+    )
+    unkept: list[str] = []
     pool: Executor = ThreadPoolExecutor(8)
     if processes > 1:
         pool = ProcessPoolExecutor(processes, get_context("spawn"))
@@ -89,13 +102,20 @@ def load_index(
             delay=2,
             disable=not progress,
         )
-        for part, met in bar:
+        for part, met, reason in bar:
             parts.append(part)
+            unkept += [reason] * bool(reason)
             if storage.on_fault is not None:
                 for fault in met:
                     storage.on_fault(*fault)
     finally:
         pool.shutdown(wait=len(parts) == len(shards), cancel_futures=True)
+    if unkept:
+        warnings.warn(
+            f"{unkept[0]} {len(unkept)} of {len(shards)} shards are indexed again each time: give "
+            "data.index, or write the index once by `zsnr data index --output FOLDER`.",
+            stacklevel=2,
+        )
     wanted = None if fields is None else [FIELD + name for name in fields]
     tables = []
     for number, part in enumerate(parts):
@@ -137,7 +157,8 @@ def write_indices(
         as_json: Say it as JSON.
 
     Raises:
-        ValueError: There is no place for the index files.
+        OSError: An index file cannot be written.
+        ValueError: There is no place for the index files, or no usable sample.
     """
     import pyarrow.compute as pc
 
@@ -151,12 +172,20 @@ def write_indices(
         lambda url, reason: passing.append(Fault("passing", url, None, reason)),
     )
     with _lock(shards, folder):
-        index = load_index(sources, storage, folder=folder, fields=None, processes=processes)
-    faults = index.faults + passing
+        index = load_index(
+            sources, storage, folder=folder, fields=None, must_write=True, processes=processes
+        )
+    usable = Captions().usable(index.table.column(TEXTS))
+    faults = index.faults + without_caption(index, ~usable, Captions()) + passing
     if ledger is not None:
         ledger.unlink(missing_ok=True)
         Ledger(ledger).write(faults)
-    table = index.table
+    table = index.table.filter(usable)
+    notes = [fault for fault in faults if fault.kind == "note"]
+    broken = [fault for fault in faults if fault.kind != "note"]
+    if not table.num_rows:
+        reason = summarize(faults) or "they are empty."
+        raise ValueError(f"No usable sample in {_counted(index.shards)}: {reason}")
     fields = {
         name.removeprefix(FIELD): table.num_rows - table.column(name).null_count
         for name in table.column_names
@@ -169,22 +198,25 @@ def write_indices(
         "broken_shards": len({f.shard for f in faults if f.kind == "shard"}),
         "broken_samples": sum(f.kind == "sample" for f in faults),
         "retried_reads": len(passing),
+        "notes": [f"{note.shard}: {note.reason}" for note in notes],
         "fields": fields,
         "digest": index.digest,
     }
     if as_json:
         return json.dumps(facts)
     size = sum(index.sizes) / 2**20
-    lines = [f"{table.num_rows} samples in {len(index.shards)} shards, {size:.1f} MiB"]
-    if table.num_rows:
-        pixels = [
-            pc.quantile(table.column(n), [0, 0.5, 1]).to_pylist() for n in ("height", "width")
-        ]
-        for name, (low, middle, high) in zip(("height", "width"), pixels, strict=True):
-            lines.append(f"  {name}: {low:.0f} to {high:.0f} pixels, median {middle:.0f}")
+    samples = f"{table.num_rows} sample{'s' * (table.num_rows != 1)}"
+    lines = [f"{samples} in {_counted(index.shards)}, {size:.1f} MiB"]
+    for name in ("height", "width"):
+        low, middle, high = pc.quantile(table.column(name), [0, 0.5, 1]).to_pylist()
+        lines.append(f"  {name}: {low:.0f} to {high:.0f} pixels, median {middle:.0f}")
     lines += [f"  field {name}: in {count} samples" for name, count in fields.items()]
-    if faults:
-        lines.append(f"broken: {summarize(faults)}")
+    if broken:
+        lines.append(f"broken: {summarize(broken)}")
+    if notes:
+        lines.append(f"not read: {summarize(notes)}")
+    if any(index_path(shard, folder) is None for shard in index.shards):
+        lines.append("no index file is kept of folders of images: they are indexed each time")
     return "\n".join(lines)
 
 
@@ -196,6 +228,22 @@ def _lock(shards: Sequence[Shard], folder: Path | None) -> AbstractContextManage
     place, urls = paths[0].parent, "\n".join(shard.url for shard in shards)
     digest = hashlib.blake2b(urls.encode(errors="surrogateescape"), digest_size=4).hexdigest()
     return Lock(place / f".index-{digest}.lock", place)
+
+
+def without_caption(index: Index, rows: np.ndarray, captions: Captions) -> list[Fault]:
+    """List the faults of samples that lack a caption; `rows` is True for those, (N,)."""
+    lacking = index.table.select(["shard", "key"]).filter(rows)
+    reason = captions.lacking()
+    return [
+        Fault("sample", index.shards[shard].url, key, reason)
+        for shard, key in zip(*(column.to_pylist() for column in lacking.columns), strict=True)
+    ]
+
+
+def _counted(shards: list[Shard]) -> str:
+    folders = sum(shard.kind == "folder" for shard in shards)
+    counts = (len(shards) - folders, "shard"), (folders, "folder")
+    return " and ".join(f"{n} {what}{'s' * (n != 1)}" for n, what in counts if n) or "no shards"
 
 
 def index_path(shard: Shard, folder: Path | None) -> Path | None:
@@ -242,35 +290,46 @@ def read_index(path: Path) -> ShardIndex | None:
     return ShardIndex(table, faults, about["size"], about["changed"], about["digest"])
 
 
-def _load(shard: Shard, storage: Storage, folder: Path | None, write: bool) -> ShardIndex:
+def _load(
+    shard: Shard, storage: Storage, folder: Path | None, write: bool, must_write: bool
+) -> tuple[ShardIndex, str]:
+    """Load or make a shard's index, and say why it could not be kept, if so."""
     path = index_path(shard, folder)
     if path is not None and path.is_file():
         found = read_index(path)
         if found is not None and _is_current(found, shard):
-            return found
+            return found, ""
     if shard.kind == "cache":
         raise ValueError(f"{shard.url} and its index do not belong together: cache it again.")
     made = make_index(shard, storage)
     if write and path is not None and made.size:
-        with suppress(OSError):  # a read-only data set is indexed again each time
+        try:
             write_index(made, path)
-    return made
+        except OSError as error:
+            reason = f"The index {path} cannot be written: {error.strerror or error}."
+            if must_write:
+                raise OSError(f"{reason} Give --output FOLDER, with room for it.") from error
+            return made, reason
+    return made, ""
 
 
 def _load_alone(
-    shard: Shard, retries: Retries, folder: Path | None, write: bool
-) -> tuple[ShardIndex, list[tuple[str, str]]]:
+    shard: Shard, retries: Retries, folder: Path | None, write: bool, must_write: bool
+) -> tuple[ShardIndex, list[tuple[str, str]], str]:
     """Load a shard's index with a storage of its own, and say which faults passed."""
     met: list[tuple[str, str]] = []
     storage = Storage(retries, lambda url, reason: met.append((url, reason)))
-    return _load(shard, storage, folder, write), met
+    index, unkept = _load(shard, storage, folder, write, must_write)
+    return index, met, unkept
 
 
 def _is_current(index: ShardIndex, shard: Shard) -> bool:
-    if is_remote(shard.url):
-        return True  # each read compares the size
     if shard.kind == "cache":
         return index.size == file_state(shard.url)[0]  # a cache may be copied
+    if TEXTS not in index.table.column_names:
+        return False  # written before captions were judged by the index
+    if is_remote(shard.url):
+        return True  # each read compares the size
     return (index.size, index.changed) == file_state(shard.url)
 
 

@@ -9,10 +9,11 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from zsnr.data.buckets import AspectBuckets, assign
-from zsnr.data.faults import Fault
+from zsnr.data.captions import Captions
+from zsnr.data.faults import Fault, summarize
 from zsnr.data.filters import PICTURE_FIELDS, Filter, apply_filters
-from zsnr.data.index import Index
-from zsnr.data.scan import FIELD, METADATA
+from zsnr.data.index import Index, without_caption
+from zsnr.data.scan import FIELD, TEXTS, part_file
 from zsnr.data.sources import Shard
 
 if TYPE_CHECKING:
@@ -84,8 +85,11 @@ class Samples:
         key: str = self.keys[row].as_py()
         found: dict[str, Span | None] = {}
         for part, (offset, size) in zip(PARTS, self.spans[row].tolist(), strict=True):
-            url = _file(shard, key, part) if shard.kind == "folder" else shard.url
-            found[part] = None if offset < 0 else Span(url, offset, size)
+            if offset < 0:
+                found[part] = None
+                continue
+            url = part_file(shard.url, key, part) if shard.kind == "folder" else shard.url
+            found[part] = Span(url, offset, size)
         image = found.pop("image")
         assert image is not None
         return Sample(shard.url, key, image, **found)
@@ -103,6 +107,7 @@ def select(
     filters: Sequence[Filter] = (),
     aspect: AspectBuckets | None = None,
     max_pixels: int | None = None,
+    captions: Captions = Captions(),
 ) -> Samples:
     """Decide which samples a run uses, and the bucket of each.
 
@@ -112,6 +117,7 @@ def select(
         filters: In order.
         aspect: The buckets. None = one square.
         max_pixels: Larger pictures count as broken.
+        captions: Samples without a caption count as broken.
 
     Raises:
         ValueError: A filter does not fit, or nothing is kept.
@@ -128,17 +134,20 @@ def select(
     huge = np.zeros(count, bool)
     if max_pixels is not None:
         huge = height.astype(np.int64) * width > max_pixels
+    bare = np.zeros(count, bool)
+    if TEXTS in table.column_names:  # a cache has samples with captions only
+        bare = ~captions.usable(table.column(TEXTS))
     faults = list(index.faults)
     for row in np.flatnonzero(kept & huge).tolist():
         url = index.shards[table.column("shard")[row].as_py()].url
         reason = f"{width[row]} x {height[row]} pixels: wanted at most {max_pixels}"
         faults.append(Fault("sample", url, table.column("key")[row].as_py(), reason))
-    rows = np.flatnonzero(kept & ~huge)
+    faults += without_caption(index, kept & ~huge & bare, captions)
+    rows = np.flatnonzero(kept & ~huge & ~bare)
     if not len(rows):
         lost = ", ".join(f"{name} removed {n}" for name, n in removed.items() if n)
-        raise ValueError(
-            f"No samples are left of {count}. {lost or f'{len(faults)} faults, none usable'}."
-        )
+        lost = lost or (f"Broken: {summarize(faults)}" if faults else "There are none")
+        raise ValueError(f"No samples are left of {count}. {lost}.")
     shapes = [(image_size, image_size)] if aspect is None else aspect.shapes(image_size)
     small = table.select(
         [
@@ -161,6 +170,8 @@ def select(
         "shapes": shapes,
         "max_pixels": max_pixels if huge.any() else None,
     }
+    if bare.any():
+        settings["captions"] = asdict(captions)
     text = json.dumps(settings, sort_keys=True)
     return Samples(
         shards=index.shards,
@@ -177,12 +188,3 @@ def select(
         faults=faults,
         digest=hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),
     )
-
-
-def _file(shard: Shard, key: str, part: str) -> str:
-    """Name the file of a part, in a folder of pictures."""
-    if part == "json":
-        return f"{shard.url}/{METADATA}"
-    if part == "text":
-        key = key.rpartition(".")[0] + ".txt"
-    return f"{shard.url}/{key}"

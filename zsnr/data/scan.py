@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import itertools
 import json
 import os
+import re
+import stat
 import tarfile
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from zsnr.data.captions import is_text, parse_record, text_fields
 from zsnr.data.faults import Fault
 from zsnr.data.images import HeaderCut, image_size
-from zsnr.data.sources import IMAGE_SUFFIXES, Shard, pictures
-from zsnr.data.storage import NoRangesError, Storage, is_remote
+from zsnr.data.sources import IMAGE_SUFFIXES, METADATA, Shard, folder_files
+from zsnr.data.storage import NoRangesError, Storage, is_remote, local_path
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -22,11 +28,39 @@ if TYPE_CHECKING:
 FIELD = "json."
 """Prefix of the columns that hold fields of the json."""
 
-METADATA = "metadata.jsonl"
+TEXTS = "texts"
+"""The column that names the fields with texts, see `text_fields`."""
 
 _PARTS = ("image", "text", "json")
 _LONGEST = 64  # characters; longer texts, such as captions and addresses, are no filter's business
 _HEADER = 16 << 10  # bytes of a picture that nearly always hold its size
+_LARGEST = {"image": 1 << 30, "text": 1 << 20, "json": 8 << 20}  # bytes of a part
+_MOST_FIELDS = 256  # columns of a shard, and fields of a json that may add one
+_MOST_ENDINGS = 16  # that are named
+_BLOCK = 512  # bytes; a tar file is made of them
+_RECORDS = 20 * _BLOCK  # that tar programs fill up with zeros
+_MOST_EXTENDED = 1 << 20  # bytes of a tar header that says more than fits into a block
+_LONGEST_NAME = 4096  # bytes
+_DISGUISED = {  # first bytes of what people have in the place of a tar file
+    b"\x1f\x8b": "compressed by gzip: unpack it",
+    b"BZh": "compressed by bzip2: unpack it",
+    b"\xfd7zXZ": "compressed by xz: unpack it",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it",
+    b"PK\x03\x04": "a zip archive: unpack it",
+    b"version https://git-lfs": "a git-lfs pointer: run git lfs pull",
+    b"<!DOCTYPE": "an HTML page, as servers send in the place of a file: download it again",
+    b"<html": "an HTML page, as servers send in the place of a file: download it again",
+}
+_OF_THE_FILE = (  # errors that say what a file is, not that a disk or a server fails
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENXIO,
+    errno.ENODEV,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,8 +69,8 @@ class ShardIndex:
 
     Args:
         table: A row a sample, in the shard's order: key, height, width (as seen), and for each of
-            image, text and json its offset and size in bytes (-1 = there is none); the fields of
-            the json are columns named "json.FIELD".
+            image, text and json its offset and size in bytes (-1 = there is none); `TEXTS`, which
+            fields may be its caption; the fields of the json are columns named "json.FIELD".
         faults: What is broken in the shard.
         size: Of the shard, in bytes.
         changed: When a local shard was last changed, in ns since 1970; 0 = unknown.
@@ -74,12 +108,30 @@ class _Rows:
         self.shard = shard
         self.rows: list[dict[str, Any]] = []
         self.faults: list[Fault] = []
+        self._others: Counter[str] = Counter()
+        self._examples: dict[str, str] = {}
+        self._fields: dict[str, None] = {}
+        self._left_out: list[str] = []
+        self._num_left_out = 0
+        self._notes: list[str] = []
 
     def shard_fault(self, reason: str) -> None:
-        self.faults.append(Fault("shard", self.shard.url, None, reason))
+        self.faults.append(Fault("shard", _named(self.shard.url), None, reason))
 
     def sample_fault(self, key: str, reason: str) -> None:
-        self.faults.append(Fault("sample", self.shard.url, key, reason))
+        self.faults.append(Fault("sample", _named(self.shard.url), _named(key), reason))
+
+    def other(self, name: str) -> None:
+        """Count a file that is no part of a sample."""
+        ending = _named(PurePosixPath(name).suffix.lower())
+        if ending not in self._others and len(self._others) >= _MOST_ENDINGS:
+            ending = "of other endings"
+        self._others[ending or "without an ending"] += 1
+        self._examples.setdefault(ending or "without an ending", _named(name)[:100])
+
+    def note(self, text: str) -> None:
+        """Say something of the shard that is no fault."""
+        self._notes.append(text)
 
     def add(
         self,
@@ -87,12 +139,35 @@ class _Rows:
         size: tuple[int, int],
         spans: dict[str, tuple[int, int]],
         record: dict[str, Any],
+        texts: str,
     ) -> None:
-        row: dict[str, Any] = {"key": key, "height": size[0], "width": size[1]}
+        row: dict[str, Any] = {"key": key, "height": size[0], "width": size[1], TEXTS: texts}
         for part in _PARTS:
             row[f"{part}_offset"], row[f"{part}_size"] = spans.get(part, (-1, -1))
-        row["record"] = record
+        for name in record:
+            if name in self._fields:
+                continue
+            if len(record) <= _MOST_FIELDS and len(self._fields) < _MOST_FIELDS:
+                self._fields[name] = None
+            else:
+                self._num_left_out += 1
+                if len(self._left_out) < 3 and name not in self._left_out:
+                    self._left_out.append(name)
+        row["record"] = {n: value for n, value in record.items() if n in self._fields}
         self.rows.append(row)
+
+    def _all_faults(self) -> list[Fault]:
+        notes = list(self._notes)
+        if self._others:
+            counts = (f"{n} {e} (such as {self._examples[e]})" for e, n in self._others.items())
+            notes.append(f"files that are no image of a sample: {', '.join(counts)}")
+        if self._left_out:
+            notes.append(
+                f"over {_MOST_FIELDS} fields of json: {self._num_left_out} values are left out, "
+                f"such as those of {', '.join(self._left_out)}, and no filter sees them"
+            )
+        url = _named(self.shard.url)
+        return self.faults + ([Fault("note", url, None, "; ".join(notes))] if notes else [])
 
     def index(self, size: int, changed: int = 0) -> ShardIndex:
         import pyarrow as pa
@@ -103,21 +178,35 @@ class _Rows:
         for part in _PARTS:
             for name in (f"{part}_offset", f"{part}_size"):
                 columns[name] = pa.array([r[name] for r in self.rows], pa.int64())
-        fields = sorted({name for row in self.rows for name in row["record"]})
-        for name in fields:
+        columns[TEXTS] = pa.array([r[TEXTS] for r in self.rows], pa.string()).dictionary_encode()
+        for name in sorted(self._fields):
             columns[FIELD + name] = _column([row["record"].get(name) for row in self.rows])
         digest = hashlib.blake2b(digest_size=16)
         sizes = [f"{part}_size" for part in _PARTS]
         for row in self.rows:
             facts = [row[name] for name in ("key", "height", "width", *sizes)]
             digest.update((json.dumps(facts) + "\n").encode())
-        return ShardIndex(pa.table(columns), self.faults, size, changed, digest.hexdigest())
+        return ShardIndex(pa.table(columns), self._all_faults(), size, changed, digest.hexdigest())
+
+
+def part_file(folder: str, key: str, part: str) -> str:
+    """Name the file of a sample's part, in a folder of images."""
+    if part == "json":
+        return f"{folder}/{METADATA}"
+    if part == "image":
+        return f"{folder}/{key}"
+    stem = f"{folder}/{PurePosixPath(key).with_suffix('')}"
+    endings = (end for end in (".txt", ".TXT", ".Txt") if os.path.isfile(stem + end))
+    return stem + next(endings, ".txt")
 
 
 def _index_tar(shard: Shard, storage: Storage) -> ShardIndex:
     rows = _Rows(shard)
     size, changed = file_state(shard.url)
     try:
+        if not is_remote(shard.url) and not stat.S_ISREG(os.stat(local_path(shard.url)).st_mode):
+            rows.shard_fault("no file, but a folder, a pipe or a device")
+            return rows.index(0)
         size = storage.size(shard.url)
         with storage.open(shard.url) as file:
             _read_tar(rows, file, size)
@@ -127,31 +216,30 @@ def _index_tar(shard: Shard, storage: Storage) -> ShardIndex:
         raise
     except (OSError, EOFError) as error:
         rows.shard_fault(_line(error))
+        return rows.index(0)  # which is not kept: the next time may go well
     return rows.index(size, changed)
 
 
 def _read_tar(rows: _Rows, file: BinaryIO, end: int) -> None:
     groups: dict[str, dict[str, tuple[int, int]]] = {}
     twice: set[str] = set()
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                if not member.isfile():
-                    continue
-                key, suffix = _split(member.name)
-                parts = groups.setdefault(key, {})
-                if suffix in parts:
-                    twice.add(key)
-                parts[suffix] = (member.offset_data, member.size)
-            file.seek(tar.offset)
-            whole = file.read(512) == bytes(512)
-    except tarfile.TarError as error:
-        if not groups:
-            rows.shard_fault(f"not a readable tar file: {_line(error)}")
+    head = file.read(32)
+    for start, what in _DISGUISED.items():
+        if head.lstrip().startswith(start):
+            rows.shard_fault(f"not a tar file: {what}")
             return
-        whole = False
-    if not whole:
-        rows.shard_fault("cut short or overwritten: the tar file has no end")
+    try:
+        for name, offset, size in _members(rows, file, end):
+            key, suffix = _split(name)
+            if name.rpartition("/")[2].startswith("."):
+                rows.other(name)
+                continue
+            parts = groups.setdefault(key, {})
+            if suffix in parts:
+                twice.add(key)
+            parts[suffix] = (offset, size)
+    except ValueError as error:
+        rows.shard_fault(_line(error))
     for key, parts in groups.items():
         if key in twice:
             rows.sample_fault(key, "a file of this name stands in the shard twice")
@@ -161,71 +249,251 @@ def _read_tar(rows: _Rows, file: BinaryIO, end: int) -> None:
             _add_member(rows, file, key, parts)
 
 
+def _members(rows: _Rows, file: BinaryIO, end: int) -> Iterator[tuple[str, int, int]]:
+    """Walk the headers of a tar file: name, offset and size of each regular file.
+
+    tarfile's own walk does not end where a size is negative (Python 3.11), and reads what headers
+    say of names and holes however large it is.
+
+    Raises:
+        ValueError: The file is damaged, or none.
+    """
+    at, said = 0, dict[str, str]()
+    while True:
+        if at > end:
+            raise ValueError("cut short or overwritten: the tar file has no end")
+        file.seek(at)
+        block = file.read(_BLOCK)
+        if block == bytes(_BLOCK) and (at or end <= _RECORDS):
+            _look_behind(rows, file, end - at)
+            return
+        try:
+            header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+            if header.size < 0:
+                raise tarfile.HeaderError(f"a size of {header.size}")
+        except (tarfile.HeaderError, ValueError) as error:
+            if at == 0:
+                raise ValueError(f"not a readable tar file: {_line(error)}") from error
+            reason = f": {_line(error)} at byte {at}" if block else ""
+            raise ValueError(
+                f"cut short or overwritten: the tar file has no end{reason}"
+            ) from error
+        at += _BLOCK
+        if header.type in _EXTENDED:
+            if header.size > _MOST_EXTENDED:
+                raise ValueError(
+                    f"a tar header of {header.size} bytes: wanted at most {_MOST_EXTENDED}"
+                )
+            data = file.read(header.size)
+            if header.type == tarfile.GNUTYPE_LONGNAME:
+                said["path"] = data.rstrip(b"\0").decode("utf-8", "surrogateescape")
+            elif header.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
+                said |= _extended(data)
+            at += -(-header.size // _BLOCK) * _BLOCK
+            continue
+        name, size = said.get("path", header.name).removeprefix("./"), header.size
+        if "size" in said:
+            size = int(said["size"]) if said["size"].isdecimal() else -1
+            if not 0 <= size <= end:
+                raise ValueError(f"a tar header with a size of {said['size'][:20]}")
+        sparse = header.type == tarfile.GNUTYPE_SPARSE
+        sparse = sparse or any(key.startswith("GNU.sparse.") for key in said)
+        said = {}
+        more = block[482:483] if header.type == tarfile.GNUTYPE_SPARSE else b""
+        while more.strip(b"\0"):  # blocks that go on with the list of its holes
+            file.seek(at)
+            more = file.read(_BLOCK)[504:505]
+            at += _BLOCK
+        if sparse or len(name) > _LONGEST_NAME:
+            rows.sample_fault(
+                name[:100], "a sparse file" if sparse else "a name of over 4096 bytes"
+            )
+        elif header.type in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE):
+            yield name, at, size
+        elif header.type not in (tarfile.DIRTYPE, b"V"):  # V = the label of a volume
+            rows.other(name)
+        if header.type not in _WITHOUT_DATA:
+            at += -(-size // _BLOCK) * _BLOCK
+
+
+_EXTENDED = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+_WITHOUT_DATA = (
+    tarfile.LNKTYPE,
+    tarfile.SYMTYPE,
+    tarfile.CHRTYPE,
+    tarfile.BLKTYPE,
+    tarfile.DIRTYPE,
+    tarfile.FIFOTYPE,
+)
+
+
+def _extended(data: bytes) -> dict[str, str]:
+    """Read what matters of a pax header's records, "LENGTH KEY=VALUE" and a newline each."""
+    said, at = {}, 0
+    while found := _RECORD.match(data, at):
+        end = at + int(found[1])
+        if not found.end() < end <= len(data):
+            break
+        key, value = found[2].decode("utf-8", "replace"), data[found.end() : end - 1]
+        if key in ("path", "size") or key.startswith("GNU.sparse."):
+            said[key] = value.decode("utf-8", "surrogateescape")
+        at = end
+    if data[at:].strip(b"\0"):
+        raise ValueError("a damaged pax header in the tar file")
+    return said
+
+
+_RECORD = re.compile(rb"(\d{1,8}) ([^=]{1,1000})=")
+
+
+def _look_behind(rows: _Rows, file: BinaryIO, left: int) -> None:
+    """Say if more follows behind a tar file's end, as where two were joined by cat."""
+    if left > _RECORDS and file.read(1 << 20).strip(b"\0"):
+        rows.note("what follows behind the tar file's end is not read: join tar files by tar -A")
+
+
 def _add_member(rows: _Rows, file: BinaryIO, key: str, parts: dict[str, tuple[int, int]]) -> None:
-    spans = {
-        "image": next((parts[suffix] for suffix in IMAGE_SUFFIXES if suffix in parts), None),
-        "text": parts.get("txt"),
-        "json": parts.get("json"),
-    }
-    found = {part: span for part, span in spans.items() if span is not None}
+    suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in parts), None)
+    text, record = parts.get("txt"), parts.get("json")
+    dotted = [name for name in parts if name.rpartition(".")[2] in IMAGE_SUFFIXES]
+    if suffix is None and not dotted:
+        others = (name for name in parts if name not in ("txt", "json"))
+        suffix = next((name for name in others if _is_image(file, parts[name])), None)
+    if suffix is None and not dotted and text is record is None:
+        for name in parts:
+            rows.other(f"{key}.{name}" if name else key)
+        return
     try:
-        if "image" not in found:
-            raise ValueError("it has no picture")
-        record: dict[str, Any] = {}
-        if "json" in found:
-            record = read_fields(_read(file, *found["json"]))
+        if suffix is None and dotted:
+            names = " and ".join(f"{key}.{name}" for name in list(parts)[:2])
+            raise ValueError(
+                f"{len(parts)} files fell together, such as {names}: the first dot of a name ends "
+                "the key"
+            )
+        if suffix is None:
+            raise ValueError(f"it has no picture, only {', '.join(map(repr, list(parts)[:5]))}")
+        spans = {"image": parts[suffix], "text": text, "json": record}
+        found = {part: span for part, span in spans.items() if span is not None}
         if found.keys() <= {"image"}:
             raise ValueError("it has no caption (txt or json)")
-        size = _measure(file, *found["image"])
+        size = _measure(file, *_bounded("image", found["image"]))
+        content = {
+            part: _read(file, *_bounded(part, span))
+            for part, span in found.items()
+            if part != "image"
+        }
+        fields = parse_record(content["json"]) if "json" in content else {}
+        texts = text_fields(content.get("text"), fields)
     except ValueError as error:
         rows.sample_fault(key, _line(error))
         return
-    rows.add(key, size, found, record)
+    rows.add(key, size, found, _filterable(fields), texts)
+
+
+def _bounded(part: str, span: tuple[int, int]) -> tuple[int, int]:
+    if span[1] > _LARGEST[part]:
+        raise ValueError(f"its {part} has {span[1]} bytes: wanted at most {_LARGEST[part]}")
+    return span
+
+
+def _is_image(file: BinaryIO, span: tuple[int, int]) -> bool:
+    try:
+        _measure(file, *_bounded("image", span))
+    except ValueError:
+        return False
+    return True
 
 
 def _index_folder(shard: Shard) -> ShardIndex:
     folder, rows = Path(shard.url), _Rows(shard)
+    files = list(folder_files(folder))
     entries = _read_metadata(rows, folder / METADATA)
-    for path in pictures(folder):
-        key = path.relative_to(folder).as_posix()
-        spans: dict[str, tuple[int, int]] = {"image": (0, path.stat().st_size)}
-        text = path.with_suffix(".txt")
-        if text.is_file():
-            spans["text"] = (0, text.stat().st_size)
-        span, record = entries.pop(key, (None, {}))
-        if span is not None:
-            spans["json"] = span
-        try:
-            if len(spans) == 1:
-                raise ValueError(f"it has no caption: no {text.name}, no line in {METADATA}")
-            with open(path, "rb") as file:
-                size = _measure(file, *spans["image"])
-        except (ValueError, OSError) as error:
-            rows.sample_fault(key, _line(error))
+    names = [path.relative_to(folder).as_posix() for path in files]
+    tables = [name for name in names if PurePosixPath(name).stem == "metadata"]
+    unread = [name for name in tables if name != METADATA]
+    used = {METADATA}
+    for key, path in zip(names, files, strict=True):
+        suffix = path.suffix.lower().lstrip(".")
+        if suffix in ("txt", "json", "jsonl", "csv", "parquet"):
             continue
-        rows.add(key, size, spans, record)
+        try:
+            image, text = _file_span(path), Path(part_file(shard.url, key, "text"))
+            spans = {"image": _bounded("image", image)}
+            with open(path, "rb") as file:
+                if suffix not in IMAGE_SUFFIXES and not _is_image(file, image):
+                    continue
+                used.add(key)
+                size = _measure(file, *image)
+            if not is_text(key):
+                raise ValueError("its name is not UTF-8: rename it")
+            content = None
+            if text.is_file():
+                used.add(text.relative_to(folder).as_posix())
+                spans["text"] = _bounded("text", _file_span(text))
+                content = text.read_bytes()
+            fields: dict[str, Any] = {}
+            if key in entries:
+                spans["json"] = entries.pop(key)
+                with open(folder / METADATA, "rb") as lines:
+                    fields = parse_record(_read(lines, *spans["json"]))
+            if len(spans) == 1:
+                tip = f"; {unread[0]} is not read: write it as {METADATA}" if unread else ""
+                raise ValueError(f"it has no caption: no {text.name}, no line in {METADATA}{tip}")
+            rows.add(key, size, spans, _filterable(fields), text_fields(content, fields))
+        except (ValueError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in _OF_THE_FILE:
+                raise
+            if suffix in IMAGE_SUFFIXES or key in used:
+                used.add(key)
+                rows.sample_fault(key, _line(error))
+    for name in names:
+        if name not in used:
+            rows.other(name)
     for key in entries:
-        rows.sample_fault(key, f"{METADATA} names it, but there is no such picture")
+        if not (folder / key).is_file():  # else another folder's metadata has it
+            rows.sample_fault(key, f"{METADATA} names it, but there is no such picture")
+    if not rows.rows and not rows.faults:
+        rows.shard_fault("no image in this folder")
     return rows.index(sum(row["image_size"] for row in rows.rows))
 
 
-def _read_metadata(rows: _Rows, path: Path) -> dict[str, tuple[tuple[int, int], dict[str, Any]]]:
-    """Read where each picture's line is, and its fields, by the picture's name."""
-    entries: dict[str, tuple[tuple[int, int], dict[str, Any]]] = {}
+def _file_span(path: Path) -> tuple[int, int]:
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("no file, but a folder, a pipe or a device")
+    return 0, status.st_size
+
+
+def _read_metadata(rows: _Rows, path: Path) -> dict[str, tuple[int, int]]:
+    """Read where each picture's line is, by the picture's name."""
+    entries: dict[str, tuple[int, int]] = {}
     if not path.is_file():
         return entries
-    offset = 0
+    offset, most = 0, _LARGEST["json"]
     with open(path, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
+        for number in itertools.count(1):
+            line = lines.readline(most)
             span, offset = (offset, len(line)), offset + len(line)
-            if not line.strip():
-                continue
+            if not line:
+                break
             try:
-                record = read_fields(line)
-                name = json.loads(line).get("file_name")
-                if not isinstance(name, str):
+                if len(line) == most:
+                    while line and not line.endswith(b"\n"):
+                        line = lines.readline(most)
+                        offset += len(line)
+                    raise ValueError(f"it has {most} bytes or more")
+                if not line.strip():
+                    continue
+                name = parse_record(line).get("file_name")
+                if not isinstance(name, str) or not is_text(name):
                     raise ValueError("there is no file_name")
-                entries[name.removeprefix("./")] = (span, record)
+                entries[name.removeprefix("./")] = span
             except ValueError as error:
                 rows.sample_fault(f"{METADATA}, line {number}", _line(error))
     return entries
@@ -233,33 +501,46 @@ def _read_metadata(rows: _Rows, path: Path) -> dict[str, tuple[tuple[int, int], 
 
 def _split(name: str) -> tuple[str, str]:
     """Split a member's name into the sample's key and the suffix."""
-    folder, slash, file = name.removeprefix("./").rpartition("/")
+    folder, slash, file = name.rpartition("/")
     stem, _, suffix = file.partition(".")
-    return folder + slash + stem, suffix.lower()
+    return _named(folder + slash + stem), _named(suffix.lower())
+
+
+def _named(text: str) -> str:
+    """Write bytes that are no UTF-8, which Python has as surrogates, as their codes."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def read_fields(data: bytes) -> dict[str, Any]:
     """Read the fields of a json that filters may use: numbers, truth values and short texts."""
-    try:
-        record = json.loads(data)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"its json is unreadable: {_line(error)}") from error
-    if not isinstance(record, dict):
-        raise ValueError("its json is no object")
+    return _filterable(parse_record(data))
+
+
+def _filterable(record: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: value
         for name, value in record.items()
-        if (isinstance(value, int | float) and value == value)
-        or (isinstance(value, str) and len(value) <= _LONGEST)
+        if len(name) <= _LONGEST and is_text(name) and _is_filterable(value)
     }
+
+
+def _is_filterable(value: Any) -> bool:
+    if isinstance(value, str):
+        return len(value) <= _LONGEST and is_text(value)
+    if isinstance(value, int):
+        return value.bit_length() <= 1000  # a larger one is no float
+    return isinstance(value, float) and value == value
 
 
 def _measure(file: BinaryIO, offset: int, size: int) -> tuple[int, int]:
     """Read height and width from a picture's first bytes."""
     length = min(size, _HEADER)
     while True:
+        data = _read(file, offset, length)
+        if data[:4] in (b"II*\0", b"MM\0*"):  # a TIFF keeps its header anywhere
+            data += file.read(size - length)
         try:
-            return image_size(_read(file, offset, length))
+            return image_size(data)
         except HeaderCut:
             if length == size:
                 raise

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
+import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from zsnr.data.storage import is_remote
+from zsnr.data.storage import is_remote, local_path
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif")
+IMAGE_SUFFIXES = (
+    *("jpg", "jpeg", "png", "webp", "gif", "jfif", "jpe", "mpo", "apng", "bmp", "tif", "tiff"),
+    *("avif", "jp2", "j2k", "jpf", "jpx", "ppm", "pgm", "pbm", "pnm", "qoi", "sgi", "psd", "pcx"),
+    "tga",
+)
+"""Endings of images; those of a sample that has several are taken in this order. A file of another
+ending is an image too if its content is."""
+
+METADATA = "metadata.jsonl"
+"""What holds the captions of a folder of images, one line each."""
+
+_PACKED = (".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
 
 CACHE = "cache.json"
 """What a folder of cached shards holds."""
@@ -23,8 +37,8 @@ class Source:
     Args:
         path: A folder of tar shards; a pattern such as "data/{000..099}.tar" or "data/train-*.tar",
             also behind http://, https://, s3:// or gs://; a list of them; a folder of pictures with
-            KEY.txt beside each or one metadata.jsonl; or "pipe:COMMAND", a command that writes
-            shards.
+            KEY.txt beside each or metadata.jsonl in it or in folders below; or "pipe:COMMAND", a
+            command that writes shards.
         weight: How often a pass over the data sees each sample: 2 = twice, 0.5 = every second pass.
     """
 
@@ -100,11 +114,44 @@ def find_shards(sources: Sources) -> list[Shard]:
     return shards
 
 
-def pictures(folder: Path) -> Iterator[Path]:
-    """List the pictures of a folder and its folders, sorted."""
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower().lstrip(".") in IMAGE_SUFFIXES and not path.name.startswith("."):
-            yield path
+def folder_files(folder: Path) -> list[Path]:
+    """List the files of a folder and its folders, sorted, without hidden ones.
+
+    A folder below that has a metadata file is a source of its own and left out, as
+    `_image_folders` lists it. Links to folders are listed, and not followed.
+
+    Raises:
+        OSError: A folder cannot be listed.
+    """
+    found = []
+    for parent, folders, files in os.walk(folder, onerror=_raise):
+        if METADATA in files and Path(parent) != folder:
+            folders.clear()
+            continue
+        links = [name for name in folders if os.path.islink(f"{parent}/{name}")]
+        found += [Path(parent, name) for name in files + links if not name.startswith(".")]
+    return sorted(found)
+
+
+def _image_folders(folder: Path) -> list[str]:
+    """List the folder, if it has images, and those below that have metadata files."""
+    below = [
+        parent
+        for parent, _, files in os.walk(folder, onerror=_raise)
+        if METADATA in files and Path(parent) != folder
+    ]
+    own = any(_may_be_image(path) for path in folder_files(folder))
+    return [str(folder)] * own + sorted(below)
+
+
+def _may_be_image(path: Path) -> bool:
+    """Whether a file has the ending of an image, or none that says what it is."""
+    suffix = path.suffix.lower().lstrip(".")
+    return suffix in IMAGE_SUFFIXES or (not suffix and path.is_file())
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _cached(cache: Path, weight: float) -> list[Shard]:
@@ -119,23 +166,59 @@ def _expand(item: str) -> list[str]:
         return [item]
     if is_remote(item):
         return _expand_address(item)
-    from webdataset.shardlists import expand_urls
-
-    path = Path(item.removeprefix("file://")).expanduser()
+    path = local_path(item)
     if path.is_dir():
-        found = sorted(path.glob("*.tar"))
-        if not found and any(pictures(path)):
-            return [str(path)]
-    elif any(c in path.name for c in "*?["):
-        found = sorted(path.parent.glob(path.name))
+        found = sorted(p for p in path.iterdir() if p.suffix.lower() == ".tar")
+        packed = sorted(p.name for p in path.iterdir() if p.name.lower().endswith(_PACKED))
+        if found and packed:
+            warnings.warn(
+                f"{path} holds {len(packed)} compressed shards beside others, such as {packed[0]}, "
+                "which are not read: unpack them.",
+                stacklevel=2,
+            )
+        if not found and not packed:
+            folders = _image_folders(path)
+            if folders:
+                return folders
     else:
-        found = [Path(p) for p in expand_urls(str(path))]
-    if not any(p.is_file() for p in found):
+        found, packed = _local_files(path), []
+    if not any(p.exists() for p in found):
+        tip = f" {packed[0]} is compressed: unpack it." if packed else _what_is_there(path)
         raise FileNotFoundError(
             f"No shards at {item}: wanted .tar files with pictures and captions, such as "
-            "`zsnr data openmoji DIR` writes, or a folder of pictures with captions."
+            f"`zsnr data openmoji DIR` writes, or a folder of pictures with captions.{tip}"
         )
     return [str(p) for p in found]
+
+
+def _local_files(path: Path) -> list[Path]:
+    """List the files that a path or a pattern means; a file of that very name is that file."""
+    from webdataset.shardlists import expand_urls
+
+    if os.path.lexists(path):
+        return [path]
+    name, parent = path.name, path.parent
+    while not parent.is_dir():
+        name, parent = f"{parent.name}/{name}", parent.parent
+    found: list[Path] = []
+    for each in expand_urls(name):
+        if not (parent / each).exists() and any(c in each for c in "*?["):
+            found += sorted(parent.glob(each))
+        else:
+            found.append(parent / each)
+    return found
+
+
+def _what_is_there(path: Path) -> str:
+    """Name the files of a folder that is no source, and a folder below that may be one."""
+    if not path.is_dir():
+        return ""
+    below = next(path.rglob("*.[tT][aA][rR]"), None)
+    if below is not None:
+        return f" There are some in {below.parent}."
+    endings = Counter(p.suffix or p.name for p in path.iterdir())
+    named = ", ".join(f"{count} x {ending}" for ending, count in endings.most_common(5))
+    return f" It holds {named}." if named else " It is empty."
 
 
 def _expand_address(item: str) -> list[str]:

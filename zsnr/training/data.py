@@ -238,6 +238,7 @@ class DataModule(L.LightningDataModule):
             filters=self.filters,
             aspect=self.aspect,
             max_pixels=self.pixels.max_pixels,
+            captions=self.captions,
         )
 
     def _select(self, name: str, sources: Sources) -> Samples | list[Shard]:
@@ -461,8 +462,10 @@ def describe_samples(samples: Samples, what: str) -> str:
         counts = [int((samples.bucket == i).sum()) for i in range(len(samples.shapes))]
         used = sum(count > 0 for count in counts)
         lines.append(f"  in {used} of {len(counts)} buckets")
-    if samples.faults:
-        lines.append(f"  broken: {summarize(samples.faults)}")
+    for what, notes in (("broken", False), ("not read", True)):
+        faults = [fault for fault in samples.faults if (fault.kind == "note") == notes]
+        if faults:
+            lines.append(f"  {what}: {summarize(faults)}")
     return "\n".join(lines)
 
 
