@@ -139,7 +139,9 @@ def damaged(draw: Draw, value: Any, raw: Sequence[Callable[[], str]] = ()) -> An
             case 6 if isinstance(container, dict):
                 container[draw.text()] = draw.odd(raw)
             case 7 if isinstance(old, (int, float)):
-                container[key] = draw.choice((-old, old + 1, old * 1000, str(old), bool(old)))
+                container[key] = draw.choice(
+                    (-old, old + 1, old * 1000, str(old), bool(old), draw.choice(NUMBERS))
+                )
             case 8:
                 container[key] = draw.choice(places)[0]
                 if _circular(value):
@@ -268,7 +270,9 @@ def damaged_place(draw: Draw, path: Path) -> None:
         case 1:
             path.mkdir()
         case 2:
-            path.symlink_to(draw.choice(("nothing", path.name, "/dev/zero", "..", "/dev/full")))
+            path.symlink_to(
+                draw.choice(("nothing", path.name, "/dev/zero", "..", "/etc/hostname", "loop/loop"))
+            )
         case 3:
             path.touch()
         case 4:
@@ -403,7 +407,7 @@ def _png(draw: Draw, data: bytes) -> bytes:
             chunks[1:1] = [(b"tEXt", b"Comment\0" + b"x" * draw.choice((10, 10**6)))] * draw.choice(
                 (1, 90)
             )
-        case 5 if draw.chance(0.1):  # large and honest
+        case 5 if draw.chance(0.2):  # large and honest
             head = bytearray(struct.pack(">IIBBBBB", 7900, 8000, 16, draw.choice((0, 2)), 0, 0, 0))
             wide = 1 + 7900 * (2 if head[9] == 0 else 6)
             chunks = [chunks[0], (b"IDAT", _zeros(8000 * wide)), (b"IEND", b"")]
@@ -449,7 +453,7 @@ def _jpeg(draw: Draw, data: bytes) -> bytes:
             body += damaged_bytes(draw, b"II*\0\x08\0\0\0\x01\0\x12\x01\3\0\1\0\0\0\6\0\0\0" * 3)
             mark = bytes([0xFF, draw.choice((0xE0, 0xE1, 0xE2, 0xED, 0xEE, 0xFE))])
             segments.insert(0, mark + struct.pack(">H", len(body) + 2) + body)
-        case 3 if draw.chance(0.2):  # scans cost time each, and bytes hardly
+        case 3 if draw.chance(0.3):  # scans cost time each, and bytes hardly
             large = _many_scans()
             return large[:-2] + (large[large.rindex(b"\xff\xda") : -2]) * 4000 + b"\xff\xd9"
         case 4:
@@ -570,13 +574,21 @@ def shard(draw: Draw, valid: bool, count: int = 3, image: str | None = None) -> 
             ),
         )
     )
-    huge = (
+    back = [b"-%010o\0" % n for n in (512, 1024, 1536, 2048)]  # to a header that was read already
+    huge = [
         b"77777777777\0",
         b"\x80" + (2**62).to_bytes(11, "big"),
+        b"\x80" + (2**33).to_bytes(11, "big"),
+    ]
+    wrong = [
         b"\xff" + (-(2**20) % 2**88).to_bytes(11, "big"),
-    )
-    sizes = (*huge, b"\xff" * 12, b"00000000000\0", b"           \0", b"zzz", b"-0000001000\0")
-    large = str(draw.choice((10**18, -1, -(10**6), 2**63)))
+        b"\xff" * 12,
+        b"zzz",
+        b" " * 12,
+        b"0\0",
+    ]
+    sizes = draw.choice((back, huge, wrong))
+    large = str(draw.choice((10**18, -1, -512, -1024, -1536, -(10**6), 2**63)))
     extra = draw.choice(
         (
             lambda: tar_member(name, data, size=draw.choice(sizes)),
@@ -631,7 +643,7 @@ def shard(draw: Draw, valid: bool, count: int = 3, image: str | None = None) -> 
                 name, data, kind=draw.choice((b"\0", b"7", b"A", b"\xff", b"3", b"4"))
             ),
             lambda: tar_member(name, data) * 2,
-            lambda: bytes(512),
+            lambda: b"".join(_with_own_fields(data)) if draw.chance(0.3) else bytes(512),
             lambda: gzip.compress(data, mtime=0),
             lambda: b"",
         )
@@ -641,6 +653,14 @@ def shard(draw: Draw, valid: bool, count: int = 3, image: str | None = None) -> 
         (bytes(1024), bytes(1024), b"", bytes(512), b"\1" * 512)
     )
     return damaged_bytes(draw, whole_tar) if draw.chance(0.2) else whole_tar
+
+
+def _with_own_fields(image: bytes) -> Iterator[bytes]:
+    """Write samples whose json have fields that no other sample has."""
+    for i in range(2500):
+        record = {f"field {i} {j}": j for j in range(4)}
+        yield tar_member(b"%06d.png" % i, image)
+        yield tar_member(b"%06d.json" % i, json.dumps({"caption": "a", **record}).encode())
 
 
 # safetensors

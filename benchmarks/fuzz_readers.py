@@ -6,6 +6,7 @@ import contextlib
 import csv
 import io
 import json
+import os
 import pickle
 import shutil
 import struct
@@ -42,7 +43,7 @@ from zsnr.checkpoints.doctor import fix
 from zsnr.checkpoints.model import Model
 from zsnr.checkpoints.own import KEY, describe_model
 from zsnr.checkpoints.run_facts import published, read_run_facts
-from zsnr.checkpoints.sharded import check, consolidate, write_sharded
+from zsnr.checkpoints.sharded import check, write_sharded
 from zsnr.checkpoints.single_file import read_marks, write_single_file
 from zsnr.cli import main
 from zsnr.codecs import PixelCodec
@@ -71,6 +72,7 @@ from zsnr.networks import UNet, UNetConfig
 from zsnr.pipeline import Sampling, describe_sampling
 from zsnr.reports.schedule import find_schedule
 from zsnr.timesteps import get_timesteps, read_grid
+from zsnr.training.checkpointing import find_last
 from zsnr.training.lightning_cli import parse_fit
 from zsnr.training.loggers import continue_loggers
 from zsnr.training.watchdog import Watchdog
@@ -397,14 +399,7 @@ def make_checkpoint(draw: Draw, folder: Path, valid: bool, *, name: str = "last.
             content[part] = draw.odd()
         else:
             names = list(content[part])
-            odd = draw.choice(
-                (
-                    torch.zeros(1),
-                    torch.full((16,), float("nan")),
-                    1,
-                    torch.zeros(9**9).expand(2, -1) if False else None,
-                )
-            )
+            odd = draw.choice((torch.zeros(1), torch.full((16,), float("nan")), 1, None))
             content[part] = {**content[part], draw.choice(names): odd}
         buffer = io.BytesIO()
         torch.save(content, buffer)
@@ -433,6 +428,7 @@ def make_foreign(draw: Draw, folder: Path, valid: bool) -> None:
 
 
 def read_own(folder: Path) -> None:
+    find_last(folder)
     read_checkpoint(folder / "last.ckpt")
 
 
@@ -472,7 +468,7 @@ def make_sharded(draw: Draw, folder: Path, valid: bool) -> None:
 def read_sharded(folder: Path) -> None:
     path = folder / "last.ckpt"
     check(path)
-    consolidate(path)
+    command("checkpoint", "consolidate", str(path), "--output", str(folder / "whole.ckpt"))
     read_checkpoint(path)
     doctor(folder)
 
@@ -596,7 +592,8 @@ def make_statistics(draw: Draw, folder: Path, valid: bool) -> None:
             RealStatistics(image_size=16, source="x", extractor="", luma=mean).write(path)
             return
     if not valid and draw.chance(0.5):
-        metadata = {k: str(v) for k, v in damaged(draw, metadata).items()}
+        hurt = damaged(draw, metadata)
+        metadata = {k: str(v) for k, v in hurt.items()} if isinstance(hurt, dict) else {}
     path.write_bytes(safetensors_bytes(draw, {"luma": ("F64", [4], luma)}, metadata, valid))
 
 
@@ -625,11 +622,16 @@ def _storage() -> Storage:
 
 
 def make_shards(draw: Draw, folder: Path, valid: bool) -> None:
-    (folder / "train-000.tar").write_bytes(shard(draw, valid))
+    name = "train-000.tar"
+    if not valid and draw.chance(0.05):
+        name = draw.choice(
+            ("[0].tar", "{0..9}.tar", "a\nb.tar", "\x1b[31m.tar", "caf\udce9.tar", " .tar")
+        )
+    (folder / name).write_bytes(shard(draw, valid))
     if draw.chance(0.3):
         (folder / "train-001.tar").write_bytes(shard(draw, True))
     if not valid and draw.chance(0.05):
-        damaged_place(draw, folder / "train-000.tar")
+        damaged_place(draw, folder / name)
 
 
 def read_shards(folder: Path) -> None:
@@ -718,63 +720,64 @@ def read_parts(folder: Path) -> None:
 
 
 def make_index_file(draw: Draw, folder: Path, valid: bool) -> None:
+    tar = folder / "train-000.tar"
+    tar.write_bytes(shard(draw, True))
+    os.utime(tar, (1, 1))  # an index knows when its shard was changed
+    load_index(str(folder), _storage(), fields=None, progress=False)
+    if not valid:
+        damage_index(draw, folder / "train-000.tar.index")
+
+
+def damage_index(draw: Draw, path: Path) -> None:
+    """Change the table of an index, or what it says of itself, or its bytes."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    tar = folder / "train-000.tar"
-    tar.write_bytes(shard(draw, True))
-    load_index(str(folder), _storage(), fields=None, progress=False)
-    path = folder / "train-000.tar.index"
-    if valid:
-        return
     table = pq.read_table(path)
     about = json.loads(table.schema.metadata[b"zsnr"])
     options: dict[str, Any] = {}
     name = draw.choice(table.column_names)
     at = table.column_names.index(name)
     numbers = (-1, -(2**40), 0, 10**6, 2**31 - 1, 2**40, 2**62)
+    text = draw.text().replace("\ud800", "?")
     match draw.randrange(11):
         case 0 | 1:
             changed = [draw.choice((*numbers, None)) for _ in range(len(table))]
             table = table.set_column(at, name, pa.array(changed, pa.int64()))
         case 2:
-            kinds = (
+            kinds = [
                 pa.string(),
                 pa.float64(),
                 pa.bool_(),
                 pa.list_(pa.int8()),
                 pa.null(),
                 pa.binary(),
-            )
+            ]
             table = table.set_column(at, name, pa.nulls(len(table), draw.choice(kinds)))
         case 3:
             table = table.drop_columns([name])
         case 4:
             table = table.append_column(
-                draw.choice((name, "shard", "json.key", draw.text().replace("\ud800", "?"))),
-                table.column(at),
+                draw.choice((name, "shard", "json.key", text)), table.column(at)
             )
         case 5:
             about = damaged(draw, about)
         case 6:
             table = table.slice(0, draw.randrange(len(table)))
         case 7 if draw.chance(0.4):  # small here, gigabytes where it is read
-            many = pa.DictionaryArray.from_arrays(
-                pa.repeat(pa.scalar(0, pa.int32()), 30_000), pa.array(["k" * 100_000])
-            )
+            row = pa.repeat(pa.scalar(0, pa.int32()), 30_000)
+            many = pa.DictionaryArray.from_arrays(row, pa.array(["k" * 100_000]))
             table = pa.concat_tables([table.slice(0, 1)] * 30_000).set_column(0, "key", many)
             options["store_schema"] = False
         case 8:
             table = pa.concat_tables([table] * draw.choice((2, 5000)))
         case 9:
-            keys = [draw.text().replace("\ud800", "?") for _ in range(len(table))]
-            table = table.set_column(0, "key", pa.array(keys))
+            table = table.set_column(0, "key", pa.array([text] * len(table)))
         case _:
             path.write_bytes(damaged_bytes(draw, path.read_bytes()))
             return
-    text = json.dumps(about)
-    with contextlib.suppress(pa.ArrowException):
-        pq.write_table(table.replace_schema_metadata({"zsnr": text}), path, **options)
+    with contextlib.suppress(pa.ArrowException):  # some tables have no form in Parquet
+        pq.write_table(table.replace_schema_metadata({"zsnr": json.dumps(about)}), path, **options)
     if draw.chance(0.05):
         damaged_place(draw, path)
 
@@ -825,15 +828,15 @@ def make_cache(draw: Draw, folder: Path, valid: bool) -> None:
     shutil.copytree(cached(), to)
     if valid:
         return
-    names = sorted(path.name for path in to.iterdir())
-    name = draw.choice(("cache.json", "cache.json", *names))
+    name = draw.choice(("cache.json", "cache.json", *sorted(path.name for path in to.iterdir())))
     path = to / name
     data = path.read_bytes()
-    path.write_bytes(
-        json_bytes(draw, json.loads(data), False)
-        if name == "cache.json"
-        else damaged_bytes(draw, data)
-    )
+    if name == "cache.json":
+        path.write_bytes(json_bytes(draw, json.loads(data), False))
+    elif name.endswith(".index"):
+        damage_index(draw, path)
+    else:
+        path.write_bytes(damaged_bytes(draw, data))
     if draw.chance(0.05):
         damaged_place(draw, path)
 
@@ -1049,7 +1052,7 @@ READERS: Mapping[str, Reader] = {
     "prompts list": Reader(make_prompt_list, read_prompt_list, 2),
     "captions file": Reader(make_caption_file, read_caption_file, 3),
     "grid file": Reader(make_grid, read_grid_file, 3),
-    "fit config": Reader(make_config, lambda f: parse_fit(["-c", str(f / "config.yaml")]), 0.7),
+    "fit config": Reader(make_config, lambda f: parse_fit(["-c", str(f / "config.yaml")]), 1),
     "metrics": Reader(make_metrics, read_metrics, 2),
     "samples": Reader(make_samples, read_manifest, 2),
     "heartbeats": Reader(make_heartbeats, read_heartbeats, 2),
