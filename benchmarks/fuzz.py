@@ -49,7 +49,7 @@ from typing import Any
 
 import torch
 from fuzz_inputs import Draw
-from fuzz_readers import READERS, Reader
+from fuzz_readers import READERS, Reader, said
 from torch.distributed.checkpoint import filesystem, metadata
 
 LONGEST = 2000  # characters of a message
@@ -219,7 +219,7 @@ class _Worker:
         used = self._cpu_time() - self._cpu
         # Others may use the machine: what waits for a processor does not hang.
         waits = used < spent / 20 and self._stat()[0] != "R"
-        hangs = used > seconds or (spent > seconds and waits) or spent > 6 * seconds
+        hangs = used > seconds or (spent > seconds and waits) or spent > 30 * seconds
         if not hangs:
             return None
         os.kill(self.pid, signal.SIGUSR1)  # writes the stack
@@ -317,7 +317,7 @@ def _outcome(
     if error is not None:
         told |= {"error": type(error).__name__, "message": str(error)[:300], "where": _where(error)}
         told["outcome"] = "refused" if isinstance(error, (ValueError, OSError)) else "traceback"
-        if told["outcome"] == "refused" and (bad := _bad_message(said(error))):
+        if told["outcome"] == "refused" and (bad := _bad_message(said(str(error)))):
             told |= {"outcome": "traceback", "error": f"{told['error']}: {bad}"}
         elif told["outcome"] == "refused" and valid:
             told["outcome"] = "lost"
@@ -332,11 +332,6 @@ def _outcome(
     if wrong:
         told |= {"outcome": "outside", "error": "outside", "message": wrong}
     return told
-
-
-def said(error: BaseException) -> str:
-    """Return the line that a user is shown of an error, without its end."""
-    return str(error)
 
 
 def _bad_message(text: str, longest: int | None = LONGEST) -> str:

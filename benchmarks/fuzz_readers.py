@@ -11,6 +11,7 @@ import pickle
 import shutil
 import struct
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
@@ -62,7 +63,7 @@ from zsnr.data.captions import Captions
 from zsnr.data.dataset import Pixels, ShardDataset
 from zsnr.data.faults import Fault, Ledger, read_ledger, summarize
 from zsnr.data.images import decode_image, image_size
-from zsnr.data.index import load_index, read_index
+from zsnr.data.index import load_index
 from zsnr.data.prompts import parse_prompts, read_prompts
 from zsnr.data.samples import select
 from zsnr.data.storage import Retries, Storage
@@ -78,6 +79,7 @@ from zsnr.training.loggers import continue_loggers
 from zsnr.training.watchdog import Watchdog
 
 SIDE = 16  # pixels of what samples are decoded to
+RETRIES = Retries(attempts=1)
 
 
 class RefusedError(ValueError):
@@ -100,6 +102,11 @@ class Reader:
     read: Callable[[Path], object]
     share: float = 1.0
     prepare: Callable[[], object] = field(default=lambda: None)
+
+
+def said(text: str) -> str:
+    """Return what a terminal is sent of the text of an error or a report."""
+    return text
 
 
 def command(*arguments: str) -> None:
@@ -527,6 +534,8 @@ def diffusers_model() -> Path:
             beta_schedule="scaled_linear",
             prediction_type="v_prediction",
             rescale_betas_zero_snr=True,
+            steps_offset=1,
+            clip_sample=False,
         ),
         safety_checker=None,
         feature_extractor=None,
@@ -539,7 +548,9 @@ def diffusers_model() -> Path:
 def single_file() -> Path:
     """Write the same in one file."""
     path = _bases() / "single.safetensors"
-    write_single_file(read_diffusers_folder(str(diffusers_model())), path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is smaller than any public model
+        write_single_file(read_diffusers_folder(str(diffusers_model())), path)
     return path
 
 
@@ -614,11 +625,11 @@ def _items(
 
 
 def _dataset(samples: Any) -> ShardDataset:
-    return ShardDataset(samples, retries=Retries(attempts=1))
+    return ShardDataset(samples, retries=RETRIES)
 
 
 def _storage() -> Storage:
-    return Storage(Retries(attempts=1))
+    return Storage(RETRIES)
 
 
 def make_shards(draw: Draw, folder: Path, valid: bool) -> None:
@@ -783,8 +794,6 @@ def damage_index(draw: Draw, path: Path) -> None:
 
 
 def read_index_file(folder: Path) -> None:
-    if read_index(folder / "train-000.tar.index") is None:
-        raise RefusedError("another version, or unreadable")
     _items(load_index(str(folder), _storage(), fields=None, progress=False), _dataset)
 
 
@@ -817,7 +826,7 @@ def cached() -> Path:
         cache=facts,
         pixels=Pixels(),
         captions=Captions(),
-        retries=Retries(attempts=1),
+        retries=RETRIES,
         progress=False,
     )
     return folder
@@ -848,7 +857,7 @@ def read_cache(folder: Path) -> None:
     found.null()
     index = load_index(str(folder / "cache"), _storage(), fields=None, progress=False)
     samples = select_cached(found, index, ())
-    _items(index, lambda chosen: CacheDataset(chosen, retries=Retries(attempts=1)), samples)
+    _items(index, lambda chosen: CacheDataset(chosen, retries=RETRIES), samples)
 
 
 def make_ledger(draw: Draw, folder: Path, valid: bool) -> None:
@@ -861,7 +870,7 @@ def make_ledger(draw: Draw, folder: Path, valid: bool) -> None:
 
 def read_faults(folder: Path) -> None:
     path = folder / "faults.jsonl"
-    print(summarize(read_ledger(path)))
+    print(said(summarize(read_ledger(path))))
     Ledger(path, 5).write([Fault("sample", "a.tar", "x", "broken", 7)])
 
 
@@ -1024,7 +1033,7 @@ def read_heartbeats(folder: Path) -> None:
     dog.teardown(trainer, None, "fit")
     own = {"rank": 0, "host": "node", "pid": 7, "step": 3, "doing": "trains", "since": 1e9}
     for line in dog.report(own).splitlines():
-        print(line)
+        print(said(line))
 
 
 READERS: Mapping[str, Reader] = {

@@ -1,4 +1,4 @@
-"""Files of a run's folder that are damaged or hostile: samples, losses, logs that go on, grids."""
+"""Files of a run's folder that are damaged or hostile: samples, losses, logs that go on."""
 
 import csv
 import json
@@ -9,7 +9,6 @@ import tiny
 from lightning.pytorch.loggers import CSVLogger
 
 from zsnr.reports.run import read_losses, read_samples
-from zsnr.timesteps import read_grid
 from zsnr.training.loggers import continue_loggers
 
 ENTRY = {
@@ -136,20 +135,3 @@ def test_only_folders_of_versions_are_gone_on_with(tmp_path):
     continue_loggers([logger], 8)
     assert logger.version == 0
     assert path.read_bytes() == b"step,train/loss\r\n0,1.0\r\n"
-
-
-def test_a_grid_file_is_small_and_regular(tmp_path):
-    path = tmp_path / "grid.json"
-    path.write_text(json.dumps({"timesteps": [999, [0] * 300_000]}))
-    with pytest.raises(ValueError, match="not all integers") as error:
-        read_grid(path)
-    assert len(str(error.value)) < 400
-    path.write_text(json.dumps({"timesteps": [10**4000, 1], "schedule": {"a\nb": 1}}))
-    assert read_grid(path).timesteps == [10**4000, 1]
-    os.truncate(path, 3 << 30)
-    with pytest.raises(ValueError, match="wanted a grid file of at most"):
-        read_grid(path)
-    path.unlink()
-    os.mkfifo(path)
-    with pytest.raises(ValueError, match="not a regular file"):
-        read_grid(path)

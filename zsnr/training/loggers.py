@@ -172,13 +172,9 @@ def _continue_csv(logger: CSVLogger, step: int) -> None:
     if not path.is_file():
         return
     try:
-        text = read_small(path, _MOST_TEXT).decode()
-        rows = csv.DictReader(io.StringIO(text, newline=""))
-        names = list(rows.fieldnames or [])
-        numbered = (row for row in rows if re.fullmatch("[0-9]{1,18}", row["step"] or ""))
-        kept = [row for row in numbered if int(row["step"]) < step]
-    except (ValueError, KeyError, csv.Error) as error:
-        rank_zero_warn(f"{path} is not continued, and another file is begun: {clipped(str(error))}")
+        names, kept = _rows_before(path, step)
+    except ValueError as error:
+        rank_zero_warn(f"{error} It stays as it is, and another file is begun.")
         logger._version = None
         return
     with warnings.catch_warnings():
@@ -189,3 +185,18 @@ def _continue_csv(logger: CSVLogger, step: int) -> None:
         copy = csv.DictWriter(file, fieldnames=names, extrasaction="ignore")
         copy.writeheader()
         copy.writerows(kept)
+
+
+def _rows_before(path: Path, step: int) -> tuple[list[str], list[dict[str, str]]]:
+    """Read the columns of a metrics.csv, and its rows before a step.
+
+    Raises:
+        ValueError: It is damaged.
+    """
+    try:
+        rows = csv.DictReader(io.StringIO(read_small(path, _MOST_TEXT).decode(), newline=""))
+        names = list(rows.fieldnames or [])
+        numbered = (row for row in rows if re.fullmatch("[0-9]{1,18}", row["step"] or ""))
+        return names, [row for row in numbered if int(row["step"]) < step]
+    except (ValueError, KeyError, csv.Error) as error:
+        raise ValueError(f"{path} cannot be continued: {clipped(str(error))}.") from error
