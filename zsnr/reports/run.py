@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import csv
-import json
+import io
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from zsnr.checkpoints import read_checkpoint
 from zsnr.data.dataset import ShardDataset, collate
-from zsnr.data.images import to_unit_range
+from zsnr.data.images import MAX_PIXELS, decode_image, image_size, to_unit_range
 from zsnr.data.index import load_index
 from zsnr.data.samples import select
 from zsnr.data.storage import Storage
@@ -25,8 +25,17 @@ from zsnr.reports.arms import GUIDANCE, guidance_text
 from zsnr.reports.flaw import oracle_brightness
 from zsnr.reports.pictures import figure_of, picture_grid, picture_pixels, save_figure
 from zsnr.schedule import NoiseSchedule
+from zsnr.untrusted import clipped, parse_json, read_small, shown
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 ORIGINAL = NoiseSchedule(zero_terminal_snr=False)
+_MOST_TEXT, _MOST_IMAGE = 1 << 26, 1 << 28  # bytes
+_SAMPLE = {  # what every entry of a manifest holds
+    **dict.fromkeys(("file", "prompt", "sampler", "spacing"), str),
+    **{"num_steps": int, "guidance_scale": int | float, "guidance_rescale": int | float},
+}
 
 
 def write_report(run_folder: str | Path, data: str | Sequence[str]) -> Path:
@@ -46,7 +55,7 @@ def write_report(run_folder: str | Path, data: str | Sequence[str]) -> Path:
         ValueError: One of these is missing.
     """
     run = Path(run_folder)
-    samples = _read_samples(run / "samples")
+    samples = read_samples(run / "samples")
     model = read_checkpoint(run / "checkpoints" / "last.ckpt")
     images, captions = _read_data(data, model.image_size)
     prompted = [s for s in samples if s["prompt"]]
@@ -95,17 +104,42 @@ def write_report(run_folder: str | Path, data: str | Sequence[str]) -> Path:
     return report
 
 
-def _read_samples(folder: Path) -> list[dict[str, Any]]:
-    from PIL import Image
+def read_samples(folder: Path) -> list[dict[str, Any]]:
+    """Read what predict wrote: the entries of its manifest by file name, each with its `image`.
 
+    Raises:
+        ValueError: There is no manifest, or an entry or an image of it cannot be read.
+    """
     manifest = folder / "manifest.jsonl"
     if not manifest.is_file():
         raise ValueError(f"{manifest} is missing: run `zsnr predict ... --output {folder}` first.")
-    samples = [json.loads(line) for line in manifest.read_text().splitlines()]
-    for sample in samples:
-        with Image.open(folder / sample["file"]) as image:
-            sample["image"] = image.convert("RGB")
+    samples = []
+    for number, line in enumerate(read_small(manifest, _MOST_TEXT).splitlines(), start=1):
+        where = f"{manifest}, line {number}"
+        sample = parse_json(line, where)
+        for name, kind in _SAMPLE.items():
+            if not isinstance(sample.get(name), kind):
+                raise ValueError(
+                    f"{where}: {name}={shown(sample.get(name))}: wanted what predict wrote."
+                )
+        file = sample["file"]
+        if Path(file).name != file:
+            raise ValueError(f"{where}: file={shown(file)}: wanted a name in {folder}.")
+        samples.append({**sample, "image": _read_image(folder / file)})
+    if not samples:
+        raise ValueError(f"{manifest} is empty: wanted at least one sample.")
     return sorted(samples, key=lambda sample: str(sample["file"]))
+
+
+def _read_image(path: Path) -> Image:
+    from PIL import Image
+
+    data = read_small(path, _MOST_IMAGE)
+    try:
+        pixels = decode_image(data, *image_size(data, MAX_PIXELS))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
 def _read_data(data: str | Sequence[str], size: int, most: int = 1500) -> tuple[Tensor, list[str]]:
@@ -202,18 +236,32 @@ def _mean(values: Sequence[float]) -> str:
     return f"{sum(values) / len(values):.2f}"
 
 
-def _plot_losses(metrics: Path, path: Path) -> str:
+def read_losses(metrics: Path) -> dict[str, list[tuple[int, float]]]:
+    """Read a run's losses by step from what the CSV logger wrote, all of its versions together.
+
+    Raises:
+        ValueError: There are none, or one of the files is damaged.
+    """
     parts = sorted(metrics.glob("version_*/metrics.csv"), key=lambda path: path.stat().st_mtime)
     if not parts:
         raise ValueError(f"{metrics} holds no metrics.csv: add the CSV logger to trainer.logger.")
     found: dict[str, dict[int, float]] = defaultdict(dict)
     for part in parts:  # a resumed run writes another one
-        with open(part, newline="") as lines:
-            for row in csv.DictReader(lines):
+        text = read_small(part, _MOST_TEXT)
+        try:
+            for row in csv.DictReader(io.StringIO(text.decode(), newline="")):
                 for name in ("train/loss", "train_by_timestep/terminal", "val/loss"):
                     if row.get(name):
                         found[name][int(row["step"])] = float(row[name])
-    curves = {name: sorted(points.items()) for name, points in found.items()}
+        except (ValueError, KeyError, TypeError, csv.Error) as error:
+            raise ValueError(
+                f"{part} is not what the CSV logger writes: {clipped(str(error))}."
+            ) from error
+    return {name: sorted(points.items()) for name, points in found.items()}
+
+
+def _plot_losses(metrics: Path, path: Path) -> str:
+    curves = read_losses(metrics)
     figure, axes = figure_of(8, 3.5)
     for name, points in curves.items():
         steps, values = [step for step, _ in points], [value for _, value in points]

@@ -5,6 +5,7 @@ run goes on where they cannot be written.
 from __future__ import annotations
 
 import csv
+import io
 import os
 import re
 import warnings
@@ -16,13 +17,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger, Logger
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from zsnr.files import replacing, side_file
+from zsnr.untrusted import clipped, read_small
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+_MOST_TEXT, _MOST_HEADER = 1 << 26, 1 << 20  # bytes of metrics.csv, and of its first line
 _BINS = 30  # of a histogram: what TensorBoard draws, so it moves nothing
 _RECORD = 16  # bytes of an event's length and checksums
 
@@ -214,8 +218,8 @@ def continue_loggers(loggers: Iterable[Any], step: int) -> None:
         if logger._version is None:
             versions = {
                 int(match[1]): path
-                for path in Path(logger.root_dir).glob("version_*")
-                if (match := re.fullmatch(r"version_(\d+)", path.name))
+                for path in Path(logger.root_dir).glob("version_*/")
+                if (match := re.fullmatch(r"version_(\d{1,9})", path.name))
             }
             trained = [number for number, path in versions.items() if _is_of_fit(path)]
             logger._version = max(trained or versions, default=None)
@@ -237,24 +241,42 @@ def _is_of_fit(folder: Path) -> bool:
     metrics = folder / "metrics.csv"
     if not metrics.is_file():
         return (folder / "run_config.yaml").is_file()
-    with open(metrics) as file:
-        return "train/loss" in file.readline()
+    with open(metrics, "rb") as file:
+        return b"train/loss" in file.readline(_MOST_HEADER)
 
 
 def _continue_csv(logger: CSVLogger, step: int) -> None:
+    """Keep the rows before a step; a file that cannot be read stays, and another one is begun."""
     path = Path(logger.log_dir) / "metrics.csv"
     if not path.is_file():
         return
-    with open(path, newline="") as file:
-        rows = csv.DictReader(file)
-        kept = [row for row in rows if row.get("step", "").isdigit() and int(row["step"]) < step]
-        names = list(rows.fieldnames or [])
+    try:
+        names, kept = _rows_before(path, step)
+    except ValueError as error:
+        rank_zero_warn(f"{error} It stays as it is, and another file is begun.")
+        logger._version = None
+        return
     with replacing(path) as beside:
         with open(beside, "w", newline="") as file:
-            copy = csv.DictWriter(file, fieldnames=names)
+            copy = csv.DictWriter(file, fieldnames=names, extrasaction="ignore")
             copy.writeheader()
             copy.writerows(kept)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             writer = logger.experiment  # removes the file, and says so
     writer.metrics_keys = names
+
+
+def _rows_before(path: Path, step: int) -> tuple[list[str], list[dict[str, str]]]:
+    """Read the columns of a metrics.csv, and its rows before a step.
+
+    Raises:
+        ValueError: It is damaged.
+    """
+    try:
+        rows = csv.DictReader(io.StringIO(read_small(path, _MOST_TEXT).decode(), newline=""))
+        names = list(rows.fieldnames or [])
+        numbered = (row for row in rows if re.fullmatch("[0-9]{1,18}", row["step"] or ""))
+        return names, [row for row in numbered if int(row["step"]) < step]
+    except (ValueError, KeyError, csv.Error) as error:
+        raise ValueError(f"{path} cannot be continued: {clipped(str(error))}.") from error

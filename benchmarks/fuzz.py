@@ -1,0 +1,575 @@
+"""Damaged and hostile files for every reader of files that somebody else wrote.
+
+    python benchmarks/fuzz.py [--inputs N] [--seed S] [--reader NAME] [--input NUMBER] [--write]
+
+Each input is a function of (seed, reader, number): `--reader NAME --input NUMBER` makes it again,
+keeps it, and shows the whole traceback. Every eighth input is valid and must be accepted. Inputs
+are read by forked processes, two at a time, and an outcome is one of:
+
+- accepted: the reader has returned;
+- refused: it has raised a ValueError or OSError of one line, or a command has ended so;
+- traceback: another exception, a crash of the process, or a message that is not one line, is
+  longer than 2,000 characters or would send control characters to a terminal;
+- hang: more than 10 s, of computing or of waiting;
+- blow: more than 2 GiB beyond what the process had before, or an allocation that failed;
+- outside: it has written outside of its folder, started a program, opened a connection, or changed
+  a class, the environment or the working directory;
+- lost: a valid input is refused, so that what is damaged would be refused blindly too.
+
+The last five must be zero; the exit code is 1 if they are not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import gc
+import io
+import json
+import os
+import pathlib
+import platform
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
+from importlib.metadata import version
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+from fuzz_inputs import Draw
+from fuzz_readers import READERS, Reader, said
+from torch.distributed.checkpoint import filesystem, metadata
+
+LONGEST = 2000  # characters of a message
+SECONDS = 10.0
+MEMORY = 2 << 30
+EVERY = 8  # of so many inputs one is valid
+OUTCOMES = ("accepted", "refused", "traceback", "hang", "blow", "outside", "lost")
+FAULTS = OUTCOMES[2:]
+_ADDRESSES = 2 << 30  # of threads' stacks and memory maps, beside what is allocated
+_RECYCLE = 1 << 30  # growth after which a process is replaced
+_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+# Events of Python that name what is written: the places of the paths among their arguments.
+_EVENTS = {
+    "os.remove": (0,),
+    "os.rmdir": (0,),
+    "os.mkdir": (0,),
+    "os.rename": (0, 1),
+    "os.link": (1,),
+    "os.symlink": (1,),
+    "os.truncate": (0,),
+    "os.chmod": (0,),
+    "os.chown": (0,),
+    "os.utime": (0,),
+    "shutil.rmtree": (0,),
+}
+_NEVER = (
+    *("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.kill"),
+    *("socket.connect", "socket.bind", "socket.getaddrinfo", "ctypes.dlopen"),
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one input.
+
+    Args:
+        reader: Its name.
+        number: The input's.
+        outcome: One of `OUTCOMES`.
+        seconds: From the clock.
+        mib: How far the peak of memory was above what there was before.
+        error: Type of the exception, or what else was wrong.
+        message: The first characters of its text.
+        where: The last line of the package that was reached, as file:function.
+    """
+
+    reader: str
+    number: int
+    outcome: str
+    seconds: float
+    mib: float = 0.0
+    error: str = ""
+    message: str = ""
+    where: str = ""
+
+
+def make_input(reader: Reader, seed: int, name: str, number: int, folder: Path) -> bool:
+    """Write an input into an empty folder; returns whether it is valid."""
+    valid = number % EVERY == 0
+    reader.make(Draw(f"{seed} {name} {number}"), folder, valid)
+    return valid
+
+
+def plan(readers: Mapping[str, Reader], inputs: int) -> list[tuple[str, int]]:
+    """Divide inputs over readers by their shares, at least two each, mixed evenly."""
+    total = sum(reader.share for reader in readers.values())
+    tasks = []
+    for name, reader in readers.items():
+        count = max(2, round(inputs * reader.share / total))
+        tasks += [(number / count, name, number) for number in range(count)]
+    return [(name, number) for _, name, number in sorted(tasks)]
+
+
+def run(
+    readers: Mapping[str, Reader],
+    tasks: Sequence[tuple[str, int]],
+    seed: int = 0,
+    *,
+    processes: int = 2,
+    seconds: float = SECONDS,
+    memory: int = MEMORY,
+    on_outcome: Callable[[Outcome], None] = lambda outcome: None,
+) -> list[Outcome]:
+    """Read inputs, each in a forked process that ends with the first fault.
+
+    Args:
+        readers: By name.
+        tasks: Names of readers and numbers of inputs.
+        seed: Of the inputs.
+        processes: How many read at a time.
+        seconds: What one may take.
+        memory: Bytes that one may take.
+        on_outcome: Hears of each.
+    """
+    for name in dict.fromkeys(name for name, _ in tasks):
+        readers[name].prepare()
+    gc.collect()
+    gc.freeze()
+    queue, outcomes = list(reversed(tasks)), []
+    memory_disk = Path("/dev/shm")  # on a busy disk one fsync takes seconds
+    roomy = memory_disk.is_dir() and shutil.disk_usage(memory_disk).free > memory
+    with tempfile.TemporaryDirectory(
+        prefix="fuzz-", dir=memory_disk if roomy else None, ignore_cleanup_errors=True
+    ) as root:
+        places = [Path(root, str(i)) for i in range(processes)]
+        workers: list[_Worker | None] = [None] * processes
+        while queue or any(worker and worker.task for worker in workers):
+            for i, worker in enumerate(workers):
+                if queue and (worker is None or not worker.task):
+                    if worker is None:
+                        worker = workers[i] = _Worker(readers, seed, places[i], memory)
+                    worker.give(queue.pop())
+            busy = [worker for worker in workers if worker is not None and worker.task]
+            wait([worker.pipe for worker in busy], 0.2)
+            for worker in busy:
+                outcome = worker.outcome(seconds)
+                if outcome is None:
+                    continue
+                outcomes.append(outcome)
+                on_outcome(outcome)
+                if outcome.outcome in FAULTS or worker.ended:
+                    worker.end()
+                    workers[workers.index(worker)] = None
+        for worker in filter(None, workers):
+            worker.end()
+    return outcomes
+
+
+class _Worker:
+    """A forked process that reads, as its parent sees it."""
+
+    def __init__(self, readers: Mapping[str, Reader], seed: int, place: Path, memory: int) -> None:
+        self.pipe, theirs = Pipe()
+        self.task: tuple[str, int] | None = None
+        self.ended = False
+        self._stack = place.with_name(f"{place.name}.stack")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Python warns of threads, which wait here
+            self.pid = os.fork()
+        if not self.pid:
+            self.pipe.close()
+            try:
+                _work(theirs, readers, seed, place, memory, self._stack)
+            finally:
+                os._exit(0)
+        theirs.close()
+
+    def give(self, task: tuple[str, int]) -> None:
+        self.task, self._since, self._cpu = task, time.monotonic(), self._cpu_time()
+        self._size = _memory("VmRSS", self.pid)
+        self.pipe.send(task)
+
+    def outcome(self, seconds: float) -> Outcome | None:
+        """Return what came of the task, once that is known."""
+        assert self.task is not None
+        name, number = self.task
+        spent = time.monotonic() - self._since
+        if self.pipe.poll():
+            try:
+                told, self.ended = self.pipe.recv()
+            except EOFError:
+                _, status = os.waitpid(self.pid, 0)
+                self.pid, self.ended, self.task = 0, True, None
+                code = os.waitstatus_to_exitcode(status)
+                kind = "blow" if code == -signal.SIGKILL else "traceback"
+                where = _of_stack(self._stack.read_text())
+                return Outcome(name, number, kind, spent, 0.0, f"ended with {code}", where=where)
+            self.task = None
+            return Outcome(name, number, **told)
+        used = self._cpu_time() - self._cpu
+        # Others may use the machine: what waits for a processor or a disk does not hang.
+        waits = used < spent / 20 and self._stat()[0] == "S"
+        hangs = used > seconds or (spent > seconds and waits) or spent > 30 * seconds
+        if not hangs:
+            return None
+        os.kill(self.pid, signal.SIGUSR1)  # writes the stack
+        time.sleep(0.3)
+        self.task = None
+        mib = (_memory("VmHWM", self.pid) - self._size) / 2**20
+        return Outcome(
+            name, number, "hang", spent, mib, "hang", where=_of_stack(self._stack.read_text())
+        )
+
+    def end(self) -> None:
+        self.pipe.close()
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+            self.pid = 0
+
+    def _cpu_time(self) -> float:
+        return sum(map(int, self._stat()[11:13])) / os.sysconf("SC_CLK_TCK")
+
+    def _stat(self) -> list[str]:
+        """Return the process's state and what follows it in /proc."""
+        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+
+
+def _work(
+    pipe: Connection,
+    readers: Mapping[str, Reader],
+    seed: int,
+    place: Path,
+    memory: int,
+    stack: Path,
+) -> None:
+    """Read what the parent names, until there is a fault or the pipe ends."""
+    home, inputs = place / "home", place / "in"
+    home.mkdir(parents=True, exist_ok=True)
+    os.environ |= {"HOME": str(home), "TMPDIR": str(home), "HF_HUB_OFFLINE": "1"}
+    tempfile.tempdir = str(home)
+    os.chdir(home)
+    sys.dont_write_bytecode = True
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    with open(stack, "w") as file, open(home / "printed", "a+b") as printed:
+        faulthandler.enable(file)
+        faulthandler.register(signal.SIGUSR1, file)
+        for descriptor in (1, 2):
+            os.dup2(printed.fileno(), descriptor)
+        sys.stdout, sys.stderr = (
+            io.TextIOWrapper(io.FileIO(i, "w", closefd=False), "utf-8", "backslashreplace")
+            for i in (1, 2)
+        )
+        watch = _Watch(place)
+        start = _memory("VmRSS")
+        while True:
+            try:
+                name, number = pipe.recv()
+            except (EOFError, OSError):
+                return
+            shutil.rmtree(inputs, ignore_errors=True)
+            inputs.mkdir()
+            try:
+                valid = make_input(readers[name], seed, name, number, inputs)
+            except Exception as error:
+                told = {
+                    "outcome": "traceback",
+                    "seconds": 0.0,
+                    "error": f"no input: {error!r:.200}",
+                }
+            else:
+                told = _outcome(readers[name], inputs, valid, watch, memory, printed)
+            gc.collect()
+            pipe.send((told, _memory("VmRSS") - start > _RECYCLE))
+
+
+def _outcome(
+    reader: Reader, folder: Path, valid: bool, watch: _Watch, memory: int, printed: Any
+) -> dict[str, Any]:
+    printed.truncate(0)
+    before = _memory("VmRSS")
+    _reset_peak()
+    resource.setrlimit(
+        resource.RLIMIT_AS, (_memory("VmSize") + memory + _ADDRESSES, resource.RLIM_INFINITY)
+    )
+    error: BaseException | None = None
+    start = time.monotonic()
+    watch.begin()
+    try:
+        reader.read(folder)
+    except BaseException as raised:
+        error = raised
+    seconds = time.monotonic() - start
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    wrong = watch.end()
+    grown = max(0, _memory("VmHWM") - before)
+    told = {"outcome": "accepted", "seconds": seconds, "mib": grown / 2**20}
+    if error is not None:
+        told |= {"error": type(error).__name__, "message": str(error)[:300], "where": _where(error)}
+        told["outcome"] = "refused" if isinstance(error, (ValueError, OSError)) else "traceback"
+        if told["outcome"] == "refused" and (bad := _bad_message(said(str(error)))):
+            told |= {"outcome": "traceback", "error": f"{told['error']}: {bad}"}
+        elif told["outcome"] == "refused" and valid:
+            told["outcome"] = "lost"
+    sys.stdout.flush()
+    sys.stderr.flush()
+    printed.seek(0)
+    text = printed.read(1 << 20).decode("utf-8", "replace").replace("\n", "").replace("\r", "")
+    if told["outcome"] in ("accepted", "refused") and (bad := _bad_message(text, longest=None)):
+        told |= {"outcome": "traceback", "error": f"printed: {bad}", "message": text[:300]}
+    if grown > memory or _is_of_memory(error):
+        told["outcome"] = "blow"
+    if wrong:
+        told |= {"outcome": "outside", "error": "outside", "message": wrong}
+    return told
+
+
+def _bad_message(text: str, longest: int | None = LONGEST) -> str:
+    """Say what is wrong with a message; "" = nothing."""
+    if longest is not None and len(text) > longest:
+        return f"{len(text)} characters"
+    bad = next((c for c in text if not (c.isprintable() or c in "\t\ufffd")), None)
+    return "" if bad is None else f"has {bad!a}"
+
+
+def _is_of_memory(error: BaseException | None) -> bool:
+    """Whether an allocation failed, also where another error was made of that."""
+    while error is not None:
+        text = str(error) if isinstance(error, (RuntimeError, OSError)) else ""
+        if isinstance(error, MemoryError) or "allocate memory" in text:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _where(error: BaseException) -> str:
+    """Name the innermost line of the package that an exception, or what caused it, came through."""
+    inner: BaseException = error
+    while inner.__cause__ is not None:
+        inner = inner.__cause__
+    frames = traceback.extract_tb(error.__traceback__) or traceback.extract_tb(inner.__traceback__)
+    ours = [f for f in frames if "/zsnr/" in f.filename and "site-packages" not in f.filename]
+    last = (ours or frames)[-1:]
+    return "".join(f"{Path(f.filename).name}:{f.lineno}:{f.name}" for f in last)
+
+
+def _of_stack(stack: str) -> str:
+    """Name the innermost line of the package in what faulthandler wrote of the main thread."""
+    lines = [line.strip() for line in stack.splitlines() if "/zsnr/" in line]
+    if not lines:
+        return ""
+    path, _, rest = lines[0].removeprefix('File "').partition('", line ')
+    number, _, function = rest.partition(" in ")
+    return f"{Path(path).name}:{number}:{function}"
+
+
+def _memory(name: str, pid: int | str = "self") -> int:
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {name}: wanted Linux.")
+
+
+def _reset_peak() -> None:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError as error:
+        raise OSError("The peak of memory cannot be reset: wanted Linux.") from error
+
+
+class _Watch:
+    """Sees what is written outside of a folder, and what changes in the process."""
+
+    def __init__(self, place: Path) -> None:
+        self._place = f"{os.path.realpath(place)}/"
+        self._active = False
+        self._wrong: list[str] = []
+        sys.addaudithook(self._hear)
+
+    def begin(self) -> None:
+        self._state = _state()
+        self._wrong.clear()
+        self._active = True
+
+    def end(self) -> str:
+        """Return what was wrong; "" = nothing."""
+        self._active = False
+        now = _state()
+        for name, was in self._state.items():
+            if now[name] != was:
+                keys = [k for k in {**was, **now[name]} if was.get(k) != now[name].get(k)]
+                self._wrong.append(f"{name} changed: {keys[0]}")
+        return "; ".join(self._wrong[:3])[:300]
+
+    def _hear(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if not self._active:
+            return
+        paths: Iterable[Any] = ()
+        if event == "open":
+            path, _, flags = arguments
+            paths = [path] if isinstance(flags, int) and flags & _WRITES else []
+        elif event in _EVENTS:
+            paths = [arguments[i] for i in _EVENTS[event]]
+        elif event in _NEVER:
+            self._wrong.append(f"{event} {arguments!r:.200}")
+        for path in paths:
+            if isinstance(path, (str, bytes, os.PathLike)):
+                real = os.path.realpath(os.fsdecode(path))
+                if not real.startswith(self._place) and real != "/dev/null":
+                    self._wrong.append(f"{event} {real:.200}")
+
+
+def _state() -> dict[str, dict[Any, Any]]:
+    """Describe what no input may change."""
+    modules = (filesystem, metadata)
+    classes = {
+        *(pathlib.Path, pathlib.PosixPath, pathlib.PurePath, pathlib.PurePosixPath),
+        *(torch.Size, torch.Tensor, torch.dtype, torch.nn.Parameter, dict, list, type(None)),
+        *(
+            value
+            for module in modules
+            for value in vars(module).values()
+            if isinstance(value, type)
+        ),
+    }
+    state: dict[str, dict[Any, Any]] = {
+        cls.__qualname__: {name: id(value) for name, value in vars(cls).items()} for cls in classes
+    }
+    return state | {
+        # A config of fit may name a seed, which Lightning keeps there.
+        "os.environ": {k: v for k, v in os.environ.items() if not k.startswith("PL_")},
+        "process": {
+            "cwd": os.getcwd(),
+            "sys.path": tuple(sys.path),
+            "recursion limit": sys.getrecursionlimit(),
+            "default dtype": torch.get_default_dtype(),
+        },
+    }
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+    """Count the outcomes of each reader, with the longest time and the most memory."""
+    lines = [
+        f"| reader | inputs | {' | '.join(OUTCOMES)} | longest, s | most, MiB |",
+        "|---" * (len(OUTCOMES) + 4) + "|",
+    ]
+    names = sorted({outcome.reader for outcome in outcomes})
+    for name in [*names, "all"]:
+        own = [o for o in outcomes if name in (o.reader, "all")]
+        counts = Counter(o.outcome for o in own)
+        cells = [str(counts[kind]) for kind in OUTCOMES]
+        longest, most = max(o.seconds for o in own), max(o.mib for o in own)
+        lines.append(f"| {name} | {len(own)} | {' | '.join(cells)} | {longest:.1f} | {most:.0f} |")
+    return "\n".join(lines)
+
+
+def distinct(outcomes: Iterable[Outcome]) -> list[list[Outcome]]:
+    """Group faults by kind, reader, error and place; the worst kinds first."""
+    groups: dict[tuple[str, ...], list[Outcome]] = {}
+    for o in outcomes:
+        if o.outcome in FAULTS:
+            groups.setdefault((o.outcome, o.reader, o.error.partition(":")[0], o.where), []).append(
+                o
+            )
+    worst = ("outside", "hang", "blow", "traceback", "lost")
+    return sorted(groups.values(), key=lambda group: (worst.index(group[0].outcome), -len(group)))
+
+
+def fault_text(group: Sequence[Outcome]) -> str:
+    """Say what a group of faults has in common, and how to make one of them again."""
+    o = group[0]
+    numbers = ", ".join(str(one.number) for one in group[:4]) + ", ..." * (len(group) > 4)
+    message = ascii(" ".join(o.message.split()))[1:-1]
+    return (
+        f"{o.outcome} {o.reader} [{numbers}] x{len(group)}: {ascii(o.error)[1:-1]} at {o.where}, "
+        f"{o.seconds:.1f} s, {o.mib:.0f} MiB: {message:.200}"
+    )
+
+
+def show_one(readers: Mapping[str, Reader], name: str, number: int, seed: int) -> int:
+    """Make one input and keep it, read it here without limits, and show all of the traceback."""
+    readers[name].prepare()
+    folder = Path(tempfile.mkdtemp(prefix=f"fuzz-{name.replace(' ', '-')}-{number}-"))
+    valid = make_input(readers[name], seed, name, number, folder)
+    print(f"{folder}: {'valid' if valid else 'damaged'}", flush=True)
+    for path in sorted(folder.rglob("*")):
+        print(f"  {str(path.relative_to(folder))!a} {path.lstat().st_size}", flush=True)
+    [outcome] = run(readers, [(name, number)], seed, processes=1)
+    print(json.dumps(asdict(outcome), indent=1), flush=True)
+    if outcome.outcome in ("traceback", "lost", "refused"):
+        readers[name].read(folder)
+    return int(outcome.outcome in FAULTS)
+
+
+def main() -> int:
+    """Run it; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--inputs", type=int, default=10_000, help="how many (default 10000)")
+    parser.add_argument("--seed", type=int, default=0, help="of the inputs (default 0)")
+    parser.add_argument("--reader", action="append", choices=sorted(READERS), help="only this one")
+    parser.add_argument("--input", type=int, help="make and show this input of --reader alone")
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/")
+    arguments = parser.parse_args()
+    if arguments.input is not None:
+        if len(arguments.reader or []) != 1:
+            parser.error("--input needs one --reader")
+        return show_one(READERS, arguments.reader[0], arguments.input, arguments.seed)
+    readers = {name: READERS[name] for name in arguments.reader or READERS}
+    tasks = plan(readers, arguments.inputs)
+    start, done = time.monotonic(), 0
+
+    def progress(outcome: Outcome) -> None:
+        nonlocal done
+        done += 1
+        if outcome.outcome in FAULTS:
+            print(fault_text([outcome]), file=sys.stderr, flush=True)
+        if done % 500 == 0:
+            print(f"{done} of {len(tasks)}, {time.monotonic() - start:.0f} s", file=sys.stderr)
+
+    outcomes = run(readers, tasks, arguments.seed, on_outcome=progress)
+    minutes = (time.monotonic() - start) / 60
+    faults = [outcome for outcome in outcomes if outcome.outcome in FAULTS]
+    text = table(outcomes)
+    print(text, *map(fault_text, distinct(outcomes)), sep="\n")
+    if arguments.write:
+        _write(text, outcomes, faults, arguments.seed, minutes)
+    return int(bool(faults))
+
+
+def _write(
+    text: str, outcomes: Sequence[Outcome], faults: Sequence[Outcome], seed: int, minutes: float
+) -> None:
+    results = Path(__file__).parent / "results"
+    packages = ("torch", "pillow", "pyarrow", "safetensors")
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    found = "\n".join(f"- {ascii(fault_text(group))[1:-1]}" for group in distinct(faults))
+    (results / "fuzz.md").write_text(
+        f"# Damaged and hostile files\n\n{date.today()}, {versions}, Python "
+        f"{platform.python_version()}, {platform.machine()}; {len(outcomes)} inputs of seed {seed} "
+        f"in {minutes:.1f} minutes, two processes; limits of {SECONDS:g} s and "
+        f"{MEMORY >> 30} GiB an input.\nMade by `python benchmarks/fuzz.py --write`, which says "
+        f"what the columns mean.\n\n{text}\n" + (f"\n{found}\n" if found else "")
+    )
+    lines = results / "fuzz.jsonl"
+    lines.unlink(missing_ok=True)
+    if faults:
+        lines.write_text("".join(json.dumps({"seed": seed, **asdict(o)}) + "\n" for o in faults))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
