@@ -19,6 +19,7 @@ FLOORS = (
     ("denoiser", "oracle", "samplers"),
     (
         "files",
+        "pickled",
         "untrusted",
         "assets",
         "ldm_file",

@@ -16,6 +16,9 @@ from typing import Any, BinaryIO
 
 import torch
 
+from zsnr.pickled import check_extent, read_inert
+
+_HEAD = 512
 _MOST_BRACKETS = 1_000_000
 _MOST_COMMAS = 2_000_000
 _MOST_JSON = 8 * 2**20
@@ -28,7 +31,8 @@ def open_regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
     """Open a regular file for reading; gives the file and its size.
 
     Raises:
-        ValueError: There is none, or a folder, a pipe or a device has the name.
+        ValueError: There is no such file, a folder, a pipe or a device has the name, or another
+            file was saved under it, see `disguise`.
     """
     try:
         # Without O_NONBLOCK a pipe waits for somebody who writes to it.
@@ -36,39 +40,87 @@ def open_regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{path} cannot be read: {reason}.") from error
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode):
-        os.close(descriptor)
-        raise ValueError(f"{path} is no file: wanted a regular one.")
     with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{path} is not a regular file.")
+        other = disguise(file.read(_HEAD))
+        if other is not None:
+            raise ValueError(f"{path} is {other}.")
+        file.seek(0)
         yield file, status.st_size
+
+
+def disguise(head: bytes) -> str | None:
+    """Say what a file is that was saved under a wrong name, by its first bytes.
+
+    Args:
+        head: The first 512 bytes, or all of a shorter file.
+
+    Returns:
+        Such as "an HTML page", with the way out. None = it may be what its name says.
+    """
+    if not head:
+        return "empty: download or write it again"
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n")[:64].lower()
+    if start.startswith(b"version https://git-lfs.github.com/spec/"):
+        return "a git-lfs pointer, not the file itself: run git lfs pull"
+    if start.startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
+        return (
+            "an HTML page, not the file itself: the download was refused or redirected, log in and "
+            "download it again"
+        )
+    if start.startswith(b"<?xml") and b"<error>" in head.lower():
+        return "a storage server's error message, not the file itself: download it again"
+    return None
+
+
+def check_archive(file: BinaryIO, size: int, what: str) -> None:
+    """See that an archive of torch.save is plain before torch unpacks it.
+
+    Args:
+        file: The archive, at its start.
+        size: Its bytes.
+        what: What it is, for the error.
+
+    Raises:
+        ValueError: It is no such archive, is packed, so that it would take more room than it has,
+            or its pickle is none of plain values, see `read_inert` and `check_extent`.
+    """
+    try:
+        archive = zipfile.ZipFile(file)
+        members = archive.infolist()
+    except Exception as error:  # damaged archives fail in many ways
+        reason = clipped(str(error) or repr(error))
+        raise ValueError(f"{what} is not a readable checkpoint: {reason}.") from error
+    packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
+    if packed or sum(member.file_size for member in members) > size:
+        raise ValueError(f"{what} is packed: wanted a checkpoint as training writes it.")
+    try:
+        names = [m for m in members if m.filename.rpartition("/")[2] == "data.pkl"]
+        check_extent(read_inert(archive.read(names[0]), size))
+    except Exception as error:  # damaged archives fail in many ways
+        reason = clipped(str(error) or repr(error))
+        raise ValueError(f"{what} is not a readable checkpoint: {reason}.") from error
 
 
 def open_archive(path: Path) -> dict[str, Any]:
     """Open what torch.save wrote, on the CPU: tensors, which stay on disk, and plain values.
 
     Raises:
-        ValueError: It is no such file, is packed, so that it would take more room than it has, or
-            holds something else.
+        ValueError: It is no such file, see `check_archive`, or holds something else.
     """
     with open_regular(path) as (file, size):
-        try:
-            members = zipfile.ZipFile(file).infolist()
-        except Exception as error:  # damaged archives fail in many ways
-            reason = clipped(str(error) or repr(error))
-            raise ValueError(f"{path} is not a readable checkpoint: {reason}") from error
-    packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
-    if packed or sum(member.file_size for member in members) > size:
-        raise ValueError(f"{path} is packed: wanted a checkpoint as training writes it.")
+        check_archive(file, size, str(path))
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} holds more than tensors and plain values.") from error
     except Exception as error:  # a pickle may fail in any way
         reason = clipped(str(error) or repr(error))
-        raise ValueError(f"{path} is not a readable checkpoint: {reason}") from error
+        raise ValueError(f"{path} is not a readable checkpoint: {reason}.") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{path} is no checkpoint: it holds {shown(found)}.")
+        raise ValueError(f"{path} is not a checkpoint: it holds {shown(found)}.")
     return found
 
 
