@@ -21,6 +21,7 @@ FLOORS = (
         "files",
         "pickled",
         "untrusted",
+        "failures",
         "assets",
         "ldm_file",
         "pretrained",

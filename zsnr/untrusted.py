@@ -10,7 +10,7 @@ import re
 import stat
 import unicodedata
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -240,11 +240,16 @@ def read_yaml(path: Path) -> Any:
     Raises:
         ValueError: It is not such a file.
     """
-    text = decode(read_small(path, _MOST_YAML), str(path))
+    text = read_yaml_text(path)
     try:
         return parse_yaml(text)
     except ValueError as error:
-        raise ValueError(f"{path} is not readable YAML: {clipped(str(error), 300)}.") from error
+        raise ValueError(f"{path} is not readable YAML: {error}.") from error
+
+
+def read_yaml_text(path: Path) -> str:
+    """Read the text of a YAML file of a size that a person writes."""
+    return read_text(path, _MOST_YAML)
 
 
 def parse_yaml(text: str) -> Any:
@@ -253,11 +258,29 @@ def parse_yaml(text: str) -> Any:
     Raises:
         ValueError: It is not such YAML; the reason, without a period.
     """
+    return _loaded(text, lambda loader, node: loader.construct_document(node))
+
+
+def compose_yaml(text: str) -> Any:
+    """Parse YAML as `parse_yaml`, and return its root node, which knows lines and spellings.
+
+    Raises:
+        ValueError: See there.
+    """
+    parse_yaml(text)
+    return _loaded(text, lambda loader, node: node)
+
+
+def _loaded(text: str, use: Callable[[Any, Any], Any]) -> Any:
     import yaml  # type: ignore[import-untyped]
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc]
-        """Knows 1e-4 as a number, as the training command does."""
+        """Knows 1e-4 as a number and no dates, as the training command does."""
 
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, rule) for tag, rule in rules if not tag.endswith(":timestamp")]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
     Loader.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789")
     )
@@ -270,7 +293,7 @@ def parse_yaml(text: str) -> Any:
             return None
         if _expanded(node, {}) > _MOST_NODES:
             raise ValueError("its aliases stand for too much")
-        return loader.construct_document(node)
+        return use(loader, node)
     except yaml.MarkedYAMLError as error:
         raise ValueError(_yaml_reason(error, text)) from error
     except RecursionError as error:
