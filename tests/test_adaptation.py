@@ -49,7 +49,7 @@ def test_the_start_is_read_from_its_scheduler(start, tmp_path):
     assert read_start(str(tmp_path)) is None
     (tmp_path / "scheduler").mkdir()
     (tmp_path / "scheduler" / "scheduler_config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"scheduler_config\.json is no readable JSON"):
+    with pytest.raises(ValueError, match=r"scheduler_config\.json is readable JSON"):
         read_start(str(tmp_path))
     (tmp_path / "scheduler" / "scheduler_config.json").write_text("[]")
     with pytest.raises(ValueError, match="is list: wanted a JSON object"):
@@ -257,7 +257,7 @@ def test_run_json_has_the_validation_of_its_own_step(start, tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "no readable JSON"), ("[]", "wanted a JSON object"), ('{"format": 2}', "of format 1")],
+    [("{", "readable JSON"), ("[]", "wanted a JSON object"), ('{"format": 2}', "of format 1")],
 )
 def test_a_broken_run_json_is_refused(tmp_path, content, message):
     assert read_run_facts(tmp_path) is None

@@ -10,7 +10,7 @@ import torch
 
 from zsnr import Guidance, NoiseSchedule
 from zsnr.checkpoints import read_checkpoint, read_diffusers_folder, schedule_from_diffusers
-from zsnr.cli import _is_ours
+from zsnr.failures import is_ours
 from zsnr.pipeline import TextToImage
 
 SCHEDULER = {
@@ -207,7 +207,7 @@ def test_mutated_folders_are_read_or_refused(tmp_path):
             load(tmp_path)
         except ValueError as error:
             said = str(error)
-            fine = _is_ours(error) and len(said) < 1000 and "\n" not in said
+            fine = is_ours(error) and len(said) < 1000 and "\n" not in said
             odd += [] if fine else [(name, content[:2000], said)]
             outcomes[False] += 1
         else:
@@ -280,7 +280,7 @@ def test_mutated_checkpoints_are_read_or_refused(tmp_path):
         try:
             open_checkpoint(path)
         except ValueError as error:
-            refused += _is_ours(error)
-            foreign += not _is_ours(error)
+            refused += is_ours(error)
+            foreign += not is_ours(error)
     assert foreign == 0
     assert 100 < refused < 1000

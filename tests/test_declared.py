@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from zsnr.checkpoints.declared import (
-    MAX_TIMESTEPS,
     SCHEDULERS,
     declare,
     diffusers_timesteps,
     first_timestep,
     off_grid_steps,
 )
+from zsnr.schedule import MAX_TIMESTEPS
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 KEYS = {key for cls in SCHEDULERS.values() for key in cls.defaults}

@@ -377,7 +377,7 @@ def test_single_files_say_what_they_are_of(tmp_path):
         ({"format": 2}, "unreadable", "format 1"),
         ({"schedule": None}, "unreadable", "which schedule"),
         ({"schedule": []}, "unreadable", "wanted settings"),
-        ({"schedule": {"num_timesteps": 10**9}}, "unreadable", "over 100000"),
+        ({"schedule": {"num_timesteps": 10**9}}, "unreadable", "wanted an int, 2 to 100000"),
         ({"schedule": {"betas": ["linear"]}}, "unreadable", "betas is a list"),
         ({"schedule": {"beta": 1}}, "unreadable", "beta"),
         ({"schedule": {"alphas_cumprod_table": [None, 1]}}, "unreadable", "schedule"),

@@ -100,11 +100,11 @@ def test_a_file_is_a_spacing(optimized, tmp_path):
     assert get_timesteps(str(bare), 3, schedule=NoiseSchedule("cosine")).tolist() == [999, 300, 20]
     for text, message in (
         ("[999, 300]", "holds no grid"),
-        ("nothing", "no JSON"),
+        ("nothing", "not JSON"),
         ('{"timesteps": [300, 999]}', "descending"),
         ('{"timesteps": [1000, 2]}', "wanted 999 to 0"),
         ('{"timesteps": [9.5, 2]}', "bare.json: .* not all integers"),
-        ("[" * 100_000, "no JSON"),
+        ("[" * 100_000, "not JSON"),
         ('{"timesteps": [999, 2], "schedule": [1]}', "wanted settings by name"),
         ('{"timesteps": [999, 2], "schedule": {"beta": 1}}', "bare.json: schedule"),
         ('{"timesteps": [999, 2], "schedule": {"beta_start": "a"}}', "bare.json: schedule"),

@@ -145,7 +145,8 @@ def test_only_what_the_dead_left_is_removed(tmp_path):
     folder = marks["folder"].with_name(marks["folder"].name.replace(pid, f"-{DEAD}-"))
     place = living.name.split(".")[3][:8]
     recent, old = (
-        marks[name].with_name(marks[name].name.replace(place, "0" * 8)) for name in ("recent", "old")
+        marks[name].with_name(marks[name].name.replace(place, "0" * 8))
+        for name in ("recent", "old")
     )
     nameless, other = tmp_path / ".a.json.123.part", tmp_path / ".b"
     (folder / "inside").mkdir(parents=True)

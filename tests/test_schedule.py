@@ -233,7 +233,7 @@ def test_half_precision_data_keeps_its_noise_at_the_first_step():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_timesteps": 1}, "at least 2"),
+        ({"num_timesteps": 1}, "wanted an int, 2 to 100000"),
         ({"num_timesteps": 10.0}, "wanted an int"),
         ({"num_timesteps": True}, "wanted an int"),
         ({"zero_terminal_snr": "false"}, "wanted True or False"),

@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zsnr.elastic import former_failure, note_failure
+from zsnr.failures import tame_output, told
 from zsnr.stops import stopping
+from zsnr.untrusted import printable
 
 if TYPE_CHECKING:
     from zsnr.codecs import LatentCodec
@@ -31,42 +32,66 @@ _OPEN = "open a .ckpt that has no run.json beside it; tensors and plain values o
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code: 0 for success, 1 for a plan that does not fit, 2 for
-    wrong input; the doctor's is its verdict, and 3 for wrong input.
+    wrong input or a machine that fails, 130 for Ctrl-C, 141 for a closed pipe; the doctor's is its
+    verdict, and 3 for wrong input.
     """
     with stopping(alone=arguments is None):
-        return _run(list(sys.argv[1:] if arguments is None else arguments))
+        return _told(list(sys.argv[1:] if arguments is None else arguments))
 
 
-def _run(arguments: list[str]) -> int:
+def _told(arguments: list[str]) -> int:
+    """Run a command, and say what fails on one line."""
     wrong = 3 if arguments[:1] == ["doctor"] else 2  # the doctor's 2 is a verdict
+    tame_output()
     try:
         if failed := former_failure():
-            raise _FailedBefore(failed)
-        if arguments and arguments[0] in TRAINING:
-            from zsnr.training.lightning_cli import run
-
-            run(arguments)
-            return 0
-        parser = _parser()
-        options, settings = parser.parse_known_args(arguments)
-        if settings and options.run not in (_data_cache, _plan):
-            parser.error(f"unrecognized arguments: {' '.join(settings)}")
-        options.settings = settings
-        code: int | None = options.run(options)
-    except SystemExit as stop:  # argparse's
+            raise _FailedBeforeError(failed)
+        code = _run(arguments)
+        sys.stdout.flush()
+    except SystemExit as stop:  # argparse's, or Lightning's after Ctrl-C
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            return 130
         raise SystemExit(wrong if stop.code == 2 else stop.code) from None
-    except (ValueError, OSError, IndexError, ImportError) as error:
-        if os.environ.get("ZSNR_TRACEBACK") or not _is_ours(error):
+    except KeyboardInterrupt:
+        print("zsnr: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Python flushes stdout once more at its end, which must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
+    except Exception as error:  # bugs go on
+        text = told(error, " ".join(arguments[:1]))
+        if text is None or os.environ.get("ZSNR_TRACEBACK"):
             raise
-        message = _message(error)
-        print(f"zsnr: error: {message}", file=sys.stderr)
-        note_failure(message, error)
+        print(f"zsnr: error: {printable(text, one_line=True)}", file=sys.stderr)
+        note_failure(text, error)
         return wrong
+    return code
+
+
+def _run(arguments: Sequence[str]) -> int:
+    if arguments and arguments[0] in TRAINING:
+        from zsnr.training.lightning_cli import run
+
+        run(arguments)
+        return 0
+    parser = _parser()
+    options, settings = parser.parse_known_args(arguments)
+    if settings and options.run not in (_data_cache, _plan):
+        parser.error(f"unrecognized arguments: {' '.join(settings)}")
+    options.settings = settings
+    code: int | None = options.run(options)
     return code or 0
 
 
-class _FailedBefore(ValueError):
+class _FailedBeforeError(ValueError):
     """The attempt before this one has failed in a way that does not pass."""
+
+
+def _print(*texts: object) -> None:
+    """Print results, which may hold what strangers wrote."""
+    for text in texts:
+        print(printable(str(text)))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -675,7 +700,7 @@ def _data_openmoji(options: argparse.Namespace) -> None:
 def _data_index(options: argparse.Namespace) -> None:
     from zsnr.data.index import write_indices
 
-    print(
+    _print(
         write_indices(
             options.source,
             None if options.output is None else Path(options.output).expanduser(),
@@ -691,7 +716,7 @@ def _data_index(options: argparse.Namespace) -> None:
 def _data_cache(options: argparse.Namespace) -> None:
     from zsnr.training.caching import run_cache
 
-    print(run_cache(options, options.settings))
+    _print(run_cache(options, options.settings))
 
 
 def _data_report(options: argparse.Namespace) -> None:
@@ -717,7 +742,7 @@ def _data_report(options: argparse.Namespace) -> None:
         device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         index_folder=None if options.index is None else Path(options.index).expanduser(),
     )
-    print(json.dumps(facts) if options.json else report)
+    _print(json.dumps(facts) if options.json else report)
 
 
 def _checkpoint_consolidate(options: argparse.Namespace) -> None:
@@ -730,7 +755,7 @@ def _checkpoint_consolidate(options: argparse.Namespace) -> None:
     if output.exists():
         raise ValueError(f"{output} exists: choose another name.")
     save_file(consolidate(folder), output)
-    print(output)
+    _print(output)
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -760,7 +785,7 @@ def _export(options: argparse.Namespace) -> None:
         merged=options.merge,
         form=form,
     )
-    print(f"writing {output}", file=sys.stderr)
+    print(printable(f"writing {output}"), file=sys.stderr)
     metadata = {"zsnr.run": json.dumps(facts)}
     if adapters:
         write_lora(model, output, layout=layouts[kind], dtype=options.dtype, metadata=metadata)
@@ -780,7 +805,7 @@ def _export(options: argparse.Namespace) -> None:
         "image_size": model.image_size,
         "terminal_snr": float(model.schedule.snr[-1]),
     }
-    print(json.dumps(written) if options.json else output)
+    _print(json.dumps(written) if options.json else output)
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -838,7 +863,7 @@ def _compare(options: argparse.Namespace) -> None:
             batch_size=8 if options.batch_size is None else options.batch_size,
             device=options.device,
         )
-    print(to_json(facts) if options.json else comparison_text(facts, output / "index.html"))
+    _print(to_json(facts) if options.json else comparison_text(facts, output / "index.html"))
 
 
 def _figure(options: argparse.Namespace) -> None:
@@ -865,7 +890,7 @@ def _figure(options: argparse.Namespace) -> None:
         draw_schedule(
             options.model or options.betas or "scaled_linear", options.num_steps or 10, output
         )
-        print(output)
+        _print(output)
         return
     if options.model is None and options.oracle is None:
         raise ValueError(f"Figure {options.number} needs --model MODEL or --oracle SHARDS.")
@@ -885,7 +910,7 @@ def _figure(options: argparse.Namespace) -> None:
         most=options.samples,
         device=options.device,
     )
-    print(output)
+    _print(output)
 
 
 def _check_options(options: argparse.Namespace, names: Sequence[str], why: str) -> None:
@@ -911,14 +936,14 @@ def _codec(name: str | None, subfolder: str | None) -> LatentCodec | None:
 def _report(options: argparse.Namespace) -> None:
     from zsnr.reports.run import write_report
 
-    print(write_report(options.run_folder, options.data))
+    _print(write_report(options.run_folder, options.data))
 
 
 def _plan(options: argparse.Namespace) -> int:
     from zsnr.training.planning import run_plan
 
     text, fits = run_plan(options, options.settings)
-    print(text)
+    _print(text)
     return 0 if fits else 1
 
 
@@ -941,7 +966,7 @@ def _schedule(options: argparse.Namespace) -> None:
     facts = schedule_facts(schedule, options.num_steps, options.spacing)
     if path is not None:
         plot_schedule(facts, path)
-    print(to_json(facts) if options.json else schedule_text(schedule, facts, options.target))
+    _print(to_json(facts) if options.json else schedule_text(schedule, facts, options.target))
 
 
 def _timesteps_optimize(options: argparse.Namespace) -> None:
@@ -962,7 +987,7 @@ def _timesteps_optimize(options: argparse.Namespace) -> None:
         samples=options.samples,
         seed=options.seed,
     )
-    print(json.dumps(facts) if options.json else grid_text(facts, output))
+    _print(json.dumps(facts) if options.json else grid_text(facts, output))
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -971,14 +996,14 @@ def _doctor(options: argparse.Namespace) -> int:
     if options.in_place and not options.fix:
         raise ValueError("--in-place belongs to --fix.")
     found = examine(options.target, num_steps=options.num_steps, open_pickle=options.open)
-    print(found.to_json() if options.json else found.to_text())
+    _print(found.to_json() if options.json else found.to_text())
     if options.fix and found.verdict != "unreadable":
         try:
             done = fix(options.target, in_place=options.in_place)
         except (ValueError, OSError) as error:
-            print(f"zsnr: error: {error}", file=sys.stderr)
+            print(f"zsnr: error: {printable(str(error), one_line=True)}", file=sys.stderr)
             return 3
-        print(*done, sep="\n", file=sys.stderr)
+        print(*map(printable, done), sep="\n", file=sys.stderr)
     return found.exit_code
 
 
@@ -1005,7 +1030,7 @@ def _configs_list(options: argparse.Namespace) -> None:
     for name in _config_names():
         lines = _config(name).read_text().splitlines()
         first = lines[lines[0].startswith("#!")]
-        print(f"{name:24} {first.lstrip('# ')}")
+        _print(f"{name:24} {first.lstrip('# ')}")
 
 
 def _configs_show(options: argparse.Namespace) -> None:
@@ -1020,23 +1045,7 @@ def _configs_copy(options: argparse.Namespace) -> None:
     if not target.parent.is_dir():
         raise ValueError(f"{target.parent} is no folder.")
     target.write_text(source.read_text())
-    print(target)
-
-
-def _message(error: BaseException) -> str:
-    """Give the error's text; one that a loading process raised comes with its traceback around."""
-    text, name = str(error), type(error).__name__
-    if not text.startswith(f"Caught {name} in DataLoader worker"):
-        return text
-    return text.strip().rpartition(f"{name}: ")[2]
-
-
-def _is_ours(error: BaseException) -> bool:
-    """Whether an error was raised by this package, so that its text is meant for the user."""
-    if type(error).__module__.startswith("zsnr."):
-        return True
-    frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
+    _print(target)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any, Protocol, TypeVar
 
+from zsnr.untrusted import clipped, shown
+
 
 class Described(Protocol):
     """A component that can name the arguments it was built with, as plain values."""
@@ -48,9 +50,13 @@ def build(description: Mapping[str, Any], base: type[T]) -> T:
             been imported, is no `base`, or refuses the arguments.
     """
     if not isinstance(description, Mapping):
-        raise ValueError(f"A {base.__name__} is described by {description!r:.80}: wanted a class.")
+        raise ValueError(f"A {base.__name__} is described by {shown(description)}: wanted a class.")
     path = description.get("class_path", "")
-    module_name, _, name = str(path).rpartition(".")
+    if not isinstance(path, str) or not isinstance(description.get("init_args", {}), Mapping):
+        raise ValueError(
+            f"A {base.__name__} is described by class_path={shown(path)}: wanted text."
+        )
+    module_name, _, name = path.rpartition(".")
     if module_name.split(".")[0] != "zsnr" and module_name not in sys.modules:
         raise ValueError(
             f"{path!r} cannot be imported by a checkpoint's word, which would run its module: "
@@ -69,4 +75,4 @@ def build(description: Mapping[str, Any], base: type[T]) -> T:
     except (ValueError, OSError, ImportError):
         raise
     except Exception as error:  # of arguments that somebody else wrote, in any way
-        raise ValueError(f"{path}: {error!s:.300}.") from error
+        raise ValueError(f"{path}: {clipped(str(error) or repr(error), 300)}.") from error

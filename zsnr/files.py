@@ -86,6 +86,10 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield beside
         os.replace(beside, path)
+    except OSError as error:
+        if error.filename is None:  # Pillow and torch do not say which file a full disk cut
+            error.filename = str(path)
+        raise
     finally:
         beside.unlink(missing_ok=True)
 

@@ -21,6 +21,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
+from zsnr.untrusted import clipped, open_regular, parse_json, shown
+
 Family = Literal["v1", "v2", "xl"]
 
 CONFIG = "zsnr.config"
@@ -271,13 +273,20 @@ def open_ldm_file(source: str | Path) -> LdmFile:
     """
     path = Path(source)
     with _opened(path) as file:
-        names = file.keys()
-        if len(names) > _MAX_TENSORS:
-            raise ValueError(f"{path} has {len(names)} tensors: wanted at most {_MAX_TENSORS}.")
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+        shapes = _shapes(path, file)
         metadata = file.metadata() or {}
     family = _family(path, shapes)
     return LdmFile(path, family, shapes, metadata, _own_config(path, family, metadata))
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Read the shapes of a file's tensors by their names.
+
+    Raises:
+        ValueError: No such file, or not safetensors.
+    """
+    with _opened(path) as file:
+        return _shapes(path, file)
 
 
 def part_config(file: LdmFile, part: str) -> dict[str, Any]:
@@ -374,14 +383,23 @@ def read_part(
 def _opened(path: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"{path}: no such file.")
+    with open_regular(path):
+        pass  # it is one, and none of another kind
     try:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError, RuntimeError, UnicodeError) as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        reason = clipped(str(error).strip() or repr(error))
         raise ValueError(f"{path} is not a readable .safetensors file: {reason}") from error
+
+
+def _shapes(path: Path, file: Any) -> dict[str, tuple[int, ...]]:
+    names = file.keys()
+    if len(names) > _MAX_TENSORS:
+        raise ValueError(f"{path} has {len(names)} tensors: wanted at most {_MAX_TENSORS}.")
+    return {name: tuple(file.get_slice(name).get_shape()) for name in names}
 
 
 def _family(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Family:
@@ -435,9 +453,9 @@ def _own_config(path: Path, family: Family, metadata: Mapping[str, str]) -> dict
     if len(text) > _MAX_CONFIG:
         raise ValueError(f"{path}: {CONFIG!r} in its metadata has {len(text)} characters.")
     try:
-        config = json.loads(text)
-    except (json.JSONDecodeError, RecursionError, ValueError) as error:
-        raise ValueError(f"{path}: {CONFIG!r} in its metadata is no JSON: {error}") from error
+        config = parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: {CONFIG!r} in its metadata is not JSON: {error}.") from error
     if not isinstance(config, dict) or config.get("format") != 1:
         raise ValueError(f"{path}: {CONFIG!r} in its metadata has a format this zsnr cannot read.")
     for part, public in PUBLIC[family].items():
@@ -445,14 +463,15 @@ def _own_config(path: Path, family: Family, metadata: Mapping[str, str]) -> dict
         if own is None:
             continue
         if not isinstance(own, dict):
-            raise ValueError(f"{path}: {CONFIG!r} in its metadata says {own!r:.80} of its {part}.")
+            raise ValueError(f"{path}: {CONFIG!r} in its metadata says {shown(own)} of its {part}.")
         for name in sorted(public.keys() - own.keys()):
             raise ValueError(f"{path}: {CONFIG!r} in its metadata says no {part}.{name}.")
         for name, value in own.items():
             check = SETTINGS[part].get(name)
             if check is None or not check(value):
                 raise ValueError(
-                    f"{path}: {CONFIG!r} in its metadata says {part}.{name}={value!r:.80}: wanted "
+                    f"{path}: {CONFIG!r} in its metadata says {part}.{shown(name)[1:-1]}="
+                    f"{shown(value)}: wanted "
                     "settings of a Stable Diffusion."
                 )
     if type(config.get(ZEROS, True)) is not bool:
@@ -466,7 +485,7 @@ def _own_config(path: Path, family: Family, metadata: Mapping[str, str]) -> dict
             and type(own["max_length"]) is int
             and 2 <= own["max_length"] <= 1000
         ):
-            raise ValueError(f"{path}: {CONFIG!r} in its metadata says {own!r:.80} of its {part}.")
+            raise ValueError(f"{path}: {CONFIG!r} in its metadata says {shown(own)} of its {part}.")
     return config
 
 

@@ -21,8 +21,10 @@ from zsnr.pretrained import (
     find_weights,
     is_weightless,
 )
+from zsnr.untrusted import shown
 
 _STEM = "diffusion_pytorch_model"
+_MAX_RANK = 10_000  # no layer of a Stable Diffusion is wider
 _ADAPTER = "default"  # peft's name of an adapter that is alone
 
 
@@ -51,13 +53,18 @@ class LoRA:
 
     def __post_init__(self) -> None:
         targets = self.target_modules
-        if isinstance(targets, str) or not targets or not all(targets):
-            raise ValueError(f"lora.target_modules={targets!r}: wanted a list such as ['to_q'].")
+        named = isinstance(targets, list | tuple) and all(isinstance(t, str) and t for t in targets)
+        if not targets or not named:
+            raise ValueError(
+                f"lora.target_modules={shown(targets)}: wanted a list such as ['to_q']."
+            )
         object.__setattr__(self, "target_modules", tuple(targets))
-        if type(self.rank) is not int or self.rank < 1:
-            raise ValueError(f"lora.rank={self.rank!r}: wanted a whole number of at least 1.")
+        if type(self.rank) is not int or not 1 <= self.rank <= _MAX_RANK:
+            raise ValueError(
+                f"lora.rank={shown(self.rank)}: wanted a whole number, 1 to {_MAX_RANK}."
+            )
         if self.alpha is not None and not (_is_real(self.alpha) and 0 < self.alpha < math.inf):
-            raise ValueError(f"lora.alpha={self.alpha!r}: wanted a finite number above 0.")
+            raise ValueError(f"lora.alpha={shown(self.alpha)}: wanted a finite number above 0.")
         check_precision(self.base_dtype, "lora.base_dtype")
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,9 +22,10 @@ from zsnr.ldm_file import (
     open_ldm_file,
     part_config,
     read_part,
+    read_shapes,
 )
+from zsnr.untrusted import clipped, read_json
 
-_LONGEST = 300
 _MOST_LAYERS = 1000
 _HUB = " A name that is no local folder is looked up on the hub."
 Precision = Literal["float32", "float16", "bfloat16"]
@@ -52,9 +53,7 @@ def is_weightless() -> bool:
 
 def reason(error: BaseException) -> str:
     """Say on one short line why a library refused what somebody else wrote."""
-    text = " ".join((str(error).strip() or repr(error)).split())
-    text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
-    return text.encode("utf-8", "backslashreplace").decode()
+    return clipped(str(error).strip() or repr(error), 300)
 
 
 def check_precision(dtype: str, name: str = "dtype") -> torch.dtype:
@@ -118,7 +117,7 @@ def load_pretrained(
     if looks_local and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no config.json: wanted a folder with {what}.")
     try:
-        _check_depth(read_config(source, subfolder) or {})
+        check_depth(read_config(source, subfolder) or {})
         return cls.from_pretrained(
             source, subfolder=subfolder or "", use_safetensors=True, **(options or {})
         )
@@ -157,6 +156,7 @@ def load_whole(
             model = load_pretrained(unloaded, source, subfolder, what=what)
         dtype = (options or {}).get("torch_dtype", torch.float32)
         return _fill(model, source, str(subfolder), dtype)
+    _check_filled(unloaded, source, subfolder, what, spare)
     wanted = {**(options or {}), "output_loading_info": True}
     model, info = load_pretrained(cls, source, subfolder, what=what, options=wanted)
     lacking = {name for name, weight in model.named_parameters() if weight.is_meta}
@@ -170,12 +170,46 @@ def load_whole(
     return model
 
 
-def _check_depth(config: Mapping[str, Any]) -> None:
+def _check_filled(
+    unloaded: Any, source: str, subfolder: str | None, what: str, spare: str | None
+) -> None:
+    """Refuse a config whose network the weights beside it cannot fill, before it takes memory.
+
+    Raises:
+        ValueError: They are too few, or are no safetensors.
+    """
+    stems = ("diffusion_pytorch_model", "model")
+    files = next((found for stem in stems if (found := find_weights(source, subfolder, stem))), [])
+    if not files:
+        return  # the library says what is missing, and makes nothing
+    held = sum(math.prod(shape) for path in files for shape in read_shapes(path).values())
+    with torch.device("meta"):
+        model = load_pretrained(unloaded, source, subfolder, what=what)
+    needed = sum(
+        weight.numel()
+        for name, weight in model.named_parameters()
+        if spare is None or spare not in name
+    )
+    if needed > held:
+        raise ValueError(
+            f"The weights in {source} are {held} numbers, and its config wants {what} of {needed}: "
+            "wanted the ones that belong to its config."
+        )
+
+
+def check_depth(config: Mapping[str, Any]) -> None:
     """Refuse a config whose network would take for ever to build.
 
     Raises:
-        ValueError: It wants so many layers.
+        ValueError: It wants so many layers, or is nested too deeply.
     """
+    try:
+        _check_depth(config)
+    except RecursionError as error:
+        raise ValueError("its config is nested too deeply.") from error
+
+
+def _check_depth(config: Mapping[str, Any]) -> None:
 
     def most(value: Any) -> int:
         if isinstance(value, list | tuple):
@@ -286,7 +320,10 @@ def find_weights(source: str, subfolder: str | None, stem: str) -> list[Path]:
     index = find_file(source, subfolder, f"{stem}.safetensors.index.json")
     if index is None:
         return []
-    names = sorted({*json.loads(index.read_text())["weight_map"].values()})
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(map(_is_file_name, weight_map.values())):
+        raise ValueError(f"{index} does not say which file holds which tensor.")
+    names = sorted({*weight_map.values()})
     shards = [find_file(source, subfolder, name) for name in names]
     return [path for path in shards if path is not None] if all(shards) else []
 
@@ -299,8 +336,12 @@ def read_config(source: str, subfolder: str | None) -> dict[str, Any] | None:
         path = find_file(source, subfolder, "config.json")
         if path is None:
             return None
-        config = json.loads(path.read_text())
+        config = read_json(path)
     return {k: v for k, v in config.items() if k != "transformers_version" and k[0] != "_"}
+
+
+def _is_file_name(value: object) -> bool:
+    return isinstance(value, str) and Path(value).name == value
 
 
 def digest(paths: Sequence[Path]) -> str | None:

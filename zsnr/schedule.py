@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from itertools import accumulate, pairwise
 from operator import mul
+from reprlib import repr as brief
 from typing import Any, Literal, overload
 
 import torch
@@ -21,6 +22,7 @@ BetaKind = Literal["linear", "cosine", "scaled_linear"]
 
 # beta_start and beta_end by kind, where None asks for them
 USUAL_BETAS = {"linear": (0.0001, 0.02), "scaled_linear": (0.00085, 0.012)}
+MAX_TIMESTEPS = 100_000  # the tables are Python floats, and published schedules have 1000
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class NoiseSchedule:
 
     Args:
         betas: Kind of schedule (Table 1). Ignored, and to be left alone, with an own table.
-        num_timesteps: T, at least 2.
+        num_timesteps: T, 2 to 100,000.
         beta_start: First beta, in (0, 1). None = the usual one of the kind: 0.0001 for linear,
             0.00085 for scaled_linear. Must be None for cosine and with an own table.
         beta_end: Last beta, in (0, 1). None = 0.02 for linear, 0.012 for scaled_linear.
@@ -75,7 +77,9 @@ class NoiseSchedule:
         if self.alphas_cumprod_table is not None:
             object.__setattr__(self, "alphas_cumprod_table", _floats(self.alphas_cumprod_table))
         if not isinstance(self.zero_terminal_snr, bool):
-            raise ValueError(f"zero_terminal_snr={self.zero_terminal_snr!r}: wanted True or False.")
+            raise ValueError(
+                f"zero_terminal_snr={brief(self.zero_terminal_snr)}: wanted True or False."
+            )
         abar = _alphas_cumprod(self)
         if self.zero_terminal_snr:
             abar = _rescale(abar)
@@ -186,8 +190,23 @@ class NoiseSchedule:
             alphas_cumprod_table=values,
         )
 
+    @classmethod
+    def from_settings(cls, settings: Any) -> NoiseSchedule:
+        """Build a schedule from what `settings` returned, or what a file says in its place.
+
+        Raises:
+            ValueError: They are not settings of a schedule, or do not give one.
+        """
+        if not isinstance(settings, Mapping):
+            raise ValueError(f"schedule={brief(settings)}: wanted settings by name.")
+        known = [option.name for option in fields(cls) if option.init]
+        for name in settings:
+            if name not in known:
+                raise ValueError(f"schedule has no {brief(name)}. Known: {', '.join(known)}.")
+        return cls(**settings)
+
     def __reduce__(self) -> tuple[Callable[..., NoiseSchedule], tuple[dict[str, Any]]]:
-        return _from_settings, (self.settings(),)
+        return NoiseSchedule.from_settings, (self.settings(),)
 
 
 def rescale_zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
@@ -258,17 +277,27 @@ def aligned(
     return per_sample(alpha_t, a), per_sample(sigma_t, a), a, b
 
 
-def _from_settings(settings: dict[str, Any]) -> NoiseSchedule:
-    return NoiseSchedule(**settings)
-
-
 def _floats(table: Tensor | Sequence[float]) -> tuple[float, ...]:
     if isinstance(table, Tensor):
         if table.ndim != 1:
             shape = tuple(table.shape)
             raise ValueError(f"The table of abar_t has shape {shape}: wanted one axis, (T,).")
-        table = table.tolist()
-    return tuple(float(value) for value in table)
+        if table.is_complex():
+            raise ValueError("The table of abar_t is complex: wanted numbers in [0, 1).")
+    if isinstance(table, str | Mapping) or not hasattr(table, "__len__"):
+        raise ValueError(f"The table of abar_t is {brief(table)}: wanted a list of numbers.")
+    if len(table) > MAX_TIMESTEPS:
+        raise ValueError(
+            f"The table of abar_t has {len(table)} entries: wanted {MAX_TIMESTEPS} at most."
+        )
+    values = table.tolist() if isinstance(table, Tensor) else [*table]
+    for t, value in enumerate(values):
+        if isinstance(value, bool) or not hasattr(value, "__float__"):
+            raise ValueError(f"The table of abar_t has {brief(value)} at t={t}: wanted a number.")
+    try:
+        return tuple(map(float, values))
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise ValueError(f"The table of abar_t is not of numbers: {error}.") from error
 
 
 def beta_ends(schedule: NoiseSchedule) -> tuple[float, float]:
@@ -283,8 +312,8 @@ def beta_ends(schedule: NoiseSchedule) -> tuple[float, float]:
 def _alphas_cumprod(schedule: NoiseSchedule) -> list[float]:
     """Compute abar_t before any rescale; cosine with its cap only if it keeps signal at T."""
     T, ends = schedule.num_timesteps, (schedule.beta_start, schedule.beta_end)
-    if isinstance(T, bool) or not isinstance(T, int) or T < 2:
-        raise ValueError(f"num_timesteps={T!r}: wanted an int of at least 2.")
+    if isinstance(T, bool) or not isinstance(T, int) or not 2 <= T <= MAX_TIMESTEPS:
+        raise ValueError(f"num_timesteps={brief(T)}: wanted an int, 2 to {MAX_TIMESTEPS}.")
     if schedule.alphas_cumprod_table is not None:
         return _own_table(schedule)
     if schedule.betas == "cosine":
@@ -296,11 +325,13 @@ def _alphas_cumprod(schedule: NoiseSchedule) -> list[float]:
         return _cosine(T, capped=not schedule.zero_terminal_snr)
     if not isinstance(schedule.betas, str) or schedule.betas not in USUAL_BETAS:
         known = ", ".join(repr(kind) for kind in ("linear", "cosine", "scaled_linear"))
-        raise ValueError(f"betas={schedule.betas!r} is unknown. Known: {known}.")
+        raise ValueError(f"betas={brief(schedule.betas)} is unknown. Known: {known}.")
     first, last = beta_ends(schedule)
     for name, beta in (("beta_start", first), ("beta_end", last)):
-        if not isinstance(beta, (int, float)) or not 0 < beta < 1:
-            raise ValueError(f"{name}={beta!r}: wanted a number between 0 and 1, both excluded.")
+        if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not 0 < beta < 1:
+            raise ValueError(
+                f"{name}={brief(beta)}: wanted a number between 0 and 1, both excluded."
+            )
     power = 2 if schedule.betas == "scaled_linear" else 1
     lo, hi = first ** (1 / power), last ** (1 / power)
     betas = [(lo * (1 - i / (T - 1)) + hi * (i / (T - 1))) ** power for i in range(T)]

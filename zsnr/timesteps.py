@@ -11,15 +11,18 @@ import json
 import math
 import operator
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from reprlib import repr as brief
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from zsnr.schedule import NoiseSchedule
+
+_MAX_GRID_FILE = 2**20  # bytes
 
 
 class TimestepSpacing(Protocol):
@@ -308,10 +311,11 @@ def check_spacing(spacing: str) -> None:
     Raises:
         ValueError: Neither a registered name nor the name of a .json file.
     """
-    if spacing not in _SPACINGS and not is_grid_file(spacing):
+    known_or_file = isinstance(spacing, str) and (spacing in _SPACINGS or is_grid_file(spacing))
+    if not known_or_file:
         known = ", ".join(repr(name) for name in available_spacings())
         raise ValueError(
-            f"Timestep spacing {spacing!r} is unknown. Known: {known}; or a .json file."
+            f"Timestep spacing {brief(spacing)} is unknown. Known: {known}; or a .json file."
         )
 
 
@@ -349,17 +353,20 @@ def check_timesteps(
                 "int64."
             )
         timesteps = timesteps.tolist()
+    if isinstance(timesteps, str | Mapping) or not isinstance(timesteps, Iterable):
+        raise ValueError(f"timesteps={brief(timesteps)}: wanted a list of integers.")
     steps = list(timesteps)
     if not steps:
         raise ValueError("timesteps is empty: wanted at least one.")
     if any(isinstance(t, bool) or not hasattr(t, "__index__") for t in steps):
-        raise ValueError(f"timesteps {steps[:8]} are not all integers.")
+        raise ValueError(f"timesteps {brief(steps)} are not all integers.")
     steps = [operator.index(t) for t in steps]
     if any(s >= t for t, s in pairwise(steps)):
-        raise ValueError(f"timesteps {steps[:8]}... are not strictly descending.")
+        raise ValueError(f"timesteps {brief(steps)} are not strictly descending.")
     if steps[-1] < 0 or (num_timesteps is not None and steps[0] >= num_timesteps):
         bound = "T - 1" if num_timesteps is None else num_timesteps - 1
-        raise ValueError(f"timesteps run from {steps[0]} to {steps[-1]}: wanted {bound} to 0.")
+        first, last = brief(steps[0]), brief(steps[-1])
+        raise ValueError(f"timesteps run from {first} to {last}: wanted {bound} to 0.")
     return steps
 
 
@@ -385,31 +392,42 @@ def read_grid(path: Path) -> GridFile:
         OSError: It cannot be read.
     """
     try:
-        facts = json.loads(path.expanduser().read_text(encoding="utf-8"))
+        facts = json.loads(_read_small(path.expanduser()))
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{path}: there is no such file, seen from {Path.cwd()}."
         ) from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON: {error}.") from error
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise ValueError(f"{path} is not JSON: {reason}.") from error
     if not isinstance(facts, dict) or not isinstance(facts.get("timesteps"), list):
         raise ValueError(f'{path} holds no grid: wanted {{"timesteps": [999, ...]}}.')
     settings = facts.get("schedule")
     if not isinstance(settings, dict | None):
-        raise ValueError(f"{path}: schedule is {settings!r:.80}: wanted settings by name.")
+        raise ValueError(f"{path}: schedule is {brief(settings)}: wanted settings by name.")
     sampler = facts.get("sampler")
     if not isinstance(sampler, str | None):
-        raise ValueError(f"{path}: sampler is {sampler!r:.80}: wanted a name.")
+        raise ValueError(f"{path}: sampler is {brief(sampler)}: wanted a name.")
     try:
         return GridFile(check_timesteps(facts["timesteps"]), settings, sampler)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
+def _read_small(path: Path) -> bytes:
+    if path.exists() and not path.is_file():
+        raise ValueError("it is not a regular file")
+    with path.open("rb") as file:
+        data = file.read(_MAX_GRID_FILE + 1)
+    if len(data) > _MAX_GRID_FILE:
+        raise ValueError(f"it has over {_MAX_GRID_FILE} bytes")
+    return data
+
+
 def _grid_of_file(path: Path, S: int, T: int, schedule: NoiseSchedule | None) -> Tensor:
     steps, settings, _ = read_grid(path)
     if steps[0] >= T:
-        raise ValueError(f"{path}: timesteps run from {steps[0]}: wanted {T - 1} to 0.")
+        raise ValueError(f"{path}: timesteps run from {brief(steps[0])}: wanted {T - 1} to 0.")
     if len(steps) != S:
         raise ValueError(
             f"{path} is a grid of {len(steps)} steps: wanted {S}. Set num_steps={len(steps)}, or "
@@ -419,11 +437,11 @@ def _grid_of_file(path: Path, S: int, T: int, schedule: NoiseSchedule | None) ->
         count = settings.get("num_timesteps", 1000)
         if count != T:  # and that may be too many to build
             raise ValueError(
-                f"{path} is a grid for a schedule of {count!r:.80} timesteps, not {T}."
+                f"{path} is a grid for a schedule of {brief(count)} timesteps, not {T}."
             )
         try:
-            its = NoiseSchedule(**settings)
-        except (TypeError, ValueError) as error:
+            its = NoiseSchedule.from_settings(settings)
+        except ValueError as error:
             raise ValueError(f"{path}: schedule: {error}") from error
         if its != (schedule or NoiseSchedule(num_timesteps=T)):
             raise ValueError(f"{path} is a grid for {its}: optimise one for this schedule.")
@@ -495,7 +513,7 @@ def _grid(steps: Iterable[int]) -> Tensor:
 def _check_counts(num_steps: int, num_timesteps: int) -> tuple[int, int]:
     for name, count in (("num_steps", num_steps), ("num_timesteps", num_timesteps)):
         if isinstance(count, bool) or not isinstance(count, int):
-            raise ValueError(f"{name}={count!r}: wanted an int.")
+            raise ValueError(f"{name}={brief(count)}: wanted an int.")
     if not 1 <= num_steps <= num_timesteps:
         raise ValueError(
             f"num_steps={num_steps}: wanted 1 to {num_timesteps}, the number of training timesteps."

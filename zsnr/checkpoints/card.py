@@ -40,7 +40,7 @@ def model_card(name: str, facts: Mapping[str, Any]) -> str:
             `caption_dropout`, `offset_noise`, `versions`, `zsnr_version`. What is missing is
             called not recorded.
     """
-    schedule = NoiseSchedule(**facts["schedule"])
+    schedule = NoiseSchedule.from_settings(facts["schedule"])
     fixed = float(schedule.snr[-1]) == 0
     parts = [
         _front_matter(name, facts, fixed),

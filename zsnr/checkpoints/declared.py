@@ -16,7 +16,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 
 from zsnr.prediction import PredictionType
-from zsnr.schedule import NoiseSchedule
+from zsnr.schedule import MAX_TIMESTEPS, NoiseSchedule
 from zsnr.untrusted import shown
 
 # How a class makes its grid of S timesteps:
@@ -26,8 +26,6 @@ from zsnr.untrusted import shown
 # repeated    integers, some of them twice (PNDM)
 # distilled   a choice of the timesteps a distilled model knows; timestep_spacing is not read
 GridKind = Literal["whole", "fractional", "one_more", "repeated", "distilled"]
-
-MAX_TIMESTEPS = 100_000
 
 _WARPS = (
     "use_karras_sigmas",

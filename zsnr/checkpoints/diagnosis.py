@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from zsnr.prediction import PredictionType
 from zsnr.schedule import NoiseSchedule
-from zsnr.untrusted import clipped
+from zsnr.untrusted import clipped, printable
 
 Verdict = Literal["fixed", "flawed", "inconsistent", "unreadable"]
 
@@ -64,7 +64,7 @@ class Diagnosis:
         for title, texts in (("warnings", self.warnings), ("what to change", self.changes)):
             if texts:
                 lines += ["", title, *(f"  - {text}" for text in texts)]
-        return "\n".join(lines)
+        return printable("\n".join(lines))
 
 
 def judge(

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from zsnr.checkpoints.declared import (
-    MAX_TIMESTEPS,
     Declared,
     declare,
     first_timestep,
@@ -27,7 +26,7 @@ from zsnr.loss import LossWeighting
 from zsnr.prediction import PredictionType
 from zsnr.samplers import get_sampler, recommend_sampling
 from zsnr.samplers.recommend import AUTO, resolve_sampling
-from zsnr.schedule import NoiseSchedule
+from zsnr.schedule import MAX_TIMESTEPS, NoiseSchedule
 from zsnr.timesteps import check_timesteps, get_timesteps, is_grid_file
 from zsnr.untrusted import clipped, read_json, read_yaml, shown
 
@@ -628,12 +627,6 @@ def _examine_own(
 def _built(path: Path, name: str, cls: type[Any], settings: Any) -> Any:
     """Build a frozen dataclass of the paper's floor from what a file says."""
     options = _block(path, name, _init_args(settings))
-    T, table = options.get("num_timesteps"), options.get("alphas_cumprod_table")
-    too_long = isinstance(table, list) and len(table) > MAX_TIMESTEPS
-    if too_long or (isinstance(T, int) and T > MAX_TIMESTEPS):
-        raise ValueError(f"{path}: {name} has over {MAX_TIMESTEPS} timesteps.")
-    if table is not None and not isinstance(table, list):
-        raise ValueError(f"{path}: {name}.alphas_cumprod_table is {shown(table)}: wanted a list.")
     plain = (str, int, float, bool, type(None))
     for key, value in options.items():
         if key != "alphas_cumprod_table" and not isinstance(value, plain):

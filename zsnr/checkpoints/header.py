@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as brief
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zsnr.schedule import NoiseSchedule
-from zsnr.untrusted import clipped, open_regular, parse_json
+from zsnr.schedule import MAX_TIMESTEPS, NoiseSchedule
+from zsnr.untrusted import open_regular, parse_object, shown
 
 MAX_HEADER = 100_000_000  # bytes; the format's own bound
 _MAX_DIMENSIONS = 64
-_MOST_TIMESTEPS = 100_000
 
 _BITS = {
     **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6},
@@ -93,7 +93,7 @@ def read_header(path: str | Path) -> Header:
         data = file.read(length)
     if len(data) < length or not data.startswith(b"{"):
         raise ValueError(f"{path} is no safetensors file: no header stands at its start.")
-    entries = parse_json(data, f"The header of {path}", strict=True)
+    entries = parse_object(data, f"The header of {path}", strict=True)
     metadata = _metadata(path, entries.pop("__metadata__", {}))
     try:
         tensors = {name: _facts(name, entry, 8 + length) for name, entry in entries.items()}
@@ -136,7 +136,7 @@ def read_schedule(path: str | Path, header: Header) -> NoiseSchedule | None:
     facts = header.tensors.get("alphas_cumprod")
     if facts is None or facts.dtype not in ("F16", "BF16", "F32", "F64"):
         return None
-    if len(facts.shape) != 1 or not 2 <= facts.shape[0] <= _MOST_TIMESTEPS:
+    if len(facts.shape) != 1 or not 2 <= facts.shape[0] <= MAX_TIMESTEPS:
         return None
     table = read_tensor(path, header, "alphas_cumprod").double()
     try:
@@ -152,21 +152,21 @@ def _metadata(path: Path, entry: Any) -> dict[str, str]:
 
 
 def _facts(name: str, entry: Any, base: int) -> TensorFacts:
-    what = clipped(repr(name))
+    what = shown(name)
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{what} is not described by dtype, shape and data_offsets.")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _BITS:
-        raise ValueError(f"{what} has the unknown dtype {clipped(repr(dtype))}.")
+        raise ValueError(f"{what} has the unknown dtype {shown(dtype)}.")
     if not _is_sizes(shape) or len(shape) > _MAX_DIMENSIONS:
-        raise ValueError(f"{what} has the shape {clipped(repr(shape))}.")
+        raise ValueError(f"{what} has the shape {brief(shape)}.")
     if not _is_sizes(offsets) or len(offsets) != 2:
-        raise ValueError(f"{what} has the data_offsets {clipped(repr(offsets))}.")
+        raise ValueError(f"{what} has the data_offsets {brief(offsets)}.")
     start, end = offsets
     bits = math.prod(shape) * _BITS[dtype]
     if bits != 8 * (end - start):
         takes = f"{bits / 8:g}" if bits < 2**64 else "far more"
-        size = clipped(repr(shape))
+        size = brief(shape)
         raise ValueError(
             f"{what} has {end - start} bytes, but {dtype} of shape {size} takes {takes}."
         )
@@ -184,7 +184,7 @@ def _check_places(tensors: dict[str, TensorFacts], base: int, size: int) -> None
     for name, facts in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
         if facts.start != place:
             wrong = "overlaps the one before it" if facts.start < place else "leaves a hole"
-            raise ValueError(f"{clipped(repr(name))} {wrong}, at byte {facts.start}.")
+            raise ValueError(f"{shown(name)} {wrong}, at byte {facts.start}.")
         place = facts.end
     if place != size:
         wrong = "runs out of the file" if place > size else "leaves bytes behind it"

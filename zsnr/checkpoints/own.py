@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import torch
 from torch import Tensor, nn
 
 from zsnr.checkpoints import sharded
@@ -15,10 +17,12 @@ from zsnr.conditioning import Conditioner
 from zsnr.described import build, describe
 from zsnr.lora import moved
 from zsnr.networks import UNet
+from zsnr.prediction import PredictionType
 from zsnr.schedule import NoiseSchedule
-from zsnr.untrusted import open_archive
+from zsnr.untrusted import open_archive, shown
 
 KEY = "zsnr"
+MAX_IMAGE_SIZE = 2**16  # pixels
 
 
 def describe_model(model: Model) -> dict[str, Any]:
@@ -97,6 +101,7 @@ def read_checkpoint(
     path = Path(path)
     checkpoint = open_checkpoint(path)
     description = checkpoint[KEY]
+    schedule = _check_description(path, description)
     if base is not None:
         description = {**description, "unet": moved(description["unet"], base)}
     prefix, weights = _weights(path, checkpoint, ema)
@@ -105,11 +110,13 @@ def read_checkpoint(
             f"{path} has no averaged weights beside the raw ones, between which guidance against "
             "'raw' is. Use guidance against 'negative', or train with model.ema."
         )
+    _check_fits(path, description["unet"], UNet, weights, f"{prefix}.unet.")
+    _check_fits(path, description["conditioner"], Conditioner, weights, f"{prefix}.conditioner.")
     model = Model(
         codec=build(description["codec"], LatentCodec),  # type: ignore[type-abstract]
         conditioner=build(description["conditioner"], Conditioner),  # type: ignore[type-abstract]
         unet=build(description["unet"], UNet),
-        schedule=NoiseSchedule(**description["schedule"]),
+        schedule=schedule,
         prediction_type=description["prediction_type"],
         image_size=description["image_size"],
     )
@@ -121,6 +128,49 @@ def read_checkpoint(
     raw, (prefix, weights) = build(description["unet"], UNet), _weights(path, checkpoint, ema=False)
     _load(raw, weights, f"{prefix}.unet.", path)
     return replace(model, raw_unet=raw)
+
+
+def _check_description(path: Path, description: Mapping[str, Any]) -> NoiseSchedule:
+    """Return the schedule; see that prediction type and image size are some.
+
+    Raises:
+        ValueError: The file says something else.
+    """
+    kind, size = description["prediction_type"], description["image_size"]
+    if kind not in get_args(PredictionType):
+        known = ", ".join(map(repr, get_args(PredictionType)))
+        raise ValueError(f"{path}: prediction_type={shown(kind)} is unknown. Known: {known}.")
+    if type(size) is not int or not 1 <= size <= MAX_IMAGE_SIZE:
+        raise ValueError(f"{path}: image_size={shown(size)}: wanted 1 to {MAX_IMAGE_SIZE} pixels.")
+    try:
+        return NoiseSchedule.from_settings(description["schedule"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _check_fits(
+    path: Path,
+    description: Any,
+    base: type[nn.Module],
+    weights: Mapping[str, Tensor],
+    prefix: str,
+) -> None:
+    """Refuse a network that the checkpoint's weights cannot fill, before it takes memory.
+
+    Raises:
+        ValueError: It is larger than they are.
+    """
+    settings = description.get("init_args") if isinstance(description, Mapping) else None
+    if not isinstance(settings, Mapping) or not isinstance(settings.get("config"), Mapping):
+        return  # its size is that of a pretrained network, or it has none
+    held = sum(w.numel() for name, w in weights.items() if name.startswith(prefix))
+    with torch.device("meta"):
+        needed = sum(weight.numel() for weight in build(description, base).parameters())
+    if needed > held:
+        raise ValueError(
+            f"{path} has {held} weights in {prefix}*, and describes a network of {needed}: it is "
+            "damaged."
+        )
 
 
 def _weights(path: Path, checkpoint: dict[str, Any], ema: bool) -> tuple[str, dict[str, Tensor]]:

@@ -7,49 +7,32 @@ plain values, and any number of ranks reads what any other number wrote.
 
 from __future__ import annotations
 
+import io
 import os
-import pickle
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from zsnr.checkpoints.shard_index import INDEX, read_index
 from zsnr.files import replacing
 from zsnr.locks import unfinished
-from zsnr.untrusted import open_archive
+from zsnr.untrusted import check_archive, open_archive
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import Metadata
 
 REST = "meta.pt"
-_INDEX = ".metadata"
-# What the index of a folder is made of; nothing else is unpickled.
-_HARMLESS = {
-    ("pathlib", "PosixPath"),
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    *(
-        ("torch.distributed.checkpoint.metadata", name)
-        for name in (
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorProperties",
-            "TensorStorageMetadata",
-            "_MEM_FORMAT_ENCODING",
-        )
-    ),
-}
 
 
 def is_sharded(path: str | Path) -> bool:
     """Whether a path is a folder that `write_sharded` made."""
-    return (Path(path) / _INDEX).is_file() and (Path(path) / REST).is_file()
+    return (Path(path) / INDEX).is_file() and (Path(path) / REST).is_file()
 
 
 def write_sharded(checkpoint: dict[str, Any], folder: Path) -> None:
@@ -79,7 +62,7 @@ def write_sharded(checkpoint: dict[str, Any], folder: Path) -> None:
         part.mkdir(parents=True)
 
     def complete() -> None:
-        files = {info.relative_path for info in _read_index(part).storage_data.values()}
+        files = {info.relative_path for info in read_index(part).storage_data.values()}
         lost = sorted(name for name in files if not (part / name).is_file())
         if lost:
             raise OSError(
@@ -133,14 +116,7 @@ def check(folder: str | Path) -> None:
     Raises:
         ValueError: It is damaged.
     """
-    ends: dict[str, int] = {}
-    for info in _read_index(Path(folder)).storage_data.values():
-        ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
-    for name, end in ends.items():
-        file = Path(folder) / name
-        size = file.stat().st_size if file.is_file() else 0
-        if size < end:
-            raise ValueError(f"{folder} is damaged: {name} has {size} of {end} bytes.")
+    _checked_index(Path(folder))
 
 
 def read_rest(folder: str | Path) -> dict[str, Any]:
@@ -162,13 +138,13 @@ def read_tensors(folder: str | Path, prefix: str = "") -> dict[str, Tensor]:
     Raises:
         ValueError: It is damaged.
     """
-    index = _read_index(Path(folder))
+    index = _checked_index(Path(folder))
     tensors = {
         name: torch.empty(facts.size, dtype=facts.properties.dtype)
         for name, facts in index.state_dict_metadata.items()
         if name.startswith(prefix)
     }
-    _fill(tensors, Path(folder), alone=True)
+    _fill(tensors, Path(folder), index, alone=True)
     return tensors
 
 
@@ -215,7 +191,7 @@ def restore(
     own = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     optimizers = list(optimizers)
     if is_sharded(path):
-        rest, index = read_rest(path), _read_index(path)
+        rest, index = read_rest(path), _checked_index(path)
         saved = {name: facts.size for name, facts in index.state_dict_metadata.items()}
         weights = {name for name in saved if name.startswith("state_dict/")}
         _check_names(path, own, {name.removeprefix("state_dict/") for name in weights})
@@ -225,7 +201,7 @@ def restore(
             for name, size in saved.items()
             if optimizers and name not in weights
         }
-        _fill({**targets, **states}, path)
+        _fill({**targets, **states}, path, index)
         full = _merge(rest, states)
     else:
         full = open_archive(path)
@@ -314,7 +290,23 @@ def _sharded_as(full: Tensor, like: Tensor) -> Tensor:
     )
 
 
-def _fill(tensors: dict[str, Tensor], folder: Path, alone: bool = False) -> None:
+def _checked_index(folder: Path) -> Metadata:
+    """Read the index, and see that the files are as long as it says."""
+    index = read_index(folder)
+    ends: dict[str, int] = {}
+    for info in index.storage_data.values():
+        ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+    for name, end in ends.items():
+        file = folder / name
+        size = file.stat().st_size if file.is_file() else 0
+        if size < end:
+            raise ValueError(f"{folder} is damaged: {name} has {size} of {end} bytes.")
+    return index
+
+
+def _fill(
+    tensors: dict[str, Tensor], folder: Path, index: Metadata, *, alone: bool = False
+) -> None:
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
     from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -322,7 +314,14 @@ def _fill(tensors: dict[str, Tensor], folder: Path, alone: bool = False) -> None
 
     class Reader(FileSystemReader):
         def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
-            return _read_index(folder)
+            return index
+
+        def _slice_file(self, file: Any, sinfo: Any) -> Any:
+            file.seek(sinfo.offset)
+            part = io.BytesIO(file.read(sinfo.length))
+            check_archive(part, sinfo.length, f"{sinfo.relative_path} at {sinfo.offset}")
+            part.seek(0)
+            return part
 
     try:
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -339,39 +338,6 @@ def _fill(tensors: dict[str, Tensor], folder: Path, alone: bool = False) -> None
 def _reason(error: Any) -> str:
     """Say what went wrong on the first rank that has met it."""
     return str(next(iter(error.failures.values()))[0])
-
-
-def _read_index(folder: Path) -> Any:
-    """Read which file holds what, without unpickling anything else.
-
-    Raises:
-        ValueError: It is damaged, or holds other things.
-    """
-
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module: str, name: str) -> Any:
-            found = None
-            if module == "torch":  # dtypes
-                found = getattr(torch, name, None)
-            if (module, name) in _HARMLESS or isinstance(found, torch.dtype):
-                return super().find_class(module, name)
-            raise pickle.UnpicklingError(f"{module}.{name} has no business in it")
-
-    path = folder / _INDEX
-    try:
-        with open(path, "rb") as file:
-            index = Unpickler(file).load()
-        facts = index.state_dict_metadata.values()
-        names = {info.relative_path for info in index.storage_data.values()}
-        if any(Path(name).name != name for name in names):
-            raise ValueError("it names files outside of the folder")
-        if not all(hasattr(fact, "properties") for fact in facts):
-            raise ValueError("it holds more than tensors")
-    except Exception as error:  # a pickle may fail in any way
-        raise ValueError(f"{path} is not the index of a sharded checkpoint: {error}") from error
-    if index.storage_meta is not None:
-        index.storage_meta.load_id = None
-    return index
 
 
 def _check_names(path: Path, own: Mapping[str, Tensor], saved: set[str]) -> None:

@@ -40,6 +40,7 @@ from zsnr.networks import UNet
 from zsnr.prediction import PredictionType
 from zsnr.pretrained import Precision, cast_weight, check_precision
 from zsnr.schedule import NoiseSchedule
+from zsnr.untrusted import shown
 
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _IMPLEMENTATIONS: dict[Family, str] = {
@@ -116,7 +117,7 @@ def write_single_file(
     check_precision(dtype)
     for name, text in (metadata or {}).items():
         if not isinstance(name, str) or not isinstance(text, str):
-            raise ValueError(f"metadata {name!r}: {text!r:.80}: wanted texts only.")
+            raise ValueError(f"metadata {name!r}: {shown(text)}: wanted texts only.")
     family, parts, tokenizers = _parts(model)
     own = _is_own_size(family, parts, tokenizers)
     facts = {
@@ -250,7 +251,7 @@ def _image_size(file: LdmFile, prediction_type: PredictionType, factor: int) -> 
         usual = {"v1": 512, "v2": 768 if large_v2 else 512, "xl": 1024}[file.family]
         size = int(square[1]) if square else usual
     if type(size) is not int or not 0 < size <= 1 << 14 or size % factor:
-        raise ValueError(f"{file.path} says its images have {size!r:.80} pixels a side.")
+        raise ValueError(f"{file.path} says its images have {shown(size)} pixels a side.")
     return size
 
 

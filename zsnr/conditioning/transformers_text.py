@@ -18,7 +18,14 @@ from zsnr.conditioning.tokenizers import (
 )
 from zsnr.denoiser import Conditioning
 from zsnr.ldm_file import default_part
-from zsnr.pretrained import digest, find_weights, load_pretrained, load_whole, read_config
+from zsnr.pretrained import (
+    check_depth,
+    digest,
+    find_weights,
+    load_pretrained,
+    load_whole,
+    read_config,
+)
 
 
 class TransformersConditioner(Conditioner):
@@ -152,6 +159,7 @@ class TransformersConditioner(Conditioner):
 def _new_encoder(config: dict[str, Any], vocabulary: int, max_length: int) -> nn.Module:
     from transformers import AutoConfig, AutoModel, T5EncoderModel
 
+    check_depth(config)
     settings = dict(config)
     model_type = settings.pop("model_type", None)
     if model_type is None:

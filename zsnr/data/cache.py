@@ -33,7 +33,7 @@ from zsnr.data.sources import CACHE, Shard, Sources, as_sources, is_cache
 from zsnr.data.storage import Storage
 from zsnr.denoiser import Conditioning
 from zsnr.files import replacing
-from zsnr.locks import Lock, remove_leftovers
+from zsnr.locks import remove_leftovers
 
 if TYPE_CHECKING:
     import pyarrow as pa

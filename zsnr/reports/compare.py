@@ -348,7 +348,7 @@ def check_models(arm: Arm) -> None:
             check_raw_beside(path)
         if path.endswith(".ckpt"):
             said = open_checkpoint(Path(path).expanduser())[KEY]
-            declared = NoiseSchedule(**said["schedule"])
+            declared = NoiseSchedule.from_settings(said["schedule"])
             schedule = arm.schedule_of(declared)
             check_prediction_type(said["prediction_type"], schedule)
             first = first or schedule

@@ -70,7 +70,9 @@ def draw_schedule(target: str, num_steps: int, output: Path) -> None:
     """
     _check_png(output)
     if target.endswith(".ckpt"):
-        schedule = NoiseSchedule(**open_checkpoint(Path(target).expanduser())[KEY]["schedule"])
+        schedule = NoiseSchedule.from_settings(
+            open_checkpoint(Path(target).expanduser())[KEY]["schedule"]
+        )
     else:
         schedule = find_schedule(target)
     plot_schedule(schedule_facts(schedule, num_steps, SPACINGS), output)

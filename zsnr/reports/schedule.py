@@ -34,7 +34,7 @@ def find_schedule(target: str, *, open_pickle: bool = False) -> NoiseSchedule:
     if "schedule" not in found.facts:
         known = ", ".join(get_args(BetaKind))
         raise ValueError(f"{found.reason} Known kinds: {known}.")
-    return NoiseSchedule(**found.facts["schedule"])
+    return NoiseSchedule.from_settings(found.facts["schedule"])
 
 
 def schedule_facts(

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from zsnr.checkpoints.own import MAX_IMAGE_SIZE
 from zsnr.data.buckets import AspectBuckets
 from zsnr.data.cache import (
     Cache,
@@ -39,6 +40,7 @@ from zsnr.data.stream import StreamDataset
 from zsnr.files import side_file
 from zsnr.noise import derive_seed
 from zsnr.training.resuming import changes, flat
+from zsnr.untrusted import shown
 
 _INDEX_AT_MOST = 100  # shards behind an address that training indexes by itself
 
@@ -114,8 +116,9 @@ class DataModule(L.LightningDataModule):
             "predict_batch_size": predict_batch_size,
         }
         for name, value in at_least_1.items():
-            if value < 1:
-                raise ValueError(f"data.{name}={value}: wanted at least 1.")
+            most = MAX_IMAGE_SIZE if name == "image_size" else 2**31
+            if not 1 <= value <= most:
+                raise ValueError(f"data.{name}={shown(value)}: wanted at least 1, at most {most}.")
         if num_workers < 0:
             raise ValueError(f"data.num_workers={num_workers}: wanted 0 or more.")
         if not 0 <= error_budget <= 1:

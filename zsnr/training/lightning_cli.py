@@ -35,6 +35,7 @@ from zsnr.schedule import NoiseSchedule
 from zsnr.training.board import TrainingBoard
 from zsnr.training.callbacks import PredictionWriter
 from zsnr.training.checkpointing import CheckpointFiles, Checkpoints, find_last
+from zsnr.training.configs import check_configs, read_safely
 from zsnr.training.data import DataModule, check_shards, read_requests
 from zsnr.training.facts import public_config
 from zsnr.training.image_metrics import ImageMetrics, check_files
@@ -124,6 +125,9 @@ class ZsnrCLI(LightningCLI):
         parser.link_arguments("data.image_size", "model.image_size")
         parser.link_arguments("data.seed", "model.seed")
         parser.set_defaults(DEFAULTS)
+
+    def _parse_ckpt_path(self) -> None:
+        """Let no checkpoint's hyper_parameters name classes that the config does not."""
 
     def instantiate_classes(self) -> None:
         try:
@@ -305,13 +309,8 @@ def run(arguments: Sequence[str]) -> None:
         ValueError: The command line or a YAML is wrong; one line.
         SystemExit: A signal has stopped training before its end; the code is 143.
     """
-    _quieten()
+    _prepare(arguments)
     listen(signal.SIGUSR1)
-    for i, argument in enumerate(arguments):
-        name, equals, value = argument.partition("=")
-        path = value if equals else "".join(arguments[i + 1 : i + 2])
-        if name == "--ckpt_path" and path != "last":
-            open_checkpoint(path)  # LightningCLI reads it before anything of ours can look at it
     # argv[0] stays: Lightning's launcher starts the other ranks with it.
     sys.argv[1:] = expand_short_options(arguments)
     try:
@@ -345,7 +344,7 @@ def parse_fit(arguments: Sequence[str]) -> Any:
     Raises:
         ValueError: Something in them is wrong; one line.
     """
-    _quieten()
+    _prepare(arguments)
     try:
         cli = _ParseOnly(
             LatentDiffusion,
@@ -359,6 +358,13 @@ def parse_fit(arguments: Sequence[str]) -> Any:
     except ArgumentError as error:
         raise ValueError(short_message(str(error))) from error
     return cli.config
+
+
+def _prepare(arguments: Sequence[str]) -> None:
+    """Look at what a config says, before jsonargparse and Lightning do."""
+    _quieten()
+    read_safely()
+    check_configs(arguments, _GROUPS, [*_BASES.values()])
 
 
 def _quieten() -> None:
@@ -397,6 +403,17 @@ def short_message(message: str) -> str:
     return line
 
 
+_GROUPS: dict[str, Any] = {
+    "model": LatentDiffusion,
+    "data": DataModule,
+    "trainer": Trainer,
+    "output": PredictionWriter,
+    "checkpoint": Checkpoints,
+    "metrics": ImageMetrics,
+    "board": TrainingBoard,
+    "watchdog": Watchdog,
+    "preemption": Preemption,
+}
 _BASES: dict[str, type[Any]] = {
     "codec": LatentCodec,
     "conditioner": Conditioner,
@@ -407,12 +424,7 @@ _BASES: dict[str, type[Any]] = {
 def _option_names() -> list[str]:
     """List the settings of model, data and trainer, down to the fields of dataclasses."""
     names: list[str] = []
-    for group, cls in (
-        ("model", LatentDiffusion),
-        ("data", DataModule),
-        ("trainer", Trainer),
-        ("metrics", ImageMetrics),
-    ):
+    for group, cls in _GROUPS.items():
         for name, parameter in inspect.signature(cls).parameters.items():
             names.append(f"{group}.{name}")
             default = parameter.default

@@ -1,0 +1,240 @@
+"""Files that mean harm: nothing in them is run, and the process stays as it was."""
+
+import os
+import pathlib
+import pickle
+import shutil
+import struct
+import zipfile
+
+import pytest
+import torch
+
+from zsnr.checkpoints import sharded
+from zsnr.checkpoints.shard_index import read_index
+from zsnr.pickled import read_inert
+from zsnr.untrusted import open_archive
+
+META = "torch.distributed.checkpoint.metadata"
+
+
+def text(value):
+    data = value.encode()
+    return b"X" + struct.pack("<I", len(data)) + data
+
+
+def named(module, name):
+    """Return the opcodes that push a class."""
+    return text(module) + text(name) + b"\x93"
+
+
+def pickled(*codes):
+    return b"\x80\x04" + b"".join(codes) + b"."
+
+
+def index(tmp_path, data):
+    (tmp_path / ".metadata").write_bytes(data)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "a.ckpt"
+    checkpoint = {
+        "state_dict": {
+            "trained.unet.a": torch.arange(12.0).view(3, 4),
+            "trained.unet.b": torch.ones(2, dtype=torch.bfloat16),
+            "trained.unet.c": torch.tensor(3),
+        },
+        "optimizer_states": [{"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": []}],
+        "zsnr": {},
+    }
+    sharded.write_sharded(checkpoint, folder)
+    return folder
+
+
+def test_a_whole_index_gives_the_tensors_that_were_written(shards):
+    full = sharded.consolidate(shards)
+    assert full["state_dict"]["trained.unet.a"].equal(torch.arange(12.0).view(3, 4))
+    assert full["state_dict"]["trained.unet.b"].dtype == torch.bfloat16
+    assert full["state_dict"]["trained.unet.c"].dtype == torch.int64
+    assert full["optimizer_states"][0]["state"][0]["step"] == 1
+
+
+def state_of(cls):
+    return {name: value for name, value in vars(cls).items() if not name.startswith("_abc")}
+
+
+HOSTILE = {
+    # {"exists": ...} is set on the class itself where a class may be built upon
+    "build on a class": pickled(
+        *(named("pathlib", "PosixPath"), b"N}(", text("exists"), text("x"), b"u\x86b")
+    ),
+    "build on a class's dict": pickled(
+        named("pathlib", "PosixPath"), b"}(", text("__fspath__"), text("x"), b"ub"
+    ),
+    "build on torch's class": pickled(
+        named(META, "Metadata"), b"N}(", text("__init__"), text("x"), b"u\x86b"
+    ),
+    "build on a module": pickled(
+        named("torch", "distributed"), b"N}(", text("is_initialized"), text("x"), b"u\x86b"
+    ),
+    "build twice": pickled(named(META, "Metadata"), b")\x81}b}b"),
+    "setstate": pickled(
+        named(META, "TensorProperties"), b")\x81", named("os", "system"), b"b0" + b"N"
+    ),
+    "reduce": pickle.dumps(type("Harm", (), {"__reduce__": lambda _: (os.mkdir, ("harm",))})()),
+    "nested name": pickled(named("pathlib", "Path.home"), b")R"),
+    "module by path": pickled(named("os.path", "os.system"), text("touch harm"), b"\x85R"),
+    "memo trick": pickled(named("torch", "Size"), b"\x940h\x00}b"),
+    "memo hole": pickled(b"Nr\xff\xff\xff\xff"),
+    "memo that is not there": pickled(b"j\xff\xff\xff\xff"),
+    "extension": pickled(b"\x82\x01"),
+    "persistent id": b"\x80\x02P1\n.",
+    "buffers": b"\x80\x05\x97.",
+    "huge bytes": pickled(b"\x8e" + struct.pack("<Q", 2**62)),
+    "huge byte array": b"\x80\x05\x96" + struct.pack("<Q", 2**40) + b".",
+    "huge long": pickled(b"\x8b" + struct.pack("<i", 2**31 - 1)),
+    "deep key": pickled(b"}(", b")" + b"\x85" * 300_000, b"Nu"),
+    "nested list": pickled(b"]" * 100_000 + b"a" * 99_999),
+    "instance": b"\x80\x02(ios\nsystem\n.",
+    "new object of text": pickled(text("a"), b")\x81"),
+    "no stop": b"\x80\x04N",
+    "empty": b"",
+    "other object": pickled(b"K\x01"),
+    "endless": pickled(b"N0" * 3_000_000),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_refused_index_changes_nothing_in_the_process(tmp_path, monkeypatch, kind):
+    from torch.distributed.checkpoint import filesystem, metadata
+
+    monkeypatch.chdir(tmp_path)
+    classes = (pathlib.PosixPath, pathlib.Path, metadata.Metadata, metadata.TensorProperties)
+    classes += (filesystem._StorageInfo, torch.Size)
+    before = [state_of(cls) for cls in classes]
+    started, home = torch.distributed.is_initialized, os.fspath(tmp_path)
+    folder = index(tmp_path, HOSTILE[kind])
+    with pytest.raises(ValueError, match="is not the index|is empty|has 6000003 bytes"):
+        read_index(folder)
+    assert [state_of(cls) for cls in classes] == before
+    assert torch.distributed.is_initialized is started
+    assert os.fspath(tmp_path) == home
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".metadata"]
+
+
+def changed(shards, tmp_path, change):
+    """Write an index whose torch objects were changed before it is pickled."""
+    made = pickle.loads((shards / ".metadata").read_bytes())
+    change(made)
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(made))
+    return tmp_path
+
+
+def first(made):
+    key = next(key for key in made.storage_data if key.fqn.endswith("unet.a"))
+    return made.storage_data[key]
+
+
+def tensor(made, name="state_dict/trained.unet.a"):
+    return made.state_dict_metadata[name]
+
+
+def set_first(**values):
+    return lambda made: vars(first(made)).update(values)
+
+
+CHANGES = {
+    "outside": set_first(relative_path="../__0_0.distcp"),
+    "absolute": set_first(relative_path="/etc/passwd"),
+    "name in bytes": set_first(relative_path=b"__0_0.distcp"),
+    "path object": set_first(relative_path=pathlib.PurePosixPath("__0_0.distcp")),
+    "link": set_first(relative_path="meta.pt"),
+    "negative offset": set_first(offset=-1),
+    "float offset": set_first(offset=0.0),
+    "truth as offset": set_first(offset=True),
+    "too short": set_first(length=40),
+    "overlapping files": set_first(offset=1),
+    "huge offset": set_first(offset=2**70),
+    "packed": set_first(transform_descriptors=["zstd"]),
+    "huge tensor": lambda made: vars(tensor(made)).update(size=torch.Size([2**40, 2**22])),
+    "negative size": lambda made: vars(tensor(made)).update(size=torch.Size([-3, 4])),
+    "too many axes": lambda made: vars(tensor(made)).update(size=torch.Size([1] * 99)),
+    "other axes": lambda made: vars(tensor(made)).update(size=torch.Size([12])),
+    "no chunks": lambda made: tensor(made).chunks.clear(),
+    "chunk twice": lambda made: tensor(made).chunks.append(tensor(made).chunks[0]),
+    "part of it": lambda made: vars(tensor(made)).update(size=torch.Size([4, 4])),
+    "bytes": lambda made: made.state_dict_metadata.update({"state_dict/trained.unet.a": b""}),
+    "number as a name": lambda made: made.state_dict_metadata.update({1: tensor(made)}),
+    "no place": lambda made: made.storage_data.clear(),
+    "nothing": lambda made: vars(made).pop("storage_data"),
+    "sparse": lambda made: vars(tensor(made).properties).update(layout=torch.sparse_coo),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_an_index_that_contradicts_itself_is_refused(shards, tmp_path, kind):
+    with pytest.raises(ValueError, match="is not the index of a sharded checkpoint: "):
+        read_index(changed(shards, tmp_path, CHANGES[kind]))
+
+
+def test_tensors_that_their_files_cannot_hold_are_not_made(shards, tmp_path):
+    def grow(made):
+        vars(first(made)).update(offset=2**40, length=2**50)
+        vars(tensor(made)).update(size=torch.Size([2**40, 4]))
+        vars(tensor(made).chunks[0]).update(sizes=torch.Size([2**40, 4]))
+
+    with pytest.raises(ValueError, match=r"is damaged: __0_0.distcp has 0 of"):
+        sharded.read_tensors(changed(shards, tmp_path, grow))
+
+
+def archive(tmp_path, pickled, compression=zipfile.ZIP_STORED):
+    """Write what torch.save writes, with another pickle in it."""
+    path = tmp_path / "a.ckpt"
+    torch.save({"a": torch.ones(2)}, tmp_path / "whole.ckpt")
+    with (
+        zipfile.ZipFile(tmp_path / "whole.ckpt") as whole,
+        zipfile.ZipFile(path, "w", compression) as made,
+    ):
+        for name in whole.namelist():
+            made.writestr(name, pickled if name.endswith("data.pkl") else whole.read(name))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("codes", "message"),
+    [
+        # The hash of such a key is recursive in C, and would end the process
+        (b"}(" + b")" + b"\x85" * 10**6 + b"Nu", "keys that are neither text nor numbers"),
+        (b")" + b"\x85" * 10**6, "nested too deeply"),
+        (b"]\x94" + b"h\x00a", "holds itself"),
+        (b")\x94" + b"".join(b"h%ch%c\x86\x94" % (i, i) for i in range(60)), "stand for too many"),
+        (b"c__builtin__\nbytearray\nM\xff\xff\x85R", "makes room for any size"),
+        (b"ctorch\nTensor\nM\xff\xffM\xff\xff\x86R", "makes room for any size"),
+        (b"ctorch\nFloatStorage\nM\xff\xff\x85R", "makes room for any size"),
+        (b"ctorch\nTensor\nN}b\x86b", "not a readable checkpoint"),
+    ],
+)
+def test_archives_that_would_harm_when_unpickled_are_refused(tmp_path, codes, message):
+    with pytest.raises(ValueError, match=message):
+        open_archive(archive(tmp_path, b"\x80\x02" + codes + b"."))
+
+
+def test_shards_that_are_packed_are_not_unpacked(shards, tmp_path):
+    packed = archive(tmp_path, b"\x80\x02}.", zipfile.ZIP_DEFLATED).read_bytes()
+    made = pickle.loads((shards / ".metadata").read_bytes())
+    vars(first(made)).update(offset=10**6, length=len(packed))
+    shutil.copytree(shards, tmp_path / "c")
+    (tmp_path / "c" / ".metadata").write_bytes(pickle.dumps(made))
+    with open(tmp_path / "c" / "__0_0.distcp", "r+b") as file:
+        file.seek(10**6)
+        file.write(packed)
+    with pytest.raises(ValueError, match="is packed"):
+        sharded.read_tensors(tmp_path / "c")
+
+
+def test_what_is_read_inert_is_what_was_pickled():
+    value = {"a": [1, -1, 2**40, 1.5, None, True, False, "é"], "b": (1, (2, 3, 4, 5)), 3: {}}
+    for protocol in (2, 3, 4, 5):
+        assert read_inert(pickle.dumps(value, protocol), 0) == value

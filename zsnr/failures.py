@@ -1,0 +1,108 @@
+"""What a command says when it fails, and how strangers' text gets to the terminal."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+import warnings
+from pathlib import Path
+
+from zsnr.untrusted import clipped, printable
+
+# Libraries that fail by ValueError or RuntimeError because of a file or the environment
+_LIBRARIES = (
+    *("PIL", "fsspec", "huggingface_hub", "jsonargparse", "pyarrow", "safetensors", "yaml"),
+    *("tarfile", "zipfile", "lightning.fabric.plugins.environments"),
+    *("lightning.pytorch.trainer.connectors", "lightning.fabric.utilities.device_parser"),
+    *("lightning.pytorch.accelerators", "lightning.fabric.accelerators"),
+    *("torch.distributed.rendezvous", "torch.distributed.distributed_c10d"),
+)
+_WORLD = {"MisconfigurationException", "DistError", "DistNetworkError", "DistStoreError"}
+_NO_MEMORY = ("can't allocate memory", "out of memory", "not enough memory")
+
+
+def told(error: BaseException, command: str) -> str | None:
+    """Say an error on one line, if it is about the user's input, files or machine.
+
+    Args:
+        error: What a command raised.
+        command: Its name.
+
+    Returns:
+        The line. None = the error is a bug, whose traceback says more.
+    """
+    if isinstance(error, MemoryError) or _lacks_memory(error):
+        return f"`zsnr {command}` ran out of memory: {clipped(str(error)) or 'wanted more of it'}"
+    if isinstance(error, RecursionError):
+        return f"`zsnr {command}` met a file or a setting that is nested too deeply"
+    if isinstance(error, OSError):
+        return _os_text(error)
+    if is_ours(error) and isinstance(error, ValueError | IndexError | ImportError):
+        return _unwrapped(error)
+    if isinstance(error, UnicodeError) or _is_of_world(error):
+        return clipped(str(error) or repr(error), 500)
+    return None
+
+
+def is_ours(error: BaseException) -> bool:
+    """Whether an error was raised by this package, so that its text is meant for the user."""
+    if type(error).__module__.startswith("zsnr."):
+        return True
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
+
+
+def tame_output() -> None:
+    """Let no file's text steer the terminal, and no character of it fail to be printed."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    warnings.formatwarning = _format_warning
+    logging.setLogRecordFactory(_Record)
+
+
+class _Record(logging.LogRecord):
+    def getMessage(self) -> str:
+        return printable(super().getMessage())
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: object = None
+) -> str:
+    return printable(f"{filename}:{lineno}: {category.__name__}: {message}\n")
+
+
+def _unwrapped(error: BaseException) -> str:
+    """Give the error's text; one that a loading process raised comes with its traceback around."""
+    text, name = str(error), type(error).__name__
+    if not text.startswith(f"Caught {name} in DataLoader worker"):
+        return text
+    return text.strip().rpartition(f"{name}: ")[2]
+
+
+def _os_text(error: OSError) -> str:
+    text = _unwrapped(error)
+    if error.errno is None or error.strerror is None or text != str(error):
+        return text
+    names = [os.fsdecode(name) for name in (error.filename, error.filename2) if _is_name(name)]
+    where = " -> ".join(names)
+    return f"{where}: {error.strerror}" if where else error.strerror
+
+
+def _is_name(name: object) -> bool:
+    return isinstance(name, str | bytes | os.PathLike)
+
+
+def _lacks_memory(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and any(say in str(error) for say in _NO_MEMORY)
+
+
+def _is_of_world(error: BaseException) -> bool:
+    if {cls.__name__ for cls in type(error).__mro__} & _WORLD:
+        return True
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    module = frames[-1].f_globals.get("__name__", "") if frames else ""
+    raised = isinstance(error, ValueError | RuntimeError) or type(error).__module__ in _LIBRARIES
+    return raised and any(f"{module}.".startswith(f"{name}.") for name in _LIBRARIES)
