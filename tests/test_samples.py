@@ -365,6 +365,13 @@ def test_names_that_are_no_utf8(tmp_path, capsys):
     files = {"caf\udce9.png": RED, "caf\udce9.txt": b"latin", "a.png": RED, "a.txt": b"a"}
     path.write_bytes(members(files) + END)
     assert loaded(path) == {"caf\\udce9": "latin", "a": "a"}
+    path.rename(tmp_path / "shard\udce9.tar")
+    assert loaded(tmp_path) == {"caf\\udce9": "latin", "a": "a"}
+    other = tmp_path / "other"
+    assert command(tmp_path, "--output", other, "--ledger", tmp_path / "faults") == 0
+    (tmp_path / "shard\udcff.tar").write_bytes(b"x")
+    assert command(tmp_path, "--output", other, "--ledger", tmp_path / "faults") == 0
+    assert "shard\\udcff.tar" in capsys.readouterr().out
     folder = tmp_path / "folder"
     folder.mkdir()
     for name in (b"caf\xe9", b"fine"):

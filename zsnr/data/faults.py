@@ -128,7 +128,8 @@ def read_ledger(path: Path) -> list[Fault]:
 
 
 def _line(fault: Fault) -> str:
-    return json.dumps(asdict(fault), ensure_ascii=False) + "\n"
+    line = json.dumps(asdict(fault), ensure_ascii=False) + "\n"
+    return line.encode("utf-8", "backslashreplace").decode()  # as JSON escapes what is no UTF-8
 
 
 def _identity(fault: Fault) -> tuple[str, str, str | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from zsnr.data.captions import Captions
 from zsnr.data.faults import Fault, Ledger, summarize
-from zsnr.data.scan import FIELD, TEXTS, ShardIndex, file_state, make_index
+from zsnr.data.scan import FIELD, TEXTS, ShardIndex, as_utf8, file_state, make_index
 from zsnr.data.sources import Shard, Sources, find_shards
 from zsnr.data.storage import Retries, Storage, is_remote
 from zsnr.files import replacing
@@ -127,7 +127,7 @@ def load_index(
         [part.size for part in parts],
         _concatenate(tables),
         [fault for part in parts for fault in part.faults],
-        hashlib.blake2b("\n".join(names).encode(), digest_size=16).hexdigest(),
+        hashlib.blake2b(as_utf8("\n".join(names)).encode(), digest_size=16).hexdigest(),
     )
 
 
@@ -179,7 +179,7 @@ def write_indices(
     broken = [fault for fault in faults if fault.kind != "note"]
     if not table.num_rows:
         reason = summarize(faults) or "they are empty."
-        raise ValueError(f"No usable sample in {_counted(index.shards)}: {reason}")
+        raise ValueError(f"No usable sample in {counted(index.shards)}: {reason}")
     fields = {
         name.removeprefix(FIELD): table.num_rows - table.column(name).null_count
         for name in table.column_names
@@ -200,7 +200,7 @@ def write_indices(
         return json.dumps(facts)
     size = sum(index.sizes) / 2**20
     samples = f"{table.num_rows} sample{'s' * (table.num_rows != 1)}"
-    lines = [f"{samples} in {_counted(index.shards)}, {size:.1f} MiB"]
+    lines = [f"{samples} in {counted(index.shards)}, {size:.1f} MiB"]
     for name in ("height", "width"):
         low, middle, high = pc.quantile(table.column(name), [0, 0.5, 1]).to_pylist()
         lines.append(f"  {name}: {low:.0f} to {high:.0f} pixels, median {middle:.0f}")
@@ -219,12 +219,13 @@ def without_caption(index: Index, rows: np.ndarray, captions: Captions) -> list[
     lacking = index.table.select(["shard", "key"]).filter(rows)
     reason = captions.lacking()
     return [
-        Fault("sample", index.shards[shard].url, key, reason)
+        Fault("sample", as_utf8(index.shards[shard].url), key, reason)
         for shard, key in zip(*(column.to_pylist() for column in lacking.columns), strict=True)
     ]
 
 
-def _counted(shards: list[Shard]) -> str:
+def counted(shards: Sequence[Shard]) -> str:
+    """Say how many shards, and folders of images, there are."""
     folders = sum(shard.kind == "folder" for shard in shards)
     counts = (len(shards) - folders, "shard"), (folders, "folder")
     return " and ".join(f"{n} {what}{'s' * (n != 1)}" for n, what in counts if n) or "no shards"
@@ -237,7 +238,7 @@ def index_path(shard: Shard, folder: Path | None) -> Path | None:
     if shard.kind == "cache":
         return Path(shard.url + ".index")
     if folder is not None:
-        place = hashlib.blake2b(shard.url.encode(), digest_size=4).hexdigest()
+        place = hashlib.blake2b(as_utf8(shard.url).encode(), digest_size=4).hexdigest()
         return folder / f"{place}-{shard.name}.index"
     return None if is_remote(shard.url) else Path(shard.url + ".index")
 
@@ -254,8 +255,8 @@ def write_index(index: ShardIndex, path: Path) -> None:
         "faults": [asdict(fault) for fault in index.faults],
     }
     table = index.table.replace_schema_metadata({"zsnr": json.dumps(about)})
-    with replacing(path) as beside:
-        pq.write_table(table, beside)
+    with replacing(path) as beside, open(beside, "wb") as file:
+        pq.write_table(table, file)  # Arrow opens no name that is not UTF-8
 
 
 def read_index(path: Path) -> ShardIndex | None:
@@ -264,7 +265,8 @@ def read_index(path: Path) -> ShardIndex | None:
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(path)
+        with open(path, "rb") as file:
+            table = pq.read_table(file)
         about = json.loads(table.schema.metadata[b"zsnr"])
     except (pa.ArrowInvalid, OSError, KeyError, TypeError, ValueError):
         return None
