@@ -329,6 +329,9 @@ def test_an_index_that_cannot_be_written_is_an_error(tmp_path, capsys):
         capsys, tmp_path / "a", "--output", tmp_path / "file" / "under"
     )
     assert "cannot be written" in failed(capsys, tmp_path / "a", "--output", tmp_path / "file")
+    for place in (tmp_path / "file" / "under", tmp_path):
+        line = failed(capsys, tmp_path / "a", "--ledger", place)
+        assert f"The ledger {place} cannot be written" in line
 
 
 def test_a_full_disk_is_an_error_for_the_command_and_a_word_for_training(

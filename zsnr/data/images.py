@@ -130,7 +130,8 @@ def decode_image(
         left = w - crop_w - left
     if transposed:
         left, top, crop_w, crop_h = top, left, crop_h, crop_w
-    cost = _cost(image, stored if image.info.get("progressive") else image.size)
+    with _readable():
+        cost = _cost(image, stored if image.info.get("progressive") else image.size)
     with _UNDER_WAY.room(cost):
         with _readable():
             image.load()
@@ -238,7 +239,8 @@ def _open(data: bytes, max_pixels: int | None) -> Any:
             raise HeaderCut(*error.args) from error
         raise
     _check_pixels(image.size, max_pixels)
-    _check_levels(image)
+    with _readable():
+        _check_levels(image)
     return image
 
 
@@ -347,7 +349,7 @@ def _check_levels(image: Any) -> None:
 
     tags = getattr(image, "tag_v2", {})
     if image.mode == "F" or (image.mode == "I" and 32 in tags.get(258, ())):
-        raise ValueError("not a readable picture: wanted levels of 8 or 16 bits.")
+        raise ValueError("wanted levels of 8 or 16 bits.")
     most = _MOST_JPEG2000 if image.format == "JPEG2000" else None
     if any(tile.codec_name in Image.DECODERS for tile in image.tile):
         most = _MOST_SLOW

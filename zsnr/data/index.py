@@ -172,9 +172,13 @@ def write_indices(
     usable = Captions().usable(index.table.column(TEXTS))
     faults = index.faults + without_caption(index, ~usable, Captions()) + passing
     if ledger is not None:
-        ledger.unlink(missing_ok=True)
-        Ledger(ledger).write(faults)
-    table = index.table.filter(usable)
+        try:
+            ledger.unlink(missing_ok=True)
+            Ledger(ledger).write(faults)
+        except OSError as error:
+            reason = error.strerror or error
+            raise OSError(f"The ledger {ledger} cannot be written: {reason}.") from error
+    table = index.table if usable.all() else index.table.filter(usable)
     notes = [fault for fault in faults if fault.kind == "note"]
     broken = [fault for fault in faults if fault.kind != "note"]
     if not table.num_rows:
