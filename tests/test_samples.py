@@ -141,7 +141,7 @@ def test_null_captions_are_named_before_a_run_depends_on_them(tmp_path, capsys):
     assert command(tmp_path) == 0
     told = capsys.readouterr().out
     assert "6 samples in 1 shard" in told
-    assert "3 x sample: it has no caption: no text in txt, caption, text (first: " in told
+    assert "3 x sample: it has no caption: no text in txt, caption, text" in told
     assert command(tmp_path, "--json") == 0
     facts = json.loads(capsys.readouterr().out)
     assert (facts["samples"], facts["broken_samples"]) == (6, 3)
