@@ -596,6 +596,11 @@ def test_slow_decoders_get_no_large_image():
     data = b"P6\n2000 2000\n65535\n"
     with pytest.raises(ValueError, match="slow to read"):
         image_size(data)
+    data = bytearray(encoded(Image.new("RGB", (8, 8)), "JPEG2000"))
+    at = data.index(b"ihdr") + 4
+    data[at : at + 8] = struct.pack(">II", 8000, 8000)
+    with pytest.raises(ValueError, match="8000 x 8000 pixels: of JPEG2000 .* at most 20000000"):
+        image_size(bytes(data))
 
 
 def test_bands_are_the_whole(monkeypatch):

@@ -141,7 +141,7 @@ def test_null_captions_are_named_before_a_run_depends_on_them(tmp_path, capsys):
     assert command(tmp_path) == 0
     told = capsys.readouterr().out
     assert "6 samples in 1 shard" in told
-    assert "3 x sample: it has no caption: no text in txt, caption, text (first: " in told
+    assert "3 x sample: it has no caption: no text in txt, caption, text" in told
     assert command(tmp_path, "--json") == 0
     facts = json.loads(capsys.readouterr().out)
     assert (facts["samples"], facts["broken_samples"]) == (6, 3)
@@ -329,6 +329,9 @@ def test_an_index_that_cannot_be_written_is_an_error(tmp_path, capsys):
         capsys, tmp_path / "a", "--output", tmp_path / "file" / "under"
     )
     assert "cannot be written" in failed(capsys, tmp_path / "a", "--output", tmp_path / "file")
+    for place in (tmp_path / "file" / "under", tmp_path):
+        line = failed(capsys, tmp_path / "a", "--ledger", place)
+        assert f"The ledger {place} cannot be written" in line
 
 
 def test_a_full_disk_is_an_error_for_the_command_and_a_word_for_training(
@@ -365,6 +368,13 @@ def test_names_that_are_no_utf8(tmp_path, capsys):
     files = {"caf\udce9.png": RED, "caf\udce9.txt": b"latin", "a.png": RED, "a.txt": b"a"}
     path.write_bytes(members(files) + END)
     assert loaded(path) == {"caf\\udce9": "latin", "a": "a"}
+    path.rename(tmp_path / "shard\udce9.tar")
+    assert loaded(tmp_path) == {"caf\\udce9": "latin", "a": "a"}
+    other = tmp_path / "other"
+    assert command(tmp_path, "--output", other, "--ledger", tmp_path / "faults") == 0
+    (tmp_path / "shard\udcff.tar").write_bytes(b"x")
+    assert command(tmp_path, "--output", other, "--ledger", tmp_path / "faults") == 0
+    assert "shard\\udcff.tar" in capsys.readouterr().out
     folder = tmp_path / "folder"
     folder.mkdir()
     for name in (b"caf\xe9", b"fine"):

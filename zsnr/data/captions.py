@@ -92,7 +92,10 @@ class Captions:
 
     def lacking(self) -> str:
         """Say what a sample lacks that has no caption."""
-        return f"it has no caption: no text in {', '.join(self.fields or _USUAL)}"
+        how = "is empty or not" if self.empty == "drop" else "is not"
+        return (
+            f"it has no caption: no text in {', '.join(self.fields or _USUAL)}, or it {how} UTF-8"
+        )
 
     def _accepts(self, texts: str) -> bool:
         filled, blank = json.loads(texts)

@@ -61,7 +61,7 @@ def check_budget(
     """Refuse data of which more than a share is broken.
 
     Args:
-        faults: Those of shards and samples count, passing ones do not.
+        faults: Those of shards and samples count, passing ones and notes do not.
         samples: How many there are, or were seen.
         shards: Likewise.
         budget: The share, in [0, 1]. Ten broken samples are always free.
@@ -70,7 +70,8 @@ def check_budget(
     Raises:
         BudgetError: There are more; says which.
     """
-    lasting = {(f.kind, f.shard, f.key): f for f in faults if f.kind != "passing"}.values()
+    broken_ones = (fault for fault in faults if fault.kind in ("shard", "sample"))
+    lasting = {(f.kind, f.shard, f.key): f for f in broken_ones}.values()
     broken = sum(fault.kind == "sample" for fault in lasting)
     lost = len({fault.shard for fault in lasting if fault.kind == "shard"})
     if lost <= budget * shards and (broken <= _FREE or broken <= budget * samples):
@@ -128,7 +129,8 @@ def read_ledger(path: Path) -> list[Fault]:
 
 
 def _line(fault: Fault) -> str:
-    return json.dumps(asdict(fault), ensure_ascii=False) + "\n"
+    line = json.dumps(asdict(fault), ensure_ascii=False) + "\n"
+    return line.encode("utf-8", "backslashreplace").decode()  # as JSON escapes what is no UTF-8
 
 
 def _identity(fault: Fault) -> tuple[str, str, str | None]:

@@ -41,6 +41,7 @@ _KINDS = {  # Pillow's names of formats and modules; others are rare, or start o
 _MOST_SCANS = 300  # of a JPEG; encoders write about ten, and each passes over the whole image
 _SCANS_OF_ALL = 50  # of a JPEG of `MAX_PIXELS`
 _MOST_SLOW = 2_000_000  # pixels for a decoder written in Python, at 2 to 6 s a million
+_MOST_JPEG2000 = 20_000_000  # pixels, at 0.3 s and 12 MB a million
 _MOST_TEXT = 1 << 20  # bytes of a PNG's texts, or of its color profile, that Pillow accepts
 _MOST_PROFILE = 4 << 20  # bytes of a color profile
 _BAND = 1 << 20  # pixels that are converted at a time
@@ -129,7 +130,8 @@ def decode_image(
         left = w - crop_w - left
     if transposed:
         left, top, crop_w, crop_h = top, left, crop_h, crop_w
-    cost = _cost(image, stored if image.info.get("progressive") else image.size)
+    with _readable():
+        cost = _cost(image, stored if image.info.get("progressive") else image.size)
     with _UNDER_WAY.room(cost):
         with _readable():
             image.load()
@@ -237,7 +239,8 @@ def _open(data: bytes, max_pixels: int | None) -> Any:
             raise HeaderCut(*error.args) from error
         raise
     _check_pixels(image.size, max_pixels)
-    _check_levels(image)
+    with _readable():
+        _check_levels(image)
     return image
 
 
@@ -346,12 +349,14 @@ def _check_levels(image: Any) -> None:
 
     tags = getattr(image, "tag_v2", {})
     if image.mode == "F" or (image.mode == "I" and 32 in tags.get(258, ())):
-        raise ValueError("not a readable picture: wanted levels of 8 or 16 bits.")
-    slow = any(tile.codec_name in Image.DECODERS for tile in image.tile)
-    if slow and image.width * image.height > _MOST_SLOW:
+        raise ValueError("wanted levels of 8 or 16 bits.")
+    most = _MOST_JPEG2000 if image.format == "JPEG2000" else None
+    if any(tile.codec_name in Image.DECODERS for tile in image.tile):
+        most = _MOST_SLOW
+    if most is not None and image.width * image.height > most:
         raise ValueError(
             f"{image.width} x {image.height} pixels: of {image.format} files of this encoding, "
-            f"which is slow to read, wanted at most {_MOST_SLOW}."
+            f"which is slow to read, wanted at most {most}."
         )
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from zsnr.data.captions import Captions
 from zsnr.data.faults import Fault, Ledger, summarize
-from zsnr.data.scan import FIELD, TEXTS, ShardIndex, file_state, make_index
+from zsnr.data.scan import FIELD, TEXTS, ShardIndex, as_utf8, file_state, make_index
 from zsnr.data.sources import Shard, Sources, find_shards
 from zsnr.data.storage import Retries, Storage, is_remote
 from zsnr.files import replacing
@@ -131,7 +131,7 @@ def load_index(
         [part.size for part in parts],
         _concatenate(tables),
         [fault for part in parts for fault in part.faults],
-        hashlib.blake2b("\n".join(names).encode(), digest_size=16).hexdigest(),
+        hashlib.blake2b(as_utf8("\n".join(names)).encode(), digest_size=16).hexdigest(),
     )
 
 
@@ -178,14 +178,18 @@ def write_indices(
     usable = Captions().usable(index.table.column(TEXTS))
     faults = index.faults + without_caption(index, ~usable, Captions()) + passing
     if ledger is not None:
-        ledger.unlink(missing_ok=True)
-        Ledger(ledger).write(faults)
-    table = index.table.filter(usable)
+        try:
+            ledger.unlink(missing_ok=True)
+            Ledger(ledger).write(faults)
+        except OSError as error:
+            reason = error.strerror or error
+            raise OSError(f"The ledger {ledger} cannot be written: {reason}.") from error
+    table = index.table if usable.all() else index.table.filter(usable)
     notes = [fault for fault in faults if fault.kind == "note"]
     broken = [fault for fault in faults if fault.kind != "note"]
     if not table.num_rows:
         reason = summarize(faults) or "they are empty."
-        raise ValueError(f"No usable sample in {_counted(index.shards)}: {reason}")
+        raise ValueError(f"No usable sample in {counted(index.shards)}: {reason}")
     fields = {
         name.removeprefix(FIELD): table.num_rows - table.column(name).null_count
         for name in table.column_names
@@ -206,7 +210,7 @@ def write_indices(
         return json.dumps(facts)
     size = sum(index.sizes) / 2**20
     samples = f"{table.num_rows} sample{'s' * (table.num_rows != 1)}"
-    lines = [f"{samples} in {_counted(index.shards)}, {size:.1f} MiB"]
+    lines = [f"{samples} in {counted(index.shards)}, {size:.1f} MiB"]
     for name in ("height", "width"):
         low, middle, high = pc.quantile(table.column(name), [0, 0.5, 1]).to_pylist()
         lines.append(f"  {name}: {low:.0f} to {high:.0f} pixels, median {middle:.0f}")
@@ -235,12 +239,13 @@ def without_caption(index: Index, rows: np.ndarray, captions: Captions) -> list[
     lacking = index.table.select(["shard", "key"]).filter(rows)
     reason = captions.lacking()
     return [
-        Fault("sample", index.shards[shard].url, key, reason)
+        Fault("sample", as_utf8(index.shards[shard].url), key, reason)
         for shard, key in zip(*(column.to_pylist() for column in lacking.columns), strict=True)
     ]
 
 
-def _counted(shards: list[Shard]) -> str:
+def counted(shards: Sequence[Shard]) -> str:
+    """Say how many shards, and folders of images, there are."""
     folders = sum(shard.kind == "folder" for shard in shards)
     counts = (len(shards) - folders, "shard"), (folders, "folder")
     return " and ".join(f"{n} {what}{'s' * (n != 1)}" for n, what in counts if n) or "no shards"
@@ -253,7 +258,7 @@ def index_path(shard: Shard, folder: Path | None) -> Path | None:
     if shard.kind == "cache":
         return Path(shard.url + ".index")
     if folder is not None:
-        place = hashlib.blake2b(shard.url.encode(), digest_size=4).hexdigest()
+        place = hashlib.blake2b(as_utf8(shard.url).encode(), digest_size=4).hexdigest()
         return folder / f"{place}-{shard.name}.index"
     return None if is_remote(shard.url) else Path(shard.url + ".index")
 
@@ -270,8 +275,8 @@ def write_index(index: ShardIndex, path: Path) -> None:
         "faults": [asdict(fault) for fault in index.faults],
     }
     table = index.table.replace_schema_metadata({"zsnr": json.dumps(about)})
-    with replacing(path) as beside:
-        pq.write_table(table, beside)
+    with replacing(path) as beside, open(beside, "wb") as file:
+        pq.write_table(table, file)  # Arrow opens no name that is not UTF-8
 
 
 def read_index(path: Path) -> ShardIndex | None:
@@ -280,7 +285,8 @@ def read_index(path: Path) -> ShardIndex | None:
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(path)
+        with open(path, "rb") as file:
+            table = pq.read_table(file)
         about = json.loads(table.schema.metadata[b"zsnr"])
     except (pa.ArrowInvalid, OSError, KeyError, TypeError, ValueError):
         return None

@@ -116,18 +116,18 @@ class _Rows:
         self._notes: list[str] = []
 
     def shard_fault(self, reason: str) -> None:
-        self.faults.append(Fault("shard", _named(self.shard.url), None, reason))
+        self.faults.append(Fault("shard", as_utf8(self.shard.url), None, reason))
 
     def sample_fault(self, key: str, reason: str) -> None:
-        self.faults.append(Fault("sample", _named(self.shard.url), _named(key), reason))
+        self.faults.append(Fault("sample", as_utf8(self.shard.url), as_utf8(key), reason))
 
     def other(self, name: str) -> None:
         """Count a file that is no part of a sample."""
-        ending = _named(PurePosixPath(name).suffix.lower())
+        ending = as_utf8(PurePosixPath(name).suffix.lower())
         if ending not in self._others and len(self._others) >= _MOST_ENDINGS:
             ending = "of other endings"
         self._others[ending or "without an ending"] += 1
-        self._examples.setdefault(ending or "without an ending", _named(name)[:100])
+        self._examples.setdefault(ending or "without an ending", as_utf8(name)[:100])
 
     def note(self, text: str) -> None:
         """Say something of the shard that is no fault."""
@@ -166,7 +166,7 @@ class _Rows:
                 f"over {_MOST_FIELDS} fields of json: {self._num_left_out} values are left out, "
                 f"such as those of {', '.join(self._left_out)}, and no filter sees them"
             )
-        url = _named(self.shard.url)
+        url = as_utf8(self.shard.url)
         return self.faults + ([Fault("note", url, None, "; ".join(notes))] if notes else [])
 
     def index(self, size: int, changed: int = 0) -> ShardIndex:
@@ -503,10 +503,10 @@ def _split(name: str) -> tuple[str, str]:
     """Split a member's name into the sample's key and the suffix."""
     folder, slash, file = name.rpartition("/")
     stem, _, suffix = file.partition(".")
-    return _named(folder + slash + stem), _named(suffix.lower())
+    return as_utf8(folder + slash + stem), as_utf8(suffix.lower())
 
 
-def _named(text: str) -> str:
+def as_utf8(text: str) -> str:
     """Write bytes that are no UTF-8, which Python has as surrogates, as their codes."""
     return text.encode("utf-8", "backslashreplace").decode()
 

@@ -168,8 +168,9 @@ def _expand(item: str) -> list[str]:
         return _expand_address(item)
     path = local_path(item)
     if path.is_dir():
-        found = sorted(p for p in path.iterdir() if p.suffix.lower() == ".tar")
-        packed = sorted(p.name for p in path.iterdir() if p.name.lower().endswith(_PACKED))
+        names = sorted(name for name in os.listdir(path) if not name.startswith("."))
+        found = [path / name for name in names if name.lower().endswith(".tar")]
+        packed = [name for name in names if name.lower().endswith(_PACKED)]
         if found and packed:
             warnings.warn(
                 f"{path} holds {len(packed)} compressed shards beside others, such as {packed[0]}, "

@@ -18,7 +18,7 @@ from zsnr.data.dataset import ShardDataset
 from zsnr.data.faults import Fault, summarize
 from zsnr.data.filters import Filter
 from zsnr.data.images import to_unit_range
-from zsnr.data.index import load_index
+from zsnr.data.index import counted, load_index
 from zsnr.data.samples import Samples, select
 from zsnr.data.sources import Sources, as_sources, find_shards
 from zsnr.data.storage import Storage
@@ -143,7 +143,7 @@ def write_data_report(
         "shards": len(samples.shards),
         "kept": len(samples),
         "removed": samples.removed,
-        "faults": len(samples.faults) + len(faults),
+        "faults": sum(fault.kind != "note" for fault in samples.faults) + len(faults),
         "looked_at": len(images),
         "height": _quantiles(heights),
         "width": _quantiles(widths),
@@ -315,15 +315,20 @@ def _latent_space(
 
 
 def _counts(sources: Sources, samples: Samples, faults: Sequence[Fault]) -> str:
-    shards = f"{len(samples.shards)} shard" + "s" * (len(samples.shards) > 1)
     names = "\n".join(f"- {source.path}" for source in as_sources(sources))
-    lines = [names, "", f"{samples.total} samples in {shards}; {len(samples)} are kept."]
+    lines = [
+        names,
+        "",
+        f"{samples.total} samples in {counted(samples.shards)}; {len(samples)} are kept.",
+    ]
     if samples.removed:
         lines += ["", "| filter | removed |", "|---|---|"]
         lines += [f"| {name} | {count} |" for name, count in samples.removed.items()]
-    broken = [*samples.faults, *faults]
-    if broken:
-        lines += ["", f"Broken: {summarize(broken)}."]
+    notes = [fault for fault in samples.faults if fault.kind == "note"]
+    broken = [*(fault for fault in samples.faults if fault.kind != "note"), *faults]
+    for what, each in (("Broken", broken), ("Not read", notes)):
+        if each:
+            lines += ["", f"{what}: {summarize(each)}."]
     return "\n".join(lines)
 
 

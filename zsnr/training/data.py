@@ -30,7 +30,7 @@ from zsnr.data.dataset import Pixels, ShardDataset, collate
 from zsnr.data.faults import Fault, Ledger, check_budget, summarize
 from zsnr.data.filters import Filter
 from zsnr.data.images import to_unit_range
-from zsnr.data.index import Index, load_index
+from zsnr.data.index import Index, counted, load_index
 from zsnr.data.order import StepBatches, TrainingOrder
 from zsnr.data.prompts import PromptRequest, parse_prompts, read_prompts
 from zsnr.data.samples import Samples, select
@@ -458,8 +458,7 @@ def dealt(batches: list[list[int]], rank: int, ranks: int) -> list[list[int]]:
 
 def describe_samples(samples: Samples, what: str) -> str:
     """Say what there is, what the filters removed and what is broken, in a few lines."""
-    shards = len(samples.shards)
-    lines = [f"{what}: {len(samples)} samples in {shards} {'shards'[: 5 + (shards > 1)]}"]
+    lines = [f"{what}: {len(samples)} samples in {counted(samples.shards)}"]
     lines += [f"  removed by {name}: {count}" for name, count in samples.removed.items()]
     if len(samples.shapes) > 1:
         counts = [int((samples.bucket == i).sum()) for i in range(len(samples.shapes))]
