@@ -59,6 +59,7 @@ EVERY = 8  # of so many inputs one is valid
 OUTCOMES = ("accepted", "refused", "traceback", "hang", "blow", "outside", "lost")
 FAULTS = OUTCOMES[2:]
 _ADDRESSES = 2 << 30  # of threads' stacks and memory maps, beside what is allocated
+_BROKEN = 99  # exit code of a process whose classes no longer let it tell its outcome
 _RECYCLE = 1 << 30  # growth after which a process is replaced
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 # Events of Python that name what is written: the places of the paths among their arguments.
@@ -193,10 +194,12 @@ class _Worker:
             self.pid = os.fork()
         if not self.pid:
             self.pipe.close()
+            code = _BROKEN
             try:
                 _work(theirs, readers, seed, place, memory, self._stack)
+                code = 0
             finally:
-                os._exit(0)
+                os._exit(code)
         theirs.close()
 
     def give(self, task: tuple[str, int]) -> None:
@@ -216,7 +219,7 @@ class _Worker:
                 _, status = os.waitpid(self.pid, 0)
                 self.pid, self.ended, self.task = 0, True, None
                 code = os.waitstatus_to_exitcode(status)
-                kind = "blow" if code == -signal.SIGKILL else "traceback"
+                kind = {-signal.SIGKILL: "blow", _BROKEN: "outside"}.get(code, "traceback")
                 where = _of_stack(self._stack.read_text())
                 return Outcome(name, number, kind, spent, 0.0, f"ended with {code}", where=where)
             self.task = None

@@ -88,6 +88,10 @@ def on_class(folder):
     pathlib.PosixPath.planted = 1
 
 
+def on_class_that_is_needed(folder):
+    pathlib.PosixPath.read_text = None
+
+
 def environment(folder):
     os.environ["PLANTED"] = "1"
 
@@ -115,7 +119,7 @@ PLANTED = {
     "traceback": [
         *(key_error, two_lines, long_line, colored, colored_print, backwards, crash),
     ],
-    "outside": [above, by_link, program, on_class, environment, elsewhere],
+    "outside": [above, by_link, program, on_class, on_class_that_is_needed, environment, elsewhere],
     "lost": [blind],
     "accepted": [fine],
     "refused": [refusing],
