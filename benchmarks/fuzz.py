@@ -22,6 +22,7 @@ The last five must be zero; the exit code is 1 if they are not.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import faulthandler
 import gc
 import io
@@ -157,25 +158,27 @@ def run(
     ) as root:
         places = [Path(root, str(i)) for i in range(processes)]
         workers: list[_Worker | None] = [None] * processes
-        while queue or any(worker and worker.task for worker in workers):
-            for i, worker in enumerate(workers):
-                if queue and (worker is None or not worker.task):
-                    if worker is None:
-                        worker = workers[i] = _Worker(readers, seed, places[i], memory)
-                    worker.give(queue.pop())
-            busy = [worker for worker in workers if worker is not None and worker.task]
-            wait([worker.pipe for worker in busy], 0.2)
-            for worker in busy:
-                outcome = worker.outcome(seconds)
-                if outcome is None:
-                    continue
-                outcomes.append(outcome)
-                on_outcome(outcome)
-                if outcome.outcome in FAULTS or worker.ended:
-                    worker.end()
-                    workers[workers.index(worker)] = None
-        for worker in filter(None, workers):
-            worker.end()
+        try:
+            while queue or any(worker and worker.task for worker in workers):
+                for i, worker in enumerate(workers):
+                    if queue and (worker is None or not worker.task):
+                        if worker is None:
+                            worker = workers[i] = _Worker(readers, seed, places[i], memory)
+                        worker.give(queue.pop())
+                busy = [worker for worker in workers if worker is not None and worker.task]
+                wait([worker.pipe for worker in busy], 0.2)
+                for worker in busy:
+                    outcome = worker.outcome(seconds)
+                    if outcome is None:
+                        continue
+                    outcomes.append(outcome)
+                    on_outcome(outcome)
+                    if outcome.outcome in FAULTS or worker.ended:
+                        worker.end()
+                        workers[workers.index(worker)] = None
+        finally:
+            for worker in filter(None, workers):
+                worker.end()
     return outcomes
 
 
@@ -205,7 +208,8 @@ class _Worker:
     def give(self, task: tuple[str, int]) -> None:
         self.task, self._since, self._cpu = task, time.monotonic(), self._cpu_time()
         self._size = _memory("VmRSS", self.pid)
-        self.pipe.send(task)
+        with contextlib.suppress(BrokenPipeError):  # it has died, which `outcome` will tell
+            self.pipe.send(task)
 
     def outcome(self, seconds: float) -> Outcome | None:
         """Return what came of the task, once that is known."""
@@ -310,6 +314,9 @@ def _outcome(
     resource.setrlimit(
         resource.RLIMIT_AS, (_memory("VmSize") + memory + _ADDRESSES, resource.RLIM_INFINITY)
     )
+    # An endless loop ends too where the parent was killed.
+    cpu = round(time.process_time()) + 600
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu, resource.RLIM_INFINITY))
     error: BaseException | None = None
     start = time.monotonic()
     watch.begin()
@@ -382,10 +389,9 @@ def _of_stack(stack: str) -> str:
 
 
 def _memory(name: str, pid: int | str = "self") -> int:
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {name}: wanted Linux.")
+    """Read a size of a process from /proc, in bytes; 0 = it has ended."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:")), 0)
 
 
 def _reset_peak() -> None:
