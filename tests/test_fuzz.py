@@ -72,12 +72,12 @@ def crash(folder):
 
 
 def above(folder):
-    (folder / "../../../planted").write_text("x")
+    (folder / "../../planted").write_text("x")
 
 
 def by_link(folder):
     (folder / "link").symlink_to(folder.parents[1])
-    (folder / "link" / "planted").mkdir()
+    (folder / "link" / "folder").mkdir()
 
 
 def program(folder):
