@@ -48,6 +48,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/sampler_step.py --write
 	$(BIN)/python benchmarks/fidelity.py --write
 	$(BIN)/python benchmarks/data_throughput.py --write
+	$(BIN)/python benchmarks/fuzz.py --write
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
 	$(BIN)/python benchmarks/train_step.py --write
 

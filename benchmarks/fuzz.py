@@ -22,6 +22,7 @@ The last five must be zero; the exit code is 1 if they are not.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import faulthandler
 import gc
 import io
@@ -59,6 +60,7 @@ EVERY = 8  # of so many inputs one is valid
 OUTCOMES = ("accepted", "refused", "traceback", "hang", "blow", "outside", "lost")
 FAULTS = OUTCOMES[2:]
 _ADDRESSES = 2 << 30  # of threads' stacks and memory maps, beside what is allocated
+_BROKEN = 99  # exit code of a process whose classes no longer let it tell its outcome
 _RECYCLE = 1 << 30  # growth after which a process is replaced
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 # Events of Python that name what is written: the places of the paths among their arguments.
@@ -156,25 +158,27 @@ def run(
     ) as root:
         places = [Path(root, str(i)) for i in range(processes)]
         workers: list[_Worker | None] = [None] * processes
-        while queue or any(worker and worker.task for worker in workers):
-            for i, worker in enumerate(workers):
-                if queue and (worker is None or not worker.task):
-                    if worker is None:
-                        worker = workers[i] = _Worker(readers, seed, places[i], memory)
-                    worker.give(queue.pop())
-            busy = [worker for worker in workers if worker is not None and worker.task]
-            wait([worker.pipe for worker in busy], 0.2)
-            for worker in busy:
-                outcome = worker.outcome(seconds)
-                if outcome is None:
-                    continue
-                outcomes.append(outcome)
-                on_outcome(outcome)
-                if outcome.outcome in FAULTS or worker.ended:
-                    worker.end()
-                    workers[workers.index(worker)] = None
-        for worker in filter(None, workers):
-            worker.end()
+        try:
+            while queue or any(worker and worker.task for worker in workers):
+                for i, worker in enumerate(workers):
+                    if queue and (worker is None or not worker.task):
+                        if worker is None:
+                            worker = workers[i] = _Worker(readers, seed, places[i], memory)
+                        worker.give(queue.pop())
+                busy = [worker for worker in workers if worker is not None and worker.task]
+                wait([worker.pipe for worker in busy], 0.2)
+                for worker in busy:
+                    outcome = worker.outcome(seconds)
+                    if outcome is None:
+                        continue
+                    outcomes.append(outcome)
+                    on_outcome(outcome)
+                    if outcome.outcome in FAULTS or worker.ended:
+                        worker.end()
+                        workers[workers.index(worker)] = None
+        finally:
+            for worker in filter(None, workers):
+                worker.end()
     return outcomes
 
 
@@ -193,16 +197,19 @@ class _Worker:
             self.pid = os.fork()
         if not self.pid:
             self.pipe.close()
+            code = _BROKEN
             try:
                 _work(theirs, readers, seed, place, memory, self._stack)
+                code = 0
             finally:
-                os._exit(0)
+                os._exit(code)
         theirs.close()
 
     def give(self, task: tuple[str, int]) -> None:
         self.task, self._since, self._cpu = task, time.monotonic(), self._cpu_time()
         self._size = _memory("VmRSS", self.pid)
-        self.pipe.send(task)
+        with contextlib.suppress(BrokenPipeError):  # it has died, which `outcome` will tell
+            self.pipe.send(task)
 
     def outcome(self, seconds: float) -> Outcome | None:
         """Return what came of the task, once that is known."""
@@ -216,7 +223,7 @@ class _Worker:
                 _, status = os.waitpid(self.pid, 0)
                 self.pid, self.ended, self.task = 0, True, None
                 code = os.waitstatus_to_exitcode(status)
-                kind = "blow" if code == -signal.SIGKILL else "traceback"
+                kind = {-signal.SIGKILL: "blow", _BROKEN: "outside"}.get(code, "traceback")
                 where = _of_stack(self._stack.read_text())
                 return Outcome(name, number, kind, spent, 0.0, f"ended with {code}", where=where)
             self.task = None
@@ -307,6 +314,9 @@ def _outcome(
     resource.setrlimit(
         resource.RLIMIT_AS, (_memory("VmSize") + memory + _ADDRESSES, resource.RLIM_INFINITY)
     )
+    # An endless loop ends too where the parent was killed.
+    cpu = round(time.process_time()) + 600
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu, resource.RLIM_INFINITY))
     error: BaseException | None = None
     start = time.monotonic()
     watch.begin()
@@ -379,10 +389,9 @@ def _of_stack(stack: str) -> str:
 
 
 def _memory(name: str, pid: int | str = "self") -> int:
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {name}: wanted Linux.")
+    """Read a size of a process from /proc, in bytes; 0 = it has ended."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:")), 0)
 
 
 def _reset_peak() -> None:

@@ -594,18 +594,19 @@ def read_one_file(folder: Path) -> None:
 
 
 def make_statistics(draw: Draw, folder: Path, valid: bool) -> None:
-    path = folder / "real.safetensors"
-    metadata = {"image_size": "16", "source": "x", "extractor": "", "count": "4", "format": "1"}
-    luma = struct.pack("<4d", 0.1, 0.2, 0.3, 0.4)
-    if valid:
-        mean = torch.zeros(4)
-        with contextlib.suppress(TypeError):
-            RealStatistics(image_size=16, source="x", extractor="", luma=mean).write(path)
-            return
+    metadata = {
+        "image_size": "16",
+        "source": "x",
+        "extractor": "",
+        "count": "4",
+        "format": "zsnr real statistics 1",
+    }
+    luma = struct.pack("<4f", 0.1, 0.2, 0.3, 0.4)
     if not valid and draw.chance(0.5):
         hurt = damaged(draw, metadata)
         metadata = {k: str(v) for k, v in hurt.items()} if isinstance(hurt, dict) else {}
-    path.write_bytes(safetensors_bytes(draw, {"luma": ("F64", [4], luma)}, metadata, valid))
+    data = safetensors_bytes(draw, {"luma": ("F32", [4], luma)}, metadata, valid)
+    (folder / "real.safetensors").write_bytes(data)
 
 
 # Data
@@ -650,40 +651,26 @@ def read_shards(folder: Path) -> None:
     _items(load_index(str(folder), _storage(), fields=None, progress=False), _dataset)
 
 
+_ODD_NAMES = (
+    *("UPPER.PNG", "caf\udce9.png", "a\x1b[31mb.png", "a\nb.png", "sub/a.png", ".x.png", "[a].png"),
+    *("a.b.png", " .png", "\u202egnp.png", "a" * 250 + ".png"),
+)
+
+
 def make_images(draw: Draw, folder: Path, valid: bool) -> None:
     hurt = -1 if valid else draw.randrange(6)
-    names = [f"{i:03d}.{draw.choice(tuple(IMAGE_KINDS))}" for i in range(3)]
+    suffixes = [draw.choice(tuple(IMAGE_KINDS)) for _ in range(3)]
+    names = [f"{i:03d}.{suffix}" for i, suffix in enumerate(suffixes)]
     if not valid and draw.chance(0.3):
-        names[0] = draw.choice(
-            (
-                "UPPER.JPG",
-                "caf\udce9.png",
-                "a\x1b[31mb.png",
-                "a\nb.png",
-                "sub/a.png",
-                ".x.png",
-                "[a].png",
-            )
-        )
-    files = {
-        name: image_bytes(
-            draw,
-            name[-4:].strip(".").lower().replace("ebp", "webp").replace("wwebp", "webp"),
-            hurt != i,
-        )
-        for i, name in enumerate(names)
-    }
-    lines = [
-        {"file_name": name, "text": f"a cat {i}", "score": i / 2} for i, name in enumerate(names)
-    ]
+        suffixes[0], names[0] = "png", draw.choice(_ODD_NAMES)
+    files = {name: image_bytes(draw, suffixes[i], hurt != i) for i, name in enumerate(names)}
+    lines = [{"file_name": name, "text": "a cat", "score": i / 2} for i, name in enumerate(names)]
     if valid or draw.chance(0.7):
         text = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
         files["metadata.jsonl"] = text if hurt != 3 else json_lines(draw, lines, False)
     if not valid and draw.chance(0.5):
-        for name in names:
-            files[f"{name.rpartition('.')[0]}.txt"] = (
-                b"a cat" if hurt != 4 else damaged_bytes(draw, b"caf\xc3\xa9")
-            )
+        text = b"a cat" if hurt != 4 else damaged_bytes(draw, b"caf\xc3\xa9")
+        files |= {f"{name.rpartition('.')[0]}.txt": text for name in names}
     write(folder / "images", files)
     if hurt == 5:
         damaged_place(draw, folder / "images" / draw.choice(list(files)))

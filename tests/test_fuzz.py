@@ -72,12 +72,12 @@ def crash(folder):
 
 
 def above(folder):
-    (folder / "../../../planted").write_text("x")
+    (folder / "../../planted").write_text("x")
 
 
 def by_link(folder):
     (folder / "link").symlink_to(folder.parents[1])
-    (folder / "link" / "planted").mkdir()
+    (folder / "link" / "folder").mkdir()
 
 
 def program(folder):
@@ -86,6 +86,10 @@ def program(folder):
 
 def on_class(folder):
     pathlib.PosixPath.planted = 1
+
+
+def on_class_that_is_needed(folder):
+    pathlib.PosixPath.read_text = None
 
 
 def environment(folder):
@@ -115,7 +119,7 @@ PLANTED = {
     "traceback": [
         *(key_error, two_lines, long_line, colored, colored_print, backwards, crash),
     ],
-    "outside": [above, by_link, program, on_class, environment, elsewhere],
+    "outside": [above, by_link, program, on_class, on_class_that_is_needed, environment, elsewhere],
     "lost": [blind],
     "accepted": [fine],
     "refused": [refusing],
