@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zsnr.elastic import former_failure, note_failure
+from zsnr.files import check_temporary
 from zsnr.stops import stopping
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ def _run(arguments: list[str]) -> int:
     try:
         if failed := former_failure():
             raise _FailedBefore(failed)
+        if arguments[:2] == ["data", "cache"] or {*arguments[:1]} & TRAINING.keys():
+            check_temporary()
         if arguments and arguments[0] in TRAINING:
             from zsnr.training.lightning_cli import run
 
