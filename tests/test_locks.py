@@ -145,7 +145,8 @@ def test_only_what_the_dead_left_is_removed(tmp_path):
     folder = marks["folder"].with_name(marks["folder"].name.replace(pid, f"-{DEAD}-"))
     place = living.name.split(".")[3][:8]
     recent, old = (
-        marks[name].with_name(marks[name].name.replace(place, "0" * 8)) for name in ("recent", "old")
+        marks[name].with_name(marks[name].name.replace(place, "0" * 8))
+        for name in ("recent", "old")
     )
     nameless, other = tmp_path / ".a.json.123.part", tmp_path / ".b"
     (folder / "inside").mkdir(parents=True)
@@ -174,7 +175,11 @@ def test_two_cannot_write_one_new_thing(tmp_path, new):
 
 
 def test_replacing_leaves_nothing_when_it_fails(tmp_path):
-    with pytest.raises(KeyError), replacing(tmp_path / "a") as beside:
-        beside.write_text("half")
-        raise KeyError
+    def fail():
+        with replacing(tmp_path / "a") as beside:
+            beside.write_text("half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert not list(tmp_path.iterdir())

@@ -482,11 +482,16 @@ def test_what_does_not_return_is_ended(monkeypatch):
     left, ended = [], threading.Event()
     monkeypatch.setattr("zsnr.stops.GRACE", 0.05)
     monkeypatch.setattr("zsnr.stops.leave", lambda code: (left.append(code), ended.set()))
-    with pytest.raises(SystemExit), stopping(alone=True):
+
+    @stopping(alone=True)
+    def hang():
         try:
             signal.raise_signal(signal.SIGTERM)
         finally:
             assert ended.wait(20)
+
+    with pytest.raises(SystemExit):
+        hang()
     assert left == [143, 143]  # the second when the command ends by itself
 
 
@@ -494,13 +499,18 @@ def test_a_second_signal_ends_at_once(monkeypatch):
     left, ended = [], threading.Event()
     monkeypatch.setattr("zsnr.stops._TWICE", 0.0)
     monkeypatch.setattr("zsnr.stops.leave", lambda code: (left.append(code), ended.set()))
-    with pytest.raises(SystemExit), stopping(alone=True):
+
+    @stopping(alone=True)
+    def hang():
         try:
             signal.raise_signal(signal.SIGINT)
         finally:
             time.sleep(0.01)
             signal.raise_signal(signal.SIGINT)
             assert ended.wait(10)
+
+    with pytest.raises(SystemExit):
+        hang()
     assert left[0] == 130
 
 

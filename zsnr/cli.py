@@ -42,7 +42,7 @@ def _run(arguments: list[str]) -> int:
     wrong = 3 if arguments[:1] == ["doctor"] else 2  # the doctor's 2 is a verdict
     try:
         if failed := former_failure():
-            raise _FailedBefore(failed)
+            raise _FormerError(failed)
         if arguments[:2] == ["data", "cache"] or {*arguments[:1]} & TRAINING.keys():
             check_temporary()
         if arguments and arguments[0] in TRAINING:
@@ -68,7 +68,7 @@ def _run(arguments: list[str]) -> int:
     return code or 0
 
 
-class _FailedBefore(ValueError):
+class _FormerError(ValueError):
     """The attempt before this one has failed in a way that does not pass."""
 
 

@@ -34,7 +34,7 @@ from zsnr.data.storage import Storage
 from zsnr.data.workers import Shared
 from zsnr.denoiser import Conditioning
 from zsnr.files import replacing
-from zsnr.locks import Lock, remove_leftovers
+from zsnr.locks import remove_leftovers
 
 if TYPE_CHECKING:
     import pyarrow as pa

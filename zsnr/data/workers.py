@@ -7,8 +7,7 @@ import resource
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, multiprocessing
 from torch.utils.data import get_worker_info
 
 _FILES, _FILES_PER_WORKER = 40, 8  # that a process has open, and for each worker
@@ -43,7 +42,7 @@ class Shared:
             return
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(now, min(limit, _PLENTY)), limit))
         if limit < _ROOMY:
-            torch.multiprocessing.set_sharing_strategy("file_system")
+            multiprocessing.set_sharing_strategy("file_system")  # type: ignore[no-untyped-call]
         wanted = _FILES + _FILES_PER_WORKER * num_workers
         if limit < wanted:
             raise MachineError(
@@ -68,7 +67,7 @@ class Shared:
 
 def _share(value: Any) -> None:
     if isinstance(value, Tensor):
-        value.share_memory_()
+        value.share_memory_()  # type: ignore[no-untyped-call]
     elif isinstance(value, Mapping):
         for part in value.values():
             _share(part)

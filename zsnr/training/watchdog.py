@@ -122,7 +122,8 @@ class Watchdog(L.Callback):
         """
         lines = [
             f"zsnr: error: rank {own['rank']} ({own['host']}, pid {own['pid']}) has made no "
-            f"progress for {own['waited']:.0f} s at step {own['step']}; it {own['doing']}. All ranks:"
+            f"progress for {own['waited']:.0f} s at step {own['step']}; it {own['doing']}. "
+            "All ranks:"
         ]
         for rank, (then, now) in enumerate(zip(earlier, self._heartbeats(), strict=True)):
             if now is None:
