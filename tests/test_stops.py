@@ -445,11 +445,18 @@ def test_all_ranks_cut_a_validation_short(ranks, shards, tmp_path):
     assert [len(run["logged"]) for run in runs] == [3, 3]
 
 
-@pytest.mark.parametrize("what", ["cache", "index", "openmoji"])
+@pytest.mark.parametrize("what", ["cache", "index", "openmoji", "compare", "figure"])
 def test_a_command_that_is_stopped_resumes(shards, tmp_path, monkeypatch, what):
-    output = tmp_path / "made"
+    output = tmp_path / ("made.png" if what == "figure" else "made")
     many = f"{shards}/train-*.tar"
+    oracle = ["--oracle", many, "--image-size", "8", "--num-steps", "2", "--count", "2"]
     command, owner, name = {
+        "compare": (["compare", *oracle, "--output"], "zsnr.reports.compare", "measure_arms"),
+        "figure": (
+            ["figure", "5", *oracle, "--output"],
+            "zsnr.reports.figures",
+            "make_panels",
+        ),
         "cache": (
             [*["data", "cache"], *config(tmp_path, shards)[1:], "--output"],
             "zsnr.data.cache._Encoder",
@@ -472,7 +479,7 @@ def test_a_command_that_is_stopped_resumes(shards, tmp_path, monkeypatch, what):
         patched.setattr(f"{owner}.{name}", stop)
         assert interrupted([*command, str(output)]) == 143
     assert not list(tmp_path.glob(".*"))
-    if what != "openmoji":
+    if what in ("cache", "index"):
         assert not [path for path in output.glob(".*") if path.suffix != ".lock"]
     assert main([*command, str(output)]) == 0
     assert not list(output.glob(".*"))
