@@ -31,6 +31,7 @@ from zsnr.locks import LOCK, Lock, LockedError
 from zsnr.stops import stopping
 from zsnr.training import Checkpoints, Preemption, Watchdog
 from zsnr.training.checkpointing import find_last, steps
+from zsnr.training.run_lock import RunLock
 from zsnr.training.strategy import meet
 
 
@@ -632,6 +633,26 @@ def test_a_second_run_in_a_folder_is_refused(shards, tmp_path, capsys, monkeypat
     assert main(fit) == 0
     assert not lock.exists()
     assert main([*fit, "--ckpt_path", "last", "--trainer.max_steps", "5"]) == 0
+
+
+def lock_a_run(root):
+    """Take a run's lock with the other ranks; return what a rank is told."""
+    lock = RunLock(Path(root))
+    try:
+        lock.take(cells._plain(root, "ddp"))
+    except LockedError as error:
+        return str(error)
+    lock.release()
+    return ""
+
+
+def test_all_ranks_are_told_of_another_run(ranks, tmp_path):
+    lock = other_run(tmp_path / LOCK)
+    first, second = ranks[2](lock_a_run, str(tmp_path))
+    assert first == second
+    assert "is in use by another process" in first
+    lock.unlink()
+    assert ranks[2](lock_a_run, str(tmp_path)) == ["", ""]
 
 
 def test_a_run_that_fails_leaves_no_lock(shards, tmp_path):

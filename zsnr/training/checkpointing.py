@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from zsnr.checkpoints import sharded
 from zsnr.checkpoints.own import open_checkpoint
 from zsnr.checkpoints.run_facts import write_run_facts
-from zsnr.locks import unfinished
+from zsnr.locks import remove_leftovers, unfinished
 from zsnr.training.facts import run_facts
 from zsnr.training.strategy import meet
 
@@ -232,6 +232,7 @@ def _prepare(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for part in folder.glob(".*.ckpt*"):
         sharded.remove(part)
+    remove_leftovers(folder)
     probe = folder / ".probe.ckpt"
     probe.touch()
     probe.unlink()

@@ -17,8 +17,7 @@ from typing import Any
 import lightning as L
 
 from zsnr.files import replacing
-
-EXIT_CODE = 75  # the run can be started again
+from zsnr.locks import EXIT_CODE, remove_leftovers
 
 
 class Watchdog(L.Callback):
@@ -49,6 +48,7 @@ class Watchdog(L.Callback):
             for file in self._folder.glob("rank-*.json"):
                 if int(file.stem.removeprefix("rank-")) >= self._ranks:
                     file.unlink(missing_ok=True)
+            remove_leftovers(self._folder)
         self.note(trainer, "starts")
         self._stop = threading.Event()
         threading.Thread(target=self._watch, args=[self._stop], daemon=True).start()
