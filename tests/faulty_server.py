@@ -33,12 +33,16 @@ class Fault:
             ten bytes a second.
         times: Requests that it meets; later ones are served.
         offset: Only requests of ranges that hold this byte. None = all.
+        client: Only requests from this address. None = all.
+        seconds: For so long after its first, instead of `times`. None = by `times`.
     """
 
     path: str | None
     kind: str
     times: int = 1
     offset: int | None = None
+    client: str | None = None
+    seconds: float | None = None
 
     def __post_init__(self):
         if self.kind not in KINDS and not re.fullmatch(r"[45]\d\d", self.kind):
@@ -65,6 +69,7 @@ class FaultyServer:
         ranges: Whether Range is obeyed.
         rate: {kind: n}: every n-th request of all meets it, where no fault does.
         port: 0 = any free one.
+        host: Address to serve at.
         log: File that gets each request as a line of JSON.
     """
 
@@ -76,12 +81,14 @@ class FaultyServer:
         rate: Mapping[str, int] | None = None,
         port: int = 0,
         log: Path | None = None,
+        host: str = "127.0.0.1",
     ):
         self.folder, self.ranges, self.stopped = Path(folder).resolve(), ranges, threading.Event()
         self.requests: list[Request] = []
         self._left = [[fault, fault.times] for fault in faults]
         self._rate, self._log, self._lock = dict(rate or {}), log, threading.Lock()
-        self._server = _Server(("127.0.0.1", port), _Handler)
+        self._until: dict[int, float] = {}
+        self._server = _Server((host, port), _Handler)
         self._server.owner, self._server.connections = self, []
 
     @property
@@ -112,14 +119,18 @@ class FaultyServer:
                 connection.shutdown(socket.SHUT_RDWR)
         self._server.server_close()
 
-    def meet(self, path: str, span: tuple[int, int] | None) -> str | None:
+    def meet(self, path: str, span: tuple[int, int] | None, client: str = "") -> str | None:
         """Note a request and return the fault that meets it."""
         with self._lock:
             number = len(self.requests) + 1
             kind = next((k for k, every in self._rate.items() if number % every == 0), None)
-            for entry in self._left:
+            for i, entry in enumerate(self._left):
                 fault, left = entry
                 here = fault.offset is None or span is None or span[0] <= fault.offset <= span[1]
+                here = here and fault.client in (None, client)
+                if here and fault.seconds is not None and fault.path in (None, path):
+                    now = time.monotonic()
+                    left = now < self._until.setdefault(i, now + fault.seconds)
                 if fault.path in (None, path) and here and (left or fault.kind == "missing"):
                     kind, entry[1] = fault.kind, left - 1
                     break
@@ -162,7 +173,7 @@ class _Handler(BaseHTTPRequestHandler):
         span = None
         if asked and owner.ranges:
             span = int(asked[1]), int(asked[2]) if asked[2] else 1 << 62
-        kind = owner.meet(path, span)
+        kind = owner.meet(path, span, self.client_address[0])
         file = (owner.folder / path).resolve()
         if kind == "missing" or not (file.is_relative_to(owner.folder) and file.is_file()):
             return self._answer(404)
@@ -211,6 +222,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--faults", type=json.loads, default=[], help="JSON: fields of Fault")
     parser.add_argument("--rate", type=json.loads, default={}, help='JSON: {"reset": 20}')
     parser.add_argument("--no-ranges", action="store_true")
@@ -218,7 +230,7 @@ def main():
     args = parser.parse_args()
     faults = [Fault(**fields) for fields in args.faults]
     with FaultyServer(
-        args.folder, faults, not args.no_ranges, args.rate, args.port, args.log
+        args.folder, faults, not args.no_ranges, args.rate, args.port, args.log, args.host
     ) as server:
         print(server.port, flush=True)
         with suppress(KeyboardInterrupt):

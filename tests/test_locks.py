@@ -175,7 +175,11 @@ def test_two_cannot_write_one_new_thing(tmp_path, new):
 
 
 def test_replacing_leaves_nothing_when_it_fails(tmp_path):
-    with pytest.raises(KeyError), replacing(tmp_path / "a") as beside:
-        beside.write_text("half")
-        raise KeyError
+    def fail():
+        with replacing(tmp_path / "a") as beside:
+            beside.write_text("half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert not list(tmp_path.iterdir())

@@ -31,6 +31,7 @@ from zsnr.locks import LOCK, Lock, LockedError
 from zsnr.stops import stopping
 from zsnr.training import Checkpoints, Preemption, Watchdog
 from zsnr.training.checkpointing import find_last, steps
+from zsnr.training.run_lock import RunLock
 from zsnr.training.strategy import meet
 
 
@@ -445,11 +446,18 @@ def test_all_ranks_cut_a_validation_short(ranks, shards, tmp_path):
     assert [len(run["logged"]) for run in runs] == [3, 3]
 
 
-@pytest.mark.parametrize("what", ["cache", "index", "openmoji"])
+@pytest.mark.parametrize("what", ["cache", "index", "openmoji", "compare", "figure"])
 def test_a_command_that_is_stopped_resumes(shards, tmp_path, monkeypatch, what):
-    output = tmp_path / "made"
+    output = tmp_path / ("made.png" if what == "figure" else "made")
     many = f"{shards}/train-*.tar"
+    oracle = ["--oracle", many, "--image-size", "8", "--num-steps", "2", "--count", "2"]
     command, owner, name = {
+        "compare": (["compare", *oracle, "--output"], "zsnr.reports.compare", "measure_arms"),
+        "figure": (
+            ["figure", "5", *oracle, "--output"],
+            "zsnr.reports.figures",
+            "make_panels",
+        ),
         "cache": (
             [*["data", "cache"], *config(tmp_path, shards)[1:], "--output"],
             "zsnr.data.cache._Encoder",
@@ -472,7 +480,7 @@ def test_a_command_that_is_stopped_resumes(shards, tmp_path, monkeypatch, what):
         patched.setattr(f"{owner}.{name}", stop)
         assert interrupted([*command, str(output)]) == 143
     assert not list(tmp_path.glob(".*"))
-    if what != "openmoji":
+    if what in ("cache", "index"):
         assert not [path for path in output.glob(".*") if path.suffix != ".lock"]
     assert main([*command, str(output)]) == 0
     assert not list(output.glob(".*"))
@@ -482,11 +490,16 @@ def test_what_does_not_return_is_ended(monkeypatch):
     left, ended = [], threading.Event()
     monkeypatch.setattr("zsnr.stops.GRACE", 0.05)
     monkeypatch.setattr("zsnr.stops.leave", lambda code: (left.append(code), ended.set()))
-    with pytest.raises(SystemExit), stopping(alone=True):
+
+    @stopping(alone=True)
+    def hang():
         try:
             signal.raise_signal(signal.SIGTERM)
         finally:
             assert ended.wait(20)
+
+    with pytest.raises(SystemExit):
+        hang()
     assert left == [143, 143]  # the second when the command ends by itself
 
 
@@ -494,13 +507,18 @@ def test_a_second_signal_ends_at_once(monkeypatch):
     left, ended = [], threading.Event()
     monkeypatch.setattr("zsnr.stops._TWICE", 0.0)
     monkeypatch.setattr("zsnr.stops.leave", lambda code: (left.append(code), ended.set()))
-    with pytest.raises(SystemExit), stopping(alone=True):
+
+    @stopping(alone=True)
+    def hang():
         try:
             signal.raise_signal(signal.SIGINT)
         finally:
             time.sleep(0.01)
             signal.raise_signal(signal.SIGINT)
             assert ended.wait(10)
+
+    with pytest.raises(SystemExit):
+        hang()
     assert left[0] == 130
 
 
@@ -615,6 +633,26 @@ def test_a_second_run_in_a_folder_is_refused(shards, tmp_path, capsys, monkeypat
     assert main(fit) == 0
     assert not lock.exists()
     assert main([*fit, "--ckpt_path", "last", "--trainer.max_steps", "5"]) == 0
+
+
+def lock_a_run(root):
+    """Take a run's lock with the other ranks; return what a rank is told."""
+    lock = RunLock(Path(root))
+    try:
+        lock.take(cells._plain(root, "ddp"))
+    except LockedError as error:
+        return str(error)
+    lock.release()
+    return ""
+
+
+def test_all_ranks_are_told_of_another_run(ranks, tmp_path):
+    lock = other_run(tmp_path / LOCK)
+    first, second = ranks[2](lock_a_run, str(tmp_path))
+    assert first == second
+    assert "is in use by another process" in first
+    lock.unlink()
+    assert ranks[2](lock_a_run, str(tmp_path)) == ["", ""]
 
 
 def test_a_run_that_fails_leaves_no_lock(shards, tmp_path):

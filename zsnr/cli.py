@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from zsnr.elastic import former_failure, note_failure
 from zsnr.failures import tame_output, told
+from zsnr.files import check_temporary
 from zsnr.stops import stopping
 from zsnr.untrusted import printable
 
@@ -45,7 +46,9 @@ def _told(arguments: list[str]) -> int:
     tame_output()
     try:
         if failed := former_failure():
-            raise _FailedBeforeError(failed)
+            raise _FormerError(failed)
+        if arguments[:2] == ["data", "cache"] or {*arguments[:1]} & TRAINING.keys():
+            check_temporary()
         code = _run(arguments)
         sys.stdout.flush()
     except SystemExit as stop:  # argparse's, or Lightning's after Ctrl-C
@@ -84,7 +87,7 @@ def _run(arguments: Sequence[str]) -> int:
     return code or 0
 
 
-class _FailedBeforeError(ValueError):
+class _FormerError(ValueError):
     """The attempt before this one has failed in a way that does not pass."""
 
 

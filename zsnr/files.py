@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -132,6 +133,21 @@ def _new(path: Path) -> Iterator[None]:
     with Lock(path.with_name(f".{path.name}.lock"), path):
         remove_leftovers(path.parent, path.name)
         yield
+
+
+def check_temporary() -> None:
+    """Refuse a machine without a folder for temporary files, which libraries need to be imported.
+
+    Raises:
+        OSError: There is none.
+    """
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise OSError(
+            "There is no folder for temporary files: neither TMPDIR nor /tmp can be written. Set "
+            "TMPDIR to a folder that can."
+        ) from error
 
 
 def check_new(path: Path) -> None:

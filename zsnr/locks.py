@@ -268,6 +268,8 @@ def _lives(pid: int, start: int) -> bool:
 def _started(pid: int) -> int:
     """Read when a process began, in clock ticks after boot; 0 = cannot be told, -1 = it is dead."""
     try:
+        if os.readlink("/proc/self") != str(os.getpid()):
+            return 0  # /proc is that of another pid namespace
         state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (OSError, ValueError):
         return 0

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from runs import environment
@@ -94,6 +97,21 @@ class Nodes:
                         start_new_session=True,
                     )
                 )
+
+    @contextmanager
+    def serve(self, folder: Path, faults: list[dict[str, object]], log: Path) -> Iterator[str]:
+        """Serve a folder to both nodes with faults; give its address."""
+        program = Path(__file__).parents[1] / "faulty_server.py"
+        command = [
+            *f"ip netns exec {self.names[0]} {sys.executable} {program} {folder}".split(),
+            *["--host", "10.77.0.1", "--log", str(log), "--faults", json.dumps(faults)],
+        ]
+        with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE) as server:
+            try:
+                assert server.stdout is not None
+                yield f"http://10.77.0.1:{int(server.stdout.readline())}"
+            finally:
+                server.kill()
 
     def wait(self, timeout: float) -> list[int]:
         """Wait for both nodes' torchrun; return their exit codes."""

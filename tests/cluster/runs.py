@@ -16,6 +16,7 @@ import yaml
 
 from zsnr.cli import main
 from zsnr.data.openmoji import write_openmoji_shards
+from zsnr.locks import LOCK
 
 REPOSITORY = Path(__file__).parents[2]
 TRAINER = REPOSITORY / "configs" / "trainer"
@@ -140,7 +141,7 @@ class Run:
     def unfinished(self) -> list[str]:
         """Names beside the checkpoints that are none: what a killed save left."""
         folder = self.folder / "checkpoints"
-        names = sorted(set(os.listdir(folder)) - {"run.json"}) if folder.exists() else []
+        names = sorted(set(os.listdir(folder)) - {"run.json", LOCK}) if folder.exists() else []
         return [n for n in names if not (n.startswith(("step-", "last")) and n.endswith(".ckpt"))]
 
 

@@ -1,5 +1,6 @@
 """Two nodes under torchrun: the same losses as one process, and recovery from a killed worker."""
 
+import json
 import os
 import signal
 import time
@@ -25,10 +26,10 @@ def nodes():
         yield both
 
 
-def start(nodes, run, how, restarts=0):
+def start(nodes, run, how, restarts=0, options=()):
     settings, processes = HOW[how]
     places = as_settings(trainer__num_nodes=2, trainer__devices=processes)
-    command = run.command(*settings, *places)
+    command = run.command(*settings, *places, *options)
     nodes.torchrun(command, run.folder / "node", processes, restarts)
 
 
@@ -65,6 +66,31 @@ def test_two_nodes_give_the_losses_of_one_process(how, undisturbed, one_process,
     report(1, f"{STEPS} steps; losses differ by {losses:.1e}, weights by {weights:.1e}")
     assert len(run.losses()) == STEPS
     assert losses <= SAME
+
+
+def test_storage_that_fails_for_a_minute_on_one_node(
+    nodes, undisturbed, make_run, data, moments, report
+):
+    whole = undisturbed("ddp")
+    run = make_run("outage", STEPS, SAVE_EVERY)
+    node = moments.randrange(2)
+    shards = sorted(path.name for path in data.glob("train-*.tar"))
+    fault = {
+        **{"path": shards[moments.randrange(len(shards))], "kind": "503", "seconds": 60},
+        **{"client": f"10.77.0.{node + 1}"},
+    }
+    log = run.folder / "requests.jsonl"
+    with nodes.serve(data, [fault], log) as url:
+        start(nodes, run, "ddp", options=as_settings(data__train=[f"{url}/{s}" for s in shards]))
+        assert nodes.wait(600) == [0, 0], logs(run)
+    failed = sum(json.loads(line)["kind"] == "503" for line in log.read_text().splitlines())
+    found = assert_same_run(run, whole)
+    report(
+        1,
+        f"a shard answers 503 to node {node} for 60 s, {failed} requests failed; losses differ by "
+        f"{found['losses']:.1e}, weights by {found['weights']:.1e}",
+    )
+    assert failed > 1
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])

@@ -160,7 +160,8 @@ def save_file(checkpoint: dict[str, Any], path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:  # torch says of a full disk "unexpected pos"
-        raise OSError(f"{path} could not be written: {error}") from error
+        free = shutil.disk_usage(path.parent).free / 2**20
+        raise OSError(f"{path} could not be written ({free:.0f} MiB free): {error}") from error
 
 
 def consolidate(folder: str | Path) -> dict[str, Any]:

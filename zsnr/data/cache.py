@@ -31,6 +31,7 @@ from zsnr.data.samples import PARTS, Sample, Samples, select
 from zsnr.data.scan import FIELD, ShardIndex
 from zsnr.data.sources import CACHE, Shard, Sources, as_sources, is_cache
 from zsnr.data.storage import Storage
+from zsnr.data.workers import Shared
 from zsnr.denoiser import Conditioning
 from zsnr.files import replacing
 from zsnr.locks import remove_leftovers
@@ -286,7 +287,7 @@ def write_cache(
                 dataset,
                 batch_sampler=_one_shape(samples, rows, batch_size),
                 num_workers=num_workers,
-                collate_fn=list,
+                collate_fn=Shared(list, num_workers),
             )
             path = folder / cache.shards[n]["file"]
             remove_leftovers(folder, path.name)

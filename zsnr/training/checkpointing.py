@@ -19,7 +19,7 @@ from zsnr.checkpoints import sharded
 from zsnr.checkpoints.own import open_checkpoint
 from zsnr.checkpoints.run_facts import NAME, add_start, read_run_facts, write_run_facts
 from zsnr.files import HeldFolder, side_file
-from zsnr.locks import unfinished
+from zsnr.locks import remove_leftovers, unfinished
 from zsnr.training.agreement import on_first_rank, raise_on_all
 from zsnr.training.facts import run_facts, start_facts
 from zsnr.training.progress import NonFiniteError, first_not_finite
@@ -96,6 +96,7 @@ class Checkpoints(Checkpoint):
             self._held = [HeldFolder(root), HeldFolder(folder)]
             for part in folder.glob(".*.ckpt*"):
                 sharded.remove(part)
+            remove_leftovers(folder)
             probe = folder / ".probe.ckpt"
             probe.touch()
             probe.unlink()

@@ -37,6 +37,7 @@ from zsnr.data.samples import Samples, select
 from zsnr.data.sources import Shard, Source, Sources, find_shards, is_stream
 from zsnr.data.storage import NoRangesError, Retries, Storage, is_remote
 from zsnr.data.stream import StreamDataset
+from zsnr.data.workers import Shared
 from zsnr.files import side_file
 from zsnr.noise import derive_seed
 from zsnr.training.resuming import changes, flat
@@ -428,7 +429,9 @@ class DataModule(L.LightningDataModule):
         return DataLoader(
             dataset,
             num_workers=self.num_workers,
-            collate_fn=partial(_collate, global_batch_size=self.batch_size),
+            collate_fn=Shared(
+                partial(_collate, global_batch_size=self.batch_size), self.num_workers
+            ),
             persistent_workers=self.num_workers > 0,
             **batching,
         )

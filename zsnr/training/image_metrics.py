@@ -27,6 +27,7 @@ from zsnr.data.index import load_index
 from zsnr.data.samples import Samples, select
 from zsnr.data.sources import find_shards
 from zsnr.data.storage import Storage
+from zsnr.data.workers import Shared
 from zsnr.files import check_new, replacing, side_file
 from zsnr.metrics.clip import CLIPScore
 from zsnr.metrics.collected import (
@@ -383,7 +384,7 @@ class ImageMetrics(Callback):
                 for i in range(0, len(mine), self.batch_size)
             ],
             num_workers=data.num_workers,
-            collate_fn=collate,
+            collate_fn=Shared(collate, data.num_workers),
         )
         luma, features = InOrder().to(device), InOrder().to(device)
         broken = 0

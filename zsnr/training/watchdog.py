@@ -17,8 +17,7 @@ from typing import Any
 import lightning as L
 
 from zsnr.files import replacing
-
-EXIT_CODE = 75  # the run can be started again
+from zsnr.locks import EXIT_CODE, remove_leftovers
 
 
 class Watchdog(L.Callback):
@@ -49,6 +48,7 @@ class Watchdog(L.Callback):
             for file in self._folder.glob("rank-*.json"):
                 if int(file.stem.removeprefix("rank-")) >= self._ranks:
                     file.unlink(missing_ok=True)
+            remove_leftovers(self._folder)
         with suppress(OSError):
             self._folder.mkdir(parents=True, exist_ok=True)
         self.note(trainer, "starts")
@@ -124,7 +124,8 @@ class Watchdog(L.Callback):
         """
         lines = [
             f"zsnr: error: rank {own['rank']} ({own['host']}, pid {own['pid']}) has made no "
-            f"progress for {own['waited']:.0f} s at step {own['step']}; it {own['doing']}. All ranks:"
+            f"progress for {own['waited']:.0f} s at step {own['step']}; it {own['doing']}. "
+            "All ranks:"
         ]
         for rank, (then, now) in enumerate(zip(earlier, self._heartbeats(), strict=True)):
             if now is None:
