@@ -19,6 +19,7 @@ FLOORS = (
     ("denoiser", "oracle", "samplers"),
     (
         "files",
+        "public",
         "untrusted",
         "assets",
         "ldm_file",

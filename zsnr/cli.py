@@ -49,7 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, IndexError, ImportError) as error:
         if os.environ.get("ZSNR_TRACEBACK") or not _is_ours(error):
             raise
-        print(f"zsnr: error: {_message(error)}", file=sys.stderr)
+        from zsnr.public import public_text
+
+        print(f"zsnr: error: {public_text(_message(error))}", file=sys.stderr)
         return wrong
     return code or 0
 

@@ -193,6 +193,7 @@ class LatentDiffusion(L.LightningModule):
         self._skip = False
         self._first_step = 0  # of this start
         self.changed_settings: dict[str, list[Any]] = {}  # since the checkpoint, by name
+        self.history: list[Any] = []  # of starts; Checkpoints keeps it
         self._val_strata = trailing(min(10, schedule.num_timesteps), schedule.num_timesteps)
         self.start = read_start(unet) if isinstance(unet, str) and not is_weightless() else None
         self._start_losses: list[float] = []  # of the start, converted, by stratum
@@ -637,6 +638,7 @@ class LatentDiffusion(L.LightningModule):
                 "did."
             )
         self.changed_settings = {}
+        self.history = checkpoint.get("run", {}).get("history", [])
         if "settings" in checkpoint and self.trainer.state.fn == "fit":
             self.changed_settings = changes(checkpoint["settings"], self.run_settings())
             told = check_changes(self.changed_settings)
