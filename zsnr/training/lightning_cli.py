@@ -92,6 +92,8 @@ _PREDICT_HELP = (
 class SaveConfigOfFit(SaveConfigCallback):
     """Saves the whole configuration beside the logs of a training run, and of nothing else."""
 
+    already_saved: bool
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write it without secrets, and give it to the board, as other people see both."""
         if stage != "fit" or self.already_saved:

@@ -40,7 +40,7 @@ class _SideFiles(Logger):
 
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
         with _side(self):
-            super().log_metrics(metrics, step)  # type: ignore[safe-super]
+            super().log_metrics(metrics, step)
 
     def save(self) -> None:
         with _side(self):
@@ -57,7 +57,7 @@ class _SideExperiment(_SideFiles):
     @property
     def experiment(self) -> Any:
         with _side(self):
-            return super().experiment  # type: ignore[misc]
+            return super().experiment
         return DummyLogger().experiment
 
 
@@ -80,7 +80,7 @@ def _guard_events() -> None:
     if base.__module__ == __name__:
         return
 
-    class Records(base):  # type: ignore[misc]
+    class Records(base):
         size = 0
 
         def write(self, data: bytes) -> None:

@@ -363,7 +363,9 @@ class LatentDiffusion(L.LightningModule):
             self._frozen["conditioner"].add("", null)
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
-        return self.make_optimizer(p for p in self.trained.parameters() if p.requires_grad)
+        trained = (p for p in self.trained.parameters() if p.requires_grad)
+        optimizer: torch.optim.Optimizer = self.make_optimizer(trained)
+        return optimizer
 
     def configure_optimizers(self) -> Any:
         optimizer = self._new_optimizer()
