@@ -209,21 +209,24 @@ def continue_loggers(loggers: Iterable[Any], step: int) -> None:
         step: Optimizer steps done.
     """
     for logger in loggers:
-        if not isinstance(logger, TensorBoardLogger | CSVLogger):
-            continue
-        if logger._version is None:
-            versions = {
-                int(match[1]): path
-                for path in Path(logger.root_dir).glob("version_*")
-                if (match := re.fullmatch(r"version_(\d+)", path.name))
-            }
-            trained = [number for number, path in versions.items() if _is_of_fit(path)]
-            logger._version = max(trained or versions, default=None)
-        if isinstance(logger, TensorBoardLogger):
-            _purge(logger, step)
-        else:
+        if isinstance(logger, TensorBoardLogger | CSVLogger):
             with _side(logger):
-                _continue_csv(logger, step)
+                _continue(logger, step)
+
+
+def _continue(logger: TensorBoardLogger | CSVLogger, step: int) -> None:
+    if logger._version is None:
+        versions = {
+            int(match[1]): path
+            for path in Path(logger.root_dir).glob("version_*")
+            if (match := re.fullmatch(r"version_(\d+)", path.name))
+        }
+        trained = [number for number, path in versions.items() if _is_of_fit(path)]
+        logger._version = max(trained or versions, default=None)
+    if isinstance(logger, TensorBoardLogger):
+        _purge(logger, step)
+    else:
+        _continue_csv(logger, step)
 
 
 def _purge(logger: TensorBoardLogger, step: int) -> None:

@@ -641,9 +641,11 @@ class LatentDiffusion(L.LightningModule):
             )
         self.changed_settings = {}
         self.history = checkpoint.get("run", {}).get("history", [])
-        if "settings" in checkpoint and self.trainer.state.fn == "fit":
-            self.changed_settings = changes(checkpoint["settings"], self.run_settings())
-            told = check_changes(self.changed_settings)
+        if self.trainer.state.fn == "fit":
+            told: str | None = "The checkpoint is older and holds no settings to compare."
+            if "settings" in checkpoint:
+                self.changed_settings = changes(checkpoint["settings"], self.run_settings())
+                told = check_changes(self.changed_settings)
             if told is not None:
                 rank_zero_warn(told)
         for name in ("codec", "conditioner"):  # a moved folder is another name of the same weights
