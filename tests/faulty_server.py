@@ -166,7 +166,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         owner = self.server.owner
-        path = unquote(self.path).lstrip("/")
+        path = unquote(self.path.partition("?")[0]).lstrip("/")
         if path.startswith("redirect/"):
             return self._answer(302, {"Location": f"/{quote(path.removeprefix('redirect/'))}"})
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))

@@ -23,6 +23,7 @@ FLOORS = (
         "elastic",
         "files",
         "pickled",
+        "public",
         "untrusted",
         "failures",
         "assets",

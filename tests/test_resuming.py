@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
+from zsnr.checkpoints.own import open_checkpoint
 from zsnr.checkpoints.run_facts import add_start, published
 from zsnr.loss import LossWeighting
 from zsnr.training import DataModule, EMAConfig, LatentDiffusion, LearningRate
@@ -109,6 +110,8 @@ def test_a_resumed_run_says_what_it_changes(shards, tmp_path, name):
     assert first["changed"] == {}
     assert bool(second["changed"]) == bool(wanted)
     assert second["ranks"] == 1
+    run = open_checkpoint(cells.newest(tmp_path))["run"]
+    assert run["history"] == [first, second]
 
 
 def test_another_optimizer_is_refused(shards, tmp_path):
@@ -136,6 +139,6 @@ def test_refused_settings_are_all_named():
 def test_the_history_is_bounded_and_private():
     facts = {"history": "not a list"}
     for step in range(300):
-        facts = add_start(facts, {"from_step": step})
+        facts = {"history": add_start(facts, {"from_step": step})}
     assert [start["from_step"] for start in facts["history"]] == [*range(200, 300)]
     assert "history" not in published(facts)

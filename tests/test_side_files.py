@@ -18,10 +18,13 @@ import tiny
 import torch
 from lightning.pytorch.callbacks import Callback
 from test_ranks import Poison
+from test_stops import config
 
 from zsnr.checkpoints.own import open_checkpoint
+from zsnr.cli import main
 from zsnr.files import HeldFolder
-from zsnr.training import PredictionWriter
+from zsnr.training import ImageMetrics, PredictionWriter
+from zsnr.training.board import TrainingBoard
 from zsnr.training.checkpointing import steps
 from zsnr.training.loggers import default_loggers
 from zsnr.training.progress import NonFiniteError, first_not_finite
@@ -103,6 +106,43 @@ def test_a_side_folder_that_is_lost_does_not_end_a_run(shards, tmp_path, harm, n
     run, _ = fit_all(shards, tmp_path, "nothing like it", callbacks=[Harm()])
     assert len(run["logged"]) == 2
     assert steps(tmp_path / "checkpoints")[-1].name == "step-00000002.ckpt"
+
+
+def test_a_config_and_a_board_that_cannot_be_written_do_not_end_a_run(
+    shards, tmp_path, capfd, monkeypatch
+):
+    def broken(*args):
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr(TrainingBoard, "_measure", broken)
+    monkeypatch.setattr("zsnr.training.board.schedule_figure", broken)
+    settings = tmp_path / "logger.yaml"
+    settings.write_text("trainer: {logger: null}")
+    with full_disk("run_config"), warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert main([*config(tmp_path, shards), "-c", str(settings)]) == 0
+    lines = [str(each.message) for each in told]
+    for part in ("run_config.yaml", "settings in the logs", "What the data are"):
+        assert sum(part in line and "goes on without it" in line for line in lines) == 1
+    assert steps(tmp_path / "run/checkpoints")[-1].name == "step-00000004.ckpt"
+
+
+@pytest.mark.parametrize("part", ["numbers", "/images/"])
+def test_measured_images_are_side_files_of_training_alone(shards, tmp_path, part):
+    (tmp_path / "captions.txt").write_text("a\nb\n")
+    options = {
+        "save_images": str(tmp_path / "images"),
+        "output": str(tmp_path / "numbers.json"),
+        "captions": str(tmp_path / "captions.txt"),
+        "num_images": 2,
+    }
+    run, told = fit_all(shards, tmp_path, part, callbacks=[ImageMetrics(**options)])
+    assert len(run["logged"]) == 2
+    assert [line for line in told if "goes on without it" in line and part.strip("/") in line]
+    shutil.rmtree(tmp_path / "images", ignore_errors=True)
+    trainer = cells._plain(tmp_path, "one", callbacks=[ImageMetrics(**options)])
+    with full_disk(part), pytest.raises(OSError, match="No space left"):
+        trainer.validate(cells.module(), cells.data(shards), cells.newest(tmp_path), verbose=False)
 
 
 class Failure(Callback):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from zsnr.elastic import former_failure, note_failure
 from zsnr.failures import tame_output, told
 from zsnr.files import check_temporary
+from zsnr.public import public_text
 from zsnr.stops import stopping
 from zsnr.untrusted import printable
 
@@ -66,6 +67,7 @@ def _told(arguments: list[str]) -> int:
         text = told(error, " ".join(arguments[:1]))
         if text is None or os.environ.get("ZSNR_TRACEBACK"):
             raise
+        text = public_text(text)
         print(f"zsnr: error: {printable(text, one_line=True)}", file=sys.stderr)
         note_failure(text, error)
         return wrong

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from zsnr.files import replacing
+from zsnr.public import public
 from zsnr.untrusted import read_json
 
 NAME = "run.json"
@@ -28,11 +29,11 @@ def write_run_facts(folder: Path, facts: Mapping[str, Any]) -> None:
         beside.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
-def add_start(facts: Mapping[str, Any], start: Mapping[str, Any]) -> dict[str, Any]:
-    """Return facts with one more start in their history."""
+def add_start(facts: Mapping[str, Any], start: Mapping[str, Any]) -> list[Any]:
+    """Return the history of facts with one more start."""
     history = facts.get("history")
     past = history if isinstance(history, list) else []
-    return {**facts, "history": [*past, dict(start)][-_STARTS:]}
+    return [*past, dict(start)][-_STARTS:]
 
 
 def read_run_facts(folder: Path) -> dict[str, Any] | None:
@@ -51,8 +52,8 @@ def read_run_facts(folder: Path) -> dict[str, Any] | None:
 
 
 def published(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return facts for all to see: without the places of files on somebody's machine."""
-    facts = {name: value for name, value in facts.items() if name != "history"}
+    """Return facts for all to see: without secrets, starts, and places on somebody's machine."""
+    facts = {name: public(value) for name, value in facts.items() if name != "history"}
     data, start = facts.get("data"), facts.get("start")
     if data is not None:
         facts["data"] = [_named(source) for source in (data if isinstance(data, list) else [data])]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from zsnr.files import replacing, side_file
+from zsnr.public import public, public_text
 
 _FREE = 10  # broken samples that no budget counts: one of the first three is no third of the data
 
@@ -49,7 +50,8 @@ def summarize(faults: Iterable[Fault], most: int = 5) -> str:
     for members in sorted(groups.values(), key=len, reverse=True)[:most]:
         first = members[0]
         where = first.shard if first.key is None else f"{first.shard}, sample {first.key!r}"
-        lines.append(f"{len(members)} x {first.kind}: {first.reason} (first: {where})")
+        line = f"{len(members)} x {first.kind}: {first.reason} (first: {where})"
+        lines.append(public_text(line))
     if len(groups) > most:
         lines.append(f"and {len(groups) - most} other reasons")
     return "; ".join(lines)
@@ -129,9 +131,10 @@ def read_ledger(path: Path) -> list[Fault]:
 
 
 def _line(fault: Fault) -> str:
-    line = json.dumps(asdict(fault), ensure_ascii=False) + "\n"
+    seen = {**asdict(fault), "shard": public(fault.shard), "reason": public_text(fault.reason)}
+    line = json.dumps(seen, ensure_ascii=False) + "\n"
     return line.encode("utf-8", "backslashreplace").decode()  # as JSON escapes what is no UTF-8
 
 
 def _identity(fault: Fault) -> tuple[str, str, str | None]:
-    return fault.kind, fault.shard, fault.key
+    return fault.kind, public(fault.shard), fault.key

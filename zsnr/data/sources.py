@@ -67,8 +67,11 @@ class Shard:
 
     @property
     def name(self) -> str:
-        """The last part of its path, which stays when shards are moved."""
-        return self.url.rstrip("/").rpartition("/")[2]
+        """The last part of its path, which stays when shards are moved or signed anew."""
+        url = self.url
+        if url.startswith(("http://", "https://")):
+            url = url.partition("?")[0].partition("#")[0]
+        return url.rstrip("/").rpartition("/")[2]
 
 
 Sources = str | Sequence[str | Source]

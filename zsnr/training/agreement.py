@@ -28,7 +28,7 @@ def on_first_rank(strategy: Strategy, work: Callable[[], T]) -> T:
             failure = error
     told, result = strategy.broadcast((_told(failure), result))
     _raise(failure, told)
-    return result  # type: ignore[return-value]
+    return result
 
 
 def raise_on_all(error: Exception | None) -> None:

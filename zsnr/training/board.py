@@ -18,6 +18,7 @@ from tqdm import tqdm
 from zsnr.files import side_file
 from zsnr.metrics.luma import luma
 from zsnr.metrics.terminal import TerminalOptimum
+from zsnr.public import public
 from zsnr.reports.pictures import figure_image
 from zsnr.reports.schedule import schedule_facts, schedule_figure, schedule_title
 from zsnr.training.callbacks import Previews
@@ -197,7 +198,7 @@ def hyperparameters(trainer: L.Trainer, module: LatentDiffusion) -> dict[str, An
         "seed": module.seed,
         "trained_weights": sum(p.numel() for p in weights if p.requires_grad),
     }
-    return _flat(facts)
+    return _flat(public(facts))
 
 
 def _flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -74,7 +74,6 @@ class Checkpoints(Checkpoint):
         self.resumed_from = ""  # name of a checkpoint
         self._saved, self._seen, self._since = -1, -1, time.monotonic()
         self._held: list[HeldFolder] = []  # on the first rank
-        self._history: list[Any] = []
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         if self.dirpath is None:
@@ -131,9 +130,8 @@ class Checkpoints(Checkpoint):
             _set_aside(folder, trainer.global_step)
             with side_file(folder / NAME):
                 facts = read_run_facts(folder) or run_facts(trainer, pl_module)
-                facts = add_start(facts, start_facts(trainer, pl_module))
-                self._history = facts["history"]
-                write_run_facts(folder, facts)
+                pl_module.history = add_start(facts, start_facts(trainer, pl_module))
+                write_run_facts(folder, {**facts, "history": pl_module.history})
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
         step = trainer.global_step
@@ -218,8 +216,7 @@ class Checkpoints(Checkpoint):
             module: Any = trainer.lightning_module
             with side_file(Path(self.dirpath) / NAME):
                 self._find_folders()  # it must not be made again
-                facts = {**run_facts(trainer, module), "history": self._history}
-                write_run_facts(Path(self.dirpath), facts)
+                write_run_facts(Path(self.dirpath), run_facts(trainer, module))
 
 
 class CheckpointFiles(TorchCheckpointIO):

@@ -6,13 +6,13 @@ import socket
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit, urlunsplit
 
 import torch
 
 from zsnr import __version__
 from zsnr.checkpoints.run_facts import FORMAT
 from zsnr.data.sources import Sources, as_sources
+from zsnr.public import public
 
 if TYPE_CHECKING:
     import lightning as L
@@ -28,7 +28,7 @@ def run_facts(trainer: L.Trainer, module: LatentDiffusion) -> dict[str, Any]:
     Returns:
         schedule: NoiseSchedule.settings(). loss: of LossWeighting. sampling: as in a picture's
         metadata. start: what the weights started from, if not from nothing. metrics: the last
-        validation's. data: where the training data came from, without passwords.
+        validation's. data: where the training data came from, without secrets. history: of starts.
     """
     data: Any = getattr(trainer, "datamodule", None)
     optimizers = trainer.optimizers
@@ -47,6 +47,7 @@ def run_facts(trainer: L.Trainer, module: LatentDiffusion) -> dict[str, Any]:
         "learning_rate": optimizers[0].defaults.get("lr") if optimizers else None,
         "data": [] if getattr(data, "train", None) is None else public_sources(data.train),
         "metrics": metrics,
+        "history": module.history,
     }
 
 
@@ -65,34 +66,18 @@ def start_facts(trainer: L.Trainer, module: LatentDiffusion) -> dict[str, Any]:
 
 def public_sources(sources: Sources) -> list[str]:
     """List where data comes from, for all to see: no commands, users, passwords or signatures."""
+    paths = [source.path for source in as_sources(sources)]
     return [
-        _public(path)
-        for source in as_sources(sources)
-        for path in ([source.path] if isinstance(source.path, str) else source.path)
+        public(path)
+        for several in paths
+        for path in ([several] if isinstance(several, str) else several)
     ]
 
 
-def _public(path: str) -> str:
-    if path.startswith("pipe:"):
-        return "pipe:..."
-    if "://" not in path:
-        return path
-    parts = urlsplit(path)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
-
-
-def public_config(config: str) -> str:
-    """Write a config's YAML again for all to see, as `public_sources` does."""
+def public_config(config: str, mark: str = "") -> str:
+    """Write a config's YAML again for all to see; see `public`."""
     import yaml  # type: ignore[import-untyped]
 
-    values = _published(yaml.safe_load(config))
+    values = public(yaml.safe_load(config), mark)
     text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
     return text
-
-
-def _published(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _published(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [_published(part) for part in value]
-    return _public(value) if isinstance(value, str) else value

@@ -29,6 +29,7 @@ from zsnr.guidance import Guidance
 from zsnr.lora import LoRA
 from zsnr.loss import LossWeighting
 from zsnr.pipeline import Sampling, check_steps
+from zsnr.public import MARK, left_out
 from zsnr.samplers import Sampler, get_sampler
 from zsnr.samplers.recommend import AUTO, resolve_sampling
 from zsnr.schedule import NoiseSchedule
@@ -94,6 +95,8 @@ _PREDICT_HELP = (
 class SaveConfigOfFit(SaveConfigCallback):
     """Saves the whole configuration beside the logs of a training run, and of nothing else."""
 
+    already_saved: bool
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write it without secrets, and give it to the board, as other people see both."""
         if stage != "fit" or self.already_saved:
@@ -104,12 +107,13 @@ class SaveConfigOfFit(SaveConfigCallback):
             return
         path = folder / self.config_filename
         with side_file(path), replacing(path) as beside:
-            beside.write_text(public_config(self.parser.dump(self.config, skip_none=False)))
-        config = self.config.clone()
-        config.ckpt_path = None  # a resumed run has the same settings
+            config = self.parser.dump(self.config, skip_none=False)
+            beside.write_text(public_config(config, MARK), encoding="utf-8")
+        shown = self.config.clone()
+        shown.ckpt_path = None  # a resumed run has the same settings
         for callback in trainer.callbacks:
             if isinstance(callback, TrainingBoard):
-                callback.config = public_config(self.parser.dump(config))
+                callback.config = public_config(self.parser.dump(shown))
 
 
 class ZsnrCLI(LightningCLI):
@@ -172,6 +176,13 @@ class ZsnrCLI(LightningCLI):
         """Refuse what cannot work before a model or data is loaded."""
         config = self.config[self.subcommand]
         model, data = config.model, config.data
+        lost = left_out(config.as_dict())
+        if lost:
+            raise ValueError(
+                f"{', '.join(lost)}: the config was saved without a password, signature or command "
+                f"({MARK} is in its place). Give the whole setting again, such as --{lost[0]} "
+                "VALUE."
+            )
         check_model(model)
         if self.subcommand == "fit" and is_sharded(config.trainer):
             check_unsharded(model.lora is not None)

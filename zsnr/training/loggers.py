@@ -44,7 +44,7 @@ class _SideFiles(Logger):
 
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
         with _side(self):
-            super().log_metrics(metrics, step)  # type: ignore[safe-super]
+            super().log_metrics(metrics, step)
 
     def save(self) -> None:
         with _side(self):
@@ -61,7 +61,7 @@ class _SideExperiment(_SideFiles):
     @property
     def experiment(self) -> Any:
         with _side(self):
-            return super().experiment  # type: ignore[misc]
+            return super().experiment
         return DummyLogger().experiment
 
 
@@ -84,7 +84,7 @@ def _guard_events() -> None:
     if base.__module__ == __name__:
         return
 
-    class Records(base):  # type: ignore[misc]
+    class Records(base):
         size = 0
 
         def write(self, data: bytes) -> None:
@@ -213,21 +213,24 @@ def continue_loggers(loggers: Iterable[Any], step: int) -> None:
         step: Optimizer steps done.
     """
     for logger in loggers:
-        if not isinstance(logger, TensorBoardLogger | CSVLogger):
-            continue
-        if logger._version is None:
-            versions = {
-                int(match[1]): path
-                for path in Path(logger.root_dir).glob("version_*/")
-                if (match := re.fullmatch(r"version_(\d{1,9})", path.name))
-            }
-            trained = [number for number, path in versions.items() if _is_of_fit(path)]
-            logger._version = max(trained or versions, default=None)
-        if isinstance(logger, TensorBoardLogger):
-            _purge(logger, step)
-        else:
+        if isinstance(logger, TensorBoardLogger | CSVLogger):
             with _side(logger):
-                _continue_csv(logger, step)
+                _continue(logger, step)
+
+
+def _continue(logger: TensorBoardLogger | CSVLogger, step: int) -> None:
+    if logger._version is None:
+        versions = {
+            int(match[1]): path
+            for path in Path(logger.root_dir).glob("version_*/")
+            if (match := re.fullmatch(r"version_(\d{1,9})", path.name))
+        }
+        trained = [number for number, path in versions.items() if _is_of_fit(path)]
+        logger._version = max(trained or versions, default=None)
+    if isinstance(logger, TensorBoardLogger):
+        _purge(logger, step)
+    else:
+        _continue_csv(logger, step)
 
 
 def _purge(logger: TensorBoardLogger, step: int) -> None:

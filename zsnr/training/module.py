@@ -194,6 +194,7 @@ class LatentDiffusion(L.LightningModule):
         self._skip = False
         self._first_step = 0  # of this start
         self.changed_settings: dict[str, list[Any]] = {}  # since the checkpoint, by name
+        self.history: list[Any] = []  # of starts; Checkpoints keeps it
         self._val_strata = trailing(min(10, schedule.num_timesteps), schedule.num_timesteps)
         self.start = read_start(unet) if isinstance(unet, str) and not is_weightless() else None
         self._start_losses: list[float] = []  # of the start, converted, by stratum
@@ -363,7 +364,9 @@ class LatentDiffusion(L.LightningModule):
             self._frozen["conditioner"].add("", null)
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
-        return self.make_optimizer(p for p in self.trained.parameters() if p.requires_grad)
+        trained = (p for p in self.trained.parameters() if p.requires_grad)
+        optimizer: torch.optim.Optimizer = self.make_optimizer(trained)
+        return optimizer
 
     def configure_optimizers(self) -> Any:
         optimizer = self._new_optimizer()
@@ -640,9 +643,12 @@ class LatentDiffusion(L.LightningModule):
                 "did."
             )
         self.changed_settings = {}
-        if "settings" in checkpoint and self.trainer.state.fn == "fit":
-            self.changed_settings = changes(checkpoint["settings"], self.run_settings())
-            told = check_changes(self.changed_settings)
+        self.history = checkpoint.get("run", {}).get("history", [])
+        if self.trainer.state.fn == "fit":
+            told: str | None = "The checkpoint is older and holds no settings to compare."
+            if "settings" in checkpoint:
+                self.changed_settings = changes(checkpoint["settings"], self.run_settings())
+                told = check_changes(self.changed_settings)
             if told is not None:
                 rank_zero_warn(told)
         for name in ("codec", "conditioner"):  # a moved folder is another name of the same weights

@@ -1,0 +1,86 @@
+"""What others may see: text and settings without passwords, tokens, signatures and commands."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+MARK = "***"
+"""Stands in a saved config where something was left out."""
+
+_NAMES = r"(?:password|passwd|secret|credentials?|(?:api|access|secret)[_-]?key|token|cookie)s?"
+_SECRET_KEY = re.compile(rf"(?i)(?:^|[_-])(?:{_NAMES}|(?:proxy-)?authorization|headers?)$")
+_FLAG = re.compile(rf"(?i)(--?[\w-]*{_NAMES}[ =])\S+")
+_MARKED = re.compile(r"^(?:pipe:)?\*\*\*$|://\*\*\*@|\?\*\*\*(?:$|::)")
+_ADDRESS = re.compile(r"(?i)\b[a-z][a-z0-9+.-]*://[^\s'\"<>]+")
+
+
+def public_text(text: str) -> str:
+    """Return a message or a log line without secrets: addresses, flags and headers in it."""
+    text = _ADDRESS.sub(lambda found: _address_in_text(found[0]), text)
+    text = _FLAG.sub(rf"\1{MARK}", text)
+    return re.sub(r"(?i)\b(authorization['\"]?\s*[:=]\s*).*", rf"\1{MARK}", text)
+
+
+def public(value: Any, mark: str = "") -> Any:
+    """Return plain values for all to see.
+
+    Args:
+        value: Settings: mappings, lists and plain values. Addresses lose users, passwords, queries
+            and fragments; a pipe loses its command; what is named token, password, headers and so
+            on loses its value.
+        mark: What stands where something was left out. "" = nothing, or "..." for a whole value.
+    """
+    if isinstance(value, Mapping):
+        return {
+            name: (mark or "...")
+            if part is not None and isinstance(name, str) and _SECRET_KEY.search(name)
+            else public(part, mark)
+            for name, part in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [public(part, mark) for part in value]
+    if not isinstance(value, str):
+        return value
+    if value.startswith("pipe:"):
+        return f"pipe:{mark or '...'}"
+    return "::".join(_address(part, mark) for part in value.split("::"))
+
+
+def left_out(value: Any, name: str = "") -> list[str]:
+    """Name the settings that lost something when they were saved with the mark."""
+    if isinstance(value, Mapping):
+        parts = [(f"{name}.{key}" if name else str(key), part) for key, part in value.items()]
+    elif isinstance(value, list | tuple):
+        parts = [(name, part) for part in value]
+    else:
+        return [name] if isinstance(value, str) and _MARKED.search(value) else []
+    return list(dict.fromkeys(found for key, part in parts for found in left_out(part, key)))
+
+
+def _address(text: str, mark: str = "") -> str:
+    if "://" not in text or text.startswith("file:"):
+        return text
+    try:
+        parts = urlsplit(text)
+    except ValueError:  # nobody can tell what is secret in it
+        return mark or "..."
+    is_http = parts.scheme in ("http", "https")
+    user, at, host = parts.netloc.rpartition("@")
+    if at and not is_http and ":" not in user:
+        host = parts.netloc  # a container of Azure's is not secret
+    elif at and mark:
+        host = f"{mark}@{host}"
+    query, fragment = parts.query, parts.fragment
+    if query and (is_http or "=" in query):  # elsewhere ? is a pattern
+        query = mark
+    if is_http:
+        fragment = ""
+    return urlunsplit((parts.scheme, host, parts.path, query, fragment))
+
+
+def _address_in_text(found: str) -> str:
+    end = found.rstrip(".,:;)]")
+    return _address(end) + found[len(end) :]
