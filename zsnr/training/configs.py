@@ -161,10 +161,6 @@ class _Check:
 
 
 def _entries(node: Any) -> dict[str, Any]:
-    for key, _ in node.value:
-        if not isinstance(key, yaml.ScalarNode):
-            line = key.start_mark.line + 1
-            raise ValueError(f"line {line} names a setting by a list: wanted text.")
     return {key.value: value for key, value in node.value}
 
 
@@ -196,6 +192,7 @@ def _are_simple(options: Sequence[Any], is_list: bool) -> bool:
     return all(
         option in simple
         or get_origin(option) is Literal
+        or (is_list and dataclasses.is_dataclass(option))
         or (not is_list and _item(option) is not None)
         for option in options
     )
