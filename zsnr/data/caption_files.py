@@ -78,7 +78,7 @@ def _coco(text: str) -> dict[int, tuple[str, str]]:
         try:
             image, number = int(annotation["image_id"]), int(annotation["id"])
             caption = _text(annotation["caption"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(
                 f"annotation {i} is {_short(annotation)}: wanted image_id, id and caption."
             ) from error
