@@ -222,8 +222,14 @@ def _check_scalar(node: Any, options: Sequence[Any], where: str) -> None:
     kind, said = node.tag.removeprefix(_TAG), _said(node.value)
     text = str in options or any(get_origin(option) is Literal for option in options)
     number = any(option in options for option in _NUMBERS)
-    if any(option not in (str, bool, type(None), *_NUMBERS) for option in options) and not text:
-        return
+    if not all(
+        option in (str, bool, type(None), *_NUMBERS)
+        or get_origin(option) is Literal
+        or _item(option) is not None
+        or dataclasses.is_dataclass(option)
+        for option in options
+    ):
+        return  # a class's name is text too, and jsonargparse lists the known ones
     if kind == "bool" and bool not in options and (text or number):
         value = node.value.lower() in ("yes", "on", "true", "y")
         if text:
