@@ -173,7 +173,8 @@ def _hints(cls: Any) -> tuple[dict[str, Any], bool]:
         return {f.name: types_of[f.name] for f in dataclasses.fields(cls) if f.init}, False
     try:
         parameters = inspect.signature(cls).parameters.values()
-        types_of = get_type_hints(cls.__init__ if isinstance(cls, type) else cls)
+        constructor = cls.__init__
+        types_of = get_type_hints(constructor if isinstance(cls, type) else cls)
     except (NameError, TypeError, ValueError):  # somebody else's class may hide its types
         return {}, True
     known = {p.name: types_of.get(p.name, Any) for p in parameters}
