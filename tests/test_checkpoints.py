@@ -237,6 +237,14 @@ def test_endless_networks_are_not_built(tmp_path, part, change):
         load(tmp_path)
 
 
+def test_folders_whose_weights_cannot_fill_the_config_are_refused(tmp_path):
+    tiny_stable_diffusion(tmp_path)
+    path = tmp_path / "text_encoder" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "vocab_size": 10**9}))
+    with pytest.raises(ValueError, match="its config wants a text encoder of"):
+        load(tmp_path)
+
+
 class Harm:
     def __reduce__(self):
         return os.mkdir, ("harm",)

@@ -352,8 +352,8 @@ def test_an_own_sampler_by_its_class_path(run, folder, tmp_path, monkeypatch):
     [
         (["--model.lerning_rate", "1"], "Did you mean model.learning_rate?"),
         (["--modle.x=1"], "modle.x"),
-        (["-c", "BAD"], "Did you mean model.schedule.betas?"),
-        (["-c", "/nowhere.yaml"], "does not exist: '/nowhere.yaml'"),
+        (["-c", "BAD"], "model has no `schedul`. Did you mean `schedule`?"),
+        (["-c", "/nowhere.yaml"], "/nowhere.yaml cannot be read: No such file"),
         (["--model.codec=Pixels"], "Known: AutoencoderKLCodec, PixelCodec"),
         (["--model.sampling.sampler=plms"], "Sampler 'plms' is unknown. Known: 'ddim'"),
         (["--model.sampling.sampler.class_path=PLMS"], "Known: DDIM, DDPM, DEIS, DPMpp2M"),

@@ -1,5 +1,6 @@
 """Files that mean harm: nothing in them is run, and the process stays as it was."""
 
+import json
 import os
 import pathlib
 import pickle
@@ -10,10 +11,17 @@ import zipfile
 import pytest
 import torch
 
-from zsnr.checkpoints import sharded
+from zsnr import NoiseSchedule
+from zsnr.checkpoints import read_checkpoint, sharded
+from zsnr.checkpoints.own import KEY
+from zsnr.checkpoints.run_facts import read_run_facts
 from zsnr.checkpoints.shard_index import read_index
+from zsnr.data.caption_files import read_captions
+from zsnr.data.prompts import read_prompts
 from zsnr.pickled import read_inert
-from zsnr.untrusted import open_archive
+from zsnr.pretrained import read_config
+from zsnr.timesteps import read_grid
+from zsnr.untrusted import open_archive, read_json
 
 META = "torch.distributed.checkpoint.metadata"
 
@@ -238,3 +246,139 @@ def test_what_is_read_inert_is_what_was_pickled():
     value = {"a": [1, -1, 2**40, 1.5, None, True, False, "é"], "b": (1, (2, 3, 4, 5)), 3: {}}
     for protocol in (2, 3, 4, 5):
         assert read_inert(pickle.dumps(value, protocol), 0) == value
+
+
+def checkpoint_of(tmp_path, settings, weights=None, **changes):
+    """Write a checkpoint of this package that describes a network."""
+    described = {
+        "codec": {"class_path": "zsnr.codecs.PixelCodec", "init_args": {}},
+        "conditioner": {"class_path": "zsnr.conditioning.NullConditioner", "init_args": {}},
+        "unet": {"class_path": "zsnr.networks.UNet", "init_args": {"config": settings}},
+        "schedule": NoiseSchedule().settings(),
+        "prediction_type": "v_prediction",
+        "image_size": 64,
+        **changes,
+    }
+    weights = weights or {"trained.unet.unet.conv_in.weight": torch.ones(4)}
+    torch.save({KEY: described, "state_dict": weights}, tmp_path / "a.ckpt")
+    return tmp_path / "a.ckpt"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"block_out_channels": [2**15, 2**15, 2**15, 2**15]}, "describes a network of "),
+        ({"cross_attention_dim": 2**30}, "describes a network of "),
+        ({"layers_per_block": 10**9}, "wanted 1000 at most"),
+        ({"transformer_layers_per_block": [10**9] * 4}, "wanted 1000 at most"),
+        ({"a": {"b": {"layers": 10**9}}}, "wanted 1000 at most"),
+    ],
+)
+def test_networks_that_a_checkpoint_cannot_fill_are_not_built(tmp_path, settings, message):
+    path = checkpoint_of(tmp_path, settings)
+    with pytest.raises(ValueError, match=message):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_size": 2**64}, "image_size=18446744073709551616: wanted 1 to 65536"),
+        ({"image_size": "64"}, "image_size='64'"),
+        ({"prediction_type": ["v"]}, "prediction_type=a list is unknown"),
+        ({"schedule": {"num_timesteps": 10**9}}, "wanted an int, 2 to 100000"),
+        ({"schedule": [1]}, "wanted settings by name"),
+        ({"schedule": {"no": 1}}, "schedule has no 'no'"),
+        ({"unet": "x" * 10**6}, "described by"),
+        ({"unet": {"class_path": ["os.system"]}}, "class_path=a list"),
+        ({"unet": {"class_path": "zsnr.networks.UNet", "init_args": [1]}}, "wanted text"),
+    ],
+)
+def test_wrong_descriptions_are_one_line(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message) as error:
+        read_checkpoint(checkpoint_of(tmp_path, {}, **changes))
+    assert len(str(error.value)) < 500
+
+
+def test_tensors_that_are_larger_than_their_data_are_refused(tmp_path):
+    wide = torch.ones(1).expand(2**40)
+    path = checkpoint_of(tmp_path, {}, {"trained.unet.a": wide})
+    with pytest.raises(ValueError, match="larger than its data"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_timesteps": 10**9},
+        {"num_timesteps": "1000"},
+        {"num_timesteps": True},
+        {"num_timesteps": 1000.0},
+        {"num_timesteps": None},
+        {"betas": None},
+        {"betas": ["linear"]},
+        {"betas": {}},
+        {"beta_start": "a"},
+        {"beta_start": True},
+        {"beta_end": float("nan")},
+        {"beta_end": [0.1]},
+        {"beta_end": 10**400},
+        {"zero_terminal_snr": "false"},
+        {"zero_terminal_snr": 1},
+        {"zero_terminal_snr": None},
+        {"alphas_cumprod_table": "0.9"},
+        {"alphas_cumprod_table": 3},
+        {"alphas_cumprod_table": {"a": 1}},
+        {"alphas_cumprod_table": [0.9, None]},
+        {"alphas_cumprod_table": [0.9, "0.1"]},
+        {"alphas_cumprod_table": [0.9, True]},
+        {"alphas_cumprod_table": [[0.9], [0.1]]},
+        {"num_timesteps": 2, "alphas_cumprod_table": [0.9, float("nan")]},
+        {"alphas_cumprod_table": [10**400, 0.1]},
+        {"alphas_cumprod_table": [0.5] * 10**6},
+        {"unknown": 1},
+        {1: 1},
+        [],
+        None,
+        "linear",
+    ],
+)
+def test_a_schedule_of_wrong_types_is_one_line(settings):
+    with pytest.raises(ValueError, match="wanted|Known|not of numbers|Check") as error:
+        NoiseSchedule.from_settings(settings)
+    assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("text", ["[" * 10**5, "[1" + "0" * 5000, '{"a": 1, "a": 2}', "nul", ""])
+def test_every_reader_of_json_says_what_is_wrong(tmp_path, text):
+    (tmp_path / "run.json").write_text(text)
+    (tmp_path / "p.jsonl").write_text(text + "\n")
+    (tmp_path / "c.json").write_text(text)
+    for read in (
+        lambda: read_run_facts(tmp_path),
+        lambda: read_grid(tmp_path / "c.json"),
+        lambda: read_prompts(tmp_path / "p.jsonl"),
+        lambda: read_captions(tmp_path / "p.jsonl", 1),
+        lambda: read_captions(tmp_path / "c.json", 1),
+        lambda: read_config(str(tmp_path), None) or read_json(tmp_path / "c.json"),
+    ):
+        with pytest.raises(ValueError, match="json"):
+            read()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"prompt": "a", "count": 4294967296}, "count=4294967296: wanted at least 1, at most"),
+        ({"prompt": "a", "height": 2**64}, "height=18446744073709551616: wanted at least 1, at"),
+        ({"prompt": "a", "width": 0}, "width=0"),
+        ({"prompt": "a", "seed": 10**4000}, "seed=a huge number"),
+        ({"prompt": [["a"]] * 10**5}, "prompt=a list: wanted text"),
+        ({"a" * 10**6: 1}, "is unknown"),
+    ],
+)
+def test_a_prompts_file_asks_for_what_can_be_made(tmp_path, line, message):
+    (tmp_path / "p.jsonl").write_text(json.dumps(line))
+    with pytest.raises(ValueError, match=message) as error:
+        read_prompts(tmp_path / "p.jsonl")
+    assert len(str(error.value)) < 600

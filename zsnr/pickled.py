@@ -66,6 +66,7 @@ def _interpret(data: bytes, most: int) -> Any:
         del stack[start:]
         return values
 
+    argument: Any
     for steps, (opcode, argument, _) in enumerate(pickletools.genops(data)):
         kind = opcode.name
         if steps > most:
@@ -80,9 +81,9 @@ def _interpret(data: bytes, most: int) -> Any:
             memo[argument] = stack[-1]
         elif kind in _TUPLES:
             count = _TUPLES[kind]
-            values = tuple(stack[len(stack) - count :])
+            parts = tuple(stack[len(stack) - count :])
             del stack[len(stack) - count :]
-            stack.append(values)
+            stack.append(parts)
         elif kind in _CONSTANTS:
             stack.append(_CONSTANTS[kind])
         elif kind == "MARK":

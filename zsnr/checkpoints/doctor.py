@@ -19,6 +19,7 @@ from zsnr.checkpoints.declared import (
 )
 from zsnr.checkpoints.diagnosis import Diagnosis, Verdict, judge, late, schedule_facts, signal
 from zsnr.checkpoints.header import Header, read_header, read_schedule
+from zsnr.checkpoints.ldm_yaml import LdmYaml, declared_by, is_ldm, read_beside
 from zsnr.checkpoints.run_facts import FORMAT, NAME
 from zsnr.files import replacing
 from zsnr.guidance import Guidance
@@ -28,7 +29,7 @@ from zsnr.samplers import get_sampler, recommend_sampling
 from zsnr.samplers.recommend import AUTO, resolve_sampling
 from zsnr.schedule import MAX_TIMESTEPS, NoiseSchedule
 from zsnr.timesteps import check_timesteps, get_timesteps, is_grid_file
-from zsnr.untrusted import clipped, read_json, read_yaml, shown
+from zsnr.untrusted import clipped, open_regular, read_json, read_yaml, shown
 
 NUM_STEPS = (10, 20, 25, 30, 50)
 DEFAULT_SAMPLING = {
@@ -454,12 +455,28 @@ def _examine_checkpoint(
     if facts.exists():
         _check_inside(facts, folder)
         return _examine_run(target, facts, read_json(facts), num_steps)
+    beside = None if path.is_dir() else read_beside(path)
+    if beside is not None:
+        return _examine_beside(target, path, beside)
     if not open_pickle:
         raise ValueError(
             f"{path} has no {NAME} beside it, which training writes. --open reads the checkpoint "
             "itself, tensors and plain values only."
         )
     return _examine_run(target, path, _open(path), num_steps)
+
+
+def _examine_beside(target: str, path: Path, beside: LdmYaml) -> Diagnosis:
+    """Judge a .ckpt of other programs by the YAML beside it, without opening it."""
+    with open_regular(path):
+        pass  # it is one, and none of another kind
+    schedule, T = beside.schedule, beside.schedule.num_timesteps
+    verdict, reason = judge(schedule, beside.prediction_type, {}, None)
+    facts = {"prediction_type": beside.prediction_type, **schedule_facts(schedule)}
+    facts["schedule_is"] = f"stored: {beside.path.name}"
+    start = f"a single file stores no spacing: start at t = {T - 1} (trailing)"
+    changes = () if verdict == "fixed" else (_TRAIN,)
+    return Diagnosis(target, "checkpoint and YAML", verdict, reason, facts, (start,), changes)
 
 
 def _open(path: Path) -> dict[str, Any]:
@@ -508,6 +525,13 @@ def _examine_run(
 
 def _examine_yaml(target: str, path: Path, num_steps: Sequence[int]) -> Diagnosis:
     document = read_yaml(path)
+    if is_ldm(document):
+        said = declared_by(path, document)
+        raise ValueError(
+            f"{path} is a config of the original latent diffusion code ({said.prediction_type}, "
+            f"betas {said.schedule.betas!r}, {said.schedule.num_timesteps} timesteps), which "
+            "describes a single file of the same name beside it: give that file."
+        )
     given = document.get("model") if isinstance(document, dict) else None
     model = _init_args(given)
     if not isinstance(given, dict) or not isinstance(model, dict):
@@ -703,7 +727,10 @@ def _examine_single(target: str, path: Path) -> Diagnosis:
     metadata = {key: clipped(text, 60) for key, text in header.metadata.items() if _telling(key)}
     marks = {name: name in header.tensors for name in ("v_pred", "ztsnr")}
     says_v, says_zero = _metadata_says(header.metadata)
-    table = read_schedule(path, header)
+    table, stored = read_schedule(path, header), "alphas_cumprod"
+    beside = None if is_lora else read_beside(path)
+    if beside is not None and table is None:
+        table, stored = beside.schedule, beside.path.name
     stored_zero = table is not None and float(table.snr[-1]) == 0
     silent = not any(marks.values()) and table is None and (says_v, says_zero) == (None, None)
     if silent and family.endswith("of diffusers"):
@@ -716,19 +743,24 @@ def _examine_single(target: str, path: Path) -> Diagnosis:
             f"{path} says nothing of a schedule: the names of its tensors are those of no Stable "
             "Diffusion."
         )
+    declared = beside if says_v is None and not marks["v_pred"] else None
     v = marks["v_pred"] or (says_v is True and is_lora)
+    if declared is not None:
+        v = declared.prediction_type == "v_prediction"
     zero = marks["ztsnr"] or (says_zero is True and is_lora)
     schedule = table
     assumed = table is None or marks["ztsnr"] != stored_zero
     if zero or schedule is None:
         schedule = NoiseSchedule(zero_terminal_snr=zero)
     prediction_type = "v_prediction" if v else "epsilon"
+    if declared is not None:
+        prediction_type = declared.prediction_type
     facts = {
         "model": family,
         "marks": marks,
         "prediction_type": prediction_type,
         **schedule_facts(schedule),
-        "schedule_is": "assumed: Stable Diffusion's" if assumed else "stored: alphas_cumprod",
+        "schedule_is": "assumed: Stable Diffusion's" if assumed else f"stored: {stored}",
         "guidance_rescale": None,
         "metadata": metadata,
     }
@@ -763,8 +795,12 @@ def _examine_single(target: str, path: Path) -> Diagnosis:
     else:
         verdict = "flawed"
         alone = "v_pred alone" if marks["v_pred"] else "v prediction alone, by its metadata"
+        if declared is not None:
+            alone = f"v prediction, by {declared.path.name}"
         reason = f"{alone if v else 'no marks'}: {signal(schedule)}"
-        if not v and "v_pred" not in unmarked:
+        if declared is not None and not v:
+            reason = f"{prediction_type}, by {declared.path.name}: {signal(schedule)}"
+        elif not v and "v_pred" not in unmarked:
             reason = f"no marks, so tools sample it as epsilon: {signal(schedule)}"
         changes.append(_TRAIN)
     if "v_pred" in unmarked and verdict == "flawed":

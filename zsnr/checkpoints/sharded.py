@@ -13,7 +13,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,9 +23,6 @@ from zsnr.checkpoints.shard_index import INDEX, read_index
 from zsnr.files import replacing
 from zsnr.locks import unfinished
 from zsnr.untrusted import check_archive, open_archive
-
-if TYPE_CHECKING:
-    from torch.distributed.checkpoint.metadata import Metadata
 
 REST = "meta.pt"
 
@@ -291,7 +288,7 @@ def _sharded_as(full: Tensor, like: Tensor) -> Tensor:
     )
 
 
-def _checked_index(folder: Path) -> Metadata:
+def _checked_index(folder: Path) -> Any:
     """Read the index, and see that the files are as long as it says."""
     index = read_index(folder)
     ends: dict[str, int] = {}
@@ -305,9 +302,7 @@ def _checked_index(folder: Path) -> Metadata:
     return index
 
 
-def _fill(
-    tensors: dict[str, Tensor], folder: Path, index: Metadata, *, alone: bool = False
-) -> None:
+def _fill(tensors: dict[str, Tensor], folder: Path, index: Any, *, alone: bool = False) -> None:
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
     from torch.distributed.checkpoint.filesystem import FileSystemReader

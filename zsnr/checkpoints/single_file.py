@@ -17,6 +17,7 @@ from torch import Tensor
 
 from zsnr.checkpoints.header import read_header, read_schedule
 from zsnr.checkpoints.ldm_layout import ldm_clip, ldm_open_clip, ldm_unet, ldm_vae
+from zsnr.checkpoints.ldm_yaml import read_beside
 from zsnr.checkpoints.model import Model
 from zsnr.codecs import AutoencoderKLCodec
 from zsnr.conditioning import Conditioner, SDXLConditioner, TransformersConditioner
@@ -215,8 +216,11 @@ def read_marks(source: str) -> tuple[NoiseSchedule, PredictionType]:
 def _schedule(file: LdmFile) -> NoiseSchedule:
     says = file.metadata.get("ss_zero_terminal_snr", "").lower() == "true"
     marked = NoiseSchedule("scaled_linear", zero_terminal_snr="ztsnr" in file.shapes or says)
-    if marked.zero_terminal_snr or "alphas_cumprod" not in file.shapes:
+    if marked.zero_terminal_snr:
         return marked
+    if "alphas_cumprod" not in file.shapes:
+        beside = read_beside(file.path)
+        return marked if beside is None else beside.schedule
     stored = read_schedule(file.path, read_header(file.path))
     if stored is None:
         return marked
@@ -234,6 +238,9 @@ def _prediction_type(file: LdmFile) -> PredictionType:
     }
     if True in said:
         return "v_prediction"
+    beside = read_beside(file.path)
+    if beside is not None:
+        return beside.prediction_type
     if file.family == "v2" and "modelspec.prediction_type" not in file.metadata:
         warnings.warn(
             f"{file.path} does not say what its network predicts and is taken for an epsilon "

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from zsnr.data.captions import is_text
 from zsnr.noise import derive_seed
-from zsnr.untrusted import clipped, read_small
+from zsnr.untrusted import clipped, parse_json, read_text, shown
 
-_LARGEST = 1 << 30  # bytes; COCO's captions of training have 92 MB
+_MAX_BYTES = 2**28  # COCO's captions take 92 MB, with 3 million entries
+_MAX_ENTRIES = 2**23
 
 
 @dataclass(frozen=True)
@@ -49,17 +49,13 @@ def read_captions(path: str | Path, num_images: int, seed: int = 0) -> list[Capt
     readers = {".json": _coco, ".txt": _lines, ".jsonl": _objects}
     if path.suffix not in readers:
         raise ValueError(f"{path}: wanted a captions file that ends in .json, .txt or .jsonl.")
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"{path}: no such captions file.")
     if num_images < 1:
         raise ValueError(f"num_images={num_images}: wanted at least 1.")
-    data = read_small(path, _LARGEST)
+    text = read_text(path, _MAX_BYTES)
     try:
-        found = readers[path.suffix](data.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error.reason}.") from error
-    except RecursionError as error:
-        raise ValueError(f"{path} is nested too deeply.") from error
+        found = readers[path.suffix](text)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if len(found) < num_images:
@@ -74,7 +70,7 @@ def read_captions(path: str | Path, num_images: int, seed: int = 0) -> list[Capt
 
 
 def _coco(text: str) -> dict[int, tuple[str, str]]:
-    content = json.loads(text)
+    content = parse_json(text, most=_MAX_ENTRIES)
     annotations = content.get("annotations") if isinstance(content, dict) else None
     if not isinstance(annotations, list):
         raise ValueError("wanted an object with annotations, as COCO's captions have it.")
@@ -101,7 +97,7 @@ def _objects(text: str) -> dict[int, tuple[str, str]]:
     found = {}
     for number, (line, _) in _lines(text).items():
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             caption = _text(record["caption" if "caption" in record else "prompt"])
             group = record.get("group") or ""
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -109,7 +105,7 @@ def _objects(text: str) -> dict[int, tuple[str, str]]:
                 f'line {number} is {_short(line)}: wanted an object such as {{"caption": "a cat"}}.'
             ) from error
         if not isinstance(group, str) or not is_text(group):
-            raise ValueError(f"line {number}: group={group!r}: wanted a name.")
+            raise ValueError(f"line {number}: group={shown(group)}: wanted a name.")
         found[number] = (caption, group)
     return found
 
@@ -128,4 +124,4 @@ def _id(value: Any) -> int:
 
 
 def _short(value: Any) -> str:
-    return clipped(value if isinstance(value, str) else repr(value), 80)
+    return clipped(value, 80) if isinstance(value, str) else shown(value)

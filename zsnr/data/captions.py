@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from zsnr.untrusted import parse_json
+from zsnr.untrusted import parse_object
 
 if TYPE_CHECKING:
     import numpy as np
@@ -133,7 +133,7 @@ def parse_record(record: bytes) -> dict[str, Any]:
     Raises:
         ValueError: It is no JSON object; one line.
     """
-    return parse_json(record.removeprefix(codecs.BOM_UTF8), "its json")
+    return parse_object(record.removeprefix(codecs.BOM_UTF8), "its json")
 
 
 def text_fields(text: bytes | None, record: Mapping[str, Any]) -> str:

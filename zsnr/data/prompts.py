@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from zsnr.assets import resolve_asset
+from zsnr.untrusted import parse_json, read_text, shown
+
+_MAX_IMAGES = 1_000_000
+_MAX_SIDE = 2**16  # pixels
 
 
 @dataclass(frozen=True)
@@ -66,12 +69,9 @@ def read_prompts(path: str | Path, seed: int = 0) -> list[PromptRequest]:
     path = Path(path)
     if path.suffix not in (".txt", ".jsonl"):
         raise ValueError(f"{path}: wanted a prompts file that ends in .txt or .jsonl.")
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"{path}: no such prompts file.")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error.reason}.") from error
+    lines = read_text(path).split("\n")
     requests: list[PromptRequest] = []
     for number, text in enumerate(lines, start=1):
         if not text.strip():
@@ -80,9 +80,10 @@ def read_prompts(path: str | Path, seed: int = 0) -> list[PromptRequest]:
             requests.append(PromptRequest(text.strip(), seed=seed, line=number))
             continue
         try:
-            requests += _parse(json.loads(text), number, seed)
+            requests += _parse(parse_json(text), number, seed)
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
+        _check_total(requests)
     if not requests:
         raise ValueError(f"{path} holds no prompts.")
     return requests
@@ -102,6 +103,7 @@ def parse_prompts(records: Sequence[Any], seed: int = 0) -> list[PromptRequest]:
             requests += _parse(record, number, seed)
         except ValueError as error:
             raise ValueError(f"data.prompts, entry {number}: {error}") from error
+        _check_total(requests)
     if not requests:
         raise ValueError("data.prompts holds no prompts.")
     return requests
@@ -112,25 +114,33 @@ def brightness_suite() -> Path:
     return Path(resolve_asset("asset:prompts")) / "brightness.jsonl"
 
 
+def _check_total(requests: Sequence[PromptRequest]) -> None:
+    if len(requests) > _MAX_IMAGES:
+        raise ValueError(f"The prompts ask for over {_MAX_IMAGES} images: make several files.")
+
+
 def _parse(record: Any, line: int, default_seed: int) -> list[PromptRequest]:
     if not isinstance(record, dict):
         raise ValueError('wanted an object such as {"prompt": "a black cat", "seed": 0}.')
     for name, value in record.items():
         if name not in _TYPES:
-            raise ValueError(f"{name!r} is unknown. Known: {', '.join(_TYPES)}.")
+            raise ValueError(f"{shown(name)} is unknown. Known: {', '.join(_TYPES)}.")
         nothing = value is None and name not in ("prompt", "count")
         if not nothing and (not isinstance(value, _TYPES[name]) or isinstance(value, bool)):
-            raise ValueError(f"{name}={value!r}: wanted {_TYPES[name].__name__}.")
+            wanted = "text" if _TYPES[name] is str else "a whole number"
+            raise ValueError(f"{name}={shown(value)}: wanted {wanted}.")
     if "prompt" not in record:
         raise ValueError("there is no prompt.")
     defaults = {**_DEFAULTS, "seed": default_seed}
     values = {k: defaults[k] if v is None else v for k, v in record.items()}
     count, seed = values.pop("count", 1), values.pop("seed", default_seed)
     for name in ("height", "width"):
-        if values.get(name) is not None and values[name] < 1:
-            raise ValueError(f"{name}={values[name]}: wanted at least 1.")
-    if count < 1:
-        raise ValueError(f"count={count}: wanted at least 1.")
+        if values.get(name) is not None and not 1 <= values[name] <= _MAX_SIDE:
+            raise ValueError(
+                f"{name}={shown(values[name])}: wanted at least 1, at most {_MAX_SIDE}."
+            )
+    if not 1 <= count <= _MAX_IMAGES:
+        raise ValueError(f"count={shown(count)}: wanted at least 1, at most {_MAX_IMAGES}.")
     if not 0 <= seed <= 2**32 - count:
-        raise ValueError(f"seed={seed}: wanted 0 to 4294967295, with count={count}.")
+        raise ValueError(f"seed={shown(seed)}: wanted 0 to 4294967295, with count={count}.")
     return [PromptRequest(**values, seed=seed + i, line=line) for i in range(count)]

@@ -25,7 +25,7 @@ from zsnr.reports.arms import GUIDANCE, guidance_text
 from zsnr.reports.flaw import oracle_brightness
 from zsnr.reports.pictures import figure_of, picture_grid, picture_pixels, save_figure
 from zsnr.schedule import NoiseSchedule
-from zsnr.untrusted import clipped, parse_json, read_small, shown
+from zsnr.untrusted import clipped, parse_object, read_small, shown
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -116,7 +116,7 @@ def read_samples(folder: Path) -> list[dict[str, Any]]:
     samples = []
     for number, line in enumerate(read_small(manifest, _MOST_TEXT).splitlines(), start=1):
         where = f"{manifest}, line {number}"
-        sample = parse_json(line, where)
+        sample = parse_object(line, where)
         for name, kind in _SAMPLE.items():
             if not isinstance(sample.get(name), kind):
                 raise ValueError(

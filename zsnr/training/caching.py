@@ -20,7 +20,7 @@ from zsnr.data.faults import check_budget, summarize
 from zsnr.data.sources import Sources
 from zsnr.locks import Lock
 from zsnr.training.data import DataModule, describe_samples
-from zsnr.training.lightning_cli import parse_fit, short_message
+from zsnr.training.lightning_cli import check_environment, parse_fit, short_message
 
 
 def run_cache(options: argparse.Namespace, settings: Sequence[str]) -> Path:
@@ -33,6 +33,7 @@ def run_cache(options: argparse.Namespace, settings: Sequence[str]) -> Path:
     Raises:
         ValueError: The config or the data is wrong, or the folder holds something else.
     """
+    check_environment()
     rank = int(os.environ.get("RANK", 0)) if options.rank is None else options.rank
     ranks = int(os.environ.get("WORLD_SIZE", 1)) if options.ranks is None else options.ranks
     if not 0 <= rank < ranks:

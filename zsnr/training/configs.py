@@ -161,10 +161,6 @@ class _Check:
 
 
 def _entries(node: Any) -> dict[str, Any]:
-    for key, _ in node.value:
-        if not isinstance(key, yaml.ScalarNode):
-            line = key.start_mark.line + 1
-            raise ValueError(f"line {line} names a setting by a list: wanted text.")
     return {key.value: value for key, value in node.value}
 
 
@@ -177,7 +173,8 @@ def _hints(cls: Any) -> tuple[dict[str, Any], bool]:
         return {f.name: types_of[f.name] for f in dataclasses.fields(cls) if f.init}, False
     try:
         parameters = inspect.signature(cls).parameters.values()
-        types_of = get_type_hints(cls.__init__ if isinstance(cls, type) else cls)
+        constructor = cls.__init__
+        types_of = get_type_hints(constructor if isinstance(cls, type) else cls)
     except (NameError, TypeError, ValueError):  # somebody else's class may hide its types
         return {}, True
     known = {p.name: types_of.get(p.name, Any) for p in parameters}
@@ -196,6 +193,7 @@ def _are_simple(options: Sequence[Any], is_list: bool) -> bool:
     return all(
         option in simple
         or get_origin(option) is Literal
+        or (is_list and dataclasses.is_dataclass(option))
         or (not is_list and _item(option) is not None)
         for option in options
     )
@@ -225,8 +223,14 @@ def _check_scalar(node: Any, options: Sequence[Any], where: str) -> None:
     kind, said = node.tag.removeprefix(_TAG), _said(node.value)
     text = str in options or any(get_origin(option) is Literal for option in options)
     number = any(option in options for option in _NUMBERS)
-    if any(option not in (str, bool, type(None), *_NUMBERS) for option in options) and not text:
-        return
+    if not all(
+        option in (str, bool, type(None), *_NUMBERS)
+        or get_origin(option) is Literal
+        or _item(option) is not None
+        or dataclasses.is_dataclass(option)
+        for option in options
+    ):
+        return  # a class's name is text too, and jsonargparse lists the known ones
     if kind == "bool" and bool not in options and (text or number):
         value = node.value.lower() in ("yes", "on", "true", "y")
         if text:

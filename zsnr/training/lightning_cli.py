@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import inspect
 import logging
+import os
 import re
 import signal
 import sys
@@ -53,6 +54,7 @@ from zsnr.training.preemption import EXIT_CODE, Preemption, listen, restarted, s
 from zsnr.training.run_lock import RunLock
 from zsnr.training.strategy import FullyShardedStrategy, check_strategy
 from zsnr.training.watchdog import Watchdog
+from zsnr.untrusted import shown
 
 # Short options of every command that samples; --sampler and --seed need more than a name.
 SHORT_OPTIONS = {
@@ -320,6 +322,7 @@ def run(arguments: Sequence[str]) -> None:
         ValueError: The command line or a YAML is wrong; one line.
         SystemExit: A signal has stopped training before its end; the code is 143.
     """
+    check_environment()
     _prepare(arguments)
     listen(signal.SIGUSR1)
     # argv[0] stays: Lightning's launcher starts the other ranks with it.
@@ -371,6 +374,29 @@ def parse_fit(arguments: Sequence[str]) -> Any:
     return cli.config
 
 
+def check_environment() -> None:
+    """Refuse variables that say of the processes what cannot be, before anything waits for them.
+
+    Raises:
+        ValueError: One is not a number, or SLURM has tasks that `srun` did not start.
+    """
+    for name, most in _COUNTS.items():
+        value = os.environ.get(name)
+        if value and not (value.isascii() and value.isdigit() and int(value[:20]) <= most):
+            raise ValueError(
+                f"The environment variable {name} is {shown(value)}: wanted a whole number, at "
+                f"most {most}. Unset it, or start with torchrun or srun."
+            )
+    tasks = os.environ.get("SLURM_NTASKS") or "1"
+    interactive = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")  # as Lightning says
+    started = {"SLURM_STEP_ID", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
+    if int(tasks) > 1 and not started and not interactive:
+        raise ValueError(
+            f"SLURM_NTASKS={tasks}, but srun did not start this process: start it with srun, or "
+            "unset SLURM_NTASKS to train in this shell alone."
+        )
+
+
 def _prepare(arguments: Sequence[str]) -> None:
     """Look at what a config says, before jsonargparse and Lightning do."""
     _quieten()
@@ -414,6 +440,12 @@ def short_message(message: str) -> str:
     return line
 
 
+_COUNTS = {
+    **dict.fromkeys(("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"), 2**20),
+    **dict.fromkeys(("NODE_RANK", "GROUP_RANK", "SLURM_NTASKS", "SLURM_PROCID"), 2**20),
+    **dict.fromkeys(("SLURM_LOCALID", "SLURM_NODEID"), 2**20),
+    "MASTER_PORT": 2**16 - 1,
+}
 _GROUPS: dict[str, Any] = {
     "model": LatentDiffusion,
     "data": DataModule,
