@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import json
 import random
 import re
@@ -133,7 +132,7 @@ def parse_record(record: bytes) -> dict[str, Any]:
     Raises:
         ValueError: It is no JSON object; one line.
     """
-    return parse_object(record.removeprefix(codecs.BOM_UTF8), "its json")
+    return parse_object(record, "its json")
 
 
 def text_fields(text: bytes | None, record: Mapping[str, Any]) -> str:
