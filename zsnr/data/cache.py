@@ -26,7 +26,8 @@ from zsnr.data.dataset import Pixels, ShardDataset
 from zsnr.data.faults import Fault
 from zsnr.data.filters import Filter
 from zsnr.data.images import to_unit_range
-from zsnr.data.index import Index, write_index
+from zsnr.data.index import Index
+from zsnr.data.index_file import write_index
 from zsnr.data.samples import PARTS, Sample, Samples, select
 from zsnr.data.scan import FIELD, ShardIndex
 from zsnr.data.sources import CACHE, Shard, Sources, as_sources, is_cache
@@ -117,7 +118,9 @@ def find_cache(sources: Sources) -> Cache | None:
     return cache
 
 
-def select_cached(cache: Cache, index: Index, filters: Sequence[Filter]) -> Samples:
+def select_cached(
+    cache: Cache, index: Index, filters: Sequence[Filter], folder: Path | None = None
+) -> Samples:
     """Decide which samples of a cache a run uses; filters it was made with need no second look."""
     from zsnr.data.buckets import AspectBuckets
 
@@ -129,6 +132,7 @@ def select_cached(cache: Cache, index: Index, filters: Sequence[Filter]) -> Samp
         cache.picture["image_size"],
         filters=() if same else filters,
         aspect=None if aspect is None else AspectBuckets(**aspect),
+        folder=folder,
     )
     digest = cache.samples
     if not same:

@@ -8,14 +8,18 @@ what does not fill a batch waits for the next window, or the next pass.
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Iterator
 from fractions import Fraction
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch.utils.data import Sampler
 
+from zsnr.files import replacing
 from zsnr.noise import derive_seed, sample_generator
 
 if TYPE_CHECKING:
@@ -56,13 +60,8 @@ class TrainingOrder:
             raise ValueError(f"data.batch_size={batch_size}: wanted at least 1.")
         self.batch_size, self._window = batch_size, window
         self._seed = derive_seed(seed, int(samples.digest[:8], 16))
-        num_shards, K = len(samples.shards), len(samples.shapes)
-        cell = samples.shard.astype(np.int64) * K + samples.bucket
-        small = np.int32 if len(cell) < 2**31 else np.int64
-        self._rows = np.argsort(cell, kind="stable").astype(small)
-        table = np.bincount(cell, minlength=num_shards * K).reshape(num_shards, K)
-        self._table = table
-        self._starts = np.concatenate([[0], np.cumsum(table.ravel())])
+        self._samples, self._table = samples, samples.table
+        table = self._table
         weights = [Fraction(shard.weight).limit_denominator(1000) for shard in samples.shards]
         self._weights = weights
         # Shards of one weight form a group; of each group and bucket, how many samples there are.
@@ -96,14 +95,14 @@ class TrainingOrder:
 
     def replacement(self, position: int, attempt: int) -> int:
         """Return the row of another sample of the bucket, to stand in for a broken one."""
-        import numpy as np
-
         bucket, _ = self.batch(position // self.batch_size)
-        ends = np.cumsum(self._table[:, bucket])
-        n = derive_seed(self._seed, _REPLACEMENT, position, attempt) % int(ends[-1])
-        shard = int(ends.searchsorted(n, side="right"))
-        within = n - int(ends[shard] - self._table[shard, bucket])
-        return int(self._rows[self._start(shard, bucket) + within])
+        n = derive_seed(self._seed, _REPLACEMENT, position, attempt)
+        return self._samples.member(bucket, n)
+
+    def prepare(self) -> None:
+        """Write what all processes then map, so that each need not make it."""
+        if self._samples.mapped is not None:
+            self._pass(0)
 
     # Counting
 
@@ -144,7 +143,7 @@ class TrainingOrder:
         import numpy as np
 
         shards = _permutation(len(self._table), self._seed, _SHARDS, number)
-        table = np.zeros_like(self._table)
+        table = np.zeros(self._table.shape, np.int64)
         for weight, members in self._groups.items():
             if weight.denominator == 1:
                 table[members] = self._table[members] * int(weight)
@@ -180,7 +179,12 @@ class TrainingOrder:
     def _ranks(self, weight: Fraction, bucket: int) -> np.ndarray:
         """The place i of each sample in its group, by chance, so that passes take turns fairly."""
         n = int(self._sizes[weight][bucket])
-        return _permutation(n, self._seed, _RANKS, weight.numerator, weight.denominator, bucket)
+        keys = self._seed, _RANKS, weight.numerator, weight.denominator, bucket
+        mapped = self._samples.mapped
+        if mapped is None or not n:
+            return _permutation(n, *keys)
+        file = mapped.path.with_suffix("." + "-".join(map(str, keys)))
+        return _mapped_permutation(file, n, *keys)
 
     # Windows
 
@@ -209,7 +213,7 @@ class TrainingOrder:
         rows: list[int] = self._window_rows(low, window, bucket)[start : start + most].tolist()
         return rows
 
-    @lru_cache(maxsize=64)  # noqa: B019
+    @lru_cache(maxsize=8)  # noqa: B019
     def _window_rows(self, number: int, window: int, bucket: int) -> np.ndarray:
         """The rows of one bucket in a window, shuffled."""
         import numpy as np
@@ -217,16 +221,12 @@ class TrainingOrder:
         first = window * self._window
         parts = []
         for shard in self._pass(number).shards[first : first + self._window].tolist():
-            start = self._start(shard, bucket)
-            rows = self._rows[start : start + self._table[shard, bucket]]
+            rows = self._samples.members(shard, bucket)
             parts.append(np.repeat(rows, self._times(number, shard, bucket)))
         rows = np.concatenate(parts)
         shuffle = _permutation(len(rows), self._seed, _WINDOW, number, window, bucket)
         shuffled: np.ndarray = rows[shuffle]
         return shuffled
-
-    def _start(self, shard: int, bucket: int) -> int:
-        return int(self._starts[shard * self._table.shape[1] + bucket])
 
 
 class StepBatches(Sampler[list[int]]):
@@ -298,3 +298,20 @@ def _permutation(n: int, *keys: int) -> np.ndarray:
         n, generator=sample_generator(derive_seed(*keys))
     ).numpy()
     return permutation
+
+
+def _mapped_permutation(file: Path, n: int, *keys: int) -> np.ndarray:
+    """Map a permutation from a file, which the first process that needs it writes."""
+    import numpy as np
+
+    try:
+        if not file.is_file() or file.stat().st_size != 8 * n:
+            with replacing(file) as beside:
+                with beside.open("wb") as room:  # a full disk is an error here, later a signal
+                    os.posix_fallocate(room.fileno(), 0, 8 * n)
+                made = torch.from_numpy(np.memmap(beside, np.int64, "r+"))
+                torch.randperm(n, generator=sample_generator(derive_seed(*keys)), out=made)
+        return np.memmap(file, np.int64, "r")
+    except OSError as error:
+        warnings.warn(f"{file} cannot be used: {error}. It stays in memory.", stacklevel=2)
+        return _permutation(n, *keys)

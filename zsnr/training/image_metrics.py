@@ -350,10 +350,15 @@ class ImageMetrics(Callback):
                 trainer.strategy.barrier()
             try:
                 index = load_index(self.real, Storage(data.retries), folder=data.index_folder)
+                self._samples = select(
+                    index,
+                    module.image_size,
+                    max_pixels=data.pixels.max_pixels,
+                    folder=Path(trainer.default_root_dir) / "index",
+                )
             finally:
                 if not trainer.local_rank:
                     trainer.strategy.barrier()
-            self._samples = select(index, module.image_size, max_pixels=data.pixels.max_pixels)
             source = f"{self._samples.digest} {min(self.num_real, len(self._samples))}"
             if len(self._samples) < max(2, trainer.world_size):
                 raise ValueError(
