@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 
 from zsnr.data import samples as samples_module
 from zsnr.data.buckets import AspectBuckets
+from zsnr.data.cache import find_cache
 from zsnr.data.columns import SHAPES
 from zsnr.data.filters import Filter
 from zsnr.data.index import load_index
 from zsnr.data.index_file import read_footer, read_rows
 from zsnr.data.order import TrainingOrder
 from zsnr.data.samples import select
-from zsnr.data.sources import Source
+from zsnr.data.sources import Source, find_shards
 from zsnr.data.storage import Storage
 
 
@@ -198,6 +199,83 @@ def test_pipes_and_folders_are_no_index(shard):
     file.mkdir()
     with pytest.warns(UserWarning, match="is not used as an index"):
         assert len(load(str(shard))) == 4
+
+
+def cached(folder, index=b"", **changed):
+    """A folder that says it is a cache of one shard."""
+    facts = {
+        "version": 1,
+        "codec": {},
+        "conditioner": None,
+        "captions": None,
+        "picture": {"image_size": 16, "aspect": None},
+        "filters": [],
+        "samples": "0" * 32,
+        "dtype": "float16",
+        "shards": [{"file": "0.tar", "weight": 1.0}],
+    } | changed
+    (folder / "cache.json").write_text(json.dumps(facts))
+    (folder / "0.tar").write_bytes(bytes(10240))
+    (folder / "0.tar.index").write_bytes(index)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"version": "1"},
+        {"version": True},
+        {"version": [1]},
+        {"codec": None},
+        {"conditioner": []},
+        {"picture": {}},
+        {"picture": {"image_size": "16", "aspect": None}},
+        {"picture": {"image_size": 2**70, "aspect": None}},
+        {"picture": {"image_size": 16, "aspect": {"step": 5, "max_ratio": 2}}},
+        {"picture": {"image_size": 16, "aspect": {"stride": 8}}},
+        {"picture": {"image_size": 16, "aspect": {"step": "8"}}},
+        {"filters": {}},
+        {"samples": 1},
+        {"dtype": "int8"},
+        {"more": 1},
+        {"shards": {}},
+        {"shards": ["0.tar"]},
+        {"shards": [{"file": "0.tar"}]},
+        {"shards": [{"file": "../0.tar", "weight": 1}]},
+        {"shards": [{"file": "/etc/passwd", "weight": 1}]},
+        {"shards": [{"file": "", "weight": 1}]},
+        {"shards": [{"file": "..", "weight": 1}]},
+        {"shards": [{"file": "0.tar", "weight": 1, "ratio": "1", "source": 0}]},
+        {"shards": [{"file": "0.tar", "weight": 1, "ratio": 0, "source": 0}]},
+        {"shards": [{"file": "0.tar", "weight": 1, "ratio": 1, "source": None}]},
+        {"shards": [{"file": "0.tar", "weight": "1"}]},
+        {"shards": [{"file": "0.tar", "weight": float("nan")}]},
+        {"shards": [{"file": "0.tar", "weight": -1}]},
+    ],
+)
+def test_a_cache_of_another_form_is_refused_in_one_line(tmp_path, changed):
+    assert find_cache(cached(tmp_path)).dtype == "float16"
+    with pytest.raises(ValueError, match=r"ache the data again") as error:
+        find_cache(cached(tmp_path, **changed))
+    assert "\n" not in str(error.value)
+    assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "[" * 10**5, '{"a": ' * 10**5, "\ud800"])
+def test_a_cache_that_is_no_json_is_refused(tmp_path, text):
+    cached(tmp_path)
+    (tmp_path / "cache.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    for read in (find_shards, find_cache):
+        with pytest.raises(ValueError, match="cache.json"):
+            read(str(tmp_path))
+
+
+def test_a_cache_s_index_cannot_be_made_again(tmp_path, shard):
+    with pytest.raises(ValueError, match=r"0.tar.index is not used .* run `zsnr data cache` again"):
+        load(cached(tmp_path, b"x"))
+    content = shard.with_name("s.tar.index").read_bytes()
+    with pytest.raises(ValueError, match="do not belong together: cache it again"):
+        load(cached(tmp_path, content))  # of another shard
 
 
 # Files of samples

@@ -119,7 +119,7 @@ class Index:
             try:
                 return read_rows(part.file, self.fields)
             except ValueError as error:
-                _warn(part.file, error)
+                _reject(self.shards[number], part.file, error)
                 part = self.parts[number] = self.remake(self.shards[number])
         return part.table if part.file is None else read_rows(part.file, self.fields)
 
@@ -276,7 +276,7 @@ def _load_alone(
             if _is_current(footer, shard):
                 return footer, met
         except ValueError as error:
-            _warn(path, error)
+            _reject(shard, path, error)
     return _make(shard, storage, folder, write, fields), met
 
 
@@ -309,9 +309,16 @@ def _make(
     )
 
 
-def _warn(path: Path, error: ValueError) -> None:
-    reason = clipped(str(error)).rstrip(".")
-    warnings.warn(f"{path} is not used as an index: {reason}. It is made again.", stacklevel=3)
+def _reject(shard: Shard, path: Path, error: ValueError) -> None:
+    """Say that an index file is not used, and why.
+
+    Raises:
+        ValueError: It is a cache's, which only caching can make again.
+    """
+    reason = f"{path} is not used as an index: {clipped(str(error)).rstrip('.')}."
+    if shard.kind == "cache":
+        raise ValueError(f"{reason} Remove it, and run `zsnr data cache` again; it goes on.")
+    warnings.warn(f"{reason} It is made again.", stacklevel=3)
 
 
 def _is_current(footer: Part, shard: Shard) -> bool:

@@ -162,13 +162,22 @@ class Samples:
         rows: np.ndarray = first + (self.bucket[first:end] == bucket).nonzero()[0]
         return rows
 
-    def member(self, bucket: int, n: int) -> int:
-        """The row of the n-th sample of a bucket; behind the last comes the first again."""
-        ends = self.table[:, bucket].cumsum()
+    def member(self, bucket: int, n: int, shards: np.ndarray | slice = slice(None)) -> int:
+        """The row of the n-th sample of a bucket; behind the last comes the first again.
+
+        Args:
+            bucket: Its number.
+            n: Counted from 0.
+            shards: Numbers of the shards that are looked at. None but these count.
+        """
+        import numpy as np
+
+        numbers = np.arange(len(self.shards))[shards]
+        counts = self.table[numbers, bucket]
+        ends = counts.cumsum()
         n %= int(ends[-1])
-        shard = int(ends.searchsorted(n, side="right"))
-        within = n - int(ends[shard] - self.table[shard, bucket])
-        return int(self.members(shard, bucket)[within])
+        at = int(ends.searchsorted(n, side="right"))
+        return int(self.members(int(numbers[at]), bucket)[n - int(ends[at] - counts[at])])
 
     def alike(self, row: int, distance: int) -> int:
         """The row of the sample of the same bucket so many samples behind one."""
@@ -213,6 +222,8 @@ def select(
         "shapes": shapes,
         "max_pixels": max_pixels,
     }
+    if any(shard.ratio is not None for shard in index.shards):
+        settings["ratios"] = [[shard.source, shard.ratio] for shard in index.shards]
     if folder is None or len(index) <= _IN_MEMORY:
         return _selected(index, settings, filters, None)
     file = _file_of(index, settings, folder)
