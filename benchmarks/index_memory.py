@@ -105,22 +105,23 @@ def measure(folder: Path, name: str) -> dict[str, float]:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    start = time.perf_counter()
+    start = time.process_time()
     index = load_index(sources, Storage(), fields=fields, progress=False)
-    indexed = time.perf_counter()
+    indexed = time.process_time()
     samples = select(index, 512, folder=folder / "run", **options)
     del index
     order = TrainingOrder(samples, BATCH, 0)
     order.prepare()
-    ready = time.perf_counter()
+    ready = time.process_time()
     for step in range(STEPS):
         for row in order.batch(step * 37)[1][::64]:
             _ = samples[row]
+    steady = own_memory() - base
     done.set()
     watcher.join()
     return {
         "samples": samples.total,
-        "steady": own_memory() - base,
+        "steady": steady,
         "peak": max(peak[0], own_memory()) - base,
         "footers": indexed - start,
         "ready": ready - start,
@@ -148,12 +149,13 @@ def main() -> None:
         "",
         f"{date.today()}, pyarrow {version('pyarrow')}, numpy {version('numpy')}, torch "
         f"{version('torch')}, Python {platform.python_version()}, {os.cpu_count()} CPUs. Shards of "
-        f"{PER_SHARD:,} samples. Own memory of a process in MB, without what its imports take. "
+        f"{PER_SHARD:,} samples. Own memory of a process in MB, without what its imports take; "
+        "CPU seconds until the index is read, and until the first batch. "
         "The first process of a node writes the file; each further rank maps it.",
         f"Made by `python benchmarks/index_memory.py --samples {' '.join(map(str, args.samples))} "
         "--write`.",
         "",
-        "| settings | samples | process | peak | steady | index read, s | ready, s |",
+        "| settings | samples | process | peak | steady | index read, CPU s | ready, CPU s |",
         "|---|---|---|---|---|---|---|",
     ]
     slopes: dict[tuple[str, str], list[dict[str, float]]] = {}

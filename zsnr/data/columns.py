@@ -10,8 +10,9 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from io import BytesIO
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 from zsnr.files import replacing
@@ -32,14 +33,12 @@ SHAPES: dict[str, tuple[str, tuple[int, ...]]] = {
 
 
 class Spool:
-    """Columns that grow row by row, in files of a folder that is gone afterwards, or in memory."""
+    """Columns that grow row by row, in files without a name in a folder, or in memory."""
 
     def __init__(self, folder: Path | None) -> None:
         names = [*SHAPES, "ends", "keys"]
-        self._folder = folder
-        self._files: dict[str, Any] = {
-            name: BytesIO() if folder is None else (folder / name).open("wb") for name in names
-        }
+        self._in_memory = folder is None
+        self._files: dict[str, Any] = {name: _room(folder) for name in names}
         self._bytes = 0
         self.rows = 0
         self._files["ends"].write(bytes(8))
@@ -71,13 +70,12 @@ class Spool:
 
         buffers: dict[str, pa.Buffer] = {}
         for name, file in self._files.items():
-            if self._folder is None:
+            if self._in_memory:
                 buffers[name] = pa.py_buffer(file.getbuffer())
-            else:
-                file.close()
-                size = (self._folder / name).stat().st_size
-                mapped = pa.memory_map(str(self._folder / name)) if size else pa.BufferReader(b"")
-                buffers[name] = mapped.read_buffer()
+                continue
+            file.flush()
+            whole = mmap(file.fileno(), 0, access=ACCESS_READ) if file.tell() else b""
+            buffers[name] = pa.py_buffer(whole)
         schema = _schema()
         keys = [None, buffers["ends"], buffers["keys"]]
         arrays = [pa.Array.from_buffers(pa.large_string(), self.rows, keys)]
@@ -91,19 +89,21 @@ class Spool:
 
     def close(self) -> None:
         """Let go of the files."""
-        for file in self._files.values():
-            file.close()
+        if not self._in_memory:
+            for file in self._files.values():
+                file.close()
+
+
+def _room(folder: Path | None) -> Any:
+    return BytesIO() if folder is None else TemporaryFile(dir=folder)
 
 
 @contextmanager
 def spooling(folder: Path | None) -> Iterator[Spool]:
-    """Give a spool whose files are in a folder while it is needed. None = in memory."""
-    if folder is None:
-        yield Spool(None)
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    kept = TemporaryDirectory(dir=folder, prefix=".", suffix=".part")
-    with kept, closing(Spool(Path(kept.name))) as spool:
+    """Give a spool that needs a folder's room while it is used. None = in memory."""
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    with closing(Spool(folder)) as spool:
         yield spool
 
 

@@ -8,27 +8,28 @@ them takes more memory than an index of a shard of that size would.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from zsnr.data.faults import Fault, PackedFaults, as_fault
 from zsnr.data.scan import FIELD, ShardIndex
+from zsnr.data.thrift import read_struct
 from zsnr.files import replacing
 from zsnr.untrusted import clipped, open_regular, parse_json, shown
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
 _VERSION = 1
 _PARTS = ("image", "text", "json")
 _NUMBERS = ("height", "width", *(f"{p}_{x}" for p in _PARTS for x in ("offset", "size")))
-_CODECS = {"SNAPPY", "UNCOMPRESSED"}  # neither grows more than 64-fold
-_DICTIONARY = {"RLE_DICTIONARY", "PLAIN_DICTIONARY"}
-_ENCODINGS = {"PLAIN", "RLE", "BIT_PACKED", *_DICTIONARY}
+_CODECS = {0, 1}  # Parquet's numbers: none and snappy, which grows 20-fold at most
+_DICTIONARY = {2, 8}
+_ENCODINGS = {0, 3, 4, *_DICTIONARY}  # plain, run length, bit-packed, dictionaries
 _LEAST_BYTES = 512  # of a shard, for a row: one header of a tar file
 _MOST_CELLS = 1 << 25  # rows times columns, for any file; more for a larger one
 _CELLS_PER_BYTE = 16
@@ -85,8 +86,8 @@ def read_footer(path: Path) -> Part:
     Raises:
         ValueError: It is unreadable, of another version, or not an index; says why.
     """
-    with _opened(path) as (file, size):
-        return _footer(file, size, path)
+    with _opened(path) as (raw, size):
+        return _footer(raw, size, path)
 
 
 def read_rows(path: Path, fields: Iterable[str] | None = None) -> pa.Table:
@@ -102,16 +103,16 @@ def read_rows(path: Path, fields: Iterable[str] | None = None) -> pa.Table:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with _opened(path) as (file, size):
-        footer = _footer(file, size, path)
+    with _opened(path) as (raw, size):
+        footer = _footer(raw, size, path)
         names = [n for n in footer.schema.names if n.startswith(FIELD)]
         wanted = names if fields is None else [name for name in fields if name in names]
         columns = ["key", *_NUMBERS, *wanted]
         if footer.rows * len(columns) > max(_MOST_CELLS, _CELLS_PER_BYTE * size):
             raise ValueError(f"it has {footer.rows} rows of {len(columns)} columns in {size} bytes")
-        packed = _dictionary_texts(file.metadata)  # must not be written out before they are judged
-        if packed:
-            file = pq.ParquetFile(path, read_dictionary=packed)
+        packed = _layout(raw, size, footer)  # must not be written out before they are judged
+        raw.seek(0)
+        file = pq.ParquetFile(raw, read_dictionary=sorted(packed), **_limits(size))
         table = file.read(columns=columns, use_threads=False)
         table = table.select(columns)  # "json.a" reads "json.a.b" too
         for i, name in enumerate(table.column_names):
@@ -133,21 +134,28 @@ def read_index(path: Path) -> ShardIndex | None:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[pq.ParquetFile, int]]:
-    """Open a Parquet file; whatever is wrong with it is a ValueError."""
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
+    """Open a file, and give its size; whatever is found wrong with it is a ValueError."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     with open_regular(path) as (file, size):
         try:
-            limits = {"thrift_string_size_limit": size, "thrift_container_size_limit": size}
-            yield pq.ParquetFile(file, **limits), size
-        except (pa.ArrowException, OSError, KeyError, OverflowError, UnicodeError) as error:
+            yield file, size
+        except (LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"its footer is damaged ({clipped(repr(error))})") from error
+        except (pa.ArrowException, OSError, OverflowError, UnicodeError) as error:
             raise ValueError(clipped(str(error) or repr(error))) from error
 
 
-def _footer(file: pq.ParquetFile, size: int, path: Path) -> Part:
-    metadata, schema = file.metadata, file.schema_arrow
+def _limits(size: int) -> dict[str, int]:
+    return {"thrift_string_size_limit": size, "thrift_container_size_limit": size}
+
+
+def _footer(file: BinaryIO, size: int, path: Path) -> Part:
+    import pyarrow.parquet as pq
+
+    opened = pq.ParquetFile(file, **_limits(size))
+    metadata, schema = opened.metadata, opened.schema_arrow
     text = (schema.metadata or {}).get(b"zsnr")
     if text is None:
         raise ValueError("it is a Parquet file of something else")
@@ -165,7 +173,6 @@ def _footer(file: pq.ParquetFile, size: int, path: Path) -> Part:
         raise ValueError(
             f"it has {metadata.num_rows} rows in {size} bytes, for a shard of {shard_size} bytes"
         )
-    _check_layout(metadata, size)
     _check_types(schema)
     status = path.stat()
     return Part(
@@ -188,35 +195,32 @@ def _count(about: dict[str, Any], name: str) -> int:
     return value
 
 
-def _chunks(metadata: pq.FileMetaData) -> Iterator[Any]:
-    for group in range(metadata.num_row_groups):
-        for column in range(metadata.num_columns):
-            yield metadata.row_group(group).column(column)
+def _layout(file: BinaryIO, size: int, footer: Part) -> set[str]:
+    """Refuse ways of packing that an index is not written in, and that could hide any amount.
 
-
-def _dictionary_texts(metadata: pq.FileMetaData) -> list[str]:
-    """Name the columns of text of which a row may be a number that stands for any text."""
-    chunks = (c for c in _chunks(metadata) if c.physical_type == "BYTE_ARRAY")
-    return sorted({c.path_in_schema for c in chunks if {*c.encodings} & _DICTIONARY})
-
-
-def _check_layout(metadata: pq.FileMetaData, size: int) -> None:
-    """Refuse ways of packing that an index is not written in, and that could hide any amount."""
-    rows = 0
-    for group in range(metadata.num_row_groups):
-        rows += metadata.row_group(group).num_rows
-    if rows != metadata.num_rows:
-        raise ValueError(f"its parts have {rows} rows, it says {metadata.num_rows}")
-    unpacked = 0
-    for chunk in _chunks(metadata):
-        unpacked += chunk.total_uncompressed_size
-        odd = {*chunk.encodings} - _ENCODINGS or {chunk.compression} - _CODECS
+    Returns:
+        Names of columns of which a row may be a number that stands for any text.
+    """
+    file.seek(-8, os.SEEK_END)
+    length = int.from_bytes(file.read(4), "little")
+    file.seek(-8 - length, os.SEEK_END)
+    groups = read_struct(file.read(length))[4]
+    if sum(group[3] for group in groups) != footer.rows:
+        raise ValueError(f"its parts have other rows than the {footer.rows} it says")
+    unpacked, texts = 0, set()
+    for chunk in (column[3] for group in groups for column in group[1]):
+        encodings, path, codec, values, whole = (chunk[field] for field in (2, 3, 4, 5, 6))
+        odd = {*encodings} - _ENCODINGS or {codec} - _CODECS
         if odd:
-            raise ValueError(f"it is packed by {clipped(', '.join(sorted(odd)))}")
-        if chunk.num_values > metadata.num_rows or chunk.total_uncompressed_size < 0:
+            raise ValueError(f"it is packed in a way that no index is ({min(odd)})")
+        if not 0 <= values <= footer.rows or whole < 0:
             raise ValueError("its parts have more values than rows")
+        unpacked += whole
+        if {*encodings} & _DICTIONARY:
+            texts.add(b".".join(path).decode())
     if unpacked > _TEXT_PER_BYTE * size:
         raise ValueError(f"it would take {unpacked} bytes unpacked, of {size}")
+    return texts & {field.name for field in footer.schema if str(field.type) == "string"}
 
 
 def _check_types(schema: pa.Schema) -> None:

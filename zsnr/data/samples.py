@@ -295,7 +295,7 @@ def _selected(
             )
         limit = max_pixels if huge else None
         digest = _digest({**settings, "index": index.digest, "max_pixels": limit})
-        about = {"removed": sieve.removed, "total": total, "digest": digest}
+        about: dict[str, Any] = {"removed": sieve.removed, "total": total, "digest": digest}
         if folder is not None:
             file = _file_of(index, settings, folder)  # a shard may have been indexed anew meanwhile
             about["faults"] = [[fault.shard, fault.key, fault.reason] for fault in faults]

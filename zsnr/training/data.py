@@ -51,7 +51,7 @@ class DataModule(L.LightningDataModule):
     Args:
         train: What to train on: a folder of shards or of pictures, a pattern such as
             "data/{000..099}.tar" or "https://host/{000..099}.tar", "pipe:COMMAND", a list of them,
-            or a list of objects with path and weight. A cache is a folder of shards.
+            or a list of objects with path and weight or ratio. A cache is a folder of shards.
         val: What to validate on, likewise. None = no validation.
         image_size: Height and width, in pixels; pictures are resized and cropped to it.
         batch_size: Of the global batch: all devices and accumulated batches together.
