@@ -258,13 +258,13 @@ def test_each_batch_holds_the_ratios_and_each_source_its_own_epochs(
 
 
 @given(st.data(), st.integers(1, 12), st.integers(0, 99))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_with_buckets_the_ratios_hold_over_all_batches(data, size, seed):
     table = data.draw(tables(4, 3).filter(lambda table: len(table) > 1 and all(map(sum, table))))
     ratio = [data.draw(st.sampled_from([1.0, 2.0, 0.5])) for _ in table]
     samples = make(table, ratios=list(enumerate(ratio)))
     order = TrainingOrder(samples, size, seed, 2)
-    steps = 400
+    steps = 200
     counts, shown = Counter(), Counter()
     for step in range(steps):
         bucket, rows = order.batch(step)

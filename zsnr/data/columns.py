@@ -16,7 +16,7 @@ from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 from zsnr.files import replacing
-from zsnr.untrusted import open_regular, parse_json
+from zsnr.untrusted import clipped, open_regular, parse_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -124,6 +124,7 @@ def map_columns(path: Path) -> tuple[pa.RecordBatch, dict[str, Any], bytes]:
 
     Raises:
         ValueError: It is no such file, or cut short.
+        OSError: It cannot be mapped.
     """
     import pyarrow as pa
 
@@ -138,8 +139,8 @@ def map_columns(path: Path) -> tuple[pa.RecordBatch, dict[str, Any], bytes]:
         batch.validate()
         about = parse_json(metadata[b"zsnr"], str(path))
         return batch, about, metadata[b"counts"]
-    except (pa.ArrowException, OSError, KeyError) as error:
-        raise ValueError(f"{path} is no readable file of samples: {error}") from error
+    except (pa.ArrowException, KeyError) as error:
+        raise ValueError(f"{path} is no readable file of samples: {clipped(str(error))}") from error
 
 
 def arrays(batch: pa.RecordBatch) -> dict[str, Any]:

@@ -230,13 +230,14 @@ def select(
     if file.exists():
         try:
             return _mapped(file, index, shapes)
-        except ValueError as error:
-            warnings.warn(f"{error}. It is made again.", stacklevel=2)
+        except (ValueError, OSError) as error:
+            warnings.warn(f"{str(error).rstrip('.')}. It is made again.", stacklevel=2)
     try:
         return _selected(index, settings, filters, folder)
     except OSError as error:
         warnings.warn(
-            f"{file} cannot be written: {error}. Each process keeps the index in its own memory.",
+            f"{file} cannot be written or mapped: {error}. Each process keeps the index in its "
+            "own memory.",
             stacklevel=2,
         )
         return _selected(index, settings, filters, None)
