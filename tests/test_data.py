@@ -1,4 +1,5 @@
 import io
+import itertools
 import json
 
 import numpy as np
@@ -16,6 +17,7 @@ from zsnr.data.openmoji import BACKGROUNDS, list_glyphs, render, write_openmoji_
 from zsnr.data.order import TrainingOrder
 from zsnr.data.prompts import PromptRequest, parse_prompts, read_prompts
 from zsnr.data.samples import select
+from zsnr.data.sources import Source
 from zsnr.data.storage import Storage
 
 
@@ -101,7 +103,7 @@ def test_caption_probabilities():
         ({"fields": {"nope": 1.0}}, b"a", RECORD, "no text in nope"),
         ({}, None, b"{}", "no text in txt, caption, text"),
         ({}, None, b"[]", "wanted a JSON object"),
-        ({}, None, b"{", "no readable JSON"),
+        ({}, None, b"{", "not readable JSON"),
         ({}, b"\xff\xfe", None, "not UTF-8"),
         ({"empty": "drop"}, b"  ", None, "caption is empty"),
     ],
@@ -263,3 +265,41 @@ def test_glyphs_show_on_every_background():
             pixels = np.asarray(render(glyph, 32, rgb)).astype(int)
             assert pixels[0, 0].tolist() == list(rgb)
             assert np.abs(pixels - rgb).max() > 60
+
+
+def test_loading_processes_share_one_file_of_samples(tmp_path, monkeypatch):
+    """One process of a node reads the index; every other process maps what that one wrote."""
+    from types import SimpleNamespace
+
+    from zsnr.training.data import DataModule
+
+    sources = [
+        Source(str(tiny.write_shards(tmp_path / name, counts)), weight)
+        for name, counts, weight in (("a", [5, 3], 1.5), ("b", [6], 1.0))
+    ]
+
+    def batches(root, prepare):
+        data = DataModule(sources, image_size=8, batch_size=4, num_workers=1, seed=3)
+        data.trainer = SimpleNamespace(
+            default_root_dir=str(root),
+            state=SimpleNamespace(fn="fit"),
+            global_step=2,
+            global_rank=0,
+            world_size=1,
+            accumulate_grad_batches=1,
+        )
+        if prepare:
+            data.prepare_data()
+        data.setup("fit")
+        found = itertools.islice(data.train_dataloader(), 12)
+        return [(batch["key"], batch["position"].tolist()) for batch in found]
+
+    wanted = batches(tmp_path / "run", prepare=True)
+    assert not list(tmp_path.glob("run/index/*"))  # so few stay in memory
+    monkeypatch.setattr("zsnr.data.samples._IN_MEMORY", 0)
+    assert batches(tmp_path / "run", prepare=True) == wanted
+    files = sorted(tmp_path.glob("run/index/*"))
+    assert len(files) == 2  # the samples, and who is shown twice by the weight 1.5
+    monkeypatch.setattr("zsnr.data.index.read_rows", None)
+    assert batches(tmp_path / "run", prepare=False) == wanted
+    assert sorted(tmp_path.glob("run/index/*")) == files

@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 
 from zsnr.cli import main
 from zsnr.data.buckets import AspectBuckets, assign
-from zsnr.data.faults import BudgetError, Fault, Ledger, check_budget, read_ledger, summarize
+from zsnr.data.faults import (
+    BudgetError,
+    Fault,
+    Ledger,
+    PackedFaults,
+    check_budget,
+    read_ledger,
+    summarize,
+)
 from zsnr.data.filters import Filter
 from zsnr.data.index import index_path, load_index, read_index
 from zsnr.data.samples import select
@@ -49,6 +57,24 @@ def test_shards_by_folder_pattern_and_list(tmp_path):
     assert keys(index(tmp_path)) == [f"{i:05d}" for i in range(6)]
     weighted = [Source(f"{tmp_path}/train-000000.tar", 2), f"{tmp_path}/train-000001.tar"]
     assert [shard.weight for shard in find_shards(weighted)] == [2, 1]
+
+
+def test_ratios_are_for_all_sources_and_part_of_the_digest(tmp_path):
+    a, b = (str(tiny.write_shards(tmp_path / name, [2, 1])) for name in "ab")
+    shards = find_shards([Source(a, ratio=2), Source(b, ratio=1)])
+    assert [(s.source, s.ratio) for s in shards] == [(0, 2.0), (0, 2.0), (1, 1.0), (1, 1.0)]
+    for other in (b, Source(b), Source(b, 2, ratio=1)):
+        with pytest.raises(ValueError, match="wanted a ratio for every source, and no weights"):
+            find_shards([Source(a, ratio=2), other])
+    for ratio in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"ratio={ratio:g}: wanted a number"):
+            Source(a, ratio=ratio)
+    found = [
+        select(load_index([Source(a, ratio=x), Source(b, ratio=y)], Storage()), 8)
+        for x, y in ((2, 1), (2.0, 1.0), (1, 2))
+    ]
+    assert found[0].digest == found[1].digest != found[2].digest
+    assert found[0].digest != select(load_index([a, b], Storage()), 8).digest
 
 
 def test_addresses_are_spelled_out():
@@ -137,7 +163,7 @@ def test_what_is_broken_is_named_and_the_rest_is_there(tmp_path):
         "b": "0 bytes",
         "c": "no caption",
         "d": "no picture",
-        "e": "json is no readable JSON",
+        "e": "json is not readable JSON",
         "f": "not a readable picture",
     }.items():
         assert text in why[key]
@@ -194,7 +220,8 @@ def test_an_index_is_kept_and_made_again_when_the_shard_changes(tmp_path):
     assert kept.is_file()
     assert index(path).digest == first.digest
     kept.write_bytes(b"no parquet")
-    assert index(path).digest == first.digest
+    with pytest.warns(UserWarning, match=f"{kept} is not used as an index: .* It is made again"):
+        assert index(path).digest == first.digest
     assert read_index(kept) is not None  # mended
     tiny.write_shard(path, {"z.png": tiny.png("red"), "z.txt": b"z"})
     assert keys(index(path)) == ["z"]
@@ -374,10 +401,69 @@ def test_the_ledger(tmp_path):
         file.write('{"kind": "samp')  # a crash
     ledger = Ledger(path, position=13)
     assert read_ledger(path) == wanted
+    assert (ledger.met.samples, ledger.met.summary()) == (1, summarize(wanted))
     ledger.write([fault(1, position=30), fault(3, position=20)])
     assert read_ledger(path) == [*wanted, fault(3, position=20)]
+    assert ledger.met.samples == 2
     assert "3 x" not in summarize(wanted)
     assert summarize([]) == ""
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        b"\xff\xfe\n",
+        b"[" * 10**5 + b"\n",
+        b"{}\n",
+        b'{"kind": "sample", "shard": 1, "key": "k", "reason": "r"}\n',
+        b'{"kind": "sample", "shard": "s", "key": "k", "reason": "r", "position": "3"}\n',
+        b'{"kind": "other", "shard": "s", "key": "k", "reason": "r", "position": 3}\n',
+        b'{"kind": "sample", "shard": "s", "key": "k", "reason": "r", "position": 1e999}\n',
+        b"x" * 3_000_000 + b"\n",
+        b"\0" * 5000 + b"\n",
+    ],
+)
+def test_a_damaged_ledger_ends_no_run(tmp_path, foreign):
+    path = tmp_path / "rank-0.jsonl"
+    Ledger(path).write([fault(1, position=3)])
+    first = path.read_bytes()
+    path.write_bytes(first + foreign + first.replace(b'"1"', b'"2"'))
+    with pytest.warns(UserWarning, match="1 lines are no faults"):
+        ledger = Ledger(path, position=9)
+    assert read_ledger(path) == [fault(1, position=3), fault(2, position=3)]
+    assert ledger.met.samples == 2
+
+
+def test_names_of_any_kind_stand_in_a_ledger(tmp_path):
+    path = tmp_path / "rank-0.jsonl"
+    faults = [
+        Fault("sample", "s\udcff.tar", key, "r\u2028\x85", 3)
+        for key in ("a\udcff", "\n", "雪", None)
+    ]
+    Ledger(path).write(faults)
+    assert read_ledger(path) == faults
+    assert "雪" in path.read_text(encoding="utf-8")
+    assert Ledger(path, 9).met.samples == 4
+
+
+def test_a_ledger_keeps_counts_and_no_faults():
+    ledger = Ledger(None)
+    for i in range(3000):  # each reason is of its own
+        ledger.write([Fault("sample", "s", f"{i}", "odd " + "x" * (i + 1), i)] * 2)
+    assert len(ledger.met._groups) <= 1001
+    assert ledger.met.samples == 3000
+    assert ledger.met.summary().endswith("and 996 other reasons")
+    with pytest.raises(BudgetError, match="0 of 1 shards, 3000 of 9000 samples. 2000 x sample"):
+        check_budget(ledger.met, 9000, 1, 0.1)
+    check_budget(ledger.met, 9000, 1, 0.5)
+
+
+def test_packed_faults_are_the_same_faults():
+    faults = [fault(i, kind, i or None) for i, kind in enumerate(["sample", "shard", "passing"])]
+    packed = PackedFaults(faults[2:], [PackedFaults(faults[:1]), faults[1:2], []])
+    assert list(packed) == faults
+    assert (len(packed), packed[-1], packed[1:]) == (3, faults[2], faults[1:])
+    assert not PackedFaults()
 
 
 def test_processes_find_what_threads_find(tmp_path, capsys):

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zsnr.data.order import StepBatches, TrainingOrder
+from zsnr.data.order import Split, StepBatches, TrainingOrder
 from zsnr.data.samples import Samples
 from zsnr.data.sources import Shard
 
 
-def make(table, weights=None, digest="0" * 32):
+def make(table, weights=None, digest="0" * 32, ratios=None):
     """Samples with so many of each bucket (columns) in each shard (rows), mixed within a shard."""
     weights = weights or [1.0] * len(table)
     rng = np.random.default_rng(0)
@@ -25,7 +25,9 @@ def make(table, weights=None, digest="0" * 32):
         bucket += rng.permutation(own).tolist()
     n = len(shard)
     return Samples(
-        shards=[Shard(f"{i}.tar", w) for i, w in enumerate(weights)],
+        shards=[Shard(f"{i}.tar", w) for i, w in enumerate(weights)]
+        if ratios is None
+        else [Shard(f"{i}.tar", ratio=r, source=s) for i, (s, r) in enumerate(ratios)],
         sizes=[0] * len(table),
         shapes=[(8, 8 * (i + 1)) for i in range(len(table[0]))],
         rows=np.arange(n),
@@ -187,3 +189,112 @@ def test_far_positions_are_found_at_once():
 def test_bad_arguments(options, message):
     with pytest.raises(ValueError, match=message):
         TrainingOrder(make([[3]]), *options)
+
+
+RATIOS = st.sampled_from([1.0, 2.0, 3.0, 0.5, 0.1, 7.0, 0.333, 100.0])
+
+
+@given(st.lists(RATIOS, min_size=1, max_size=6), st.integers(1, 40), st.integers(0, 10**12))
+@settings(max_examples=150, deadline=None)
+def test_parts_are_as_near_to_their_shares_as_integers_are(ratios, total, far):
+    whole = sum(map(Fraction, ratios))
+    shares = [Fraction(ratio) / whole for ratio in ratios]
+    split = Split(shares, total)
+    so_far = split.before(far)
+    assert sum(so_far) == far * total
+    for k in range(far, far + 60):
+        assert split.before(k) == so_far  # no step needs those before
+        parts = split.at(k)
+        assert sum(parts) == total
+        for i, share in enumerate(shares):
+            assert abs(parts[i] - share * total) < 1
+            so_far[i] += parts[i]
+            if len(ratios) == 2:
+                assert abs(so_far[i] - share * total * (k + 1)) < 1
+            else:
+                assert abs(so_far[i] - share * total * (k + 1)) < 12
+
+
+@pytest.mark.parametrize("weights", [(1, 1, 1), (7, 2, 1), (50, 30, 15, 5), (33, 33, 34), (1, 999)])
+@pytest.mark.parametrize("total", [1, 8, 100])
+def test_a_period_holds_the_shares_exactly(weights, total):
+    whole = sum(weights)
+    split = Split([Fraction(weight, whole) for weight in weights], total)
+    for k in range(0, 3 * whole, whole):
+        assert split.before(k) == [weight * total * k // whole for weight in weights]
+    for k in range(whole):
+        due = [Fraction(weight * total * k, whole) for weight in weights]
+        assert max(abs(a - b) for a, b in zip(split.before(k), due, strict=True)) < 2
+
+
+@given(tables(5, 1), st.data(), st.integers(1, 12), st.integers(0, 99), st.integers(1, 3))
+@settings(max_examples=80, deadline=None)
+def test_each_batch_holds_the_ratios_and_each_source_its_own_epochs(
+    table, data, size, seed, window
+):
+    table = [[count + 1 for count in row] for row in table]
+    source = sorted(data.draw(st.integers(0, 2)) for _ in table)
+    ratio = {s: data.draw(RATIOS) for s in source}
+    samples = make(table, ratios=[(s, ratio[s]) for s in source])
+    order = TrainingOrder(samples, size, seed, window)
+    whole, seen = sum(map(Fraction, ratio.values())), {s: [] for s in source}
+    for step in range(40):
+        _, rows = order.batch(step)
+        assert len(rows) == size
+        counts = Counter(source[samples.shard[row]] for row in rows)
+        for s, r in ratio.items():
+            assert abs(counts[s] - size * Fraction(r) / whole) < 1
+        # A batch is mixed: sort it by source to see each source's stream.
+        for s in seen:
+            seen[s].append([row for row in rows if source[samples.shard[row]] == s])
+    for s, batches in seen.items():
+        rows = [row for batch in batches for row in batch]
+        members = [row for row in range(len(samples)) if source[samples.shard[row]] == s]
+        counts = Counter(rows)
+        spread = 1 + max(map(len, batches), default=0) // len(members) + 1
+        assert max(counts.values(), default=0) - min(counts[row] for row in members) <= spread
+    step = data.draw(st.integers(0, 39))
+    assert TrainingOrder(samples, size, seed, window).batch(step) == order.batch(step)
+
+
+@given(st.data(), st.integers(1, 12), st.integers(0, 99))
+@settings(max_examples=20, deadline=None)
+def test_with_buckets_the_ratios_hold_over_all_batches(data, size, seed):
+    table = data.draw(tables(4, 3).filter(lambda table: len(table) > 1 and all(map(sum, table))))
+    ratio = [data.draw(st.sampled_from([1.0, 2.0, 0.5])) for _ in table]
+    samples = make(table, ratios=list(enumerate(ratio)))
+    order = TrainingOrder(samples, size, seed, 2)
+    steps = 200
+    counts, shown = Counter(), Counter()
+    for step in range(steps):
+        bucket, rows = order.batch(step)
+        assert set(samples.bucket[rows]) == {bucket}
+        counts.update(samples.shard[rows].tolist())
+        shown.update(rows)
+    for s, r in enumerate(ratio):
+        assert abs(counts[s] - steps * size * r / sum(ratio)) < 8 * size
+        per_sample = counts[s] / sum(table[s])  # each sample of a source equally often
+        for row in np.flatnonzero(samples.shard == s):
+            assert abs(shown[row] - per_sample) < 8 * size
+
+
+def test_replacements_are_of_the_same_source():
+    samples = make([[9], [20], [5]], ratios=[(0, 1), (1, 3), (1, 3)])
+    order = TrainingOrder(samples, 8, 0)
+    for position in range(64):
+        shard = samples.shard[order[position]]
+        others = {int(samples.shard[order.replacement(position, n)]) for n in range(1, 30)}
+        assert others == ({0} if shard == 0 else {1, 2})
+
+
+def test_ratios_are_mixed_and_change_with_the_seed():
+    samples = make([[50], [50]], ratios=[(0, 1), (1, 1)])
+    batches = [TrainingOrder(samples, 16, seed).batch(0)[1] for seed in (0, 0, 1)]
+    assert batches[0] == batches[1] != batches[2]
+    first = [samples.shard[TrainingOrder(samples, 16, s).batch(0)[1][:4]] for s in range(9)]
+    assert len({tuple(shards.tolist()) for shards in first}) > 3
+
+
+def test_a_source_without_samples_has_no_ratio():
+    with pytest.raises(ValueError, match="1.tar has ratio=2.0, but no sample of it is left"):
+        TrainingOrder(make([[3], [0]], ratios=[(0, 1.0), (1, 2.0)]), 2, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -22,6 +23,22 @@ def public_text(text: str) -> str:
     text = _ADDRESS.sub(lambda found: _address_in_text(found[0]), text)
     text = _FLAG.sub(rf"\1{MARK}", text)
     return re.sub(r"(?i)\b(authorization['\"]?\s*[:=]\s*).*", rf"\1{MARK}", text)
+
+
+def public_url(url: str) -> str:
+    """Return what names a source in messages and files: no users, passwords or signatures.
+
+    Of a command it keeps the last word that ends in ".tar", else a digest. What is public already
+    stays as it is.
+    """
+    if not url.startswith("pipe:"):
+        return _address(url)
+    if url.startswith("pipe:..."):
+        return url
+    words = [_address(word) for word in re.split(r"[\s'\"|;<>&()=]+", url)]
+    names = [word for word in words if word.endswith(".tar")]
+    digest = hashlib.blake2b(url.encode(errors="surrogateescape"), digest_size=4).hexdigest()
+    return f"pipe:... {names[-1]}" if names else f"pipe:.../{digest}"
 
 
 def public(value: Any, mark: str = "") -> Any:

@@ -13,6 +13,7 @@ import tarfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -26,15 +27,17 @@ from zsnr.data.dataset import Pixels, ShardDataset
 from zsnr.data.faults import Fault
 from zsnr.data.filters import Filter
 from zsnr.data.images import to_unit_range
-from zsnr.data.index import Index, write_index
+from zsnr.data.index import Index
+from zsnr.data.index_file import write_index
 from zsnr.data.samples import PARTS, Sample, Samples, select
 from zsnr.data.scan import FIELD, ShardIndex
-from zsnr.data.sources import CACHE, Shard, Sources, as_sources, is_cache
+from zsnr.data.sources import CACHE, Shard, Sources, as_sources, is_cache, read_cache
 from zsnr.data.storage import Storage
 from zsnr.data.workers import Shared
 from zsnr.denoiser import Conditioning
 from zsnr.files import replacing
 from zsnr.locks import remove_leftovers
+from zsnr.untrusted import clipped
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -46,6 +49,17 @@ NULL = "null.safetensors"
 _VERSION = 1
 _TEXT = "text."  # names of the embedding's tensors begin so
 _FLIPPED = "moments_flipped"
+_MOST_PIXELS = 1 << 16  # of a side
+_FACTS: dict[str, tuple[type, ...]] = {
+    "codec": (dict,),
+    "conditioner": (dict, NoneType),
+    "captions": (dict, NoneType),
+    "picture": (dict,),
+    "filters": (list,),
+    "samples": (str,),
+    "dtype": (str,),
+    "shards": (list,),
+}
 
 
 @dataclass(frozen=True)
@@ -106,9 +120,15 @@ def find_cache(sources: Sources) -> Cache | None:
     if len(paths) > 1:
         raise ValueError(f"{paths[0]}: a cache is a source alone; cache several together.")
     folder = Path(paths[0]).expanduser()
-    facts = json.loads((folder / CACHE).read_text(encoding="utf-8"))
-    if facts.pop("version", None) != _VERSION:
+    facts = read_cache(folder / CACHE)
+    version = facts.pop("version", None)
+    if type(version) is not int or version != _VERSION:
         raise ValueError(f"{folder} was written by another version of zsnr: cache the data again.")
+    if strange := [name for name in {**_FACTS, **facts} if not _fits(name, facts)]:
+        raise ValueError(
+            f"{folder / CACHE} is not what `zsnr data cache` writes: {clipped(', '.join(strange))} "
+            "has the wrong form. Cache the data again, in another folder."
+        )
     cache = Cache(folder=folder, **facts)
     missing = [s["file"] for s in cache.shards if not _index_file(folder / s["file"]).is_file()]
     if missing:
@@ -119,7 +139,31 @@ def find_cache(sources: Sources) -> Cache | None:
     return cache
 
 
-def select_cached(cache: Cache, index: Index, filters: Sequence[Filter]) -> Samples:
+def _fits(name: str, facts: Mapping[str, Any]) -> bool:
+    """Whether a value of cache.json has the form of that field."""
+    if name not in _FACTS or type(facts.get(name)) not in _FACTS[name]:
+        return False
+    if name == "dtype":
+        return facts[name] in ("float32", "float16", "bfloat16")
+    if name != "picture":
+        return True
+    from zsnr.data.buckets import AspectBuckets
+
+    size, aspect = facts[name].get("image_size"), facts[name].get("aspect", ...)
+    try:
+        shape = None if aspect is None else AspectBuckets(**aspect)
+        return (
+            type(size) is int
+            and 0 < size <= _MOST_PIXELS
+            and (not shape or any(shape.shapes(size)))
+        )
+    except (TypeError, ValueError):
+        return False
+
+
+def select_cached(
+    cache: Cache, index: Index, filters: Sequence[Filter], folder: Path | None = None
+) -> Samples:
     """Decide which samples of a cache a run uses; filters it was made with need no second look."""
     from zsnr.data.buckets import AspectBuckets
 
@@ -131,6 +175,7 @@ def select_cached(cache: Cache, index: Index, filters: Sequence[Filter]) -> Samp
         cache.picture["image_size"],
         filters=() if same else filters,
         aspect=None if aspect is None else AspectBuckets(**aspect),
+        folder=folder,
     )
     digest = cache.samples
     if not same:
@@ -305,9 +350,10 @@ def write_cache(
 
 
 def shard_files(shards: Sequence[Shard]) -> list[dict[str, Any]]:
-    """Name the cache's shards, with the weight of each."""
+    """Name the cache's shards, with the weight of each, or its source and its ratio."""
     return [
         {"file": f"{number:06d}-{shard.name.removesuffix('.tar')}.tar", "weight": shard.weight}
+        | ({} if shard.ratio is None else {"ratio": shard.ratio, "source": shard.source})
         for number, shard in enumerate(shards)
     ]
 
@@ -451,7 +497,7 @@ def _claim(folder: Path, cache: Cache, conditioner: Conditioner | None) -> None:
 
     file = folder / CACHE
     if file.is_file():
-        theirs = json.loads(file.read_text(encoding="utf-8"))
+        theirs = read_cache(file)
         mine = json.loads(json.dumps(cache.facts()))
         changed = [name for name in mine if theirs.get(name) != mine[name]]
         if changed:

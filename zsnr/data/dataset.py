@@ -64,15 +64,14 @@ class AsIndexed:
     """Samples in the order of the index."""
 
     def __init__(self, samples: Samples) -> None:
-        self._bucket = samples.bucket
+        self._samples = samples
 
     def __getitem__(self, position: int) -> int:
         return position
 
     def replacement(self, position: int, attempt: int) -> int:
         """Return the row of the attempt-th sample of the bucket behind a broken one."""
-        alike = (self._bucket == self._bucket[position]).nonzero()[0]
-        return int(alike[(int(alike.searchsorted(position)) + attempt) % len(alike)])
+        return self._samples.alike(position, attempt)
 
 
 class ShardDataset(Dataset[dict[str, Any]]):

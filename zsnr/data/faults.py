@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+import warnings
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from types import NoneType
+from typing import Literal, overload
 
 from zsnr.files import replacing, side_file
-from zsnr.public import public, public_text
+from zsnr.public import public_text, public_url
+from zsnr.untrusted import shown
 
 _FREE = 10  # broken samples that no budget counts: one of the first three is no third of the data
+_KINDS = ("shard", "sample", "passing", "note")
+_MOST_REASONS = 1000  # that are told apart
+_LONGEST_LINE = 1 << 20  # bytes of a ledger's line
 
 
 @dataclass(frozen=True)
@@ -24,7 +32,7 @@ class Fault:
         kind: "shard" = a shard is missing or cut short, "sample" = a sample is broken for good,
             "passing" = a read failed and was tried again, "note" = nothing is broken, but a
             shard holds something that is not read.
-        shard: Path or address.
+        shard: Path or address; without passwords and signatures.
         key: The sample's. None = the whole shard.
         reason: One line.
         position: The sample's place in the run that met it. None = found by indexing.
@@ -36,34 +44,129 @@ class Fault:
     reason: str
     position: int | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shard", public_url(self.shard))
+        object.__setattr__(self, "reason", public_text(self.reason))
+
+
+def as_fault(value: object) -> Fault:
+    """Read a fault from its plain values.
+
+    Raises:
+        ValueError: It is none.
+    """
+    kinds: dict[str, tuple[type, ...]] = {
+        "kind": (str,),
+        "shard": (str,),
+        "key": (str, NoneType),
+        "reason": (str,),
+        "position": (int, NoneType),
+    }
+    if not isinstance(value, dict) or value.keys() - {"position"} != kinds.keys() - {"position"}:
+        raise ValueError(f"{shown(value)} stands where a fault should")
+    for name, allowed in kinds.items():
+        if type(value.get(name)) not in allowed:
+            raise ValueError(f"a fault's {name} is {shown(value.get(name))}")
+    if value["kind"] not in _KINDS:
+        raise ValueError(f"a fault's kind is {shown(value['kind'])}")
+    return Fault(**value)
+
 
 class BudgetError(ValueError):
     """More of the data is broken than the run may bear."""
 
 
+class PackedFaults(Sequence[Fault]):
+    """Faults that stay packed until one looks: some 10 bytes each, where an object has 400.
+
+    Args:
+        faults: The faults.
+        parts: Packed faults that come before them.
+    """
+
+    def __init__(self, faults: Iterable[Fault] = (), parts: Iterable[Sequence[Fault]] = ()) -> None:
+        self._blocks: list[tuple[int, bytes]] = []
+        for part in [*parts, list(faults)]:
+            if isinstance(part, PackedFaults):
+                self._blocks += part._blocks
+            elif part:
+                self._blocks.append((len(part), zlib.compress(b"".join(map(_line, part)))))
+
+    def __len__(self) -> int:
+        return sum(count for count, _ in self._blocks)
+
+    def __iter__(self) -> Iterator[Fault]:
+        for _, block in self._blocks:
+            for line in zlib.decompress(block).split(b"\n")[:-1]:
+                yield Fault(**json.loads(line))
+
+    @overload
+    def __getitem__(self, index: int) -> Fault: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Fault]: ...
+
+    def __getitem__(self, index: int | slice) -> Fault | list[Fault]:
+        return list(self)[index]
+
+
+class Tally:
+    """Running counts of faults: by reason, with an example each, however many there are.
+
+    Attributes:
+        samples: Broken samples.
+        shards: Lost shards.
+    """
+
+    def __init__(self, faults: Iterable[Fault] = ()) -> None:
+        self.samples = 0
+        self.shards: set[str] = set()
+        self._groups: dict[tuple[str, str], tuple[int, Fault]] = {}
+        for fault in faults:
+            self.add(fault)
+
+    def add(self, fault: Fault) -> None:
+        """Count a fault."""
+        if fault.kind == "sample":
+            self.samples += 1
+        elif fault.kind == "shard":
+            self.shards.add(fault.shard)
+        # "44 bytes not processed" and "23 bytes" are one reason.
+        group = (fault.kind, re.sub(r"\d+", "#", fault.reason))
+        if group not in self._groups and len(self._groups) >= _MOST_REASONS:
+            group = (fault.kind, "")
+        count, first = self._groups.get(group, (0, fault))
+        self._groups[group] = count + 1, first
+
+    def summary(self, most: int = 5, kinds: Sequence[str] = _KINDS) -> str:
+        """List the reasons, the commonest first, with an example each."""
+        groups = [(n, first) for (kind, _), (n, first) in self._groups.items() if kind in kinds]
+        lines = []
+        for count, first in sorted(groups, key=lambda group: group[0], reverse=True)[:most]:
+            where = first.shard if first.key is None else f"{first.shard}, sample {first.key!r}"
+            lines.append(f"{count} x {first.kind}: {first.reason} (first: {where})")
+        if len(groups) > most:
+            lines.append(f"and {len(groups) - most} other reasons")
+        return "; ".join(lines)
+
+
 def summarize(faults: Iterable[Fault], most: int = 5) -> str:
     """Count faults by reason, the commonest first, with an example each."""
-    groups: dict[tuple[str, str], list[Fault]] = {}
-    for fault in faults:  # "44 bytes not processed" and "23 bytes" are one reason
-        groups.setdefault((fault.kind, re.sub(r"\d+", "#", fault.reason)), []).append(fault)
-    lines = []
-    for members in sorted(groups.values(), key=len, reverse=True)[:most]:
-        first = members[0]
-        where = first.shard if first.key is None else f"{first.shard}, sample {first.key!r}"
-        line = f"{len(members)} x {first.kind}: {first.reason} (first: {where})"
-        lines.append(public_text(line))
-    if len(groups) > most:
-        lines.append(f"and {len(groups) - most} other reasons")
-    return "; ".join(lines)
+    return Tally(faults).summary(most)
 
 
 def check_budget(
-    faults: Iterable[Fault], samples: int, shards: int, budget: float, ledger: object = None
+    faults: Iterable[Fault] | Tally,
+    samples: int,
+    shards: int,
+    budget: float,
+    ledger: object = None,
 ) -> None:
     """Refuse data of which more than a share is broken.
 
     Args:
-        faults: Those of shards and samples count, passing ones and notes do not.
+        faults: Those of shards and samples count, passing ones and notes do not. A tally counts
+            each fault that it was given.
         samples: How many there are, or were seen.
         shards: Likewise.
         budget: The share, in [0, 1]. Ten broken samples are always free.
@@ -72,69 +175,108 @@ def check_budget(
     Raises:
         BudgetError: There are more; says which.
     """
-    broken_ones = (fault for fault in faults if fault.kind in ("shard", "sample"))
-    lasting = {(f.kind, f.shard, f.key): f for f in broken_ones}.values()
-    broken = sum(fault.kind == "sample" for fault in lasting)
-    lost = len({fault.shard for fault in lasting if fault.kind == "shard"})
+    tally = faults if isinstance(faults, Tally) else Tally(_Once().new(faults))
+    broken, lost = tally.samples, len(tally.shards)
     if lost <= budget * shards and (broken <= _FREE or broken <= budget * samples):
         return
     where = "" if ledger is None else f" All are in {ledger}."
     raise BudgetError(
         f"The data is more broken than data.error_budget={budget:g} allows: {lost} of {shards} "
-        f"shards, {broken} of {samples} samples. {summarize(lasting)}.{where} Mend the data or "
-        "raise the budget."
+        f"shards, {broken} of {samples} samples. {tally.summary(kinds=('shard', 'sample'))}."
+        f"{where} Mend the data or raise the budget."
     )
 
 
 class Ledger:
     """A jsonl file of faults, one line each, that a resumed run goes on with.
 
-    A broken sample stands there once, however often it is met; a passing fault each time.
+    A broken sample stands there once, however often it is met; a passing fault each time. In memory
+    are counts and what tells known faults from new ones.
 
     Args:
         path: The file. None = only counted.
         position: Where the run goes on; what a killed run wrote beyond it happens again, and goes.
+
+    Attributes:
+        met: Counts of what the run itself met, not of what indexing found.
     """
 
     def __init__(self, path: Path | None, position: int = 0) -> None:
         self.path = path
-        self.faults: list[Fault] = []
-        if path is not None and path.is_file():
-            found = read_ledger(path)
-            self.faults = [f for f in found if f.position is not None and f.position < position]
-            with side_file(path), replacing(path) as beside:
-                beside.write_text("".join(map(_line, self.faults)), encoding="utf-8")
-        self._known = {_identity(fault) for fault in self.faults}
+        self.met = Tally()
+        self._once = _Once()
+        if path is None or not path.is_file():
+            return
+        before = (f for f in _read(path) if f.position is not None and f.position < position)
+        with side_file(path), replacing(path) as beside, beside.open("wb") as file:
+            for fault in self._once.new(before):
+                self.met.add(fault)
+                file.write(_line(fault))
 
     def write(self, faults: Iterable[Fault]) -> None:
         """Append what is new, and see that it is on disk."""
-        new = []
+        new = list(self._once.new(faults))
+        for fault in new:
+            if fault.position is not None:
+                self.met.add(fault)
+        if new and self.path is not None:
+            _append(self.path, map(_line, new))
+
+
+class _Once:
+    """Tells faults that were not met before; keeps 8 bytes of each."""
+
+    def __init__(self) -> None:
+        self._known: set[int] = set()
+
+    def new(self, faults: Iterable[Fault]) -> Iterator[Fault]:
+        """Leave out what is broken for good and was met before; passing faults are always new."""
         for fault in faults:
-            if fault.kind == "passing" or _identity(fault) not in self._known:
-                self._known.add(_identity(fault))
-                new.append(fault)
-        if not new:
-            return
-        self.faults += new
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write("".join(map(_line, new)))
-                file.flush()
-                os.fsync(file.fileno())
+            if fault.kind == "passing":
+                yield fault
+                continue
+            identity = repr((fault.kind, fault.shard, fault.key)).encode(
+                "ascii", "backslashreplace"
+            )
+            mark = int.from_bytes(hashlib.blake2b(identity, digest_size=8).digest(), "big")
+            if mark not in self._known:
+                self._known.add(mark)
+                yield fault
 
 
 def read_ledger(path: Path) -> list[Fault]:
-    """Read a ledger; a last line that a crash cut short is left out."""
-    text = path.read_text(encoding="utf-8")
-    return [Fault(**json.loads(line)) for line in text[: text.rfind("\n") + 1].splitlines()]
+    """Read a ledger; lines that are no faults are left out, such as one that a crash cut short."""
+    return list(_read(path))
 
 
-def _line(fault: Fault) -> str:
-    seen = {**asdict(fault), "shard": public(fault.shard), "reason": public_text(fault.reason)}
-    line = json.dumps(seen, ensure_ascii=False) + "\n"
-    return line.encode("utf-8", "backslashreplace").decode()  # as JSON escapes what is no UTF-8
+def _read(path: Path) -> Iterator[Fault]:
+    strange = 0
+    with path.open("rb") as file:
+        while line := file.readline(_LONGEST_LINE):
+            whole = line.endswith(b"\n")
+            try:
+                fault = as_fault(json.loads(line)) if whole else None
+            except (ValueError, RecursionError):
+                fault = None
+            if fault is not None:
+                yield fault
+                continue
+            while line and not line.endswith(b"\n"):
+                line = file.readline(_LONGEST_LINE)
+            strange += bool(line)  # a crash may cut the last line short
+    if strange:
+        warnings.warn(f"{path}: {strange} lines are no faults, and are left out.", stacklevel=2)
 
 
-def _identity(fault: Fault) -> tuple[str, str, str | None]:
-    return fault.kind, public(fault.shard), fault.key
+def _append(path: Path, lines: Iterable[bytes]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        file.writelines(lines)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _line(fault: Fault) -> bytes:
+    # Of names that are no UTF-8 the odd bytes become JSON's own escapes.
+    text = json.dumps(vars(fault), ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "backslashreplace")

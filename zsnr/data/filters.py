@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -132,27 +132,72 @@ def parse_filter(text: str, missing: Literal["error", "keep", "drop"] = "error")
         ) from error
 
 
-def apply_filters(
-    filters: Sequence[Filter], columns: Mapping[str, Any], count: int
-) -> tuple[np.ndarray, dict[str, int]]:
-    """Put filters one after the other.
+class Sieve:
+    """Filters put one after the other on data that come block by block.
 
     Args:
         filters: In order; a sample counts for the first that drops it.
-        columns: Arrow columns by field.
-        count: Number of samples.
+
+    Attributes:
+        removed: How many samples each filter removed so far.
+    """
+
+    def __init__(self, filters: Sequence[Filter]) -> None:
+        self._filters = filters
+        self.removed = {str(each): 0 for each in filters}
+        self._absent = [0] * len(filters)
+        self._count = 0
+
+    def keeps(self, columns: Mapping[str, Any], count: int) -> np.ndarray:
+        """Decide for each sample of a block, bool (count,).
+
+        Args:
+            columns: Arrow columns by field.
+            count: Number of samples.
+
+        Raises:
+            ValueError: A filter does not fit its field.
+        """
+        import numpy as np
+
+        kept = np.ones(count, bool)
+        self._count += count
+        for i, each in enumerate(self._filters):
+            values = columns.get(each.field)
+            if each.missing == "error":  # `check` tells, when all are counted
+                self._absent[i] += count if values is None else values.null_count
+                each = replace(each, missing="drop")
+            after = kept & each.keeps(values, count)
+            self.removed[str(each)] += int(kept.sum() - after.sum())
+            kept = after
+        return kept
+
+    def check(self) -> None:
+        """Refuse data that lack a field which every sample must have.
+
+        Raises:
+            ValueError: Says how many lack it.
+        """
+        for each, absent in zip(self._filters, self._absent, strict=True):
+            if absent:
+                raise ValueError(
+                    f"{absent} of {self._count} samples have no {each.field!r}, which a filter "
+                    "wants: set its missing to keep or drop."
+                )
+
+
+def apply_filters(
+    filters: Sequence[Filter], columns: Mapping[str, Any], count: int
+) -> tuple[np.ndarray, dict[str, int]]:
+    """Put filters one after the other on all samples at once, see `Sieve`.
 
     Returns:
         What is kept, bool (count,), and how many each filter removed.
     """
-    import numpy as np
-
-    kept, removed = np.ones(count, bool), {}
-    for each in filters:
-        after = kept & each.keeps(columns.get(each.field), count)
-        removed[str(each)] = int(kept.sum() - after.sum())
-        kept = after
-    return kept, removed
+    sieve = Sieve(filters)
+    kept = sieve.keeps(columns, count)
+    sieve.check()
+    return kept, sieve.removed
 
 
 def _typed(listed: Sequence[float | str], kind: pa.DataType) -> pa.Array:

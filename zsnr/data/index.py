@@ -4,48 +4,131 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zsnr.data.captions import Captions
 from zsnr.data.faults import Fault, Ledger, summarize
-from zsnr.data.scan import FIELD, TEXTS, ShardIndex, as_utf8, file_state, make_index
+from zsnr.data.index_file import Part, read_footer, read_index, read_rows, write_index
+from zsnr.data.scan import FIELD, TEXTS, as_utf8, file_state, make_index
 from zsnr.data.sources import Shard, Sources, find_shards
 from zsnr.data.storage import Retries, Storage, is_remote
-from zsnr.files import replacing
 from zsnr.locks import Lock
+from zsnr.untrusted import clipped
 
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
-_VERSION = 1
+__all__ = ["Index", "index_path", "load_index", "read_index", "write_index", "write_indices"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Index:
-    """The samples of all shards of a source.
+    """The samples of all shards of a source; rows stay in the shards' index files until asked for.
 
     Args:
         shards: In the order in which they were named.
-        sizes: Of the shards, in bytes; 0 = it could not be read.
-        table: As of ShardIndex, with a column `shard` in front, the number of its shard.
-        faults: What is broken.
-        digest: A hash of the shards' names and rows; it does not change when shards move.
+        parts: What is known of each.
+        fields: Columns of json fields that are wanted. None = all.
+        remake: Indexes a shard anew, if its index file turns out to be damaged.
     """
 
     shards: list[Shard]
-    sizes: list[int]
-    table: pa.Table
-    faults: list[Fault]
-    digest: str
+    parts: list[Part]
+    fields: list[str] | None
+    remake: Callable[[Shard], Part]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Of the shards, in bytes; 0 = it could not be read."""
+        return [part.size for part in self.parts]
+
+    @property
+    def faults(self) -> list[Fault]:
+        """What is broken."""
+        return [fault for part in self.parts for fault in part.faults]
+
+    @property
+    def digest(self) -> str:
+        """A hash of the shards' names and rows; it does not change when shards move."""
+        return self._hash([part.digest for part in self.parts])
+
+    @property
+    def state(self) -> str:
+        """A hash that changes when the rows do or their places in the shards."""
+        return self._hash([f"{part.digest} {part.size} {part.state}" for part in self.parts])
+
+    def __len__(self) -> int:
+        return sum(part.rows for part in self.parts)
+
+    @cached_property
+    def table(self) -> pa.Table:
+        """All rows as one table: `shard`, the number of the shard, and the columns of its index.
+
+        A field that is text in one shard is text in all.
+        """
+        import pyarrow as pa
+
+        whole = pa.concat_tables(list(self.blocks()), promote_options="permissive")
+        keys = whole.schema.get_field_index("key")
+        return whole.set_column(keys, "key", whole.column("key").cast(pa.large_string()))
+
+    def blocks(self) -> Iterator[pa.Table]:
+        """Read the rows of one shard after the other; all have the same columns."""
+        import pyarrow as pa
+
+        kinds = self._kinds()
+        for number in range(len(self.shards)):
+            table = self._rows(number)
+            count = table.num_rows
+            names = [name for name in table.column_names if not name.startswith(FIELD)]
+            columns = {"shard": pa.repeat(pa.scalar(number, pa.int32()), count)}
+            columns |= {name: table.column(name) for name in names}
+            for name, kind in kinds.items():
+                there = name in table.column_names and count
+                columns[name] = table.column(name).cast(kind) if there else pa.nulls(count, kind)
+            yield pa.table(columns)
+
+    def _kinds(self) -> dict[str, pa.DataType]:
+        """The type of each json field in all shards together."""
+        import pyarrow as pa
+
+        kinds: dict[str, set[pa.DataType]] = {}
+        for part in self.parts:
+            for field in part.schema:
+                if field.name.startswith(FIELD) and (
+                    self.fields is None or field.name in self.fields
+                ):
+                    met = kinds.setdefault(field.name, set())
+                    if part.rows and not pa.types.is_null(field.type):
+                        met.add(field.type)
+        return {
+            name: pa.string() if len(met) > 1 else next(iter(met), pa.null())
+            for name, met in kinds.items()
+        }
+
+    def _rows(self, number: int) -> pa.Table:
+        part = self.parts[number]
+        if part.file is not None:
+            try:
+                return read_rows(part.file, self.fields)
+            except ValueError as error:
+                _reject(self.shards[number], part.file, error)
+                part = self.parts[number] = self.remake(self.shards[number])
+        return part.table if part.file is None else read_rows(part.file, self.fields)
+
+    def _hash(self, parts: list[str]) -> str:
+        lines = [f"{shard.name} {part}" for shard, part in zip(self.shards, parts, strict=True)]
+        return hashlib.blake2b(as_utf8("\n".join(lines)).encode(), digest_size=16).hexdigest()
 
 
 def load_index(
@@ -59,7 +142,7 @@ def load_index(
     processes: int = 0,
     progress: bool = True,
 ) -> Index:
-    """Read the index of every shard, and make it where there is none or the shard has changed.
+    """Look for the index of every shard; make it where there is none or the shard has changed.
 
     Args:
         sources: What to index.
@@ -78,16 +161,17 @@ def load_index(
         OSError: An index file cannot be written, but must be.
         ValueError: A cached shard has no index, or not its own.
     """
-    import pyarrow as pa
     from tqdm import tqdm
 
     shards, parts = find_shards(sources), []
+    wanted = None if fields is None else [FIELD + name for name in fields]
     one = partial(
         _load_alone,
         retries=storage.retries,
         folder=folder,
         write=write,
         must_write=must_write,
+        fields=wanted,
     )
     unkept: list[str] = []
     pool: Executor = ThreadPoolExecutor(8)
@@ -116,23 +200,11 @@ def load_index(
             "data.index, or write the index once by `zsnr data index --output FOLDER`.",
             stacklevel=2,
         )
-    wanted = None if fields is None else [FIELD + name for name in fields]
-    tables = []
-    for number, part in enumerate(parts):
-        table = part.table
-        if wanted is not None:
-            names = [name for name in table.column_names if name.startswith(FIELD)]
-            table = table.drop_columns([name for name in names if name not in wanted])
-        column = pa.repeat(pa.scalar(number, pa.int32()), table.num_rows)
-        tables.append(table.add_column(0, "shard", column))
-    names = [f"{s.name} {p.digest}" for s, p in zip(shards, parts, strict=True)]
-    return Index(
-        shards,
-        [part.size for part in parts],
-        _concatenate(tables),
-        [fault for part in parts for fault in part.faults],
-        hashlib.blake2b(as_utf8("\n".join(names)).encode(), digest_size=16).hexdigest(),
-    )
+
+    def remake(shard: Shard) -> Part:
+        return _make(shard, storage, folder, write, must_write, wanted)[0]
+
+    return Index(shards, parts, wanted, remake)
 
 
 def write_indices(
@@ -176,7 +248,7 @@ def write_indices(
             sources, storage, folder=folder, fields=None, must_write=True, processes=processes
         )
     usable = Captions().usable(index.table.column(TEXTS))
-    faults = index.faults + without_caption(index, ~usable, Captions()) + passing
+    faults = index.faults + without_caption(index, index.table, ~usable, Captions()) + passing
     if ledger is not None:
         try:
             ledger.unlink(missing_ok=True)
@@ -234,9 +306,18 @@ def _lock(shards: Sequence[Shard], folder: Path | None) -> AbstractContextManage
     return Lock(place / f".index-{digest}.lock", place)
 
 
-def without_caption(index: Index, rows: np.ndarray, captions: Captions) -> list[Fault]:
-    """List the faults of samples that lack a caption; `rows` is True for those, (N,)."""
-    lacking = index.table.select(["shard", "key"]).filter(rows)
+def without_caption(
+    index: Index, table: pa.Table, rows: np.ndarray, captions: Captions
+) -> list[Fault]:
+    """List the faults of samples that lack a caption.
+
+    Args:
+        index: The index.
+        table: Rows of it.
+        rows: True for those that lack one, bool (N,).
+        captions: What was asked for.
+    """
+    lacking = table.select(["shard", "key"]).filter(rows)
     reason = captions.lacking()
     return [
         Fault("sample", as_utf8(index.shards[shard].url), key, reason)
@@ -263,97 +344,86 @@ def index_path(shard: Shard, folder: Path | None) -> Path | None:
     return None if is_remote(shard.url) else Path(shard.url + ".index")
 
 
-def write_index(index: ShardIndex, path: Path) -> None:
-    """Write a shard's index as a Parquet file."""
-    import pyarrow.parquet as pq
-
-    about = {
-        "version": _VERSION,
-        "size": index.size,
-        "changed": index.changed,
-        "digest": index.digest,
-        "faults": [asdict(fault) for fault in index.faults],
-    }
-    table = index.table.replace_schema_metadata({"zsnr": json.dumps(about)})
-    with replacing(path) as beside, open(beside, "wb") as file:
-        pq.write_table(table, file)  # Arrow opens no name that is not UTF-8
-
-
-def read_index(path: Path) -> ShardIndex | None:
-    """Read a shard's index; None = it is of another version or unreadable."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with open(path, "rb") as file:
-            table = pq.read_table(file)
-        about = json.loads(table.schema.metadata[b"zsnr"])
-    except (pa.ArrowInvalid, OSError, KeyError, TypeError, ValueError):
-        return None
-    if about["version"] != _VERSION:
-        return None
-    faults = [Fault(**fault) for fault in about["faults"]]
-    return ShardIndex(table, faults, about["size"], about["changed"], about["digest"])
-
-
-def _load(
-    shard: Shard, storage: Storage, folder: Path | None, write: bool, must_write: bool
-) -> tuple[ShardIndex, str]:
-    """Load or make a shard's index, and say why it could not be kept, if so."""
+def _load_alone(
+    shard: Shard,
+    retries: Retries,
+    folder: Path | None,
+    write: bool,
+    must_write: bool,
+    fields: list[str] | None,
+) -> tuple[Part, list[tuple[str, str]], str]:
+    """Find or make a shard's index with a storage of its own, and say which faults passed."""
+    met: list[tuple[str, str]] = []
+    storage = Storage(retries, lambda url, reason: met.append((url, reason)))
     path = index_path(shard, folder)
-    if path is not None and path.is_file():
-        found = read_index(path)
-        if found is not None and _is_current(found, shard):
-            return found, ""
+    if path is not None and path.exists():
+        try:
+            footer = read_footer(path)
+            if _is_current(footer, shard):
+                return footer, met, ""
+        except ValueError as error:
+            _reject(shard, path, error)
+    part, unkept = _make(shard, storage, folder, write, must_write, fields)
+    return part, met, unkept
+
+
+def _make(
+    shard: Shard,
+    storage: Storage,
+    folder: Path | None,
+    write: bool,
+    must_write: bool,
+    fields: list[str] | None,
+) -> tuple[Part, str]:
+    """Index a shard, and say why its rows could not be kept in its index file, if so."""
     if shard.kind == "cache":
         raise ValueError(f"{shard.url} and its index do not belong together: cache it again.")
-    made = make_index(shard, storage)
+    made, path, unkept = make_index(shard, storage), index_path(shard, folder), ""
     if write and path is not None and made.size:
         try:
             write_index(made, path)
-        except OSError as error:
-            reason = f"The index {path} cannot be written: {error.strerror or error}."
+            return read_footer(path), ""
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            unkept = f"The index {path} cannot be written: {reason}."
             if must_write:
-                raise OSError(f"{reason} Give --output FOLDER, with room for it.") from error
-            return made, reason
-    return made, ""
+                raise OSError(f"{unkept} Give --output FOLDER, with room for it.") from error
+    names = [n for n in made.table.column_names if n.startswith(FIELD)]
+    unwanted = [] if fields is None else [name for name in names if name not in fields]
+    table = made.table.drop_columns(unwanted)
+    places = pickle.dumps(table.drop_columns([n for n in names if n not in unwanted]), protocol=5)
+    state = hashlib.blake2b(places, digest_size=16).hexdigest()
+    part = Part(
+        None,
+        table,
+        table.num_rows,
+        table.schema,
+        made.faults,
+        made.size,
+        made.changed,
+        made.digest,
+        state,
+    )
+    return part, unkept
 
 
-def _load_alone(
-    shard: Shard, retries: Retries, folder: Path | None, write: bool, must_write: bool
-) -> tuple[ShardIndex, list[tuple[str, str]], str]:
-    """Load a shard's index with a storage of its own, and say which faults passed."""
-    met: list[tuple[str, str]] = []
-    storage = Storage(retries, lambda url, reason: met.append((url, reason)))
-    index, unkept = _load(shard, storage, folder, write, must_write)
-    return index, met, unkept
+def _reject(shard: Shard, path: Path, error: ValueError) -> None:
+    """Say that an index file is not used, and why.
 
-
-def _is_current(index: ShardIndex, shard: Shard) -> bool:
+    Raises:
+        ValueError: It is a cache's, which only caching can make again.
+    """
+    reason = f"{path} is not used as an index: {clipped(str(error)).rstrip('.')}."
     if shard.kind == "cache":
-        return index.size == file_state(shard.url)[0]  # a cache may be copied
-    if TEXTS not in index.table.column_names:
+        raise ValueError(f"{reason} Remove it, and run `zsnr data cache` again to resume it.")
+    warnings.warn(f"{reason} It is made again.", stacklevel=3)
+
+
+def _is_current(footer: Part, shard: Shard) -> bool:
+    if shard.kind == "cache":
+        return footer.size == file_state(shard.url)[0]  # a cache may be copied
+    if TEXTS not in footer.schema.names:
         return False  # written before captions were judged by the index
     if is_remote(shard.url):
         return True  # each read compares the size
-    return (index.size, index.changed) == file_state(shard.url)
-
-
-def _concatenate(tables: list[pa.Table]) -> pa.Table:
-    """Join the shards' tables; a field that is text in one is text in all."""
-    import pyarrow as pa
-
-    kinds: dict[str, set[pa.DataType]] = {}
-    for table in tables:
-        for field in table.schema:
-            if not pa.types.is_null(field.type) and table.num_rows:
-                kinds.setdefault(field.name, set()).add(field.type)
-    joined = []
-    for table in tables:
-        for i, field in enumerate(table.schema):
-            if len(kinds.get(field.name, ())) > 1:
-                table = table.set_column(i, field.name, table.column(i).cast(pa.string()))
-        joined.append(table.replace_schema_metadata(None))
-    whole = pa.concat_tables(joined, promote_options="permissive")
-    keys = whole.schema.get_field_index("key")
-    return whole.set_column(keys, "key", whole.column("key").cast(pa.large_string()))
+    return (footer.size, footer.changed) == file_state(shard.url)

@@ -8,14 +8,20 @@ what does not fill a batch waits for the next window, or the next pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import warnings
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from functools import lru_cache
+from itertools import accumulate, count
+from math import gcd, isqrt, lcm
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch.utils.data import Sampler
 
+from zsnr.files import replacing
 from zsnr.noise import derive_seed, sample_generator
 
 if TYPE_CHECKING:
@@ -23,7 +29,11 @@ if TYPE_CHECKING:
 
     from zsnr.data.samples import Samples
 
-_SHARDS, _WINDOW, _RANKS, _REPLACEMENT, _MIX = range(5)  # independent streams of one seed
+_SHARDS, _WINDOW, _RANKS, _REPLACEMENT, _MIX, _SOURCE, _BATCH = range(
+    7
+)  # independent streams of one seed
+
+_LONGEST_PERIOD = 1 << 14
 
 
 class _Pass(NamedTuple):
@@ -37,17 +47,30 @@ class _Pass(NamedTuple):
 class TrainingOrder:
     """The endless order of a run's batches; each batch is of one bucket.
 
+    Where sources have ratios, each is an order of its own, with its own passes, and every batch
+    takes from each. A batch of a bucket holds the sources in the shares that they have in the
+    bucket when each gives its ratio of all samples and shows its own equally often; so the ratios
+    hold in each batch without buckets, and over the batches of all buckets together with them.
+
     Args:
         samples: What there is.
         batch_size: Of the global batch.
         seed: Of the order.
         window: Shards whose samples are shuffled together.
+        shards: Numbers of the shards that it is of, whatever their ratios. None = all.
 
     Raises:
-        ValueError: An argument is out of range.
+        ValueError: An argument is out of range, or a source with a ratio has no samples.
     """
 
-    def __init__(self, samples: Samples, batch_size: int, seed: int, window: int = 10) -> None:
+    def __init__(
+        self,
+        samples: Samples,
+        batch_size: int,
+        seed: int,
+        window: int = 10,
+        shards: np.ndarray | None = None,
+    ) -> None:
         import numpy as np
 
         if window < 1:
@@ -56,14 +79,17 @@ class TrainingOrder:
             raise ValueError(f"data.batch_size={batch_size}: wanted at least 1.")
         self.batch_size, self._window = batch_size, window
         self._seed = derive_seed(seed, int(samples.digest[:8], 16))
-        num_shards, K = len(samples.shards), len(samples.shapes)
-        cell = samples.shard.astype(np.int64) * K + samples.bucket
-        small = np.int32 if len(cell) < 2**31 else np.int64
-        self._rows = np.argsort(cell, kind="stable").astype(small)
-        table = np.bincount(cell, minlength=num_shards * K).reshape(num_shards, K)
-        self._table = table
-        self._starts = np.concatenate([[0], np.cumsum(table.ravel())])
-        weights = [Fraction(shard.weight).limit_denominator(1000) for shard in samples.shards]
+        self._samples, self._mixture = samples, None
+        if shards is None:
+            shards = np.arange(len(samples.shards))
+            if samples.shards[0].ratio is not None:
+                self._mixture = _Mixture(samples, batch_size, self._seed, window)
+        self._shards = shards
+        table = self._table = samples.table[shards]
+        weights = [
+            Fraction(shard.weight).limit_denominator(1000)
+            for shard in (samples.shards[n] for n in shards)
+        ]
         self._weights = weights
         # Shards of one weight form a group; of each group and bucket, how many samples there are.
         self._groups = {
@@ -84,26 +110,38 @@ class TrainingOrder:
     @lru_cache(maxsize=4)  # noqa: B019 - an order lives as long as its run
     def batch(self, step: int) -> tuple[int, list[int]]:
         """Return the bucket of step k's global batch, and the rows of its samples."""
+        if self._mixture is not None:
+            return self._mixture.batch(step)
         number = self._pass_of(step)
         this = self._pass(number)
         window = int(this.batches.searchsorted(step, side="right")) - 1
         bucket, m = self._mixed(number, window)[step - int(this.batches[window])]
-        first = m * self.batch_size
+        return bucket, self.take(bucket, m * self.batch_size, self.batch_size)
+
+    def take(self, bucket: int, first: int, number: int) -> list[int]:
+        """Return so many rows from a position of a bucket's stream on."""
         rows: list[int] = []
-        while len(rows) < self.batch_size:
-            rows += self._from(bucket, first + len(rows), self.batch_size - len(rows))
-        return bucket, rows
+        while len(rows) < number:
+            rows += self._from(bucket, first + len(rows), number - len(rows))
+        return rows
 
     def replacement(self, position: int, attempt: int) -> int:
-        """Return the row of another sample of the bucket, to stand in for a broken one."""
-        import numpy as np
+        """Return the row of another sample of the bucket, to stand in for a broken one.
 
-        bucket, _ = self.batch(position // self.batch_size)
-        ends = np.cumsum(self._table[:, bucket])
-        n = derive_seed(self._seed, _REPLACEMENT, position, attempt) % int(ends[-1])
-        shard = int(ends.searchsorted(n, side="right"))
-        within = n - int(ends[shard] - self._table[shard, bucket])
-        return int(self._rows[self._start(shard, bucket) + within])
+        Where sources have ratios it is of the same source.
+        """
+        step, slot = divmod(position, self.batch_size)
+        bucket, rows = self.batch(step)
+        shards = self._shards
+        if self._mixture is not None:
+            shards = self._mixture.shards_of(rows[slot])
+        n = derive_seed(self._seed, _REPLACEMENT, position, attempt)
+        return self._samples.member(bucket, n, shards)
+
+    def prepare(self) -> None:
+        """Write what all processes then map, so that each need not make it."""
+        if self._samples.mapped is not None:
+            self._pass(0)
 
     # Counting
 
@@ -144,7 +182,7 @@ class TrainingOrder:
         import numpy as np
 
         shards = _permutation(len(self._table), self._seed, _SHARDS, number)
-        table = np.zeros_like(self._table)
+        table = np.zeros(self._table.shape, np.int64)
         for weight, members in self._groups.items():
             if weight.denominator == 1:
                 table[members] = self._table[members] * int(weight)
@@ -180,7 +218,12 @@ class TrainingOrder:
     def _ranks(self, weight: Fraction, bucket: int) -> np.ndarray:
         """The place i of each sample in its group, by chance, so that passes take turns fairly."""
         n = int(self._sizes[weight][bucket])
-        return _permutation(n, self._seed, _RANKS, weight.numerator, weight.denominator, bucket)
+        keys = self._seed, _RANKS, weight.numerator, weight.denominator, bucket
+        mapped = self._samples.mapped
+        if mapped is None or not n:
+            return _permutation(n, *keys)
+        file = mapped.path.with_suffix("." + "-".join(map(str, keys)))
+        return _mapped_permutation(file, n, *keys)
 
     # Windows
 
@@ -209,7 +252,7 @@ class TrainingOrder:
         rows: list[int] = self._window_rows(low, window, bucket)[start : start + most].tolist()
         return rows
 
-    @lru_cache(maxsize=64)  # noqa: B019
+    @lru_cache(maxsize=8)  # noqa: B019
     def _window_rows(self, number: int, window: int, bucket: int) -> np.ndarray:
         """The rows of one bucket in a window, shuffled."""
         import numpy as np
@@ -217,16 +260,129 @@ class TrainingOrder:
         first = window * self._window
         parts = []
         for shard in self._pass(number).shards[first : first + self._window].tolist():
-            start = self._start(shard, bucket)
-            rows = self._rows[start : start + self._table[shard, bucket]]
+            rows = self._samples.members(int(self._shards[shard]), bucket)
             parts.append(np.repeat(rows, self._times(number, shard, bucket)))
         rows = np.concatenate(parts)
         shuffle = _permutation(len(rows), self._seed, _WINDOW, number, window, bucket)
         shuffled: np.ndarray = rows[shuffle]
         return shuffled
 
-    def _start(self, shard: int, bucket: int) -> int:
-        return int(self._starts[shard * self._table.shape[1] + bucket])
+
+class _Mixture:
+    """Batches that take from several sources by their ratios."""
+
+    def __init__(self, samples: Samples, batch_size: int, seed: int, window: int) -> None:
+        import numpy as np
+
+        self._samples, self._seed = samples, seed
+        sources = np.array([shard.source for shard in samples.shards])
+        self._sources = [np.flatnonzero(sources == number) for number in np.unique(sources)]
+        self._orders, pulls = [], []
+        for number, shards in enumerate(self._sources):
+            first = samples.shards[shards[0]]
+            counts = samples.table[shards].sum(0).tolist()
+            if not sum(counts):
+                raise ValueError(
+                    f"The source of {first.url} has ratio={first.ratio}, but no sample of it is "
+                    "left: take it away, or mend its filters."
+                )
+            self._orders.append(
+                TrainingOrder(samples, 1, derive_seed(seed, _SOURCE, number), window, shards)
+            )
+            ratio = Fraction(first.ratio or 0.0).limit_denominator(1000)
+            pulls.append([ratio * count / sum(counts) for count in counts])
+        whole = sum(map(sum, pulls))
+        of_bucket = [sum(pull[b] for pull in pulls) for b in range(len(samples.shapes))]
+        self._buckets = Split([part / whole for part in of_bucket], 1)
+        self._splits = [
+            Split([pull[b] / part for pull in pulls], batch_size) if part else None
+            for b, part in enumerate(of_bucket)
+        ]
+
+    def batch(self, step: int) -> tuple[int, list[int]]:
+        """Return the bucket of a step's global batch, and the rows of its samples, mixed."""
+        bucket = self._buckets.at(step).index(1)
+        m = self._buckets.before(step)[bucket]
+        split = self._splits[bucket]
+        assert split is not None
+        rows: list[int] = []
+        for order, first, number in zip(self._orders, split.before(m), split.at(m), strict=True):
+            rows += order.take(bucket, first, number)
+        mixed = _permutation(len(rows), self._seed, _BATCH, step).tolist()
+        return bucket, [rows[i] for i in mixed]
+
+    def shards_of(self, row: int) -> np.ndarray:
+        """The numbers of the shards of a row's source."""
+        shard = self._samples.shard[row]
+        return next(shards for shards in self._sources if shard in shards)
+
+
+class Split:
+    """Division of a whole number into parts by shares, step after step.
+
+    At each step the parts add up to the number, and each is total s_i rounded down or up. What is
+    left of total s_i is the length e_i of an interval; these lie one behind the other, and the
+    parts whose interval holds one of the points u_k + 0, 1, 2 .. are rounded up. With u_k = a k / D
+    mod 1, where D is the e_i's common denominator and a has no factor in common with it, each part
+    is rounded up in exactly e_i D of any D steps in a row. In between, what a part had so far stays
+    close to its share: within one of it for two parts, about two for more.
+
+    Args:
+        shares: s_i, which add up to one.
+        total: The number.
+    """
+
+    def __init__(self, shares: Sequence[Fraction], total: int) -> None:
+        exact = [share * total for share in shares]
+        self._whole = [int(part // 1) for part in exact]
+        rests = [part % 1 for part in exact]
+        D = self._D = lcm(*(rest.denominator for rest in rests))
+        lengths = [int(rest * D) for rest in rests]
+        self._ends = [0, *accumulate(lengths)]
+        golden = (isqrt(5 * D * D) - D) // 2
+        two = [length for length in lengths if length]
+        tried = [*two[: len(two) == 2], golden, *lengths, *(D * i // 33 for i in range(1, 33))]
+        steps = [next(a for a in count(first) if gcd(a, D) == 1) for first in tried]
+        self._step = steps[0] if D > _LONGEST_PERIOD else min(steps, key=self._deviation)
+
+    def _deviation(self, a: int) -> float:
+        """How far from its share a part ever is, with this a."""
+        import numpy as np
+
+        u = a * np.arange(self._D) % self._D
+        points = [-((u - end) // self._D) for end in self._ends]
+        lengths = np.diff(self._ends)[:, None]
+        due = lengths * np.arange(1, self._D + 1) / self._D
+        return float(np.abs(np.diff(points, axis=0).cumsum(1) - due).max())
+
+    def at(self, k: int) -> list[int]:
+        """Return the parts of step k."""
+        u = self._step * k % self._D
+        return self._parts(1, [-((u - end) // self._D) for end in self._ends])
+
+    def before(self, k: int) -> list[int]:
+        """Return the sums of the parts of all steps before step k."""
+        return self._parts(k, [-_floor_sum(k, self._D, self._step, -end) for end in self._ends])
+
+    def _parts(self, steps: int, points: list[int]) -> list[int]:
+        """The parts, from the number of points in front of each interval's end."""
+        return [
+            steps * whole + after - before
+            for whole, before, after in zip(self._whole, points, points[1:], strict=False)
+        ]
+
+
+def _floor_sum(n: int, m: int, a: int, b: int) -> int:
+    """Return the sum of floor((a i + b) / m) over i in 0 .. n - 1, as Euclid's algorithm does."""
+    total = 0
+    while True:
+        total += n * (n - 1) // 2 * (a // m) + n * (b // m)
+        a, b = a % m, b % m
+        y = a * n + b
+        if y < m:
+            return total
+        n, b = divmod(y, m)
+        m, a = a, m
 
 
 class StepBatches(Sampler[list[int]]):
@@ -298,3 +454,20 @@ def _permutation(n: int, *keys: int) -> np.ndarray:
         n, generator=sample_generator(derive_seed(*keys))
     ).numpy()
     return permutation
+
+
+def _mapped_permutation(file: Path, n: int, *keys: int) -> np.ndarray:
+    """Map a permutation from a file, which the first process that needs it writes."""
+    import numpy as np
+
+    try:
+        if not file.is_file() or file.stat().st_size != 8 * n:
+            with replacing(file) as beside:
+                with beside.open("wb") as room:  # a full disk is an error here, later a signal
+                    os.posix_fallocate(room.fileno(), 0, 8 * n)
+                made = torch.from_numpy(np.memmap(beside, np.int64, "r+"))
+                torch.randperm(n, generator=sample_generator(derive_seed(*keys)), out=made)
+        return np.memmap(file, np.int64, "r")
+    except OSError as error:
+        warnings.warn(f"{file} cannot be used: {error}. It stays in memory.", stacklevel=2)
+        return _permutation(n, *keys)

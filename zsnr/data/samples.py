@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zsnr.data.buckets import AspectBuckets, assign
 from zsnr.data.captions import Captions
-from zsnr.data.faults import Fault, summarize
-from zsnr.data.filters import PICTURE_FIELDS, Filter, apply_filters
+from zsnr.data.columns import arrays, map_columns, spooling, write_columns
+from zsnr.data.faults import Fault, PackedFaults, summarize
+from zsnr.data.filters import PICTURE_FIELDS, Filter, Sieve
 from zsnr.data.index import Index, without_caption
 from zsnr.data.scan import FIELD, TEXTS, part_file
 from zsnr.data.sources import Shard
@@ -21,6 +25,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 PARTS = ("image", "text", "json")
+
+_VERSION = 1
+_IN_MEMORY = 100_000  # samples that are too few for a file
+_BLOCK = 1 << 20  # rows that are counted at a time
 
 
 @dataclass(frozen=True)
@@ -43,9 +51,29 @@ class Sample:
     json: Span | None
 
 
+class Mapped:
+    """The columns of samples in a file; pickled, it is the file's name.
+
+    Args:
+        path: As `write_columns` wrote it.
+
+    Raises:
+        ValueError: There is no such file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        batch, self.about, self.counts = map_columns(path)
+        self.path, self.columns = path, arrays(batch)
+
+    def __reduce__(self) -> tuple[type[Mapped], tuple[Path]]:
+        return Mapped, (self.path,)
+
+
 @dataclass(frozen=True, eq=False)
 class Samples:
     """Samples in the order of their shards; memory is a few arrays, not objects.
+
+    The arrays may be views of a file, which all processes share: pickled, they are its name.
 
     Args:
         shards: What they come from.
@@ -61,6 +89,8 @@ class Samples:
         total: Samples before filters.
         faults: What indexing and selecting found broken.
         digest: A hash of all that decides which samples stand where.
+        counts: Samples of each shard and bucket, (S, K). None = not counted yet.
+        mapped: What the arrays are views of. None = they are in memory.
     """
 
     shards: list[Shard]
@@ -74,8 +104,23 @@ class Samples:
     keys: pa.Array
     removed: dict[str, int]
     total: int
-    faults: list[Fault]
+    faults: Sequence[Fault]
     digest: str
+    counts: np.ndarray | None = None
+    mapped: Mapped | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        if self.mapped is not None:
+            for name, column in self.mapped.columns.items():
+                if state[name] is column:
+                    del state[name]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        mapped = state["mapped"]
+        self.__dict__.update({} if mapped is None else mapped.columns)
+        self.__dict__.update(state)
 
     def __len__(self) -> int:
         return len(self.shard)
@@ -94,6 +139,57 @@ class Samples:
         assert image is not None
         return Sample(shard.url, key, image, **found)
 
+    @cached_property
+    def table(self) -> np.ndarray:
+        """How many samples each shard and bucket has, (S, K)."""
+        import numpy as np
+
+        if self.counts is not None:
+            return self.counts
+        S, K = len(self.shards), len(self.shapes)
+        table = np.zeros(S * K, np.int64)
+        for i in range(0, len(self), _BLOCK):
+            cell = self.shard[i : i + _BLOCK].astype(np.int64) * K + self.bucket[i : i + _BLOCK]
+            table += np.bincount(cell, minlength=S * K)
+        return table.reshape(S, K)
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        import numpy as np
+
+        starts: np.ndarray = np.concatenate([[0], self.table.sum(1).cumsum()])
+        return starts
+
+    def members(self, shard: int, bucket: int) -> np.ndarray:
+        """The rows of one shard that are in a bucket, ascending."""
+        first, end = self._starts[shard : shard + 2]
+        rows: np.ndarray = first + (self.bucket[first:end] == bucket).nonzero()[0]
+        return rows
+
+    def member(self, bucket: int, n: int, shards: np.ndarray | slice = slice(None)) -> int:
+        """The row of the n-th sample of a bucket; behind the last comes the first again.
+
+        Args:
+            bucket: Its number.
+            n: Counted from 0.
+            shards: Numbers of the shards that are looked at. None but these count.
+        """
+        import numpy as np
+
+        numbers = np.arange(len(self.shards))[shards]
+        counts = self.table[numbers, bucket]
+        ends = counts.cumsum()
+        n %= int(ends[-1])
+        at = int(ends.searchsorted(n, side="right"))
+        return int(self.members(int(numbers[at]), bucket)[n - int(ends[at] - counts[at])])
+
+    def alike(self, row: int, distance: int) -> int:
+        """The row of the sample of the same bucket so many samples behind one."""
+        shard, bucket = int(self.shard[row]), int(self.bucket[row])
+        before = int(self.table[:shard, bucket].sum())
+        within = int(self.members(shard, bucket).searchsorted(row))
+        return self.member(bucket, before + within + distance)
+
     def shard_size(self, row: int) -> int | None:
         """Bytes of the sample's shard. None = its parts are files of their own."""
         number = self.shard[row]
@@ -108,6 +204,7 @@ def select(
     aspect: AspectBuckets | None = None,
     max_pixels: int | None = None,
     captions: Captions = Captions(),
+    folder: Path | None = None,
 ) -> Samples:
     """Decide which samples a run uses, and the bucket of each.
 
@@ -118,73 +215,155 @@ def select(
         aspect: The buckets. None = one square.
         max_pixels: Larger pictures count as broken.
         captions: Samples without a caption count as broken.
+        folder: Where many samples are written, once, and mapped by all processes. None = each has
+            them in its memory.
 
     Raises:
         ValueError: A filter does not fit, or nothing is kept.
     """
-    import numpy as np
-
-    table = index.table
-    count = table.num_rows
-    columns = {name.removeprefix(FIELD): table.column(name) for name in table.column_names}
-    for name, column in zip(PICTURE_FIELDS, ("width", "height", "image_size"), strict=True):
-        columns[name] = table.column(column)
-    kept, removed = apply_filters(filters, columns, count)
-    height, width = (table.column(name).to_numpy() for name in ("height", "width"))
-    huge = np.zeros(count, bool)
-    if max_pixels is not None:
-        huge = height.astype(np.int64) * width > max_pixels
-    bare = np.zeros(count, bool)
-    if TEXTS in table.column_names:  # a cache has samples with captions only
-        bare = ~captions.usable(table.column(TEXTS))
-    faults = list(index.faults)
-    for row in np.flatnonzero(kept & huge).tolist():
-        url = index.shards[table.column("shard")[row].as_py()].url
-        reason = f"{width[row]} x {height[row]} pixels: wanted at most {max_pixels}"
-        faults.append(Fault("sample", url, table.column("key")[row].as_py(), reason))
-    faults += without_caption(index, kept & ~huge & bare, captions)
-    rows = np.flatnonzero(kept & ~huge & ~bare)
-    if not len(rows):
-        lost = ", ".join(f"{name} removed {n}" for name, n in removed.items() if n)
-        lost = lost or (f"Broken: {summarize(faults)}" if faults else "There are none")
-        raise ValueError(f"No samples are left of {count}. {lost}.")
     shapes = [(image_size, image_size)] if aspect is None else aspect.shapes(image_size)
-    small = table.select(
-        [
-            "shard",
-            "key",
-            "height",
-            "width",
-            *(f"{p}_{x}" for p in PARTS for x in ("offset", "size")),
-        ]
-    ).take(rows)
-    size = np.stack([small.column(name).to_numpy() for name in ("height", "width")], 1)
-    spans = [
-        np.stack([small.column(f"{part}_{x}").to_numpy() for x in ("offset", "size")], 1)
-        for part in PARTS
-    ]
     settings: dict[str, Any] = {
-        "index": index.digest,
         "weights": [shard.weight for shard in index.shards],
         "filters": [asdict(each) for each in filters],
         "shapes": shapes,
-        "max_pixels": max_pixels if huge.any() else None,
+        "max_pixels": max_pixels,
+        "captions": asdict(captions),
     }
-    if bare.any():
-        settings["captions"] = asdict(captions)
-    text = json.dumps(settings, sort_keys=True)
+    if any(shard.ratio is not None for shard in index.shards):
+        settings["ratios"] = [[shard.source, shard.ratio] for shard in index.shards]
+    if folder is None or len(index) <= _IN_MEMORY:
+        return _selected(index, settings, filters, captions, None)
+    file = _file_of(index, settings, folder)
+    if file.exists():
+        try:
+            return _mapped(file, index, shapes)
+        except (ValueError, OSError) as error:
+            warnings.warn(f"{str(error).rstrip('.')}. It is made again.", stacklevel=2)
+    try:
+        return _selected(index, settings, filters, captions, folder)
+    except OSError as error:
+        warnings.warn(
+            f"{file} cannot be written or mapped: {error}. Each process keeps the index in its "
+            "own memory.",
+            stacklevel=2,
+        )
+        return _selected(index, settings, filters, captions, None)
+
+
+def _selected(
+    index: Index,
+    settings: dict[str, Any],
+    filters: Sequence[Filter],
+    captions: Captions,
+    folder: Path | None,
+) -> Samples:
+    """Read the index shard by shard and keep what a run uses, in a file or in memory."""
+    import numpy as np
+    import pyarrow as pa
+
+    shapes, max_pixels = settings["shapes"], settings["max_pixels"]
+    sieve, faults, total, huge, lacking = Sieve(filters), [], 0, False, False
+    counts = np.zeros((len(index.shards), len(shapes)), np.int32)
+    with spooling(folder) as spool:
+        for number, table in enumerate(index.blocks()):
+            columns = {name.removeprefix(FIELD): table.column(name) for name in table.column_names}
+            for name, column in zip(PICTURE_FIELDS, ("width", "height", "image_size"), strict=True):
+                columns[name] = table.column(column)
+            kept = sieve.keeps(columns, table.num_rows)
+            height, width = (table.column(name).to_numpy() for name in ("height", "width"))
+            large = np.zeros(len(kept), bool)
+            if max_pixels is not None:
+                large = height.astype(np.int64) * width > max_pixels
+            huge |= bool(large.any())
+            for row in np.flatnonzero(kept & large).tolist():
+                reason = f"{width[row]} x {height[row]} pixels: wanted at most {max_pixels}"
+                key = table.column("key")[row].as_py()
+                faults.append(Fault("sample", index.shards[number].url, key, reason))
+            bare = np.zeros(len(kept), bool)
+            if TEXTS in table.column_names:  # a cache has samples with captions only
+                bare = kept & ~large & ~captions.usable(table.column(TEXTS))
+                faults += without_caption(index, table, bare, captions)
+            lacking |= bool(bare.any())
+            rows = np.flatnonzero(kept & ~large & ~bare)
+            total += len(kept)
+            if not len(rows):
+                continue
+            size = np.stack([height[rows], width[rows]], 1)
+            bucket = assign(size[:, 0], size[:, 1], shapes)
+            counts[number] = np.bincount(bucket, minlength=len(shapes))
+            spans = [
+                np.stack([table.column(f"{part}_{x}").to_numpy() for x in ("offset", "size")], 1)
+                for part in PARTS
+            ]
+            spool.add(
+                table.column("key").take(rows).combine_chunks().cast(pa.large_string()),
+                rows=rows + total - len(kept),
+                shard=np.full(len(rows), number, np.int32),
+                bucket=bucket,
+                size=size,
+                spans=np.stack(spans, 1)[rows],
+            )
+        sieve.check()
+        if not spool.rows:
+            lost = ", ".join(f"{name} removed {n}" for name, n in sieve.removed.items() if n)
+            faults = [*index.faults, *faults]
+            lost = lost or (f"Broken: {summarize(faults)}" if faults else "There are none")
+            raise ValueError(f"No samples are left of {total}. {lost}.")
+        limit = max_pixels if huge else None
+        facts = {**settings, "index": index.digest, "max_pixels": limit}
+        if not lacking:
+            del facts["captions"]
+        digest = _digest(facts)
+        about: dict[str, Any] = {"removed": sieve.removed, "total": total, "digest": digest}
+        if folder is not None:
+            file = _file_of(index, settings, folder)  # a shard may have been indexed anew meanwhile
+            about["faults"] = [[fault.shard, fault.key, fault.reason] for fault in faults]
+            write_columns(file, spool.batch(), about, counts)
+            return _mapped(file, index, shapes)
+        return Samples(
+            shards=index.shards,
+            sizes=index.sizes,
+            shapes=shapes,
+            faults=PackedFaults(faults, [part.faults for part in index.parts]),
+            counts=counts,
+            **about,
+            **arrays(spool.batch()),
+        )
+
+
+def _file_of(index: Index, settings: dict[str, Any], folder: Path) -> Path:
+    """Name the file of samples by all that decides what is in it."""
+    return folder / f"{_digest([_VERSION, index.state, settings])}.arrow"
+
+
+def _mapped(file: Path, index: Index, shapes: list[tuple[int, int]]) -> Samples:
+    """Map the samples that a process has written.
+
+    Raises:
+        ValueError: There is no such file.
+    """
+    import numpy as np
+
+    mapped = Mapped(file)
+    counts = np.frombuffer(mapped.counts, np.int32)
+    about = mapped.about
+    if len(counts) != len(index.shards) * len(shapes) or counts.sum() != len(
+        mapped.columns["keys"]
+    ):
+        raise ValueError(f"{file} is of other shards")
+    faults = [Fault("sample", *fault) for fault in about.pop("faults")]
     return Samples(
         shards=index.shards,
         sizes=index.sizes,
         shapes=shapes,
-        rows=rows,
-        shard=small.column("shard").to_numpy(),
-        bucket=assign(size[:, 0], size[:, 1], shapes),
-        size=size,
-        spans=np.stack(spans, 1),
-        keys=small.column("key").combine_chunks(),
-        removed=removed,
-        total=count,
-        faults=faults,
-        digest=hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),
+        faults=PackedFaults(faults, [part.faults for part in index.parts]),
+        counts=counts.reshape(-1, len(shapes)),
+        mapped=mapped,
+        **about,
+        **mapped.columns,
     )
+
+
+def _digest(facts: object) -> str:
+    text = json.dumps(facts, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from zsnr.data.storage import is_remote, local_path
+from zsnr.untrusted import parse_object, read_small
 
 IMAGE_SUFFIXES = (
     *("jpg", "jpeg", "png", "webp", "gif", "jfif", "jpe", "mpo", "apng", "bmp", "tif", "tiff"),
@@ -29,6 +30,8 @@ _PACKED = (".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst"
 CACHE = "cache.json"
 """What a folder of cached shards holds."""
 
+_MOST_CACHE = 1 << 28  # bytes of that file; a million shards
+
 
 @dataclass(frozen=True)
 class Source:
@@ -40,15 +43,22 @@ class Source:
             KEY.txt beside each or metadata.jsonl in it or in folders below; or "pipe:COMMAND", a
             command that writes shards.
         weight: How often a pass over the data sees each sample: 2 = twice, 0.5 = every second pass.
+        ratio: Share of each global batch, relative to the other sources' ratios, however many
+            samples the source has. Each source then has passes of its own. If one source has a
+            ratio, all must, and none a weight. None = by the number of samples and the weight.
     """
 
     path: str | list[str]
     weight: float = 1.0
+    ratio: float | None = None
 
     def __post_init__(self) -> None:
         if not 0.001 <= self.weight <= 1000:
             raise ValueError(f"weight={self.weight:g}: wanted a number from 0.001 to 1000.")
+        if self.ratio is not None and not 0.001 <= self.ratio <= 1000:
+            raise ValueError(f"ratio={self.ratio:g}: wanted a number from 0.001 to 1000.")
         object.__setattr__(self, "weight", float(self.weight))  # 3 and 3.0 are one weight
+        object.__setattr__(self, "ratio", None if self.ratio is None else float(self.ratio))
 
 
 @dataclass(frozen=True)
@@ -59,11 +69,15 @@ class Shard:
         url: Path or address.
         weight: Its source's.
         kind: A tar file, a folder of pictures, or a tar file of a cache.
+        ratio: Its source's.
+        source: Number of its source.
     """
 
     url: str
     weight: float = 1.0
     kind: Literal["tar", "folder", "cache"] = "tar"
+    ratio: float | None = None
+    source: int = 0
 
     @property
     def name(self) -> str:
@@ -79,9 +93,22 @@ Sources = str | Sequence[str | Source]
 
 
 def as_sources(sources: Sources) -> list[Source]:
-    """Give every source its full form."""
+    """Give every source its full form.
+
+    Raises:
+        ValueError: Some have a ratio and others none, or a weight.
+    """
     items = [sources] if isinstance(sources, str) else sources
-    return [item if isinstance(item, Source) else Source(item) for item in items]
+    found = [item if isinstance(item, Source) else Source(item) for item in items]
+    if any(source.ratio is not None for source in found):
+        for source in found:
+            if source.ratio is None or source.weight != 1:
+                raise ValueError(
+                    f"The source {source.path!r} has ratio={source.ratio} and "
+                    f"weight={source.weight:g}, but a source has a ratio: wanted a ratio for every "
+                    "source, and no weights."
+                )
+    return found
 
 
 def is_cache(path: str) -> bool:
@@ -104,14 +131,15 @@ def find_shards(sources: Sources) -> list[Shard]:
         FileNotFoundError: A source matches nothing.
     """
     shards: list[Shard] = []
-    for source in as_sources(sources):
+    for number, source in enumerate(as_sources(sources)):
         for path in [source.path] if isinstance(source.path, str) else source.path:
             if is_cache(path):
                 shards += _cached(Path(path).expanduser() / CACHE, source.weight)
                 continue
             for url in _expand(path):
                 folder = not is_remote(url) and Path(url).is_dir()
-                shards.append(Shard(url, source.weight, "folder" if folder else "tar"))
+                kind: Literal["tar", "folder"] = "folder" if folder else "tar"
+                shards.append(Shard(url, source.weight, kind, source.ratio, number))
     if not shards:
         raise FileNotFoundError(f"No shards at {sources!r}: the list is empty.")
     return shards
@@ -157,10 +185,47 @@ def _raise(error: OSError) -> None:
     raise error
 
 
+def read_cache(file: Path) -> dict[str, Any]:
+    """Read what a cache was made with, as `zsnr data cache` wrote it.
+
+    Raises:
+        ValueError: It is no such file, or names shards elsewhere.
+    """
+    facts = parse_object(read_small(file, _MOST_CACHE), str(file))
+    shards = facts.get("shards")
+    if not isinstance(shards, list) or not all(map(_is_cached_shard, shards)):
+        raise ValueError(
+            f"{file} is not what `zsnr data cache` writes: wanted a list of shards, each with the "
+            "name of a file beside it and a weight. Cache the data again, in another folder."
+        )
+    return facts
+
+
+def _is_cached_shard(shard: object) -> bool:
+    if not isinstance(shard, dict) or shard.keys() - {"ratio", "source"} != {"file", "weight"}:
+        return False
+    file, weight = shard["file"], shard["weight"]
+    ratio, source = shard.get("ratio", 1.0), shard.get("source", 0)
+    return (
+        isinstance(file, str)
+        and file == Path(file).name
+        and file not in ("", "..")
+        and "\0" not in file
+        and all(type(x) in (int, float) and 0 < x < math.inf for x in (weight, ratio))
+        and type(source) is int
+    )
+
+
 def _cached(cache: Path, weight: float) -> list[Shard]:
     return [
-        Shard(str(cache.parent / shard["file"]), weight * shard["weight"], "cache")
-        for shard in json.loads(cache.read_text(encoding="utf-8"))["shards"]
+        Shard(
+            str(cache.parent / shard["file"]),
+            weight * shard["weight"],
+            "cache",
+            shard.get("ratio"),
+            shard.get("source", 0),
+        )
+        for shard in read_cache(cache)["shards"]
     ]
 
 

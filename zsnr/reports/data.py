@@ -269,7 +269,9 @@ def _load(
     """Load samples as squares, with a bar; broken ones become faults."""
     from tqdm import tqdm
 
-    dataset = ShardDataset(replace(samples, shapes=[(size, size)], bucket=samples.bucket * 0))
+    dataset = ShardDataset(
+        replace(samples, shapes=[(size, size)], bucket=samples.bucket * 0, counts=None)
+    )
 
     def load(row: int) -> dict[str, Any] | Fault:
         try:
@@ -387,9 +389,8 @@ def _schedule_section(spaces: Sequence[SpaceReport]) -> str:
 def _buckets(samples: Samples) -> dict[str, int]:
     if len(samples.shapes) == 1:
         return {}
-    return {
-        f"{h} x {w}": int((samples.bucket == i).sum()) for i, (h, w) in enumerate(samples.shapes)
-    }
+    counts = samples.table.sum(0).tolist()
+    return {f"{h} x {w}": n for (h, w), n in zip(samples.shapes, counts, strict=True)}
 
 
 def _quantiles(values: Any) -> list[float]:

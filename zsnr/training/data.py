@@ -56,7 +56,7 @@ class DataModule(L.LightningDataModule):
     Args:
         train: What to train on: a folder of shards or of pictures, a pattern such as
             "data/{000..099}.tar" or "https://host/{000..099}.tar", "pipe:COMMAND", a list of them,
-            or a list of objects with path and weight. A cache is a folder of shards.
+            or a list of objects with path and weight or ratio. A cache is a folder of shards.
         val: What to validate on, likewise. None = no validation.
         image_size: Height and width, in pixels; pictures are resized and cropped to it.
         batch_size: Of the global batch: all devices and accumulated batches together.
@@ -155,8 +155,12 @@ class DataModule(L.LightningDataModule):
             if sources is not None and stage != "predict":
                 find_cache(sources)  # refuses one that is not finished
                 self._check_indexed(find_shards(sources))
-                with suppress(NoRangesError):  # setup says what that means
-                    self._load_index(sources, progress=True)
+                with suppress(NoRangesError, ValueError):  # setup says what that means
+                    samples = self._selection(sources, progress=True)
+                    if sources is self.train:
+                        TrainingOrder(
+                            samples, self.batch_size, self.seed, self.window_shards
+                        ).prepare()
 
     def setup(self, stage: str) -> None:
         """Read the index and decide what the stage uses of it."""
@@ -235,7 +239,7 @@ class DataModule(L.LightningDataModule):
         index = load_index(sources, self._storage(), folder=self.index_folder, fields=None)
         return index, self._selected(index)
 
-    def _selected(self, index: Index) -> Samples:
+    def _selected(self, index: Index, folder: Path | None = None) -> Samples:
         return select(
             index,
             self.image_size,
@@ -243,7 +247,16 @@ class DataModule(L.LightningDataModule):
             aspect=self.aspect,
             max_pixels=self.pixels.max_pixels,
             captions=self.captions,
+            folder=folder,
         )
+
+    def _selection(self, sources: Sources, progress: bool = False) -> Samples:
+        """Decide which samples are used; many are a file that the processes of a node share."""
+        index, cache = self._load_index(sources, progress), find_cache(sources)
+        folder = None if self.trainer is None else Path(self.trainer.default_root_dir) / "index"
+        if cache is None:
+            return self._selected(index, folder)
+        return select_cached(cache, index, self.filters, folder)
 
     def _select(self, name: str, sources: Sources) -> Samples | list[Shard]:
         shards = find_shards(sources)
@@ -254,9 +267,8 @@ class DataModule(L.LightningDataModule):
                 facts = picture_facts(self.image_size, self.aspect, self.pixels)
                 check_cache(name, cache, picture=facts, captions=asdict(self.captions))
                 self.caches[name] = cache
-                samples = select_cached(cache, self._load_index(sources), self.filters)
-            elif not streams:
-                samples = self._selected(self._load_index(sources))
+            if not streams:
+                samples = self._selection(sources)
         except NoRangesError:
             streams = True
         if streams:
@@ -306,7 +318,7 @@ class DataModule(L.LightningDataModule):
             )
             return self._loader(stream, batch_size=None)
         if rank == 0:
-            self._note(self._train.faults + self._passing)
+            self._note([*self._train.faults, *self._passing])
         order = TrainingOrder(self._train, self.batch_size, self.seed, self.window_shards)
         cls = CacheDataset if "data.train" in self.caches else ShardDataset
         dataset = cls(self._train, order, seed=self.seed, **options)
@@ -371,10 +383,9 @@ class DataModule(L.LightningDataModule):
             self._seen += len(batch["position"])
         if faults:
             self._note(faults)
-            met = [fault for fault in self._ledger.faults if fault.position is not None]
-            tried = self._seen + sum(fault.kind == "sample" for fault in met)
+            tried = self._seen + self._ledger.met.samples
             check_budget(
-                met,
+                self._ledger.met,
                 tried + (0 if self._val is None else len(self._val)),
                 len(self._train.shards if isinstance(self._train, Samples) else self._train or []),
                 self.error_budget,
@@ -464,7 +475,7 @@ def describe_samples(samples: Samples, what: str) -> str:
     lines = [f"{what}: {len(samples)} samples in {counted(samples.shards)}"]
     lines += [f"  removed by {name}: {count}" for name, count in samples.removed.items()]
     if len(samples.shapes) > 1:
-        counts = [int((samples.bucket == i).sum()) for i in range(len(samples.shapes))]
+        counts = samples.table.sum(0).tolist()
         used = sum(count > 0 for count in counts)
         lines.append(f"  in {used} of {len(counts)} buckets")
     for what, notes in (("broken", False), ("not read", True)):

@@ -352,12 +352,18 @@ class ImageMetrics(Callback):
             problem: Exception | None = None
             try:
                 index = load_index(self.real, Storage(data.retries), folder=data.index_folder)
+                self._samples = select(
+                    index,
+                    module.image_size,
+                    max_pixels=data.pixels.max_pixels,
+                    folder=Path(trainer.default_root_dir) / "index",
+                )
             except Exception as error:  # whatever it is, the other ranks must not wait
                 problem = error
             if not trainer.local_rank:
                 trainer.strategy.barrier()
             raise_on_all(problem)
-            self._samples = select(index, module.image_size, max_pixels=data.pixels.max_pixels)
+            assert self._samples is not None
             source = f"{self._samples.digest} {min(self.num_real, len(self._samples))}"
             if len(self._samples) < max(2, trainer.world_size):
                 raise ValueError(

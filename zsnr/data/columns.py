@@ -1,0 +1,165 @@
+"""The columns of a run's samples: gathered shard by shard, and mapped from one Arrow file.
+
+A file of one record batch holds each column in one piece, so the arrays are views of the file: the
+system keeps one copy for all ranks and loading processes, and a rank has nothing of its own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from io import BytesIO
+from mmap import ACCESS_READ, mmap
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import TYPE_CHECKING, Any
+
+from zsnr.files import replacing
+from zsnr.untrusted import clipped, open_regular, parse_object
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+
+SHAPES: dict[str, tuple[str, tuple[int, ...]]] = {
+    "rows": ("int64", ()),
+    "shard": ("int32", ()),
+    "bucket": ("int16", ()),
+    "size": ("int32", (2,)),
+    "spans": ("int64", (3, 2)),
+}
+"""Type and shape of a row of each array; `keys` are texts."""
+
+
+class Spool:
+    """Columns that grow row by row, in files without a name in a folder, or in memory."""
+
+    def __init__(self, folder: Path | None) -> None:
+        names = [*SHAPES, "ends", "keys"]
+        self._in_memory = folder is None
+        self._files: dict[str, Any] = {name: _room(folder) for name in names}
+        self._bytes = 0
+        self.rows = 0
+        self._files["ends"].write(bytes(8))
+
+    def add(self, keys: pa.Array, **columns: np.ndarray) -> None:
+        """Append rows.
+
+        Args:
+            keys: large_string (n,).
+            columns: Those of SHAPES, (n, ...).
+        """
+        import numpy as np
+
+        _, ends, texts = keys.buffers()
+        ends = np.frombuffer(ends, np.int64)[keys.offset : keys.offset + len(keys) + 1]
+        if texts is not None:
+            self._files["keys"].write(memoryview(texts)[int(ends[0]) : int(ends[-1])])
+        self._files["ends"].write((ends[1:] - ends[0] + self._bytes).tobytes())
+        self._bytes += int(ends[-1] - ends[0])
+        for name, (kind, shape) in SHAPES.items():
+            column = np.ascontiguousarray(columns[name], kind)
+            assert column.shape == (len(keys), *shape)
+            self._files[name].write(column.tobytes())
+        self.rows += len(keys)
+
+    def batch(self) -> pa.RecordBatch:
+        """Return all rows."""
+        import pyarrow as pa
+
+        buffers: dict[str, pa.Buffer] = {}
+        for name, file in self._files.items():
+            if self._in_memory:
+                buffers[name] = pa.py_buffer(file.getbuffer())
+                continue
+            file.flush()
+            whole = mmap(file.fileno(), 0, access=ACCESS_READ) if file.tell() else b""
+            buffers[name] = pa.py_buffer(whole)
+        schema = _schema()
+        keys = [None, buffers["ends"], buffers["keys"]]
+        arrays = [pa.Array.from_buffers(pa.large_string(), self.rows, keys)]
+        for name in SHAPES:
+            kind, width = schema.field(name).type, 1
+            if pa.types.is_fixed_size_list(kind):
+                kind, width = kind.value_type, kind.list_size
+            flat = pa.Array.from_buffers(kind, width * self.rows, [None, buffers[name]])
+            arrays.append(flat if width == 1 else pa.FixedSizeListArray.from_arrays(flat, width))
+        return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+    def close(self) -> None:
+        """Let go of the files."""
+        if not self._in_memory:
+            for file in self._files.values():
+                file.close()
+
+
+def _room(folder: Path | None) -> Any:
+    return BytesIO() if folder is None else TemporaryFile(dir=folder)
+
+
+@contextmanager
+def spooling(folder: Path | None) -> Iterator[Spool]:
+    """Give a spool that needs a folder's room while it is used. None = in memory."""
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    with closing(Spool(folder)) as spool:
+        yield spool
+
+
+def write_columns(
+    path: Path, batch: pa.RecordBatch, about: Mapping[str, Any], counts: np.ndarray
+) -> None:
+    """Write rows, what is known of them, and counts (shards, buckets) as one Arrow file."""
+    import pyarrow as pa
+
+    facts = {"zsnr": json.dumps(about), "counts": counts.astype("int32").tobytes()}
+    batch = batch.replace_schema_metadata(facts)
+    with replacing(path) as beside, pa.ipc.new_file(str(beside), batch.schema) as writer:
+        writer.write_batch(batch)
+
+
+def map_columns(path: Path) -> tuple[pa.RecordBatch, dict[str, Any], bytes]:
+    """Map rows, what is known of them and their counts, as `write_columns` left them.
+
+    Raises:
+        ValueError: It is no such file, or cut short.
+        OSError: It cannot be mapped.
+    """
+    import pyarrow as pa
+
+    with open_regular(path):
+        pass
+    try:
+        file = pa.ipc.open_file(pa.memory_map(str(path)))
+        metadata = file.schema.metadata or {}
+        if file.schema.remove_metadata() != _schema() or file.num_record_batches != 1:
+            raise ValueError(f"{path} holds other columns")
+        batch = file.get_batch(0)
+        batch.validate()
+        about = parse_object(metadata[b"zsnr"], str(path))
+        return batch, about, metadata[b"counts"]
+    except (pa.ArrowException, KeyError) as error:
+        raise ValueError(f"{path} is no readable file of samples: {clipped(str(error))}") from error
+
+
+def arrays(batch: pa.RecordBatch) -> dict[str, Any]:
+    """Return the columns as numpy arrays that share the batch's memory, and `keys`."""
+    found: dict[str, Any] = {"keys": batch.column("keys")}
+    for name, (_, shape) in SHAPES.items():
+        column = batch.column(name)
+        flat = column.flatten() if shape else column
+        found[name] = flat.to_numpy().reshape(len(batch), *shape)
+    return found
+
+
+def _schema() -> pa.Schema:
+    import math
+
+    import pyarrow as pa
+
+    fields = [("keys", pa.large_string())]
+    for name, (kind, shape) in SHAPES.items():
+        flat = pa.type_for_alias(kind)
+        fields.append((name, pa.list_(flat, math.prod(shape)) if shape else flat))
+    return pa.schema(fields)
