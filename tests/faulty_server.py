@@ -57,7 +57,7 @@ class Request:
 class FaultyServer:
     """Serves a folder in threads, with keep-alive.
 
-    `/PATH` is the file, `/redirect/PATH` sends there.
+    `/PATH` is the file, `/redirect/PATH` sends there, `/away/PORT/PATH` to another server.
 
     Args:
         folder: What to serve.
@@ -66,6 +66,7 @@ class FaultyServer:
         rate: {kind: n}: every n-th request of all meets it, where no fault does.
         port: 0 = any free one.
         log: File that gets each request as a line of JSON.
+        retry_after: Header of answers with a status that is a fault.
     """
 
     def __init__(
@@ -76,9 +77,12 @@ class FaultyServer:
         rate: Mapping[str, int] | None = None,
         port: int = 0,
         log: Path | None = None,
+        retry_after: str | None = None,
     ):
         self.folder, self.ranges, self.stopped = Path(folder).resolve(), ranges, threading.Event()
         self.requests: list[Request] = []
+        self.headers: list[dict[str, str]] = []  # of each request
+        self.retry_after = retry_after
         self._left = [[fault, fault.times] for fault in faults]
         self._rate, self._log, self._lock = dict(rate or {}), log, threading.Lock()
         self._server = _Server(("127.0.0.1", port), _Handler)
@@ -155,9 +159,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         owner = self.server.owner
-        path = unquote(self.path).lstrip("/")
+        path = unquote(self.path.partition("?")[0]).lstrip("/")
         if path.startswith("redirect/"):
             return self._answer(302, {"Location": f"/{quote(path.removeprefix('redirect/'))}"})
+        if path.startswith("away/"):
+            _, port, rest = path.split("/", 2)
+            return self._answer(302, {"Location": f"http://localhost:{port}/{quote(rest)}"})
+        owner.headers.append(dict(self.headers))
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         span = None
         if asked and owner.ranges:
@@ -167,7 +175,8 @@ class _Handler(BaseHTTPRequestHandler):
         if kind == "missing" or not (file.is_relative_to(owner.folder) and file.is_file()):
             return self._answer(404)
         if kind and kind.isdigit():
-            return self._answer(int(kind))
+            told = {} if owner.retry_after is None else {"Retry-After": owner.retry_after}
+            return self._answer(int(kind), told)
         size = file.stat().st_size
         if span is None:
             return self._serve(200, {"Accept-Ranges": "none"}, file, 0, size, kind)

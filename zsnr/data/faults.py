@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from zsnr.data.storage import public_url
 from zsnr.files import replacing
 
 _FREE = 10  # broken samples that no budget counts: one of the first three is no third of the data
@@ -22,7 +23,7 @@ class Fault:
     Args:
         kind: "shard" = a shard is missing or cut short, "sample" = a sample is broken for good,
             "passing" = a read failed and was tried again.
-        shard: Path or address.
+        shard: Path or address; without passwords and signatures.
         key: The sample's. None = the whole shard.
         reason: One line.
         position: The sample's place in the run that met it. None = found by indexing.
@@ -33,6 +34,9 @@ class Fault:
     key: str | None
     reason: str
     position: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shard", public_url(self.shard))
 
 
 class BudgetError(ValueError):

@@ -68,14 +68,15 @@ def load_index(
 
     Raises:
         FileNotFoundError: There are no shards.
-        NoRangesError: A server gives no parts of a file.
+        StorageError: A shard cannot be read, which says nothing about its bytes.
         ValueError: A cached shard has no index, or not its own.
     """
     import pyarrow as pa
     from tqdm import tqdm
 
     shards, parts = find_shards(sources), []
-    one = partial(_load_alone, retries=storage.retries, folder=folder, write=write)
+    settings = storage.reporting(None)
+    one = partial(_load_alone, settings=settings, folder=folder, write=write)
     pool: Executor = ThreadPoolExecutor(8)
     if processes > 1:
         pool = ProcessPoolExecutor(processes, get_context("spawn"))
@@ -143,7 +144,7 @@ def write_indices(
         raise ValueError(f"{remote[0]}: there is no place beside it; give --output FOLDER.")
     passing: list[Fault] = []
     storage = Storage(
-        Retries(attempts, timeout=timeout),
+        Retries(attempts, timeout=timeout, outage=0.0),
         lambda url, reason: passing.append(Fault("passing", url, None, reason)),
     )
     index = load_index(sources, storage, folder=folder, fields=None, processes=processes)
@@ -243,11 +244,11 @@ def _load(shard: Shard, storage: Storage, folder: Path | None, write: bool) -> S
 
 
 def _load_alone(
-    shard: Shard, retries: Retries, folder: Path | None, write: bool
+    shard: Shard, settings: Storage, folder: Path | None, write: bool
 ) -> tuple[ShardIndex, list[tuple[str, str]]]:
     """Load a shard's index with a storage of its own, and say which faults passed."""
     met: list[tuple[str, str]] = []
-    storage = Storage(retries, lambda url, reason: met.append((url, reason)))
+    storage = settings.reporting(lambda url, reason: met.append((url, reason)))
     return _load(shard, storage, folder, write), met
 
 

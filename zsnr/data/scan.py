@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from zsnr.data.faults import Fault
 from zsnr.data.images import HeaderCut, image_size
 from zsnr.data.sources import IMAGE_SUFFIXES, Shard, pictures
-from zsnr.data.storage import NoRangesError, Storage, is_remote
+from zsnr.data.storage import Storage, is_remote
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -51,12 +51,13 @@ class ShardIndex:
 
 
 def make_index(shard: Shard, storage: Storage) -> ShardIndex:
-    """Index one shard or folder; what is broken in it becomes a fault, not an error.
+    """Index one shard or folder; what is broken in its bytes becomes a fault, not an error.
 
     Raises:
-        NoRangesError: Its server gives no parts of a file.
+        OSError: It cannot be read, which says nothing about its bytes.
     """
-    return _index_folder(shard) if shard.kind == "folder" else _index_tar(shard, storage)
+    index = _index_folder if shard.kind == "folder" else _index_tar
+    return index(shard, storage)
 
 
 def file_state(url: str) -> tuple[int, int]:
@@ -123,9 +124,7 @@ def _index_tar(shard: Shard, storage: Storage) -> ShardIndex:
             _read_tar(rows, file, size)
     except FileNotFoundError:
         rows.shard_fault("missing")
-    except NoRangesError:
-        raise
-    except (OSError, EOFError) as error:
+    except EOFError as error:
         rows.shard_fault(_line(error))
     return rows.index(size, changed)
 
@@ -183,7 +182,7 @@ def _add_member(rows: _Rows, file: BinaryIO, key: str, parts: dict[str, tuple[in
     rows.add(key, size, found, record)
 
 
-def _index_folder(shard: Shard) -> ShardIndex:
+def _index_folder(shard: Shard, storage: Storage) -> ShardIndex:
     folder, rows = Path(shard.url), _Rows(shard)
     entries = _read_metadata(rows, folder / METADATA)
     for path in pictures(folder):
@@ -198,9 +197,9 @@ def _index_folder(shard: Shard) -> ShardIndex:
         try:
             if len(spans) == 1:
                 raise ValueError(f"it has no caption: no {text.name}, no line in {METADATA}")
-            with open(path, "rb") as file:
+            with storage.open(str(path)) as file:
                 size = _measure(file, *spans["image"])
-        except (ValueError, OSError) as error:
+        except (ValueError, EOFError, FileNotFoundError) as error:
             rows.sample_fault(key, _line(error))
             continue
         rows.add(key, size, spans, record)

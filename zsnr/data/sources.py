@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from zsnr.data.storage import is_remote
+from zsnr.data.storage import is_remote, public_url
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif")
 
@@ -23,8 +23,8 @@ class Source:
     Args:
         path: A folder of tar shards; a pattern such as "data/{000..099}.tar" or "data/train-*.tar",
             also behind http://, https://, s3:// or gs://; a list of them; a folder of pictures with
-            KEY.txt beside each or one metadata.jsonl; or "pipe:COMMAND", a command that writes
-            shards.
+            KEY.txt beside each or one metadata.jsonl; or "pipe:COMMAND", a command that prints one
+            shard, which data.local_cache then keeps.
         weight: How often a pass over the data sees each sample: 2 = twice, 0.5 = every second pass.
     """
 
@@ -54,7 +54,7 @@ class Shard:
     @property
     def name(self) -> str:
         """The last part of its path, which stays when shards are moved."""
-        return self.url.rstrip("/").rpartition("/")[2]
+        return public_url(self.url).rstrip("/").rpartition("/")[2]
 
 
 Sources = str | Sequence[str | Source]
@@ -70,11 +70,6 @@ def as_sources(sources: Sources) -> list[Source]:
 def is_cache(path: str) -> bool:
     """Whether a source is a folder that `zsnr data cache` wrote."""
     return not is_remote(path) and (Path(path).expanduser() / CACHE).is_file()
-
-
-def is_stream(url: str) -> bool:
-    """Whether a source can only be read from its start: the output of a command."""
-    return url.startswith("pipe:")
 
 
 def find_shards(sources: Sources) -> list[Shard]:
@@ -115,7 +110,7 @@ def _cached(cache: Path, weight: float) -> list[Shard]:
 
 
 def _expand(item: str) -> list[str]:
-    if is_stream(item):
+    if item.startswith("pipe:"):
         return [item]
     if is_remote(item):
         return _expand_address(item)

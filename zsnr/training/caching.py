@@ -73,7 +73,7 @@ def run_cache(options: argparse.Namespace, settings: Sequence[str]) -> Path:
         cache=cache,
         pixels=data.pixels,
         captions=data.captions,
-        retries=data.retries,
+        **data.reading(),
         batch_size=options.batch_size,
         num_workers=data.num_workers,
         rank=rank,

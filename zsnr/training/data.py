@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -30,13 +29,12 @@ from zsnr.data.faults import Fault, Ledger, check_budget, summarize
 from zsnr.data.filters import Filter
 from zsnr.data.images import to_unit_range
 from zsnr.data.index import Index, load_index
+from zsnr.data.local_cache import LocalCache
 from zsnr.data.order import StepBatches, TrainingOrder
 from zsnr.data.prompts import PromptRequest, parse_prompts, read_prompts
 from zsnr.data.samples import Samples, select
-from zsnr.data.sources import Shard, Source, Sources, find_shards, is_stream
-from zsnr.data.storage import NoRangesError, Retries, Storage, is_remote
-from zsnr.data.stream import StreamDataset
-from zsnr.noise import derive_seed
+from zsnr.data.sources import Shard, Source, Sources, find_shards
+from zsnr.data.storage import Retries, Storage, is_remote
 
 _INDEX_AT_MOST = 100  # shards behind an address that training indexes by itself
 
@@ -51,7 +49,8 @@ class DataModule(L.LightningDataModule):
     Args:
         train: What to train on: a folder of shards or of pictures, a pattern such as
             "data/{000..099}.tar" or "https://host/{000..099}.tar", "pipe:COMMAND", a list of them,
-            or a list of objects with path and weight. A cache is a folder of shards.
+            or a list of objects with path and weight. A cache is a folder of shards. A command, or
+            a server without byte ranges, needs local_cache.
         val: What to validate on, likewise. None = no validation.
         image_size: Height and width, in pixels; pictures are resized and cropped to it.
         batch_size: Of the global batch: all devices and accumulated batches together.
@@ -66,7 +65,12 @@ class DataModule(L.LightningDataModule):
         window_shards: Shards whose samples are shuffled together.
         index: Folder of index files, as `zsnr data index --output` writes. None = beside the
             shards.
-        retries: How long to bear with a server's passing faults.
+        retries: Retry policy for transient errors of local disks, servers and object storage.
+        headers: Of requests to http servers, such as {Authorization: "Bearer ${TOKEN}"}: "${NAME}"
+            is the value of NAME in the environment, so that no secret stands in a config. They are
+            not sent on to another host.
+        local_cache: Keeps whole remote shards on a local disk of each node, up to a size limit, so
+            that samples are read there. None = they are read where they are.
         error_budget: Share of the samples, or of the shards, that may be broken before the run
             stops. Ten samples are always free.
         accept_changed_data: Resume although the data, its filters or buckets are others than those
@@ -94,6 +98,8 @@ class DataModule(L.LightningDataModule):
         window_shards: int = 10,
         index: str | None = None,
         retries: Retries = Retries(),
+        headers: dict[str, str] | None = None,
+        local_cache: LocalCache | None = None,
         error_budget: float = 0.01,
         accept_changed_data: bool = False,
         seed: int = 0,
@@ -127,13 +133,15 @@ class DataModule(L.LightningDataModule):
         self.filters, self.aspect = filters or [], aspect
         self.pixels, self.captions = pixels, captions
         self.window_shards, self.retries = window_shards, retries
+        self.headers, self.local_cache = headers, local_cache
+        self.storage()  # refuses headers whose values the environment lacks
         self.index_folder = None if index is None else Path(index).expanduser()
         self.error_budget, self.accept_changed_data = error_budget, accept_changed_data
         self.prompts, self.prompt_seed = prompts, prompt_seed
         self.predict_batch_size = predict_batch_size
         self.done: set[str] = set()  # files that an interrupted predict has written already
         self.caches: dict[str, Cache] = {}  # by the setting that names them
-        self._train: Samples | list[Shard] | None = None  # a list = they are streamed
+        self._train: Samples | None = None
         self._val: Samples | None = None
         self._indices: dict[str, Index] = {}
         self._passing: list[Fault] = []  # what indexing met
@@ -149,18 +157,14 @@ class DataModule(L.LightningDataModule):
             if sources is not None and stage != "predict":
                 find_cache(sources)  # refuses one that is not finished
                 self._check_indexed(find_shards(sources))
-                with suppress(NoRangesError):  # setup says what that means
-                    self._load_index(sources, progress=True)
+                self._load_index(sources, progress=True)
 
     def setup(self, stage: str) -> None:
         """Read the index and decide what the stage uses of it."""
         if stage == "fit":
             self._train = self._select("data.train", _wanted(self.train, "data.train"))
         if stage in ("fit", "validate", "test") and self.val is not None:
-            val = self._select("data.val", self.val)
-            if not isinstance(val, Samples):
-                raise ValueError("data.val is a stream: validation wants the same samples again.")
-            self._val = val
+            self._val = self._select("data.val", self.val)
         if stage == "predict":
             self.requests = read_requests(self.prompts, self.prompt_seed)
         self._indices.clear()  # what is used of it stays
@@ -168,7 +172,7 @@ class DataModule(L.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Return what decides the batches of all steps."""
         return {
-            "samples": self._train.digest if isinstance(self._train, Samples) else None,
+            "samples": None if self._train is None else self._train.digest,
             "seed": self.seed,
             "batch_size": self.batch_size,
             "window_shards": self.window_shards,
@@ -199,21 +203,32 @@ class DataModule(L.LightningDataModule):
         if name not in self._indices:
             self._indices[name] = load_index(
                 sources,
-                self._storage(),
+                self.storage(),
                 folder=self.index_folder,
                 fields=[each.field for each in self.filters],
                 progress=progress,
             )
         return self._indices[name]
 
-    def _storage(self) -> Storage:
+    def storage(self) -> Storage:
+        """Return what reads shards; it notes transient errors."""
         return Storage(
-            self.retries,
-            lambda url, reason: self._passing.append(Fault("passing", url, None, reason)),
+            on_fault=lambda url, reason: self._passing.append(Fault("passing", url, None, reason)),
+            **self.reading(),
         )
 
+    def reading(self) -> dict[str, Any]:
+        """Return how shards are read: options of Storage, of data sets and of write_cache."""
+        return {
+            "retries": self.retries,
+            "headers": self.headers,
+            "local_cache": self.local_cache,
+        }
+
     def _check_indexed(self, shards: list[Shard]) -> None:
-        remote = [s.url for s in shards if is_remote(s.url) and not is_stream(s.url)]
+        remote = [shard.url for shard in shards if is_remote(shard.url)]
+        for url in remote:
+            self.storage().check_source(url)
         if self.index_folder is None and len(remote) > _INDEX_AT_MOST:
             raise ValueError(
                 f"{len(remote)} shards behind an address have no index, and reading their headers "
@@ -223,7 +238,7 @@ class DataModule(L.LightningDataModule):
 
     def select(self, sources: Sources) -> tuple[Index, Samples]:
         """Index shards, with all fields, and decide which samples are used."""
-        index = load_index(sources, self._storage(), folder=self.index_folder, fields=None)
+        index = load_index(sources, self.storage(), folder=self.index_folder, fields=None)
         return index, self._selected(index)
 
     def _selected(self, index: Index) -> Samples:
@@ -235,37 +250,18 @@ class DataModule(L.LightningDataModule):
             max_pixels=self.pixels.max_pixels,
         )
 
-    def _select(self, name: str, sources: Sources) -> Samples | list[Shard]:
-        shards = find_shards(sources)
+    def _select(self, name: str, sources: Sources) -> Samples:
         cache = find_cache(sources)
-        streams = any(is_stream(shard.url) for shard in shards)
-        try:
-            if cache is not None:
-                facts = picture_facts(self.image_size, self.aspect, self.pixels)
-                check_cache(name, cache, picture=facts, captions=asdict(self.captions))
-                self.caches[name] = cache
-                samples = select_cached(cache, self._load_index(sources), self.filters)
-            elif not streams:
-                samples = self._selected(self._load_index(sources))
-        except NoRangesError:
-            streams = True
-        if streams:
-            return self._streams(shards)
+        if cache is None:
+            samples = self._selected(self._load_index(sources))
+        else:
+            facts = picture_facts(self.image_size, self.aspect, self.pixels)
+            check_cache(name, cache, picture=facts, captions=asdict(self.captions))
+            self.caches[name] = cache
+            samples = select_cached(cache, self._load_index(sources), self.filters)
         rank_zero_info(describe_samples(samples, name))
         check_budget(samples.faults, samples.total, len(samples.shards), self.error_budget)
         return samples
-
-    def _streams(self, shards: list[Shard]) -> list[Shard]:
-        if self.aspect is not None or any(shard.weight != 1 for shard in shards):
-            raise ValueError(
-                "data.train can only be read from start to end (a command, or a server without "
-                "ranges): buckets and weights need an index."
-            )
-        rank_zero_info(
-            f"data.train: {len(shards)} shards are read from start to end, without an index: a "
-            "resumed run goes on with other batches than an uninterrupted one would have had."
-        )
-        return shards
 
     # Batches
 
@@ -282,24 +278,18 @@ class DataModule(L.LightningDataModule):
             Path(trainer.default_root_dir) / "faults", rank, ranks, first * self.batch_size
         )
         self._seen = first * self.batch_size // ranks
-        options: dict[str, Any] = {"pixels": self.pixels, "captions": self.captions}
-        options["retries"] = self.retries
-        if not isinstance(self._train, Samples):
-            stream = StreamDataset(
-                self._train,
-                self.image_size,
-                batches,
-                (rank, ranks),
-                filters=self.filters,
-                seed=derive_seed(self.seed, first),
-                **options,
-            )
-            return self._loader(stream, batch_size=None)
         if rank == 0:
             self._ledger.write(self._train.faults + self._passing)
         order = TrainingOrder(self._train, self.batch_size, self.seed, self.window_shards)
         cls = CacheDataset if "data.train" in self.caches else ShardDataset
-        dataset = cls(self._train, order, seed=self.seed, **options)
+        dataset = cls(
+            self._train,
+            order,
+            pixels=self.pixels,
+            captions=self.captions,
+            seed=self.seed,
+            **self.reading(),
+        )
         return self._loader(dataset, batch_sampler=batches)
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]] | list[Any]:
@@ -315,16 +305,15 @@ class DataModule(L.LightningDataModule):
     def spread(self, count: int) -> DataLoader[dict[str, Any]] | list[Any]:
         """Load up to `count` samples spread evenly over the training data, the same on all ranks.
 
-        They are cropped as in validation. Where training reads a stream they are of data.val.
+        They are cropped as in validation.
         """
-        name = "data.train" if isinstance(self._train, Samples) else "data.val"
-        samples = self._train if isinstance(self._train, Samples) else self._val
+        samples = self._train
         if samples is None:
             return []
         taken = min(count, len(samples))
         rows = [i * len(samples) // taken for i in range(taken)]
         batches = batches_by_bucket(samples, rows, self._share())
-        return self._loader(self._as_indexed(name, samples), batch_sampler=batches)
+        return self._loader(self._as_indexed("data.train", samples), batch_sampler=batches)
 
     def _share(self) -> int:
         """Samples that a device holds at a time, at most."""
@@ -341,8 +330,8 @@ class DataModule(L.LightningDataModule):
             samples,
             pixels=Pixels(crop=crop, max_pixels=self.pixels.max_pixels),
             captions=self.captions,
-            retries=self.retries,
             seed=self.seed,
+            **self.reading(),
         )
 
     def test_dataloader(self) -> DataLoader[dict[str, Any]] | list[Any]:
@@ -366,7 +355,7 @@ class DataModule(L.LightningDataModule):
             check_budget(
                 met,
                 tried + (0 if self._val is None else len(self._val)),
-                len(self._train.shards if isinstance(self._train, Samples) else self._train or []),
+                0 if self._train is None else len(self._train.shards),
                 self.error_budget,
                 self._ledger.path,
             )

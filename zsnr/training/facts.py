@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit, urlunsplit
 
 import torch
 
 from zsnr import __version__
 from zsnr.checkpoints.run_facts import FORMAT
 from zsnr.data.sources import Sources, as_sources
+from zsnr.data.storage import public_url
 
 if TYPE_CHECKING:
     import lightning as L
@@ -58,12 +58,7 @@ def public_sources(sources: Sources) -> list[str]:
 
 
 def _public(path: str) -> str:
-    if path.startswith("pipe:"):
-        return "pipe:..."
-    if "://" not in path:
-        return path
-    parts = urlsplit(path)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    return "pipe:..." if path.startswith("pipe:") else public_url(path)
 
 
 def public_config(config: str) -> str:

@@ -25,7 +25,6 @@ from zsnr.data.images import to_unit_range
 from zsnr.data.index import load_index
 from zsnr.data.samples import Samples, select
 from zsnr.data.sources import find_shards
-from zsnr.data.storage import Storage
 from zsnr.files import check_new, replacing
 from zsnr.metrics.clip import CLIPScore
 from zsnr.metrics.collected import (
@@ -349,7 +348,7 @@ class ImageMetrics(Callback):
             if trainer.local_rank:  # one process of a node writes the index
                 trainer.strategy.barrier()
             try:
-                index = load_index(self.real, Storage(data.retries), folder=data.index_folder)
+                index = load_index(self.real, data.storage(), folder=data.index_folder)
             finally:
                 if not trainer.local_rank:
                     trainer.strategy.barrier()
@@ -374,7 +373,7 @@ class ImageMetrics(Callback):
         chosen = torch.linspace(0, len(self._samples) - 1, N, dtype=torch.float64).round().long()
         mine = range(rank, N, ranks)
         loader = DataLoader(
-            ShardDataset(self._samples, retries=data.retries),
+            ShardDataset(self._samples, **data.reading()),
             batch_sampler=[
                 chosen[list(mine[i : i + self.batch_size])].tolist()
                 for i in range(0, len(mine), self.batch_size)
