@@ -294,8 +294,7 @@ def test_a_lost_shard_stops_the_run_with_its_name(tmp_path, workers):
     take(data, 1)
     (folder / "00001.tar").unlink()
     with pytest.raises(StorageError, match=r"00001.tar, sample '000\d\d', was there when it was"):
-        for _ in zip(range(9), data.train_dataloader(), strict=False):
-            pass
+        [data.on_before_batch_transfer(batch, 0) for batch in data.train_dataloader()]
 
 
 def test_the_error_budget_stops_a_run(tmp_path):
@@ -514,6 +513,23 @@ def test_a_cache_is_resumed_and_shared(cached, capsys):
     changed = [name for name in files if (whole / name).stat().st_mtime_ns != stamps[name]]
     assert changed == [files[1]]
     assert not list(whole.glob(".*"))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_storage_that_fails_for_good_stops_fit_with_one_line(cached, capfd, workers):
+    folder, path = cached
+    with FaultyServer(folder / "shards") as server:
+        url = server.url("00000.tar").replace("://", "://me:secret@")
+        assert main(["data", "index", url, "--output", str(folder / "index")]) == 0
+        server._left = [[Fault(None, "500", 10**6), 10**6]]
+        options = [f"--data.train={url}", f"--data.index={folder}/index"]
+        options += ["--data.retries={attempts: 2, backoff: 0.0, outage: 0.0}"]
+        assert fit(path, folder / "run", *options, f"--data.num_workers={workers}") == 2
+    printed = capfd.readouterr().err
+    assert "Traceback" not in printed
+    assert "secret" not in printed
+    failed = f"zsnr: error: {server.url('00000.tar')} failed 2 times, the last time with HTTP 500: "
+    assert next(line for line in printed.splitlines() if "error" in line).startswith(failed)
 
 
 def test_previews_from_a_cache_encode_their_prompts_once(cached, monkeypatch):

@@ -11,7 +11,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from zsnr.data.buckets import AspectBuckets
 from zsnr.data.cache import (
@@ -25,7 +25,7 @@ from zsnr.data.cache import (
 )
 from zsnr.data.captions import Captions
 from zsnr.data.dataset import Pixels, ShardDataset, collate
-from zsnr.data.faults import Fault, Ledger, check_budget, summarize
+from zsnr.data.faults import BudgetError, Fault, Ledger, check_budget, summarize
 from zsnr.data.filters import Filter
 from zsnr.data.images import to_unit_range
 from zsnr.data.index import Index, load_index
@@ -141,6 +141,8 @@ class DataModule(L.LightningDataModule):
         self.predict_batch_size = predict_batch_size
         self.done: set[str] = set()  # files that an interrupted predict has written already
         self.caches: dict[str, Cache] = {}  # by the setting that names them
+        self.failure: OSError | ValueError | None = None  # what stops the run, on this rank
+        self._last: dict[str, Any] | None = None  # stands in for a batch that could not be read
         self._train: Samples | None = None
         self._val: Samples | None = None
         self._indices: dict[str, Index] = {}
@@ -290,7 +292,7 @@ class DataModule(L.LightningDataModule):
             seed=self.seed,
             **self.reading(),
         )
-        return self._loader(dataset, batch_sampler=batches)
+        return self._loader(_Guarded(dataset), batch_sampler=batches)
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]] | list[Any]:
         if self._val is None:
@@ -300,7 +302,8 @@ class DataModule(L.LightningDataModule):
         number = min(len(self._val), self.val_samples or len(self._val))
         batches = batches_by_bucket(self._val, range(number), self._share())
         mine = dealt(batches, trainer.global_rank, trainer.world_size)
-        return self._loader(self._as_indexed("data.val", self._val), batch_sampler=mine)
+        dataset = self._as_indexed("data.val", self._val)
+        return self._loader(_Guarded(dataset), batch_sampler=mine)
 
     def spread(self, count: int) -> DataLoader[dict[str, Any]] | list[Any]:
         """Load up to `count` samples spread evenly over the training data, the same on all ranks.
@@ -342,24 +345,43 @@ class DataModule(L.LightningDataModule):
 
         Raises:
             BudgetError: Too much is.
+            StorageError: A batch could not be read.
         """
+        if isinstance(batch, _Failure):
+            return self._stop(batch.error)
         if not isinstance(batch, dict) or "faults" not in batch:
             return batch
         faults = batch.pop("faults")
+        self._last = {**batch}
         if self.trainer is not None and self.trainer.training:
             self._seen += len(batch["position"])
         if faults:
             self._ledger.write(faults)
             met = [fault for fault in self._ledger.faults if fault.position is not None]
             tried = self._seen + sum(fault.kind == "sample" for fault in met)
-            check_budget(
-                met,
-                tried + (0 if self._val is None else len(self._val)),
-                0 if self._train is None else len(self._train.shards),
-                self.error_budget,
-                self._ledger.path,
-            )
+            try:
+                check_budget(
+                    met,
+                    tried + (0 if self._val is None else len(self._val)),
+                    0 if self._train is None else len(self._train.shards),
+                    self.error_budget,
+                    self._ledger.path,
+                )
+            except BudgetError as error:
+                return self._stop(error)
         return batch
+
+    def _stop(self, error: OSError | ValueError) -> dict[str, Any]:
+        """Stop the run: of several ranks all together, before they take a step.
+
+        Returns:
+            A batch for the rank to go on with until all meet.
+        """
+        assert self.trainer is not None
+        if self.trainer.world_size == 1 or self._last is None:
+            raise error
+        self.failure = error
+        return {**self._last}
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         if isinstance(batch, dict) and "image" in batch:
@@ -495,5 +517,33 @@ def _as_it_is(item: Any) -> Any:
     return item
 
 
-def _collate(items: list[dict[str, Any]], global_batch_size: int) -> dict[str, Any]:
+def _collate(
+    items: list[dict[str, Any]] | _Failure, global_batch_size: int
+) -> dict[str, Any] | _Failure:
+    if isinstance(items, _Failure):
+        return items
     return {**collate(items), "global_batch_size": global_batch_size}
+
+
+class _Failure:
+    """In the place of a batch: why it could not be read."""
+
+    def __init__(self, error: OSError | ValueError) -> None:
+        self.error = error
+
+
+class _Guarded(Dataset[Any]):
+    """A data set whose errors reach the training process as they are, and at the batch's turn."""
+
+    def __init__(self, dataset: ShardDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, positions: list[int]) -> list[dict[str, Any]] | _Failure:
+        """Load a batch, or say why it cannot be read."""
+        try:
+            return self.dataset.__getitems__(positions)
+        except (OSError, BudgetError) as error:
+            return _Failure(error)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -181,6 +181,15 @@ def check_strategy(strategy: Strategy) -> None:
             f"trainer.strategy={type(strategy).__name__} does not shard weights and averages as "
             "training needs it: use auto, ddp or zsnr.training.FullyShardedStrategy."
         )
+
+
+def raise_first(error: Exception | None) -> NoReturn:
+    """Raise the error of the first rank that has one, on all ranks."""
+    errors = [error]
+    if dist.is_initialized():
+        errors = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error)
+    raise next(each for each in errors if each is not None)
 
 
 def reshard(module: nn.Module) -> None:
