@@ -383,10 +383,11 @@ def test_a_local_cache_that_is_smaller_than_the_data_changes_nothing(tmp_path):
     wanted = rows(take(module(str(folder), **BUCKETS), 12))
     with FaultyServer(folder, rate={"503": 9, "cut": 7}) as server:
         urls = [server.url(f"{i:05d}.tar") for i in range(4)]
-        small = LocalCache(str(tmp_path / "local"), 2.2 * size / 2**30)
+        small = LocalCache(str(tmp_path / "local"), 1.5 * size / 2**30)
         data = module(urls, local_cache=small, index=str(tmp_path / "index"), **BUCKETS)
-        assert rows(take(data, 12)) == wanted
-    assert sum(path.stat().st_size for path in (tmp_path / "local").iterdir()) <= 2.2 * size
+        with pytest.warns(UserWarning, match="downloaded several times in an epoch. Raise it"):
+            assert rows(take(data, 12)) == wanted
+    assert sum(path.stat().st_size for path in (tmp_path / "local").iterdir()) <= 1.5 * size
 
 
 def test_many_shards_behind_an_address_want_an_index():

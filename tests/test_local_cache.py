@@ -7,10 +7,12 @@ import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import fsspec
 import pytest
 import tiny
 from faulty_server import Fault, FaultyServer
 
+from zsnr.cli import main
 from zsnr.data import local_cache
 from zsnr.data.index import load_index
 from zsnr.data.local_cache import LocalCache
@@ -246,3 +248,26 @@ def test_indexing_through_the_cache_downloads_each_shard_once(tmp_path):
     for other in (index, again, piped):
         assert other.table == plain.table
         assert other.digest == plain.digest
+
+
+def test_indexing_commands_by_the_command_line(tmp_path, capsys):
+    tiny.write_shards(tmp_path / "shards", [5])
+    command = ["data", "index", f"pipe:cat {tmp_path}/shards/train-000000.tar"]
+    command += ["--output", str(tmp_path / "index"), "--attempts", "1"]
+    assert main(command) == 2
+    assert "Set data.local_cache to a folder" in capsys.readouterr().err
+    assert main([*command, "--local-cache", str(tmp_path / "cache"), "--max-gib", "1"]) == 0
+    assert "5 samples in 1 shards" in capsys.readouterr().out
+    assert [path.name[9:] for path in (tmp_path / "index").iterdir()] == ["train-000000.tar.index"]
+
+
+def test_object_storage_goes_through_the_cache(tmp_path):
+    files = fsspec.filesystem("memory")
+    data = shard(tmp_path / "served" / "0.tar").read_bytes()
+    files.pipe_file("/bucket/0.tar", data)
+    reader, faults = cached(tmp_path / "cache")
+    with reader.open("memory://bucket/0.tar") as file:
+        assert file.read() == data
+    files.rm("/bucket", recursive=True)
+    assert reader.read("memory://bucket/0.tar", 5, 5, SIZE) == data[5:10]
+    assert faults == []

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zsnr.data.faults import Fault, Ledger, summarize
+from zsnr.data.local_cache import LocalCache
 from zsnr.data.scan import FIELD, ShardIndex, file_state, make_index
 from zsnr.data.sources import Shard, Sources, find_shards
-from zsnr.data.storage import Retries, Storage, is_remote
+from zsnr.data.storage import Retries, Storage, is_remote, public_url
 from zsnr.files import replacing
 
 if TYPE_CHECKING:
@@ -121,6 +122,7 @@ def write_indices(
     attempts: int = 5,
     timeout: float = 30.0,
     processes: int = 0,
+    local_cache: LocalCache | None = None,
     as_json: bool = False,
 ) -> str:
     """Index shards and say what was found; `zsnr data index`.
@@ -132,6 +134,7 @@ def write_indices(
         attempts: Tries of one read.
         timeout: Seconds after which a server is stalled.
         processes: How many work at once.
+        local_cache: Keeps whole remote shards on local disk.
         as_json: Say it as JSON.
 
     Raises:
@@ -141,11 +144,13 @@ def write_indices(
 
     remote = [shard.url for shard in find_shards(sources) if is_remote(shard.url)]
     if remote and folder is None:
-        raise ValueError(f"{remote[0]}: there is no place beside it; give --output FOLDER.")
+        name = public_url(remote[0])
+        raise ValueError(f"{name}: there is no place beside it; give --output FOLDER.")
     passing: list[Fault] = []
     storage = Storage(
         Retries(attempts, timeout=timeout, outage=0.0),
         lambda url, reason: passing.append(Fault("passing", url, None, reason)),
+        local_cache=local_cache,
     )
     index = load_index(sources, storage, folder=folder, fields=None, processes=processes)
     faults = index.faults + passing

@@ -141,7 +141,8 @@ def _expand_address(item: str) -> list[str]:
         return list(expand_urls(pattern))
     if pattern.startswith(("http://", "https://")):
         raise FileNotFoundError(
-            f"No shards at {item}: a web server lists no files. Name them, such as {{000..099}}.tar"
+            f"No shards at {public_url(item)}: a web server lists no files. Name them, such as "
+            "{000..099}.tar"
         )
     from fsspec.core import url_to_fs
 
@@ -149,5 +150,5 @@ def _expand_address(item: str) -> list[str]:
     scheme = pattern.partition("://")[0]
     found = [f"{scheme}://{name.lstrip('/')}" for name in sorted(files.glob(path))]
     if not found:
-        raise FileNotFoundError(f"No shards at {item}.")
+        raise FileNotFoundError(f"No shards at {public_url(item)}.")
     return found

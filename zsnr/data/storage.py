@@ -40,6 +40,7 @@ PACKAGES = {  # of fsspec's protocols
     "hf": "huggingface_hub",
 }
 _SECRET = ("authorization", "proxy-authorization", "cookie")
+_VARIABLE = r"\$\{(\w+)\}"
 _CHUNK = 8 << 20  # bytes of one request of a whole shard
 _LASTING = (  # errors of files that no waiting mends
     *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST),
@@ -217,9 +218,11 @@ class Storage:
         Raises:
             OSError: As `size` raises.
         """
-        if block is None:
-            block = 1 << 20 if is_remote(url) and self.local_cache is None else 16 << 10
-        return io.BufferedReader(_Ranges(self, url, self.size(url)), block)
+        remote = is_remote(url) and self.local_cache is None
+        kind = _Ranges if remote else _File
+        return io.BufferedReader(
+            kind(self, url, self.size(url)), block or (1 << 20 if remote else 16 << 10)
+        )
 
     def _retrying(self, url: str, attempt: Callable[[], T]) -> T:
         """Try quickly, and then with the longer patience for outages."""
@@ -274,10 +277,18 @@ class Storage:
         with _passing_local(url):
             return self._same_size(url, local_path(url).stat().st_size)
 
-    def _read_file(self, url: str, offset: int, size: int, expected_size: int | None) -> bytes:
-        file = self._copy(url, expected_size) if is_remote(url) else _open_local(url)
-        with _passing_local(url), file:
-            total = self._same_size(url, os.fstat(file.fileno()).st_size, expected_size)
+    def _read_file(self, url: str, offset: int, size: int, expected: int | None) -> bytes:
+        with self._open_file(url, expected) as file:
+            return self._read_open(file, url, offset, size, expected)
+
+    def _open_file(self, url: str, expected: int | None) -> BinaryIO:
+        return self._copy(url, expected) if is_remote(url) else _open_local(url)
+
+    def _read_open(
+        self, file: BinaryIO, url: str, offset: int, size: int, expected: int | None
+    ) -> bytes:
+        with _passing_local(url):
+            total = self._same_size(url, os.fstat(file.fileno()).st_size, expected)
             _refuse_end(url, offset, size, total)
             file.seek(offset)
             data = file.read(size)
@@ -500,17 +511,26 @@ def _place(url: str) -> str:
     return public_url(url).rpartition("/")[0]
 
 
-def _expanded(headers: Mapping[str, str]) -> dict[str, str]:
-    """Put the environment's values into headers."""
-    sent = {}
+def check_headers(headers: Mapping[str, str]) -> None:
+    """Refuse headers that hold a secret which saved configs would show.
+
+    Raises:
+        ValueError: A header for credentials names no variable of the environment.
+    """
     for name, value in headers.items():
-        names = re.findall(r"\$\{(\w+)\}", value)
-        if not names and name.lower() in _SECRET:
+        if name.lower() in _SECRET and not re.search(_VARIABLE, value):
             raise ValueError(
                 f"data.headers.{name} holds a secret that saved configs would show: put it into "
                 f"the environment, and write {name}: ${{NAME}}."
             )
-        for variable in names:
+
+
+def _expanded(headers: Mapping[str, str]) -> dict[str, str]:
+    """Put the environment's values into headers."""
+    check_headers(headers)
+    sent = {}
+    for name, value in headers.items():
+        for variable in re.findall(_VARIABLE, value):
             if variable not in os.environ:
                 raise ValueError(f"data.headers.{name}: the environment has no {variable}: set it.")
             value = value.replace(f"${{{variable}}}", os.environ[variable])
@@ -734,6 +754,35 @@ class _Ranges(io.RawIOBase):
     def readinto(self, buffer: WriteableBuffer) -> int:
         view = memoryview(buffer)
         count = max(min(len(view), self._size - self._position), 0)
-        view[:count] = self._storage.read(self._url, self._position, count, self._size)
+        if count:
+            view[:count] = self._read(count)
         self._position += count
         return count
+
+    def _read(self, count: int) -> bytes:
+        return self._storage.read(self._url, self._position, count, self._size)
+
+
+class _File(_Ranges):
+    """A file, or the local copy of an object, that stays open until a read fails."""
+
+    _file: BinaryIO | None = None
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        super().close()
+
+    def _read(self, count: int) -> bytes:
+        return self._storage._retrying(self._url, partial(self._attempt, count))
+
+    def _attempt(self, count: int) -> bytes:
+        storage, url, size = self._storage, self._url, self._size
+        if self._file is None:
+            self._file = storage._open_file(url, size)
+        try:
+            return storage._read_open(self._file, url, self._position, count, size)
+        except _PassingError:
+            self._file.close()
+            self._file = None
+            raise

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -34,7 +34,7 @@ from zsnr.data.order import StepBatches, TrainingOrder
 from zsnr.data.prompts import PromptRequest, parse_prompts, read_prompts
 from zsnr.data.samples import Samples, select
 from zsnr.data.sources import Shard, Source, Sources, find_shards
-from zsnr.data.storage import Retries, Storage, is_remote
+from zsnr.data.storage import Retries, Storage, check_headers, is_remote, public_url
 
 _INDEX_AT_MOST = 100  # shards behind an address that training indexes by itself
 
@@ -126,6 +126,7 @@ class DataModule(L.LightningDataModule):
             raise ValueError(f"data.error_budget={error_budget:g}: wanted a number in [0, 1].")
         if aspect is not None:
             aspect.shapes(image_size)
+        check_headers(headers or {})
         self.train, self.val = train, val
         self.image_size, self.batch_size, self.num_workers = image_size, batch_size, num_workers
         self.max_batch_size_per_device = max_batch_size_per_device
@@ -134,7 +135,6 @@ class DataModule(L.LightningDataModule):
         self.pixels, self.captions = pixels, captions
         self.window_shards, self.retries = window_shards, retries
         self.headers, self.local_cache = headers, local_cache
-        self.storage()  # refuses headers whose values the environment lacks
         self.index_folder = None if index is None else Path(index).expanduser()
         self.error_budget, self.accept_changed_data = error_budget, accept_changed_data
         self.prompts, self.prompt_seed = prompts, prompt_seed
@@ -262,8 +262,27 @@ class DataModule(L.LightningDataModule):
             self.caches[name] = cache
             samples = select_cached(cache, self._load_index(sources), self.filters)
         rank_zero_info(describe_samples(samples, name))
+        self._check_room(samples)
         check_budget(samples.faults, samples.total, len(samples.shards), self.error_budget)
         return samples
+
+    def _check_room(self, samples: Samples) -> None:
+        """Warn of a local cache in which the shards of a window displace each other."""
+        if self.local_cache is None:
+            return
+        sizes = sorted(
+            size
+            for shard, size in zip(samples.shards, samples.sizes, strict=True)
+            if is_remote(shard.url)
+        )
+        needed = sum(sizes[-self.window_shards :]) / 2**30
+        if needed > self.local_cache.max_gib:
+            rank_zero_warn(
+                f"data.local_cache.max_gib={self.local_cache.max_gib:g} holds less than the "
+                f"{min(self.window_shards, len(sizes))} shards whose samples are shuffled together "
+                f"({needed:.3g} GiB): shards will be downloaded several times in an epoch. Raise "
+                "it, or lower data.window_shards."
+            )
 
     # Batches
 
@@ -493,8 +512,8 @@ def check_shards(train: Sources | None, val: Sources | None) -> None:
     shared = both[0] & both[1]
     if shared:
         raise ValueError(
-            f"{min(shared)} is in data.train and in data.val: validation would measure what was "
-            "learned by heart. Use patterns such as train-*.tar and val-*.tar."
+            f"{public_url(min(shared))} is in data.train and in data.val: validation would measure "
+            "what was learned by heart. Use patterns such as train-*.tar and val-*.tar."
         )
 
 
