@@ -632,6 +632,10 @@ class FlakyFileSystem(MemoryFileSystem):
         self._raise()
         return super().info(path, **options)
 
+    def glob(self, path, **options):
+        self._raise()
+        return super().glob(path, **options)
+
     def cat_file(self, path, **options):
         self._raise()
         return super().cat_file(path, **options)[: self.longest]
@@ -720,6 +724,8 @@ def test_faults_of_a_file_system(memory, monkeypatch):
         assert errors == []
     with pytest.raises(StorageError, match="changed size from 7 to 10240 since"):
         Storage(QUICK).read(url, 0, 5, expected_size=7)
+    errors += [ClientError("no route")] * 2
+    assert storage.glob(url.replace("a.bin", "*.bin")) == [url]
     monkeypatch.setattr(FlakyFileSystem, "longest", 4)
     with pytest.raises(StorageError, match="with body cut short: "):
         storage.read(url, 0, 5)

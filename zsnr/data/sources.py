@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from zsnr.data.storage import is_remote, public_url
+from zsnr.data.storage import Storage, is_remote, public_url
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif")
 
@@ -144,11 +144,7 @@ def _expand_address(item: str) -> list[str]:
             f"No shards at {public_url(item)}: a web server lists no files. Name them, such as "
             "{000..099}.tar"
         )
-    from fsspec.core import url_to_fs
-
-    files, path = url_to_fs(pattern)
-    scheme = pattern.partition("://")[0]
-    found = [f"{scheme}://{name.lstrip('/')}" for name in sorted(files.glob(path))]
+    found = Storage().glob(pattern)
     if not found:
         raise FileNotFoundError(f"No shards at {public_url(item)}.")
     return found

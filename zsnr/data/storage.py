@@ -209,6 +209,14 @@ class Storage:
             return self._remote_read(url, offset, size, expected_size)
         return self._retrying(url, partial(self._read_file, url, offset, size, expected_size))
 
+    def glob(self, pattern: str) -> list[str]:
+        """List the addresses of object storage that match a pattern, sorted.
+
+        Raises:
+            OSError: As `size` raises.
+        """
+        return self._retrying(pattern, partial(_matches, pattern))
+
     def open(self, url: str, block: int | None = None) -> BinaryIO:
         """Open for reading and seeking.
 
@@ -235,7 +243,7 @@ class Storage:
                 began = began or time.monotonic()
                 left = began + self.retries.outage - time.monotonic()
                 pause = min(wait, LONGEST_WAIT)
-                pause = max(pause, min(fault.wait, max(LONGEST_WAIT, self.retries.outage)))
+                pause = max(pause, min(fault.wait, max(LONGEST_WAIT, left)))
                 if tries >= self.retries.attempts:
                     self._bear(url, tries, fault, left)
                     pause, wait = min(max(pause, 1.0), left), max(wait, 0.5)
@@ -274,7 +282,7 @@ class Storage:
     # Files
 
     def _ask_local(self, url: str) -> int:
-        with _passing_local(url):
+        with _passing_local():
             return self._same_size(url, local_path(url).stat().st_size)
 
     def _read_file(self, url: str, offset: int, size: int, expected: int | None) -> bytes:
@@ -287,7 +295,7 @@ class Storage:
     def _read_open(
         self, file: BinaryIO, url: str, offset: int, size: int, expected: int | None
     ) -> bytes:
-        with _passing_local(url):
+        with _passing_local():
             total = self._same_size(url, os.fstat(file.fileno()).st_size, expected)
             _refuse_end(url, offset, size, total)
             file.seek(offset)
@@ -303,7 +311,7 @@ class Storage:
         assert self.local_cache is not None
         name = public_url(url).rpartition("/")[2]
         fill = partial(self._download, url, size)
-        with _passing_local(url):
+        with _passing_local(f"data.local_cache.folder={self.local_cache.folder}"):
             file = self.local_cache.open(url, name, fill)
             if size is not None and os.fstat(file.fileno()).st_size != size:
                 file.close()
@@ -616,8 +624,8 @@ def _output(url: str, timeout: float) -> Generator[bytes]:
 
 
 @contextmanager
-def _passing_local(url: str) -> Iterator[None]:
-    """Name the faults of a disk."""
+def _passing_local(place: str = "") -> Iterator[None]:
+    """Name the faults of a disk, and where it is unless the address says it."""
     try:
         yield
     except (StorageError, FileNotFoundError, PermissionError):
@@ -626,15 +634,13 @@ def _passing_local(url: str) -> Iterator[None]:
         if error.errno in _LASTING:
             raise
         reason = type(error).__name__ if error.errno is None else os.strerror(error.errno)
-        raise _PassingError(
-            reason, "" if error.filename is None else str(error.filename)
-        ) from error
+        raise _PassingError(reason, place) from error
 
 
 def _open_local(url: str) -> BinaryIO:
     path = local_path(url)
     try:
-        with _passing_local(url):
+        with _passing_local():
             return open(path, "rb")
     except FileNotFoundError as error:
         if _holds_files(path.parent):
@@ -712,6 +718,15 @@ def _filesystem(url: str) -> tuple[Any, str]:
             f"knows, such as {', '.join(f'{name}://' for name in PACKAGES)}."
         ) from error
     return filesystem
+
+
+def _matches(pattern: str) -> list[str]:
+    with _passing_other():
+        files, path = _filesystem(pattern)
+        files.invalidate_cache()  # an empty answer may have been an outage's
+        found = sorted(files.glob(path))
+    scheme = pattern.partition("://")[0]
+    return [f"{scheme}://{name.lstrip('/')}" for name in found]
 
 
 @contextmanager
