@@ -224,9 +224,7 @@ def test_a_full_local_disk_is_named(served, tmp_path, monkeypatch):
     reader, faults = cached(tmp_path / "cache")
     with (
         FaultyServer(served) as server,
-        pytest.raises(
-            StorageError, match="device: data.local_cache.folder=.*cache: "
-        ),
+        pytest.raises(StorageError, match="device: data.local_cache.folder=.*cache: "),
     ):
         reader.size(server.url("0.tar"))
     assert faults == ["No space left on device"] * 2

@@ -521,6 +521,7 @@ def test_passwords_of_addresses_are_used_and_never_shown(folder):
 )
 def test_what_is_shown_of_an_address(url, shown):
     assert public_url(url) == shown
+    assert public_url(shown) == shown
 
 
 def test_connections_are_kept(folder):

@@ -112,8 +112,11 @@ def local_path(url: str) -> Path:
 def public_url(url: str) -> str:
     """Return what names a source in messages and files: no users, passwords or signatures.
 
-    Of a command it keeps the last word that ends in ".tar", else a digest.
+    Of a command it keeps the last word that ends in ".tar", else a digest. What is public already
+    stays as it is.
     """
+    if url.startswith("pipe:..."):
+        return url
     if url.startswith("pipe:"):
         words = [_public_address(word) for word in re.split(r"[\s'\"|;<>&()=]+", url)]
         names = [word for word in words if word.endswith(".tar")]
