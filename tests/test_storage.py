@@ -469,7 +469,8 @@ def test_a_server_that_says_when_to_come_back(folder, waits, told, wanted):
 
 
 def test_headers_come_from_the_environment_and_stay_with_their_host(folder, monkeypatch):
-    monkeypatch.setenv("ZSNR_TOKEN", "s3cret")
+    monkeypatch.setenv("ZSNR_TOKEN", "s3cret\n")  # as `$(cat file)` may leave it
+    monkeypatch.setenv("ZSNR_LINES", "literal-secret\nX: y")
     sent = {"Authorization": "Bearer ${ZSNR_TOKEN}", "X-Key": "a-${ZSNR_TOKEN}-b"}
     with FaultyServer(folder) as theirs, FaultyServer(folder) as server:
         storage = Storage(QUICK, headers=sent)
@@ -485,6 +486,8 @@ def test_headers_come_from_the_environment_and_stay_with_their_host(folder, monk
     for headers, message in (
         ({"Authorization": "Bearer ${ZSNR_NONE}"}, "the environment has no ZSNR_NONE"),
         ({"Authorization": "Bearer literal-secret"}, "put it into the environment"),
+        ({"X-Api-Key": "literal-secret"}, "put it into the environment"),
+        ({"Authorization": "${ZSNR_LINES}"}, "wanted printable ASCII characters only"),
     ):
         with pytest.raises(ValueError, match=message) as error:
             Storage(QUICK, headers=headers)

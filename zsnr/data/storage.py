@@ -39,7 +39,7 @@ PACKAGES = {  # of fsspec's protocols
     "abfs": "adlfs",
     "hf": "huggingface_hub",
 }
-_SECRET = ("authorization", "proxy-authorization", "cookie")
+_SECRET = r"auth|cookie|token|key|secret|password|credential"  # names of headers that hold one
 _VARIABLE = r"\$\{(\w+)\}"
 _CHUNK = 8 << 20  # bytes of one request of a whole shard
 _LASTING = (  # errors of files that no waiting mends
@@ -397,7 +397,7 @@ class Storage:
                         other=0,
                         redirect=5,
                         raise_on_redirect=False,
-                        remove_headers_on_redirect=[*_SECRET, *self._sent],
+                        remove_headers_on_redirect=headers.keys() - {"Accept-Encoding", "Range"},
                     ),
                     preload_content=False,
                     decode_content=False,
@@ -529,7 +529,7 @@ def check_headers(headers: Mapping[str, str]) -> None:
         ValueError: A header for credentials names no variable of the environment.
     """
     for name, value in headers.items():
-        if name.lower() in _SECRET and not re.search(_VARIABLE, value):
+        if re.search(_SECRET, name.lower()) and not re.search(_VARIABLE, value):
             raise ValueError(
                 f"data.headers.{name} holds a secret that saved configs would show: put it into "
                 f"the environment, and write {name}: ${{NAME}}."
@@ -544,7 +544,9 @@ def _expanded(headers: Mapping[str, str]) -> dict[str, str]:
         for variable in re.findall(_VARIABLE, value):
             if variable not in os.environ:
                 raise ValueError(f"data.headers.{name}: the environment has no {variable}: set it.")
-            value = value.replace(f"${{{variable}}}", os.environ[variable])
+            value = value.replace(f"${{{variable}}}", os.environ[variable].strip())
+        if not (value.isascii() and value.isprintable()):
+            raise ValueError(f"data.headers.{name}: wanted printable ASCII characters only.")
         sent[name] = value
     return sent
 
