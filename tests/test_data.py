@@ -218,6 +218,31 @@ def test_what_storage_does_never_changes_the_batch(tmp_path, monkeypatch, kind):
         assert failures == []
 
 
+@pytest.mark.parametrize("kind", ["tar", "folder"])
+def test_a_disk_that_fails_while_indexing_makes_nothing_broken(tmp_path, monkeypatch, kind):
+    source = tiny.write_shards(tmp_path / "shards", [6]) / "train-000000.tar"
+    if kind == "folder":
+        source = tmp_path / "pictures"
+        with tarfile.open(tmp_path / "shards" / "train-000000.tar") as tar:
+            tar.extractall(source, filter="data")
+    failures = []
+
+    def opening(*args, **kwargs):
+        if failures:
+            raise failures.pop()
+        return open(*args, **kwargs)
+
+    monkeypatch.setattr(storage, "open", opening, raising=False)
+    quick = Storage(Retries(attempts=2, backoff=0.0, outage=0.0))
+    failures[:] = [OSError(errno.EIO, "x")] * 2
+    with pytest.raises(StorageError, match="failed 2 times.*Input/output error"):
+        load_index(str(source), quick, progress=False)
+    assert not list(tmp_path.rglob("*.index"))
+    failures[:] = [OSError(errno.EIO, "x")]
+    index = load_index(str(source), quick, progress=False)
+    assert (index.table.num_rows, index.faults) == (6, [])
+
+
 def test_broken_bytes_of_a_cache_are_a_broken_sample():
     item = SimpleNamespace(image=SimpleNamespace(size=9))
     cached = CacheDataset.__new__(CacheDataset)

@@ -71,7 +71,7 @@ class LocalCache:
 
     def _path(self, url: str, name: str) -> Path:
         digest = hashlib.blake2b(url.encode(errors="surrogateescape"), digest_size=8).hexdigest()
-        return Path(self.folder).expanduser() / f"{digest}-{name[-100:]}"
+        return Path(self.folder).expanduser() / f"{digest}-{name[-50:]}"
 
     def _make(self, path: Path, name: str, fill: Callable[[Copy], None]) -> BinaryIO | None:
         """Write a copy and open it; None = another process has written or removed it meanwhile."""
