@@ -1,5 +1,6 @@
 """What the tests of several ranks run on each of them: one training run, and what it left."""
 
+import errno
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -19,6 +20,8 @@ from lightning.pytorch.callbacks import Callback
 from zsnr.checkpoints.own import read_checkpoint
 from zsnr.codecs import AutoencoderKLCodec, PixelCodec
 from zsnr.conditioning import SDXLConditioner
+from zsnr.data import storage
+from zsnr.data.storage import Retries, StorageError
 from zsnr.metrics import collected
 from zsnr.pipeline import Sampling
 from zsnr.training import (
@@ -163,6 +166,33 @@ def fit(
         "progress": net._progress.state(),
         "accumulate": trainer.accumulate_grad_batches,
     }
+
+
+class FailingDisk(Callback):
+    """Lets no file be read on rank 1 after a step."""
+
+    def __init__(self, step):
+        self.step, self.done = step, 0
+
+    def on_train_batch_end(self, trainer, module, *_):
+        self.done = trainer.global_step
+        if self.done == self.step and trainer.global_rank == 1:
+            storage.open = self.fail
+
+    def fail(self, *_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def fit_until_storage_fails(folder, root, kind, step):
+    """Train while the disk of one rank fails; return the error and the steps done."""
+    disk = FailingDisk(step)
+    options = {"retries": Retries(attempts=1, outage=0.0)}
+    try:
+        fit(folder, root, kind, 8, callbacks=[disk], data_options=options)
+    except StorageError as error:
+        return repr(error), disk.done
+    finally:
+        vars(storage).pop("open", None)
 
 
 def fit_text(folder, root, kind, layer):

@@ -61,7 +61,7 @@ class Request:
 class FaultyServer:
     """Serves a folder in threads, with keep-alive.
 
-    `/PATH` is the file, `/redirect/PATH` sends there.
+    `/PATH` is the file, `/redirect/PATH` sends there, `/away/PORT/PATH` to another server.
 
     Args:
         folder: What to serve.
@@ -71,6 +71,7 @@ class FaultyServer:
         port: 0 = any free one.
         host: Address to serve at.
         log: File that gets each request as a line of JSON.
+        retry_after: Header of answers with a status that is a fault.
     """
 
     def __init__(
@@ -82,9 +83,12 @@ class FaultyServer:
         port: int = 0,
         log: Path | None = None,
         host: str = "127.0.0.1",
+        retry_after: str | None = None,
     ):
         self.folder, self.ranges, self.stopped = Path(folder).resolve(), ranges, threading.Event()
         self.requests: list[Request] = []
+        self.headers: list[dict[str, str]] = []  # of each request
+        self.retry_after = retry_after
         self._left = [[fault, fault.times] for fault in faults]
         self._rate, self._log, self._lock = dict(rate or {}), log, threading.Lock()
         self._until: dict[int, float] = {}
@@ -169,6 +173,10 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(self.path.partition("?")[0]).lstrip("/")
         if path.startswith("redirect/"):
             return self._answer(302, {"Location": f"/{quote(path.removeprefix('redirect/'))}"})
+        if path.startswith("away/"):
+            _, port, rest = path.split("/", 2)
+            return self._answer(302, {"Location": f"http://localhost:{port}/{quote(rest)}"})
+        owner.headers.append(dict(self.headers))
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         span = None
         if asked and owner.ranges:
@@ -178,7 +186,8 @@ class _Handler(BaseHTTPRequestHandler):
         if kind == "missing" or not (file.is_relative_to(owner.folder) and file.is_file()):
             return self._answer(404)
         if kind and kind.isdigit():
-            return self._answer(int(kind))
+            told = {} if owner.retry_after is None else {"Retry-After": owner.retry_after}
+            return self._answer(int(kind), told)
         size = file.stat().st_size
         if span is None:
             return self._serve(200, {"Accept-Ranges": "none"}, file, 0, size, kind)

@@ -328,13 +328,14 @@ def test_samples_are_spread_over_the_data(tmp_path):
     assert value == pytest.approx(float((rows.double() / 127.5 - 1).var()), rel=1e-5)
 
 
-def test_a_stream_is_measured_by_its_validation(tmp_path):
+def test_a_command_is_measured_and_not_shown(tmp_path):
     tiny.write_shards(tmp_path / "shards", [6])
     tiny.write_shards(tmp_path / "shards", [3], "val")
-    stream = ["--data.train", f"pipe:cat {tmp_path}/shards/train-000000.tar"]
-    fit(tmp_path, *stream, "--trainer.callbacks", "null", max_steps=1)
+    source = ["--data.train", f"pipe:cat {tmp_path}/shards/train-000000.tar"]
+    local = ["--data.local_cache.folder", str(tmp_path / "local")]
+    fit(tmp_path, *source, *local, "--trainer.callbacks", "null", max_steps=1)
     board = events(tmp_path)
-    assert scalars(board, OPTIMUM) == [pytest.approx(float(levels(3).var()), rel=1e-5)]
+    assert scalars(board, OPTIMUM) == [pytest.approx(float(levels(6).var()), rel=1e-5)]
     assert "train: pipe:...\n" in text(board.Tensors("config/text_summary")[0])
 
 

@@ -1,14 +1,22 @@
+import errno
 import io
 import itertools
 import json
+import os
+import re
+import tarfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiny
 import torch
 from PIL import Image
+from safetensors.torch import save
 
+from zsnr.data import storage
 from zsnr.data.buckets import AspectBuckets
+from zsnr.data.cache import CacheDataset
 from zsnr.data.captions import Captions
 from zsnr.data.dataset import Pixels, ShardDataset, collate
 from zsnr.data.faults import BudgetError
@@ -18,7 +26,7 @@ from zsnr.data.order import TrainingOrder
 from zsnr.data.prompts import PromptRequest, parse_prompts, read_prompts
 from zsnr.data.samples import select
 from zsnr.data.sources import Source
-from zsnr.data.storage import Storage
+from zsnr.data.storage import Retries, Storage, StorageError
 
 
 def dataset(source, size=8, order=None, **options):
@@ -172,8 +180,78 @@ def test_a_shard_that_changed_after_indexing_is_not_read_as_if_it_had_not(tmp_pa
     path = tiny.write_shards(tmp_path, [4]) / "train-000000.tar"
     own = dataset(path)
     path.write_bytes(path.read_bytes()[512:])
-    with pytest.raises(BudgetError, match="changed size"):
+    with pytest.raises(StorageError, match="changed size"):
         own[0]
+
+
+@pytest.mark.parametrize("kind", ["tar", "folder"])
+def test_what_storage_does_never_changes_the_batch(tmp_path, monkeypatch, kind):
+    source = tiny.write_shards(tmp_path / "shards", [6]) / "train-000000.tar"
+    if kind == "folder":
+        source = tmp_path / "pictures"
+        with tarfile.open(tmp_path / "shards" / "train-000000.tar") as tar:
+            tar.extractall(source, filter="data")
+    quick = Retries(attempts=3, backoff=0.0, outage=0.0)
+    own = dataset(source, retries=quick)
+    wanted = [own[i]["key"] for i in range(6)]
+    failures = []
+
+    def opening(*args, **kwargs):
+        if failures:
+            raise failures.pop()
+        return open(*args, **kwargs)
+
+    monkeypatch.setattr(storage, "open", opening, raising=False)
+    for number in (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENOMEM):
+        error = OSError(number, os.strerror(number))
+        failures[:] = [error] * 2
+        item = own[2]
+        assert item["key"] == wanted[2]
+        reasons = [(fault.kind, fault.reason) for fault in item["faults"]]
+        assert reasons == [("passing", os.strerror(number))] * 2
+        failures[:] = [error] * 3
+        with pytest.raises(StorageError, match=os.strerror(number)):
+            own[2]
+    for lasting in (FileNotFoundError(errno.ENOENT, "x"), PermissionError(errno.EACCES, "x")):
+        failures[:] = [lasting]
+        name = f"{source}, sample '{wanted[2]}', was there when it was indexed"
+        with pytest.raises(StorageError, match=re.escape(name)):
+            own[2]
+        assert failures == []
+
+
+@pytest.mark.parametrize("kind", ["tar", "folder"])
+def test_a_disk_that_fails_while_indexing_makes_nothing_broken(tmp_path, monkeypatch, kind):
+    source = tiny.write_shards(tmp_path / "shards", [6]) / "train-000000.tar"
+    if kind == "folder":
+        source = tmp_path / "pictures"
+        with tarfile.open(tmp_path / "shards" / "train-000000.tar") as tar:
+            tar.extractall(source, filter="data")
+    failures = []
+
+    def opening(*args, **kwargs):
+        if failures:
+            raise failures.pop()
+        return open(*args, **kwargs)
+
+    monkeypatch.setattr(storage, "open", opening, raising=False)
+    quick = Storage(Retries(attempts=2, backoff=0.0, outage=0.0))
+    failures[:] = [OSError(errno.EIO, "x")] * 2
+    with pytest.raises(StorageError, match="failed 2 times.*Input/output error"):
+        load_index(str(source), quick, progress=False)
+    assert not list(tmp_path.rglob("*.index"))
+    failures[:] = [OSError(errno.EIO, "x")]
+    index = load_index(str(source), quick, progress=False)
+    assert (index.table.num_rows, index.faults) == (6, [])
+
+
+def test_broken_bytes_of_a_cache_are_a_broken_sample():
+    item = SimpleNamespace(image=SimpleNamespace(size=9))
+    cached = CacheDataset.__new__(CacheDataset)
+    for data in (b"x" * 90, save({"other": torch.zeros(1)})):
+        cached._read = lambda *_, data=data: [data, b"a", None]
+        with pytest.raises(ValueError, match="its moments are unreadable"):
+            cached._load(item, 0, 0, None)
 
 
 def test_prompts_files(tmp_path):

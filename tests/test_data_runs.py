@@ -1,4 +1,4 @@
-"""Training data end to end: resume, ranks, workers, faults, streams, cache."""
+"""Training data end to end: resume, ranks, workers, faults, the local cache, the cache."""
 
 import csv
 import io
@@ -26,12 +26,13 @@ from zsnr.data.captions import Captions
 from zsnr.data.dataset import Pixels
 from zsnr.data.faults import BudgetError, read_ledger
 from zsnr.data.filters import Filter
+from zsnr.data.local_cache import LocalCache
 from zsnr.data.openmoji import write_openmoji_shards
 from zsnr.data.sources import Source
-from zsnr.data.storage import Retries
+from zsnr.data.storage import Retries, StorageError
 from zsnr.training import DataModule
 
-QUICK = Retries(attempts=4, backoff=0.01, timeout=0.5)
+QUICK = Retries(attempts=4, backoff=0.01, timeout=0.5, outage=0.0)
 
 
 def photographs(folder, counts, broken=(), kind="JPEG"):
@@ -261,9 +262,39 @@ def test_a_server_that_stays_down_stops_the_run(tmp_path):
         url = server.url("00000.tar")
         main(["data", "index", url, "--output", str(tmp_path / "index")])
         server._left = [[Fault(None, "500", 10**6), 10**6]]
-        data = module(url, index=str(tmp_path / "index"), retries=Retries(2, 0.0, 1.0))
-        with pytest.raises(BudgetError, match="32 samples in a row"):
-            take(data, 3)
+        data = module(url, index=str(tmp_path / "index"), retries=Retries(2, 0.0, 1.0, 0.0))
+        with pytest.raises(StorageError, match=f"{url} failed 2 times, .* HTTP 500"):
+            take(data, 3, folder=str(tmp_path))
+        assert not (tmp_path / "faults").exists()  # nothing is broken
+        server._left = [[Fault(None, "500", 9), 9]]  # an outage that ends
+        longer = module(url, index=str(tmp_path / "index"), retries=Retries(2, 0.0, 1.0, 60.0))
+        assert rows(take(longer, 3)) == rows(take(module(str(folder)), 3))
+
+
+def test_an_outage_while_indexing_makes_no_shard_broken(tmp_path):
+    folder = photographs(tmp_path / "shards", [6, 6])
+    index = tmp_path / "index"
+    with FaultyServer(folder) as server:
+        urls = [server.url(f"{i:05d}.tar") for i in range(2)]
+        whole = (folder / "00001.tar").read_bytes()
+        server._left = [[Fault("00001.tar", kind), 10**6] for kind in ("500",)]
+        for budget in (0.01, 1.0):
+            with pytest.raises(StorageError, match="00001.tar failed 4 times, .* HTTP 500"):
+                take(module(urls, index=str(index), error_budget=budget), 1)
+        assert [path.name[-15:] for path in index.glob("*")] == ["00000.tar.index"]
+        server._left = [[Fault("00001.tar", "500"), 2]]
+        assert rows(take(module(urls, index=str(index)), 3)) == rows(take(module(str(folder)), 3))
+    assert (folder / "00001.tar").read_bytes() == whole
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_lost_shard_stops_the_run_with_its_name(tmp_path, workers):
+    folder = photographs(tmp_path / "shards", [6, 6, 6])
+    data = module(str(folder), num_workers=workers)
+    take(data, 1)
+    (folder / "00001.tar").unlink()
+    with pytest.raises(StorageError, match=r"00001.tar, sample '000\d\d', was there when it was"):
+        [data.on_before_batch_transfer(batch, 0) for batch in data.train_dataloader()]
 
 
 def test_the_error_budget_stops_a_run(tmp_path):
@@ -302,58 +333,61 @@ def test_ledgers_of_ranks_that_are_gone_are_cut_back_too(tmp_path):
         assert all(fault.position < 12 for fault in ledger)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_streams_show_everything_and_say_what_they_cannot(tmp_path, caplog, ranks, workers):
-    import logging
+# The local cache
 
-    caplog.set_level(logging.INFO, "lightning.pytorch.utilities.rank_zero")
+
+def test_commands_and_servers_without_ranges_are_data_like_any_other(tmp_path):
     folder = photographs(tmp_path / "shards", [7, 5, 9], broken=("00003",))
+    names = [f"{i:05d}.tar" for i in range(3)]
+    options = {**BUCKETS, "filters": [Filter("score", max=18)]}
+    weighted = [Source(str(folder / names[0]), 0.5), *(str(folder / name) for name in names[1:])]
+    wanted = rows(take(module(weighted, **options), 12))
+    cache = {"local_cache": LocalCache(str(tmp_path / "local")), "index": str(tmp_path / "index")}
     long = "true;" * 60  # no name of a file could be so long
-    sources = [f"pipe:{long}cat {folder}/{i:05d}.tar" for i in range(3)]
-    keys, positions = [], []
-    for rank in range(ranks):
-        data = module(sources, num_workers=workers, filters=[Filter("score", max=18)])
-        batches = take(data, 40, rank, ranks, folder=str(tmp_path))
-        keys += [key for batch in batches for key in batch["key"]]
-        positions += [p for batch in batches for p in batch["position"].tolist()]
-    assert sorted(positions) == list(range(240))
-    assert set(keys) == {f"{i:05d}" for i in range(19)} - {"00003"}
-    assert "a resumed run goes on with other batches" in caplog.text
-    faults = [f for p in (tmp_path / "faults").iterdir() for f in read_ledger(p)]
-    assert {f.key for f in faults} == {"00003"}
-
-
-def test_a_server_without_ranges_is_streamed(tmp_path):
-    folder = photographs(tmp_path / "shards", [7, 5])
-    (folder / "00002.tar").write_bytes((folder / "00001.tar").read_bytes()[:-9000])
     with FaultyServer(folder, ranges=False) as server:
-        data = module([server.url(f"{i:05d}.tar") for i in range(3)], error_budget=0.5)
-        batches = take(data, 20, folder=str(tmp_path))
-        first = [key for batch in batches for key in batch["key"]]
-        resumed = [
-            key
-            for batch in take(module(data.train, error_budget=0.5), 5, first=20)
-            for key in batch["key"]
-        ]
-    assert set(first) == {f"{i:05d}" for i in range(12)}
-    assert resumed != first[:30]
-    ledger = read_ledger(tmp_path / "faults" / "rank-00000.jsonl")
-    assert {f.shard[-9:] for f in ledger} == {"00002.tar"}
-    assert {(f.kind, f.key) for f in ledger} == {("shard", None), ("sample", "00011")}
+        pipes = [f"pipe:{long}cat {folder}/{name}" for name in names]
+        for urls in (pipes, [server.url(name) for name in names]):
+            source = [Source(urls[0], 0.5), *urls[1:]]
+            found = {}
+            for first, steps in ((0, 5), (5, 7)):  # stopped and resumed
+                for rank in range(2):
+                    data = module(source, num_workers=rank, **options, **cache)
+                    found |= rows(take(data, steps, rank, 2, first, folder=str(tmp_path)))
+            assert found == wanted
+            data = module(str(folder), val=urls, **cache)
+            take(data, 0)
+            assert {k for b in data.val_dataloader() for k in b["key"]} >= {"00000", "00020"}
+            for faults in (tmp_path / "faults").iterdir():
+                assert {f.key for f in read_ledger(faults) if f.kind == "sample"} <= {"00003"}
 
 
-def test_a_command_that_fails_is_no_silence(tmp_path):
+def test_sources_without_ranges_are_refused_without_a_local_cache(tmp_path):
+    folder = photographs(tmp_path / "shards", [7])
+    with FaultyServer(folder, ranges=False) as server:
+        for url in (server.url("00000.tar"), f"pipe:cat {folder}/00000.tar"):
+            with pytest.raises(StorageError, match="00000.tar.* Set data.local_cache to a folder"):
+                take(module(url), 1)
+
+
+def test_a_command_that_fails_stops_the_run(tmp_path):
     folder = photographs(tmp_path / "shards", [7])
     good, bad = f"pipe:cat {folder}/00000.tar", f"pipe:cat {folder}/00000.tar; exit 3"
-    data = module([good, bad], error_budget=0.5)
-    take(data, 10, folder=str(tmp_path))
-    ledger = read_ledger(tmp_path / "faults" / "rank-00000.jsonl")
-    assert [(f.kind, f.shard) for f in ledger] == [("shard", bad)]
-    with pytest.raises(ValueError, match="buckets and weights need an index"):
-        take(module(good, aspect=AspectBuckets(8)), 1)
-    with pytest.raises(BudgetError, match="No shard gives a sample"):
-        take(module(bad.replace("00000", "nothing")), 1)
+    data = module([good, bad], local_cache=LocalCache(str(tmp_path / "local")), error_budget=1.0)
+    with pytest.raises(StorageError, match="00000.tar failed 4 times, .* exit status 3"):
+        take(data, 1)
+
+
+def test_a_local_cache_that_is_smaller_than_the_data_changes_nothing(tmp_path):
+    folder = photographs(tmp_path / "shards", [7, 5, 9, 6])
+    size = max(path.stat().st_size for path in folder.glob("*.tar"))
+    wanted = rows(take(module(str(folder), **BUCKETS), 12))
+    with FaultyServer(folder, rate={"503": 9, "cut": 7}) as server:
+        urls = [server.url(f"{i:05d}.tar") for i in range(4)]
+        small = LocalCache(str(tmp_path / "local"), 1.5 * size / 2**30)
+        data = module(urls, local_cache=small, index=str(tmp_path / "index"), **BUCKETS)
+        with pytest.warns(UserWarning, match="downloaded several times in an epoch. Raise it"):
+            assert rows(take(data, 12)) == wanted
+    assert sum(path.stat().st_size for path in (tmp_path / "local").iterdir()) <= 1.5 * size
 
 
 def test_many_shards_behind_an_address_want_an_index():
@@ -492,6 +526,23 @@ def test_a_cache_is_resumed_and_shared(cached, capsys):
     assert not list(whole.glob(".*"))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_storage_that_fails_for_good_stops_fit_with_one_line(cached, capfd, workers):
+    folder, path = cached
+    with FaultyServer(folder / "shards") as server:
+        url = server.url("00000.tar").replace("://", "://me:secret@")
+        assert main(["data", "index", url, "--output", str(folder / "index")]) == 0
+        server._left = [[Fault(None, "500", 10**6), 10**6]]
+        options = [f"--data.train={url}", f"--data.index={folder}/index"]
+        options += ["--data.retries={attempts: 2, backoff: 0.0, outage: 0.0}"]
+        assert fit(path, folder / "run", *options, f"--data.num_workers={workers}") == 2
+    printed = capfd.readouterr().err
+    assert "Traceback" not in printed
+    assert "secret" not in printed
+    failed = f"zsnr: error: {server.url('00000.tar')} failed 2 times, the last time with HTTP 500: "
+    assert next(line for line in printed.splitlines() if "error" in line).startswith(failed)
+
+
 def test_previews_from_a_cache_encode_their_prompts_once(cached, monkeypatch):
     folder, path = cached
     cache = str(folder / "cache")
@@ -602,7 +653,7 @@ def test_a_server_that_is_down_leaves_no_holes_in_a_cache(cached, capsys):
         main(["data", "index", url, "--output", str(folder / "index")])
         server._left = [[Fault(None, "500", 10**6), 10**6]]
         options = [f"--data.train={url}", f"--data.index={folder}/index"]
-        options += ["--data.retries={attempts: 2, backoff: 0.0, timeout: 1.0}"]
+        options += ["--data.retries={attempts: 2, backoff: 0.0, timeout: 1.0, outage: 0.0}"]
         command = ["data", "cache", "-c", str(path), "--output", str(folder / "cache"), *options]
         assert main(command) == 2
         assert "zsnr: error: " in capsys.readouterr().err

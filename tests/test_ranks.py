@@ -322,6 +322,17 @@ def test_too_many_in_a_row_stop_the_run(ranks, shards, tmp_path):
     assert [json.loads(line)["step"] for line in lines] == [1, 3, 4]
 
 
+@pytest.mark.parametrize(("kind", "step"), [("ddp", 1), ("sharded", 2)])
+def test_storage_that_fails_on_one_rank_stops_all_with_its_name(
+    ranks, shards, tmp_path, kind, step
+):
+    (error, done), other = ranks[2](cells.fit_until_storage_fails, shards, tmp_path, kind, step)
+    assert (error, done) == other
+    assert "StorageError" in error
+    assert "failed 1 times, the last time with Input/output error" in error
+    assert step <= done < cells.BATCH
+
+
 # Numbers
 
 

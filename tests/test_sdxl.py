@@ -22,8 +22,6 @@ from zsnr.data.cache import CacheDataset, find_cache, select_cached
 from zsnr.data.dataset import Pixels, ShardDataset, collate
 from zsnr.data.filters import Filter
 from zsnr.data.images import decode_image, size_facts
-from zsnr.data.sources import find_shards
-from zsnr.data.stream import StreamDataset
 from zsnr.denoiser import Conditioning
 from zsnr.described import build, describe
 from zsnr.networks import UNet
@@ -307,8 +305,6 @@ def test_sizes_come_with_every_kind_of_data(tmp_path):
         [25, 25, 0, 0, 16, 16],
         [20, 40, 0, 8, 16, 16],
     ]
-    stream = StreamDataset(find_shards(f"pipe:cat {shard}"), 16, [[0, 1, 2, 3]], buffer=1)
-    assert [item["sizes"].tolist() for item in next(iter(stream))] == found
     batch = collate([dataset[i] for i in (2, 0)])
     assert batch["sizes"].tolist() == [found[2], found[0]]
     mirrored = ShardDataset(dataset.samples, pixels=Pixels(flip=True))

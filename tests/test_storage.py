@@ -1,8 +1,8 @@
+import errno
 import json
 import multiprocessing
 import os
 import pickle
-import signal
 import socket
 import ssl
 import subprocess
@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import fsspec
@@ -30,9 +31,10 @@ from zsnr.data.storage import (
     StorageError,
     is_remote,
     local_path,
+    public_url,
 )
 
-QUICK = Retries(attempts=3, backoff=0.001)
+QUICK = Retries(attempts=3, backoff=0.001, outage=0.0)
 IMPATIENT = replace(QUICK, timeout=0.3)
 DATA = bytes(range(256)) * 40  # 10240 bytes
 
@@ -54,9 +56,10 @@ def memory():
 
 @pytest.fixture
 def waits(monkeypatch):
-    """The seconds that were to be slept."""
+    """The seconds that were to be slept; the clock stands in between."""
     waits = []
-    monkeypatch.setattr(storage_module.time, "sleep", waits.append)
+    clock = SimpleNamespace(sleep=waits.append, monotonic=lambda: 1 + sum(waits))
+    monkeypatch.setattr(storage_module, "time", clock)
     return waits
 
 
@@ -125,7 +128,9 @@ def test_local_paths():
     assert local_path("data/100%.tar") == Path("data/100%.tar")
 
 
-@pytest.mark.parametrize("options", [{"attempts": 0}, {"backoff": -0.1}, {"timeout": 0}])
+@pytest.mark.parametrize(
+    "options", [{"attempts": 0}, {"backoff": -0.1}, {"timeout": 0}, {"outage": -1}]
+)
 def test_retries_that_make_no_sense(options):
     with pytest.raises(ValueError, match="wanted attempts of 1 or more"):
         Retries(**options)
@@ -143,13 +148,12 @@ def test_every_kind_of_place_reads_alike(folder, memory):
         ):
             storage, faults = noting()
             assert storage.size(url) == len(DATA)
-            assert storage.has_ranges(url)
             for offset, size in ((0, 1), (0, 10240), (10239, 1), (300, 5000), (77, 0)):
                 assert storage.read(url, offset, size, 10240) == DATA[offset : offset + size]
             for offset, size in ((0, 10241), (10239, 2), (10240, 1), (99999, 5)):
                 with pytest.raises(EOFError, match="has 10240 bytes"):
                     storage.read(url, offset, size)
-            for opened in (storage.open(url, block=100), storage.stream(url)):
+            for opened in (storage.open(url, block=100), storage.open(url)):
                 with opened:
                     assert opened.read() == DATA
                     assert opened.read() == b""
@@ -182,10 +186,8 @@ def test_missing(folder, memory):
                 storage.read(url, 0, 1)
             with pytest.raises(FileNotFoundError):
                 storage.open(url)
-            with pytest.raises(FileNotFoundError):
-                storage.stream(url)
         assert faults == []
-        assert len(server.requests) == 8
+        assert len(server.requests) == 6
 
 
 @pytest.mark.parametrize(
@@ -262,13 +264,30 @@ def test_size_is_retried(folder):
 def test_waits_double_up_to_a_minute(folder, waits):
     with FaultyServer(folder, [Fault("a.bin", "503", times=99)]) as server:
         with pytest.raises(StorageError, match="failed 10 times"):
-            Storage(Retries(attempts=10)).read(server.url("a.bin"), 0, 1)
+            Storage(Retries(attempts=10, outage=0.0)).read(server.url("a.bin"), 0, 1)
         assert waits == [0.5, 1, 2, 4, 8, 16, 32, 60, 60]
+
+
+def test_an_outage_is_waited_for_with_one_warning(folder, waits, caplog):
+    with FaultyServer(folder, [Fault("a.bin", "503", times=7)]) as server:
+        storage, faults = noting(Retries(attempts=3, backoff=0.5))
+        url = server.url("a.bin")
+        assert storage.read(url, 0, 9) == DATA[:9]
+        assert waits == [0.5, 1, 2, 4, 8, 16, 32]
+        assert faults == ["HTTP 503"] * 7
+        [warning] = caplog.messages
+        place = f"{url} failed 3 times, the last time with HTTP 503: trying for another"
+        assert warning == f"zsnr: warning: {place} 598 s."
+        server._left = [[Fault("b.bin", "503"), 99]]
+        with pytest.raises(StorageError, match=r"/b.bin failed 17 times.*data.retries.outage"):
+            storage.read(server.url("b.bin"), 0, 9)
+        assert sum(waits[7:]) == pytest.approx(600)
+        assert len(caplog.messages) == 2
 
 
 def test_one_attempt_waits_for_nothing(folder, waits):
     with FaultyServer(folder, [Fault("a.bin", "503")]) as server:
-        storage, faults = noting(Retries(attempts=1))
+        storage, faults = noting(Retries(attempts=1, outage=0.0))
         with pytest.raises(StorageError, match="failed 1 times"):
             storage.read(server.url("a.bin"), 0, 1)
         assert (waits, faults) == ([], [])
@@ -300,7 +319,7 @@ def test_a_server_that_hangs_up_without_an_answer():
 
 def test_a_server_that_never_answers(folder):
     with answering(None) as url:
-        storage, faults = noting(Retries(attempts=2, backoff=0, timeout=0.05))
+        storage, faults = noting(Retries(attempts=2, backoff=0, timeout=0.05, outage=0.0))
         with pytest.raises(StorageError, match="with stalled for 0.05 s: "):
             storage.read(url, 0, 9)
         assert faults == ["stalled for 0.05 s"]
@@ -327,10 +346,8 @@ def test_a_size_that_is_not_told():
     with answering(sent) as url:
         storage, _ = noting()
         assert storage.read(url, 4, 4) == b"abcd"
-        with pytest.raises(NoRangesError, match="does not tell the size"):
+        with pytest.raises(NoRangesError, match="tells no size. Set data.local_cache"):
             storage.size(url)
-        with pytest.raises(StorageError, match="HTTP 206: wanted 200"):
-            storage.stream(url)
 
 
 def test_fewer_bytes_than_asked_for(folder):
@@ -414,45 +431,100 @@ def test_a_server_without_ranges(folder):
     with FaultyServer(folder, ranges=False) as server:
         storage, faults = noting()
         for path in ("large.bin", "a.bin"):
-            url = server.url(path)
-            assert not storage.has_ranges(url)
             for read in (storage.size, storage.open, lambda url: storage.read(url, 0, 5)):
-                with pytest.raises(NoRangesError, match="gives no ranges"):
-                    read(url)
-        with storage.stream(server.url("a.bin")) as stream:
-            assert stream.read(100) == DATA[:100]
-            assert stream.read() == DATA[100:]
-            assert not stream.seekable()
+                with pytest.raises(NoRangesError, match="no byte ranges. Set data.local_cache to"):
+                    read(server.url(path))
         assert faults == []
 
 
-@pytest.mark.parametrize("kind", ["reset", "stall", "cut"])
-def test_a_stream_without_ranges_does_not_go_on_after_a_fault(folder, kind):
-    faults = [Fault("a.bin", "503"), Fault("a.bin", kind, times=2)]
-    with FaultyServer(folder, faults, ranges=False) as server:
-        url = server.url("a.bin")
-        storage, noted = noting(retries_for(kind))
-        stream = storage.stream(url)  # asked for a range, the headers alone tell that it has none
-        with pytest.raises(StorageError) as error:
-            stream.read()
-        assert str(error.value).startswith(f"{url}: {REASONS[kind]} after ")
-        stream.close()
-        assert noted == ["HTTP 503"]
-
-
-def test_streams_with_ranges_survive_faults(folder):
+def test_a_tar_file_behind_a_failing_server(folder):
     tiny.write_shards(folder, [20])
     shard = folder / "train-000000.tar"
     with FaultyServer(folder, rate={"reset": 3, "503": 4, "cut": 5}) as server:
         storage, faults = noting(replace(QUICK, attempts=5))
         with tarfile.open(fileobj=storage.open(server.url(shard.name), block=4096)) as tar:
             there = {member.name: tar.extractfile(member).read() for member in tar}
-        assert storage.stream(server.url(shard.name)).read() == shard.read_bytes()
         assert [REASONS[request.kind] for request in server.log] == faults
         assert {request.kind for request in server.log} == {"reset", "503", "cut"}
     with tarfile.open(shard) as tar:
         assert there == {member.name: tar.extractfile(member).read() for member in tar}
     assert len(there) == 40
+
+
+@pytest.mark.parametrize(
+    ("told", "wanted"),
+    [
+        ("7", [7]),
+        ("0", [0.5]),
+        ("99999", [600]),
+        ("Sun, 06 Nov 1994 08:49:37 GMT", [0.5]),
+        ("Thu, 01 Jan 2099 00:00:00 GMT", [600]),
+        ("soon", [0.5]),
+    ],
+)
+def test_a_server_that_says_when_to_come_back(folder, waits, told, wanted):
+    with FaultyServer(folder, [Fault("a.bin", "429")], retry_after=told) as server:
+        assert Storage(Retries()).read(server.url("a.bin"), 0, 9) == DATA[:9]
+    assert waits == wanted
+
+
+def test_headers_come_from_the_environment_and_stay_with_their_host(folder, monkeypatch):
+    monkeypatch.setenv("ZSNR_TOKEN", "s3cret\n")  # as `$(cat file)` may leave it
+    monkeypatch.setenv("ZSNR_LINES", "literal-secret\nX: y")
+    sent = {"Authorization": "Bearer ${ZSNR_TOKEN}", "X-Key": "a-${ZSNR_TOKEN}-b"}
+    with FaultyServer(folder) as theirs, FaultyServer(folder) as server:
+        storage = Storage(QUICK, headers=sent)
+        for reader in (storage, pickle.loads(pickle.dumps(storage)), storage.reporting(None)):
+            for path in ("a.bin", "redirect/a.bin", f"away/{theirs.port}/a.bin"):
+                assert reader.read(server.url(path), 0, 9) == DATA[:9]
+        for headers in server.headers:
+            assert headers["Authorization"] == "Bearer s3cret"
+            assert headers["X-Key"] == "a-s3cret-b"
+        assert len(theirs.headers) == 3
+        for headers in theirs.headers:
+            assert not {"Authorization", "X-Key"} & headers.keys()
+    for headers, message in (
+        ({"Authorization": "Bearer ${ZSNR_NONE}"}, "the environment has no ZSNR_NONE"),
+        ({"Authorization": "Bearer literal-secret"}, "put it into the environment"),
+        ({"X-Api-Key": "literal-secret"}, "put it into the environment"),
+        ({"Authorization": "${ZSNR_LINES}"}, "wanted printable ASCII characters only"),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            Storage(QUICK, headers=headers)
+        assert "literal-secret" not in str(error.value)
+
+
+def test_passwords_of_addresses_are_used_and_never_shown(folder):
+    with FaultyServer(folder, [Fault("a.bin", "503", times=2)]) as server:
+        url = server.url("a.bin").replace("://", "://me:s3cr%65t@") + "?signature=s3cret"
+        shown = server.url("a.bin")
+        storage, _ = noting(replace(QUICK, attempts=2))
+        with pytest.raises(StorageError) as error:
+            storage.read(url, 0, 9)
+        assert str(error.value).startswith(f"{shown} failed 2 times")
+        assert "s3cr" not in str(error.value)
+        with pytest.raises(FileNotFoundError, match="no.bin is not there") as error:
+            storage.size(url.replace("a.bin", "no.bin"))
+        assert "s3cr" not in str(error.value)
+        assert server.headers[0]["Authorization"] == "Basic bWU6czNjcmV0"  # me:s3cret
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("https://me:secret@h:8/a.tar?sign=secret", "https://h:8/a.tar"),
+        ("https://h/a@b.tar", "https://h/a@b.tar"),
+        ("s3://bucket/a.tar", "s3://bucket/a.tar"),
+        ("http://[::/a", "http://[::/a"),
+        ("/data/what?/me:pw@h/a.tar", "/data/what?/me:pw@h/a.tar"),
+        ("pipe:curl -H 'Auth: secret' https://u:secret@h/0.tar?s=1", "pipe:... https://h/0.tar"),
+        ("pipe:aws s3 cp s3://b/0.tar - --token secret", "pipe:... s3://b/0.tar"),
+        ("pipe:zstdcat x.zst", "pipe:.../04e7c470"),
+    ],
+)
+def test_what_is_shown_of_an_address(url, shown):
+    assert public_url(url) == shown
+    assert public_url(shown) == shown
 
 
 def test_connections_are_kept(folder):
@@ -536,27 +608,11 @@ def test_workers_of_a_loader(folder, memory, scheme):
         assert torch.equal(torch.cat(list(loader)), wanted)
 
 
-def test_commands(folder):
+def test_a_command_needs_a_local_cache(folder):
     storage = Storage(QUICK)
-    url = f"pipe:cat {folder}/a.bin | head -c 5000"
-    assert storage.stream(url).read() == DATA[:5000]
-    assert not storage.has_ranges(url)
     for read in (storage.size, storage.open, lambda url: storage.read(url, 0, 5)):
-        with pytest.raises(NoRangesError, match="from the beginning to the end"):
-            read(url)
-    failing = storage.stream(f"pipe:cat {folder}/a.bin; exit 3")
-    assert failing.read(10) == DATA[:10]
-    with pytest.raises(StorageError, match="exit 3 ended with exit status 3: wanted 0"):
-        failing.read()
-
-
-def test_a_command_that_is_left_is_ended(tmp_path):
-    stream = Storage(QUICK).stream("pipe:echo a; exec sleep 5")
-    process = stream.raw._process
-    assert stream.readline() == b"a\n"
-    stream.close()
-    assert process.returncode == -signal.SIGKILL
-    stream.close()
+        with pytest.raises(NoRangesError, match="comes only as a whole. Set data.local_cache to"):
+            read(f"pipe:cat {folder}/a.bin")
 
 
 class ClientError(Exception):
@@ -580,9 +636,74 @@ class FlakyFileSystem(MemoryFileSystem):
         self._raise()
         return super().info(path, **options)
 
+    def glob(self, path, **options):
+        self._raise()
+        return super().glob(path, **options)
+
     def cat_file(self, path, **options):
         self._raise()
         return super().cat_file(path, **options)[: self.longest]
+
+
+LOCAL = (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENOMEM, errno.ETIMEDOUT, errno.ENODEV)
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """Errors that the next openings of files raise, one by one; None = it opens."""
+    errors = []
+
+    def opening(*args, **kwargs):
+        if errors and (error := errors.pop(0)):
+            raise error
+        return open(*args, **kwargs)
+
+    monkeypatch.setattr(storage_module, "open", opening, raising=False)
+    return errors
+
+
+@pytest.mark.parametrize("number", LOCAL)
+def test_local_errors_are_tried_again_as_remote_ones(folder, failing, number):
+    url, error = str(folder / "a.bin"), OSError(number, os.strerror(number))
+    storage, faults = noting()
+    failing += [error, error]
+    assert storage.read(url, 5, 5) == DATA[5:10]
+    with storage.open(url) as file:
+        failing.append(error)
+        assert file.read() == DATA
+    assert faults == [os.strerror(number)] * 3
+    failing += [error] * 3
+    with pytest.raises(StorageError) as caught:
+        storage.read(url, 0, 5)
+    message = f"{url} failed 3 times, the last time with {os.strerror(number)}: "
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("kind", [PermissionError, IsADirectoryError, FileNotFoundError])
+def test_local_errors_that_no_waiting_mends(folder, failing, kind):
+    storage, faults = noting()
+    number = {PermissionError: errno.EACCES, IsADirectoryError: errno.EISDIR}.get(kind, 2)
+    failing.append(OSError(number, os.strerror(number)))
+    with pytest.raises(kind):
+        storage.read(str(folder / "a.bin"), 0, 5)
+    assert faults == []
+
+
+def test_a_disk_that_is_away_for_a_while(tmp_path, waits):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "a.bin").write_bytes(DATA)
+    url, away = str(tmp_path / "disk" / "a.bin"), tmp_path / "away"
+    (tmp_path / "disk").rename(away)
+
+    def back(url, reason):
+        reasons.append(reason)
+        if len(reasons) == 7:
+            away.rename(tmp_path / "disk")
+
+    reasons = []
+    assert Storage(Retries(attempts=2), back).read(url, 0, 5) == DATA[:5]
+    assert reasons == ["its folder is empty or missing"] * 7
+    assert sum(waits) == 63.5
 
 
 def test_faults_of_a_file_system(memory, monkeypatch):
@@ -607,6 +728,8 @@ def test_faults_of_a_file_system(memory, monkeypatch):
         assert errors == []
     with pytest.raises(StorageError, match="changed size from 7 to 10240 since"):
         Storage(QUICK).read(url, 0, 5, expected_size=7)
+    errors += [ClientError("no route")] * 2
+    assert storage.glob(url.replace("a.bin", "*.bin")) == [url]
     monkeypatch.setattr(FlakyFileSystem, "longest", 4)
     with pytest.raises(StorageError, match="with body cut short: "):
         storage.read(url, 0, 5)

@@ -157,6 +157,12 @@ def _parser() -> argparse.ArgumentParser:
         help="shards read at once, each by a process (default: threads of one process)",
     )
     index.add_argument("--attempts", type=int, default=5, help="tries of one read (default 5)")
+    index.add_argument(
+        "--local-cache", metavar="FOLDER", help="keep whole remote shards there, as training does"
+    )
+    index.add_argument(
+        "--max-gib", type=float, default=100.0, help="of --local-cache, in GiB (default 100)"
+    )
     index.add_argument("--json", action="store_true", help="print the summary as JSON")
     index.set_defaults(run=_data_index)
 
@@ -704,7 +710,10 @@ def _data_openmoji(options: argparse.Namespace) -> None:
 
 def _data_index(options: argparse.Namespace) -> None:
     from zsnr.data.index import write_indices
+    from zsnr.data.local_cache import LocalCache
 
+    kept = options.local_cache
+    cache = None if kept is None else LocalCache(kept, options.max_gib)
     _print(
         write_indices(
             options.source,
@@ -713,6 +722,7 @@ def _data_index(options: argparse.Namespace) -> None:
             attempts=options.attempts,
             timeout=options.timeout,
             processes=options.processes,
+            local_cache=cache,
             as_json=options.json,
         )
     )

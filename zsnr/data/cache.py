@@ -29,14 +29,16 @@ from zsnr.data.filters import Filter
 from zsnr.data.images import to_unit_range
 from zsnr.data.index import Index
 from zsnr.data.index_file import write_index
+from zsnr.data.local_cache import LocalCache
 from zsnr.data.samples import PARTS, Sample, Samples, select
 from zsnr.data.scan import FIELD, ShardIndex
 from zsnr.data.sources import CACHE, Shard, Sources, as_sources, is_cache, read_cache
-from zsnr.data.storage import Storage
+from zsnr.data.storage import Retries, Storage
 from zsnr.data.workers import Shared
 from zsnr.denoiser import Conditioning
 from zsnr.files import replacing
 from zsnr.locks import remove_leftovers
+from zsnr.public import public_url
 from zsnr.untrusted import clipped
 
 if TYPE_CHECKING:
@@ -234,16 +236,20 @@ class CacheDataset(ShardDataset):
     """
 
     def _load(self, sample: Sample, row: int, position: int, storage: Storage) -> dict[str, Any]:
+        from safetensors import SafetensorError
         from safetensors.torch import load
 
         if not sample.image.size:
             raise ValueError("it was broken when the cache was made")
         data, text, record = self._read(sample, row, storage)
         assert data is not None
-        tensors = load(data)
+        try:
+            tensors = load(data)
+            moments, flipped = tensors.pop("moments"), tensors.pop(_FLIPPED, None)
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(f"its moments are unreadable: {error}") from error
         _, flip = self._pixels.draw(self._seed, position)
         crop, _ = self._pixels.draw(_CROPS, int(self.samples.rows[row]))
-        moments, flipped = tensors.pop("moments"), tensors.pop(_FLIPPED, None)
         return {
             "moments": flipped if flip else moments,
             "caption": self._caption(text, record, position),
@@ -272,7 +278,9 @@ def write_cache(
     cache: Cache,
     pixels: Pixels,
     captions: Captions,
-    retries: Any,
+    retries: Retries = Retries(),
+    headers: Mapping[str, str] | None = None,
+    local_cache: LocalCache | None = None,
     batch_size: int = 8,
     num_workers: int = 0,
     rank: int = 0,
@@ -293,6 +301,8 @@ def write_cache(
         pixels: How pictures are cut. A random crop is drawn once a sample.
         captions: Which text is the caption.
         retries: Of the source's reads.
+        headers: Of requests to http servers.
+        local_cache: Keeps whole remote shards on local disk.
         batch_size: Pictures that are encoded at a time.
         num_workers: Processes that load.
         rank: This process; every num_ranks-th shard is its own.
@@ -321,7 +331,13 @@ def write_cache(
         conditioner.to(device)
     encoder = _Encoder(codec, conditioner, cache, pixels.flip, device)
     dataset = _Raw(
-        samples, pixels=replace(pixels, flip=False), captions=captions, retries=retries, seed=_CROPS
+        samples,
+        pixels=replace(pixels, flip=False),
+        captions=captions,
+        retries=retries,
+        headers=headers,
+        local_cache=local_cache,
+        seed=_CROPS,
     )
     faults: list[Fault] = []
     total, done = sum(starts[n + 1] - starts[n] for n in mine), 0
@@ -340,7 +356,8 @@ def write_cache(
             broken = [Fault("sample", samples.shards[n].url, *fault) for fault in found.faults]
             faults += broken
             table = _table(samples, index, rows, found.spans)
-            known = [f for f in samples.faults if f.shard == samples.shards[n].url]
+            name = public_url(samples.shards[n].url)
+            known = [f for f in samples.faults if f.shard == name]
             size = path.stat().st_size
             write_index(ShardIndex(table, known + broken, size, 0, ""), _index_file(path))
             done += len(rows)
@@ -384,7 +401,7 @@ class _Raw(ShardDataset):
                 "text": text,
                 "json": record,
             }
-        except (ValueError, EOFError) as error:  # a server that is down is no broken picture
+        except (ValueError, EOFError) as error:
             return {"row": row, "key": sample.key, "reason": " ".join(str(error).split())}
 
 

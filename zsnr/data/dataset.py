@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -16,9 +16,11 @@ from torch.utils.data import Dataset
 from zsnr.data.captions import Captions
 from zsnr.data.faults import BudgetError, Fault
 from zsnr.data.images import MAX_PIXELS, decode_image, size_facts
+from zsnr.data.local_cache import LocalCache
 from zsnr.data.samples import Sample, Samples, Span
-from zsnr.data.storage import Retries, Storage, is_remote
+from zsnr.data.storage import Retries, Storage, StorageError, is_remote
 from zsnr.noise import derive_seed
+from zsnr.public import public_url
 
 _CROP, _CAPTION = 3, 4  # streams of the run's seed; those of training.draws come before
 _TRIES = 32  # samples in a row that may be broken
@@ -88,6 +90,9 @@ class ShardDataset(Dataset[dict[str, Any]]):
         pixels: How pictures are cut.
         captions: Which text is the caption.
         retries: How often a read is tried.
+        headers: Of requests to http servers.
+        local_cache: Keeps whole remote shards on local disk. None = samples are read where they
+            are.
         seed: Of crops and captions, which belong to a position.
     """
 
@@ -99,12 +104,14 @@ class ShardDataset(Dataset[dict[str, Any]]):
         pixels: Pixels = Pixels(),
         captions: Captions = Captions(),
         retries: Retries = Retries(),
+        headers: Mapping[str, str] | None = None,
+        local_cache: LocalCache | None = None,
         seed: int = 0,
     ) -> None:
         self.samples = samples
         self._order = AsIndexed(samples) if order is None else order
-        self._pixels, self._captions, self._retries = pixels, captions, retries
-        self._seed = seed
+        self._pixels, self._captions, self._seed = pixels, captions, seed
+        self._storage = Storage(retries, headers=headers, local_cache=local_cache)
         self._remote = any(is_remote(shard.url) for shard in samples.shards)
         self._process: _Process | None = None
 
@@ -119,6 +126,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
 
         Raises:
             BudgetError: So many samples in a row are broken that something else must be wrong.
+            StorageError: Storage failed: what cannot be read is not broken.
         """
         if position < 0:
             return {**self[~position], "position": position}
@@ -132,7 +140,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
             )
             try:
                 item = self._load(sample, row, position, process.storage)
-            except (ValueError, OSError, EOFError) as error:
+            except (ValueError, EOFError) as error:
                 reason = " ".join(str(error).split())
                 faults.append(Fault("sample", sample.shard, sample.key, reason, position))
                 continue
@@ -151,7 +159,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
 
         Raises:
             ValueError, EOFError: It is broken.
-            OSError: It cannot be reached.
+            StorageError: It cannot be reached.
         """
         process, row = self._here(), self._order[position]
         process.local.report = lambda url, reason: None
@@ -167,7 +175,8 @@ class ShardDataset(Dataset[dict[str, Any]]):
         """Read and decode one sample.
 
         Raises:
-            ValueError, OSError, EOFError: It is broken.
+            ValueError, EOFError: It is broken.
+            StorageError: It cannot be reached.
         """
         image, text, record = self._read(sample, row, storage)
         assert image is not None
@@ -191,7 +200,24 @@ class ShardDataset(Dataset[dict[str, Any]]):
         return size_facts(size, height, width, crop)
 
     def _read(self, sample: Sample, row: int, storage: Storage) -> list[bytes | None]:
-        """Read image, text and json, with one request where they lie side by side."""
+        """Read image, text and json.
+
+        Raises:
+            EOFError: The sample is cut short.
+            StorageError: It cannot be reached, or is not there any more.
+        """
+        try:
+            return self._read_parts(sample, row, storage)
+        except StorageError:
+            raise
+        except (OSError, ValueError) as error:
+            raise StorageError(
+                f"{public_url(sample.shard)}, sample {sample.key!r}, was there when it was "
+                f"indexed, and now: {error} Put it back, or index the data again."
+            ) from error
+
+    def _read_parts(self, sample: Sample, row: int, storage: Storage) -> list[bytes | None]:
+        """Read all parts with one request where they lie side by side."""
         spans = [sample.image, sample.text, sample.json]
         wanted = [span for span in spans if span is not None]
         size = self.samples.shard_size(row)
@@ -209,15 +235,15 @@ class ShardDataset(Dataset[dict[str, Any]]):
     def _here(self) -> _Process:
         """What belongs to this process: connections and threads do not survive a fork."""
         if self._process is None or self._process.pid != os.getpid():
-            self._process = _Process(self._retries)
+            self._process = _Process(self._storage)
         return self._process
 
 
 class _Process:
-    def __init__(self, retries: Retries) -> None:
+    def __init__(self, storage: Storage) -> None:
         self.pid = os.getpid()
         self.local = threading.local()
-        self.storage = Storage(retries, lambda url, reason: self.local.report(url, reason))
+        self.storage = storage.reporting(lambda url, reason: self.local.report(url, reason))
         self.pool = ThreadPoolExecutor(_THREADS)
 
 

@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING
 from zsnr.data.captions import Captions
 from zsnr.data.faults import Fault, Ledger, summarize
 from zsnr.data.index_file import Part, read_footer, read_index, read_rows, write_index
+from zsnr.data.local_cache import LocalCache
 from zsnr.data.scan import FIELD, TEXTS, as_utf8, file_state, make_index
 from zsnr.data.sources import Shard, Sources, find_shards
 from zsnr.data.storage import Retries, Storage, is_remote
 from zsnr.locks import Lock
+from zsnr.public import public_url
 from zsnr.untrusted import clipped
 
 if TYPE_CHECKING:
@@ -157,7 +159,7 @@ def load_index(
 
     Raises:
         FileNotFoundError: There are no shards.
-        NoRangesError: A server gives no parts of a file.
+        StorageError: A shard cannot be read, which says nothing about its bytes.
         OSError: An index file cannot be written, but must be.
         ValueError: A cached shard has no index, or not its own.
     """
@@ -167,7 +169,7 @@ def load_index(
     wanted = None if fields is None else [FIELD + name for name in fields]
     one = partial(
         _load_alone,
-        retries=storage.retries,
+        settings=storage.reporting(None),
         folder=folder,
         write=write,
         must_write=must_write,
@@ -215,6 +217,7 @@ def write_indices(
     attempts: int = 5,
     timeout: float = 30.0,
     processes: int = 0,
+    local_cache: LocalCache | None = None,
     as_json: bool = False,
 ) -> str:
     """Index shards and say what was found; `zsnr data index`.
@@ -226,6 +229,7 @@ def write_indices(
         attempts: Tries of one read.
         timeout: Seconds after which a server is stalled.
         processes: How many work at once.
+        local_cache: Keeps whole remote shards on local disk.
         as_json: Say it as JSON.
 
     Raises:
@@ -237,11 +241,13 @@ def write_indices(
     shards = find_shards(sources)
     remote = [shard.url for shard in shards if is_remote(shard.url)]
     if remote and folder is None:
-        raise ValueError(f"{remote[0]}: there is no place beside it; give --output FOLDER.")
+        name = public_url(remote[0])
+        raise ValueError(f"{name}: there is no place beside it; give --output FOLDER.")
     passing: list[Fault] = []
     storage = Storage(
-        Retries(attempts, timeout=timeout),
+        Retries(attempts, timeout=timeout, outage=0.0),
         lambda url, reason: passing.append(Fault("passing", url, None, reason)),
+        local_cache=local_cache,
     )
     with _lock(shards, folder):
         index = load_index(
@@ -346,7 +352,7 @@ def index_path(shard: Shard, folder: Path | None) -> Path | None:
 
 def _load_alone(
     shard: Shard,
-    retries: Retries,
+    settings: Storage,
     folder: Path | None,
     write: bool,
     must_write: bool,
@@ -354,7 +360,7 @@ def _load_alone(
 ) -> tuple[Part, list[tuple[str, str]], str]:
     """Find or make a shard's index with a storage of its own, and say which faults passed."""
     met: list[tuple[str, str]] = []
-    storage = Storage(retries, lambda url, reason: met.append((url, reason)))
+    storage = settings.reporting(lambda url, reason: met.append((url, reason)))
     path = index_path(shard, folder)
     if path is not None and path.exists():
         try:

@@ -20,7 +20,7 @@ from zsnr.data.captions import is_text, parse_record, text_fields
 from zsnr.data.faults import Fault
 from zsnr.data.images import HeaderCut, image_size
 from zsnr.data.sources import IMAGE_SUFFIXES, METADATA, Shard, folder_files
-from zsnr.data.storage import NoRangesError, Storage, is_remote, local_path
+from zsnr.data.storage import Storage, is_remote, local_path
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -85,12 +85,13 @@ class ShardIndex:
 
 
 def make_index(shard: Shard, storage: Storage) -> ShardIndex:
-    """Index one shard or folder; what is broken in it becomes a fault, not an error.
+    """Index one shard or folder; what is broken in its bytes becomes a fault, not an error.
 
     Raises:
-        NoRangesError: Its server gives no parts of a file.
+        OSError: It cannot be read, which says nothing about its bytes.
     """
-    return _index_folder(shard) if shard.kind == "folder" else _index_tar(shard, storage)
+    index = _index_folder if shard.kind == "folder" else _index_tar
+    return index(shard, storage)
 
 
 def file_state(url: str) -> tuple[int, int]:
@@ -212,9 +213,7 @@ def _index_tar(shard: Shard, storage: Storage) -> ShardIndex:
             _read_tar(rows, file, size)
     except FileNotFoundError:
         rows.shard_fault("missing")
-    except NoRangesError:
-        raise
-    except (OSError, EOFError) as error:
+    except EOFError as error:
         rows.shard_fault(_line(error))
         return rows.index(0)  # which is not kept: the next time may go well
     return rows.index(size, changed)
@@ -410,7 +409,7 @@ def _is_image(file: BinaryIO, span: tuple[int, int]) -> bool:
     return True
 
 
-def _index_folder(shard: Shard) -> ShardIndex:
+def _index_folder(shard: Shard, storage: Storage) -> ShardIndex:
     folder, rows = Path(shard.url), _Rows(shard)
     files = list(folder_files(folder))
     entries = _read_metadata(rows, folder / METADATA)
@@ -425,7 +424,7 @@ def _index_folder(shard: Shard) -> ShardIndex:
         try:
             image, text = _file_span(path), Path(part_file(shard.url, key, "text"))
             spans = {"image": _bounded("image", image)}
-            with open(path, "rb") as file:
+            with storage.open(str(path)) as file:
                 if suffix not in IMAGE_SUFFIXES and not _is_image(file, image):
                     continue
                 used.add(key)
@@ -436,17 +435,17 @@ def _index_folder(shard: Shard) -> ShardIndex:
             if text.is_file():
                 used.add(text.relative_to(folder).as_posix())
                 spans["text"] = _bounded("text", _file_span(text))
-                content = text.read_bytes()
+                content = storage.read(str(text), *spans["text"])
             fields: dict[str, Any] = {}
             if key in entries:
                 spans["json"] = entries.pop(key)
-                with open(folder / METADATA, "rb") as lines:
-                    fields = parse_record(_read(lines, *spans["json"]))
+                record = storage.read(str(folder / METADATA), *spans["json"])
+                fields = parse_record(record)
             if len(spans) == 1:
                 tip = f"; {unread[0]} is not read: write it as {METADATA}" if unread else ""
                 raise ValueError(f"it has no caption: no {text.name}, no line in {METADATA}{tip}")
             rows.add(key, size, spans, _filterable(fields), text_fields(content, fields))
-        except (ValueError, OSError) as error:
+        except (ValueError, EOFError, OSError) as error:
             if isinstance(error, OSError) and error.errno not in _OF_THE_FILE:
                 raise
             if suffix in IMAGE_SUFFIXES or key in used:

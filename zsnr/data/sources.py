@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from zsnr.data.storage import is_remote, local_path
+from zsnr.data.storage import Storage, is_remote, local_path
+from zsnr.public import public_url
 from zsnr.untrusted import parse_object, read_small
 
 IMAGE_SUFFIXES = (
@@ -41,7 +42,7 @@ class Source:
         path: A folder of tar shards; a pattern such as "data/{000..099}.tar" or "data/train-*.tar",
             also behind http://, https://, s3:// or gs://; a list of them; a folder of pictures with
             KEY.txt beside each or metadata.jsonl in it or in folders below; or "pipe:COMMAND", a
-            command that writes shards.
+            command that prints one shard, which data.local_cache then keeps.
         weight: How often a pass over the data sees each sample: 2 = twice, 0.5 = every second pass.
         ratio: Share of each global batch, relative to the other sources' ratios, however many
             samples the source has. Each source then has passes of its own. If one source has a
@@ -82,10 +83,7 @@ class Shard:
     @property
     def name(self) -> str:
         """The last part of its path, which stays when shards are moved or signed anew."""
-        url = self.url
-        if url.startswith(("http://", "https://")):
-            url = url.partition("?")[0].partition("#")[0]
-        return url.rstrip("/").rpartition("/")[2]
+        return public_url(self.url).rstrip("/").rpartition("/")[2]
 
 
 Sources = str | Sequence[str | Source]
@@ -114,11 +112,6 @@ def as_sources(sources: Sources) -> list[Source]:
 def is_cache(path: str) -> bool:
     """Whether a source is a folder that `zsnr data cache` wrote."""
     return not is_remote(path) and (Path(path).expanduser() / CACHE).is_file()
-
-
-def is_stream(url: str) -> bool:
-    """Whether a source can only be read from its start: the output of a command."""
-    return url.startswith("pipe:")
 
 
 def find_shards(sources: Sources) -> list[Shard]:
@@ -230,7 +223,7 @@ def _cached(cache: Path, weight: float) -> list[Shard]:
 
 
 def _expand(item: str) -> list[str]:
-    if is_stream(item):
+    if item.startswith("pipe:"):
         return [item]
     if is_remote(item):
         return _expand_address(item)
@@ -298,13 +291,10 @@ def _expand_address(item: str) -> list[str]:
         return list(expand_urls(pattern))
     if pattern.startswith(("http://", "https://")):
         raise FileNotFoundError(
-            f"No shards at {item}: a web server lists no files. Name them, such as {{000..099}}.tar"
+            f"No shards at {public_url(item)}: a web server lists no files. Name them, such as "
+            "{000..099}.tar"
         )
-    from fsspec.core import url_to_fs
-
-    files, path = url_to_fs(pattern)
-    scheme = pattern.partition("://")[0]
-    found = [f"{scheme}://{name.lstrip('/')}" for name in sorted(files.glob(path))]
+    found = Storage().glob(pattern)
     if not found:
-        raise FileNotFoundError(f"No shards at {item}.")
+        raise FileNotFoundError(f"No shards at {public_url(item)}.")
     return found

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import logging
 import os
 import re
+import selectors
+import signal
 import ssl
 import subprocess
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from http.client import IncompleteRead, RemoteDisconnected
@@ -17,11 +21,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 from urllib.parse import unquote
 
+from zsnr.data.local_cache import Copy, LocalCache
+from zsnr.public import public_url
+
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
     from urllib3 import BaseHTTPResponse, PoolManager
 
-LONGEST_WAIT = 60.0  # seconds between two tries
+LONGEST_WAIT = 60.0  # seconds between two tries, unless a server asks for more
 SLOWEST = 16 * 1024  # bytes per second below which a server counts as stalled
 PACKAGES = {  # of fsspec's protocols
     "s3": "s3fs",
@@ -32,18 +39,29 @@ PACKAGES = {  # of fsspec's protocols
     "abfs": "adlfs",
     "hf": "huggingface_hub",
 }
+_SECRET = r"auth|cookie|token|key|secret|password|credential"  # names of headers that hold one
+_VARIABLE = r"\$\{(\w+)\}"
+_CHUNK = 8 << 20  # bytes of one request of a whole shard
+_LASTING = (  # errors of files that no waiting mends
+    *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.ENXIO, errno.EROFS),
+)
+_LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Retries:
-    """How long to bear with a server's passing faults.
+    """Retry policy for transient errors of local disks, servers and object storage.
 
     Args:
-        attempts: Tries of one read in all.
-        backoff: Seconds before the second try; each later wait is twice as long, up to 60.
+        attempts: Tries of one read in quick succession.
+        backoff: Seconds before the second try; each later wait is twice as long, up to 60. A
+            server that names a time (Retry-After) is asked again then, within `outage`.
         timeout: Seconds without a byte, or to connect, after which a server counts as stalled.
             One try of n bytes takes at most so long and n / 16384 seconds.
+        outage: Seconds for which a read that has failed is tried before the run stops, beyond its
+            quick tries. 0 = the run stops after those.
 
     Raises:
         ValueError: A number makes no sense.
@@ -52,25 +70,31 @@ class Retries:
     attempts: int = 5
     backoff: float = 0.5
     timeout: float = 30.0
+    outage: float = 600.0
 
     def __post_init__(self) -> None:
-        if self.attempts < 1 or self.backoff < 0 or self.timeout <= 0:
+        if self.attempts < 1 or self.backoff < 0 or self.timeout <= 0 or self.outage < 0:
             raise ValueError(
-                f"{self}: wanted attempts of 1 or more, a backoff of 0 or more and a timeout "
-                "above 0."
+                f"{self}: wanted attempts of 1 or more, a backoff of 0 or more, a timeout above 0 "
+                "and an outage of 0 or more."
             )
 
 
-class NoRangesError(OSError):
-    """A source gives its bytes only from the beginning on: `Storage.stream` reads it."""
-
-
 class StorageError(OSError):
-    """A source failed for good."""
+    """Storage has failed for good. The data may be whole, so nothing may take their place."""
+
+
+class NoRangesError(StorageError):
+    """A source gives its bytes only from the beginning to the end, and has no local cache."""
 
 
 class _PassingError(Exception):
-    """What may go well the next time: a short and stable reason, and perhaps the detail."""
+    """What may go well the next time."""
+
+    def __init__(self, reason: str, detail: str = "", wait: float = 0.0) -> None:
+        super().__init__(reason, detail, wait)
+        self.reason, self.wait = reason, wait  # short and stable; seconds that a server asks for
+        self.text = " ".join(f"{reason}: {detail}".split()) if detail else reason
 
 
 def is_remote(url: str) -> bool:
@@ -92,20 +116,48 @@ class Storage:
     opened when they are needed. The first size of an object that is seen must stay its size.
 
     Args:
-        retries: Of remote reads; local files are read once.
+        retries: Of all reads.
         on_fault: Called with (url, reason) for each passing fault that will be retried. Reasons
             are short and stable: "HTTP 503", "connection reset", "stalled for 30 s", ...
+        headers: Of requests to http servers. "${NAME}" in a value is the environment's NAME. They
+            are not sent on to another host.
+        local_cache: Keeps whole remote objects on local disk. None = their parts are read where
+            they are.
+
+    Raises:
+        ValueError: A header names no variable of the environment, or holds a secret.
     """
 
     def __init__(
-        self, retries: Retries = Retries(), on_fault: Callable[[str, str], None] | None = None
+        self,
+        retries: Retries = Retries(),
+        on_fault: Callable[[str, str], None] | None = None,
+        *,
+        headers: Mapping[str, str] | None = None,
+        local_cache: LocalCache | None = None,
     ) -> None:
         self.retries, self.on_fault = retries, on_fault
+        self.headers, self.local_cache = dict(headers or {}), local_cache
+        self._sent = _expanded(self.headers)
         self._sizes: dict[str, int] = {}
+        self._failing: set[str] = set()
         self._pools: dict[int, PoolManager] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_sizes": self._sizes.copy(), "_pools": {}}
+        return {**self.__dict__, "_sizes": self._sizes.copy(), "_pools": {}, "_failing": set()}
+
+    def reporting(self, on_fault: Callable[[str, str], None] | None) -> Storage:
+        """Return one with the same settings that reports to another listener."""
+        return Storage(self.retries, on_fault, headers=self.headers, local_cache=self.local_cache)
+
+    def check_source(self, url: str) -> None:
+        """Refuse a source that gives no parts of a file, where no local cache keeps it whole.
+
+        Raises:
+            NoRangesError: It is a command, and there is no local cache. Servers are not asked.
+        """
+        if self.local_cache is None:
+            _refuse_pipe(url)
 
     def size(self, url: str) -> int:
         """Return the bytes of the whole object.
@@ -113,15 +165,14 @@ class Storage:
         Raises:
             FileNotFoundError: There is no such object.
             PermissionError: It may not be read.
-            NoRangesError: Only `stream` reads it.
+            NoRangesError: Its bytes come only from the beginning to the end: set a local cache.
             StorageError: It failed for good, or has another size than before.
         """
         if not is_remote(url):
-            return self._same_size(url, local_path(url).stat().st_size)
-        _refuse_pipe(url)
-        return self._retrying(
-            url, partial(self._ask_http if _is_http(url) else self._ask_other, url)
-        )
+            return self._retrying(url, partial(self._ask_local, url))
+        if self.local_cache is not None:
+            return self._retrying(url, partial(self._copy_size, url, self._told_size(url)))
+        return self._remote_size(url)
 
     def read(self, url: str, offset: int, size: int, expected_size: int | None = None) -> bytes:
         """Return exactly `size` bytes from `offset` on.
@@ -137,84 +188,163 @@ class Storage:
         """
         if not size:
             return b""
-        if is_remote(url):
-            _refuse_pipe(url)
-            read = self._read_http if _is_http(url) else self._read_other
-            return self._retrying(url, partial(read, url, offset, size, expected_size))
-        with open(local_path(url), "rb") as file:
-            total = self._same_size(url, os.fstat(file.fileno()).st_size, expected_size)
-            _refuse_end(url, offset, size, total)
-            file.seek(offset)
-            return file.read(size)
+        if is_remote(url) and self.local_cache is None:
+            return self._remote_read(url, offset, size, expected_size)
+        return self._retrying(url, partial(self._read_file, url, offset, size, expected_size))
 
-    def open(self, url: str, block: int = 1 << 20) -> BinaryIO:
-        """Open for reading and seeking.
-
-        Args:
-            block: Bytes of one remote read at least.
+    def glob(self, pattern: str) -> list[str]:
+        """List the addresses of object storage that match a pattern, sorted.
 
         Raises:
             OSError: As `size` raises.
         """
-        if is_remote(url):
-            return io.BufferedReader(_Ranges(self, url, self.size(url)), block)
-        return open(local_path(url), "rb")
+        return self._retrying(pattern, partial(_matches, pattern))
 
-    def stream(self, url: str) -> BinaryIO:
-        """Open for reading from the beginning to the end.
+    def open(self, url: str, block: int | None = None) -> BinaryIO:
+        """Open for reading and seeking.
 
-        `pipe:COMMAND` is what the shell's command prints; its failure raises at the end. A server
-        without ranges is asked once, and a fault on the way is final.
+        Args:
+            block: Bytes of one read at least. None = a mebibyte of what is remote, 16 KiB of files.
 
         Raises:
-            OSError: As `size` raises, but for NoRangesError.
+            OSError: As `size` raises.
         """
-        if url.startswith("pipe:"):
-            return io.BufferedReader(_Command(url), 1 << 20)
-        try:
-            return self.open(url)
-        except NoRangesError:
-            response = self._retrying(url, partial(self._get, url))
-            return io.BufferedReader(_Body(url, response, self.retries.timeout), 1 << 20)
-
-    def has_ranges(self, url: str) -> bool:
-        """Tell whether `read` and `open` work; a server is asked.
-
-        Raises:
-            OSError: As `size` raises, but for NoRangesError.
-        """
-        try:
-            self.size(url)
-        except NoRangesError:
-            return False
-        return True
+        remote = is_remote(url) and self.local_cache is None
+        kind = _Ranges if remote else _File
+        return io.BufferedReader(
+            kind(self, url, self.size(url)), block or (1 << 20 if remote else 16 << 10)
+        )
 
     def _retrying(self, url: str, attempt: Callable[[], T]) -> T:
-        wait, left = self.retries.backoff, self.retries.attempts
+        """Try quickly, and then with the longer patience for outages."""
+        wait, tries, began = self.retries.backoff, 0, 0.0
         while True:
             try:
-                return attempt()
+                result = attempt()
             except _PassingError as fault:
-                left -= 1
-                if not left:
-                    raise StorageError(
-                        f"{url} failed {self.retries.attempts} times, the last time with "
-                        f"{': '.join(fault.args)}: wanted a server that answers. Raise "
-                        "data.retries.attempts to wait longer for it."
-                    ) from fault
+                tries += 1
+                began = began or time.monotonic()
+                left = began + self.retries.outage - time.monotonic()
+                pause = min(wait, LONGEST_WAIT)
+                pause = max(pause, min(fault.wait, max(LONGEST_WAIT, left)))
+                if tries >= self.retries.attempts:
+                    self._bear(url, tries, fault, left)
+                    pause, wait = min(max(pause, 1.0), left), max(wait, 0.5)
                 if self.on_fault is not None:
-                    self.on_fault(url, fault.args[0])
-            time.sleep(min(wait, LONGEST_WAIT))
+                    self.on_fault(url, fault.reason)
+            else:
+                if tries >= self.retries.attempts:
+                    self._failing.discard(_place(url))
+                return result
+            time.sleep(pause)
             wait *= 2
+
+    def _bear(self, url: str, tries: int, fault: _PassingError, left: float) -> None:
+        """Say once that storage does not answer, and give up when the patience is at its end."""
+        name = public_url(url)
+        failed = f"{name} failed {tries} times, the last time with {fault.text}".replace(url, name)
+        if left <= 0:
+            raise StorageError(
+                f"{failed}: wanted storage that answers. Raise data.retries.outage (now "
+                f"{self.retries.outage:g} s) to wait longer for it."
+            ) from fault
+        if (place := _place(url)) not in self._failing:
+            self._failing.add(place)
+            _LOG.warning(f"zsnr: warning: {failed}: trying for another {left:.0f} s.")
 
     def _same_size(self, url: str, total: int, expected: int | None = None) -> int:
         first = self._sizes.setdefault(url, total)
         wanted = first if expected is None else expected
         if total != wanted:
             raise StorageError(
-                f"{url} changed size from {wanted} to {total} since it was indexed: index it again."
+                f"{public_url(url)} changed size from {wanted} to {total} since it was indexed: "
+                "index it again."
             )
         return total
+
+    # Files
+
+    def _ask_local(self, url: str) -> int:
+        with _passing_local():
+            return self._same_size(url, local_path(url).stat().st_size)
+
+    def _read_file(self, url: str, offset: int, size: int, expected: int | None) -> bytes:
+        with self._open_file(url, expected) as file:
+            return self._read_open(file, url, offset, size, expected)
+
+    def _open_file(self, url: str, expected: int | None) -> BinaryIO:
+        return self._copy(url, expected) if is_remote(url) else _open_local(url)
+
+    def _read_open(
+        self, file: BinaryIO, url: str, offset: int, size: int, expected: int | None
+    ) -> bytes:
+        with _passing_local():
+            total = self._same_size(url, os.fstat(file.fileno()).st_size, expected)
+            _refuse_end(url, offset, size, total)
+            file.seek(offset)
+            data = file.read(size)
+        if len(data) != size:
+            raise _PassingError("cut short")
+        return data
+
+    # The local cache
+
+    def _copy(self, url: str, size: int | None) -> BinaryIO:
+        """Open the local copy of an object; one of another size than `size` is made again."""
+        assert self.local_cache is not None
+        name = public_url(url).rpartition("/")[2]
+        fill = partial(self._download, url, size)
+        with _passing_local(f"data.local_cache.folder={self.local_cache.folder}"):
+            file = self.local_cache.open(url, name, fill)
+            if size is not None and os.fstat(file.fileno()).st_size != size:
+                file.close()
+                self.local_cache.forget(url, name)
+                file = self.local_cache.open(url, name, fill)
+        return file
+
+    def _copy_size(self, url: str, size: int | None) -> int:
+        with self._copy(url, size) as file:
+            return self._same_size(url, os.fstat(file.fileno()).st_size)
+
+    def _told_size(self, url: str) -> int | None:
+        """Return an object's size, if it is told without reading all of it."""
+        if not url.startswith("pipe:"):
+            with suppress(NoRangesError):
+                return self._remote_size(url)
+        return None
+
+    def _download(self, url: str, size: int | None, copy: Copy) -> None:
+        """Write a whole object; `size` is what it should have."""
+        if url.startswith("pipe:"):
+            whole: Callable[[], Generator[bytes]] = partial(_output, url, self.retries.timeout)
+        else:
+            try:
+                total = self._remote_size(url)
+            except NoRangesError:
+                whole = partial(self._body, url)
+            else:
+                copy.reserve(self._same_size(url, total, size))
+                for offset in range(0, total, _CHUNK):
+                    count = min(_CHUNK, total - offset)
+                    copy.write(self._remote_read(url, offset, count, total))
+                return
+        lengths: list[int] = []
+        if size is not None:
+            copy.reserve(size)
+        self._retrying(url, partial(_write_whole, copy, whole, size, lengths))
+
+    # Servers
+
+    def _remote_size(self, url: str) -> int:
+        _refuse_pipe(url)
+        return self._retrying(
+            url, partial(self._ask_http if _is_http(url) else self._ask_other, url)
+        )
+
+    def _remote_read(self, url: str, offset: int, size: int, expected: int | None) -> bytes:
+        _refuse_pipe(url)
+        read = self._read_http if _is_http(url) else self._read_other
+        return self._retrying(url, partial(read, url, offset, size, expected))
 
     def _pool(self) -> PoolManager:
         from urllib3 import PoolManager
@@ -229,7 +359,9 @@ class Storage:
         from urllib3 import Retry, Timeout
         from urllib3.exceptions import LocationValueError
 
-        headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={span}"} if span else {})
+        headers = {"Accept-Encoding": "identity", **_basic(url), **self._sent}
+        if span:
+            headers["Range"] = f"bytes={span}"
         timeout = self.retries.timeout
         try:
             with _passing(url, timeout):
@@ -245,28 +377,32 @@ class Storage:
                         other=0,
                         redirect=5,
                         raise_on_redirect=False,
+                        remove_headers_on_redirect=headers.keys() - {"Accept-Encoding", "Range"},
                     ),
                     preload_content=False,
                     decode_content=False,
                 )
         except LocationValueError as error:
-            raise ValueError(f"{url}: {error} Wanted http://HOST/PATH.") from error
+            raise ValueError(f"{public_url(url)}: {error} Wanted http://HOST/PATH.") from error
         status = response.status
         if status == 200 or (span and status in (206, 416)):
             return response
         _drop(response)
+        name = public_url(url)
         if status in (404, 410):
-            raise FileNotFoundError(f"{url} is not there (HTTP {status}).")
+            raise FileNotFoundError(f"{name} is not there (HTTP {status}).")
         if status in (401, 403):
-            raise PermissionError(f"{url} may not be read (HTTP {status}).")
+            raise PermissionError(
+                f"{name} may not be read (HTTP {status}): data.headers may hold credentials."
+            )
         if status in (408, 429) or status >= 500:
-            raise _PassingError(f"HTTP {status}")
-        raise StorageError(f"{url} answers HTTP {status}: wanted {'206' if span else '200'}.")
+            raise _PassingError(f"HTTP {status}", wait=_asked_wait(response))
+        raise StorageError(f"{name} answers HTTP {status}: wanted {'206' if span else '200'}.")
 
     def _ask_http(self, url: str) -> int:
         with self._span(url, "0-0") as (response, _, total):
             if total is None:
-                raise NoRangesError(f"{url}: the server does not tell the size.")
+                raise NoRangesError(f"{public_url(url)}: the server tells no size. {_WAY_OUT}")
             with _passing(url, self.retries.timeout):
                 response.read1(1)
             return self._same_size(url, total)
@@ -277,8 +413,8 @@ class Storage:
                 _refuse_end(url, offset, size, self._same_size(url, total, expected_size))
             if start != offset:
                 raise StorageError(
-                    f"{url} answers HTTP {response.status} with bytes from {start} on: wanted them "
-                    f"from {offset} on."
+                    f"{public_url(url)} answers HTTP {response.status} with bytes from {start} on: "
+                    f"wanted them from {offset} on."
                 )
             parts, left, timeout = [], size, self.retries.timeout
             end = time.monotonic() + timeout + size / SLOWEST
@@ -293,6 +429,23 @@ class Storage:
                 left -= len(part)
             return b"".join(parts)
 
+    def _body(self, url: str) -> Generator[bytes]:
+        """Give the bytes of an object that comes only as a whole."""
+        response, timeout = self._get(url), self.retries.timeout
+        try:
+            began, count = time.monotonic(), 0
+            while True:
+                with _passing(url, timeout):
+                    part = response.read1(1 << 18)
+                if not part:
+                    return
+                count += len(part)
+                if time.monotonic() - began > timeout + count / SLOWEST:
+                    raise _PassingError(f"slower than {SLOWEST // 1024} KiB/s")
+                yield part
+        finally:
+            _drop(response)
+
     @contextmanager
     def _span(
         self, url: str, span: str
@@ -302,8 +455,7 @@ class Storage:
         try:
             if response.status == 200:
                 raise NoRangesError(
-                    f"{url}: the server gives no ranges, so it can only be read from the "
-                    "beginning to the end."
+                    f"{public_url(url)}: the server gives no byte ranges. {_WAY_OUT}"
                 )
             told = response.headers.get("Content-Range", "")
             start, total = (
@@ -319,7 +471,7 @@ class Storage:
             files, path = _filesystem(url)
             total = files.info(path).get("size")
         if total is None:
-            raise StorageError(f"{url} tells no size: wanted a file.")
+            raise StorageError(f"{public_url(url)} tells no size: wanted a file.")
         return self._same_size(url, total)
 
     def _read_other(self, url: str, offset: int, size: int, expected_size: int | None) -> bytes:
@@ -335,18 +487,167 @@ class Storage:
         return data
 
 
+_WAY_OUT = (
+    "Set data.local_cache to a folder that keeps whole shards, such as "
+    "{folder: /scratch/shards, max_gib: 200}."
+)
+
+
 def _is_http(url: str) -> bool:
     return url.startswith(("http://", "https://"))
 
 
+def _place(url: str) -> str:
+    """Name the storage of an object: its folder, or its address without the last part."""
+    return public_url(url).rpartition("/")[0]
+
+
+def check_headers(headers: Mapping[str, str]) -> None:
+    """Refuse headers that hold a secret which saved configs would show.
+
+    Raises:
+        ValueError: A header for credentials names no variable of the environment.
+    """
+    for name, value in headers.items():
+        if re.search(_SECRET, name.lower()) and not re.search(_VARIABLE, value):
+            raise ValueError(
+                f"data.headers.{name} holds a secret that saved configs would show: put it into "
+                f"the environment, and write {name}: ${{NAME}}."
+            )
+
+
+def _expanded(headers: Mapping[str, str]) -> dict[str, str]:
+    """Put the environment's values into headers."""
+    check_headers(headers)
+    sent = {}
+    for name, value in headers.items():
+        for variable in re.findall(_VARIABLE, value):
+            if variable not in os.environ:
+                raise ValueError(f"data.headers.{name}: the environment has no {variable}: set it.")
+            value = value.replace(f"${{{variable}}}", os.environ[variable].strip())
+        if not (value.isascii() and value.isprintable()):
+            raise ValueError(f"data.headers.{name}: wanted printable ASCII characters only.")
+        sent[name] = value
+    return sent
+
+
+def _basic(url: str) -> dict[str, str]:
+    """Return the header of an address with user and password."""
+    from urllib3.util import make_headers
+
+    user = re.match(r"\w+://([^/?#]*)@", url)
+    if user is None:
+        return {}
+    return {"Authorization": make_headers(basic_auth=unquote(user[1]))["authorization"]}
+
+
+def _asked_wait(response: BaseHTTPResponse) -> float:
+    """Return the seconds that a server asks to wait, by Retry-After; 0 = it does not say."""
+    from urllib3 import Retry
+    from urllib3.exceptions import InvalidHeader
+
+    try:
+        return Retry().get_retry_after(response) or 0.0
+    except (InvalidHeader, OverflowError, ValueError):
+        return 0.0
+
+
+def _write_whole(
+    copy: Copy, whole: Callable[[], Generator[bytes]], size: int | None, lengths: list[int]
+) -> None:
+    """Write an object from its beginning to its end, and look whether that was all.
+
+    Twice the same number of bytes is what there is, also if a tar file should go on.
+    """
+    copy.restart()
+    with closing(whole()) as parts:
+        for part in parts:
+            copy.write(part)
+    complete = copy.tail == bytes(512) if size is None else copy.size == size
+    if not complete and copy.size not in lengths:
+        lengths.append(copy.size)
+        raise _PassingError("cut short", f"{copy.size} bytes without the end of a tar file")
+
+
+def _output(url: str, timeout: float) -> Generator[bytes]:
+    """Give what the command of a `pipe:` prints.
+
+    Raises:
+        StorageError: There is no such command.
+    """
+    process = subprocess.Popen(
+        url.removeprefix("pipe:"),
+        shell=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        bufsize=0,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    try:
+        with selectors.DefaultSelector() as ready:
+            ready.register(process.stdout, selectors.EVENT_READ)
+            while True:
+                if not ready.select(timeout):
+                    raise _PassingError(f"stalled for {timeout:g} s")
+                part = process.stdout.read(1 << 20)
+                if not part:
+                    break
+                yield part
+        status = process.wait()
+        if status in (126, 127):
+            raise StorageError(
+                f"{public_url(url)} ended with exit status {status}: the shell cannot start it."
+            )
+        if status:
+            raise _PassingError(f"exit status {status}")
+    finally:
+        process.stdout.close()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # the shell and what it has started
+        process.wait()
+
+
+@contextmanager
+def _passing_local(place: str = "") -> Iterator[None]:
+    """Name the faults of a disk, and where it is unless the address says it."""
+    try:
+        yield
+    except (StorageError, FileNotFoundError, PermissionError):
+        raise
+    except OSError as error:
+        if error.errno in _LASTING:
+            raise
+        reason = type(error).__name__ if error.errno is None else os.strerror(error.errno)
+        raise _PassingError(reason, place) from error
+
+
+def _open_local(url: str) -> BinaryIO:
+    path = local_path(url)
+    try:
+        with _passing_local():
+            return open(path, "rb")
+    except FileNotFoundError as error:
+        if _holds_files(path.parent):
+            raise
+        raise _PassingError("its folder is empty or missing") from error  # a disk that is not there
+
+
+def _holds_files(folder: Path) -> bool:
+    try:
+        return any(folder.iterdir())
+    except OSError:
+        return False
+
+
 def _refuse_pipe(url: str) -> None:
     if url.startswith("pipe:"):
-        raise NoRangesError(f"{url} can only be read from the beginning to the end.")
+        raise NoRangesError(f"{public_url(url)} comes only as a whole. {_WAY_OUT}")
 
 
 def _refuse_end(url: str, offset: int, size: int, total: int) -> None:
     if offset + size > total:
-        raise EOFError(f"{url} has {total} bytes: wanted {size} from {offset} on.")
+        raise EOFError(f"{public_url(url)} has {total} bytes: wanted {size} from {offset} on.")
 
 
 def _drop(response: BaseHTTPResponse) -> None:
@@ -375,7 +676,7 @@ def _passing(url: str, timeout: float) -> Iterator[None]:
         inner = (e for e in (*fault.args, fault.__cause__) if isinstance(e, Exception))
         cause = next(inner, fault)
         if isinstance(cause, ssl.SSLCertVerificationError):
-            raise StorageError(f"{url}: {cause}.") from error
+            raise StorageError(f"{public_url(url)}: {cause}.") from error
         reasons = {
             ConnectionRefusedError: "connection refused",
             RemoteDisconnected: "connection closed",
@@ -394,14 +695,23 @@ def _filesystem(url: str) -> tuple[Any, str]:
     except ImportError as error:
         package = PACKAGES.get(url.partition("://")[0])
         raise ValueError(
-            f"{url}: {error}" + f": `pip install {package}`." * bool(package)
+            f"{public_url(url)}: {error}" + f": `pip install {package}`." * bool(package)
         ) from error
     except ValueError as error:
         raise ValueError(
-            f"{url}: {error}. Wanted a path, http(s)://, pipe:COMMAND or what fsspec knows, such "
-            f"as {', '.join(f'{name}://' for name in PACKAGES)}."
+            f"{public_url(url)}: {error}. Wanted a path, http(s)://, pipe:COMMAND or what fsspec "
+            f"knows, such as {', '.join(f'{name}://' for name in PACKAGES)}."
         ) from error
     return filesystem
+
+
+def _matches(pattern: str) -> list[str]:
+    with _passing_other():
+        files, path = _filesystem(pattern)
+        files.invalidate_cache()  # an empty answer may have been an outage's
+        found = sorted(files.glob(path))
+    scheme = pattern.partition("://")[0]
+    return [f"{scheme}://{name.lstrip('/')}" for name in found]
 
 
 @contextmanager
@@ -432,7 +742,9 @@ class _Ranges(io.RawIOBase):
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
         if start + offset < 0:
-            raise ValueError(f"{self._url}: wanted a position of 0 or more, not {start + offset}.")
+            raise ValueError(
+                f"{public_url(self._url)}: wanted a position of 0 or more, not {start + offset}."
+            )
         self._position = start + offset
         return self._position
 
@@ -442,62 +754,35 @@ class _Ranges(io.RawIOBase):
     def readinto(self, buffer: WriteableBuffer) -> int:
         view = memoryview(buffer)
         count = max(min(len(view), self._size - self._position), 0)
-        view[:count] = self._storage.read(self._url, self._position, count)
+        if count:
+            view[:count] = self._read(count)
         self._position += count
         return count
 
+    def _read(self, count: int) -> bytes:
+        return self._storage.read(self._url, self._position, count, self._size)
 
-class _Body(io.RawIOBase):
-    """The body of one answer."""
 
-    def __init__(self, url: str, response: BaseHTTPResponse, timeout: float) -> None:
-        self._url, self._response, self._timeout, self._position = url, response, timeout, 0
+class _File(_Ranges):
+    """A file, or the local copy of an object, that stays open until a read fails."""
 
-    def readable(self) -> bool:
-        return True
+    _file: BinaryIO | None = None
 
-    def readinto(self, buffer: WriteableBuffer) -> int:
-        view = memoryview(buffer)
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        super().close()
+
+    def _read(self, count: int) -> bytes:
+        return self._storage._retrying(self._url, partial(self._attempt, count))
+
+    def _attempt(self, count: int) -> bytes:
+        storage, url, size = self._storage, self._url, self._size
+        if self._file is None:
+            self._file = storage._open_file(url, size)
         try:
-            with _passing(self._url, self._timeout):
-                data = self._response.read1(len(view))
-        except _PassingError as fault:
-            raise StorageError(
-                f"{self._url}: {fault} after {self._position} bytes, and the server gives no "
-                "ranges to go on with."
-            ) from fault
-        view[: len(data)] = data
-        self._position += len(data)
-        return len(data)
-
-    def close(self) -> None:
-        _drop(self._response)
-        super().close()
-
-
-class _Command(io.RawIOBase):
-    """What the command of a `pipe:` prints."""
-
-    def __init__(self, url: str) -> None:
-        self._url = url
-        self._process = subprocess.Popen(
-            url.removeprefix("pipe:"), shell=True, stdout=subprocess.PIPE, bufsize=0
-        )
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: WriteableBuffer) -> int:
-        assert self._process.stdout is not None
-        count = self._process.stdout.readinto(buffer)  # type: ignore[attr-defined]
-        if not count and (status := self._process.wait()):
-            raise StorageError(f"{self._url} ended with exit status {status}: wanted 0.")
-        return int(count)
-
-    def close(self) -> None:
-        if not self.closed:
-            assert self._process.stdout is not None
-            self._process.stdout.close()
-            self._process.kill()
-            self._process.wait()
-        super().close()
+            return storage._read_open(self._file, url, self._position, count, size)
+        except _PassingError:
+            self._file.close()
+            self._file = None
+            raise

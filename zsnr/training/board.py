@@ -46,7 +46,7 @@ class TrainingBoard(Callback):
 
     Args:
         samples: So many training samples, spread evenly over the data, are measured once at the
-            start. Of a stream they are the validation's. 0 = none.
+            start. 0 = none.
     """
 
     def __init__(self, samples: int = 256) -> None:

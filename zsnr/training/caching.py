@@ -91,7 +91,7 @@ def _write_share(
         cache=cache,
         pixels=data.pixels,
         captions=data.captions,
-        retries=data.retries,
+        **data.reading(),
         batch_size=options.batch_size,
         num_workers=data.num_workers,
         rank=rank,

@@ -12,7 +12,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from zsnr.checkpoints.own import MAX_IMAGE_SIZE
 from zsnr.data.buckets import AspectBuckets
@@ -27,19 +27,19 @@ from zsnr.data.cache import (
 )
 from zsnr.data.captions import Captions
 from zsnr.data.dataset import Pixels, ShardDataset, collate
-from zsnr.data.faults import Fault, Ledger, check_budget, summarize
+from zsnr.data.faults import BudgetError, Fault, Ledger, check_budget, summarize
 from zsnr.data.filters import Filter
 from zsnr.data.images import to_unit_range
 from zsnr.data.index import Index, counted, load_index
+from zsnr.data.local_cache import LocalCache
 from zsnr.data.order import StepBatches, TrainingOrder
 from zsnr.data.prompts import PromptRequest, parse_prompts, read_prompts
 from zsnr.data.samples import Samples, select
-from zsnr.data.sources import Shard, Source, Sources, find_shards, is_stream
-from zsnr.data.storage import NoRangesError, Retries, Storage, is_remote
-from zsnr.data.stream import StreamDataset
+from zsnr.data.sources import Shard, Source, Sources, find_shards
+from zsnr.data.storage import Retries, Storage, check_headers, is_remote
 from zsnr.data.workers import Shared
 from zsnr.files import side_file
-from zsnr.noise import derive_seed
+from zsnr.public import public_url
 from zsnr.training.resuming import changes, flat
 from zsnr.untrusted import shown
 
@@ -56,7 +56,8 @@ class DataModule(L.LightningDataModule):
     Args:
         train: What to train on: a folder of shards or of pictures, a pattern such as
             "data/{000..099}.tar" or "https://host/{000..099}.tar", "pipe:COMMAND", a list of them,
-            or a list of objects with path and weight or ratio. A cache is a folder of shards.
+            or a list of objects with path and weight or ratio. A cache is a folder of shards. A
+            command, or a server without byte ranges, needs local_cache.
         val: What to validate on, likewise. None = no validation.
         image_size: Height and width, in pixels; pictures are resized and cropped to it.
         batch_size: Of the global batch: all devices and accumulated batches together.
@@ -71,7 +72,12 @@ class DataModule(L.LightningDataModule):
         window_shards: Shards whose samples are shuffled together.
         index: Folder of index files, as `zsnr data index --output` writes. None = beside the
             shards.
-        retries: How long to bear with a server's passing faults.
+        retries: Retry policy for transient errors of local disks, servers and object storage.
+        headers: Of requests to http servers, such as {Authorization: "Bearer ${TOKEN}"}: "${NAME}"
+            is the value of NAME in the environment, so that no secret stands in a config. They are
+            not sent on to another host.
+        local_cache: Keeps whole remote shards on a local disk of each node, up to a size limit, so
+            that samples are read there. None = they are read where they are.
         error_budget: Share of the samples, or of the shards, that may be broken before the run
             stops. Ten samples are always free.
         accept_changed_data: Resume although the data, its filters or buckets are others than those
@@ -99,6 +105,8 @@ class DataModule(L.LightningDataModule):
         window_shards: int = 10,
         index: str | None = None,
         retries: Retries = Retries(),
+        headers: dict[str, str] | None = None,
+        local_cache: LocalCache | None = None,
         error_budget: float = 0.01,
         accept_changed_data: bool = False,
         seed: int = 0,
@@ -126,6 +134,7 @@ class DataModule(L.LightningDataModule):
             raise ValueError(f"data.error_budget={error_budget:g}: wanted a number in [0, 1].")
         if aspect is not None:
             aspect.shapes(image_size)
+        check_headers(headers or {})
         self.train, self.val = train, val
         self.image_size, self.batch_size, self.num_workers = image_size, batch_size, num_workers
         self.max_batch_size_per_device = max_batch_size_per_device
@@ -133,13 +142,16 @@ class DataModule(L.LightningDataModule):
         self.filters, self.aspect = filters or [], aspect
         self.pixels, self.captions = pixels, captions
         self.window_shards, self.retries = window_shards, retries
+        self.headers, self.local_cache = headers, local_cache
         self.index_folder = None if index is None else Path(index).expanduser()
         self.error_budget, self.accept_changed_data = error_budget, accept_changed_data
         self.prompts, self.prompt_seed = prompts, prompt_seed
         self.predict_batch_size = predict_batch_size
         self.done: set[str] = set()  # files that an interrupted predict has written already
         self.caches: dict[str, Cache] = {}  # by the setting that names them
-        self._train: Samples | list[Shard] | None = None  # a list = they are streamed
+        self.failure: OSError | ValueError | None = None  # what stops the run, on this rank
+        self._last: dict[str, Any] | None = None  # stands in for a batch that could not be read
+        self._train: Samples | None = None
         self._val: Samples | None = None
         self._indices: dict[str, Index] = {}
         self._passing: list[Fault] = []  # what indexing met
@@ -155,7 +167,7 @@ class DataModule(L.LightningDataModule):
             if sources is not None and stage != "predict":
                 find_cache(sources)  # refuses one that is not finished
                 self._check_indexed(find_shards(sources))
-                with suppress(NoRangesError, ValueError):  # setup says what that means
+                with suppress(ValueError):  # setup says what that means
                     samples = self._selection(sources, progress=True)
                     if sources is self.train:
                         TrainingOrder(
@@ -167,10 +179,7 @@ class DataModule(L.LightningDataModule):
         if stage == "fit":
             self._train = self._select("data.train", _wanted(self.train, "data.train"))
         if stage in ("fit", "validate", "test") and self.val is not None:
-            val = self._select("data.val", self.val)
-            if not isinstance(val, Samples):
-                raise ValueError("data.val is a stream: validation wants the same samples again.")
-            self._val = val
+            self._val = self._select("data.val", self.val)
         if stage == "predict":
             self.requests = read_requests(self.prompts, self.prompt_seed)
         self._indices.clear()  # what is used of it stays
@@ -178,7 +187,7 @@ class DataModule(L.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Return what decides the batches of all steps."""
         return {
-            "samples": self._train.digest if isinstance(self._train, Samples) else None,
+            "samples": None if self._train is None else self._train.digest,
             "seed": self.seed,
             "batch_size": self.batch_size,
             "window_shards": self.window_shards,
@@ -212,21 +221,32 @@ class DataModule(L.LightningDataModule):
         if name not in self._indices:
             self._indices[name] = load_index(
                 sources,
-                self._storage(),
+                self.storage(),
                 folder=self.index_folder,
                 fields=[each.field for each in self.filters],
                 progress=progress,
             )
         return self._indices[name]
 
-    def _storage(self) -> Storage:
+    def storage(self) -> Storage:
+        """Return what reads shards; it notes transient errors."""
         return Storage(
-            self.retries,
-            lambda url, reason: self._passing.append(Fault("passing", url, None, reason)),
+            on_fault=lambda url, reason: self._passing.append(Fault("passing", url, None, reason)),
+            **self.reading(),
         )
 
+    def reading(self) -> dict[str, Any]:
+        """Return how shards are read: options of Storage, of data sets and of write_cache."""
+        return {
+            "retries": self.retries,
+            "headers": self.headers,
+            "local_cache": self.local_cache,
+        }
+
     def _check_indexed(self, shards: list[Shard]) -> None:
-        remote = [s.url for s in shards if is_remote(s.url) and not is_stream(s.url)]
+        remote = [shard.url for shard in shards if is_remote(shard.url)]
+        for url in remote:
+            self.storage().check_source(url)
         if self.index_folder is None and len(remote) > _INDEX_AT_MOST:
             raise ValueError(
                 f"{len(remote)} shards behind an address have no index, and reading their headers "
@@ -236,7 +256,7 @@ class DataModule(L.LightningDataModule):
 
     def select(self, sources: Sources) -> tuple[Index, Samples]:
         """Index shards, with all fields, and decide which samples are used."""
-        index = load_index(sources, self._storage(), folder=self.index_folder, fields=None)
+        index = load_index(sources, self.storage(), folder=self.index_folder, fields=None)
         return index, self._selected(index)
 
     def _selected(self, index: Index, folder: Path | None = None) -> Samples:
@@ -258,36 +278,35 @@ class DataModule(L.LightningDataModule):
             return self._selected(index, folder)
         return select_cached(cache, index, self.filters, folder)
 
-    def _select(self, name: str, sources: Sources) -> Samples | list[Shard]:
-        shards = find_shards(sources)
+    def _select(self, name: str, sources: Sources) -> Samples:
         cache = find_cache(sources)
-        streams = any(is_stream(shard.url) for shard in shards)
-        try:
-            if cache is not None:
-                facts = picture_facts(self.image_size, self.aspect, self.pixels)
-                check_cache(name, cache, picture=facts, captions=asdict(self.captions))
-                self.caches[name] = cache
-            if not streams:
-                samples = self._selection(sources)
-        except NoRangesError:
-            streams = True
-        if streams:
-            return self._streams(shards)
+        if cache is not None:
+            facts = picture_facts(self.image_size, self.aspect, self.pixels)
+            check_cache(name, cache, picture=facts, captions=asdict(self.captions))
+            self.caches[name] = cache
+        samples = self._selection(sources)
         rank_zero_info(describe_samples(samples, name))
+        self._check_room(samples)
         check_budget(samples.faults, samples.total, len(samples.shards), self.error_budget)
         return samples
 
-    def _streams(self, shards: list[Shard]) -> list[Shard]:
-        if self.aspect is not None or any(shard.weight != 1 for shard in shards):
-            raise ValueError(
-                "data.train can only be read from start to end (a command, or a server without "
-                "ranges): buckets and weights need an index."
-            )
-        rank_zero_info(
-            f"data.train: {len(shards)} shards are read from start to end, without an index: a "
-            "resumed run goes on with other batches than an uninterrupted one would have had."
+    def _check_room(self, samples: Samples) -> None:
+        """Warn of a local cache in which the shards of a window displace each other."""
+        if self.local_cache is None:
+            return
+        sizes = sorted(
+            size
+            for shard, size in zip(samples.shards, samples.sizes, strict=True)
+            if is_remote(shard.url)
         )
-        return shards
+        needed = sum(sizes[-self.window_shards :]) / 2**30
+        if needed > self.local_cache.max_gib:
+            rank_zero_warn(
+                f"data.local_cache.max_gib={self.local_cache.max_gib:g} holds less than the "
+                f"{min(self.window_shards, len(sizes))} shards whose samples are shuffled together "
+                f"({needed:.3g} GiB): shards will be downloaded several times in an epoch. Raise "
+                "it, or lower data.window_shards."
+            )
 
     # Batches
 
@@ -304,25 +323,19 @@ class DataModule(L.LightningDataModule):
             Path(trainer.default_root_dir) / "faults", rank, ranks, first * self.batch_size
         )
         self._seen = first * self.batch_size // ranks
-        options: dict[str, Any] = {"pixels": self.pixels, "captions": self.captions}
-        options["retries"] = self.retries
-        if not isinstance(self._train, Samples):
-            stream = StreamDataset(
-                self._train,
-                self.image_size,
-                batches,
-                (rank, ranks),
-                filters=self.filters,
-                seed=derive_seed(self.seed, first),
-                **options,
-            )
-            return self._loader(stream, batch_size=None)
         if rank == 0:
             self._note([*self._train.faults, *self._passing])
         order = TrainingOrder(self._train, self.batch_size, self.seed, self.window_shards)
         cls = CacheDataset if "data.train" in self.caches else ShardDataset
-        dataset = cls(self._train, order, seed=self.seed, **options)
-        return self._loader(dataset, batch_sampler=batches)
+        dataset = cls(
+            self._train,
+            order,
+            pixels=self.pixels,
+            captions=self.captions,
+            seed=self.seed,
+            **self.reading(),
+        )
+        return self._loader(_Guarded(dataset), batch_sampler=batches)
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]] | list[Any]:
         if self._val is None:
@@ -332,21 +345,21 @@ class DataModule(L.LightningDataModule):
         number = min(len(self._val), self.val_samples or len(self._val))
         batches = batches_by_bucket(self._val, range(number), self._share())
         mine = dealt(batches, trainer.global_rank, trainer.world_size)
-        return self._loader(self._as_indexed("data.val", self._val), batch_sampler=mine)
+        dataset = self._as_indexed("data.val", self._val)
+        return self._loader(_Guarded(dataset), batch_sampler=mine)
 
     def spread(self, count: int) -> DataLoader[dict[str, Any]] | list[Any]:
         """Load up to `count` samples spread evenly over the training data, the same on all ranks.
 
-        They are cropped as in validation. Where training reads a stream they are of data.val.
+        They are cropped as in validation.
         """
-        name = "data.train" if isinstance(self._train, Samples) else "data.val"
-        samples = self._train if isinstance(self._train, Samples) else self._val
+        samples = self._train
         if samples is None:
             return []
         taken = min(count, len(samples))
         rows = [i * len(samples) // taken for i in range(taken)]
         batches = batches_by_bucket(samples, rows, self._share())
-        return self._loader(self._as_indexed(name, samples), batch_sampler=batches)
+        return self._loader(self._as_indexed("data.train", samples), batch_sampler=batches)
 
     def _share(self) -> int:
         """Samples that a device holds at a time, at most."""
@@ -363,8 +376,8 @@ class DataModule(L.LightningDataModule):
             samples,
             pixels=Pixels(crop=crop, max_pixels=self.pixels.max_pixels),
             captions=self.captions,
-            retries=self.retries,
             seed=self.seed,
+            **self.reading(),
         )
 
     def test_dataloader(self) -> DataLoader[dict[str, Any]] | list[Any]:
@@ -375,28 +388,48 @@ class DataModule(L.LightningDataModule):
 
         Raises:
             BudgetError: Too much is.
+            StorageError: A batch could not be read.
         """
+        if isinstance(batch, _Failure):
+            return self._stop(batch.error)
         if not isinstance(batch, dict) or "faults" not in batch:
             return batch
         faults = batch.pop("faults")
+        self._last = {**batch}
         if self.trainer is not None and self.trainer.training:
             self._seen += len(batch["position"])
         if faults:
             self._note(faults)
-            tried = self._seen + self._ledger.met.samples
-            check_budget(
-                self._ledger.met,
-                tried + (0 if self._val is None else len(self._val)),
-                len(self._train.shards if isinstance(self._train, Samples) else self._train or []),
-                self.error_budget,
-                self._ledger.path,
-            )
+            try:
+                check_budget(
+                    self._ledger.met,
+                    self._seen
+                    + self._ledger.met.samples
+                    + (0 if self._val is None else len(self._val)),
+                    0 if self._train is None else len(self._train.shards),
+                    self.error_budget,
+                    self._ledger.path,
+                )
+            except BudgetError as error:
+                return self._stop(error)
         return batch
 
     def _note(self, faults: list[Fault]) -> None:
         """Write down faults; a ledger that cannot be written is no fault of the data."""
         with side_file(self._ledger.path or ""):
             self._ledger.write(faults)
+
+    def _stop(self, error: OSError | ValueError) -> dict[str, Any]:
+        """Stop the run: of several ranks all together, before they take a step.
+
+        Returns:
+            A batch for the rank to go on with until all meet.
+        """
+        assert self.trainer is not None
+        if self.trainer.world_size == 1 or self._last is None:
+            raise error
+        self.failure = error
+        return {**self._last}
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         if isinstance(batch, dict) and "image" in batch:
@@ -511,8 +544,8 @@ def check_shards(train: Sources | None, val: Sources | None) -> None:
     shared = both[0] & both[1]
     if shared:
         raise ValueError(
-            f"{min(shared)} is in data.train and in data.val: validation would measure what was "
-            "learned by heart. Use patterns such as train-*.tar and val-*.tar."
+            f"{public_url(min(shared))} is in data.train and in data.val: validation would measure "
+            "what was learned by heart. Use patterns such as train-*.tar and val-*.tar."
         )
 
 
@@ -535,5 +568,33 @@ def _as_it_is(item: Any) -> Any:
     return item
 
 
-def _collate(items: list[dict[str, Any]], global_batch_size: int) -> dict[str, Any]:
+def _collate(
+    items: list[dict[str, Any]] | _Failure, global_batch_size: int
+) -> dict[str, Any] | _Failure:
+    if isinstance(items, _Failure):
+        return items
     return {**collate(items), "global_batch_size": global_batch_size}
+
+
+class _Failure:
+    """In the place of a batch: why it could not be read."""
+
+    def __init__(self, error: OSError | ValueError) -> None:
+        self.error = error
+
+
+class _Guarded(Dataset[Any]):
+    """A data set whose errors reach the training process as they are, and at the batch's turn."""
+
+    def __init__(self, dataset: ShardDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, positions: list[int]) -> list[dict[str, Any]] | _Failure:
+        """Load a batch, or say why it cannot be read."""
+        try:
+            return self.dataset.__getitems__(positions)
+        except (OSError, BudgetError) as error:
+            return _Failure(error)

@@ -26,7 +26,6 @@ from zsnr.data.images import to_unit_range
 from zsnr.data.index import load_index
 from zsnr.data.samples import Samples, select
 from zsnr.data.sources import find_shards
-from zsnr.data.storage import Storage
 from zsnr.data.workers import Shared
 from zsnr.files import check_new, replacing, side_file
 from zsnr.metrics.clip import CLIPScore
@@ -351,7 +350,7 @@ class ImageMetrics(Callback):
                 trainer.strategy.barrier()
             problem: Exception | None = None
             try:
-                index = load_index(self.real, Storage(data.retries), folder=data.index_folder)
+                index = load_index(self.real, data.storage(), folder=data.index_folder)
                 self._samples = select(
                     index,
                     module.image_size,
@@ -384,7 +383,7 @@ class ImageMetrics(Callback):
         chosen = torch.linspace(0, len(self._samples) - 1, N, dtype=torch.float64).round().long()
         mine = range(rank, N, ranks)
         loader = DataLoader(
-            ShardDataset(self._samples, retries=data.retries),
+            ShardDataset(self._samples, **data.reading()),
             batch_sampler=[
                 chosen[list(mine[i : i + self.batch_size])].tolist()
                 for i in range(0, len(mine), self.batch_size)

@@ -48,6 +48,7 @@ from zsnr.pretrained import is_weightless
 from zsnr.schedule import NoiseSchedule
 from zsnr.timesteps import get_timesteps, trailing
 from zsnr.training.adaptation import Start, read_start
+from zsnr.training.agreement import raise_on_all
 from zsnr.training.draws import Draws, training_draws, validation_draws
 from zsnr.training.ema import EMAConfig, averaged_copy, update_average
 from zsnr.training.facts import run_facts
@@ -403,7 +404,11 @@ class LatentDiffusion(L.LightningModule):
                 update_average(self.ema, self.trained, decay)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Agree with all ranks, by one reduction: on the loss, on the gradient, and on stopping."""
+        """Agree with all ranks, by one reduction: on the loss, on the gradient, and on stopping.
+
+        Raises:
+            StorageError, BudgetError: A rank could not read its batch.
+        """
         micro_batches, self._micro_batches = self._micro_batches, []
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
@@ -411,11 +416,14 @@ class LatentDiffusion(L.LightningModule):
         grads = [p.grad for p in self.trained.parameters() if p.grad is not None]
         losses = torch.cat([losses for _, losses, _ in micro_batches])
         t = torch.cat([t for _, _, t in micro_batches])
-        asked = torch.tensor([self.stop_requested, self.requeue_requested])
+        failure = getattr(self.trainer.datamodule, "failure", None)
+        asked = torch.tensor([self.stop_requested, self.requeue_requested, failure is not None])
         sums = self._progress.sums(losses, t)
         found = [asked.to(sums[0]), squared_norm(grads)[None].to(sums[0]), *sums]
         reduced = self.trainer.strategy.reduce(torch.cat(found), reduce_op="sum")
-        stop, requeue, squared, *by_group = reduced.tolist()
+        stop, requeue, failed, squared, *by_group = reduced.tolist()
+        if failed:
+            raise_on_all(failure)
         self.stop_agreed, self.requeue_agreed = stop > 0, requeue > 0
         half = len(by_group) // 2
         totals, counts = by_group[:half], by_group[half:]
@@ -580,6 +588,10 @@ class LatentDiffusion(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         reshard(self)
+        failure = getattr(self.trainer.datamodule, "failure", None)
+        failed = self._val_sums.new_tensor(failure is not None)
+        if self.trainer.strategy.reduce(failed, reduce_op="sum"):
+            raise_on_all(failure)
         if self.validation_cut:
             return
         sums, raw, counts = self.trainer.strategy.reduce(self._val_sums, reduce_op="sum")
