@@ -208,11 +208,12 @@ class DataModule(L.LightningDataModule):
         if not changed:
             return
         said = "; ".join(f"{name} was {was}, is {now} now" for name, (was, now) in changed.items())
+        names = dict.fromkeys(name.partition(".")[0] for name in changed)
         if not self.accept_changed_data:
             raise ValueError(
-                f"The run began with other training data: {said} (samples = a digest of the "
-                "shards' contents, weights, filters and buckets). Put it back, or resume with "
-                "other batches by --data.accept_changed_data true."
+                f"The run began with other training data: {', '.join(names)} changed ({said}; "
+                "samples = a digest of the shards' contents, weights, filters and buckets). Put it "
+                "back, or resume with other batches by --data.accept_changed_data true."
             )
         rank_zero_warn(f"The run resumes with other training data: {said}.")
 

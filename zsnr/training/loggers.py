@@ -71,7 +71,8 @@ def guard_loggers(loggers: Iterable[Logger]) -> None:
         cls = type(logger)
         if not isinstance(logger, _SideFiles):
             mixed = _SideExperiment if hasattr(cls, "experiment") else _SideFiles
-            logger.__class__ = type(cls.__name__, (mixed, cls), {"__module__": cls.__module__})
+            name = f"guard_loggers.<locals>.Guarded{cls.__name__}"  # local: no choice of a config
+            logger.__class__ = type(name, (mixed, cls), {"__module__": __name__})
         if isinstance(logger, TensorBoardLogger):
             _guard_events()
 
