@@ -435,7 +435,7 @@ def test_previews_are_guided_away_from_the_weights_in_training(tmp_path):
     [
         (lambda path: None, "is no file"),
         (lambda path: path.write_bytes(b"garbage"), "not a readable checkpoint"),
-        (lambda path: path.write_bytes(b""), "not a readable checkpoint"),
+        (lambda path: path.write_bytes(b""), "is empty"),
         (lambda path: torch.save({"state_dict": {}}, path), "was not written by zsnr"),
         (lambda path: torch.save([Exploit()], path), "more than tensors and plain values"),
         (lambda path: torch.save({"zsnr": {}, "state_dict": {}}, path), "damaged: it lacks codec"),
