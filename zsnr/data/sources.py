@@ -103,8 +103,8 @@ def as_sources(sources: Sources) -> list[Source]:
             if source.ratio is None or source.weight != 1:
                 raise ValueError(
                     f"The source {source.path!r} has ratio={source.ratio} and "
-                    f"weight={source.weight:g}, but a source has a ratio: wanted a ratio for every "
-                    "source, and no weights."
+                    f"weight={source.weight:g}, beside a source with a ratio: wanted a ratio for "
+                    "every source, and no weights."
                 )
     return found
 
