@@ -335,7 +335,10 @@ def _image(kind: str, variant: int) -> bytes:
     return data.getvalue()
 
 
-IMAGE_KINDS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF"}
+IMAGE_KINDS = {
+    **{"jpg": "JPEG", "jfif": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF"},
+    **{"bmp": "BMP", "tif": "TIFF"},
+}
 
 
 def image_bytes(draw: Draw, suffix: str, valid: bool) -> bytes:

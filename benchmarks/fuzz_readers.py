@@ -77,6 +77,7 @@ from zsnr.training.checkpointing import find_last
 from zsnr.training.lightning_cli import parse_fit
 from zsnr.training.loggers import continue_loggers
 from zsnr.training.watchdog import Watchdog
+from zsnr.untrusted import printable
 
 SIDE = 16  # pixels of what samples are decoded to
 RETRIES = Retries(attempts=1)
@@ -106,7 +107,7 @@ class Reader:
 
 def said(text: str) -> str:
     """Return what a terminal is sent of the text of an error or a report."""
-    return text
+    return printable(text, one_line=True)
 
 
 def command(*arguments: str) -> None:
@@ -1018,8 +1019,8 @@ def read_heartbeats(folder: Path) -> None:
     )
     dog.setup(trainer, None, "fit")
     dog.teardown(trainer, None, "fit")
-    own = {"rank": 0, "host": "node", "pid": 7, "step": 3, "doing": "trains", "since": 1e9}
-    for line in dog.report(own).splitlines():
+    own = {"rank": 0, "host": "node", "pid": 7, "step": 3, "doing": "trains", "waited": 1.0}
+    for line in dog.report(own, [None] * 3).splitlines():
         print(said(line))
 
 

@@ -21,7 +21,7 @@ from zsnr.checkpoints.own import read_checkpoint
 from zsnr.codecs import AutoencoderKLCodec, PixelCodec
 from zsnr.conditioning import SDXLConditioner
 from zsnr.data import storage
-from zsnr.data.storage import Retries, StorageError
+from zsnr.data.storage import Retries
 from zsnr.metrics import collected
 from zsnr.pipeline import Sampling
 from zsnr.training import (
@@ -189,7 +189,7 @@ def fit_until_storage_fails(folder, root, kind, step):
     options = {"retries": Retries(attempts=1, outage=0.0)}
     try:
         fit(folder, root, kind, 8, callbacks=[disk], data_options=options)
-    except StorageError as error:
+    except OSError as error:
         return repr(error), disk.done
     finally:
         vars(storage).pop("open", None)

@@ -257,7 +257,7 @@ def test_indexing_commands_by_the_command_line(tmp_path, capsys):
     assert main(command) == 2
     assert "Set data.local_cache to a folder" in capsys.readouterr().err
     assert main([*command, "--local-cache", str(tmp_path / "cache"), "--max-gib", "1"]) == 0
-    assert "5 samples in 1 shards" in capsys.readouterr().out
+    assert "5 samples in 1 shard" in capsys.readouterr().out
     assert [path.name[9:] for path in (tmp_path / "index").iterdir()] == ["train-000000.tar.index"]
 
 

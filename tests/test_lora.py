@@ -166,7 +166,7 @@ def test_a_base_in_half_precision_has_float32_adapters(base, dtype):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rank": 0}, "rank=0: wanted a whole number of at least 1"),
+        ({"rank": 0}, "rank=0: wanted a whole number, 1 to 10000"),
         ({"rank": 2.5}, "rank=2.5: wanted a whole number"),
         ({"alpha": 0.0}, "alpha=0.0: wanted a finite number above 0"),
         ({"alpha": float("inf")}, "alpha=inf: wanted a finite number"),

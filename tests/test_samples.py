@@ -355,8 +355,9 @@ def test_a_shard_that_a_disk_did_not_give_is_indexed_again(tmp_path, monkeypatch
     path = write(tmp_path / "0.tar", {"a.jpg": image(), "a.txt": b"red"})
     with monkeypatch.context() as patched:
         patched.setattr(Storage, "open", lambda *_: (_ for _ in ()).throw(OSError(5, "EIO")))
-        found = load_index(str(path), Storage(), progress=False)
-    assert found.table.num_rows == 0
+        with pytest.raises(OSError, match="EIO"):
+            load_index(str(path), Storage(), progress=False)
+    assert not (tmp_path / "0.tar.index").exists()
     assert loaded(path) == {"a": "red"}
 
 

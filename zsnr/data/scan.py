@@ -213,7 +213,9 @@ def _index_tar(shard: Shard, storage: Storage) -> ShardIndex:
             _read_tar(rows, file, size)
     except FileNotFoundError:
         rows.shard_fault("missing")
-    except EOFError as error:
+    except (EOFError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _OF_THE_FILE:
+            raise
         rows.shard_fault(_line(error))
         return rows.index(0)  # which is not kept: the next time may go well
     return rows.index(size, changed)
