@@ -52,7 +52,7 @@ def test_the_start_is_read_from_its_scheduler(start, tmp_path):
     with pytest.raises(ValueError, match=r"scheduler_config\.json is not readable JSON"):
         read_start(str(tmp_path))
     (tmp_path / "scheduler" / "scheduler_config.json").write_text("[]")
-    with pytest.raises(ValueError, match="is list: wanted a JSON object"):
+    with pytest.raises(ValueError, match="is a list: wanted a JSON object"):
         read_start(str(tmp_path))
 
 

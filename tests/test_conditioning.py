@@ -229,9 +229,7 @@ def test_a_conditioner_needs_no_weights_until_it_is_used(tmp_path, tiny_open_cli
             with pytest.raises(ValueError, match="Cannot load (a text encoder|zsnr-tiny) from"):
                 use()
     (tmp_path / "text" / "model.safetensors").write_bytes(b"garbage")
-    with pytest.raises(
-        ValueError, match="model.safetensors is not a readable .safetensors file: Error while"
-    ):
+    with pytest.raises(ValueError, match="is not a readable .safetensors file: Error while"):
         lost[0].load()
     (tmp_path / "no.safetensors").write_bytes(b"garbage")
     with pytest.raises(ValueError, match="Cannot load zsnr-tiny from .*: Error while"):
