@@ -77,6 +77,7 @@ _EVENTS = {
     "os.utime": (0,),
     "shutil.rmtree": (0,),
 }
+_OF_LINKS = {"os.remove", "os.rename", "os.rmdir", "os.link", "os.symlink"}
 _NEVER = (
     *("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.kill"),
     *("socket.connect", "socket.bind", "socket.getaddrinfo", "ctypes.dlopen"),
@@ -282,6 +283,7 @@ def _work(
             io.TextIOWrapper(io.FileIO(i, "w", closefd=False), "utf-8", "backslashreplace")
             for i in (1, 2)
         )
+        tame_output()  # as the command does
         watch = _Watch(place)
         start = _memory("VmRSS")
         while True:
@@ -438,9 +440,17 @@ class _Watch:
             self._wrong.append(f"{event} {arguments!r:.200}")
         for path in paths:
             if isinstance(path, (str, bytes, os.PathLike)):
-                real = os.path.realpath(os.fsdecode(path))
+                real = _real(os.fsdecode(path), follows=event not in _OF_LINKS)
                 if not real.startswith(self._place) and real != "/dev/null":
                     self._wrong.append(f"{event} {real:.200}")
+
+
+def _real(path: str, follows: bool) -> str:
+    """Resolve the links of a path; of its last part only where an event follows that one too."""
+    if follows:
+        return os.path.realpath(path)
+    folder, name = os.path.split(path)
+    return os.path.join(os.path.realpath(folder), name)
 
 
 def _state() -> dict[str, dict[Any, Any]]:

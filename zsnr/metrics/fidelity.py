@@ -77,12 +77,17 @@ class RealStatistics:
         if facts.get("format") != _FORMAT or "luma" not in tensors:
             raise ValueError(f"{path} holds no statistics of real pictures.")
         names = ("luma", "mean", "covariance", "features")
-        return cls(
-            image_size=int(facts["image_size"]),
-            source=facts["source"],
-            extractor=facts["extractor"],
-            **{name: tensors[name] for name in names if name in tensors},
-        )
+        try:
+            return cls(
+                image_size=int(facts["image_size"]),
+                source=facts["source"],
+                extractor=facts["extractor"],
+                **{name: tensors[name] for name in names if name in tensors},
+            )
+        except KeyError as error:
+            raise ValueError(
+                f"{path} does not say its {error.args[0]}: measure it again."
+            ) from error
 
     def check(self, where: str, image_size: int, extractor: str, source: str | None) -> None:
         """Refuse statistics of other pictures, or of another network than is measured with.
