@@ -53,6 +53,8 @@ from fuzz_inputs import Draw
 from fuzz_readers import READERS, Reader, said
 from torch.distributed.checkpoint import filesystem, metadata
 
+from zsnr.failures import tame_output
+
 LONGEST = 2000  # characters of a message
 SECONDS = 10.0
 MEMORY = 2 << 30
