@@ -188,7 +188,7 @@ def fail_alone(kind, number):
     """Fail on one rank, and tell what the others raise."""
     from lightning.pytorch import Trainer
 
-    from zsnr.training.agreement import on_first_rank, raise_on_all
+    from zsnr.agreement import on_first_rank, raise_on_all
 
     trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False)
     trainer.strategy.setup_environment()
@@ -200,7 +200,7 @@ def fail_alone(kind, number):
 
     own = error if trainer.global_rank == number else None
     try:
-        on_first_rank(trainer.strategy, work) if number == 0 else raise_on_all(own)
+        on_first_rank(work) if number == 0 else raise_on_all(own)
     except Exception as raised:
         return type(raised).__name__, str(raised)
 
@@ -369,3 +369,24 @@ def test_large_numbers_and_empty_tensors_are_finite():
     assert first_not_finite(module, []) is None
     module[2].data[1] = -math.inf
     assert first_not_finite(module, []) == "2"
+
+
+# Files of an output folder that somebody else wrote
+
+
+@pytest.mark.parametrize(
+    ("run", "manifest", "message"),
+    [
+        ("[" * 100_000, "", r"run\.json is not readable JSON: nested too deeply"),
+        ("5", "", r"run\.json is 5: wanted a JSON object"),
+        ("{}", "", "holds images of another checkpoint"),
+        (None, "5\n", r"manifest\.jsonl, line 1 is 5: wanted a JSON object"),
+        (None, '{"file": "../a.png"}\n', "line 1: file='../a.png': wanted the name of an image"),
+        (None, '{"file": []}\n', "line 1: file=a list: wanted the name of an image"),
+    ],
+)
+def test_a_folder_that_predict_did_not_write_is_refused(tmp_path, run, manifest, message):
+    (tmp_path / "run.json").write_text('{"identity": "a"}' if run is None else run)
+    (tmp_path / "manifest.jsonl").write_text(manifest)
+    with pytest.raises(ValueError, match=message):
+        PredictionWriter(str(tmp_path))._open("a")

@@ -61,6 +61,14 @@ def shards(tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize("rest", [{}, {"optimizer_states": 5}, {"optimizer_states": [{}]}])
+def test_what_does_not_fit_the_tensors_is_damaged(shards, tmp_path, rest):
+    folder = shutil.copytree(shards, tmp_path / "a.ckpt")
+    torch.save(rest, folder / "meta.pt")
+    with pytest.raises(ValueError, match=r"is damaged: meta\.pt does not fit the other files"):
+        sharded.consolidate(folder)
+
+
 def test_a_whole_index_gives_the_tensors_that_were_written(shards):
     full = sharded.consolidate(shards)
     assert full["state_dict"]["trained.unet.a"].equal(torch.arange(12.0).view(3, 4))

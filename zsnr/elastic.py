@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from zsnr.locks import LockedError
+from zsnr.untrusted import read_json
 
 _LASTING = (
     *(ValueError, IndexError, ImportError, LockedError, PermissionError),
@@ -47,8 +48,8 @@ def former_failure() -> str | None:
     if count < 1 or len(file.parents) < 3:
         return None
     for other in sorted((file.parents[2] / f"attempt_{count - 1}").glob("*/error.json")):
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            told = json.loads(other.read_text(encoding="utf-8"))
-            if told.get("zsnr_lasting"):
-                return str(told["message"])
+        with suppress(OSError, ValueError):
+            told = read_json(other)
+            if told.get("zsnr_lasting") is True:
+                return str(told.get("message"))
     return None

@@ -160,4 +160,4 @@ def check_new(path: Path) -> None:
         raise ValueError(f"{path} exists: choose another name, or remove it.")
     above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
     if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
-        raise ValueError(f"{path} cannot be written: {above} is no folder to write to.")
+        raise ValueError(f"{path} cannot be written: {above} is not a folder to write to.")

@@ -408,7 +408,7 @@ def _family(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Family:
 
     others = any("double_blocks." in name or "joint_blocks." in name for name in shapes)
     if others or not (has("model.diffusion_model.") or has("first_stage_model.")):
-        raise ValueError(f"{path} is no Stable Diffusion in one file: {_instead(shapes)}.")
+        raise ValueError(f"{path} is not a Stable Diffusion in one file: {_instead(shapes)}.")
     first = shapes.get("model.diffusion_model.input_blocks.0.0.weight")
     if first is not None and len(first) == 4 and first[1] > 4:
         raise ValueError(

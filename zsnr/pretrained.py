@@ -27,7 +27,7 @@ from zsnr.ldm_file import (
 from zsnr.untrusted import clipped, read_json
 
 _MOST_LAYERS = 1000
-_HUB = " A name that is no local folder is looked up on the hub."
+_HUB = " A name that is not a local folder is looked up on the hub."
 Precision = Literal["float32", "float16", "bfloat16"]
 
 _WEIGHTLESS: ContextVar[bool] = ContextVar("weightless", default=False)

@@ -44,7 +44,7 @@ def open_regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
-        raise ValueError(f"{path} is no file: wanted a regular one.")
+        raise ValueError(f"{path} is not a file: wanted a regular one.")
     with os.fdopen(descriptor, "rb") as file:
         other = disguise(file.read(_HEAD))
         if other is not None:

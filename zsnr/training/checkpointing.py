@@ -15,12 +15,12 @@ from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from zsnr.agreement import on_first_rank, raise_on_all
 from zsnr.checkpoints import sharded
 from zsnr.checkpoints.own import open_checkpoint
 from zsnr.checkpoints.run_facts import NAME, add_start, read_run_facts, write_run_facts
 from zsnr.files import HeldFolder, side_file
 from zsnr.locks import remove_leftovers, unfinished
-from zsnr.training.agreement import on_first_rank, raise_on_all
 from zsnr.training.facts import run_facts, start_facts
 from zsnr.training.progress import NonFiniteError, first_not_finite
 from zsnr.training.strategy import meet
@@ -84,7 +84,7 @@ class Checkpoints(Checkpoint):
         if not trainer.strategy.reduce_boolean_decision(first == self.resumed_from, all=True):
             raise OSError(f"The ranks do not see the same checkpoints in {self.dirpath}.")
         folders = Path(self.dirpath), Path(trainer.default_root_dir)
-        on_first_rank(trainer.strategy, lambda: self._prepare(*folders))
+        on_first_rank(lambda: self._prepare(*folders))
         trainer.callbacks = sorted(trainer.callbacks, key=self._order)
 
     def _prepare(self, folder: Path, root: Path) -> None:
@@ -203,7 +203,7 @@ class Checkpoints(Checkpoint):
 
     def _check_folders(self, trainer: L.Trainer) -> None:
         """Stop on all ranks where the run's folder is no longer the one it began in."""
-        on_first_rank(trainer.strategy, self._find_folders)
+        on_first_rank(self._find_folders)
 
     def _find_folders(self) -> None:
         for folder in self._held:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from tqdm import tqdm
 
+from zsnr.agreement import raise_on_all
 from zsnr.checkpoints import Model
 from zsnr.checkpoints.own import KEY, describe_model
 from zsnr.codecs import LatentCodec
@@ -48,7 +49,6 @@ from zsnr.pretrained import is_weightless
 from zsnr.schedule import NoiseSchedule
 from zsnr.timesteps import get_timesteps, trailing
 from zsnr.training.adaptation import Start, read_start
-from zsnr.training.agreement import raise_on_all
 from zsnr.training.draws import Draws, training_draws, validation_draws
 from zsnr.training.ema import EMAConfig, averaged_copy, update_average
 from zsnr.training.facts import run_facts
