@@ -167,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
         "VAE nor text encoder: then train with --data.train FOLDER. The cache holds the VAE's mean "
         "and standard deviation of each picture (and of its mirror image, with data.pixels.flip), "
         "captions, json fields and, with --text, text embeddings. It is written shard by shard: "
-        "run the same command again and it goes on. Under torchrun, or with --rank and --ranks, "
+        "run the same command again and it resumes. Under torchrun, or with --rank and --ranks, "
         "each process caches its share.",
     )
     cache.add_argument(

@@ -201,15 +201,8 @@ def check_depth(config: Mapping[str, Any]) -> None:
     """Refuse a config whose network would take for ever to build.
 
     Raises:
-        ValueError: It wants so many layers, or is nested too deeply.
+        ValueError: It wants so many layers.
     """
-    try:
-        _check_depth(config)
-    except RecursionError as error:
-        raise ValueError("its config is nested too deeply.") from error
-
-
-def _check_depth(config: Mapping[str, Any]) -> None:
 
     def most(value: Any) -> int:
         if isinstance(value, list | tuple):
@@ -226,7 +219,7 @@ def _check_depth(config: Mapping[str, Any]) -> None:
             raise ValueError(f"its config has {name}={count:.3g}: wanted {_MOST_LAYERS} at most.")
     for value in config.values():
         if isinstance(value, Mapping):
-            _check_depth(value)
+            check_depth(value)
 
 
 def _from_config(

@@ -10,7 +10,7 @@ import re
 import stat
 import unicodedata
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -209,7 +209,7 @@ def parse_json(text: str, *, strict: bool = False, most: int = _MOST_ENTRIES) ->
 
 
 def parse_object(data: bytes, what: str, *, strict: bool = False) -> dict[str, Any]:
-    """Parse one JSON object, see `parse_json`.
+    """Parse one JSON object, see `parse_json`, and bound how deep it is nested.
 
     Args:
         data: The file's content.
@@ -222,6 +222,7 @@ def parse_object(data: bytes, what: str, *, strict: bool = False) -> dict[str, A
     text = decode(data, what)
     try:
         value = parse_json(text, strict=strict)
+        check_extent(value)
     except ValueError as error:
         raise ValueError(f"{what} is not readable JSON: {clipped(str(error))}.") from error
     if not isinstance(value, dict):
@@ -258,7 +259,7 @@ def parse_yaml(text: str) -> Any:
     Raises:
         ValueError: It is not such YAML; the reason, without a period.
     """
-    return _loaded(text, lambda loader, node: loader.construct_document(node))
+    return _load(text)[1]
 
 
 def compose_yaml(text: str) -> Any:
@@ -267,11 +268,11 @@ def compose_yaml(text: str) -> Any:
     Raises:
         ValueError: See there.
     """
-    parse_yaml(text)
-    return _loaded(text, lambda loader, node: node)
+    return _load(text)[0]
 
 
-def _loaded(text: str, use: Callable[[Any, Any], Any]) -> Any:
+def _load(text: str) -> tuple[Any, Any]:
+    """Return the root node of YAML, and its value."""
     import yaml  # type: ignore[import-untyped]
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc]
@@ -290,10 +291,10 @@ def _loaded(text: str, use: Callable[[Any, Any], Any]) -> Any:
         loader = Loader(text)
         node = loader.get_single_node()
         if node is None:
-            return None
+            return None, None
         if _expanded(node, {}) > _MOST_NODES:
             raise ValueError("its aliases stand for too much")
-        return use(loader, node)
+        return node, loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         raise ValueError(_yaml_reason(error, text)) from error
     except RecursionError as error:
@@ -333,7 +334,9 @@ def printable(text: str, *, one_line: bool = False) -> str:
         return text
     around = zip(" " + text, text, text[1:] + " ", strict=False)
     return "".join(
-        c if _is_harmless(c, before, after) or (c in "\n\t" and not one_line) else _escaped(c)
+        c
+        if _is_harmless(c, before, after) or (c in "\n\t" and not one_line)
+        else c.encode("unicode_escape").decode()
         for before, c, after in around
     )
 
@@ -342,10 +345,6 @@ def _is_harmless(c: str, before: str, after: str) -> bool:
     if c in "\u200c\u200d":
         return not before.isascii() and not after.isascii()
     return c.isprintable() or unicodedata.category(c) == "Zs"
-
-
-def _escaped(c: str) -> str:
-    return c.encode("unicode_escape").decode()
 
 
 def _yaml_reason(error: Any, text: str) -> str:

@@ -145,7 +145,7 @@ class Checkpoints(Checkpoint):
         if due:
             self.save(trainer)
         elif step % max(1, trainer.log_every_n_steps) == 0:
-            self._check_folders(trainer)
+            on_first_rank(self._check_folders)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Write down the metrics of a validation that follows a checkpoint of the same step."""
@@ -169,7 +169,7 @@ class Checkpoints(Checkpoint):
             OSError: It cannot be written, or the run's folder is gone.
             NonFiniteError: A tensor in it is not finite.
         """
-        self._check_folders(trainer)
+        on_first_rank(self._check_folders)
         step = trainer.global_step
         if step == self._saved:
             return
@@ -188,9 +188,7 @@ class Checkpoints(Checkpoint):
         files = files if isinstance(files, CheckpointFiles) else CheckpointFiles()
         with files.deferring():
             trainer.save_checkpoint(path, weights_only=False)
-        problem = trainer.strategy.broadcast(files.problem)
-        if problem is not None:
-            raise OSError(problem)
+        raise_on_all(files.problem)
         self._saved, self._since = step, time.monotonic()
         self._write_facts(trainer)
         if trainer.is_global_zero:
@@ -201,11 +199,8 @@ class Checkpoints(Checkpoint):
                     if self.keep_every_n_steps is None or _step(old) % self.keep_every_n_steps:
                         sharded.remove(old)
 
-    def _check_folders(self, trainer: L.Trainer) -> None:
-        """Stop on all ranks where the run's folder is no longer the one it began in."""
-        on_first_rank(self._find_folders)
-
-    def _find_folders(self) -> None:
+    def _check_folders(self) -> None:
+        """See on the first rank that the run's folder is the one it began in."""
         for folder in self._held:
             folder.check()
 
@@ -215,14 +210,15 @@ class Checkpoints(Checkpoint):
             assert self.dirpath is not None
             module: Any = trainer.lightning_module
             with side_file(Path(self.dirpath) / NAME):
-                self._find_folders()  # it must not be made again
+                self._check_folders()  # it must not be made again
                 write_run_facts(Path(self.dirpath), run_facts(trainer, module))
 
 
 class CheckpointFiles(TorchCheckpointIO):
     """Reads and writes a checkpoint's file; reads folders of shards as well."""
 
-    _defer, problem = False, None
+    _defer = False
+    problem: Exception | None = None
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
@@ -235,8 +231,7 @@ class CheckpointFiles(TorchCheckpointIO):
         except Exception as error:  # whatever it is, the other ranks must not wait
             if not self._defer:
                 raise
-            known = isinstance(error, OSError)
-            self.problem = str(error) if known else f"{path} could not be written: {error}"
+            self.problem = error
 
     @contextmanager
     def deferring(self) -> Iterator[None]:

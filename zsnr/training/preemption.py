@@ -42,9 +42,8 @@ class Preemption(L.Callback):
     """
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        listen(
-            signal.SIGTERM, signal.SIGUSR1
-        )  # Lightning has set its own, which save in the handler
+        # Lightning has set its own, which save in the handler
+        listen(signal.SIGTERM, signal.SIGUSR1)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
         pl_module.stop_requested = bool(_received)
@@ -133,7 +132,7 @@ def requeue() -> None:
     except (OSError, subprocess.SubprocessError) as error:
         rank_zero_warn(
             f"`scontrol requeue {job}` failed ({error}): the checkpoint is written; submit the job "
-            "again and it goes on."
+            "again and it resumes."
         )
 
 

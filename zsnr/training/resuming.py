@@ -158,9 +158,10 @@ def check_changes(changed: Mapping[str, Sequence[Any]]) -> str | None:
         ValueError: A setting is refused; names each with its old and its new value.
     """
     by_verdict: dict[Verdict, list[str]] = {verdict: [] for verdict in Verdict}
-    for name, (was, now) in changed.items():
+    for name, values in changed.items():
         if name not in _ELSEWHERE:
-            by_verdict[rule(name).verdict].append(f"{name} was {_said(was)}, is {_said(now)} now")
+            was, now = ("not set" if value is None else value for value in values)
+            by_verdict[rule(name).verdict].append(f"{name} was {was}, is {now} now")
     if by_verdict[Verdict.REFUSED]:
         raise ValueError(
             f"A run does not resume with other settings: {'; '.join(by_verdict[Verdict.REFUSED])}. "
@@ -201,7 +202,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [_plain(part) for part in value]
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
-
-
-def _said(value: Any) -> str:
-    return "not set" if value is None else str(value)
