@@ -296,7 +296,7 @@ def _set_aside(folder: Path, step: int) -> None:
 
 def _step(path: Path) -> int:
     digits = path.stem.removeprefix("step-")
-    return int(digits) if digits.isdigit() else -1
+    return int(digits) if digits.isdecimal() else -1
 
 
 def _link(link: Path, name: str) -> None:
