@@ -10,6 +10,7 @@ import re
 import stat
 import unicodedata
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,8 +94,7 @@ def check_archive(file: BinaryIO, size: int, what: str) -> None:
         archive = zipfile.ZipFile(file)
         members = archive.infolist()
     except Exception as error:  # damaged archives fail in many ways
-        reason = clipped(str(error) or repr(error))
-        raise ValueError(f"{what} is not a readable checkpoint: {reason}.") from error
+        raise _unreadable(what, error) from error
     packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
     if packed or sum(member.file_size for member in members) > size:
         raise ValueError(f"{what} is packed: wanted a checkpoint as training writes it.")
@@ -102,8 +102,11 @@ def check_archive(file: BinaryIO, size: int, what: str) -> None:
         names = [m for m in members if m.filename.rpartition("/")[2] == "data.pkl"]
         check_extent(read_inert(archive.read(names[0]), size))
     except Exception as error:  # damaged archives fail in many ways
-        reason = clipped(str(error) or repr(error))
-        raise ValueError(f"{what} is not a readable checkpoint: {reason}.") from error
+        raise _unreadable(what, error) from error
+
+
+def _unreadable(what: str | Path, error: Exception) -> ValueError:
+    return ValueError(f"{what} is not a readable checkpoint: {clipped(str(error) or repr(error))}.")
 
 
 def open_archive(path: Path) -> dict[str, Any]:
@@ -119,8 +122,7 @@ def open_archive(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} holds more than tensors and plain values.") from error
     except Exception as error:  # a pickle may fail in any way
-        reason = clipped(str(error) or repr(error))
-        raise ValueError(f"{path} is not a readable checkpoint: {reason}.") from error
+        raise _unreadable(path, error) from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} is not a checkpoint: it holds {shown(found)}.")
     _check_storages(path, found)
@@ -361,8 +363,7 @@ def _yaml_reason(error: Any, text: str) -> str:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         raise ValueError(f"{shown(twice)} stands in it twice")
     return found
 

@@ -111,11 +111,11 @@ class SaveConfigOfFit(SaveConfigCallback):
         with side_file(path), replacing(path) as beside:
             config = self.parser.dump(self.config, skip_none=False)
             beside.write_text(public_config(config, MARK), encoding="utf-8")
-        shown = self.config.clone()
-        shown.ckpt_path = None  # a resumed run has the same settings
+        settings = self.config.clone()
+        settings.ckpt_path = None  # a resumed run has the same settings
         for callback in trainer.callbacks:
             if isinstance(callback, TrainingBoard):
-                callback.config = public_config(self.parser.dump(shown))
+                callback.config = public_config(self.parser.dump(settings))
 
 
 class ZsnrCLI(LightningCLI):
