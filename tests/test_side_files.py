@@ -79,7 +79,7 @@ def test_a_side_file_that_cannot_be_written_is_said_once(broken_shards, tmp_path
     run, told = fit_all(broken_shards, tmp_path, part)
     assert len(run["logged"]) == 2
     assert [path.name for path in steps(tmp_path / "checkpoints")][-1] == "step-00000002.ckpt"
-    lines = [line for line in told if "the run goes on without it" in line]
+    lines = [line for line in told if "the run continues without it" in line]
     assert len(lines) == 1
     assert part.strip("/") in lines[0]
     assert "No space left on device" in lines[0]
@@ -123,7 +123,7 @@ def test_a_config_and_a_board_that_cannot_be_written_do_not_end_a_run(
         assert main([*config(tmp_path, shards), "-c", str(settings)]) == 0
     lines = [str(each.message) for each in told]
     for part in ("run_config.yaml", "settings in the logs", "What the data are"):
-        assert sum(part in line and "goes on without it" in line for line in lines) == 1
+        assert sum(part in line and "continues without it" in line for line in lines) == 1
     assert steps(tmp_path / "run/checkpoints")[-1].name == "step-00000004.ckpt"
 
 
@@ -138,7 +138,7 @@ def test_measured_images_are_side_files_of_training_alone(shards, tmp_path, part
     }
     run, told = fit_all(shards, tmp_path, part, callbacks=[ImageMetrics(**options)])
     assert len(run["logged"]) == 2
-    assert [line for line in told if "goes on without it" in line and part.strip("/") in line]
+    assert [line for line in told if "continues without it" in line and part.strip("/") in line]
     shutil.rmtree(tmp_path / "images", ignore_errors=True)
     trainer = cells._plain(tmp_path, "one", callbacks=[ImageMetrics(**options)])
     with full_disk(part), pytest.raises(OSError, match="No space left"):

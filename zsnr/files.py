@@ -17,7 +17,7 @@ _TOLD: set[str] = set()  # side files that are known to fail
 
 @contextmanager
 def side_file(path: str | Path) -> Iterator[None]:
-    """Write what a run can do without: a failure is warned of once per path, and the run goes on.
+    """Write what a run can do without: a failure is warned of once per path, and the run continues.
 
     Whatever fails counts, because other ranks do not wait for it, and libraries that write files
     for us raise errors of their own.
@@ -34,7 +34,7 @@ def side_file(path: str | Path) -> Iterator[None]:
             reason = " ".join(str(error).split()) or type(error).__name__
             kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
             warnings.warn(
-                f"{name} cannot be written, and the run goes on without it: {kind}{reason}",
+                f"{name} cannot be written, and the run continues without it: {kind}{reason}",
                 stacklevel=3,
             )
 

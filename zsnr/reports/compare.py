@@ -243,7 +243,7 @@ def read_data(data: Sources, size: int, most: int, seed: int = 0) -> tuple[Tenso
     rows = torch.randperm(len(samples), generator=generator)[:most].sort().values.tolist()
     images, captions, faults = look_at(samples, size, rows)
     if faults:
-        print(printable(f"broken pictures: {summarize(faults)}"), file=sys.stderr)
+        print(printable(f"broken images: {summarize(faults)}"), file=sys.stderr)
     if len(images) < 2:
         raise ValueError(f"{len(images)} readable pictures: wanted at least 2.")
     return images, captions

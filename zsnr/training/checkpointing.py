@@ -1,4 +1,4 @@
-"""When checkpoints are written, what they are called, and which one a run goes on from."""
+"""When checkpoints are written, what they are called, and which one a run resumes from."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Checkpoints(Checkpoint):
     """Writes step-00001000.ckpt every so many steps and at the end; last.ckpt links to the newest.
 
     A checkpoint has its name when it is complete, and not before: a run that is killed while it
-    saves goes on from the one before. A run that goes back to an earlier one renames those behind
+    saves resumes from the one before. A run that goes back to an earlier one renames those behind
     it to step-00001000.ckpt.abandoned; they stay until somebody removes them.
 
     A checkpoint is written before whatever else follows the same step and may fail: callbacks with
@@ -111,7 +111,7 @@ class Checkpoints(Checkpoint):
         return 0 if stateful else 2
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """See that all ranks go on from the same step.
+        """See that all ranks resume from the same step.
 
         Raises:
             ValueError: They do not.
@@ -119,7 +119,7 @@ class Checkpoints(Checkpoint):
         first = trainer.strategy.broadcast(trainer.global_step)
         if first != trainer.global_step:
             raise ValueError(
-                f"Rank {trainer.global_rank} goes on from step {trainer.global_step}, rank 0 from "
+                f"Rank {trainer.global_rank} resumes from step {trainer.global_step}, rank 0 from "
                 f"step {first}: all nodes must see the same {self.dirpath}."
             )
         self._saved = self._seen = trainer.global_step
@@ -205,7 +205,7 @@ class Checkpoints(Checkpoint):
             folder.check()
 
     def _write_facts(self, trainer: L.Trainer) -> None:
-        """Write run.json on the first rank; a run goes on without it."""
+        """Write run.json on the first rank; a run continues without it."""
         if trainer.is_global_zero:
             assert self.dirpath is not None
             module: Any = trainer.lightning_module
@@ -290,7 +290,7 @@ def _set_aside(folder: Path, step: int) -> None:
                 sharded.remove(aside)
                 path.rename(aside)
                 rank_zero_warn(
-                    f"The run goes on from step {step}; {path.name} is now {aside.name}."
+                    f"The run resumes from step {step}; {path.name} is now {aside.name}."
                 )
 
 

@@ -7,7 +7,7 @@ import difflib
 import importlib
 import inspect
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -49,20 +49,17 @@ def check_configs(
 def read_safely() -> None:
     """Let jsonargparse read only YAML that `parse_yaml` reads, wherever it stands."""
     load = get_loader("yaml")
-    if load.__module__ != __name__:
-        set_loader("yaml", _Loader(load), exceptions=(yaml.YAMLError,))
+    if load.__module__ == __name__:
+        return
 
-
-@dataclasses.dataclass(frozen=True)
-class _Loader:
-    load: Callable[[str], Any]
-
-    def __call__(self, text: str) -> Any:
+    def load_checked(text: str) -> Any:
         try:
             parse_yaml(text)
         except ValueError as error:
             raise yaml.YAMLError(str(error)) from error
-        return self.load(text)
+        return load(text)
+
+    set_loader("yaml", load_checked, exceptions=(yaml.YAMLError,))
 
 
 def _config_files(arguments: Sequence[str]) -> Iterator[Path]:

@@ -438,7 +438,7 @@ class ImageMetrics(Callback):
     def _save(
         self, trainer: L.Trainer, folder: Path, images: Sequence[Any], places: Sequence[int]
     ) -> None:
-        """Write pictures: side files in training."""
+        """Write images: side files in training."""
         fits = trainer.state.fn == "fit"
         folder = folder / f"step-{trainer.global_step:08d}" if fits else folder
         with side_file(folder) if fits else nullcontext():

@@ -104,7 +104,7 @@ def stops(trainer: L.Trainer) -> bool:
 def _stop_at_once() -> None:
     """Let SIGTERM stop what saves nothing; Lightning ignores it there, or waits for all ranks.
 
-    SIGUSR1, which SLURM sends before its time is up, does nothing: the work goes on until SIGTERM.
+    SIGUSR1, which SLURM sends before its time is up, does nothing: SIGTERM follows it.
     """
     listen(signal.SIGUSR1)
     stop_on(signal.SIGTERM)
