@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from zsnr.denoiser import Conditioning
-from zsnr.pretrained import check_depth, load_whole, reason
+from zsnr.pretrained import check_depth, load_whole
 
 _SIZES = 6  # numbers in a row of Conditioning.sizes
 
@@ -103,10 +103,7 @@ class UNet(nn.Module):
                     raise ValueError("A new UNet needs `channels` and `context_dim`.")
                 settings = _diffusers_config(config, channels, context_dim)
             check_depth(settings)
-            try:
-                self.unet = UNet2DConditionModel.from_config(settings)
-            except ValueError as error:
-                raise ValueError(f"The UNet's config is refused: {reason(error)}.") from error
+            self.unet = UNet2DConditionModel.from_config(settings)
         self._check(channels, context_dim, pooled_dim)
 
     @property

@@ -134,7 +134,7 @@ class _Check:
         if module:
             try:
                 return getattr(importlib.import_module(module), name, None)
-            except ImportError:
+            except (ImportError, TypeError, ValueError):
                 return None  # jsonargparse says so
         subclasses = (cls for base in self.bases for cls in base.__subclasses__())
         return next((cls for cls in subclasses if cls.__name__ == name), None)

@@ -12,7 +12,7 @@ import lightning as L
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from zsnr.stops import listen as stop_on
+from zsnr.stops import stop_on
 from zsnr.training.checkpointing import Checkpoints
 
 EXIT_CODE = 143
