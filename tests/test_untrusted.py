@@ -1,5 +1,6 @@
 """Files that mean harm: nothing in them is run, and the process stays as it was."""
 
+import errno
 import json
 import os
 import pathlib
@@ -390,3 +391,15 @@ def test_a_prompts_file_asks_for_what_can_be_made(tmp_path, line, message):
     with pytest.raises(ValueError, match=message) as error:
         read_prompts(tmp_path / "p.jsonl")
     assert len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize("name", ["os.open", "zipfile.ZipFile", "torch.load"])
+def test_storage_that_fails_says_nothing_of_a_file(tmp_path, monkeypatch, name):
+    torch.save({}, tmp_path / "a.ckpt")
+
+    def fail(*args, **kwargs):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(f"zsnr.untrusted.{name}", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        open_archive(tmp_path / "a.ckpt")

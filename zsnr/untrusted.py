@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -14,13 +15,17 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 import torch
 
 from zsnr.pickled import check_extent, read_inert
 
 _HEAD = 512
+_MACHINE = {  # errors of storage and machine, not of a file
+    *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENOTCONN),
+    *(errno.ENOMEM, errno.EMFILE, errno.ENFILE),
+}
 _MOST_ENTRIES = 2_000_000
 _MOST_TEXT = 64 * 2**20
 _MOST_JSON = 8 * 2**20
@@ -35,11 +40,14 @@ def open_regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
     Raises:
         ValueError: There is no such file, a folder, a pipe or a device has the name, or another
             file was saved under it, see `disguise`.
+        OSError: The storage or the machine fails, which says nothing of the file.
     """
     try:
         # Without O_NONBLOCK a pipe waits for somebody who writes to it.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     except (OSError, ValueError) as error:
+        if _is_of_machine(error):
+            raise
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{path} cannot be read: {reason}.") from error
     status = os.fstat(descriptor)
@@ -94,7 +102,7 @@ def check_archive(file: BinaryIO, size: int, what: str) -> None:
         archive = zipfile.ZipFile(file)
         members = archive.infolist()
     except Exception as error:  # damaged archives fail in many ways
-        raise _unreadable(what, error) from error
+        _raise_unreadable(what, error)
     packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
     if packed or sum(member.file_size for member in members) > size:
         raise ValueError(f"{what} is packed: wanted a checkpoint as training writes it.")
@@ -102,11 +110,20 @@ def check_archive(file: BinaryIO, size: int, what: str) -> None:
         names = [m for m in members if m.filename.rpartition("/")[2] == "data.pkl"]
         check_extent(read_inert(archive.read(names[0]), size))
     except Exception as error:  # damaged archives fail in many ways
-        raise _unreadable(what, error) from error
+        _raise_unreadable(what, error)
 
 
-def _unreadable(what: str | Path, error: Exception) -> ValueError:
-    return ValueError(f"{what} is not a readable checkpoint: {clipped(str(error) or repr(error))}.")
+def _raise_unreadable(what: str | Path, error: Exception) -> NoReturn:
+    if _is_of_machine(error):
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(what)
+        raise error
+    reason = clipped(str(error) or repr(error))
+    raise ValueError(f"{what} is not a readable checkpoint: {reason}.") from error
+
+
+def _is_of_machine(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or getattr(error, "errno", None) in _MACHINE
 
 
 def open_archive(path: Path) -> dict[str, Any]:
@@ -122,7 +139,7 @@ def open_archive(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} holds more than tensors and plain values.") from error
     except Exception as error:  # a pickle may fail in any way
-        raise _unreadable(path, error) from error
+        _raise_unreadable(path, error)
     if not isinstance(found, dict):
         raise ValueError(f"{path} is not a checkpoint: it holds {shown(found)}.")
     _check_storages(path, found)

@@ -148,7 +148,7 @@ def save_file(checkpoint: dict[str, Any], path: Path) -> None:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # what a callback keeps may fail in any way
         raise _unwritten(path, str(error)) from error
 
 
