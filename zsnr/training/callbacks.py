@@ -140,11 +140,8 @@ class PredictionWriter(BasePredictionWriter):
         data: Any = trainer.datamodule
         for request in data.requests:
             try:
-                size = (
-                    request.height or pl_module.image_size,
-                    request.width or pl_module.image_size,
-                )
-                pl_module.codec.latent_shape(*size)
+                size = pl_module.image_size
+                pl_module.codec.latent_shape(request.height or size, request.width or size)
             except ValueError as error:
                 raise ValueError(f"Prompt {request.line}: {error}") from error
         self._rank = trainer.global_rank

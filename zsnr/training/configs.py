@@ -186,14 +186,15 @@ def _options(hint: Any) -> list[Any]:
 
 def _are_simple(options: Sequence[Any], is_list: bool) -> bool:
     """Whether a list, or else a mapping, is none of the options."""
-    simple = (str, bool, type(None), *_NUMBERS)
     return all(
-        option in simple
-        or get_origin(option) is Literal
-        or (is_list and dataclasses.is_dataclass(option))
-        or (not is_list and _item(option) is not None)
+        _is_scalar(option)
+        or (dataclasses.is_dataclass(option) if is_list else _item(option) is not None)
         for option in options
     )
+
+
+def _is_scalar(option: Any) -> bool:
+    return option in (str, bool, type(None), *_NUMBERS) or get_origin(option) is Literal
 
 
 def _item(option: Any) -> Any:
@@ -220,13 +221,7 @@ def _check_scalar(node: Any, options: Sequence[Any], where: str) -> None:
     kind, said = node.tag.removeprefix(_TAG), _said(node.value)
     text = str in options or any(get_origin(option) is Literal for option in options)
     number = any(option in options for option in _NUMBERS)
-    if not all(
-        option in (str, bool, type(None), *_NUMBERS)
-        or get_origin(option) is Literal
-        or _item(option) is not None
-        or dataclasses.is_dataclass(option)
-        for option in options
-    ):
+    if not all(_is_scalar(o) or _item(o) or dataclasses.is_dataclass(o) for o in options):
         return  # a class's name is text too, and jsonargparse lists the known ones
     if kind == "bool" and bool not in options and (text or number):
         value = node.value.lower() in ("yes", "on", "true", "y")
