@@ -88,7 +88,8 @@ def replacing(path: Path) -> Iterator[Path]:
         yield beside
         os.replace(beside, path)
     except OSError as error:
-        if error.filename is None:  # Pillow and torch do not say which file a full disk cut
+        # Pillow and torch do not say which file a full disk cut.
+        if error.filename is None and error.errno is not None:
             error.filename = str(path)
         raise
     finally:
