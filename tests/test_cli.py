@@ -388,7 +388,7 @@ def test_an_own_sampler_by_its_class_path(run, folder, tmp_path, monkeypatch):
         (["--data.train=/nowhere"], "No shards at /nowhere"),
         (["--data.batch_size=0"], "data.batch_size=0"),
         (["--trainer.max_steps=-1"], "trainer.max_steps is not set"),
-        (["--ckpt_path=/nowhere.ckpt"], "/nowhere.ckpt is no file"),
+        (["--ckpt_path=/nowhere.ckpt"], "/nowhere.ckpt is not a file"),
         (["--ckpt_path=CONFIG"], "is not a readable checkpoint"),
         (["--data.num_workers=-1"], "data.num_workers=-1"),
         (["--trainer.accelerator=gpu"], "gpu"),

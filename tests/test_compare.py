@@ -472,7 +472,7 @@ def test_prompts_of_the_data_are_the_same_each_time(folder, tmp_path):
     ("arguments", "message"),
     [
         ([], "There is nothing to compare"),
-        (["nowhere.ckpt"], "is no file: wanted a checkpoint"),
+        (["nowhere.ckpt"], "is not a file: wanted a checkpoint"),
         (["x.safetensors"], "x.safetensors is not there"),
         (["b.ckpt", "--spacing", "uniform"], "'uniform' is unknown. Known:"),
         (["b.ckpt", "--sampler", "plms"], "'plms' is unknown. Known:"),
@@ -522,7 +522,7 @@ def test_a_device_is_checked_before_anything_is_loaded(folder, tmp_path, capsys)
     with pytest.raises(SystemExit) as end:
         compare(folder, "b.ckpt", "--device", "gpu", "--output", str(tmp_path / "out"))
     assert end.value.code == 2
-    assert "argument --device: 'gpu' is no device here" in capsys.readouterr().err
+    assert "argument --device: 'gpu' is not a device here" in capsys.readouterr().err
 
 
 def test_names_with_dollars_are_no_formulas(folder, tmp_path):

@@ -127,3 +127,11 @@ def test_no_checkpoint_names_a_class_to_import(tmp_path, monkeypatch):
     config = str(Path(__file__).parents[1] / "configs/tiny.yaml")
     assert main(["fit", "-c", config, "--ckpt_path=a.ckpt"]) == 2
     assert not Path("harm").exists()
+
+
+@pytest.mark.parametrize("path", ["..b", "a..b", '"a\\0.b"', ".b", "..", "[a]", "{a: b}", "5"])
+def test_a_class_path_that_names_nothing_is_one_line(tmp_path, path):
+    (tmp_path / "a.yaml").write_text(f"model: {{codec: {{class_path: {path}, init_args: {{}}}}}}")
+    with pytest.raises(ValueError, match="codec") as error:
+        parse_fit(["-c", str(tmp_path / "a.yaml")])
+    assert "\n" not in str(error.value)

@@ -273,7 +273,7 @@ def test_which_classes_survive_zero_snr(theirs, name):
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "no variance-preserving schedule"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "not a variance-preserving schedule"),
         ({"_class_name": "MyScheduler"}, "Known: DDIMScheduler"),
         ({"_class_name": ["DDIMScheduler"]}, "a list is unknown"),
         ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, "flow matching"),

@@ -145,7 +145,7 @@ def test_well_known_models(name, verdict, prediction_type):
         (
             {"_class_name": "FlowMatchEulerDiscreteScheduler"},
             "unreadable",
-            "no variance-preserving",
+            "not a variance-preserving",
         ),
         (
             {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"},

@@ -673,7 +673,7 @@ def test_a_folder_is_never_written_over(tmp_path, exported):
 def test_a_folder_that_cannot_be_is_refused_before_anything_is_read(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(["export", "nothing.ckpt", "--output", str(tmp_path / "file" / "x" / "y")]) == 2
-    assert f"{tmp_path / 'file'} is no folder to write to" in capsys.readouterr().err
+    assert f"{tmp_path / 'file'} is not a folder to write to" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -834,7 +834,7 @@ def test_a_folder_is_exported_again(exported, tmp_path):
     [
         (["{run}/checkpoints/last.ckpt", "--output", "{run}"], "exists: choose another name"),
         (["{run}/checkpoints/last.ckpt", "--output", "{run}/config.yaml/x"], "cannot be written"),
-        (["{run}/nothing.ckpt", "--output", "{run}/x"], "is no file: wanted a checkpoint"),
+        (["{run}/nothing.ckpt", "--output", "{run}/x"], "is not a file: wanted a checkpoint"),
         (["{run}/shards", "--output", "{run}/x"], "holds no model_index.json"),
         (["{run}/shards", "--output", "{run}/x", "--raw"], "leave --raw out"),
         (

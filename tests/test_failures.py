@@ -121,6 +121,8 @@ def test_a_full_disk_is_named_by_the_file_that_was_written(tmp_path):
         {"LOCAL_RANK": "1.5"},
         {"NODE_RANK": "9" * 5000},
         {"MASTER_PORT": "99999"},
+        {"SLURM_RESTART_COUNT": "once"},
+        {"TORCHELASTIC_MAX_RESTARTS": "-1"},
     ],
 )
 def test_nonsense_of_the_environment_is_named(monkeypatch, wrong):

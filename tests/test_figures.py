@@ -74,7 +74,7 @@ def test_groups_are_words_of_captions_or_the_extremes():
     with pytest.raises(ValueError, match="No caption of 8 pictures holds 'green'"):
         find_groups(images(), captions, ["green"])
     pipe, _ = exact()
-    with pytest.raises(ValueError, match="'green' is no group. Known: dark, bright"):
+    with pytest.raises(ValueError, match="'green' is not a group. Known: dark, bright"):
         pipe(["green"], progress=False)
 
 
@@ -172,10 +172,10 @@ def test_a_prompt_with_dollars_is_no_formula(folder, tmp_path):
         (2, ["--prompt", "a"], "--prompt says nothing in Figure 2"),
         (2, ["--device", "cpu"], "--device says nothing in Figure 2"),
         (2, ["--oracle", "nowhere"], "No shards at nowhere"),
-        (2, ["--model", "nowhere.ckpt"], "is no file: wanted a checkpoint"),
+        (2, ["--model", "nowhere.ckpt"], "is not a file: wanted a checkpoint"),
         (5, ["--model", "{0}/a.ckpt", "--codec", "pixels"], "--codec belongs to --oracle"),
         (5, ["--model", "{0}/a.ckpt", "--num-steps", "1001"], "num_steps=1001"),
-        (5, ["--model", "nowhere.ckpt"], "is no file: wanted a checkpoint"),
+        (5, ["--model", "nowhere.ckpt"], "is not a file: wanted a checkpoint"),
         (5, ["--oracle", "nowhere"], "No shards at nowhere"),
         (5, ["--oracle", "{0}/shards", "--prompt", "green"], "holds 'green'"),
         (5, ["--oracle", "{0}/shards", "--sampler", "plms"], "'plms' is unknown"),

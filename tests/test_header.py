@@ -63,10 +63,10 @@ def test_no_tensor_is_no_fault(tmp_path):
     ("content", "words"),
     [
         (b"", "is empty"),
-        (b"1234567", "no safetensors"),
+        (b"1234567", "not a safetensors"),
         (raw({}, length=MAX_HEADER + 1), "at most"),
         (raw({}, length=2**64 - 1), "at most"),
-        (raw({}, length=100), "no safetensors"),
+        (raw({}, length=100), "not a safetensors"),
         (raw(b"[]"), "no header"),
         (raw(b"{}x"), "readable JSON"),
         (raw(b'{"a'), "readable JSON"),
@@ -140,7 +140,7 @@ def test_refuses_what_the_format_forbids_or_torch_has_not(tmp_path, content, wor
 def test_no_regular_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "pipe", tmp_path / "none", tmp_path / "a\0b"):
-        with pytest.raises(ValueError, match=r"no file|cannot be read"):
+        with pytest.raises(ValueError, match=r"not a file|cannot be read"):
             read_header(path)
 
 

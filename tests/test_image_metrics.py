@@ -162,7 +162,7 @@ def test_statistics_are_written_once_and_belong_to_their_network(tmp_path):
             found.check("FILE", *wanted)
     assert [p.name for p in tmp_path.iterdir()] == ["real.safetensors"]
     (tmp_path / "none.safetensors").write_bytes(b"no")
-    for name, message in (("none", "no readable"), ("nowhere", "no such file")):
+    for name, message in (("none", "not a readable"), ("nowhere", "no such file")):
         with pytest.raises(ValueError, match=message):
             RealStatistics.read(tmp_path / f"{name}.safetensors")
 

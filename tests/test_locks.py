@@ -111,11 +111,11 @@ def test_an_owner_renews_its_lock_and_stops_if_it_has_lost_it(tmp_path, monkeypa
         idle(path, 100)
         while time.time() - path.stat().st_mtime > 50:
             time.sleep(0.01)
-        foreign(path, host="node7")
+        foreign(path, host="node7\x1b[2J")
         while not left:
             time.sleep(0.01)
     assert left[0] == locks.EXIT_CODE
-    assert "was taken over by node7" in capsys.readouterr().err
+    assert "was taken over by node7\\x1b[2J, pid" in capsys.readouterr().err
     assert path.exists()  # the other's
 
 

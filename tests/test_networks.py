@@ -74,3 +74,10 @@ def test_wrong_arguments_are_refused():
         UNet(tiny.UNET)
     with pytest.raises(ValueError, match="needs conditioning"):
         new()(torch.randn(1, 12, 8, 8), torch.tensor([5]), None)
+
+
+def test_what_a_library_says_of_a_config_is_one_line():
+    config = {"block_out_channels": [8], "down_block_types": ["a\nb"], "up_block_types": ["a"]}
+    with pytest.raises(ValueError, match=r"zsnr\.networks\.UNet: a b does not exist") as error:
+        build({"class_path": "zsnr.networks.UNet", "init_args": {"config": config}}, UNet)
+    assert "\n" not in str(error.value)

@@ -79,7 +79,7 @@ def test_a_side_file_that_cannot_be_written_is_said_once(broken_shards, tmp_path
     run, told = fit_all(broken_shards, tmp_path, part)
     assert len(run["logged"]) == 2
     assert [path.name for path in steps(tmp_path / "checkpoints")][-1] == "step-00000002.ckpt"
-    lines = [line for line in told if "the run goes on without it" in line]
+    lines = [line for line in told if "the run continues without it" in line]
     assert len(lines) == 1
     assert part.strip("/") in lines[0]
     assert "No space left on device" in lines[0]
@@ -124,7 +124,7 @@ def test_a_config_and_a_board_that_cannot_be_written_do_not_end_a_run(
         assert main([*config(tmp_path, shards), "-c", str(settings)]) == 0
     lines = [str(each.message) for each in told]
     for part in ("run_config.yaml", "settings in the logs", "What the data are"):
-        assert sum(part in line and "goes on without it" in line for line in lines) == 1
+        assert sum(part in line and "continues without it" in line for line in lines) == 1
     assert steps(tmp_path / "run/checkpoints")[-1].name == "step-00000004.ckpt"
 
 
@@ -139,7 +139,7 @@ def test_measured_images_are_side_files_of_training_alone(shards, tmp_path, part
     }
     run, told = fit_all(shards, tmp_path, part, callbacks=[ImageMetrics(**options)])
     assert len(run["logged"]) == 2
-    assert [line for line in told if "goes on without it" in line and part.strip("/") in line]
+    assert [line for line in told if "continues without it" in line and part.strip("/") in line]
     shutil.rmtree(tmp_path / "images", ignore_errors=True)
     trainer = cells._plain(tmp_path, "one", callbacks=[ImageMetrics(**options)])
     with full_disk(part), pytest.raises(OSError, match="No space left"):
@@ -189,7 +189,7 @@ def fail_alone(kind, number):
     """Fail on one rank, and tell what the others raise."""
     from lightning.pytorch import Trainer
 
-    from zsnr.training.agreement import on_first_rank, raise_on_all
+    from zsnr.agreement import on_first_rank, raise_on_all
 
     trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False)
     trainer.strategy.setup_environment()
@@ -201,7 +201,7 @@ def fail_alone(kind, number):
 
     own = error if trainer.global_rank == number else None
     try:
-        on_first_rank(trainer.strategy, work) if number == 0 else raise_on_all(own)
+        on_first_rank(work) if number == 0 else raise_on_all(own)
     except Exception as raised:
         return type(raised).__name__, str(raised)
 
@@ -370,3 +370,24 @@ def test_large_numbers_and_empty_tensors_are_finite():
     assert first_not_finite(module, []) is None
     module[2].data[1] = -math.inf
     assert first_not_finite(module, []) == "2"
+
+
+# Files of an output folder that somebody else wrote
+
+
+@pytest.mark.parametrize(
+    ("run", "manifest", "message"),
+    [
+        ("[" * 100_000, "", r"run\.json is not readable JSON: nested too deeply"),
+        ("5", "", r"run\.json is 5: wanted a JSON object"),
+        ("{}", "", "holds images of another checkpoint"),
+        (None, "5\n", r"manifest\.jsonl, line 1 is 5: wanted a JSON object"),
+        (None, '{"file": "../a.png"}\n', "line 1: file='../a.png': wanted the name of an image"),
+        (None, '{"file": []}\n', "line 1: file=a list: wanted the name of an image"),
+    ],
+)
+def test_a_folder_that_predict_did_not_write_is_refused(tmp_path, run, manifest, message):
+    (tmp_path / "run.json").write_text('{"identity": "a"}' if run is None else run)
+    (tmp_path / "manifest.jsonl").write_text(manifest)
+    with pytest.raises(ValueError, match=message):
+        PredictionWriter(str(tmp_path))._open("a")

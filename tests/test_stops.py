@@ -12,6 +12,7 @@ import threading
 import time
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import cells
@@ -604,8 +605,9 @@ def test_only_lasting_errors_are_known_to_the_next_attempt(tmp_path, monkeypatch
     assert former_failure() is None  # of attempt 0
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
     assert former_failure() == ("the line" if lasting else None)
-    (tmp_path / "attempt_1/0/error.json").write_text("{")
-    assert former_failure() is None
+    for strange in ("{", "[]", "[" * 100_000, '{"zsnr_lasting": "yes"}'):
+        (tmp_path / "attempt_1/0/error.json").write_text(strange)
+        assert former_failure() is None
 
 
 # Two in one folder
@@ -857,6 +859,48 @@ def watched(tmp_path, monkeypatch, advances):
 def test_a_watchdog_counts_the_time_it_has_seen(tmp_path, monkeypatch, advances, ends):
     monkeypatch.setattr("time.time", lambda: -1e9)  # a clock set back hides nothing
     assert watched(tmp_path, monkeypatch, advances) == ends
+
+
+STRANGE_BEATS = {
+    "a list": b"[]",
+    "nothing": b"{}",
+    "deep": b"[" * 100_000,
+    "no text": b"\xff",
+    "a huge number": b'{"pid": ' + b"1" * 10_000 + b"}",
+    "huge": b" " * 9_000_000,
+    "other types": b'{"host": 1, "pid": "", "step": [], "doing": 1, "waited": "", "written": 1}',
+}
+
+
+@pytest.mark.parametrize("kind", STRANGE_BEATS)
+def test_a_heartbeat_of_something_else_is_none(tmp_path, kind):
+    watchdog, own = Watchdog(), {"rank": 1, "host": "a", "pid": 1, "step": 2, "doing": "waits"}
+    watchdog._folder, watchdog._ranks = tmp_path, 1
+    (tmp_path / "rank-00000.json").write_bytes(STRANGE_BEATS[kind])
+    report = watchdog.report({**own, "waited": 90.0}, watchdog._heartbeats())
+    assert "  rank 0: has written nothing" in report
+
+
+def test_a_heartbeat_does_not_steer_the_terminal(tmp_path):
+    watchdog = Watchdog()
+    watchdog._folder, watchdog._ranks = tmp_path, 1
+    beat = {"rank": 0, "host": "\x1b[2Ja\nb", "pid": 1, "step": 2, "doing": "waits"}
+    beat |= {"waited": 90.0, "written": "now"}
+    (tmp_path / "rank-00000.json").write_text(json.dumps(beat))
+    report = watchdog.report({**beat, "rank": 1, "host": "c"}, [None])
+    assert "rank 0 (\\x1b[2Ja b, pid 1): step 2" in report
+
+
+def test_files_that_are_named_like_heartbeats_end_no_run(tmp_path):
+    folder = tmp_path / "heartbeats"
+    (folder / "rank-00007.json").mkdir(parents=True)
+    (folder / "rank-x.json").write_text("")
+    trainer = SimpleNamespace(default_root_dir=tmp_path, global_rank=0, world_size=1, global_step=0)
+    watchdog = Watchdog()
+    with pytest.warns(UserWarning, match="heartbeats cannot be written"):
+        watchdog.setup(trainer, None, "fit")
+    watchdog.teardown(trainer, None, "fit")
+    assert (folder / "rank-x.json").exists()
 
 
 def test_a_watchdog_is_quiet_while_all_goes_well(shards, tmp_path, capfd):

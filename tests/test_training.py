@@ -433,12 +433,16 @@ def test_previews_are_guided_away_from_the_weights_in_training(tmp_path):
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (lambda path: None, "is no file"),
+        (lambda path: None, "is not a file"),
         (lambda path: path.write_bytes(b"garbage"), "not a readable checkpoint"),
         (lambda path: path.write_bytes(b""), "is empty"),
         (lambda path: torch.save({"state_dict": {}}, path), "was not written by zsnr"),
         (lambda path: torch.save([Exploit()], path), "more than tensors and plain values"),
         (lambda path: torch.save({"zsnr": {}, "state_dict": {}}, path), "damaged: it lacks codec"),
+        *(
+            (lambda path, w=w: torch.save({"zsnr": {}, "state_dict": w}, path), "it lacks weights")
+            for w in (5, [1], {1: torch.zeros(1)}, {"ema.unet.a": 2})
+        ),
     ],
 )
 def test_wrong_checkpoints_are_refused(tmp_path, write, message):

@@ -1,5 +1,6 @@
 """Files that mean harm: nothing in them is run, and the process stays as it was."""
 
+import errno
 import json
 import os
 import pathlib
@@ -59,6 +60,14 @@ def shards(tmp_path_factory):
     }
     sharded.write_sharded(checkpoint, folder)
     return folder
+
+
+@pytest.mark.parametrize("rest", [{}, {"optimizer_states": 5}, {"optimizer_states": [{}]}])
+def test_what_does_not_fit_the_tensors_is_damaged(shards, tmp_path, rest):
+    folder = shutil.copytree(shards, tmp_path / "a.ckpt")
+    torch.save(rest, folder / "meta.pt")
+    with pytest.raises(ValueError, match=r"is damaged: meta\.pt does not fit the other files"):
+        sharded.consolidate(folder)
 
 
 def test_a_whole_index_gives_the_tensors_that_were_written(shards):
@@ -382,3 +391,15 @@ def test_a_prompts_file_asks_for_what_can_be_made(tmp_path, line, message):
     with pytest.raises(ValueError, match=message) as error:
         read_prompts(tmp_path / "p.jsonl")
     assert len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize("name", ["os.open", "zipfile.ZipFile", "torch.load"])
+def test_storage_that_fails_says_nothing_of_a_file(tmp_path, monkeypatch, name):
+    torch.save({}, tmp_path / "a.ckpt")
+
+    def fail(*args, **kwargs):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(f"zsnr.untrusted.{name}", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        open_archive(tmp_path / "a.ckpt")

@@ -274,7 +274,10 @@ def test_a_model_that_has_collapsed_is_no_error(folder, run, tmp_path, capsys, m
         (["--metrics.batch_size", "0"], "metrics.batch_size=0"),
         (["--metrics.real", "/nowhere"], "No shards at /nowhere"),
         (["--metrics.statistics", "OUT/real.npz"], "ending in .safetensors"),
-        (["--metrics.statistics", "CONFIG/r.safetensors"], "config.yaml is no folder to write to"),
+        (
+            ["--metrics.statistics", "CONFIG/r.safetensors"],
+            "config.yaml is not a folder to write to",
+        ),
         (["--metrics.statistics", "OUT/r.safetensors", "--metrics.real", "null"], "is not there"),
         (["--metrics.inception", "/nowhere.pth"], "FID's Inception weights are weights-inception"),
         (

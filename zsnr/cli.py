@@ -38,23 +38,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verdict, and 3 for wrong input.
     """
     with stopping(alone=arguments is None):
-        return _told(list(sys.argv[1:] if arguments is None else arguments))
+        return _run(sys.argv[1:] if arguments is None else arguments)
 
 
-def _told(arguments: list[str]) -> int:
+def _run(arguments: Sequence[str]) -> int:
     """Run a command, and say what fails on one line."""
-    wrong = 3 if arguments[:1] == ["doctor"] else 2  # the doctor's 2 is a verdict
+    command = arguments[0] if arguments else ""
+    wrong = 3 if command == "doctor" else 2  # the doctor's 2 is a verdict
     tame_output()
     try:
-        if failed := former_failure():
-            raise _FormerError(failed)
-        if arguments[:2] == ["data", "cache"] or {*arguments[:1]} & TRAINING.keys():
-            check_temporary()
-        code = _run(arguments)
+        code = _dispatch(command, arguments)
         sys.stdout.flush()
-    except SystemExit as stop:  # argparse's, or Lightning's after Ctrl-C
-        if isinstance(stop.__context__, KeyboardInterrupt):
-            return 130
+    except SystemExit as stop:
         raise SystemExit(wrong if stop.code == 2 else stop.code) from None
     except KeyboardInterrupt:
         print("zsnr: interrupted", file=sys.stderr)
@@ -63,8 +58,8 @@ def _told(arguments: list[str]) -> int:
         # Python flushes stdout once more at its end, which must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
-    except Exception as error:  # bugs go on
-        text = told(error, " ".join(arguments[:1]))
+    except Exception as error:
+        text = told(error, command)
         if text is None or os.environ.get("ZSNR_TRACEBACK"):
             raise
         text = public_text(text)
@@ -74,8 +69,11 @@ def _told(arguments: list[str]) -> int:
     return code
 
 
-def _run(arguments: Sequence[str]) -> int:
-    if arguments and arguments[0] in TRAINING:
+def _dispatch(command: str, arguments: Sequence[str]) -> int:
+    if failed := former_failure():
+        raise ValueError(failed)
+    if command in TRAINING:
+        check_temporary()
         from zsnr.training.lightning_cli import run
 
         run(arguments)
@@ -85,12 +83,7 @@ def _run(arguments: Sequence[str]) -> int:
     if settings and options.run not in (_data_cache, _plan):
         parser.error(f"unrecognized arguments: {' '.join(settings)}")
     options.settings = settings
-    code: int | None = options.run(options)
-    return code or 0
-
-
-class _FormerError(ValueError):
-    """The attempt before this one has failed in a way that does not pass."""
+    return options.run(options) or 0
 
 
 def _print(*texts: object) -> None:
@@ -174,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
         "VAE nor text encoder: then train with --data.train FOLDER. The cache holds the VAE's mean "
         "and standard deviation of each picture (and of its mirror image, with data.pixels.flip), "
         "captions, json fields and, with --text, text embeddings. It is written shard by shard: "
-        "run the same command again and it goes on. Under torchrun, or with --rank and --ranks, "
+        "run the same command again and it resumes. Under torchrun, or with --rank and --ranks, "
         "each process caches its share.",
     )
     cache.add_argument(
@@ -480,7 +473,7 @@ def _device(name: str) -> str:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"{name!r} is no device here: {reason}") from error
+        raise argparse.ArgumentTypeError(f"{name!r} is not a device here: {reason}") from error
     return name
 
 
@@ -729,6 +722,7 @@ def _data_index(options: argparse.Namespace) -> None:
 
 
 def _data_cache(options: argparse.Namespace) -> None:
+    check_temporary()
     from zsnr.training.caching import run_cache
 
     _print(run_cache(options, options.settings))
@@ -762,13 +756,13 @@ def _data_report(options: argparse.Namespace) -> None:
 
 def _checkpoint_consolidate(options: argparse.Namespace) -> None:
     from zsnr.checkpoints.sharded import consolidate, is_sharded, save_file
+    from zsnr.files import check_new
 
     folder, output = Path(options.folder).expanduser(), Path(options.output).expanduser()
     if not is_sharded(folder):
-        what = "a file already" if folder.is_file() else "no sharded checkpoint"
+        what = "a file already" if folder.is_file() else "not a sharded checkpoint"
         raise ValueError(f"{folder} is {what}: wanted a folder that training wrote in shards.")
-    if output.exists():
-        raise ValueError(f"{output} exists: choose another name.")
+    check_new(output)
     save_file(consolidate(folder), output)
     _print(output)
 
@@ -787,7 +781,9 @@ def _export(options: argparse.Namespace) -> None:
     layouts: dict[str, Layout] = {"lora": "diffusers", "lora-kohya": "kohya"}
     adapters = kind in layouts
     if kind == "diffusers" and file:
-        raise ValueError(f"{output}: a folder of diffusers is no file. Use --format single-file.")
+        raise ValueError(
+            f"{output}: a folder of diffusers is not a file. Use --format single-file."
+        )
     if kind in ("single-file", "lora-kohya") and not file:
         raise ValueError(f"{output}: wanted a name that ends in .safetensors for one file.")
     if adapters and options.merge:
@@ -955,6 +951,7 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    check_temporary()
     from zsnr.training.planning import run_plan
 
     text, fits = run_plan(options, options.settings)
@@ -1058,7 +1055,7 @@ def _configs_copy(options: argparse.Namespace) -> None:
     if target.exists():
         raise ValueError(f"{target} exists: choose another name.")
     if not target.parent.is_dir():
-        raise ValueError(f"{target.parent} is no folder.")
+        raise ValueError(f"{target.parent} is not a folder.")
     target.write_text(source.read_text())
     _print(target)
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, Protocol, TypeVar
 
+from zsnr.failures import is_ours
 from zsnr.untrusted import clipped, shown
 
 
@@ -72,7 +73,9 @@ def build(description: Mapping[str, Any], base: type[T]) -> T:
         raise ValueError(f"{path!r} is not a {base.__name__}.")
     try:
         return cls(**description.get("init_args", {}))
-    except (ValueError, OSError, ImportError):
+    except (OSError, ImportError):
         raise
     except Exception as error:  # of arguments that somebody else wrote, in any way
+        if isinstance(error, ValueError) and is_ours(error):
+            raise
         raise ValueError(f"{path}: {clipped(str(error) or repr(error), 300)}.") from error

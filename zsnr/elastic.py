@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from zsnr.locks import LockedError
+from zsnr.untrusted import read_json
 
 _LASTING = (
     *(ValueError, IndexError, ImportError, LockedError, PermissionError),
@@ -43,12 +44,12 @@ def note_failure(line: str, error: Exception) -> None:
 def former_failure() -> str | None:
     """Return the line of a lasting error that ended the attempt before this one on this node."""
     file = Path(os.environ.get("TORCHELASTIC_ERROR_FILE") or os.devnull)
-    count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
-    if count < 1 or len(file.parents) < 3:
+    count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
+    if not count.isdecimal() or int(count) < 1 or len(file.parents) < 3:
         return None
-    for other in sorted((file.parents[2] / f"attempt_{count - 1}").glob("*/error.json")):
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            told = json.loads(other.read_text(encoding="utf-8"))
-            if told.get("zsnr_lasting"):
-                return str(told["message"])
+    for other in sorted((file.parents[2] / f"attempt_{int(count) - 1}").glob("*/error.json")):
+        with suppress(OSError, ValueError):
+            told = read_json(other)
+            if told.get("zsnr_lasting") is True:
+                return str(told.get("message"))
     return None

@@ -33,7 +33,8 @@ def told(error: BaseException, command: str) -> str | None:
     Returns:
         The line. None = the error is a bug, whose traceback says more.
     """
-    if isinstance(error, MemoryError) or _lacks_memory(error):
+    lacks_memory = isinstance(error, RuntimeError) and any(m in str(error) for m in _NO_MEMORY)
+    if isinstance(error, MemoryError) or lacks_memory:
         return f"`zsnr {command}` ran out of memory: {clipped(str(error)) or 'wanted more of it'}"
     if isinstance(error, RecursionError):
         return f"`zsnr {command}` met a file or a setting that is nested too deeply"
@@ -86,17 +87,9 @@ def _os_text(error: OSError) -> str:
     text = _unwrapped(error)
     if error.errno is None or error.strerror is None or text != str(error):
         return text
-    names = [os.fsdecode(name) for name in (error.filename, error.filename2) if _is_name(name)]
-    where = " -> ".join(names)
-    return f"{where}: {error.strerror}" if where else error.strerror
-
-
-def _is_name(name: object) -> bool:
-    return isinstance(name, str | bytes | os.PathLike)
-
-
-def _lacks_memory(error: BaseException) -> bool:
-    return isinstance(error, RuntimeError) and any(say in str(error) for say in _NO_MEMORY)
+    names = (error.filename, error.filename2)
+    paths = [os.fsdecode(name) for name in names if isinstance(name, str | bytes | os.PathLike)]
+    return f"{' -> '.join(paths)}: {error.strerror}" if paths else error.strerror
 
 
 def _is_of_world(error: BaseException) -> bool:

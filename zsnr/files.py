@@ -17,7 +17,7 @@ _TOLD: set[str] = set()  # side files that are known to fail
 
 @contextmanager
 def side_file(path: str | Path) -> Iterator[None]:
-    """Write what a run can do without: a failure is warned of once per path, and the run goes on.
+    """Write what a run can do without: a failure is warned of once per path, and the run continues.
 
     Whatever fails counts, because other ranks do not wait for it, and libraries that write files
     for us raise errors of their own.
@@ -34,7 +34,7 @@ def side_file(path: str | Path) -> Iterator[None]:
             reason = " ".join(str(error).split()) or type(error).__name__
             kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
             warnings.warn(
-                f"{name} cannot be written, and the run goes on without it: {kind}{reason}",
+                f"{name} cannot be written, and the run continues without it: {kind}{reason}",
                 stacklevel=3,
             )
 
@@ -88,8 +88,8 @@ def replacing(path: Path) -> Iterator[Path]:
         yield beside
         os.replace(beside, path)
     except OSError as error:
-        if error.errno is not None and error.filename is None:
-            # Pillow and torch do not say which file a full disk cut.
+        # Pillow and torch do not say which file a full disk cut.
+        if error.filename is None and error.errno is not None:
             error.filename = str(path)
         raise
     finally:
@@ -161,4 +161,4 @@ def check_new(path: Path) -> None:
         raise ValueError(f"{path} exists: choose another name, or remove it.")
     above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
     if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
-        raise ValueError(f"{path} cannot be written: {above} is no folder to write to.")
+        raise ValueError(f"{path} cannot be written: {above} is not a folder to write to.")

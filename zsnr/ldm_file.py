@@ -21,7 +21,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from zsnr.untrusted import clipped, open_regular, parse_json, shown
+from zsnr.untrusted import clipped, open_regular, parse_object, shown
 
 Family = Literal["v1", "v2", "xl"]
 
@@ -408,7 +408,7 @@ def _family(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Family:
 
     others = any("double_blocks." in name or "joint_blocks." in name for name in shapes)
     if others or not (has("model.diffusion_model.") or has("first_stage_model.")):
-        raise ValueError(f"{path} is no Stable Diffusion in one file: {_instead(shapes)}.")
+        raise ValueError(f"{path} is not a Stable Diffusion in one file: {_instead(shapes)}.")
     first = shapes.get("model.diffusion_model.input_blocks.0.0.weight")
     if first is not None and len(first) == 4 and first[1] > 4:
         raise ValueError(
@@ -450,32 +450,29 @@ def _own_config(path: Path, family: Family, metadata: Mapping[str, str]) -> dict
     text = metadata.get(CONFIG)
     if text is None:
         return {}
+    what = f"{path}: {CONFIG!r} in its metadata"
     if len(text) > _MAX_CONFIG:
-        raise ValueError(f"{path}: {CONFIG!r} in its metadata has {len(text)} characters.")
-    try:
-        config = parse_json(text)
-    except ValueError as error:
-        raise ValueError(f"{path}: {CONFIG!r} in its metadata is not JSON: {error}.") from error
-    if not isinstance(config, dict) or config.get("format") != 1:
-        raise ValueError(f"{path}: {CONFIG!r} in its metadata has a format this zsnr cannot read.")
+        raise ValueError(f"{what} has {len(text)} characters.")
+    config = parse_object(text.encode(), what)
+    if config.get("format") != 1:
+        raise ValueError(f"{what} has a format this zsnr cannot read.")
     for part, public in PUBLIC[family].items():
         own = config.get(part)
         if own is None:
             continue
         if not isinstance(own, dict):
-            raise ValueError(f"{path}: {CONFIG!r} in its metadata says {shown(own)} of its {part}.")
+            raise ValueError(f"{what} says {shown(own)} of its {part}.")
         for name in sorted(public.keys() - own.keys()):
-            raise ValueError(f"{path}: {CONFIG!r} in its metadata says no {part}.{name}.")
+            raise ValueError(f"{what} says no {part}.{name}.")
         for name, value in own.items():
             check = SETTINGS[part].get(name)
             if check is None or not check(value):
                 raise ValueError(
-                    f"{path}: {CONFIG!r} in its metadata says {part}.{shown(name)[1:-1]}="
-                    f"{shown(value)}: wanted "
-                    "settings of a Stable Diffusion."
+                    f"{what} says {part}.{shown(name)[1:-1]}={shown(value)}: wanted settings of a "
+                    "Stable Diffusion."
                 )
     if type(config.get(ZEROS, True)) is not bool:
-        raise ValueError(f"{path}: {CONFIG!r} in its metadata says {ZEROS}: wanted true or false.")
+        raise ValueError(f"{what} says {ZEROS}: wanted true or false.")
     for part in TOKENIZERS[family]:
         own = config.get(part)
         if own is not None and not (
@@ -485,7 +482,7 @@ def _own_config(path: Path, family: Family, metadata: Mapping[str, str]) -> dict
             and type(own["max_length"]) is int
             and 2 <= own["max_length"] <= 1000
         ):
-            raise ValueError(f"{path}: {CONFIG!r} in its metadata says {shown(own)} of its {part}.")
+            raise ValueError(f"{what} says {shown(own)} of its {part}.")
     return config
 
 

@@ -26,6 +26,8 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Self
 
+from zsnr.untrusted import printable
+
 LOCK = ".zsnr.lock"
 """Name of the lock file inside a folder."""
 
@@ -171,12 +173,11 @@ class Lock:
                 if self._stop.is_set():
                     return
                 if owner is not None and owner != self._owner:
-                    print(
+                    line = (
                         f"zsnr: error: {self.what} was taken over by {owner.host}, pid {owner.pid},"
-                        " since this process gave no sign of life: it stops, and can be resumed.",
-                        file=sys.stderr,
-                        flush=True,
+                        " since this process gave no sign of life: it stops, and can be resumed."
                     )
+                    print(printable(line, one_line=True), file=sys.stderr, flush=True)
                     os._exit(EXIT_CODE)
                 os.utime(self.path)
 

@@ -256,7 +256,7 @@ def _refuse_whole(module: nn.Module, prefix: str, keep_vars: bool) -> None:
     """
     if not prefix:
         raise ValueError(
-            "This UNet has adapters (model.lora), and is no plain one: merge them first, by "
+            "This UNet has adapters (model.lora), and is not a plain one: merge them first, by "
             "zsnr.checkpoints.lora.merge, or write them as a LoRA file."
         )
 

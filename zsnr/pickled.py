@@ -52,7 +52,7 @@ def read_inert(data: bytes, size: int) -> Any:
     try:
         return _interpret(data, _FREE_STEPS + size // _BYTES_PER_STEP)
     except (IndexError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError("it is no pickle of plain values") from error
+        raise ValueError("it is not a pickle of plain values") from error
 
 
 def _interpret(data: bytes, most: int) -> Any:
@@ -109,7 +109,7 @@ def _interpret(data: bytes, most: int) -> Any:
         elif kind in ("REDUCE", "NEWOBJ"):
             arguments, function = stack.pop(), stack.pop()
             if function.args is not None or not isinstance(arguments, tuple):
-                raise ValueError("it calls what is no name")
+                raise ValueError("it calls what is not a name")
             if _makes_room(function.name):
                 raise ValueError(f"it calls {function.name[:80]}, which makes room for any size")
             stack.append(Inert(function.name, arguments))

@@ -27,7 +27,7 @@ from zsnr.ldm_file import (
 from zsnr.untrusted import clipped, read_json
 
 _MOST_LAYERS = 1000
-_HUB = " A name that is no local folder is looked up on the hub."
+_HUB = " A name that is not a local folder is looked up on the hub."
 Precision = Literal["float32", "float16", "bfloat16"]
 
 _WEIGHTLESS: ContextVar[bool] = ContextVar("weightless", default=False)
@@ -201,15 +201,8 @@ def check_depth(config: Mapping[str, Any]) -> None:
     """Refuse a config whose network would take for ever to build.
 
     Raises:
-        ValueError: It wants so many layers, or is nested too deeply.
+        ValueError: It wants so many layers.
     """
-    try:
-        _check_depth(config)
-    except RecursionError as error:
-        raise ValueError("its config is nested too deeply.") from error
-
-
-def _check_depth(config: Mapping[str, Any]) -> None:
 
     def most(value: Any) -> int:
         if isinstance(value, list | tuple):
@@ -226,7 +219,7 @@ def _check_depth(config: Mapping[str, Any]) -> None:
             raise ValueError(f"its config has {name}={count:.3g}: wanted {_MOST_LAYERS} at most.")
     for value in config.values():
         if isinstance(value, Mapping):
-            _check_depth(value)
+            check_depth(value)
 
 
 def _from_config(

@@ -38,7 +38,7 @@ def stopping(alone: bool) -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in _SIGNALS}
     for number, handler in before.items():
         if handler not in (signal.SIG_IGN, None):
-            listen(number)
+            stop_on(number)
     watch = _Watch() if alone else None
     try:
         yield
@@ -54,7 +54,7 @@ def stopping(alone: bool) -> Iterator[None]:
             signal.signal(number, handler or signal.SIG_DFL)
 
 
-def listen(number: int) -> None:
+def stop_on(number: int) -> None:
     """Stop by SystemExit at a signal from now on, if this is the main thread."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(number, _stop)

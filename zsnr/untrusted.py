@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -10,16 +11,21 @@ import re
 import stat
 import unicodedata
 import zipfile
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 import torch
 
 from zsnr.pickled import check_extent, read_inert
 
 _HEAD = 512
+_MACHINE = {  # errors of storage and machine, not of a file
+    *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENOTCONN),
+    *(errno.ENOMEM, errno.EMFILE, errno.ENFILE),
+}
 _MOST_ENTRIES = 2_000_000
 _MOST_TEXT = 64 * 2**20
 _MOST_JSON = 8 * 2**20
@@ -34,17 +40,20 @@ def open_regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
     Raises:
         ValueError: There is no such file, a folder, a pipe or a device has the name, or another
             file was saved under it, see `disguise`.
+        OSError: The storage or the machine fails, which says nothing of the file.
     """
     try:
         # Without O_NONBLOCK a pipe waits for somebody who writes to it.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     except (OSError, ValueError) as error:
+        if _is_of_machine(error):
+            raise
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{path} cannot be read: {reason}.") from error
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
-        raise ValueError(f"{path} is no file: wanted a regular one.")
+        raise ValueError(f"{path} is not a file: wanted a regular one.")
     with os.fdopen(descriptor, "rb") as file:
         other = disguise(file.read(_HEAD))
         if other is not None:
@@ -93,8 +102,7 @@ def check_archive(file: BinaryIO, size: int, what: str) -> None:
         archive = zipfile.ZipFile(file)
         members = archive.infolist()
     except Exception as error:  # damaged archives fail in many ways
-        reason = clipped(str(error) or repr(error))
-        raise ValueError(f"{what} is not a readable checkpoint: {reason}.") from error
+        _raise_unreadable(what, error)
     packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
     if packed or sum(member.file_size for member in members) > size:
         raise ValueError(f"{what} is packed: wanted a checkpoint as training writes it.")
@@ -102,8 +110,20 @@ def check_archive(file: BinaryIO, size: int, what: str) -> None:
         names = [m for m in members if m.filename.rpartition("/")[2] == "data.pkl"]
         check_extent(read_inert(archive.read(names[0]), size))
     except Exception as error:  # damaged archives fail in many ways
-        reason = clipped(str(error) or repr(error))
-        raise ValueError(f"{what} is not a readable checkpoint: {reason}.") from error
+        _raise_unreadable(what, error)
+
+
+def _raise_unreadable(what: str | Path, error: Exception) -> NoReturn:
+    if _is_of_machine(error):
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(what)
+        raise error
+    reason = clipped(str(error) or repr(error))
+    raise ValueError(f"{what} is not a readable checkpoint: {reason}.") from error
+
+
+def _is_of_machine(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or getattr(error, "errno", None) in _MACHINE
 
 
 def open_archive(path: Path) -> dict[str, Any]:
@@ -119,8 +139,7 @@ def open_archive(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} holds more than tensors and plain values.") from error
     except Exception as error:  # a pickle may fail in any way
-        reason = clipped(str(error) or repr(error))
-        raise ValueError(f"{path} is not a readable checkpoint: {reason}.") from error
+        _raise_unreadable(path, error)
     if not isinstance(found, dict):
         raise ValueError(f"{path} is not a checkpoint: it holds {shown(found)}.")
     _check_storages(path, found)
@@ -209,7 +228,7 @@ def parse_json(text: str, *, strict: bool = False, most: int = _MOST_ENTRIES) ->
 
 
 def parse_object(data: bytes, what: str, *, strict: bool = False) -> dict[str, Any]:
-    """Parse one JSON object, see `parse_json`.
+    """Parse one JSON object, see `parse_json`, and bound how deep it is nested.
 
     Args:
         data: The file's content.
@@ -222,6 +241,7 @@ def parse_object(data: bytes, what: str, *, strict: bool = False) -> dict[str, A
     text = decode(data, what)
     try:
         value = parse_json(text, strict=strict)
+        check_extent(value)
     except ValueError as error:
         raise ValueError(f"{what} is not readable JSON: {clipped(str(error))}.") from error
     if not isinstance(value, dict):
@@ -258,7 +278,7 @@ def parse_yaml(text: str) -> Any:
     Raises:
         ValueError: It is not such YAML; the reason, without a period.
     """
-    return _loaded(text, lambda loader, node: loader.construct_document(node))
+    return _load(text)[1]
 
 
 def compose_yaml(text: str) -> Any:
@@ -267,11 +287,11 @@ def compose_yaml(text: str) -> Any:
     Raises:
         ValueError: See there.
     """
-    parse_yaml(text)
-    return _loaded(text, lambda loader, node: node)
+    return _load(text)[0]
 
 
-def _loaded(text: str, use: Callable[[Any, Any], Any]) -> Any:
+def _load(text: str) -> tuple[Any, Any]:
+    """Return the root node of YAML, and its value."""
     import yaml  # type: ignore[import-untyped]
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc]
@@ -290,10 +310,10 @@ def _loaded(text: str, use: Callable[[Any, Any], Any]) -> Any:
         loader = Loader(text)
         node = loader.get_single_node()
         if node is None:
-            return None
+            return None, None
         if _expanded(node, {}) > _MOST_NODES:
             raise ValueError("its aliases stand for too much")
-        return use(loader, node)
+        return node, loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         raise ValueError(_yaml_reason(error, text)) from error
     except RecursionError as error:
@@ -333,7 +353,9 @@ def printable(text: str, *, one_line: bool = False) -> str:
         return text
     around = zip(" " + text, text, text[1:] + " ", strict=False)
     return "".join(
-        c if _is_harmless(c, before, after) or (c in "\n\t" and not one_line) else _escaped(c)
+        c
+        if _is_harmless(c, before, after) or (c in "\n\t" and not one_line)
+        else c.encode("unicode_escape").decode()
         for before, c, after in around
     )
 
@@ -342,10 +364,6 @@ def _is_harmless(c: str, before: str, after: str) -> bool:
     if c in "\u200c\u200d":
         return not before.isascii() and not after.isascii()
     return c.isprintable() or unicodedata.category(c) == "Zs"
-
-
-def _escaped(c: str) -> str:
-    return c.encode("unicode_escape").decode()
 
 
 def _yaml_reason(error: Any, text: str) -> str:
@@ -362,8 +380,7 @@ def _yaml_reason(error: Any, text: str) -> str:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         raise ValueError(f"{shown(twice)} stands in it twice")
     return found
 

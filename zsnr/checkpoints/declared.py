@@ -226,7 +226,8 @@ def declare(config: Mapping[str, Any]) -> Declared:
     name = config.get("_class_name", "DDIMScheduler")
     if isinstance(name, str) and name.startswith(("FlowMatch", "EDM", "CM", "VQ")):
         raise ValueError(
-            f"{shown(name)[1:-1]} is no variance-preserving schedule: this package has none for it."
+            f"{shown(name)[1:-1]} is not a variance-preserving schedule: this package has none for "
+            "it."
         )
     if not isinstance(name, str) or name not in SCHEDULERS:
         raise ValueError(

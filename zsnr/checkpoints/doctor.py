@@ -294,7 +294,7 @@ def _examine_config(
     known = {"_class_name", "beta_schedule", "trained_betas", "prediction_type", "beta_start"}
     if not known & set(config):
         raise ValueError(
-            f"{path} is no scheduler config: it has none of {', '.join(sorted(known))}."
+            f"{path} is not a scheduler config: it has none of {', '.join(sorted(known))}."
         )
     try:
         declared = declare(config)
@@ -497,7 +497,7 @@ def _examine_run(
     target: str, path: Path, run: Mapping[str, Any], num_steps: Sequence[int]
 ) -> Diagnosis:
     if run.get("format") != FORMAT:
-        raise ValueError(f"{path} is no {NAME} of format {FORMAT}, which this version reads.")
+        raise ValueError(f"{path} is not a {NAME} of format {FORMAT}, which this version reads.")
     if run.get("schedule") is None:
         raise ValueError(f"{path} does not say which schedule the run has.")
     notes = []

@@ -130,11 +130,11 @@ def read_exportable(
         model = read_checkpoint(path, ema=ema, base=base)
         return (merge(model) if merged else model), facts
     if form == "lora":
-        raise ValueError(f"{source} is no checkpoint of zsnr: it has no adapters to write.")
+        raise ValueError(f"{source} is not a checkpoint of zsnr: it has no adapters to write.")
     for option, given in (("--raw", not ema), ("--merge", merged), ("--base", base is not None)):
         if given:
             raise ValueError(
-                f"{source} is no checkpoint of zsnr, and has one set of weights: leave {option} "
+                f"{source} is not a checkpoint of zsnr, and has one set of weights: leave {option} "
                 "out."
             )
     facts = {"start": path.resolve().name if path.exists() else source}

@@ -87,12 +87,12 @@ def read_header(path: str | Path) -> Header:
         length = int.from_bytes(first, "little")
         if len(first) < 8 or length > min(MAX_HEADER, size - 8):
             raise ValueError(
-                f"{path} is no safetensors file: its header would have {length} bytes, the file "
+                f"{path} is not a safetensors file: its header would have {length} bytes, the file "
                 f"has {size} (and a header at most {MAX_HEADER})."
             )
         data = file.read(length)
     if len(data) < length or not data.startswith(b"{"):
-        raise ValueError(f"{path} is no safetensors file: no header stands at its start.")
+        raise ValueError(f"{path} is not a safetensors file: no header stands at its start.")
     entries = parse_object(data, f"The header of {path}", strict=True)
     metadata = _metadata(path, entries.pop("__metadata__", {}))
     try:

@@ -18,6 +18,7 @@ from zsnr.described import build, describe
 from zsnr.lora import moved
 from zsnr.networks import UNet
 from zsnr.prediction import PredictionType
+from zsnr.pretrained import reason
 from zsnr.schedule import NoiseSchedule
 from zsnr.untrusted import open_archive, shown
 
@@ -47,36 +48,36 @@ def open_checkpoint(path: str | Path) -> dict[str, Any]:
         ValueError: No such file, not a checkpoint, or not one of this package's.
     """
     path = Path(path)
-    if sharded.is_sharded(path):
+    shards = sharded.is_sharded(path)
+    if shards:
         sharded.check(path)
         checkpoint = sharded.read_rest(path)
-        if KEY not in checkpoint:
-            raise ValueError(f"{path} was not written by zsnr: it has no {KEY!r} entry.")
+    elif path.is_file():
+        checkpoint = open_archive(path)
     else:
-        checkpoint = _open_file(path)
-        if "state_dict" not in checkpoint:
-            raise ValueError(f"{path} is damaged: it lacks weights.")
-    missing = {"codec", "conditioner", "unet", "schedule", "prediction_type", "image_size"} - set(
-        checkpoint[KEY]
-    )
-    if missing:
-        raise ValueError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}.")
-    return checkpoint
-
-
-def _open_file(path: Path) -> dict[str, Any]:
-    if not path.is_file():
         raise ValueError(
-            f"{path} is no file: wanted a checkpoint (.ckpt) that training wrote, a file or a "
+            f"{path} is not a file: wanted a checkpoint (.ckpt) that training wrote, a file or a "
             "folder of shards."
         )
-    checkpoint = open_archive(path)
-    if not isinstance(checkpoint.get(KEY), dict):
+    description = checkpoint.get(KEY)
+    if not isinstance(description, dict):
         raise ValueError(
             f"{path} was not written by zsnr: it has no {KEY!r} entry. If it is a Stable Diffusion "
             "in one file, convert it to .safetensors."
         )
+    if not (shards or _are_weights(checkpoint.get("state_dict"))):
+        raise ValueError(f"{path} is damaged: it lacks weights.")
+    wanted = {"codec", "conditioner", "unet", "schedule", "prediction_type", "image_size"}
+    missing = sorted(wanted - description.keys())
+    if missing:
+        raise ValueError(f"{path} is damaged: it lacks {', '.join(missing)}.")
     return checkpoint
+
+
+def _are_weights(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(name, str) and isinstance(weight, Tensor) for name, weight in value.items()
+    )
 
 
 def read_checkpoint(
@@ -176,11 +177,11 @@ def _check_fits(
 def _weights(path: Path, checkpoint: dict[str, Any], ema: bool) -> tuple[str, dict[str, Tensor]]:
     """Return the averaged weights if they are there and wanted, else the raw ones."""
     for prefix in ("ema", "trained") if ema else ("trained",):
-        if "state_dict" in checkpoint:
-            weights = checkpoint["state_dict"]
-        else:
+        if sharded.is_sharded(path):
             read = sharded.read_tensors(path, f"state_dict/{prefix}.")
             weights = {name.removeprefix("state_dict/"): tensor for name, tensor in read.items()}
+        else:
+            weights = checkpoint["state_dict"]
         if any(name.startswith(f"{prefix}.") for name in weights):
             return prefix, weights
     raise ValueError(f"{path} is damaged: it lacks weights.")
@@ -191,4 +192,6 @@ def _load(module: nn.Module, weights: dict[str, Tensor], prefix: str, path: Path
     try:
         module.load_state_dict(own)
     except RuntimeError as error:
-        raise ValueError(f"{path}: {prefix}* does not fit its own description: {error}") from error
+        raise ValueError(
+            f"{path}: {prefix}* does not fit its own description: {reason(error)}."
+        ) from error

@@ -47,7 +47,7 @@ def read_run_facts(folder: Path) -> dict[str, Any] | None:
         return None
     facts = read_json(path)
     if facts.get("format") != FORMAT:
-        raise ValueError(f"{path} is no run.json of format {FORMAT}, which this version reads.")
+        raise ValueError(f"{path} is not a run.json of format {FORMAT}, which this version reads.")
     return facts
 
 

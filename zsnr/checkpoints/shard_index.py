@@ -9,7 +9,7 @@ import math
 import re
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -19,6 +19,7 @@ from zsnr.untrusted import read_small
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
 
+T = TypeVar("T")
 INDEX = ".metadata"
 _MAX_BYTES = 2**30
 _MAX_DIMENSIONS = 64
@@ -50,12 +51,12 @@ def _metadata(index: dict[str, Any]) -> Metadata:
 
     tensors: dict[str, Any] = {}
     lengths: dict[tuple[str, tuple[int, ...]], int] = {}  # of chunks by tensor and offsets
-    for name, entry in _dict(index["state_dict_metadata"]).items():
+    for name, entry in _plain(index["state_dict_metadata"], dict).items():
         if not isinstance(name, str):
             raise ValueError("a tensor has no name")
         state = _state(entry, _METADATA + "TensorStorageMetadata")
         dtype, size = _dtype(state["properties"]), _sizes(state["size"])
-        chunks = [_chunk(chunk) for chunk in _list(state["chunks"])]
+        chunks = [_chunk(chunk) for chunk in _plain(state["chunks"], list)]
         _check_grid(name, size, chunks)
         for offsets, sizes in chunks:
             lengths[name, offsets] = math.prod(sizes) * dtype.itemsize
@@ -65,7 +66,7 @@ def _metadata(index: dict[str, Any]) -> Metadata:
             [facts.ChunkStorageMetadata(torch.Size(o), torch.Size(s)) for o, s in chunks],
         )
     places: dict[Any, Any] = {}
-    for entry, storage in _dict(index["storage_data"]).items():
+    for entry, storage in _plain(index["storage_data"], dict).items():
         key = _state(entry, _METADATA + "MetadataIndex")
         info = _state(storage, "torch.distributed.checkpoint.filesystem._StorageInfo")
         name, offsets = key["fqn"], _sizes(key["offset"])
@@ -89,17 +90,11 @@ def _metadata(index: dict[str, Any]) -> Metadata:
 def _state(entry: Any, name: str) -> dict[str, Any]:
     if not isinstance(entry, Inert) or entry.name != name or entry.args != () or entry.items:
         raise ValueError("it holds more than tensors")
-    return _dict(entry.state)
+    return _plain(entry.state, dict)
 
 
-def _dict(value: Any) -> dict[Any, Any]:
-    if not isinstance(value, dict):
-        raise ValueError("it holds more than tensors")
-    return value
-
-
-def _list(value: Any) -> list[Any]:
-    if not isinstance(value, list):
+def _plain(value: Any, kind: type[T]) -> T:
+    if not isinstance(value, kind):
         raise ValueError("it holds more than tensors")
     return value
 
@@ -121,9 +116,8 @@ def _sizes(entry: Any) -> tuple[int, ...]:
     sizes = entry.args[0] if isinstance(entry, Inert) and entry.args else None
     if not isinstance(entry, Inert) or entry.name != "torch.Size" or not isinstance(sizes, tuple):
         raise ValueError("it does not say a size")
-    if len(sizes) > _MAX_DIMENSIONS or not all(map(_is_count, sizes)):
-        raise ValueError("it says a size that no tensor has")
-    if math.prod(sizes) >= 2**60:
+    counts = len(sizes) <= _MAX_DIMENSIONS and all(map(_is_count, sizes))
+    if not counts or math.prod(sizes) >= 2**60:
         raise ValueError("it says a size that no tensor has")
     return sizes
 

@@ -11,7 +11,8 @@ import io
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from zsnr.agreement import on_first_rank
 from zsnr.checkpoints.shard_index import INDEX, read_index
 from zsnr.files import replacing
 from zsnr.locks import unfinished
@@ -49,14 +51,11 @@ def write_sharded(checkpoint: dict[str, Any], folder: Path) -> None:
     from torch.distributed.checkpoint.state_dict_saver import save
 
     tensors, rest = _split(checkpoint)
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    parts = [unfinished(folder)]
-    if dist.is_initialized():
-        dist.broadcast_object_list(parts, src=0)
-    part = parts[0]
+    part = unfinished(folder)  # the first rank's counts
 
-    def make() -> None:
+    def begin() -> Path:
         part.mkdir(parents=True)
+        return part
 
     def complete() -> None:
         files = {info.relative_path for info in read_index(part).storage_data.values()}
@@ -69,21 +68,14 @@ def write_sharded(checkpoint: dict[str, Any], folder: Path) -> None:
         torch.save(rest, part / REST)
         replace_folder(part, folder)
 
-    def complete_or_remove() -> None:
-        try:
-            complete()
-        except Exception:
-            shutil.rmtree(part, ignore_errors=True)
-            raise
-
-    _on_first_rank(make, folder)
     try:
-        save(dict(tensors), storage_writer=FileSystemWriter(part))
-    except CheckpointException as error:  # on all ranks
-        if first:
-            shutil.rmtree(part, ignore_errors=True)
-        raise OSError(f"{folder} could not be written: {_reason(error)}") from error
-    _on_first_rank(complete_or_remove, folder)
+        shared = on_first_rank(begin)
+        save(dict(tensors), storage_writer=FileSystemWriter(shared))
+        on_first_rank(complete)
+    except (Exception, CheckpointException) as error:  # on all ranks
+        shutil.rmtree(part, ignore_errors=True)
+        known = isinstance(error, CheckpointException)
+        raise _unwritten(folder, _reason(error) if known else str(error)) from error
 
 
 def replace_folder(part: Path, folder: Path) -> None:
@@ -156,9 +148,16 @@ def save_file(checkpoint: dict[str, Any], path: Path) -> None:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:  # torch says of a full disk "unexpected pos"
-        free = shutil.disk_usage(path.parent).free / 2**20
-        raise OSError(f"{path} could not be written ({free:.0f} MiB free): {error}") from error
+    except Exception as error:  # what a callback keeps may fail in any way
+        raise _unwritten(path, str(error)) from error
+
+
+def _unwritten(path: Path, reason: str) -> OSError:
+    """Say that a checkpoint could not be written; torch says of a full disk "unexpected pos"."""
+    free = ""
+    with suppress(OSError):
+        free = f" ({shutil.disk_usage(path.parent).free / 2**20:.0f} MiB free)"
+    return OSError(f"{path} could not be written: {reason}{free}")
 
 
 def consolidate(folder: str | Path) -> dict[str, Any]:
@@ -167,7 +166,11 @@ def consolidate(folder: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: It is damaged.
     """
-    return _merge(read_rest(folder), read_tensors(folder))
+    rest, tensors = read_rest(folder), read_tensors(folder)
+    try:
+        return _merge(rest, tensors)
+    except (LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder} is damaged: {REST} does not fit the other files.") from error
 
 
 def restore(
@@ -341,21 +344,3 @@ def _check_names(path: Path, own: Mapping[str, Tensor], saved: set[str]) -> None
     if lacking or foreign:
         what = f"lacks {lacking[0]}" if lacking else f"has {foreign[0]}, which the model has not"
         raise ValueError(f"{path} is of another model: it {what}.")
-
-
-def _on_first_rank(work: Callable[[], None], folder: Path) -> None:
-    """Do something on rank 0 while the others wait; what fails there fails on all.
-
-    Raises:
-        OSError: It did.
-    """
-    told: list[str | None] = [None]
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        try:
-            work()
-        except Exception as error:  # whatever it is, the others must not wait
-            told = [f"{folder} could not be written: {error}"]
-    if dist.is_initialized():
-        dist.broadcast_object_list(told, src=0)
-    if told[0] is not None:
-        raise OSError(told[0])

@@ -170,12 +170,12 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         try:
             return load_file(path)
         except SafetensorError as error:
-            raise ValueError(f"{path} is no readable safetensors file: {error}") from error
+            raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise ValueError(
-            f"{path} is no plain file of weights (a program or a TorchScript is not opened): "
+            f"{path} is not a plain file of weights (a program or a TorchScript is not opened): "
             f"wanted {WEIGHTS}."
         ) from error
     if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):

@@ -73,7 +73,7 @@ class RealStatistics:
                 facts: Mapping[str, str] = file.metadata() or {}
                 tensors: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
-            raise ValueError(f"{path} is no readable safetensors file: {error}") from error
+            raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
         if facts.get("format") != _FORMAT or "luma" not in tensors:
             raise ValueError(f"{path} holds no statistics of real pictures.")
         names = ("luma", "mean", "covariance", "features")

@@ -39,6 +39,7 @@ from zsnr.reports.flaw import oracle_samples
 from zsnr.reports.outcomes import MEASURES, Outcome, Shots, groups_of, measure, measure_arms
 from zsnr.reports.pictures import picture_pixels
 from zsnr.schedule import NoiseSchedule
+from zsnr.untrusted import printable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -242,7 +243,7 @@ def read_data(data: Sources, size: int, most: int, seed: int = 0) -> tuple[Tenso
     rows = torch.randperm(len(samples), generator=generator)[:most].sort().values.tolist()
     images, captions, faults = look_at(samples, size, rows)
     if faults:
-        print(f"broken pictures: {summarize(faults)}", file=sys.stderr)
+        print(printable(f"broken images: {summarize(faults)}"), file=sys.stderr)
     if len(images) < 2:
         raise ValueError(f"{len(images)} readable pictures: wanted at least 2.")
     return images, captions

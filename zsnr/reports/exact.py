@@ -44,7 +44,7 @@ class GroupConditioner(Conditioner):
         known = ("", *self.names)
         for prompt in prompts:
             if prompt not in known:
-                raise ValueError(f"{prompt!r} is no group. Known: {', '.join(self.names)}.")
+                raise ValueError(f"{prompt!r} is not a group. Known: {', '.join(self.names)}.")
         numbers = [float(known.index(prompt)) for prompt in prompts]
         return Conditioning(torch.tensor(numbers).view(-1, 1, 1))
 

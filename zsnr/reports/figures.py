@@ -12,7 +12,7 @@ from torch import Tensor
 from zsnr.checkpoints.own import KEY, open_checkpoint
 from zsnr.codecs import LatentCodec, PixelCodec
 from zsnr.data.sources import Sources
-from zsnr.files import check_new
+from zsnr.files import check_new, new_file
 from zsnr.noise import sample_generator
 from zsnr.pipeline import TextToImage, to_image
 from zsnr.reports.arms import Arm
@@ -226,7 +226,9 @@ def make_panels(
 def save_panels(panels: Panels, path: Path, note: str = "") -> None:
     """Write panels as PNG, with a line below the title."""
     title = f"{panels.title}\n{note}" if note else panels.title
-    save_figure(panel_figure(panels.images, panels.rows, panels.columns, title), path)
+    figure = panel_figure(panels.images, panels.rows, panels.columns, title)
+    with new_file(path) as beside:
+        save_figure(figure, beside)
 
 
 def _sample(

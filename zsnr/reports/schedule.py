@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
+from zsnr.files import new_file
 from zsnr.reports.pictures import figure_of, save_figure
 from zsnr.schedule import BetaKind, NoiseSchedule
 from zsnr.timesteps import available_spacings, get_timesteps
@@ -115,13 +116,12 @@ def plot_schedule(facts: dict[str, Any], path: Path) -> None:
         path: The PNG to write.
 
     Raises:
+        ValueError: There is something of that name.
         OSError: It cannot be written.
     """
     figure = schedule_figure(facts)
-    try:
-        save_figure(figure, path)
-    except OSError as error:
-        raise OSError(f"{path} cannot be written: {error.strerror}.") from error
+    with new_file(path) as beside:
+        save_figure(figure, beside)
 
 
 def schedule_figure(facts: dict[str, Any], width: float = 7, height: float = 8) -> Any:

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter, Callback
 from PIL import Image
 from torch import Tensor
 
+from zsnr.agreement import on_first_rank
 from zsnr.checkpoints import sharded
 from zsnr.checkpoints.own import describe_model
 from zsnr.data.images import to_unit_range
@@ -25,9 +26,11 @@ from zsnr.metrics.luma import luma
 from zsnr.noise import sample_generator
 from zsnr.pipeline import save_png
 from zsnr.reports.pictures import picture_grid
-from zsnr.training.agreement import on_first_rank
 from zsnr.training.loggers import log_luma, log_picture
 from zsnr.training.module import LatentDiffusion
+from zsnr.untrusted import parse_object, read_json, read_text, shown
+
+_MOST_TEXT = 1 << 30  # bytes of a manifest
 
 
 class Previews(Callback):
@@ -137,17 +140,14 @@ class PredictionWriter(BasePredictionWriter):
         data: Any = trainer.datamodule
         for request in data.requests:
             try:
-                size = (
-                    request.height or pl_module.image_size,
-                    request.width or pl_module.image_size,
-                )
-                pl_module.codec.latent_shape(*size)
+                size = pl_module.image_size
+                pl_module.codec.latent_shape(request.height or size, request.width or size)
             except ValueError as error:
                 raise ValueError(f"Prompt {request.line}: {error}") from error
         self._rank = trainer.global_rank
         identity = run_identity(pl_module, data.requests, trainer.ckpt_path)
         try:
-            data.done = on_first_rank(trainer.strategy, lambda: self._begin(identity))
+            data.done = on_first_rank(lambda: self._begin(identity))
         except Exception:
             self._release()
             raise
@@ -174,7 +174,7 @@ class PredictionWriter(BasePredictionWriter):
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         trainer.strategy.barrier()
-        on_first_rank(trainer.strategy, self._finish)
+        on_first_rank(self._finish)
         self._release()
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
@@ -222,7 +222,7 @@ class PredictionWriter(BasePredictionWriter):
         run = self.folder / self.RUN
         remove_leftovers(self.folder)
         if run.is_file():
-            if json.loads(run.read_text())["identity"] != identity:
+            if read_json(run).get("identity") != identity:
                 raise ValueError(
                     f"{self.folder} holds images of another checkpoint, prompts file or settings: "
                     "choose another --output."
@@ -252,10 +252,20 @@ def run_identity(
 
 
 def _finished(manifest: Path) -> dict[str, str]:
-    """Read the lines of files that are done; not one cut short by a crash, or without its file."""
+    """Read the lines of files that are done; not one cut short by a crash, or without its file.
+
+    Raises:
+        ValueError: A line is not what predict writes.
+    """
     if not manifest.is_file():
         return {}
-    text = manifest.read_text(encoding="utf-8")
-    lines = text[: text.rfind("\n") + 1].splitlines(keepends=True)
-    done = {json.loads(line)["file"]: line for line in lines}
-    return {name: line for name, line in done.items() if (manifest.parent / name).is_file()}
+    lines = read_text(manifest, _MOST_TEXT).split("\n")[:-1]
+    done: dict[str, str] = {}
+    for number, line in enumerate(lines, start=1):
+        where = f"{manifest}, line {number}"
+        name = parse_object(line.encode(), where).get("file")
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ValueError(f"{where}: file={shown(name)}: wanted the name of an image.")
+        if (manifest.parent / name).is_file():
+            done[name] = line + "\n"
+    return done

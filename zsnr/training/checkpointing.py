@@ -1,4 +1,4 @@
-"""When checkpoints are written, what they are called, and which one a run goes on from."""
+"""When checkpoints are written, what they are called, and which one a run resumes from."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from zsnr.agreement import on_first_rank, raise_on_all
 from zsnr.checkpoints import sharded
 from zsnr.checkpoints.own import open_checkpoint
 from zsnr.checkpoints.run_facts import NAME, add_start, read_run_facts, write_run_facts
 from zsnr.files import HeldFolder, side_file
 from zsnr.locks import remove_leftovers, unfinished
-from zsnr.training.agreement import on_first_rank, raise_on_all
 from zsnr.training.facts import run_facts, start_facts
 from zsnr.training.progress import NonFiniteError, first_not_finite
 from zsnr.training.strategy import meet
@@ -30,7 +30,7 @@ class Checkpoints(Checkpoint):
     """Writes step-00001000.ckpt every so many steps and at the end; last.ckpt links to the newest.
 
     A checkpoint has its name when it is complete, and not before: a run that is killed while it
-    saves goes on from the one before. A run that goes back to an earlier one renames those behind
+    saves resumes from the one before. A run that goes back to an earlier one renames those behind
     it to step-00001000.ckpt.abandoned; they stay until somebody removes them.
 
     A checkpoint is written before whatever else follows the same step and may fail: callbacks with
@@ -84,7 +84,7 @@ class Checkpoints(Checkpoint):
         if not trainer.strategy.reduce_boolean_decision(first == self.resumed_from, all=True):
             raise OSError(f"The ranks do not see the same checkpoints in {self.dirpath}.")
         folders = Path(self.dirpath), Path(trainer.default_root_dir)
-        on_first_rank(trainer.strategy, lambda: self._prepare(*folders))
+        on_first_rank(lambda: self._prepare(*folders))
         trainer.callbacks = sorted(trainer.callbacks, key=self._order)
 
     def _prepare(self, folder: Path, root: Path) -> None:
@@ -111,7 +111,7 @@ class Checkpoints(Checkpoint):
         return 0 if stateful else 2
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """See that all ranks go on from the same step.
+        """See that all ranks resume from the same step.
 
         Raises:
             ValueError: They do not.
@@ -119,7 +119,7 @@ class Checkpoints(Checkpoint):
         first = trainer.strategy.broadcast(trainer.global_step)
         if first != trainer.global_step:
             raise ValueError(
-                f"Rank {trainer.global_rank} goes on from step {trainer.global_step}, rank 0 from "
+                f"Rank {trainer.global_rank} resumes from step {trainer.global_step}, rank 0 from "
                 f"step {first}: all nodes must see the same {self.dirpath}."
             )
         self._saved = self._seen = trainer.global_step
@@ -145,7 +145,7 @@ class Checkpoints(Checkpoint):
         if due:
             self.save(trainer)
         elif step % max(1, trainer.log_every_n_steps) == 0:
-            self._check_folders(trainer)
+            on_first_rank(self._check_folders)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Write down the metrics of a validation that follows a checkpoint of the same step."""
@@ -169,7 +169,7 @@ class Checkpoints(Checkpoint):
             OSError: It cannot be written, or the run's folder is gone.
             NonFiniteError: A tensor in it is not finite.
         """
-        self._check_folders(trainer)
+        on_first_rank(self._check_folders)
         step = trainer.global_step
         if step == self._saved:
             return
@@ -188,9 +188,7 @@ class Checkpoints(Checkpoint):
         files = files if isinstance(files, CheckpointFiles) else CheckpointFiles()
         with files.deferring():
             trainer.save_checkpoint(path, weights_only=False)
-        problem = trainer.strategy.broadcast(files.problem)
-        if problem is not None:
-            raise OSError(problem)
+        raise_on_all(files.problem)
         self._saved, self._since = step, time.monotonic()
         self._write_facts(trainer)
         if trainer.is_global_zero:
@@ -201,28 +199,26 @@ class Checkpoints(Checkpoint):
                     if self.keep_every_n_steps is None or _step(old) % self.keep_every_n_steps:
                         sharded.remove(old)
 
-    def _check_folders(self, trainer: L.Trainer) -> None:
-        """Stop on all ranks where the run's folder is no longer the one it began in."""
-        on_first_rank(trainer.strategy, self._find_folders)
-
-    def _find_folders(self) -> None:
+    def _check_folders(self) -> None:
+        """See on the first rank that the run's folder is the one it began in."""
         for folder in self._held:
             folder.check()
 
     def _write_facts(self, trainer: L.Trainer) -> None:
-        """Write run.json on the first rank; a run goes on without it."""
+        """Write run.json on the first rank; a run continues without it."""
         if trainer.is_global_zero:
             assert self.dirpath is not None
             module: Any = trainer.lightning_module
             with side_file(Path(self.dirpath) / NAME):
-                self._find_folders()  # it must not be made again
+                self._check_folders()  # it must not be made again
                 write_run_facts(Path(self.dirpath), run_facts(trainer, module))
 
 
 class CheckpointFiles(TorchCheckpointIO):
     """Reads and writes a checkpoint's file; reads folders of shards as well."""
 
-    _defer, problem = False, None
+    _defer = False
+    problem: Exception | None = None
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
@@ -235,8 +231,7 @@ class CheckpointFiles(TorchCheckpointIO):
         except Exception as error:  # whatever it is, the other ranks must not wait
             if not self._defer:
                 raise
-            known = isinstance(error, OSError)
-            self.problem = str(error) if known else f"{path} could not be written: {error}"
+            self.problem = error
 
     @contextmanager
     def deferring(self) -> Iterator[None]:
@@ -295,13 +290,13 @@ def _set_aside(folder: Path, step: int) -> None:
                 sharded.remove(aside)
                 path.rename(aside)
                 rank_zero_warn(
-                    f"The run goes on from step {step}; {path.name} is now {aside.name}."
+                    f"The run resumes from step {step}; {path.name} is now {aside.name}."
                 )
 
 
 def _step(path: Path) -> int:
     digits = path.stem.removeprefix("step-")
-    return int(digits) if digits.isdigit() else -1
+    return int(digits) if digits.isdecimal() else -1
 
 
 def _link(link: Path, name: str) -> None:

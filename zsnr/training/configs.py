@@ -7,7 +7,7 @@ import difflib
 import importlib
 import inspect
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -49,20 +49,17 @@ def check_configs(
 def read_safely() -> None:
     """Let jsonargparse read only YAML that `parse_yaml` reads, wherever it stands."""
     load = get_loader("yaml")
-    if load.__module__ != __name__:
-        set_loader("yaml", _Loader(load), exceptions=(yaml.YAMLError,))
+    if load.__module__ == __name__:
+        return
 
-
-@dataclasses.dataclass(frozen=True)
-class _Loader:
-    load: Callable[[str], Any]
-
-    def __call__(self, text: str) -> Any:
+    def load_checked(text: str) -> Any:
         try:
             parse_yaml(text)
         except ValueError as error:
             raise yaml.YAMLError(str(error)) from error
-        return self.load(text)
+        return load(text)
+
+    set_loader("yaml", load_checked, exceptions=(yaml.YAMLError,))
 
 
 def _config_files(arguments: Sequence[str]) -> Iterator[Path]:
@@ -137,7 +134,7 @@ class _Check:
         if module:
             try:
                 return getattr(importlib.import_module(module), name, None)
-            except ImportError:
+            except (ImportError, TypeError, ValueError):
                 return None  # jsonargparse says so
         subclasses = (cls for base in self.bases for cls in base.__subclasses__())
         return next((cls for cls in subclasses if cls.__name__ == name), None)
@@ -189,14 +186,15 @@ def _options(hint: Any) -> list[Any]:
 
 def _are_simple(options: Sequence[Any], is_list: bool) -> bool:
     """Whether a list, or else a mapping, is none of the options."""
-    simple = (str, bool, type(None), *_NUMBERS)
     return all(
-        option in simple
-        or get_origin(option) is Literal
-        or (is_list and dataclasses.is_dataclass(option))
-        or (not is_list and _item(option) is not None)
+        _is_scalar(option)
+        or (dataclasses.is_dataclass(option) if is_list else _item(option) is not None)
         for option in options
     )
+
+
+def _is_scalar(option: Any) -> bool:
+    return option in (str, bool, type(None), *_NUMBERS) or get_origin(option) is Literal
 
 
 def _item(option: Any) -> Any:
@@ -223,13 +221,7 @@ def _check_scalar(node: Any, options: Sequence[Any], where: str) -> None:
     kind, said = node.tag.removeprefix(_TAG), _said(node.value)
     text = str in options or any(get_origin(option) is Literal for option in options)
     number = any(option in options for option in _NUMBERS)
-    if not all(
-        option in (str, bool, type(None), *_NUMBERS)
-        or get_origin(option) is Literal
-        or _item(option) is not None
-        or dataclasses.is_dataclass(option)
-        for option in options
-    ):
+    if not all(_is_scalar(o) or _item(o) or dataclasses.is_dataclass(o) for o in options):
         return  # a class's name is text too, and jsonargparse lists the known ones
     if kind == "bool" and bool not in options and (text or number):
         value = node.value.lower() in ("yes", "on", "true", "y")

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -118,15 +119,13 @@ class DataModule(L.LightningDataModule):
         at_least_1 = {
             "image_size": image_size,
             "batch_size": batch_size,
-            "max_batch_size_per_device": 1
-            if max_batch_size_per_device is None
-            else max_batch_size_per_device,
+            "max_batch_size_per_device": max_batch_size_per_device,
             "window_shards": window_shards,
             "predict_batch_size": predict_batch_size,
         }
         for name, value in at_least_1.items():
             most = MAX_IMAGE_SIZE if name == "image_size" else 2**31
-            if not 1 <= value <= most:
+            if value is not None and not 1 <= value <= most:
                 raise ValueError(f"data.{name}={shown(value)}: wanted at least 1, at most {most}.")
         if num_workers < 0:
             raise ValueError(f"data.num_workers={num_workers}: wanted 0 or more.")
@@ -404,9 +403,7 @@ class DataModule(L.LightningDataModule):
             try:
                 check_budget(
                     self._ledger.met,
-                    self._seen
-                    + self._ledger.met.samples
-                    + (0 if self._val is None else len(self._val)),
+                    self._seen + self._ledger.met.samples + len(self._val or ()),
                     0 if self._train is None else len(self._train.shards),
                     self.error_budget,
                     self._ledger.path,
@@ -446,23 +443,10 @@ class DataModule(L.LightningDataModule):
         assert trainer is not None
         left = [r for r in self.requests if r.filename not in self.done]
         mine = left[trainer.global_rank :: trainer.world_size]
-        batches: list[list[PromptRequest]] = []
-        if not mine:
-            batches.append([])  # Lightning wants a batch on every rank
-        for request in mine:  # a batch has one size
-            last = batches[-1] if batches else []
-            size = (request.height, request.width)
-            if (
-                not last
-                or len(last) == self.predict_batch_size
-                or size
-                != (
-                    last[0].height,
-                    last[0].width,
-                )
-            ):
-                batches.append([])
-            batches[-1].append(request)
+        same = (list(group) for _, group in groupby(mine, lambda r: (r.height, r.width)))
+        size = self.predict_batch_size
+        batches = [group[i : i + size] for group in same for i in range(0, len(group), size)]
+        batches = batches or [[]]  # Lightning wants a batch on every rank
         return DataLoader(batches, batch_size=None, collate_fn=_as_it_is)  # type: ignore[arg-type]
 
     def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
@@ -546,15 +530,15 @@ def check_shards(train: Sources | None, val: Sources | None) -> None:
     if shared:
         raise ValueError(
             f"{public_url(min(shared))} is in data.train and in data.val: validation would measure "
-            "what was learned by heart. Use patterns such as train-*.tar and val-*.tar."
+            "overfitting as success. Use patterns such as train-*.tar and val-*.tar."
         )
 
 
 def _open_ledger(folder: Path, rank: int, ranks: int, position: int) -> Ledger:
     """Open this rank's ledger, and cut back those of ranks that there are no more."""
     for file in folder.glob("rank-*.jsonl"):
-        number = int(file.stem.removeprefix("rank-"))
-        if number >= ranks and number % ranks == rank:
+        number = file.stem.removeprefix("rank-")
+        if number.isdecimal() and int(number) >= ranks and int(number) % ranks == rank:
             Ledger(file, position)
     return Ledger(folder / f"rank-{rank:05d}.jsonl", position)
 

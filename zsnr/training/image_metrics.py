@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from zsnr.agreement import on_first_rank, raise_on_all
 from zsnr.conditioning import Remembered
 from zsnr.data.caption_files import Captioned, read_captions
 from zsnr.data.dataset import ShardDataset, collate
@@ -49,7 +50,6 @@ from zsnr.metrics.fidelity import (
 )
 from zsnr.metrics.luma import mean_luma
 from zsnr.pipeline import describe_sampling, save_png
-from zsnr.training.agreement import on_first_rank, raise_on_all
 from zsnr.training.module import LatentDiffusion
 from zsnr.training.preemption import stops
 from zsnr.training.watchdog import Watchdog
@@ -151,7 +151,7 @@ class ImageMetrics(Callback):
             return
         # not on others, which may come when it has begun to write
         check = partial(check_files, self, writes_once=stage != "fit")
-        on_first_rank(trainer.strategy, check)
+        on_first_rank(check)
         self._requests = read_captions(self.captions, self.num_images, self.seed)
         if self.num_images < trainer.world_size:
             raise ValueError(
@@ -198,9 +198,7 @@ class ImageMetrics(Callback):
         if measured is None:
             return {}
         found, rows = measured
-        found, left_out = on_first_rank(
-            trainer.strategy, partial(self._with_distances, rows, found)
-        )
+        found, left_out = on_first_rank(partial(self._with_distances, rows, found))
         for name, reason in left_out.items():
             rank_zero_warn(f"{name} is left out: {reason}")
         for name, value in found.items():
@@ -276,7 +274,10 @@ class ImageMetrics(Callback):
                 scores = self._clip(images, [request.caption for request in requests])
                 rows["clip"].update(scores.to(device), places)
             if self.save_images is not None and problem is None:
-                problem = self._save(trainer, Path(self.save_images), images, places)
+                try:
+                    self._save(trainer, Path(self.save_images).expanduser(), images, places)
+                except Exception as error:  # whatever it is, the other ranks must not wait
+                    problem = error
         raise_on_all(problem)
 
         found = {f"metrics/{name}": float(m.compute()) for name, m in brightness.items()}
@@ -436,21 +437,13 @@ class ImageMetrics(Callback):
 
     def _save(
         self, trainer: L.Trainer, folder: Path, images: Sequence[Any], places: Sequence[int]
-    ) -> Exception | None:
-        """Write pictures: side files in training, else what fails is returned."""
+    ) -> None:
+        """Write images: side files in training."""
         fits = trainer.state.fn == "fit"
-        folder = folder.expanduser()
         folder = folder / f"step-{trainer.global_step:08d}" if fits else folder
-        failure: Exception | None = None
-        with side_file(folder):
-            try:
-                for image, place in zip(images, places, strict=True):
-                    save_png(image, folder / f"{place:05d}.png")
-            except Exception as error:  # whatever it is, the other ranks must not wait
-                failure = error
-            if fits and failure is not None:
-                raise failure
-        return None if fits else failure
+        with side_file(folder) if fits else nullcontext():
+            for image, place in zip(images, places, strict=True):
+                save_png(image, folder / f"{place:05d}.png")
 
     def _write(
         self,
@@ -490,7 +483,7 @@ class ImageMetrics(Callback):
 def _put(trainer: L.Trainer, path: Path, write: Callable[[], None]) -> None:
     """Write on rank 0: a side file in training, else what the command was run for."""
     if trainer.state.fn != "fit":
-        on_first_rank(trainer.strategy, write)
+        on_first_rank(write)
     elif trainer.is_global_zero:
         with side_file(path):
             write()

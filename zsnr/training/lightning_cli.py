@@ -111,11 +111,11 @@ class SaveConfigOfFit(SaveConfigCallback):
         with side_file(path), replacing(path) as beside:
             config = self.parser.dump(self.config, skip_none=False)
             beside.write_text(public_config(config, MARK), encoding="utf-8")
-        shown = self.config.clone()
-        shown.ckpt_path = None  # a resumed run has the same settings
+        settings = self.config.clone()
+        settings.ckpt_path = None  # a resumed run has the same settings
         for callback in trainer.callbacks:
             if isinstance(callback, TrainingBoard):
-                callback.config = public_config(self.parser.dump(shown))
+                callback.config = public_config(self.parser.dump(settings))
 
 
 class ZsnrCLI(LightningCLI):
@@ -327,17 +327,12 @@ def run(arguments: Sequence[str]) -> None:
     listen(signal.SIGUSR1)
     # argv[0] stays: Lightning's launcher starts the other ranks with it.
     sys.argv[1:] = expand_short_options(arguments)
-    try:
-        cli = ZsnrCLI(
-            LatentDiffusion,
-            DataModule,
-            save_config_callback=SaveConfigOfFit,
-            save_config_kwargs={"overwrite": True, "config_filename": "run_config.yaml"},
-            seed_everything_default=0,
-            parser_kwargs={"exit_on_error": False, "predict": {"epilog": _PREDICT_HELP}},
-        )
-    except ArgumentError as error:
-        raise ValueError(short_message(str(error))) from error
+    cli = _parsed(
+        ZsnrCLI,
+        save_config_callback=SaveConfigOfFit,
+        save_config_kwargs={"overwrite": True, "config_filename": "run_config.yaml"},
+        parser_kwargs={"exit_on_error": False, "predict": {"epilog": _PREDICT_HELP}},
+    )
     if stopped_early(cli.trainer, cli.model):
         raise SystemExit(EXIT_CODE)
 
@@ -359,19 +354,21 @@ def parse_fit(arguments: Sequence[str]) -> Any:
         ValueError: Something in them is wrong; one line.
     """
     _prepare(arguments)
+    cli = _parsed(
+        _ParseOnly,
+        run=False,
+        args=list(arguments),
+        save_config_callback=None,
+        parser_kwargs={"exit_on_error": False},
+    )
+    return cli.config
+
+
+def _parsed(cls: type[ZsnrCLI], **options: Any) -> ZsnrCLI:
     try:
-        cli = _ParseOnly(
-            LatentDiffusion,
-            DataModule,
-            run=False,
-            args=list(arguments),
-            save_config_callback=None,
-            seed_everything_default=0,
-            parser_kwargs={"exit_on_error": False},
-        )
+        return cls(LatentDiffusion, DataModule, seed_everything_default=0, **options)
     except ArgumentError as error:
         raise ValueError(short_message(str(error))) from error
-    return cli.config
 
 
 def check_environment() -> None:
@@ -443,7 +440,9 @@ def short_message(message: str) -> str:
 _COUNTS = {
     **dict.fromkeys(("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"), 2**20),
     **dict.fromkeys(("NODE_RANK", "GROUP_RANK", "SLURM_NTASKS", "SLURM_PROCID"), 2**20),
-    **dict.fromkeys(("SLURM_LOCALID", "SLURM_NODEID"), 2**20),
+    **dict.fromkeys(("SLURM_LOCALID", "SLURM_NODEID", "SLURM_RESTART_COUNT"), 2**20),
+    **dict.fromkeys(("TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS"), 2**20),
+    "GROUP_WORLD_SIZE": 2**20,
     "MASTER_PORT": 2**16 - 1,
 }
 _GROUPS: dict[str, Any] = {

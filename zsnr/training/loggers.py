@@ -1,5 +1,5 @@
-"""What loggers show besides scalars, how those of a resumed run go on in the same files, and how a
-run goes on where they cannot be written.
+"""What loggers show besides scalars, how a resumed run continues their files, and how a run goes on
+where they cannot be written.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class _SideExperiment(_SideFiles):
 
 
 def guard_loggers(loggers: Iterable[Logger]) -> None:
-    """Let a run go on where its loggers cannot write; called again, this does nothing."""
+    """Let a run continue where its loggers cannot write; called again, this does nothing."""
     for logger in loggers:
         cls = type(logger)
         if not isinstance(logger, _SideFiles):

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from tqdm import tqdm
 
+from zsnr.agreement import raise_on_all
 from zsnr.checkpoints import Model
 from zsnr.checkpoints.own import KEY, describe_model
 from zsnr.codecs import LatentCodec
@@ -48,14 +49,13 @@ from zsnr.pretrained import is_weightless
 from zsnr.schedule import NoiseSchedule
 from zsnr.timesteps import get_timesteps, trailing
 from zsnr.training.adaptation import Start, read_start
-from zsnr.training.agreement import raise_on_all
 from zsnr.training.draws import Draws, training_draws, validation_draws
 from zsnr.training.ema import EMAConfig, averaged_copy, update_average
 from zsnr.training.facts import run_facts
 from zsnr.training.global_batch import GlobalBatch
 from zsnr.training.loggers import guard_loggers
 from zsnr.training.progress import NonFiniteError, Progress
-from zsnr.training.resuming import Verdict, changes, check_changes, flat, rule
+from zsnr.training.resuming import Verdict, changes, check_changes, flat, verdict_on
 from zsnr.training.strategy import (
     FullyShardedStrategy,
     check_strategy,
@@ -280,7 +280,7 @@ class LatentDiffusion(L.LightningModule):
             settings["trainer.strategy.param_dtype"] = strategy.param_dtype
             settings["trainer.strategy.reduce_dtype"] = strategy.reduce_dtype
         settings = {**flat(settings), **flat({"optimizer": optimizer.defaults})}
-        free = [name for name in settings if rule(name).verdict is Verdict.FREE]
+        free = [name for name in settings if verdict_on(name) is Verdict.FREE]
         return {name: value for name, value in settings.items() if name not in free}
 
     # Lightning's hooks

@@ -12,7 +12,7 @@ import lightning as L
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from zsnr.stops import listen as stop_on
+from zsnr.stops import stop_on
 from zsnr.training.checkpointing import Checkpoints
 
 EXIT_CODE = 143
@@ -42,9 +42,8 @@ class Preemption(L.Callback):
     """
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        listen(
-            signal.SIGTERM, signal.SIGUSR1
-        )  # Lightning has set its own, which save in the handler
+        # Lightning has set its own, which save in the handler
+        listen(signal.SIGTERM, signal.SIGUSR1)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
         pl_module.stop_requested = bool(_received)
@@ -105,7 +104,7 @@ def stops(trainer: L.Trainer) -> bool:
 def _stop_at_once() -> None:
     """Let SIGTERM stop what saves nothing; Lightning ignores it there, or waits for all ranks.
 
-    SIGUSR1, which SLURM sends before its time is up, does nothing: the work goes on until SIGTERM.
+    SIGUSR1, which SLURM sends before its time is up, does nothing: SIGTERM follows it.
     """
     listen(signal.SIGUSR1)
     stop_on(signal.SIGTERM)
@@ -133,7 +132,7 @@ def requeue() -> None:
     except (OSError, subprocess.SubprocessError) as error:
         rank_zero_warn(
             f"`scontrol requeue {job}` failed ({error}): the checkpoint is written; submit the job "
-            "again and it goes on."
+            "again and it resumes."
         )
 
 

@@ -8,7 +8,6 @@ weight but by rounding.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -24,19 +23,6 @@ class Verdict(Enum):
     FREE = "free"
 
 
-@dataclass(frozen=True)
-class Rule:
-    """A verdict on a setting.
-
-    Args:
-        verdict: What a resumed run may do with it.
-        reason: Why.
-    """
-
-    verdict: Verdict
-    reason: str
-
-
 def _under(prefix: str, names: str) -> list[str]:
     return [f"{prefix}.{name}" for name in names.split()]
 
@@ -45,10 +31,9 @@ _SCHEDULE = "betas num_timesteps beta_start beta_end zero_terminal_snr alphas_cu
 _GUIDANCE = (
     "scale rescale interval method curve at_zero_snr threshold apg_parallel apg_norm against"
 )
-_GROUPS: tuple[tuple[Verdict, str, Sequence[str]], ...] = (
-    (
+_GROUPS: tuple[tuple[Verdict, Sequence[str]], ...] = (
+    (  # it decides what the network's output means, or which weights there are
         Verdict.REFUSED,
-        "it decides what the network's output means, or which weights there are",
         [
             *_under("model", "unet schedule prediction_type ema lora image_size"),
             *_under("model.schedule", _SCHEDULE),
@@ -56,9 +41,8 @@ _GROUPS: tuple[tuple[Verdict, str, Sequence[str]], ...] = (
             "optimizer",  # its class: the state of another one would be misread
         ],
     ),
-    (
+    (  # it decides which samples and draws a step has; data.accept_changed_data allows it
         Verdict.REFUSED,
-        "it decides which samples and draws a step has; data.accept_changed_data allows it",
         [
             "model.seed",
             *_under("data", "train image_size batch_size filters window_shards seed"),
@@ -67,9 +51,8 @@ _GROUPS: tuple[tuple[Verdict, str, Sequence[str]], ...] = (
             *_under("data", "captions captions.fields captions.empty"),
         ],
     ),
-    (
+    (  # it changes what is learned from here on, and people change it on purpose
         Verdict.NEW,
-        "it changes what is learned from here on, and people change it on purpose",
         [
             *_under("model", "loss loss.name loss.gamma loss.allow_zero_terminal_weight"),
             *_under("model", "caption_dropout offset_noise"),
@@ -80,20 +63,17 @@ _GROUPS: tuple[tuple[Verdict, str, Sequence[str]], ...] = (
             *_under("trainer", "strategy.param_dtype strategy.reduce_dtype"),
         ],
     ),
-    (
+    (  # it may be another name of the same weights
         Verdict.NEW,
-        "it may be another name of the same weights",
         ["model.codec", "model.conditioner"],
     ),
-    (Verdict.NEW, "validation losses do not compare any more", ["data.val_samples"]),
-    (
+    (Verdict.NEW, ["data.val_samples"]),  # validation losses do not compare any more
+    (  # an optimizer's state holds its settings, which replace those of the config
         Verdict.KEPT,
-        "an optimizer's state holds its settings, which replace those of the config",
         _under("optimizer", "lr betas eps weight_decay amsgrad maximize"),
     ),
-    (
+    (  # the same numbers, by other means or up to rounding
         Verdict.FREE,
-        "the same numbers, by other means or up to rounding",
         [
             *_under("optimizer", "foreach capturable differentiable fused"),
             *_under("model", "gradient_checkpointing compile"),
@@ -105,9 +85,8 @@ _GROUPS: tuple[tuple[Verdict, str, Sequence[str]], ...] = (
             *_under("trainer", "plugins sync_batchnorm reload_dataloaders_every_n_epochs"),
         ],
     ),
-    (
+    (  # it decides when the run stops, what it shows or what predict makes, and no step of it
         Verdict.FREE,
-        "it decides when the run stops, what it shows or what predict makes, and no step of it",
         [
             *_under("model", "max_skipped_steps sampling sampling.sampler sampling.num_steps"),
             *_under("model.sampling", "spacing guidance"),
@@ -124,10 +103,9 @@ _GROUPS: tuple[tuple[Verdict, str, Sequence[str]], ...] = (
         ],
     ),
 )
-RULES = {name: Rule(verdict, why) for verdict, why, names in _GROUPS for name in names}
-"""The table: a rule for each setting by its name on the command line."""
+RULES = {name: verdict for verdict, names in _GROUPS for name in names}
+"""The table: a verdict on each setting by its name on the command line."""
 
-_OTHER_OPTIMIZERS = Rule(Verdict.KEPT, "as of the optimizer's settings that are listed")
 _ELSEWHERE = ("optimizer.lr",)  # said by LatentDiffusion.on_train_start, with the schedule's
 
 
@@ -158,9 +136,10 @@ def check_changes(changed: Mapping[str, Sequence[Any]]) -> str | None:
         ValueError: A setting is refused; names each with its old and its new value.
     """
     by_verdict: dict[Verdict, list[str]] = {verdict: [] for verdict in Verdict}
-    for name, (was, now) in changed.items():
+    for name, values in changed.items():
         if name not in _ELSEWHERE:
-            by_verdict[rule(name).verdict].append(f"{name} was {_said(was)}, is {_said(now)} now")
+            was, now = ("not set" if value is None else value for value in values)
+            by_verdict[verdict_on(name)].append(f"{name} was {was}, is {now} now")
     if by_verdict[Verdict.REFUSED]:
         raise ValueError(
             f"A run does not resume with other settings: {'; '.join(by_verdict[Verdict.REFUSED])}. "
@@ -181,8 +160,8 @@ def check_changes(changed: Mapping[str, Sequence[Any]]) -> str | None:
     return f"The run resumes with other settings than its checkpoint had. {'. '.join(said)}."
 
 
-def rule(name: str) -> Rule:
-    """Return the rule of a setting, or of what it is a part of.
+def verdict_on(name: str) -> Verdict:
+    """Return the verdict on a setting, or on what it is a part of.
 
     Raises:
         ValueError: The table does not have it.
@@ -191,7 +170,8 @@ def rule(name: str) -> Rule:
     for end in range(len(parts), 0, -1):
         known = RULES.get(".".join(parts[:end]))
         if known is not None:
-            return _OTHER_OPTIMIZERS if end == 1 and len(parts) > 1 else known
+            # of optimizers that are not listed, settings are a part of their states too
+            return Verdict.KEPT if end == 1 < len(parts) else known
     raise ValueError(f"No rule says whether a resumed run may change {name}.")
 
 
@@ -201,7 +181,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [_plain(part) for part in value]
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
-
-
-def _said(value: Any) -> str:
-    return "not set" if value is None else str(value)

@@ -9,6 +9,7 @@ import lightning as L
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import ParallelStrategy
 
+from zsnr.agreement import on_first_rank
 from zsnr.locks import LOCK, SILENCE, Lock
 from zsnr.training.preemption import restarted
 from zsnr.training.strategy import meet
@@ -33,12 +34,6 @@ class RunLock(L.Callback):
             LockedError: Another run is in the folder.
             OSError: The folder cannot be written.
         """
-        problem = None
-        if trainer.is_global_zero:
-            try:
-                self._lock.take()
-            except OSError as error:
-                problem = error
         strategy = trainer.strategy
         if (
             isinstance(strategy, ParallelStrategy)
@@ -46,15 +41,14 @@ class RunLock(L.Callback):
             and trainer.world_size > 1
         ):
             strategy.setup_environment()  # Lightning finds the process group made
-            problem = strategy.broadcast(problem)
-        if problem is not None:
-            raise problem
+            on_first_rank(self._lock.take)
+        elif trainer.is_global_zero:
+            self._lock.take()
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         meet("the start of training")
 
     def release(self) -> None:
-        """Let others in."""
         self._lock.release()
 
     def teardown(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:

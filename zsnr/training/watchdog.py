@@ -9,15 +9,17 @@ import socket
 import sys
 import threading
 import time
-from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 
-from zsnr.files import replacing
+from zsnr.files import replacing, side_file
 from zsnr.locks import EXIT_CODE, remove_leftovers
+from zsnr.untrusted import clipped, printable, read_json
+
+_BEAT = {"host": str, "pid": int, "step": int, "doing": str, "waited": float, "written": str}
 
 
 class Watchdog(L.Callback):
@@ -44,13 +46,14 @@ class Watchdog(L.Callback):
             return
         self._folder = Path(trainer.default_root_dir) / "heartbeats"
         self._rank, self._ranks = trainer.global_rank, trainer.world_size
-        if self._rank == 0 and self._folder.is_dir():
-            for file in self._folder.glob("rank-*.json"):
-                if int(file.stem.removeprefix("rank-")) >= self._ranks:
-                    file.unlink(missing_ok=True)
-            remove_leftovers(self._folder)
-        with suppress(OSError):
+        with side_file(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
+            if self._rank == 0:
+                remove_leftovers(self._folder)
+                for file in self._folder.glob("rank-*.json"):
+                    number = file.stem.removeprefix("rank-")
+                    if number.isdecimal() and int(number) >= self._ranks:
+                        file.unlink(missing_ok=True)
         self.note(trainer, "starts")
         self._stop = threading.Event()
         threading.Thread(target=self._watch, args=[self._stop], daemon=True).start()
@@ -101,7 +104,7 @@ class Watchdog(L.Callback):
             seen, before = state, now
             written = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"  # for people
             beat = {**state, "waited": waited, "written": written}
-            with suppress(OSError):  # a full disk is not a rank that hangs
+            with side_file(self._folder):  # a full disk is not a rank that hangs
                 _write(self._folder / f"{name}.json", json.dumps(beat))
             if waited <= patience:
                 earlier = None
@@ -111,7 +114,7 @@ class Watchdog(L.Callback):
                 report = self.report(beat, earlier)
                 print(report, file=sys.stderr, flush=True)
                 faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-                with suppress(OSError):
+                with side_file(self._folder):
                     _write(self._folder / f"{name}.hung", report)
                 os._exit(EXIT_CODE)
             if stop.wait(interval):
@@ -132,11 +135,12 @@ class Watchdog(L.Callback):
                 lines.append(f"  rank {rank}: has written nothing")
                 continue
             silent = now == then and rank != own["rank"]
-            lines.append(
+            line = (
                 f"  rank {rank} ({now['host']}, pid {now['pid']}): step {now['step']}, "
                 f"{now['doing']}, for {now['waited']:.0f} s"
                 + (f"; SILENT since {now['written']}" if silent else "")
             )
+            lines.append(printable(clipped(line, 300)))
         lines.append(
             "The one behind the others, or silent, is where to look. trainer.default_root_dir "
             "holds these heartbeats; watchdog.minutes sets the patience."
@@ -144,14 +148,17 @@ class Watchdog(L.Callback):
         return "\n".join(lines)
 
     def _heartbeats(self) -> list[dict[str, Any] | None]:
-        """Read every rank's heartbeat."""
-        found: list[dict[str, Any] | None] = []
-        for rank in range(self._ranks):
-            try:
-                found.append(json.loads((self._folder / f"rank-{rank:05d}.json").read_text()))
-            except (OSError, ValueError):
-                found.append(None)
-        return found
+        """Read every rank's heartbeat; None = it has written none that can be read."""
+        return [_read(self._folder / f"rank-{rank:05d}.json") for rank in range(self._ranks)]
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        beat = read_json(path)
+    except (ValueError, OSError):
+        return None
+    typed = all(type(beat.get(name)) is kind for name, kind in _BEAT.items())
+    return beat if typed else None
 
 
 def _write(path: Path, text: str) -> None:

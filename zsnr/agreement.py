@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
-from lightning.pytorch.strategies import Strategy
+
+from zsnr.locks import LockedError
 
 T = TypeVar("T")
 _Told = tuple[type[Exception], str]
 
 
-def on_first_rank(strategy: Strategy, work: Callable[[], T]) -> T:
+def on_first_rank(work: Callable[[], T]) -> T:
     """Do something on rank 0 while the other ranks wait, and return its result on all of them.
 
     Raises:
-        Exception: The work raised it on rank 0; on other ranks a ValueError, OSError or
-            RuntimeError with its message.
+        Exception: The work raised it on rank 0; on other ranks a LockedError, ValueError, OSError
+            or RuntimeError with its message.
     """
     failure: Exception | None = None
-    result: T | None = None
-    if strategy.is_global_zero:
+    told: list[Any] = [None, None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
         try:
-            result = work()
+            told[1] = work()
         except Exception as error:  # whatever it is, the other ranks must not wait
-            failure = error
-    told, result = strategy.broadcast((_told(failure), result))
-    _raise(failure, told)
+            failure, told[0] = error, _told(error)
+    if dist.is_initialized():
+        dist.broadcast_object_list(told, src=0)
+    _raise(failure, told[0])
+    result: T = told[1]
     return result
 
 
@@ -41,18 +44,16 @@ def raise_on_all(error: Exception | None) -> None:
         Exception: This rank's, or one with the message of the first rank that has one, as of
             `on_first_rank`.
     """
-    told = [_told(error)]
+    told = [None if error is None else _told(error)]
     if dist.is_initialized():
-        told = [None] * dist.get_world_size()
-        dist.all_gather_object(told, _told(error))
+        own, told = told[0], [None] * dist.get_world_size()
+        dist.all_gather_object(told, own)
     _raise(error, next((each for each in told if each is not None), None))
 
 
-def _told(error: Exception | None) -> _Told | None:
+def _told(error: Exception) -> _Told:
     """Return what other ranks are told: not each exception can be sent, or made of a message."""
-    if error is None:
-        return None
-    kinds: tuple[type[Exception], ...] = (ValueError, OSError)
+    kinds: tuple[type[Exception], ...] = (LockedError, ValueError, OSError)
     kind = next((kind for kind in kinds if isinstance(error, kind)), RuntimeError)
     return kind, str(error) or type(error).__name__
 
