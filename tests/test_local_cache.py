@@ -92,6 +92,18 @@ def test_the_shard_that_was_used_longest_ago_makes_room(served, tmp_path):
         assert held.read() == (served / "0.tar").read_bytes()  # one that is open stays readable
 
 
+def test_files_of_others_stay(served, tmp_path):
+    folder = tmp_path / "cache"
+    (folder / "below").mkdir(parents=True)
+    for name in ("notes.txt", "video.mp4.part"):
+        (folder / name).write_bytes(bytes(SIZE))
+        os.utime(folder / name, (1, 1))
+    reader, _ = cached(folder, 1.5)
+    for i in (0, 1):
+        assert reader.read(f"pipe:cat {served}/{i}.tar", 0, 1) == bytes([i + 1])
+    assert kept(folder) == ["1.tar", "below", "notes.txt", "video.mp4.part"]
+
+
 def test_a_shard_that_is_larger_than_the_limit_is_refused(served, tmp_path):
     small, _ = cached(tmp_path / "cache", 0.5)
     with FaultyServer(served) as server:
