@@ -1,3 +1,4 @@
+import errno
 import io
 import math
 import os
@@ -514,6 +515,17 @@ def test_damaged_bytes_raise_nothing_but_value_errors(files):
                     reasons.append(str(error))
     assert len(reasons) > 300
     assert not any("\n" in reason for reason in reasons)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EMFILE, "x"), ImportError("x"), MemoryError()])
+def test_a_machine_that_fails_is_not_a_broken_image(monkeypatch, error):
+    def failing(*arguments):
+        raise error
+
+    data = encoded(Image.new("RGB", (8, 8)))
+    monkeypatch.setattr(module, "_rgb", failing)
+    with pytest.raises(type(error)):
+        decode_image(data, 4, 4)
 
 
 def huge_jpeg(width, height):

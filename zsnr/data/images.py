@@ -202,12 +202,17 @@ def _crop(
 
 @contextmanager
 def _readable() -> Iterator[None]:
-    """Turn whatever Pillow raises at damaged bytes into a ValueError of one line."""
+    """Turn whatever Pillow raises at damaged bytes into a ValueError of one line.
+
+    Where the machine fails, by memory, a disk, or open files, the bytes are not to blame.
+    """
     try:
         yield
-    except MemoryError:
+    except (MemoryError, ImportError):
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"not a readable picture: {reason}") from error
 
