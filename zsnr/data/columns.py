@@ -115,7 +115,12 @@ def write_columns(
 
     facts = {"zsnr": json.dumps(about), "counts": counts.astype("int32").tobytes()}
     batch = batch.replace_schema_metadata(facts)
-    with replacing(path) as beside, pa.ipc.new_file(str(beside), batch.schema) as writer:
+    # Arrow opens no path that is not UTF-8.
+    with (
+        replacing(path) as beside,
+        beside.open("wb") as file,
+        pa.ipc.new_file(file, batch.schema) as writer,
+    ):
         writer.write_batch(batch)
 
 
@@ -128,10 +133,10 @@ def map_columns(path: Path) -> tuple[pa.RecordBatch, dict[str, Any], bytes]:
     """
     import pyarrow as pa
 
-    with open_regular(path):
-        pass
+    with open_regular(path) as (opened, _):
+        whole = mmap(opened.fileno(), 0, access=ACCESS_READ)
     try:
-        file = pa.ipc.open_file(pa.memory_map(str(path)))
+        file = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(whole)))
         metadata = file.schema.metadata or {}
         if file.schema.remove_metadata() != _schema() or file.num_record_batches != 1:
             raise ValueError(f"{path} holds other columns")
@@ -140,7 +145,9 @@ def map_columns(path: Path) -> tuple[pa.RecordBatch, dict[str, Any], bytes]:
         about = parse_object(metadata[b"zsnr"], str(path))
         return batch, about, metadata[b"counts"]
     except (pa.ArrowException, KeyError) as error:
-        raise ValueError(f"{path} is no readable file of samples: {clipped(str(error))}") from error
+        raise ValueError(
+            f"{path} is not a readable file of samples: {clipped(str(error))}"
+        ) from error
 
 
 def arrays(batch: pa.RecordBatch) -> dict[str, Any]:

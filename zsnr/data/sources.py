@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections import Counter
@@ -54,10 +53,9 @@ class Source:
     ratio: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0.001 <= self.weight <= 1000:
-            raise ValueError(f"weight={self.weight:g}: wanted a number from 0.001 to 1000.")
-        if self.ratio is not None and not 0.001 <= self.ratio <= 1000:
-            raise ValueError(f"ratio={self.ratio:g}: wanted a number from 0.001 to 1000.")
+        for name, share in (("weight", self.weight), ("ratio", self.ratio)):
+            if share is not None and not _is_share(share):
+                raise ValueError(f"{name}={share:g}: wanted a number from 0.001 to 1000.")
         object.__setattr__(self, "weight", float(self.weight))  # 3 and 3.0 are one weight
         object.__setattr__(self, "ratio", None if self.ratio is None else float(self.ratio))
 
@@ -109,9 +107,13 @@ def as_sources(sources: Sources) -> list[Source]:
     return found
 
 
+def _is_share(value: float) -> bool:
+    return 0.001 <= value <= 1000
+
+
 def is_cache(path: str) -> bool:
     """Whether a source is a folder that `zsnr data cache` wrote."""
-    return not is_remote(path) and (Path(path).expanduser() / CACHE).is_file()
+    return not is_remote(path) and (local_path(path) / CACHE).is_file()
 
 
 def find_shards(sources: Sources) -> list[Shard]:
@@ -127,7 +129,7 @@ def find_shards(sources: Sources) -> list[Shard]:
     for number, source in enumerate(as_sources(sources)):
         for path in [source.path] if isinstance(source.path, str) else source.path:
             if is_cache(path):
-                shards += _cached(Path(path).expanduser() / CACHE, source.weight)
+                shards += _cached(local_path(path) / CACHE, source.weight)
                 continue
             for url in _expand(path):
                 folder = not is_remote(url) and Path(url).is_dir()
@@ -204,22 +206,26 @@ def _is_cached_shard(shard: object) -> bool:
         and file == Path(file).name
         and file not in ("", "..")
         and "\0" not in file
-        and all(type(x) in (int, float) and 0 < x < math.inf for x in (weight, ratio))
+        and all(type(x) in (int, float) and _is_share(x) for x in (weight, ratio))
         and type(source) is int
     )
 
 
 def _cached(cache: Path, weight: float) -> list[Shard]:
-    return [
-        Shard(
-            str(cache.parent / shard["file"]),
+    shards = []
+    for shard in read_cache(cache)["shards"]:
+        product, ratio, source = (
             weight * shard["weight"],
-            "cache",
             shard.get("ratio"),
             shard.get("source", 0),
         )
-        for shard in read_cache(cache)["shards"]
-    ]
+        if not _is_share(product):
+            raise ValueError(
+                f"{cache.parent} was cached with weight={shard['weight']:g}, which "
+                f"weight={weight:g} makes {product:g}: wanted a number from 0.001 to 1000."
+            )
+        shards.append(Shard(str(cache.parent / shard["file"]), product, "cache", ratio, source))
+    return shards
 
 
 def _expand(item: str) -> list[str]:
