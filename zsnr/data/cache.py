@@ -24,7 +24,7 @@ from zsnr.codecs import LatentCodec
 from zsnr.conditioning import Conditioner
 from zsnr.data.captions import Captions
 from zsnr.data.dataset import Pixels, ShardDataset
-from zsnr.data.faults import Fault
+from zsnr.data.faults import Fault, as_utf8
 from zsnr.data.filters import Filter
 from zsnr.data.images import to_unit_range
 from zsnr.data.index import Index
@@ -33,7 +33,7 @@ from zsnr.data.local_cache import LocalCache
 from zsnr.data.samples import PARTS, Sample, Samples, select
 from zsnr.data.scan import FIELD, ShardIndex
 from zsnr.data.sources import CACHE, Shard, Sources, as_sources, is_cache, read_cache
-from zsnr.data.storage import Retries, Storage
+from zsnr.data.storage import Retries, Storage, local_path
 from zsnr.data.workers import Shared
 from zsnr.denoiser import Conditioning
 from zsnr.files import replacing
@@ -121,7 +121,7 @@ def find_cache(sources: Sources) -> Cache | None:
         return None
     if len(paths) > 1:
         raise ValueError(f"{paths[0]}: a cache is a source alone; cache several together.")
-    folder = Path(paths[0]).expanduser()
+    folder = local_path(paths[0])
     facts = read_cache(folder / CACHE)
     version = facts.pop("version", None)
     if type(version) is not int or version != _VERSION:
@@ -356,7 +356,7 @@ def write_cache(
             broken = [Fault("sample", samples.shards[n].url, *fault) for fault in found.faults]
             faults += broken
             table = _table(samples, index, rows, found.spans)
-            name = public_url(samples.shards[n].url)
+            name = as_utf8(public_url(samples.shards[n].url))
             known = [f for f in samples.faults if f.shard == name]
             size = path.stat().st_size
             write_index(ShardIndex(table, known + broken, size, 0, ""), _index_file(path))

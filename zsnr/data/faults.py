@@ -32,7 +32,7 @@ class Fault:
         kind: "shard" = a shard is missing or cut short, "sample" = a sample is broken for good,
             "passing" = a read failed and was tried again, "note" = nothing is broken, but a
             shard holds something that is not read.
-        shard: Path or address; without passwords and signatures.
+        shard: Path or address; without passwords and signatures, and see `as_utf8`.
         key: The sample's. None = the whole shard.
         reason: One line.
         position: The sample's place in the run that met it. None = found by indexing.
@@ -45,8 +45,14 @@ class Fault:
     position: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shard", public_url(self.shard))
+        object.__setattr__(self, "shard", as_utf8(public_url(self.shard)))
+        object.__setattr__(self, "key", None if self.key is None else as_utf8(self.key))
         object.__setattr__(self, "reason", public_text(self.reason))
+
+
+def as_utf8(text: str) -> str:
+    """Write bytes that are not UTF-8, which Python has as surrogates, as their codes."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
 def as_fault(value: object) -> Fault:
@@ -235,9 +241,7 @@ class _Once:
             if fault.kind == "passing":
                 yield fault
                 continue
-            identity = repr((fault.kind, fault.shard, fault.key)).encode(
-                "ascii", "backslashreplace"
-            )
+            identity = repr((fault.kind, fault.shard, fault.key)).encode()
             mark = int.from_bytes(hashlib.blake2b(identity, digest_size=8).digest(), "big")
             if mark not in self._known:
                 self._known.add(mark)

@@ -15,11 +15,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from zsnr.data.captions import Captions
-from zsnr.data.faults import Fault, Ledger, summarize
+from zsnr.data.captions import TEXTS, Captions
+from zsnr.data.faults import Fault, Ledger, as_utf8, summarize
 from zsnr.data.index_file import Part, read_footer, read_index, read_rows, write_index
 from zsnr.data.local_cache import LocalCache
-from zsnr.data.scan import FIELD, TEXTS, as_utf8, file_state, make_index
+from zsnr.data.scan import FIELD, file_state, make_index
 from zsnr.data.sources import Shard, Sources, find_shards
 from zsnr.data.storage import Retries, Storage, is_remote
 from zsnr.locks import Lock
@@ -94,6 +94,7 @@ class Index:
             count = table.num_rows
             names = [name for name in table.column_names if not name.startswith(FIELD)]
             columns = {"shard": pa.repeat(pa.scalar(number, pa.int32()), count)}
+            columns[TEXTS] = pa.nulls(count, pa.dictionary(pa.int32(), pa.string()))  # of a cache
             columns |= {name: table.column(name) for name in names}
             for name, kind in kinds.items():
                 there = name in table.column_names and count
@@ -326,7 +327,7 @@ def without_caption(
     lacking = table.select(["shard", "key"]).filter(rows)
     reason = captions.lacking()
     return [
-        Fault("sample", as_utf8(index.shards[shard].url), key, reason)
+        Fault("sample", index.shards[shard].url, key, reason)
         for shard, key in zip(*(column.to_pylist() for column in lacking.columns), strict=True)
     ]
 

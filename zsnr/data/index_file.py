@@ -15,8 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from zsnr.data.captions import TEXTS, parse_text_fields
 from zsnr.data.faults import Fault, PackedFaults, as_fault
-from zsnr.data.scan import FIELD, TEXTS, ShardIndex
+from zsnr.data.scan import FIELD, ShardIndex
 from zsnr.data.thrift import read_struct
 from zsnr.files import replacing
 from zsnr.untrusted import clipped, open_regular, parse_object, shown
@@ -124,6 +125,10 @@ def read_rows(path: Path, fields: Iterable[str] | None = None) -> pa.Table:
         for i, name in enumerate(table.column_names):
             if name in packed or name in texts:
                 _check_texts(table.column(i), size)
+            if name in texts:
+                for chunk in table.column(i).chunks:
+                    for text in chunk.dictionary.to_pylist():
+                        parse_text_fields(text)
             if name in packed and name not in texts:
                 table = table.set_column(i, name, table.column(i).cast(pa.string()))
         table.validate(full=True)

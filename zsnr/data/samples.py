@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zsnr.data.buckets import AspectBuckets, assign
-from zsnr.data.captions import Captions
+from zsnr.data.captions import TEXTS, Captions
 from zsnr.data.columns import arrays, map_columns, spooling, write_columns
 from zsnr.data.faults import Fault, PackedFaults, summarize
 from zsnr.data.filters import PICTURE_FIELDS, Filter, Sieve
 from zsnr.data.index import Index, without_caption
-from zsnr.data.scan import FIELD, TEXTS, part_file
+from zsnr.data.scan import FIELD, part_file
 from zsnr.data.sources import Shard
 
 if TYPE_CHECKING:
@@ -279,10 +279,8 @@ def _selected(
                 reason = f"{width[row]} x {height[row]} pixels: wanted at most {max_pixels}"
                 key = table.column("key")[row].as_py()
                 faults.append(Fault("sample", index.shards[number].url, key, reason))
-            bare = np.zeros(len(kept), bool)
-            if TEXTS in table.column_names:  # a cache has samples with captions only
-                bare = kept & ~large & ~captions.usable(table.column(TEXTS))
-                faults += without_caption(index, table, bare, captions)
+            bare = kept & ~large & ~captions.usable(table.column(TEXTS))
+            faults += without_caption(index, table, bare, captions)
             lacking |= bool(bare.any())
             rows = np.flatnonzero(kept & ~large & ~bare)
             total += len(kept)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import itertools
 import json
 import os
 import re
-import stat
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,20 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from zsnr.data.captions import is_text, parse_record, text_fields
-from zsnr.data.faults import Fault
+from zsnr.data.captions import TEXTS, is_text, parse_record, text_fields
+from zsnr.data.faults import Fault, as_utf8
 from zsnr.data.images import HeaderCut, image_size
 from zsnr.data.sources import IMAGE_SUFFIXES, METADATA, Shard, folder_files
-from zsnr.data.storage import Storage, is_remote, local_path
+from zsnr.data.storage import NOT_A_FILE, NotAFileError, Storage, is_remote
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 FIELD = "json."
 """Prefix of the columns that hold fields of the json."""
-
-TEXTS = "texts"
-"""The column that names the fields with texts, see `text_fields`."""
 
 _PARTS = ("image", "text", "json")
 _LONGEST = 64  # characters; longer texts, such as captions and addresses, are no filter's business
@@ -51,16 +46,7 @@ _DISGUISED = {  # first bytes of what people have in the place of a tar file
     b"<!DOCTYPE": "an HTML page, as servers send in the place of a file: download it again",
     b"<html": "an HTML page, as servers send in the place of a file: download it again",
 }
-_OF_THE_FILE = (  # errors that say what a file is, not that a disk or a server fails
-    errno.ENOENT,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.ELOOP,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENXIO,
-    errno.ENODEV,
-)
+_OF_THE_FILE = (FileNotFoundError, NotADirectoryError, PermissionError, NotAFileError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,10 +103,10 @@ class _Rows:
         self._notes: list[str] = []
 
     def shard_fault(self, reason: str) -> None:
-        self.faults.append(Fault("shard", as_utf8(self.shard.url), None, reason))
+        self.faults.append(Fault("shard", self.shard.url, None, reason))
 
     def sample_fault(self, key: str, reason: str) -> None:
-        self.faults.append(Fault("sample", as_utf8(self.shard.url), as_utf8(key), reason))
+        self.faults.append(Fault("sample", self.shard.url, key, reason))
 
     def other(self, name: str) -> None:
         """Count a file that is no part of a sample."""
@@ -167,8 +153,9 @@ class _Rows:
                 f"over {_MOST_FIELDS} fields of json: {self._num_left_out} values are left out, "
                 f"such as those of {', '.join(self._left_out)}, and no filter sees them"
             )
-        url = as_utf8(self.shard.url)
-        return self.faults + ([Fault("note", url, None, "; ".join(notes))] if notes else [])
+        if not notes:
+            return self.faults
+        return [*self.faults, Fault("note", self.shard.url, None, "; ".join(notes))]
 
     def index(self, size: int, changed: int = 0) -> ShardIndex:
         import pyarrow as pa
@@ -205,14 +192,13 @@ def _index_tar(shard: Shard, storage: Storage) -> ShardIndex:
     rows = _Rows(shard)
     size, changed = file_state(shard.url)
     try:
-        if not is_remote(shard.url) and not stat.S_ISREG(os.stat(local_path(shard.url)).st_mode):
-            rows.shard_fault("no file, but a folder, a pipe or a device")
-            return rows.index(0)
         size = storage.size(shard.url)
         with storage.open(shard.url) as file:
             _read_tar(rows, file, size)
     except FileNotFoundError:
         rows.shard_fault("missing")
+    except NotAFileError:
+        rows.shard_fault(NOT_A_FILE)
     except EOFError as error:
         rows.shard_fault(_line(error))
         return rows.index(0)  # which is not kept: the next time may go well
@@ -412,7 +398,7 @@ def _is_image(file: BinaryIO, span: tuple[int, int]) -> bool:
 def _index_folder(shard: Shard, storage: Storage) -> ShardIndex:
     folder, rows = Path(shard.url), _Rows(shard)
     files = list(folder_files(folder))
-    entries = _read_metadata(rows, folder / METADATA)
+    entries = _read_metadata(rows, storage, f"{shard.url}/{METADATA}")
     names = [path.relative_to(folder).as_posix() for path in files]
     tables = [name for name in names if PurePosixPath(name).stem == "metadata"]
     unread = [name for name in tables if name != METADATA]
@@ -422,9 +408,10 @@ def _index_folder(shard: Shard, storage: Storage) -> ShardIndex:
         if suffix in ("txt", "json", "jsonl", "csv", "parquet"):
             continue
         try:
-            image, text = _file_span(path), Path(part_file(shard.url, key, "text"))
+            url, text = f"{shard.url}/{key}", part_file(shard.url, key, "text")
+            image = 0, storage.size(url)
             spans = {"image": _bounded("image", image)}
-            with storage.open(str(path)) as file:
+            with storage.open(url) as file:
                 if suffix not in IMAGE_SUFFIXES and not _is_image(file, image):
                     continue
                 used.add(key)
@@ -432,25 +419,26 @@ def _index_folder(shard: Shard, storage: Storage) -> ShardIndex:
             if not is_text(key):
                 raise ValueError("its name is not UTF-8: rename it")
             content = None
-            if text.is_file():
-                used.add(text.relative_to(folder).as_posix())
-                spans["text"] = _bounded("text", _file_span(text))
-                content = storage.read(str(text), *spans["text"])
+            if os.path.isfile(text):
+                used.add(text.removeprefix(f"{shard.url}/"))
+                spans["text"] = _bounded("text", (0, storage.size(text)))
+                content = storage.read(text, *spans["text"])
             fields: dict[str, Any] = {}
             if key in entries:
                 spans["json"] = entries.pop(key)
-                record = storage.read(str(folder / METADATA), *spans["json"])
+                record = storage.read(f"{shard.url}/{METADATA}", *spans["json"])
                 fields = parse_record(record)
             if len(spans) == 1:
                 tip = f"; {unread[0]} is not read: write it as {METADATA}" if unread else ""
-                raise ValueError(f"it has no caption: no {text.name}, no line in {METADATA}{tip}")
+                raise ValueError(
+                    f"it has no caption: no {Path(text).name}, no line in {METADATA}{tip}"
+                )
             rows.add(key, size, spans, _filterable(fields), text_fields(content, fields))
-        except (ValueError, EOFError, OSError) as error:
-            if isinstance(error, OSError) and error.errno not in _OF_THE_FILE:
-                raise
+        except (ValueError, EOFError, *_OF_THE_FILE) as error:
             if suffix in IMAGE_SUFFIXES or key in used:
                 used.add(key)
-                rows.sample_fault(key, _line(error))
+                strange = isinstance(error, NotAFileError)
+                rows.sample_fault(key, NOT_A_FILE if strange else _line(error))
     for name in names:
         if name not in used:
             rows.other(name)
@@ -462,20 +450,13 @@ def _index_folder(shard: Shard, storage: Storage) -> ShardIndex:
     return rows.index(sum(row["image_size"] for row in rows.rows))
 
 
-def _file_span(path: Path) -> tuple[int, int]:
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError("no file, but a folder, a pipe or a device")
-    return 0, status.st_size
-
-
-def _read_metadata(rows: _Rows, path: Path) -> dict[str, tuple[int, int]]:
-    """Read where each picture's line is, by the picture's name."""
+def _read_metadata(rows: _Rows, storage: Storage, url: str) -> dict[str, tuple[int, int]]:
+    """Read where each image's line is, by the image's name."""
     entries: dict[str, tuple[int, int]] = {}
-    if not path.is_file():
+    if not Path(url).is_file():
         return entries
     offset, most = 0, _LARGEST["json"]
-    with open(path, "rb") as lines:
+    with storage.open(url) as lines:
         for number in itertools.count(1):
             line = lines.readline(most)
             span, offset = (offset, len(line)), offset + len(line)
@@ -503,16 +484,6 @@ def _split(name: str) -> tuple[str, str]:
     folder, slash, file = name.rpartition("/")
     stem, _, suffix = file.partition(".")
     return as_utf8(folder + slash + stem), as_utf8(suffix.lower())
-
-
-def as_utf8(text: str) -> str:
-    """Write bytes that are no UTF-8, which Python has as surrogates, as their codes."""
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
-def read_fields(data: bytes) -> dict[str, Any]:
-    """Read the fields of a json that filters may use: numbers, truth values and short texts."""
-    return _filterable(parse_record(data))
 
 
 def _filterable(record: Mapping[str, Any]) -> dict[str, Any]:

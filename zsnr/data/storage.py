@@ -10,6 +10,7 @@ import re
 import selectors
 import signal
 import ssl
+import stat
 import subprocess
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -88,6 +89,13 @@ class NoRangesError(StorageError):
     """A source gives its bytes only from the beginning to the end, and has no local cache."""
 
 
+NOT_A_FILE = "not a file, but a folder, a pipe, a device or a link to itself"
+
+
+class NotAFileError(StorageError):
+    """Something else has the name of a file."""
+
+
 class _PassingError(Exception):
     """What may go well the next time."""
 
@@ -106,7 +114,7 @@ def local_path(url: str) -> Path:
     """Return the path that a local url means: "~" and "file:" resolved."""
     if url.startswith("file:"):
         return Path(unquote(url.removeprefix("file:").removeprefix("//")))
-    return Path(url).expanduser()
+    return Path(os.path.expanduser(url))  # pathlib's refuses ~x where no user has that name
 
 
 class Storage:
@@ -265,8 +273,8 @@ class Storage:
     # Files
 
     def _ask_local(self, url: str) -> int:
-        with _passing_local():
-            return self._same_size(url, local_path(url).stat().st_size)
+        with _open_local(url) as file:
+            return self._same_size(url, os.fstat(file.fileno()).st_size)
 
     def _read_file(self, url: str, offset: int, size: int, expected: int | None) -> bytes:
         with self._open_file(url, expected) as file:
@@ -626,11 +634,22 @@ def _open_local(url: str) -> BinaryIO:
     path = local_path(url)
     try:
         with _passing_local():
-            return open(path, "rb")
+            file = open(path, "rb", opener=_not_waiting)  # noqa: SIM115 - the caller closes it
+        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            return file
+        file.close()
     except FileNotFoundError as error:
         if _holds_files(path.parent):
             raise
         raise _PassingError("its folder is empty or missing") from error  # a disk that is not there
+    except OSError as error:
+        if error.errno not in (errno.EISDIR, errno.ELOOP, errno.ENXIO):
+            raise
+    raise NotAFileError(f"{path} is {NOT_A_FILE}.")
+
+
+def _not_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # else a pipe waits for somebody who writes to it
 
 
 def _holds_files(folder: Path) -> bool:
