@@ -15,7 +15,8 @@ from torch.utils.data import Dataset
 
 from zsnr.data.captions import Captions
 from zsnr.data.faults import BudgetError, Fault
-from zsnr.data.images import MAX_PIXELS, decode_image, size_facts
+from zsnr.data.formats import MAX_PIXELS
+from zsnr.data.images import decode_image, size_facts
 from zsnr.data.local_cache import LocalCache
 from zsnr.data.samples import Sample, Samples, Span
 from zsnr.data.storage import Retries, Storage, StorageError, is_remote

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from zsnr.data.captions import TEXTS, is_text, parse_record, text_fields
 from zsnr.data.faults import Fault, as_utf8
-from zsnr.data.images import HeaderCut, image_size
+from zsnr.data.formats import HeaderCut, image_size
 from zsnr.data.sources import IMAGE_SUFFIXES, METADATA, Shard, folder_files
 from zsnr.data.storage import NOT_A_FILE, NotAFileError, Storage, is_remote
 
