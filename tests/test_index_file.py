@@ -1,5 +1,6 @@
 """Index files that somebody else wrote, and files of samples: judged before they are used."""
 
+import errno
 import json
 import pickle
 from contextlib import suppress
@@ -24,7 +25,7 @@ from zsnr.data.index_file import read_footer, read_rows
 from zsnr.data.order import TrainingOrder
 from zsnr.data.samples import select
 from zsnr.data.sources import Shard, Source, find_shards
-from zsnr.data.storage import Storage
+from zsnr.data.storage import Storage, StorageError
 from zsnr.data.thrift import read_struct
 
 
@@ -334,6 +335,15 @@ def test_a_cache_s_index_cannot_be_made_again(tmp_path, shard):
     content = shard.with_name("s.tar.index").read_bytes()
     with pytest.raises(ValueError, match="do not belong together: cache it again"):
         load(cached(tmp_path, content))  # of another shard
+
+
+def test_a_disk_that_fails_does_not_damage_the_index_of_a_cache(tmp_path, monkeypatch, shard):
+    def failing(*arguments, **options):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("pyarrow.parquet.ParquetFile", failing)
+    with pytest.raises(StorageError, match="0.tar.index cannot be read: Input/output error"):
+        load(cached(tmp_path, shard.with_name("s.tar.index").read_bytes()))
 
 
 def test_a_weight_that_a_cache_makes_too_small_is_refused(tmp_path):

@@ -88,7 +88,9 @@ def replacing(path: Path) -> Iterator[Path]:
         yield beside
         os.replace(beside, path)
     except OSError as error:
-        if error.filename is None:  # Pillow and torch do not say which file a full disk cut
+        if (
+            error.errno and error.filename is None
+        ):  # Pillow and torch do not say which file a full disk cut
             error.filename = str(path)
         raise
     finally:

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 
 from zsnr.data.captions import TEXTS, Captions
 from zsnr.data.faults import Fault, Ledger, as_utf8, summarize
-from zsnr.data.index_file import Part, read_footer, read_index, read_rows, write_index
+from zsnr.data.index_file import Part, read_footer, read_rows, write_index
 from zsnr.data.local_cache import LocalCache
 from zsnr.data.scan import FIELD, file_state, make_index
 from zsnr.data.sources import Shard, Sources, find_shards
-from zsnr.data.storage import Retries, Storage, is_remote
+from zsnr.data.storage import Retries, Storage, StorageError, is_remote
 from zsnr.locks import Lock
 from zsnr.public import public_url
 from zsnr.untrusted import clipped
@@ -29,8 +29,6 @@ from zsnr.untrusted import clipped
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
-
-__all__ = ["Index", "index_path", "load_index", "read_index", "write_index", "write_indices"]
 
 
 @dataclass(eq=False)
@@ -419,7 +417,11 @@ def _reject(shard: Shard, path: Path, error: ValueError) -> None:
 
     Raises:
         ValueError: It is a cache's, which only caching can make again.
+        StorageError: It is a cache's, and a disk does not give it.
     """
+    cause = error.__cause__
+    if shard.kind == "cache" and isinstance(cause, OSError) and cause.errno is not None:
+        raise StorageError(f"{path} cannot be read: {cause.strerror}.") from error
     reason = f"{path} is not used as an index: {clipped(str(error)).rstrip('.')}."
     if shard.kind == "cache":
         raise ValueError(f"{reason} Remove it, and run `zsnr data cache` again to resume it.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,7 +57,7 @@ class Part:
     table: pa.Table | None
     rows: int
     schema: pa.Schema
-    faults: Sequence[Fault]
+    faults: Collection[Fault]
     size: int
     changed: int
     digest: str
@@ -134,15 +134,6 @@ def read_rows(path: Path, fields: Iterable[str] | None = None) -> pa.Table:
         table.validate(full=True)
         _check_rows(table, footer)
         return table.replace_schema_metadata(None)
-
-
-def read_index(path: Path) -> ShardIndex | None:
-    """Read a shard's index; None = it is of another version or unreadable."""
-    try:
-        footer, table = read_footer(path), read_rows(path)
-    except ValueError:
-        return None
-    return ShardIndex(table, list(footer.faults), footer.size, footer.changed, footer.digest)
 
 
 @contextmanager

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from zsnr.data.buckets import AspectBuckets, assign
 from zsnr.data.captions import TEXTS, Captions
-from zsnr.data.columns import arrays, map_columns, spooling, write_columns
+from zsnr.data.columns import Mapped, Spool, arrays, write_columns
 from zsnr.data.faults import Fault, PackedFaults, summarize
 from zsnr.data.filters import PICTURE_FIELDS, Filter, Sieve
 from zsnr.data.index import Index, without_caption
@@ -51,24 +52,6 @@ class Sample:
     json: Span | None
 
 
-class Mapped:
-    """The columns of samples in a file; pickled, it is the file's name.
-
-    Args:
-        path: As `write_columns` wrote it.
-
-    Raises:
-        ValueError: There is no such file.
-    """
-
-    def __init__(self, path: Path) -> None:
-        batch, self.about, self.counts = map_columns(path)
-        self.path, self.columns = path, arrays(batch)
-
-    def __reduce__(self) -> tuple[type[Mapped], tuple[Path]]:
-        return Mapped, (self.path,)
-
-
 @dataclass(frozen=True, eq=False)
 class Samples:
     """Samples in the order of their shards; memory is a few arrays, not objects.
@@ -104,7 +87,7 @@ class Samples:
     keys: pa.Array
     removed: dict[str, int]
     total: int
-    faults: Sequence[Fault]
+    faults: Collection[Fault]
     digest: str
     counts: np.ndarray | None = None
     mapped: Mapped | None = None
@@ -264,7 +247,7 @@ def _selected(
     shapes, max_pixels = settings["shapes"], settings["max_pixels"]
     sieve, faults, total, huge, lacking = Sieve(filters), [], 0, False, False
     counts = np.zeros((len(index.shards), len(shapes)), np.int32)
-    with spooling(folder) as spool:
+    with closing(Spool(folder)) as spool:
         for number, table in enumerate(index.blocks()):
             columns = {name.removeprefix(FIELD): table.column(name) for name in table.column_names}
             for name, column in zip(PICTURE_FIELDS, ("width", "height", "image_size"), strict=True):
@@ -318,15 +301,7 @@ def _selected(
             about["faults"] = [[fault.shard, fault.key, fault.reason] for fault in faults]
             write_columns(file, spool.batch(), about, counts)
             return _mapped(file, index, shapes)
-        return Samples(
-            shards=index.shards,
-            sizes=index.sizes,
-            shapes=shapes,
-            faults=PackedFaults(faults, [part.faults for part in index.parts]),
-            counts=counts,
-            **about,
-            **arrays(spool.batch()),
-        )
+        return _samples(index, shapes, faults, counts, about, arrays(spool.batch()))
 
 
 def _file_of(index: Index, settings: dict[str, Any], folder: Path) -> Path:
@@ -338,27 +313,39 @@ def _mapped(file: Path, index: Index, shapes: list[tuple[int, int]]) -> Samples:
     """Map the samples that a process has written.
 
     Raises:
-        ValueError: There is no such file.
+        ValueError: The file is damaged, or of other shards.
     """
     import numpy as np
 
     mapped = Mapped(file)
     counts = np.frombuffer(mapped.counts, np.int32)
-    about = mapped.about
     if len(counts) != len(index.shards) * len(shapes) or counts.sum() != len(
         mapped.columns["keys"]
     ):
         raise ValueError(f"{file} is of other shards")
-    faults = [Fault("sample", *fault) for fault in about.pop("faults")]
+    faults = [Fault("sample", *fault) for fault in mapped.about.pop("faults")]
+    counts = counts.reshape(-1, len(shapes))
+    return _samples(index, shapes, faults, counts, mapped.about, mapped.columns, mapped)
+
+
+def _samples(
+    index: Index,
+    shapes: list[tuple[int, int]],
+    faults: Iterable[Fault],
+    counts: np.ndarray,
+    about: Mapping[str, Any],
+    columns: Mapping[str, Any],
+    mapped: Mapped | None = None,
+) -> Samples:
     return Samples(
         shards=index.shards,
         sizes=index.sizes,
         shapes=shapes,
         faults=PackedFaults(faults, [part.faults for part in index.parts]),
-        counts=counts.reshape(-1, len(shapes)),
+        counts=counts,
         mapped=mapped,
         **about,
-        **mapped.columns,
+        **columns,
     )
 
 

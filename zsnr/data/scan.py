@@ -95,12 +95,13 @@ class _Rows:
         self.shard = shard
         self.rows: list[dict[str, Any]] = []
         self.faults: list[Fault] = []
+        self.notes: list[str] = []
+        """What is said of the shard that is not a fault."""
         self._others: Counter[str] = Counter()
         self._examples: dict[str, str] = {}
         self._fields: dict[str, None] = {}
         self._left_out: list[str] = []
         self._num_left_out = 0
-        self._notes: list[str] = []
 
     def shard_fault(self, reason: str) -> None:
         self.faults.append(Fault("shard", self.shard.url, None, reason))
@@ -109,16 +110,12 @@ class _Rows:
         self.faults.append(Fault("sample", self.shard.url, key, reason))
 
     def other(self, name: str) -> None:
-        """Count a file that is no part of a sample."""
-        ending = as_utf8(PurePosixPath(name).suffix.lower())
+        """Count a file that is not part of a sample."""
+        ending = as_utf8(PurePosixPath(name).suffix.lower()) or "without an ending"
         if ending not in self._others and len(self._others) >= _MOST_ENDINGS:
             ending = "of other endings"
-        self._others[ending or "without an ending"] += 1
-        self._examples.setdefault(ending or "without an ending", as_utf8(name)[:100])
-
-    def note(self, text: str) -> None:
-        """Say something of the shard that is no fault."""
-        self._notes.append(text)
+        self._others[ending] += 1
+        self._examples.setdefault(ending, as_utf8(name)[:100])
 
     def add(
         self,
@@ -144,10 +141,10 @@ class _Rows:
         self.rows.append(row)
 
     def _all_faults(self) -> list[Fault]:
-        notes = list(self._notes)
+        notes = self.notes
         if self._others:
             counts = (f"{n} {e} (such as {self._examples[e]})" for e, n in self._others.items())
-            notes.append(f"files that are no image of a sample: {', '.join(counts)}")
+            notes.append(f"files that are not an image of a sample: {', '.join(counts)}")
         if self._left_out:
             notes.append(
                 f"over {_MOST_FIELDS} fields of json: {self._num_left_out} values are left out, "
@@ -338,9 +335,11 @@ _RECORD = re.compile(rb"(\d{1,8}) ([^=]{1,1000})=")
 
 
 def _look_behind(rows: _Rows, file: BinaryIO, left: int) -> None:
-    """Say if more follows behind a tar file's end, as where two were joined by cat."""
+    """Note what follows behind a tar file's end, as where two were joined by cat."""
     if left > _RECORDS and file.read(1 << 20).strip(b"\0"):
-        rows.note("what follows behind the tar file's end is not read: join tar files by tar -A")
+        rows.notes.append(
+            "what follows behind the tar file's end is not read: join tar files by tar -A"
+        )
 
 
 def _add_member(rows: _Rows, file: BinaryIO, key: str, parts: dict[str, tuple[int, int]]) -> None:
