@@ -516,7 +516,7 @@ def test_passwords_of_addresses_are_used_and_never_shown(folder):
         ("https://me:secret@h:8/a.tar?sign=secret", "https://h:8/a.tar"),
         ("https://h/a@b.tar", "https://h/a@b.tar"),
         ("s3://bucket/a.tar", "s3://bucket/a.tar"),
-        ("http://[::/a", "http://[::/a"),
+        ("http://[::/a", "..."),
         ("/data/what?/me:pw@h/a.tar", "/data/what?/me:pw@h/a.tar"),
         ("pipe:curl -H 'Auth: secret' https://u:secret@h/0.tar?s=1", "pipe:... https://h/0.tar"),
         ("pipe:aws s3 cp s3://b/0.tar - --token secret", "pipe:... s3://b/0.tar"),

@@ -46,7 +46,8 @@ _DISGUISED = {  # first bytes of what people have in the place of a tar file
     b"<!DOCTYPE": "an HTML page, as servers send in the place of a file: download it again",
     b"<html": "an HTML page, as servers send in the place of a file: download it again",
 }
-_OF_THE_FILE = (FileNotFoundError, NotADirectoryError, PermissionError, NotAFileError)
+_NOT_FILES = (NotAFileError, IsADirectoryError)
+_OF_THE_FILE = (FileNotFoundError, NotADirectoryError, PermissionError, *_NOT_FILES)
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,7 +195,7 @@ def _index_tar(shard: Shard, storage: Storage) -> ShardIndex:
             _read_tar(rows, file, size)
     except FileNotFoundError:
         rows.shard_fault("missing")
-    except NotAFileError:
+    except _NOT_FILES:
         rows.shard_fault(NOT_A_FILE)
     except EOFError as error:
         rows.shard_fault(_line(error))
@@ -436,7 +437,7 @@ def _index_folder(shard: Shard, storage: Storage) -> ShardIndex:
         except (ValueError, EOFError, *_OF_THE_FILE) as error:
             if suffix in IMAGE_SUFFIXES or key in used:
                 used.add(key)
-                strange = isinstance(error, NotAFileError)
+                strange = isinstance(error, _NOT_FILES)
                 rows.sample_fault(key, NOT_A_FILE if strange else _line(error))
     for name in names:
         if name not in used:

@@ -636,7 +636,7 @@ def _open_local(url: str) -> BinaryIO:
             raise
         raise _PassingError("its folder is empty or missing") from error  # a disk that is not there
     except OSError as error:
-        if error.errno not in (errno.EISDIR, errno.ELOOP, errno.ENXIO):
+        if error.errno not in (errno.ELOOP, errno.ENXIO):
             raise
     raise NotAFileError(f"{path} is {NOT_A_FILE}.")
 
