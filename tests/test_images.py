@@ -479,9 +479,9 @@ def test_pixels_behind_the_header_are_not_read():
 
 def test_no_picture():
     for call in (image_size, lambda data: decode_image(data, 8, 8)):
-        with pytest.raises(ValueError, match=r"^the picture is empty \(0 bytes\)\.$"):
+        with pytest.raises(ValueError, match=r"^the image is empty \(0 bytes\)\.$"):
             call(b"")
-        with pytest.raises(ValueError, match="^not a readable picture: wanted a JPEG, PNG, W") as e:
+        with pytest.raises(ValueError, match="^not a readable image: wanted a JPEG, PNG, W") as e:
             call(b"no picture at all")
         assert not isinstance(e.value, HeaderCut)
 

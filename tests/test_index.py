@@ -165,7 +165,7 @@ def test_what_is_broken_is_named_and_the_rest_is_there(tmp_path):
         "c": "no caption",
         "d": "no picture",
         "e": "json is not readable JSON",
-        "f": "not a readable picture",
+        "f": "not a readable image",
     }.items():
         assert text in why[key]
 
@@ -362,7 +362,7 @@ def test_bucket_shapes():
         assert max(h, w) / min(h, w) <= 2
         assert (w, h) in shapes
         assert (h, w + 64) not in shapes  # no larger one has the same height
-    with pytest.raises(ValueError, match="no multiple of data.aspect.step"):
+    with pytest.raises(ValueError, match="not a multiple of data.aspect.step"):
         AspectBuckets(step=64).shapes(500)
 
 

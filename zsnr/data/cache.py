@@ -1,7 +1,7 @@
-"""The cache: shards of moments and text embeddings in the place of pictures.
+"""The cache: shards of moments and text embeddings in the place of images.
 
 A cache stands for its source sample by sample, broken ones included, so a run from the cache takes
-the batches of a run from the pictures. It holds the moments of the codec, so each epoch draws its
+the batches of a run from the images. It holds the moments of the codec, so each epoch draws its
 latents anew, and the captions, so dropout and other encoders stay possible.
 """
 
@@ -73,7 +73,7 @@ class Cache:
         codec: The codec's fingerprint.
         conditioner: The text encoder's. None = the cache holds no text embeddings.
         captions: Which captions the embeddings are of, likewise.
-        picture: Size, buckets, crop, flip and limit of the pictures.
+        picture: Size, buckets, crop, flip and limit of the images.
         filters: Put on the source.
         samples: Digest of the source's samples, which decides their order.
         dtype: Of moments and embeddings.
@@ -136,7 +136,7 @@ def find_cache(sources: Sources) -> Cache | None:
     if missing:
         raise ValueError(
             f"{folder} is not finished: {len(missing)} of {len(cache.shards)} shards are missing, "
-            f"such as {missing[0]}. Run `zsnr data cache` again; it goes on."
+            f"such as {missing[0]}. Run `zsnr data cache` again to resume it."
         )
     return cache
 
@@ -294,16 +294,16 @@ def write_cache(
     Args:
         folder: Where to write.
         samples: Of the source.
-        codec: Encodes the pictures.
+        codec: Encodes the images.
         conditioner: Encodes the captions. None = leave them to training.
         index: Of the source, with all fields.
         cache: What cache.json says.
-        pixels: How pictures are cut. A random crop is drawn once a sample.
+        pixels: How images are cut. A random crop is drawn once a sample.
         captions: Which text is the caption.
         retries: Of the source's reads.
         headers: Of requests to http servers.
         local_cache: Keeps whole remote shards on local disk.
-        batch_size: Pictures that are encoded at a time.
+        batch_size: Images that are encoded at a time.
         num_workers: Processes that load.
         rank: This process; every num_ranks-th shard is its own.
         num_ranks: All processes.
@@ -384,7 +384,7 @@ class _Written:
 
 
 class _Raw(ShardDataset):
-    """Pictures with the bytes of their captions; a broken one says why."""
+    """Images with the bytes of their captions; a broken one says why."""
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         sample = self.samples[row]

@@ -61,7 +61,7 @@ class Captions:
             seed: Of the choice.
 
         Raises:
-            ValueError: There is no caption, or it is no UTF-8 or no JSON; one line.
+            ValueError: There is no caption, or it is not UTF-8 or not JSON; one line.
         """
         found = self._candidates(text, record)
         if not found:

@@ -31,13 +31,13 @@ _THREADS = 8  # reads at a time, from a server
 
 @dataclass(frozen=True)
 class Pixels:
-    """How a picture becomes the pixels of a bucket.
+    """How an image becomes the pixels of a bucket.
 
     Args:
         crop: What is cut away where the shape differs: the same on both sides ("center"), or by
             chance ("random").
-        flip: Mirror half of the pictures, by chance.
-        max_pixels: Larger pictures count as broken, before they are decoded.
+        flip: Mirror half of the images, by chance.
+        max_pixels: Larger images count as broken, before they are decoded.
     """
 
     crop: Literal["center", "random"] = "center"
@@ -78,17 +78,17 @@ class AsIndexed:
 
 
 class ShardDataset(Dataset[dict[str, Any]]):
-    """Pictures and captions read by offset.
+    """Images and captions read by offset.
 
     An item is {"image": uint8 (3, H, W), "caption": str, "sizes": int64 (6,), "key": str,
     "position": int, "faults": what went wrong on the way, a list of Fault}. Sizes are of the
-    original picture, its crop and the result, as Conditioning's. Position ~p = -1 - p stands for
+    original image, its crop and the result, as Conditioning's. Position ~p = -1 - p stands for
     the sample at p where only the same amount of work is wanted, and keeps its sign.
 
     Args:
         samples: What there is.
         order: Maps positions to rows. None = as they are indexed.
-        pixels: How pictures are cut.
+        pixels: How images are cut.
         captions: Which text is the caption.
         retries: How often a read is tried.
         headers: Of requests to http servers.

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 PICTURE_FIELDS = ("image_width", "image_height", "image_bytes")
-"""Fields that every sample has: measured from the picture itself."""
+"""Fields that every sample has: measured from the image itself."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Filter:
     Args:
         field: A field of the sample's json, such as aesthetic, pwatermark, punsafe, similarity,
             original_width or LANGUAGE; or image_width, image_height (pixels) or image_bytes,
-            measured from the picture.
+            measured from the image.
         min: Keep values of at least this.
         max: Keep values of at most this.
         one_of: Keep values of this list.

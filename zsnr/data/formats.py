@@ -41,16 +41,16 @@ _MOST_TEXT = 1 << 20  # bytes of a PNG's texts, or of its color profile, that Pi
 
 
 class HeaderCut(ValueError):  # noqa: N818 - a state of the bytes, which the reader mends
-    """The bytes end before the picture's header does: more of the file may say its size."""
+    """The bytes end before the image's header does: more of the file may say its size."""
 
 
 def image_size(data: bytes, max_pixels: int | None = None) -> tuple[int, int]:
-    """Read a picture's size as it is seen, EXIF orientation obeyed, without decoding it.
+    """Read an image's size as it is seen, EXIF orientation obeyed, without decoding it.
 
     Args:
         data: A JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, JPEG 2000, PPM, QOI, SGI, PSD, PCX or TGA
             file, or its first bytes.
-        max_pixels: Refuse larger pictures. None = none is too large.
+        max_pixels: Refuse larger images. None = none is too large.
 
     Returns:
         Height and width, in pixels.
@@ -58,7 +58,7 @@ def image_size(data: bytes, max_pixels: int | None = None) -> tuple[int, int]:
     Raises:
         HeaderCut: `data` ends within the header. A WebP file with metadata has to be whole: it
             keeps its orientation at the end.
-        ValueError: Not a readable picture, or too large a one.
+        ValueError: Not a readable image, or too large a one.
     """
     size = _webp_size(data)
     if size is None:
@@ -74,20 +74,20 @@ def image_size(data: bytes, max_pixels: int | None = None) -> tuple[int, int]:
 def open_image(data: bytes, max_pixels: int | None) -> Any:
     """Read the header into a PIL image whose pixels are still encoded.
 
-    The decoders are called by name: Image.open would warn of large pictures, or refuse them,
+    The decoders are called by name: Image.open would warn of large images, or refuse them,
     before `max_pixels` is asked, and knows formats that start other programs.
     """
     if not data:
-        raise ValueError("the picture is empty (0 bytes).")
+        raise ValueError("the image is empty (0 bytes).")
     decoder = _decoder(data)
     if decoder is None:
         kind = HeaderCut if len(data) < 16 else ValueError
         raise kind(
-            "not a readable picture: wanted a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, JPEG 2000, "
+            "not a readable image: wanted a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, JPEG 2000, "
             "PPM, QOI, SGI, PSD, PCX or TGA file."
         )
     canvas = _webp_canvas(data)
-    if canvas is not None:  # its decoder makes room for the picture at once
+    if canvas is not None:  # its decoder makes room for the image at once
         _check_pixels(canvas, max_pixels)
     stream = io.BytesIO(_without_text(data) if data.startswith(b"\x89PNG") else data)
     try:
@@ -108,7 +108,7 @@ def _decoder(data: bytes) -> Any:
     for decoder, accepts in _decoders():
         answer = accepts(data[:18])
         if isinstance(answer, str):  # this Pillow was built without it
-            raise ValueError(f"not a readable picture: {answer}.")
+            raise ValueError(f"not a readable image: {answer}.")
         if answer:
             return decoder
     return None
@@ -226,7 +226,7 @@ def orientation_of(image: Any) -> int:
     if image.format == "TIFF":  # Pillow turns it by itself
         return 1
     try:
-        # The base class's: PNG's own decodes the picture to look for EXIF behind it.
+        # The base class's: PNG's own decodes the image to look for EXIF behind it.
         orientation = Image.Image.getexif(image).get(0x0112)
     except Exception:  # damaged metadata do not make the pixels unreadable
         return 1
@@ -272,4 +272,4 @@ def readable() -> Iterator[None]:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"not a readable picture: {reason}") from error
+        raise ValueError(f"not a readable image: {reason}") from error

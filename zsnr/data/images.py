@@ -28,10 +28,10 @@ def decode_image(
     max_pixels: int = MAX_PIXELS,
     scaled_decoding: bool = True,
 ) -> Tensor:
-    """Decode a picture, scale it until it just covers `height` x `width`, and crop it to that.
+    """Decode an image, scale it until it just covers `height` x `width`, and crop it to that.
 
-    Scaling is bicubic with antialiasing; a picture that needs none keeps its values. The crop lies
-    on whole pixels of the decoded picture. EXIF orientation is obeyed, transparent parts become
+    Scaling is bicubic with antialiasing; an image that needs none keeps its values. The crop lies
+    on whole pixels of the decoded image. EXIF orientation is obeyed, transparent parts become
     white, colors of an embedded ICC profile become those of sRGB, of several frames the first is
     taken. Threads wait for each other where their images have over `MAX_PIXELS` pixels together.
 
@@ -42,15 +42,15 @@ def decode_image(
         crop: Where the crop lies in the room it has, down and across: (0, 0) is the top left
             corner, (0.5, 0.5) the centre, (1, 1) the bottom right corner.
         flip: Mirror the crop left to right.
-        max_pixels: Refuse larger pictures before they are decoded.
-        scaled_decoding: Let the JPEG decoder itself halve a picture, up to three times, while it
+        max_pixels: Refuse larger images before they are decoded.
+        scaled_decoding: Let the JPEG decoder itself halve an image, up to three times, while it
             still covers the result: quicker, and on photographs about 40 dB from scaling all of it.
 
     Returns:
         (3, height, width) uint8, RGB.
 
     Raises:
-        ValueError: Not a readable picture, or too large a one.
+        ValueError: Not a readable image, or too large a one.
     """
     image = open_image(data, max_pixels)
     if image.format == "JPEG":
@@ -106,13 +106,13 @@ def to_unit_range(images: Tensor) -> Tensor:
 
 
 def size_facts(size: tuple[int, int], height: int, width: int, crop: tuple[float, float]) -> Tensor:
-    """Say how `decode_image` cuts a picture, as SDXL's network is told (Conditioning's sizes).
+    """Say how `decode_image` cuts an image, as SDXL's network is told (Conditioning's sizes).
 
-    The crop's offsets are in pixels of the picture as it is scaled, before it is cropped. A
-    mirrored picture keeps them: what was cut away is told, not on which side it shows.
+    The crop's offsets are in pixels of the image as it is scaled, before it is cropped. A
+    mirrored image keeps them: what was cut away is told, not on which side it shows.
 
     Args:
-        size: Height and width of the picture as it is seen.
+        size: Height and width of the image as it is seen.
         height: Of the result, in pixels.
         width: Likewise.
         crop: Where the crop lies, as there.
@@ -126,14 +126,14 @@ def size_facts(size: tuple[int, int], height: int, width: int, crop: tuple[float
 
 
 def _scale(h: int, w: int, height: int, width: int) -> float:
-    """Say by what a picture of h x w is multiplied to just cover height x width."""
+    """Say by what an image of h x w is multiplied to just cover height x width."""
     return max(height / h, width / w)
 
 
 def _crop(
     h: int, w: int, height: int, width: int, crop: tuple[float, float]
 ) -> tuple[int, int, int, int]:
-    """Place the crop in a picture of h x w, in its own whole pixels: top, left, height, width."""
+    """Place the crop in an image of h x w, in its own whole pixels: top, left, height, width."""
     scale = _scale(h, w, height, width)
     crop_h, crop_w = min(h, round(height / scale)), min(w, round(width / scale))
     crop_h, crop_w = max(1, crop_h), max(1, crop_w)
@@ -179,7 +179,7 @@ os.register_at_fork(after_in_child=_UNDER_WAY.reset)
 def _halve(image: Any, size: tuple[int, int]) -> tuple[int, int]:
     """Let a JPEG be decoded at 1/2, 1/4 or 1/8, while it covers `size`, and return its new size.
 
-    In whole pixels: one that is only partly inside the picture is left out.
+    In whole pixels: one that is only partly inside the image is left out.
     """
     drafted = image.draft(None, size) if image.format == "JPEG" else None
     if drafted is None:

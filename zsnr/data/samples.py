@@ -65,7 +65,7 @@ class Samples:
         rows: Row of each sample in the index, (N,).
         shard: Number of each sample's shard, (N,), ascending.
         bucket: Number of each sample's bucket, (N,).
-        size: Height and width of each picture, (N, 2).
+        size: Height and width of each image, (N, 2).
         spans: Offset and size of image, text and json, (N, 3, 2); -1 = there is none.
         keys: Of the samples.
         removed: How many samples each filter removed.
@@ -196,7 +196,7 @@ def select(
         image_size: Height and width without buckets, in pixels.
         filters: In order.
         aspect: The buckets. None = one square.
-        max_pixels: Larger pictures count as broken.
+        max_pixels: Larger images count as broken.
         captions: Samples without a caption count as broken.
         folder: Where many samples are written, once, and mapped by all processes. None = each has
             them in its memory.

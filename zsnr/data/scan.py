@@ -27,8 +27,8 @@ FIELD = "json."
 """Prefix of the columns that hold fields of the json."""
 
 _PARTS = ("image", "text", "json")
-_LONGEST = 64  # characters; longer texts, such as captions and addresses, are no filter's business
-_HEADER = 16 << 10  # bytes of a picture that nearly always hold its size
+_LONGEST = 64  # characters; longer texts, such as captions and addresses, are of no use to filters
+_HEADER = 16 << 10  # bytes of an image that nearly always hold its size
 _LARGEST = {"image": 1 << 30, "text": 1 << 20, "json": 8 << 20}  # bytes of a part
 _MOST_FIELDS = 256  # columns of a shard, and fields of a json that may add one
 _MOST_ENDINGS = 16  # that are named
@@ -283,7 +283,7 @@ def _members(rows: _Rows, file: BinaryIO, end: int) -> Iterator[tuple[str, int, 
         sparse = sparse or any(key.startswith("GNU.sparse.") for key in said)
         said = {}
         more = block[482:483] if header.type == tarfile.GNUTYPE_SPARSE else b""
-        while more.strip(b"\0"):  # blocks that go on with the list of its holes
+        while more.strip(b"\0"):  # blocks that continue the list of its holes
             file.seek(at)
             more = file.read(_BLOCK)[504:505]
             at += _BLOCK
@@ -362,7 +362,7 @@ def _add_member(rows: _Rows, file: BinaryIO, key: str, parts: dict[str, tuple[in
                 "the key"
             )
         if suffix is None:
-            raise ValueError(f"it has no picture, only {', '.join(map(repr, list(parts)[:5]))}")
+            raise ValueError(f"it has no image, only {', '.join(map(repr, list(parts)[:5]))}")
         spans = {"image": parts[suffix], "text": text, "json": record}
         found = {part: span for part, span in spans.items() if span is not None}
         if found.keys() <= {"image"}:
@@ -444,7 +444,7 @@ def _index_folder(shard: Shard, storage: Storage) -> ShardIndex:
             rows.other(name)
     for key in entries:
         if not (folder / key).is_file():  # else another folder's metadata has it
-            rows.sample_fault(key, f"{METADATA} names it, but there is no such picture")
+            rows.sample_fault(key, f"{METADATA} names it, but there is no such image")
     if not rows.rows and not rows.faults:
         rows.shard_fault("no image in this folder")
     return rows.index(sum(row["image_size"] for row in rows.rows))
@@ -472,7 +472,7 @@ def _read_metadata(rows: _Rows, storage: Storage, url: str) -> dict[str, tuple[i
                     continue
                 name = parse_record(line).get("file_name")
                 if not isinstance(name, str) or not is_text(name):
-                    raise ValueError("there is no file_name")
+                    raise ValueError("it has no file_name")
                 entries[name.removeprefix("./")] = span
             except ValueError as error:
                 rows.sample_fault(f"{METADATA}, line {number}", _line(error))
@@ -498,12 +498,12 @@ def _is_filterable(value: Any) -> bool:
     if isinstance(value, str):
         return len(value) <= _LONGEST and is_text(value)
     if isinstance(value, int):
-        return value.bit_length() <= 1000  # a larger one is no float
+        return value.bit_length() <= 1000  # a larger one is not a float
     return isinstance(value, float) and value == value
 
 
 def _measure(file: BinaryIO, offset: int, size: int) -> tuple[int, int]:
-    """Read height and width from a picture's first bytes."""
+    """Read height and width from an image's first bytes."""
     length = min(size, _HEADER)
     while True:
         data = _read(file, offset, length)

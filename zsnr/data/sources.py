@@ -1,4 +1,4 @@
-"""Where data is: tar shards on disk or behind an address, and plain folders of pictures."""
+"""Where data is: tar shards on disk or behind an address, and plain folders of images."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ class Source:
 
     Args:
         path: A folder of tar shards; a pattern such as "data/{000..099}.tar" or "data/train-*.tar",
-            also behind http://, https://, s3:// or gs://; a list of them; a folder of pictures with
+            also behind http://, https://, s3:// or gs://; a list of them; a folder of images with
             KEY.txt beside each or metadata.jsonl in it or in folders below; or "pipe:COMMAND", a
             command that prints one shard, which data.local_cache then keeps.
-        weight: How often a pass over the data sees each sample: 2 = twice, 0.5 = every second pass.
+        weight: How often an epoch has each sample: 2 = twice, 0.5 = every second epoch.
         ratio: Share of each global batch, relative to the other sources' ratios, however many
-            samples the source has. Each source then has passes of its own. If one source has a
+            samples the source has. Each source then has epochs of its own. If one source has a
             ratio, all must, and none a weight. None = by the number of samples and the weight.
     """
 
@@ -62,12 +62,12 @@ class Source:
 
 @dataclass(frozen=True)
 class Shard:
-    """A tar file, or a folder of pictures.
+    """A tar file, or a folder of images.
 
     Args:
         url: Path or address.
         weight: Its source's.
-        kind: A tar file, a folder of pictures, or a tar file of a cache.
+        kind: A tar file, a folder of images, or a tar file of a cache.
         ratio: Its source's.
         source: Number of its source.
     """
@@ -184,7 +184,7 @@ def read_cache(file: Path) -> dict[str, Any]:
     """Read what a cache was made with, as `zsnr data cache` wrote it.
 
     Raises:
-        ValueError: It is no such file, or names shards elsewhere.
+        ValueError: It is not such a file, or names shards elsewhere.
     """
     facts = parse_object(read_small(file, _MOST_CACHE), str(file))
     shards = facts.get("shards")
@@ -253,8 +253,8 @@ def _expand(item: str) -> list[str]:
     if not any(p.exists() for p in found):
         tip = f" {packed[0]} is compressed: unpack it." if packed else _what_is_there(path)
         raise FileNotFoundError(
-            f"No shards at {item}: wanted .tar files with pictures and captions, such as "
-            f"`zsnr data openmoji DIR` writes, or a folder of pictures with captions.{tip}"
+            f"No shards at {item}: wanted .tar files with images and captions, such as "
+            f"`zsnr data openmoji DIR` writes, or a folder of images with captions.{tip}"
         )
     return [str(p) for p in found]
 
@@ -278,7 +278,7 @@ def _local_files(path: Path) -> list[Path]:
 
 
 def _what_is_there(path: Path) -> str:
-    """Name the files of a folder that is no source, and a folder below that may be one."""
+    """Name the files of a folder that is not a source, and a folder below that may be one."""
     if not path.is_dir():
         return ""
     below = next(path.rglob("*.[tT][aA][rR]"), None)
