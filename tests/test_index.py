@@ -163,7 +163,7 @@ def test_what_is_broken_is_named_and_the_rest_is_there(tmp_path):
     for key, text in {
         "b": "0 bytes",
         "c": "no caption",
-        "d": "no picture",
+        "d": "no image",
         "e": "json is not readable JSON",
         "f": "not a readable image",
     }.items():
