@@ -30,8 +30,8 @@ from zsnr.data.images import to_unit_range
 from zsnr.data.index import Index
 from zsnr.data.index_file import write_index
 from zsnr.data.local_cache import LocalCache
-from zsnr.data.samples import PARTS, Sample, Samples, select
-from zsnr.data.scan import FIELD, ShardIndex
+from zsnr.data.samples import Sample, Samples, select
+from zsnr.data.scan import FIELD, PARTS, ShardIndex
 from zsnr.data.sources import CACHE, Shard, Sources, as_sources, is_cache, read_cache
 from zsnr.data.storage import Retries, Storage, local_path
 from zsnr.data.workers import Shared
@@ -352,10 +352,10 @@ def write_cache(
             )
             path = folder / cache.shards[n]["file"]
             remove_leftovers(folder, path.name)
-            found = _write_shard(path, items, encoder, bar)
-            broken = [Fault("sample", samples.shards[n].url, *fault) for fault in found.faults]
+            spans, reasons = _write_shard(path, items, encoder, bar)
+            broken = [Fault("sample", samples.shards[n].url, *reason) for reason in reasons]
             faults += broken
-            table = _table(samples, index, rows, found.spans)
+            table = _table(samples, index, rows, spans)
             name = as_utf8(public_url(samples.shards[n].url))
             known = [f for f in samples.faults if f.shard == name]
             size = path.stat().st_size
@@ -375,12 +375,7 @@ def shard_files(shards: Sequence[Shard]) -> list[dict[str, Any]]:
     ]
 
 
-@dataclass(eq=False)
-class _Written:
-    """Where the parts of each row are, and key and reason of the broken ones."""
-
-    spans: dict[int, dict[str, tuple[int, int]]]
-    faults: list[tuple[str, str]]
+_Spans = dict[int, dict[str, tuple[int, int]]]  # where the parts of each row are
 
 
 class _Raw(ShardDataset):
@@ -450,16 +445,19 @@ def _kept(x: Tensor, dtype: torch.dtype) -> torch.dtype:
     return dtype if x.is_floating_point() else x.dtype
 
 
-def _write_shard(path: Path, items: Any, encoder: _Encoder, bar: Any) -> _Written:
-    """Write one shard; a crash leaves nothing that looks like one."""
+def _write_shard(
+    path: Path, items: Any, encoder: _Encoder, bar: Any
+) -> tuple[_Spans, list[tuple[str, str]]]:
+    """Write one shard; return its spans, and key and reason of what is broken."""
     from webdataset import TarWriter
 
-    written = _Written({}, [])
+    spans: _Spans = {}
+    broken: list[tuple[str, str]] = []
     with replacing(path) as beside:
         with open(beside, "wb") as file, TarWriter(file, mtime=0) as tar:
             for batch in items:
                 good = [item for item in batch if "image" in item]
-                written.faults += [(i["key"], i["reason"]) for i in batch if "image" not in i]
+                broken += [(i["key"], i["reason"]) for i in batch if "image" not in i]
                 for item, tensors in zip(good, encoder(good) if good else [], strict=True):
                     texts = {"txt": item["text"], "json": item["json"]}
                     tar.write(
@@ -472,15 +470,15 @@ def _write_shard(path: Path, items: Any, encoder: _Encoder, bar: Any) -> _Writte
             for member in members:
                 row, _, suffix = member.name.partition(".")
                 span = (member.offset_data, member.size)
-                written.spans.setdefault(int(row), {})[names[suffix]] = span
-    return written
+                spans.setdefault(int(row), {})[names[suffix]] = span
+    return spans, broken
 
 
 def _table(
     samples: Samples,
     index: Index,
     rows: range,
-    spans: Mapping[int, Mapping[str, tuple[int, int]]],
+    spans: _Spans,
 ) -> pa.Table:
     """Make the rows of a cached shard's index: one for each of the source's, in its order."""
     import pyarrow as pa

@@ -18,7 +18,7 @@ from zsnr.data.faults import BudgetError, Fault
 from zsnr.data.formats import MAX_PIXELS
 from zsnr.data.images import decode_image, size_facts
 from zsnr.data.local_cache import LocalCache
-from zsnr.data.samples import Sample, Samples, Span
+from zsnr.data.samples import Sample, Samples
 from zsnr.data.storage import Retries, Storage, StorageError, is_remote
 from zsnr.noise import derive_seed
 from zsnr.public import public_url
@@ -231,7 +231,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
                 None if s is None else block[s.offset - start : s.offset - start + s.size]
                 for s in spans
             ]
-        return [None if span is None else _part(storage, span, size) for span in spans]
+        return [s and storage.read(s.url, s.offset, s.size, size) for s in spans]
 
     def _here(self) -> _Process:
         """What belongs to this process: connections and threads do not survive a fork."""
@@ -262,7 +262,3 @@ def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         else:
             batch[name] = values
     return batch
-
-
-def _part(storage: Storage, span: Span, size: int | None) -> bytes:
-    return storage.read(span.url, span.offset, span.size, expected_size=size)

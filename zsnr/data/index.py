@@ -398,18 +398,8 @@ def _make(
     table = made.table.drop_columns(unwanted)
     places = pickle.dumps(table.drop_columns([n for n in names if n not in unwanted]), protocol=5)
     state = hashlib.blake2b(places, digest_size=16).hexdigest()
-    part = Part(
-        None,
-        table,
-        table.num_rows,
-        table.schema,
-        made.faults,
-        made.size,
-        made.changed,
-        made.digest,
-        state,
-    )
-    return part, unkept
+    facts = made.faults, made.size, made.changed, made.digest, state
+    return Part(None, table, table.num_rows, table.schema, *facts), unkept
 
 
 def _reject(shard: Shard, path: Path, error: ValueError) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from zsnr.data.captions import TEXTS, parse_text_fields
 from zsnr.data.faults import Fault, PackedFaults, as_fault
-from zsnr.data.scan import FIELD, ShardIndex
+from zsnr.data.scan import FIELD, NUMBERS, PARTS, ShardIndex
 from zsnr.data.thrift import read_struct
 from zsnr.files import replacing
 from zsnr.untrusted import clipped, open_regular, parse_object, shown
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _VERSION = 1
-_PARTS = ("image", "text", "json")
-_NUMBERS = ("height", "width", *(f"{p}_{x}" for p in _PARTS for x in ("offset", "size")))
 _CODECS = {0, 1}  # Parquet's numbers: none and snappy, which grows 20-fold at most
 _DICTIONARY = {2, 8}
 _ENCODINGS = {0, 3, 4, *_DICTIONARY}  # plain, run length, bit-packed, dictionaries
@@ -83,7 +81,7 @@ def write_index(index: ShardIndex, path: Path) -> None:
         table = table.set_column(place, TEXTS, table.column(TEXTS).cast(pa.string()))
     # Arrow opens no path that is not UTF-8.
     with replacing(path) as beside, open(beside, "wb") as file:
-        pq.write_table(table, file, use_dictionary=[*texts, *_NUMBERS])
+        pq.write_table(table, file, use_dictionary=[*texts, *NUMBERS])
 
 
 def read_footer(path: Path) -> Part:
@@ -114,7 +112,7 @@ def read_rows(path: Path, fields: Iterable[str] | None = None) -> pa.Table:
         names = [n for n in footer.schema.names if n.startswith(FIELD)]
         wanted = names if fields is None else [name for name in fields if name in names]
         texts = [TEXTS] if TEXTS in footer.schema.names else []
-        columns = ["key", *_NUMBERS, *texts, *wanted]
+        columns = ["key", *NUMBERS, *texts, *wanted]
         if footer.rows * len(columns) > max(_MOST_CELLS, _CELLS_PER_BYTE * size):
             raise ValueError(f"it has {footer.rows} rows of {len(columns)} columns in {size} bytes")
         packed = _layout(raw, size, footer)  # must not be written out before they are judged
@@ -178,17 +176,8 @@ def _footer(file: BinaryIO, size: int, path: Path) -> Part:
         )
     _check_types(schema)
     status = path.stat()
-    return Part(
-        path,
-        None,
-        metadata.num_rows,
-        schema,
-        PackedFaults(map(as_fault, faults)),
-        shard_size,
-        changed,
-        digest,
-        f"{status.st_size} {status.st_mtime_ns}",
-    )
+    packed, state = PackedFaults(map(as_fault, faults)), f"{status.st_size} {status.st_mtime_ns}"
+    return Part(path, None, metadata.num_rows, schema, packed, shard_size, changed, digest, state)
 
 
 def _count(about: dict[str, Any], name: str) -> int:
@@ -229,9 +218,7 @@ def _layout(file: BinaryIO, size: int, footer: Part) -> set[str]:
 def _check_types(schema: pa.Schema) -> None:
     import pyarrow as pa
 
-    wanted = {"key": pa.string()} | {
-        name: pa.int32() if name in ("height", "width") else pa.int64() for name in _NUMBERS
-    }
+    wanted = {name: pa.type_for_alias(kind) for name, kind in {"key": "string", **NUMBERS}.items()}
     if len({*schema.names}) != len(schema.names):
         raise ValueError("a column stands in it twice")
     for name, kind in wanted.items():
@@ -273,14 +260,14 @@ def _check_rows(table: pa.Table, footer: Part) -> None:
 
     if table.num_rows != footer.rows:
         raise ValueError(f"it has {table.num_rows} rows, its footer says {footer.rows}")
-    if any(table.column(name).null_count for name in ("key", *_NUMBERS)):
+    if any(table.column(name).null_count for name in ("key", *NUMBERS)):
         raise ValueError("a row has no value where every sample has one")
     if not table.num_rows:
         return
-    column = {name: table.column(name).to_numpy() for name in _NUMBERS}
+    column = {name: table.column(name).to_numpy() for name in NUMBERS}
     if min(column["height"].min(), column["width"].min()) < 1:
         raise ValueError("an image has no size")
-    for part in _PARTS:
+    for part in PARTS:
         offset, size = column[f"{part}_offset"], column[f"{part}_size"]
         missing = (offset == -1) & (size == -1) & (part != "image")
         inside = (

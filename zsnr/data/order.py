@@ -29,9 +29,8 @@ if TYPE_CHECKING:
 
     from zsnr.data.samples import Samples
 
-_SHARDS, _WINDOW, _RANKS, _REPLACEMENT, _MIX, _SOURCE, _BATCH = range(
-    7
-)  # independent streams of one seed
+# Independent streams of one seed.
+_SHARDS, _WINDOW, _RANKS, _REPLACEMENT, _MIX, _SOURCE, _BATCH = range(7)
 
 _LONGEST_PERIOD = 1 << 14
 

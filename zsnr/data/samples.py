@@ -18,14 +18,12 @@ from zsnr.data.columns import Mapped, Spool, arrays, write_columns
 from zsnr.data.faults import Fault, PackedFaults, summarize
 from zsnr.data.filters import PICTURE_FIELDS, Filter, Sieve
 from zsnr.data.index import Index, without_caption
-from zsnr.data.scan import FIELD, part_file
+from zsnr.data.scan import FIELD, PARTS, part_file
 from zsnr.data.sources import Shard
 
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
-
-PARTS = ("image", "text", "json")
 
 _VERSION = 1
 _IN_MEMORY = 100_000  # samples that are too few for a file

@@ -19,6 +19,7 @@ from zsnr.data.faults import Fault, as_utf8
 from zsnr.data.formats import HeaderCut, image_size
 from zsnr.data.sources import IMAGE_SUFFIXES, METADATA, Shard, folder_files
 from zsnr.data.storage import NOT_A_FILE, NotAFileError, Storage, is_remote
+from zsnr.untrusted import disguise
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -26,7 +27,14 @@ if TYPE_CHECKING:
 FIELD = "json."
 """Prefix of the columns that hold fields of the json."""
 
-_PARTS = ("image", "text", "json")
+PARTS = ("image", "text", "json")
+"""Of a sample."""
+
+NUMBERS = {"height": "int32", "width": "int32"} | {
+    f"{part}_{number}": "int64" for part in PARTS for number in ("offset", "size")
+}
+"""The type of each column of the index that holds numbers of every sample."""
+
 _LONGEST = 64  # characters; longer texts, such as captions and addresses, are of no use to filters
 _HEADER = 16 << 10  # bytes of an image that nearly always hold its size
 _LARGEST = {"image": 1 << 30, "text": 1 << 20, "json": 8 << 20}  # bytes of a part
@@ -36,15 +44,12 @@ _BLOCK = 512  # bytes; a tar file is made of them
 _RECORDS = 20 * _BLOCK  # that tar programs fill up with zeros
 _MOST_EXTENDED = 1 << 20  # bytes of a tar header that says more than fits into a block
 _LONGEST_NAME = 4096  # bytes
-_DISGUISED = {  # first bytes of what people have in the place of a tar file
+_PACKED = {  # first bytes of what people have in the place of a tar file
     b"\x1f\x8b": "compressed by gzip: unpack it",
     b"BZh": "compressed by bzip2: unpack it",
     b"\xfd7zXZ": "compressed by xz: unpack it",
     b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it",
     b"PK\x03\x04": "a zip archive: unpack it",
-    b"version https://git-lfs": "a git-lfs pointer: run git lfs pull",
-    b"<!DOCTYPE": "an HTML page, as servers send in the place of a file: download it again",
-    b"<html": "an HTML page, as servers send in the place of a file: download it again",
 }
 _NOT_FILES = (NotAFileError, IsADirectoryError)
 _OF_THE_FILE = (FileNotFoundError, NotADirectoryError, PermissionError, *_NOT_FILES)
@@ -127,7 +132,7 @@ class _Rows:
         texts: str,
     ) -> None:
         row: dict[str, Any] = {"key": key, "height": size[0], "width": size[1], TEXTS: texts}
-        for part in _PARTS:
+        for part in PARTS:
             row[f"{part}_offset"], row[f"{part}_size"] = spans.get(part, (-1, -1))
         for name in record:
             if name in self._fields:
@@ -141,7 +146,7 @@ class _Rows:
         row["record"] = {n: value for n, value in record.items() if n in self._fields}
         self.rows.append(row)
 
-    def _all_faults(self) -> list[Fault]:
+    def _note(self) -> list[Fault]:
         notes = self.notes
         if self._others:
             counts = (f"{n} {e} (such as {self._examples[e]})" for e, n in self._others.items())
@@ -151,28 +156,24 @@ class _Rows:
                 f"over {_MOST_FIELDS} fields of json: {self._num_left_out} values are left out, "
                 f"such as those of {', '.join(self._left_out)}, and no filter sees them"
             )
-        if not notes:
-            return self.faults
-        return [*self.faults, Fault("note", self.shard.url, None, "; ".join(notes))]
+        return [Fault("note", self.shard.url, None, "; ".join(notes))] if notes else []
 
     def index(self, size: int, changed: int = 0) -> ShardIndex:
         import pyarrow as pa
 
         columns: dict[str, Any] = {"key": pa.array([r["key"] for r in self.rows], pa.string())}
-        for name in ("height", "width"):
-            columns[name] = pa.array([r[name] for r in self.rows], pa.int32())
-        for part in _PARTS:
-            for name in (f"{part}_offset", f"{part}_size"):
-                columns[name] = pa.array([r[name] for r in self.rows], pa.int64())
+        for name, kind in NUMBERS.items():
+            columns[name] = pa.array([r[name] for r in self.rows], kind)
         columns[TEXTS] = pa.array([r[TEXTS] for r in self.rows], pa.string()).dictionary_encode()
         for name in sorted(self._fields):
             columns[FIELD + name] = _column([row["record"].get(name) for row in self.rows])
         digest = hashlib.blake2b(digest_size=16)
-        sizes = [f"{part}_size" for part in _PARTS]
+        decisive = ["key", *(name for name in NUMBERS if not name.endswith("_offset"))]
         for row in self.rows:
-            facts = [row[name] for name in ("key", "height", "width", *sizes)]
+            facts = [row[name] for name in decisive]
             digest.update((json.dumps(facts) + "\n").encode())
-        return ShardIndex(pa.table(columns), self._all_faults(), size, changed, digest.hexdigest())
+        faults = self.faults + self._note()
+        return ShardIndex(pa.table(columns), faults, size, changed, digest.hexdigest())
 
 
 def part_file(folder: str, key: str, part: str) -> str:
@@ -206,11 +207,11 @@ def _index_tar(shard: Shard, storage: Storage) -> ShardIndex:
 def _read_tar(rows: _Rows, file: BinaryIO, end: int) -> None:
     groups: dict[str, dict[str, tuple[int, int]]] = {}
     twice: set[str] = set()
-    head = file.read(32)
-    for start, what in _DISGUISED.items():
-        if head.lstrip().startswith(start):
-            rows.shard_fault(f"not a tar file: {what}")
-            return
+    head = file.read(_BLOCK)
+    what = next((what for start, what in _PACKED.items() if head.startswith(start)), None)
+    if head and (what := what or disguise(head)):
+        rows.shard_fault(f"not a tar file: {what}")
+        return
     try:
         for name, offset, size in _members(rows, file, end):
             key, suffix = _split(name)
