@@ -190,7 +190,7 @@ def test_every_truncation_is_noticed(tmp_path):
     path = tmp_path / "cut.tar"
     for size in range(100, content + 512, 100):  # beyond that, the end's zeros begin
         path.write_bytes(whole[:size])
-        found = index(path, write=False)
+        found = index(path)
         assert [f.kind for f in found.faults if f.key is None] == ["shard"], size
         complete = [name for name, end in ends if end <= size]
         pairs = [key for key in ("00000", "00001", "00002", "00003") if f"{key}.txt" in complete]

@@ -127,7 +127,7 @@ def test_photos_of_every_ending(tmp_path, capsys):
     (tmp_path / "in" / "x.tar.index").unlink()
     assert command(tmp_path / "in") == 0
     told = capsys.readouterr().out
-    assert "it has no picture, only 'heic', 'txt'" in told
+    assert "it has no image, only 'heic', 'txt'" in told
     assert "1 .svg (such as drawing.svg)" in told
 
 

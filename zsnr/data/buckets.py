@@ -47,16 +47,17 @@ class AspectBuckets:
         return sorted(found)
 
 
-def assign(
-    heights: np.ndarray, widths: np.ndarray, shapes: list[tuple[int, int]], block: int = 1 << 20
-) -> np.ndarray:
+_BLOCK = 1 << 20  # images that are assigned at a time
+
+
+def assign(heights: np.ndarray, widths: np.ndarray, shapes: list[tuple[int, int]]) -> np.ndarray:
     """Choose for each image the shape nearest in log aspect ratio: (N,) int16."""
     import numpy as np
 
     logs = np.log([h / w for h, w in shapes])
     chosen = np.empty(len(heights), np.int16)
-    for i in range(0, len(heights), block):
-        part = slice(i, i + block)
+    for i in range(0, len(heights), _BLOCK):
+        part = slice(i, i + _BLOCK)
         own = np.log(heights[part] / widths[part])
         chosen[part] = np.abs(own[:, None] - logs).argmin(1)
     return chosen

@@ -20,7 +20,7 @@ from zsnr.untrusted import shown
 
 _FREE = 10  # broken samples that no budget counts: one of the first three is no third of the data
 _KINDS = ("shard", "sample", "passing", "note")
-_MOST_REASONS = 1000  # that are told apart
+_MOST_REASONS, _MOST_LISTED = 1000, 5  # that are told apart, and that a summary lists
 _LONGEST_LINE = 1 << 20  # bytes of a ledger's line
 
 
@@ -140,21 +140,21 @@ class Tally:
         count, first = self._groups.get(group, (0, fault))
         self._groups[group] = count + 1, first
 
-    def summary(self, most: int = 5, kinds: Sequence[str] = _KINDS) -> str:
+    def summary(self, kinds: Sequence[str] = _KINDS) -> str:
         """List the reasons, the commonest first, with an example each."""
         groups = [(n, first) for (kind, _), (n, first) in self._groups.items() if kind in kinds]
         lines = []
-        for count, first in sorted(groups, key=lambda group: group[0], reverse=True)[:most]:
+        for count, first in sorted(groups, key=lambda group: group[0], reverse=True)[:_MOST_LISTED]:
             where = first.shard if first.key is None else f"{first.shard}, sample {first.key!r}"
             lines.append(f"{count} x {first.kind}: {first.reason} (first: {where})")
-        if len(groups) > most:
-            lines.append(f"and {len(groups) - most} other reasons")
+        if len(groups) > _MOST_LISTED:
+            lines.append(f"and {len(groups) - _MOST_LISTED} other reasons")
         return "; ".join(lines)
 
 
-def summarize(faults: Iterable[Fault], most: int = 5) -> str:
+def summarize(faults: Iterable[Fault]) -> str:
     """Count faults by reason, the commonest first, with an example each."""
-    return Tally(faults).summary(most)
+    return Tally(faults).summary()
 
 
 def check_budget(

@@ -138,7 +138,6 @@ def load_index(
     *,
     folder: Path | None = None,
     fields: Iterable[str] | None = (),
-    write: bool = True,
     must_write: bool = False,
     processes: int = 0,
     progress: bool = True,
@@ -151,8 +150,7 @@ def load_index(
         folder: Where index files are. None = beside the shards; those behind an address are then
             indexed every time.
         fields: Fields of the json that are wanted. None = all.
-        write: Keep what was made; what cannot be kept is said once.
-        must_write: What cannot be kept is an error.
+        must_write: An index file that cannot be written is an error, not a warning.
         processes: How many work at once; below 2, threads of this one.
         progress: Show a bar if it takes long.
 
@@ -170,7 +168,6 @@ def load_index(
         _load_alone,
         settings=storage.reporting(None),
         folder=folder,
-        write=write,
         must_write=must_write,
         fields=wanted,
     )
@@ -203,7 +200,7 @@ def load_index(
         )
 
     def remake(shard: Shard) -> Part:
-        return _make(shard, storage, folder, write, must_write, wanted)[0]
+        return _make(shard, storage, folder, must_write, wanted)[0]
 
     return Index(shards, parts, wanted, remake)
 
@@ -353,7 +350,6 @@ def _load_alone(
     shard: Shard,
     settings: Storage,
     folder: Path | None,
-    write: bool,
     must_write: bool,
     fields: list[str] | None,
 ) -> tuple[Part, list[tuple[str, str]], str]:
@@ -368,7 +364,7 @@ def _load_alone(
                 return footer, met, ""
         except ValueError as error:
             _reject(shard, path, error)
-    part, unkept = _make(shard, storage, folder, write, must_write, fields)
+    part, unkept = _make(shard, storage, folder, must_write, fields)
     return part, met, unkept
 
 
@@ -376,7 +372,6 @@ def _make(
     shard: Shard,
     storage: Storage,
     folder: Path | None,
-    write: bool,
     must_write: bool,
     fields: list[str] | None,
 ) -> tuple[Part, str]:
@@ -384,7 +379,7 @@ def _make(
     if shard.kind == "cache":
         raise ValueError(f"{shard.url} and its index do not belong together: cache it again.")
     made, path, unkept = make_index(shard, storage), index_path(shard, folder), ""
-    if write and path is not None and made.size:
+    if path is not None and made.size:
         try:
             write_index(made, path)
             return read_footer(path), ""
