@@ -231,7 +231,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
                 None if s is None else block[s.offset - start : s.offset - start + s.size]
                 for s in spans
             ]
-        return [s and storage.read(s.url, s.offset, s.size, size) for s in spans]
+        return [None if s is None else storage.read(s.url, s.offset, s.size, size) for s in spans]
 
     def _here(self) -> _Process:
         """What belongs to this process: connections and threads do not survive a fork."""

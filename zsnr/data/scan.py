@@ -410,9 +410,9 @@ def _index_folder(shard: Shard, storage: Storage) -> ShardIndex:
             continue
         try:
             url, text = f"{shard.url}/{key}", part_file(shard.url, key, "text")
-            image = 0, storage.size(url)
-            spans = {"image": _bounded("image", image)}
             with storage.open(url) as file:
+                image = 0, file.seek(0, os.SEEK_END)
+                spans = {"image": _bounded("image", image)}
                 if suffix not in IMAGE_SUFFIXES and not _is_image(file, image):
                     continue
                 used.add(key)
