@@ -98,6 +98,9 @@ def _objects(text: str) -> dict[int, tuple[str, str]]:
     for number, (line, _) in _lines(text).items():
         try:
             record = parse_json(line)
+        except ValueError as error:
+            raise ValueError(f"line {number} is not JSON: {clipped(str(error))}.") from error
+        try:
             caption = _text(record["caption" if "caption" in record else "prompt"])
             group = record.get("group") or ""
         except (KeyError, TypeError, ValueError, AttributeError) as error:
