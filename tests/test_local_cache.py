@@ -284,3 +284,17 @@ def test_object_storage_goes_through_the_cache(tmp_path):
     files.rm("/bucket", recursive=True)
     assert reader.read("memory://bucket/0.tar", 5, 5, SIZE) == data[5:10]
     assert faults == []
+
+
+def test_headers_of_the_command_line_reach_the_server(tmp_path, capsys, monkeypatch):
+    tiny.write_shards(tmp_path / "shards", [2])
+    monkeypatch.setenv("TOKEN", "s3cret")
+    with FaultyServer(tmp_path / "shards") as server:
+        command = ["data", "index", server.url("train-000000.tar"), "--output", str(tmp_path)]
+        assert main([*command, "--header", "Authorization: Bearer ${TOKEN}"]) == 0
+        assert {headers["Authorization"] for headers in server.headers} == {"Bearer s3cret"}
+        for text, message in (("Bearer s3cret", "NAME: VALUE"), ("Cookie: s3cret", "environment")):
+            assert main([*command, "--header", text]) == 2
+            error = capsys.readouterr().err
+            assert message in error
+            assert "s3cret" not in error

@@ -6,7 +6,7 @@ import hashlib
 import json
 import pickle
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -213,6 +213,7 @@ def write_indices(
     attempts: int = 5,
     timeout: float = 30.0,
     processes: int = 0,
+    headers: Mapping[str, str] | None = None,
     local_cache: LocalCache | None = None,
     as_json: bool = False,
 ) -> str:
@@ -225,6 +226,7 @@ def write_indices(
         attempts: Tries of one read.
         timeout: Seconds after which a server is stalled.
         processes: How many work at once.
+        headers: Of requests to http servers.
         local_cache: Keeps whole remote shards on local disk.
         as_json: Say it as JSON.
 
@@ -243,6 +245,7 @@ def write_indices(
     storage = Storage(
         Retries(attempts, timeout=timeout, outage=0.0),
         lambda url, reason: passing.append(Fault("passing", url, None, reason)),
+        headers=headers,
         local_cache=local_cache,
     )
     with _lock(shards, folder):
