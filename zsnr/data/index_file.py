@@ -219,27 +219,19 @@ def _check_types(schema: pa.Schema) -> None:
     import pyarrow as pa
 
     wanted = {name: pa.type_for_alias(kind) for name, kind in {"key": "string", **NUMBERS}.items()}
+    if TEXTS in schema.names:  # a cache has none
+        wanted[TEXTS] = pa.string()
     if len({*schema.names}) != len(schema.names):
         raise ValueError("a column stands in it twice")
     for name, kind in wanted.items():
         found = schema.field(name).type if name in schema.names else "missing"
         if found != kind:
-            raise ValueError(f"its column {name} is {found}: wanted {kind}")
-    wanted[TEXTS] = pa.string()  # a cache has none
-    if TEXTS in schema.names and schema.field(TEXTS).type != wanted[TEXTS]:
-        raise ValueError(f"its column {TEXTS} is {clipped(str(schema.field(TEXTS).type))}")
-    types = pa.types
+            raise ValueError(f"its column {name} is {clipped(str(found))}: wanted {kind}")
+    kinds = "floating", "integer", "boolean", "string", "null"
     for field in schema:
-        kind = field.type
-        plain = (
-            types.is_floating(kind)
-            or types.is_integer(kind)
-            or types.is_boolean(kind)
-            or types.is_string(kind)
-            or types.is_null(kind)
-        )
+        plain = any(getattr(pa.types, f"is_{kind}")(field.type) for kind in kinds)
         if field.name not in wanted and not (field.name.startswith(FIELD) and plain):
-            raise ValueError(f"its column {clipped(field.name)} is {clipped(str(kind))}")
+            raise ValueError(f"its column {clipped(field.name)} is {clipped(str(field.type))}")
 
 
 def _check_texts(column: pa.ChunkedArray, size: int) -> None:
