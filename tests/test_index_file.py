@@ -11,8 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiny
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save
 
 from zsnr.cli import main
 from zsnr.data import samples as samples_module
@@ -344,6 +346,21 @@ def test_a_disk_that_fails_does_not_damage_the_index_of_a_cache(tmp_path, monkey
     monkeypatch.setattr("pyarrow.parquet.ParquetFile", failing)
     with pytest.raises(StorageError, match="0.tar.index cannot be read: Input/output error"):
         load(cached(tmp_path, shard.with_name("s.tar.index").read_bytes()))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"x" * 99,
+        b"\x0c" + bytes(7) + b'{"a":{"b":1}}',
+        save({"text.other": torch.zeros(2)}),
+    ],
+)
+def test_damaged_embeddings_of_a_cache_are_refused_in_one_line(tmp_path, content):
+    cache = find_cache(cached(tmp_path, conditioner={}))
+    (tmp_path / "null.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=r"null.safetensors is damaged: .*Cache the data again"):
+        cache.null()
 
 
 def test_a_weight_that_a_cache_makes_too_small_is_refused(tmp_path):

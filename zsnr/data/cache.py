@@ -97,13 +97,23 @@ class Cache:
         return facts
 
     def null(self) -> Conditioning | None:
-        """Read null's embedding. None = the cache holds no text embeddings."""
+        """Read null's embedding. None = the cache holds no text embeddings.
+
+        Raises:
+            ValueError: Its file is damaged.
+        """
+        from safetensors import SafetensorError
         from safetensors.torch import load
 
         if self.conditioner is None:
             return None
-        tensors = load((self.folder / NULL).read_bytes())
-        return text_embedding({name: row[None] for name, row in tensors.items()})
+        file = self.folder / NULL
+        try:
+            tensors = load(file.read_bytes())
+            return text_embedding({name: row[None] for name, row in tensors.items()})
+        except (SafetensorError, TypeError) as error:
+            reason = clipped(str(error))
+            raise ValueError(f"{file} is damaged: {reason}. Cache the data again.") from error
 
 
 def find_cache(sources: Sources) -> Cache | None:
