@@ -62,7 +62,8 @@ from zsnr.data.caption_files import read_captions
 from zsnr.data.captions import Captions
 from zsnr.data.dataset import Pixels, ShardDataset
 from zsnr.data.faults import Fault, Ledger, read_ledger, summarize
-from zsnr.data.images import decode_image, image_size
+from zsnr.data.formats import image_size
+from zsnr.data.images import decode_image
 from zsnr.data.index import load_index
 from zsnr.data.prompts import parse_prompts, read_prompts
 from zsnr.data.samples import select

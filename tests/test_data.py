@@ -163,7 +163,7 @@ def test_a_broken_picture_is_replaced_by_another_of_its_bucket(tmp_path):
         if meant in broken:
             assert item["key"] not in broken
             assert {(f.key, f.position) for f in item["faults"]} == {(meant, position)}
-            assert "not a readable picture" in item["faults"][0].reason
+            assert "not a readable image" in item["faults"][0].reason
         else:
             assert (item["key"], item["faults"]) == (meant, [])
     assert any(item["faults"] for item in items)

@@ -103,7 +103,7 @@ def test_the_report(tmp_path, capsys):
     assert facts["brightness_mean"] == pytest.approx(100 / 127.5 - 1, abs=0.01)
     assert [space["name"].split()[0] for space in facts["spaces"]] == ["64x64", "4x16x16"]
     text = (out / "report.md").read_text()
-    assert "1 x sample: not a readable picture" in text
+    assert "1 x sample: not a readable image" in text
     for picture in ("sizes", "ratios", "captions", "brightness", "extremes"):
         assert f"report/{picture}.png" in text
         assert Image.open(out / "report" / f"{picture}.png").width > 300

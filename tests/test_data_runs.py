@@ -301,7 +301,7 @@ def test_the_error_budget_stops_a_run(tmp_path):
     broken = [f"{i:05d}" for i in range(0, 60, 2)]
     folder = photographs(tmp_path / "shards", [60], broken=broken)
     data = module(str(folder), error_budget=0.3)
-    with pytest.raises(BudgetError, match=r"samples. \d\d x sample: not a readable picture"):
+    with pytest.raises(BudgetError, match=r"samples. \d\d x sample: not a readable image"):
         take(data, 20, folder=str(tmp_path))
     ledger = read_ledger(tmp_path / "faults" / "rank-00000.jsonl")
     assert len(ledger) > 10

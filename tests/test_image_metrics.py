@@ -380,7 +380,7 @@ def test_captions_of_coco_are_one_an_image_and_nested(tmp_path):
     path.write_text(json.dumps({"annotations": annotations[::-1]}))
     assert read_captions(path, 20) == twenty
     assert read_captions(path, 20, seed=1) != twenty
-    with pytest.raises(ValueError, match="captions of 50 pictures, and num_images=51"):
+    with pytest.raises(ValueError, match="captions of 50 images, and num_images=51"):
         read_captions(path, 51)
 
 
@@ -403,7 +403,7 @@ def test_captions_of_lines(tmp_path):
         ("a.jsonl", '{"text": "a"}', "line 1 is"),
         ("a.jsonl", '{"caption": 3}', "line 1 is"),
         ("a.jsonl", '{"caption": "a", "group": 3}', "group=3"),
-        ("a.txt", "\n", "captions of 0 pictures"),
+        ("a.txt", "\n", "captions of 0 images"),
         ("a.json", "[" * 100_000, "nested too deeply"),
         ("a.jsonl", '{"caption": ' + "[" * 100_000, "line 1 is .* wanted an object such as"),
         ("a.jsonl", '{"caption": "half \\ud800"}', "line 1 is"),

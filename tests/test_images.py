@@ -1,3 +1,4 @@
+import errno
 import io
 import math
 import os
@@ -15,8 +16,10 @@ import tiny
 import torch
 from PIL import Image, ImageCms
 
+from zsnr.data import colors, formats
 from zsnr.data import images as module
-from zsnr.data.images import HeaderCut, decode_image, image_size, to_unit_range
+from zsnr.data.formats import HeaderCut, image_size
+from zsnr.data.images import decode_image, to_unit_range
 
 ORIENTATION = 0x0112
 TURNS = {
@@ -323,7 +326,7 @@ def test_profiles_of_other_modes():
 )
 def test_a_profile_that_does_not_fit_is_ignored_and_the_image_is_not(mode, content, reason):
     image = Image.fromarray(noise(16, 16)).convert(mode)
-    module._to_srgb.cache_clear()
+    colors._to_srgb.cache_clear()
     with pytest.warns(UserWarning, match=f"color profile is ignored: .*{reason}"):
         found = decode_image(encoded(image, "TIFF", icc_profile=content), 16, 16)
     assert torch.equal(found, decode_image(encoded(image, "TIFF"), 16, 16))
@@ -476,9 +479,9 @@ def test_pixels_behind_the_header_are_not_read():
 
 def test_no_picture():
     for call in (image_size, lambda data: decode_image(data, 8, 8)):
-        with pytest.raises(ValueError, match=r"^the picture is empty \(0 bytes\)\.$"):
+        with pytest.raises(ValueError, match=r"^the image is empty \(0 bytes\)\.$"):
             call(b"")
-        with pytest.raises(ValueError, match="^not a readable picture: wanted a JPEG, PNG, W") as e:
+        with pytest.raises(ValueError, match="^not a readable image: wanted a JPEG, PNG, W") as e:
             call(b"no picture at all")
         assert not isinstance(e.value, HeaderCut)
 
@@ -514,6 +517,17 @@ def test_damaged_bytes_raise_nothing_but_value_errors(files):
                     reasons.append(str(error))
     assert len(reasons) > 300
     assert not any("\n" in reason for reason in reasons)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EMFILE, "x"), ImportError("x"), MemoryError()])
+def test_a_machine_that_fails_is_not_a_broken_image(monkeypatch, error):
+    def failing(*arguments):
+        raise error
+
+    data = encoded(Image.new("RGB", (8, 8)))
+    monkeypatch.setattr(module, "_rgb", failing)
+    with pytest.raises(type(error)):
+        decode_image(data, 4, 4)
 
 
 def huge_jpeg(width, height):
@@ -589,7 +603,7 @@ def test_a_jpeg_of_very_many_scans_is_refused():
     data = tiny_jpeg()
     decode_image(data[:2] + thumbnails + data[2:] + b"\xff\xda" * 2000, 8, 8)  # none of a scan
     with pytest.raises(ValueError, match="wanted at most 50 of so many"):
-        module._check_scans(jpeg_of_scans(60), 64_000_000)
+        formats.check_scans(jpeg_of_scans(60), 64_000_000)
 
 
 def test_slow_decoders_get_no_large_image():

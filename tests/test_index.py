@@ -23,7 +23,8 @@ from zsnr.data.faults import (
     summarize,
 )
 from zsnr.data.filters import Filter
-from zsnr.data.index import index_path, load_index, read_index
+from zsnr.data.index import index_path, load_index
+from zsnr.data.index_file import read_rows
 from zsnr.data.samples import select
 from zsnr.data.scan import make_index
 from zsnr.data.sources import Shard, Source, find_shards
@@ -162,9 +163,9 @@ def test_what_is_broken_is_named_and_the_rest_is_there(tmp_path):
     for key, text in {
         "b": "0 bytes",
         "c": "no caption",
-        "d": "no picture",
+        "d": "no image",
         "e": "json is not readable JSON",
-        "f": "not a readable picture",
+        "f": "not a readable image",
     }.items():
         assert text in why[key]
 
@@ -189,7 +190,7 @@ def test_every_truncation_is_noticed(tmp_path):
     path = tmp_path / "cut.tar"
     for size in range(100, content + 512, 100):  # beyond that, the end's zeros begin
         path.write_bytes(whole[:size])
-        found = index(path, write=False)
+        found = index(path)
         assert [f.kind for f in found.faults if f.key is None] == ["shard"], size
         complete = [name for name, end in ends if end <= size]
         pairs = [key for key in ("00000", "00001", "00002", "00003") if f"{key}.txt" in complete]
@@ -222,7 +223,7 @@ def test_an_index_is_kept_and_made_again_when_the_shard_changes(tmp_path):
     kept.write_bytes(b"no parquet")
     with pytest.warns(UserWarning, match=f"{kept} is not used as an index: .* It is made again"):
         assert index(path).digest == first.digest
-    assert read_index(kept) is not None  # mended
+    assert len(read_rows(kept)) > 0  # mended
     tiny.write_shard(path, {"z.png": tiny.png("red"), "z.txt": b"z"})
     assert keys(index(path)) == ["z"]
     other = tmp_path / "elsewhere"
@@ -253,7 +254,7 @@ def test_a_folder_of_pictures(tmp_path):
     assert why.keys() == {"c.png", "gone.png", "metadata.jsonl, line 4"}
     assert "no caption" in why["c.png"]
     samples = select(found, 8)
-    assert samples.faults[-1].key == "d.PNG"  # its line has no text
+    assert list(samples.faults)[-1].key == "d.PNG"  # its line has no text
     sample = samples[1]
     assert Storage().read(sample.json.url, sample.json.offset, sample.json.size).startswith(b"{")
     assert not list(tmp_path.rglob("*.index"))
@@ -349,7 +350,7 @@ def test_huge_pictures_are_faults(tmp_path):
     path = shard_with(tmp_path, [{}, {}], [(20, 24), (40, 10)])
     samples = select(index(path), 8, max_pixels=450)
     assert [key.as_py() for key in samples.keys] == ["1"]
-    assert samples.faults[0].reason == "20 x 24 pixels: wanted at most 450"
+    assert next(iter(samples.faults)).reason == "20 x 24 pixels: wanted at most 450"
 
 
 def test_bucket_shapes():
@@ -361,7 +362,7 @@ def test_bucket_shapes():
         assert max(h, w) / min(h, w) <= 2
         assert (w, h) in shapes
         assert (h, w + 64) not in shapes  # no larger one has the same height
-    with pytest.raises(ValueError, match="no multiple of data.aspect.step"):
+    with pytest.raises(ValueError, match="not a multiple of data.aspect.step"):
         AspectBuckets(step=64).shapes(500)
 
 
@@ -428,7 +429,7 @@ def test_a_damaged_ledger_ends_no_run(tmp_path, foreign):
     Ledger(path).write([fault(1, position=3)])
     first = path.read_bytes()
     path.write_bytes(first + foreign + first.replace(b'"1"', b'"2"'))
-    with pytest.warns(UserWarning, match="1 lines are no faults"):
+    with pytest.warns(UserWarning, match="1 lines are not faults"):
         ledger = Ledger(path, position=9)
     assert read_ledger(path) == [fault(1, position=3), fault(2, position=3)]
     assert ledger.met.samples == 2
@@ -462,7 +463,8 @@ def test_packed_faults_are_the_same_faults():
     faults = [fault(i, kind, i or None) for i, kind in enumerate(["sample", "shard", "passing"])]
     packed = PackedFaults(faults[2:], [PackedFaults(faults[:1]), faults[1:2], []])
     assert list(packed) == faults
-    assert (len(packed), packed[-1], packed[1:]) == (3, faults[2], faults[1:])
+    assert len(packed) == 3
+    assert faults[2] in packed
     assert not PackedFaults()
 
 

@@ -1,5 +1,6 @@
 """Index files that somebody else wrote, and files of samples: judged before they are used."""
 
+import errno
 import json
 import pickle
 from contextlib import suppress
@@ -10,9 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiny
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save
 
+from zsnr.cli import main
 from zsnr.data import samples as samples_module
 from zsnr.data.buckets import AspectBuckets
 from zsnr.data.cache import find_cache, shard_files
@@ -23,7 +27,7 @@ from zsnr.data.index_file import read_footer, read_rows
 from zsnr.data.order import TrainingOrder
 from zsnr.data.samples import select
 from zsnr.data.sources import Shard, Source, find_shards
-from zsnr.data.storage import Storage
+from zsnr.data.storage import Storage, StorageError
 from zsnr.data.thrift import read_struct
 
 
@@ -87,6 +91,9 @@ ROWS = {
     "bytes": put("json.lang", [b"a"] * 4, pa.binary()),
     "missing column": lambda table: table.drop_columns(["text_offset"]),
     "foreign column": lambda table: table.append_column("other", pa.array([1] * 4)),
+    "no lists of texts": put("texts", ["[]"] * 4),
+    "texts of numbers": put("texts", ["[[1], []]"] * 4),
+    "nested texts": put("texts", ["[" * 10**5] * 4),
     "too many rows": tiled(100_000),
     "long texts": put("key", ["x" * 10**7] * 4),
 }
@@ -292,6 +299,9 @@ def cached(folder, index=b"", **changed):
         {"shards": [{"file": "0.tar", "weight": "1"}]},
         {"shards": [{"file": "0.tar", "weight": float("nan")}]},
         {"shards": [{"file": "0.tar", "weight": -1}]},
+        {"shards": [{"file": "0.tar", "weight": 1e-9}]},
+        {"shards": [{"file": "0.tar", "weight": 10**400}]},
+        {"shards": [{"file": "0.tar", "weight": 1, "ratio": 1e-9, "source": 0}]},
     ],
 )
 def test_a_cache_of_another_form_is_refused_in_one_line(tmp_path, changed):
@@ -327,6 +337,50 @@ def test_a_cache_s_index_cannot_be_made_again(tmp_path, shard):
     content = shard.with_name("s.tar.index").read_bytes()
     with pytest.raises(ValueError, match="do not belong together: cache it again"):
         load(cached(tmp_path, content))  # of another shard
+
+
+def test_a_disk_that_fails_does_not_damage_the_index_of_a_cache(tmp_path, monkeypatch, shard):
+    def failing(*arguments, **options):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("pyarrow.parquet.ParquetFile", failing)
+    with pytest.raises(StorageError, match="0.tar.index cannot be read: Input/output error"):
+        load(cached(tmp_path, shard.with_name("s.tar.index").read_bytes()))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"x" * 99,
+        b"\x0c" + bytes(7) + b'{"a":{"b":1}}',
+        save({"text.other": torch.zeros(2)}),
+    ],
+)
+def test_damaged_embeddings_of_a_cache_are_refused_in_one_line(tmp_path, content):
+    cache = find_cache(cached(tmp_path, conditioner={}))
+    (tmp_path / "null.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=r"null.safetensors is damaged: .*Cache the data again"):
+        cache.null()
+
+
+def test_a_weight_that_a_cache_makes_too_small_is_refused(tmp_path):
+    cached(tmp_path, shards=[{"file": "0.tar", "weight": 0.01}])
+    assert find_shards([Source(str(tmp_path), 0.1)])[0].weight == 0.001
+    with pytest.raises(ValueError, match="weight=0.01, which weight=0.001 makes 1e-05: wanted"):
+        find_shards([Source(str(tmp_path), 0.001)])
+
+
+def test_the_index_of_a_cache_and_shards_can_be_written(tmp_path, shard, capsys):
+    index = pq.read_table(shard.with_name("s.tar.index")).drop_columns(["texts"])
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    cached(folder)
+    (folder / "0.tar").write_bytes(shard.read_bytes())
+    pq.write_table(index, folder / "0.tar.index")
+    assert len(select(load([str(folder), str(shard)]), 8)) == 8
+    assert main(["data", "index", str(folder)]) == 0
+    assert main(["data", "index", str(folder), str(shard)]) == 0
+    assert "8 samples in 2 shards" in capsys.readouterr().out
 
 
 # Files of samples
@@ -410,6 +464,14 @@ def test_a_file_of_samples_that_is_damaged_is_made_again(sources, tmp_path, monk
             assert facts(select(load(sources), 24, folder=folder)) == wanted
     left = {path.name for path in folder.iterdir()}
     assert {name for name in left if name.startswith(file.stem)} == left  # nothing on the way
+
+
+def test_a_folder_whose_name_is_not_utf8_holds_samples(sources, tmp_path, monkeypatch):
+    monkeypatch.setattr(samples_module, "_IN_MEMORY", 0)
+    wanted = facts(select(load(sources), 24))
+    samples = select(load(sources), 24, folder=tmp_path / "run\udce9")
+    assert samples.mapped is not None
+    assert facts(pickle.loads(pickle.dumps(samples))) == wanted
 
 
 def test_a_changed_shard_gets_another_file(sources, tmp_path, monkeypatch):

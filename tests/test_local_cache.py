@@ -92,6 +92,18 @@ def test_the_shard_that_was_used_longest_ago_makes_room(served, tmp_path):
         assert held.read() == (served / "0.tar").read_bytes()  # one that is open stays readable
 
 
+def test_files_of_others_stay(served, tmp_path):
+    folder = tmp_path / "cache"
+    (folder / "below").mkdir(parents=True)
+    for name in ("notes.txt", "video.mp4.part"):
+        (folder / name).write_bytes(bytes(SIZE))
+        os.utime(folder / name, (1, 1))
+    reader, _ = cached(folder, 1.5)
+    for i in (0, 1):
+        assert reader.read(f"pipe:cat {served}/{i}.tar", 0, 1) == bytes([i + 1])
+    assert kept(folder) == ["1.tar", "below", "notes.txt", "video.mp4.part"]
+
+
 def test_a_shard_that_is_larger_than_the_limit_is_refused(served, tmp_path):
     small, _ = cached(tmp_path / "cache", 0.5)
     with FaultyServer(served) as server:
@@ -160,7 +172,8 @@ def test_a_killed_download_leaves_nothing_that_counts(served, tmp_path):
     reader, _ = cached(folder)
     assert reader.read(url, 0, SIZE) == (served / "0.tar").read_bytes()
     assert kept(folder) == ["0.tar"]
-    (folder / "left.part").write_bytes(bytes(SIZE))  # another's, of a process that is dead
+    left = folder / "0123456789abcdef-left.part"  # another's, of a process that is dead
+    left.write_bytes(bytes(SIZE))
     reader.size(f"pipe:cat {served}/1.tar")
     assert kept(folder) == ["0.tar", "1.tar"]
 
@@ -257,7 +270,7 @@ def test_indexing_commands_by_the_command_line(tmp_path, capsys):
     assert main(command) == 2
     assert "Set data.local_cache to a folder" in capsys.readouterr().err
     assert main([*command, "--local-cache", str(tmp_path / "cache"), "--max-gib", "1"]) == 0
-    assert "5 samples in 1 shard" in capsys.readouterr().out
+    assert "5 samples in 1 shard," in capsys.readouterr().out
     assert [path.name[9:] for path in (tmp_path / "index").iterdir()] == ["train-000000.tar.index"]
 
 
@@ -271,3 +284,17 @@ def test_object_storage_goes_through_the_cache(tmp_path):
     files.rm("/bucket", recursive=True)
     assert reader.read("memory://bucket/0.tar", 5, 5, SIZE) == data[5:10]
     assert faults == []
+
+
+def test_headers_of_the_command_line_reach_the_server(tmp_path, capsys, monkeypatch):
+    tiny.write_shards(tmp_path / "shards", [2])
+    monkeypatch.setenv("TOKEN", "s3cret")
+    with FaultyServer(tmp_path / "shards") as server:
+        command = ["data", "index", server.url("train-000000.tar"), "--output", str(tmp_path)]
+        assert main([*command, "--header", "Authorization: Bearer ${TOKEN}"]) == 0
+        assert {headers["Authorization"] for headers in server.headers} == {"Bearer s3cret"}
+        for text, message in (("Bearer s3cret", "NAME: VALUE"), ("Cookie: s3cret", "environment")):
+            assert main([*command, "--header", text]) == 2
+            error = capsys.readouterr().err
+            assert message in error
+            assert "s3cret" not in error

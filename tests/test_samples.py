@@ -1,5 +1,6 @@
 """What is a sample: which files and members are read, what is named, and what stops nothing."""
 
+import errno
 import gzip
 import io
 import json
@@ -19,7 +20,7 @@ from zsnr.data.index import load_index
 from zsnr.data.samples import select
 from zsnr.data.scan import make_index
 from zsnr.data.sources import Shard, find_shards
-from zsnr.data.storage import Storage
+from zsnr.data.storage import Retries, Storage, StorageError
 
 RED = tiny.png("red")
 
@@ -126,7 +127,7 @@ def test_photos_of_every_ending(tmp_path, capsys):
     (tmp_path / "in" / "x.tar.index").unlink()
     assert command(tmp_path / "in") == 0
     told = capsys.readouterr().out
-    assert "it has no picture, only 'heic', 'txt'" in told
+    assert "it has no image, only 'heic', 'txt'" in told
     assert "1 .svg (such as drawing.svg)" in told
 
 
@@ -361,6 +362,54 @@ def test_a_shard_that_a_disk_did_not_give_is_indexed_again(tmp_path, monkeypatch
     assert loaded(path) == {"a": "red"}
 
 
+def test_a_disk_that_is_not_there_makes_no_shard_missing(tmp_path):
+    write(tmp_path / "a" / "0.tar", {"a.jpg": image(), "a.txt": b"red"})
+    (tmp_path / "b").mkdir()
+    source = [str(tmp_path / "a" / "0.tar"), str(tmp_path / "{a,b}" / "0.tar")]
+    storage = Storage(Retries(attempts=2, backoff=0.0, outage=0.0))
+    with pytest.raises(StorageError, match="its folder is empty or missing"):
+        load_index(source, storage, progress=False)
+    (tmp_path / "b" / "1.tar").touch()
+    index = load_index(source, storage, progress=False)
+    assert [fault.reason for fault in index.faults] == ["missing"]
+
+
+def test_metadata_that_a_disk_does_not_give_is_read_again(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(RED)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "red"}\n')
+    failures = [None, OSError(errno.EIO, "x")]
+
+    def opening(path, *args, **kwargs):
+        if str(path).endswith("metadata.jsonl") and failures and (error := failures.pop()):
+            raise error
+        return open(path, *args, **kwargs)
+
+    for module in ("storage", "scan"):
+        monkeypatch.setattr(f"zsnr.data.{module}.open", opening, raising=False)
+    storage = Storage(Retries(attempts=2, backoff=0.0, outage=0.0))
+    index = load_index(str(tmp_path), storage, progress=False)
+    assert (index.table.num_rows, index.faults, failures) == (1, [], [])
+
+
+def test_names_that_look_like_homes_are_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("~nobody.png", "~$.png"):
+        (tmp_path / name).write_bytes(RED)
+        (tmp_path / name).with_suffix(".txt").write_text("red")
+    assert loaded(".") == {"~nobody.png": "red", "~$.png": "red"}
+    with pytest.raises(FileNotFoundError, match="No shards at ~nobody/x"):
+        find_shards("~nobody/x")
+
+
+def test_a_file_that_became_a_pipe_is_not_waited_for(tmp_path):
+    path = write(tmp_path / "0.tar", {"a.jpg": image(), "a.txt": b"red"})
+    index = load_index(str(path), Storage(), progress=False)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(StorageError, match="0.tar is not a file, but a folder, a pipe"):
+        ShardDataset(select(index, 16)).load(0)
+
+
 # Strange ones
 
 
@@ -401,6 +450,7 @@ RECORDS = {
     "wide": json.dumps({"x" * 10**6: "y" * 10**6}).encode(),
     "many": json.dumps({str(i): i for i in range(3000)}).encode(),
     "list": b"[]",
+    "twice": b'{"n": 1, "n": 2}',
     "empty": b"",
 }
 
@@ -418,7 +468,7 @@ def test_strange_json_stops_nothing(tmp_path, capsys):
     values = dict(
         zip(index.table["key"].to_pylist(), index.table["json.n"].to_pylist(), strict=True)
     )
-    assert (values["good"], values["huge"], values["half"]) == (5, None, None)
+    assert [values[key] for key in ("good", "huge", "half", "twice")] == [5, None, None, 2]
     folder = tmp_path / "folder"
     folder.mkdir()
     for key in ("a", "b"):
@@ -485,6 +535,9 @@ def test_what_is_no_file_is_named_and_never_waited_for(tmp_path, capsys, what, f
     assert command(shards) == 0
     told = capsys.readouterr().out
     assert "1 x shard: " in told
+    assert ("not a file, but a folder, a pipe, a device" in told) == (
+        what not in ("dangling", "folder")
+    )
     assert "No" in failed(capsys, shards / "1.tar")
 
 

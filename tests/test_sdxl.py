@@ -344,10 +344,7 @@ def test_a_cache_knows_its_random_crops(made, tmp_path):
         val=f"{tmp_path}/cache", image_size=16, pixels=Pixels(crop="random"), num_workers=0
     )
     whole.trainer = SimpleNamespace(
-        global_rank=0,
-        world_size=1,
-        state=SimpleNamespace(fn="validate"),
-        default_root_dir=tmp_path,
+        default_root_dir=tmp_path, global_rank=0, world_size=1, state=SimpleNamespace(fn="validate")
     )
     whole.prepare_data()
     whole.setup("validate")

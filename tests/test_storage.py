@@ -33,6 +33,7 @@ from zsnr.data.storage import (
     local_path,
     public_url,
 )
+from zsnr.files import replacing
 
 QUICK = Retries(attempts=3, backoff=0.001, outage=0.0)
 IMPATIENT = replace(QUICK, timeout=0.3)
@@ -768,3 +769,8 @@ def test_the_server_as_a_process(folder):
         ("503", [0, 4]),
         (None, [0, 4]),
     ]
+
+
+def test_an_error_of_another_file_keeps_its_message(tmp_path):
+    with pytest.raises(StorageError, match="^x failed 3 times$"), replacing(tmp_path / "a"):
+        raise StorageError("x failed 3 times")

@@ -269,7 +269,7 @@ def test_a_model_that_has_collapsed_is_no_error(folder, run, tmp_path, capsys, m
     [
         (["--metrics.captions", "null"], "nothing is measured without metrics.captions"),
         (["--metrics.captions", "/nowhere.json"], "/nowhere.json: no such captions file"),
-        (["--metrics.num_images", "13"], "captions of 12 pictures, and num_images=13"),
+        (["--metrics.num_images", "13"], "captions of 12 images, and num_images=13"),
         (["--metrics.num_images", "0"], "num_images=0"),
         (["--metrics.batch_size", "0"], "metrics.batch_size=0"),
         (["--metrics.real", "/nowhere"], "No shards at /nowhere"),

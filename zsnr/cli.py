@@ -151,6 +151,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     index.add_argument("--attempts", type=int, default=5, help="tries of one read (default 5)")
     index.add_argument(
+        "--header",
+        action="append",
+        default=[],
+        metavar="'NAME: VALUE'",
+        help="send this to http servers, such as 'Authorization: Bearer ${TOKEN}', where ${TOKEN} "
+        "is the environment's; repeatable",
+    )
+    index.add_argument(
         "--local-cache", metavar="FOLDER", help="keep whole remote shards there, as training does"
     )
     index.add_argument(
@@ -707,6 +715,12 @@ def _data_index(options: argparse.Namespace) -> None:
 
     kept = options.local_cache
     cache = None if kept is None else LocalCache(kept, options.max_gib)
+    headers = {}
+    for text in options.header:
+        name, colon, value = (part.strip() for part in text.partition(":"))
+        if not (name and colon):
+            raise ValueError(f"--header: wanted 'NAME: VALUE', {len(text)} characters came.")
+        headers[name] = value
     _print(
         write_indices(
             options.source,
@@ -715,6 +729,7 @@ def _data_index(options: argparse.Namespace) -> None:
             attempts=options.attempts,
             timeout=options.timeout,
             processes=options.processes,
+            headers=headers,
             local_cache=cache,
             as_json=options.json,
         )

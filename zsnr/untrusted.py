@@ -208,13 +208,16 @@ def read_text(path: Path, most: int = _MOST_TEXT) -> str:
     return decode(read_small(path, most), str(path))
 
 
-def parse_json(text: str, *, strict: bool = False, most: int = _MOST_ENTRIES) -> Any:
-    """Parse JSON without repeated keys.
+def parse_json(
+    text: str, *, strict: bool = False, most: int = _MOST_ENTRIES, repeated: bool = False
+) -> Any:
+    """Parse JSON.
 
     Args:
         text: The JSON.
         strict: Refuse NaN and Infinity, which are no JSON but which Python writes.
         most: Bound on its entries; half of it bounds its lists and objects.
+        repeated: Take the last value of a key that an object has twice, instead of refusing it.
 
     Raises:
         ValueError: It is not JSON; the reason, without a period.
@@ -222,25 +225,32 @@ def parse_json(text: str, *, strict: bool = False, most: int = _MOST_ENTRIES) ->
     if text.count("[") + text.count("{") > most // 2 or text.count(",") > most:
         raise ValueError(f"it has over {most // 2} lists and objects, or {most} entries")
     try:
-        return json.loads(text, object_pairs_hook=_once, parse_constant=_refuse if strict else None)
+        return json.loads(
+            text,
+            object_pairs_hook=None if repeated else _once,
+            parse_constant=_refuse if strict else None,
+        )
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
 
 
-def parse_object(data: bytes, what: str, *, strict: bool = False) -> dict[str, Any]:
+def parse_object(
+    data: bytes, what: str, *, strict: bool = False, repeated: bool = False
+) -> dict[str, Any]:
     """Parse one JSON object, see `parse_json`, and bound how deep it is nested.
 
     Args:
         data: The file's content.
         what: What it is, for the error.
         strict: See there.
+        repeated: See there.
 
     Raises:
         ValueError: It is not one JSON object.
     """
     text = decode(data, what)
     try:
-        value = parse_json(text, strict=strict)
+        value = parse_json(text, strict=strict, repeated=repeated)
         check_extent(value)
     except ValueError as error:
         raise ValueError(f"{what} is not readable JSON: {clipped(str(error))}.") from error

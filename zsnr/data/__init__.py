@@ -1,1 +1,1 @@
-"""Data: tar shards of pictures and captions, in webdataset's layout."""
+"""Data: tar shards of images and captions, in webdataset's layout."""

@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: shapes of about equal area, and which picture goes into which."""
+"""Aspect-ratio buckets: shapes of about equal area, and which image goes into which."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 class AspectBuckets:
     """Shapes whose sides are multiples of `step` and whose area is at most image_size^2.
 
-    A picture goes to the shape nearest in aspect ratio, and is resized and cropped to it.
+    An image goes to the shape nearest in aspect ratio, and is resized and cropped to it.
 
     Args:
         step: Pixels; a multiple of what codec and UNet together shrink by.
-        max_ratio: Longest side over shortest. Pictures beyond it are cropped to it.
+        max_ratio: Longest side over shortest. Images beyond it are cropped to it.
     """
 
     step: int = 64
@@ -33,11 +33,11 @@ class AspectBuckets:
         """List the (height, width) of all buckets, from the widest to the tallest.
 
         Raises:
-            ValueError: image_size is no multiple of step.
+            ValueError: image_size is not a multiple of step.
         """
         if image_size % self.step:
             raise ValueError(
-                f"data.image_size={image_size} is no multiple of data.aspect.step={self.step}."
+                f"data.image_size={image_size} is not a multiple of data.aspect.step={self.step}."
             )
         found = set()
         for short in range(self.step, image_size + 1, self.step):
@@ -47,16 +47,17 @@ class AspectBuckets:
         return sorted(found)
 
 
-def assign(
-    heights: np.ndarray, widths: np.ndarray, shapes: list[tuple[int, int]], block: int = 1 << 20
-) -> np.ndarray:
-    """Choose for each picture the shape nearest in log aspect ratio: (N,) int16."""
+_BLOCK = 1 << 20  # images that are assigned at a time
+
+
+def assign(heights: np.ndarray, widths: np.ndarray, shapes: list[tuple[int, int]]) -> np.ndarray:
+    """Choose for each image the shape nearest in log aspect ratio: (N,) int16."""
     import numpy as np
 
     logs = np.log([h / w for h, w in shapes])
     chosen = np.empty(len(heights), np.int16)
-    for i in range(0, len(heights), block):
-        part = slice(i, i + block)
+    for i in range(0, len(heights), _BLOCK):
+        part = slice(i, i + _BLOCK)
         own = np.log(heights[part] / widths[part])
         chosen[part] = np.abs(own[:, None] - logs).argmin(1)
     return chosen

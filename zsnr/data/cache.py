@@ -1,7 +1,7 @@
-"""The cache: shards of moments and text embeddings in the place of pictures.
+"""The cache: shards of moments and text embeddings in the place of images.
 
 A cache stands for its source sample by sample, broken ones included, so a run from the cache takes
-the batches of a run from the pictures. It holds the moments of the codec, so each epoch draws its
+the batches of a run from the images. It holds the moments of the codec, so each epoch draws its
 latents anew, and the captions, so dropout and other encoders stay possible.
 """
 
@@ -24,16 +24,16 @@ from zsnr.codecs import LatentCodec
 from zsnr.conditioning import Conditioner
 from zsnr.data.captions import Captions
 from zsnr.data.dataset import Pixels, ShardDataset
-from zsnr.data.faults import Fault
+from zsnr.data.faults import Fault, as_utf8
 from zsnr.data.filters import Filter
 from zsnr.data.images import to_unit_range
 from zsnr.data.index import Index
 from zsnr.data.index_file import write_index
 from zsnr.data.local_cache import LocalCache
-from zsnr.data.samples import PARTS, Sample, Samples, select
-from zsnr.data.scan import FIELD, ShardIndex
+from zsnr.data.samples import Sample, Samples, select
+from zsnr.data.scan import FIELD, PARTS, ShardIndex
 from zsnr.data.sources import CACHE, Shard, Sources, as_sources, is_cache, read_cache
-from zsnr.data.storage import Retries, Storage
+from zsnr.data.storage import Retries, Storage, local_path
 from zsnr.data.workers import Shared
 from zsnr.denoiser import Conditioning
 from zsnr.files import replacing
@@ -73,7 +73,7 @@ class Cache:
         codec: The codec's fingerprint.
         conditioner: The text encoder's. None = the cache holds no text embeddings.
         captions: Which captions the embeddings are of, likewise.
-        picture: Size, buckets, crop, flip and limit of the pictures.
+        picture: Size, buckets, crop, flip and limit of the images.
         filters: Put on the source.
         samples: Digest of the source's samples, which decides their order.
         dtype: Of moments and embeddings.
@@ -97,13 +97,23 @@ class Cache:
         return facts
 
     def null(self) -> Conditioning | None:
-        """Read null's embedding. None = the cache holds no text embeddings."""
+        """Read null's embedding. None = the cache holds no text embeddings.
+
+        Raises:
+            ValueError: Its file is damaged.
+        """
+        from safetensors import SafetensorError
         from safetensors.torch import load
 
         if self.conditioner is None:
             return None
-        tensors = load((self.folder / NULL).read_bytes())
-        return text_embedding({name: row[None] for name, row in tensors.items()})
+        file = self.folder / NULL
+        try:
+            tensors = load(file.read_bytes())
+            return text_embedding({name: row[None] for name, row in tensors.items()})
+        except (SafetensorError, TypeError) as error:
+            reason = clipped(str(error))
+            raise ValueError(f"{file} is damaged: {reason}. Cache the data again.") from error
 
 
 def find_cache(sources: Sources) -> Cache | None:
@@ -121,7 +131,7 @@ def find_cache(sources: Sources) -> Cache | None:
         return None
     if len(paths) > 1:
         raise ValueError(f"{paths[0]}: a cache is a source alone; cache several together.")
-    folder = Path(paths[0]).expanduser()
+    folder = local_path(paths[0])
     facts = read_cache(folder / CACHE)
     version = facts.pop("version", None)
     if type(version) is not int or version != _VERSION:
@@ -136,7 +146,7 @@ def find_cache(sources: Sources) -> Cache | None:
     if missing:
         raise ValueError(
             f"{folder} is not finished: {len(missing)} of {len(cache.shards)} shards are missing, "
-            f"such as {missing[0]}. Run `zsnr data cache` again; it goes on."
+            f"such as {missing[0]}. Run `zsnr data cache` again to resume it."
         )
     return cache
 
@@ -294,16 +304,16 @@ def write_cache(
     Args:
         folder: Where to write.
         samples: Of the source.
-        codec: Encodes the pictures.
+        codec: Encodes the images.
         conditioner: Encodes the captions. None = leave them to training.
         index: Of the source, with all fields.
         cache: What cache.json says.
-        pixels: How pictures are cut. A random crop is drawn once a sample.
+        pixels: How images are cut. A random crop is drawn once a sample.
         captions: Which text is the caption.
         retries: Of the source's reads.
         headers: Of requests to http servers.
         local_cache: Keeps whole remote shards on local disk.
-        batch_size: Pictures that are encoded at a time.
+        batch_size: Images that are encoded at a time.
         num_workers: Processes that load.
         rank: This process; every num_ranks-th shard is its own.
         num_ranks: All processes.
@@ -352,11 +362,11 @@ def write_cache(
             )
             path = folder / cache.shards[n]["file"]
             remove_leftovers(folder, path.name)
-            found = _write_shard(path, items, encoder, bar)
-            broken = [Fault("sample", samples.shards[n].url, *fault) for fault in found.faults]
+            spans, reasons = _write_shard(path, items, encoder, bar)
+            broken = [Fault("sample", samples.shards[n].url, *reason) for reason in reasons]
             faults += broken
-            table = _table(samples, index, rows, found.spans)
-            name = public_url(samples.shards[n].url)
+            table = _table(samples, index, rows, spans)
+            name = as_utf8(public_url(samples.shards[n].url))
             known = [f for f in samples.faults if f.shard == name]
             size = path.stat().st_size
             write_index(ShardIndex(table, known + broken, size, 0, ""), _index_file(path))
@@ -375,16 +385,11 @@ def shard_files(shards: Sequence[Shard]) -> list[dict[str, Any]]:
     ]
 
 
-@dataclass(eq=False)
-class _Written:
-    """Where the parts of each row are, and key and reason of the broken ones."""
-
-    spans: dict[int, dict[str, tuple[int, int]]]
-    faults: list[tuple[str, str]]
+_Spans = dict[int, dict[str, tuple[int, int]]]  # where the parts of each row are
 
 
 class _Raw(ShardDataset):
-    """Pictures with the bytes of their captions; a broken one says why."""
+    """Images with the bytes of their captions; a broken one says why."""
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         sample = self.samples[row]
@@ -450,16 +455,19 @@ def _kept(x: Tensor, dtype: torch.dtype) -> torch.dtype:
     return dtype if x.is_floating_point() else x.dtype
 
 
-def _write_shard(path: Path, items: Any, encoder: _Encoder, bar: Any) -> _Written:
-    """Write one shard; a crash leaves nothing that looks like one."""
+def _write_shard(
+    path: Path, items: Any, encoder: _Encoder, bar: Any
+) -> tuple[_Spans, list[tuple[str, str]]]:
+    """Write one shard; return its spans, and key and reason of what is broken."""
     from webdataset import TarWriter
 
-    written = _Written({}, [])
+    spans: _Spans = {}
+    broken: list[tuple[str, str]] = []
     with replacing(path) as beside:
         with open(beside, "wb") as file, TarWriter(file, mtime=0) as tar:
             for batch in items:
                 good = [item for item in batch if "image" in item]
-                written.faults += [(i["key"], i["reason"]) for i in batch if "image" not in i]
+                broken += [(i["key"], i["reason"]) for i in batch if "image" not in i]
                 for item, tensors in zip(good, encoder(good) if good else [], strict=True):
                     texts = {"txt": item["text"], "json": item["json"]}
                     tar.write(
@@ -472,15 +480,15 @@ def _write_shard(path: Path, items: Any, encoder: _Encoder, bar: Any) -> _Writte
             for member in members:
                 row, _, suffix = member.name.partition(".")
                 span = (member.offset_data, member.size)
-                written.spans.setdefault(int(row), {})[names[suffix]] = span
-    return written
+                spans.setdefault(int(row), {})[names[suffix]] = span
+    return spans, broken
 
 
 def _table(
     samples: Samples,
     index: Index,
     rows: range,
-    spans: Mapping[int, Mapping[str, tuple[int, int]]],
+    spans: _Spans,
 ) -> pa.Table:
     """Make the rows of a cached shard's index: one for each of the source's, in its order."""
     import pyarrow as pa

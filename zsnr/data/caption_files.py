@@ -1,4 +1,4 @@
-"""Captions to measure a model on: which of a file's, and the seed of each one's picture."""
+"""Captions to measure a model on: which of a file's, and the seed of each one's image."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MAX_ENTRIES = 2**23
 
 @dataclass(frozen=True)
 class Captioned:
-    """A picture to make.
+    """An image to make.
 
     Args:
         caption: Its prompt.
@@ -39,7 +39,7 @@ def read_captions(path: str | Path, num_images: int, seed: int = 0) -> list[Capt
     `prompt` and, if wanted, `group`. Empty lines are skipped.
 
     Of all images (lines), the `num_images` whose hash of (seed, number) is smallest are taken, in
-    the order of that hash, which is also the seed of the picture: another number of images adds to
+    the order of that hash, which is also the seed of the image: another number of images adds to
     the same ones, or leaves some out.
 
     Raises:
@@ -60,7 +60,7 @@ def read_captions(path: str | Path, num_images: int, seed: int = 0) -> list[Capt
         raise ValueError(f"{path}: {error}") from error
     if len(found) < num_images:
         raise ValueError(
-            f"{path} has captions of {len(found)} pictures, and num_images={num_images}: lower it."
+            f"{path} has captions of {len(found)} images, and num_images={num_images}: lower it."
         )
     chosen = [
         Captioned(caption, derive_seed(seed, number), group, number)
@@ -98,6 +98,9 @@ def _objects(text: str) -> dict[int, tuple[str, str]]:
     for number, (line, _) in _lines(text).items():
         try:
             record = parse_json(line)
+        except ValueError as error:
+            raise ValueError(f"line {number} is not JSON: {clipped(str(error))}.") from error
+        try:
             caption = _text(record["caption" if "caption" in record else "prompt"])
             group = record.get("group") or ""
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from zsnr.untrusted import parse_object
+from zsnr.untrusted import parse_json, parse_object, shown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 TEXT = "txt"
 """The sample's text file, among the fields of its json."""
+
+TEXTS = "texts"
+"""The column of the index that names the fields with texts, see `text_fields`."""
 
 _USUAL = (TEXT, "caption", "text")
 _MOST_NAMES = 256  # fields of one json that may hold captions
@@ -58,7 +61,7 @@ class Captions:
             seed: Of the choice.
 
         Raises:
-            ValueError: There is no caption, or it is no UTF-8 or no JSON; one line.
+            ValueError: There is no caption, or it is not UTF-8 or not JSON; one line.
         """
         found = self._candidates(text, record)
         if not found:
@@ -76,7 +79,8 @@ class Captions:
         """Tell which samples have a caption.
 
         Args:
-            texts: What `text_fields` says of each, as a dictionary column.
+            texts: What `text_fields` says of each, as a dictionary column. null = it has one, as
+                the samples of a cache do.
 
         Returns:
             bool (count,).
@@ -85,8 +89,9 @@ class Captions:
 
         parts = [np.zeros(0, bool)]
         for chunk in texts.chunks:
-            answers = np.array([self._accepts(each) for each in chunk.dictionary.to_pylist()], bool)
-            parts.append(answers[chunk.indices.to_numpy()])
+            known = [self._accepts(each) for each in chunk.dictionary.to_pylist()]
+            answers = np.array([*known, True])
+            parts.append(answers[chunk.indices.fill_null(len(known)).to_numpy()])
         return np.concatenate(parts)
 
     def lacking(self) -> str:
@@ -97,7 +102,7 @@ class Captions:
         )
 
     def _accepts(self, texts: str) -> bool:
-        filled, blank = json.loads(texts)
+        filled, blank = parse_text_fields(texts)
         kept = filled if self.empty == "drop" else filled + blank
         return any(name in kept for name in self.fields or _USUAL)
 
@@ -127,12 +132,12 @@ class Captions:
 
 
 def parse_record(record: bytes) -> dict[str, Any]:
-    """Read a sample's json.
+    """Read a sample's json; of a repeated key the last value counts.
 
     Raises:
-        ValueError: It is no JSON object; one line.
+        ValueError: It is not a JSON object; one line.
     """
-    return parse_object(record, "its json")
+    return parse_object(record, "its json", repeated=True)
 
 
 def text_fields(text: bytes | None, record: Mapping[str, Any]) -> str:
@@ -156,6 +161,21 @@ def text_fields(text: bytes | None, record: Mapping[str, Any]) -> str:
         if texts and len(filled) + len(blank) < _MOST_NAMES:
             (filled if any(map(str.strip, texts)) else blank).append(name)
     return json.dumps([filled, blank])
+
+
+def parse_text_fields(texts: str) -> tuple[list[str], list[str]]:
+    """Read what `text_fields` has written.
+
+    Raises:
+        ValueError: Another wrote it.
+    """
+    value = parse_json(texts)
+    lists = value if isinstance(value, list) else []
+    if [type(part) for part in lists] != [list, list] or any(
+        not isinstance(name, str) for part in lists for name in part
+    ):
+        raise ValueError(f"its {TEXTS} hold {shown(texts)}: wanted two lists of fields")
+    return lists[0], lists[1]
 
 
 def is_text(text: str) -> bool:

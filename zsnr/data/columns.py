@@ -7,8 +7,7 @@ system keeps one copy for all ranks and loading processes, and a rank has nothin
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Mapping
 from io import BytesIO
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
@@ -33,12 +32,20 @@ SHAPES: dict[str, tuple[str, tuple[int, ...]]] = {
 
 
 class Spool:
-    """Columns that grow row by row, in files without a name in a folder, or in memory."""
+    """Columns that grow row by row, in files without a name in a folder, or in memory.
+
+    Args:
+        folder: Needs room while the spool is open. None = in memory.
+    """
 
     def __init__(self, folder: Path | None) -> None:
-        names = [*SHAPES, "ends", "keys"]
         self._in_memory = folder is None
-        self._files: dict[str, Any] = {name: _room(folder) for name in names}
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        self._files: dict[str, Any] = {
+            name: BytesIO() if folder is None else TemporaryFile(dir=folder)  # noqa: SIM115
+            for name in (*SHAPES, "ends", "keys")
+        }
         self._bytes = 0
         self.rows = 0
         self._files["ends"].write(bytes(8))
@@ -94,19 +101,6 @@ class Spool:
                 file.close()
 
 
-def _room(folder: Path | None) -> Any:
-    return BytesIO() if folder is None else TemporaryFile(dir=folder)
-
-
-@contextmanager
-def spooling(folder: Path | None) -> Iterator[Spool]:
-    """Give a spool that needs a folder's room while it is used. None = in memory."""
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-    with closing(Spool(folder)) as spool:
-        yield spool
-
-
 def write_columns(
     path: Path, batch: pa.RecordBatch, about: Mapping[str, Any], counts: np.ndarray
 ) -> None:
@@ -115,32 +109,53 @@ def write_columns(
 
     facts = {"zsnr": json.dumps(about), "counts": counts.astype("int32").tobytes()}
     batch = batch.replace_schema_metadata(facts)
-    with replacing(path) as beside, pa.ipc.new_file(str(beside), batch.schema) as writer:
+    # Arrow opens no path that is not UTF-8.
+    with (
+        replacing(path) as beside,
+        beside.open("wb") as file,
+        pa.ipc.new_file(file, batch.schema) as writer,
+    ):
         writer.write_batch(batch)
 
 
-def map_columns(path: Path) -> tuple[pa.RecordBatch, dict[str, Any], bytes]:
-    """Map rows, what is known of them and their counts, as `write_columns` left them.
+class Mapped:
+    """The columns of samples in a file; pickled, it is the file's name.
+
+    Args:
+        path: As `write_columns` wrote it.
+
+    Attributes:
+        columns: The columns as `arrays` gives them.
+        about: What is known of the rows.
+        counts: Bytes of their counts.
 
     Raises:
-        ValueError: It is no such file, or cut short.
+        ValueError: It is not such a file, or cut short.
         OSError: It cannot be mapped.
     """
-    import pyarrow as pa
 
-    with open_regular(path):
-        pass
-    try:
-        file = pa.ipc.open_file(pa.memory_map(str(path)))
-        metadata = file.schema.metadata or {}
-        if file.schema.remove_metadata() != _schema() or file.num_record_batches != 1:
-            raise ValueError(f"{path} holds other columns")
-        batch = file.get_batch(0)
-        batch.validate()
-        about = parse_object(metadata[b"zsnr"], str(path))
-        return batch, about, metadata[b"counts"]
-    except (pa.ArrowException, KeyError) as error:
-        raise ValueError(f"{path} is no readable file of samples: {clipped(str(error))}") from error
+    def __init__(self, path: Path) -> None:
+        import pyarrow as pa
+
+        self.path = path
+        with open_regular(path) as (opened, _):
+            whole = mmap(opened.fileno(), 0, access=ACCESS_READ)
+        try:
+            file = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(whole)))
+            metadata = file.schema.metadata or {}
+            if file.schema.remove_metadata() != _schema() or file.num_record_batches != 1:
+                raise ValueError(f"{path} holds other columns")
+            batch = file.get_batch(0)
+            batch.validate()
+            self.about = parse_object(metadata[b"zsnr"], str(path))
+            self.counts = metadata[b"counts"]
+        except (pa.ArrowException, KeyError) as error:
+            reason = clipped(str(error))
+            raise ValueError(f"{path} is not a readable file of samples: {reason}") from error
+        self.columns = arrays(batch)
+
+    def __reduce__(self) -> tuple[type[Mapped], tuple[Path]]:
+        return Mapped, (self.path,)
 
 
 def arrays(batch: pa.RecordBatch) -> dict[str, Any]:

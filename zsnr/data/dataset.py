@@ -15,9 +15,10 @@ from torch.utils.data import Dataset
 
 from zsnr.data.captions import Captions
 from zsnr.data.faults import BudgetError, Fault
-from zsnr.data.images import MAX_PIXELS, decode_image, size_facts
+from zsnr.data.formats import MAX_PIXELS
+from zsnr.data.images import decode_image, size_facts
 from zsnr.data.local_cache import LocalCache
-from zsnr.data.samples import Sample, Samples, Span
+from zsnr.data.samples import Sample, Samples
 from zsnr.data.storage import Retries, Storage, StorageError, is_remote
 from zsnr.noise import derive_seed
 from zsnr.public import public_url
@@ -30,13 +31,13 @@ _THREADS = 8  # reads at a time, from a server
 
 @dataclass(frozen=True)
 class Pixels:
-    """How a picture becomes the pixels of a bucket.
+    """How an image becomes the pixels of a bucket.
 
     Args:
         crop: What is cut away where the shape differs: the same on both sides ("center"), or by
             chance ("random").
-        flip: Mirror half of the pictures, by chance.
-        max_pixels: Larger pictures count as broken, before they are decoded.
+        flip: Mirror half of the images, by chance.
+        max_pixels: Larger images count as broken, before they are decoded.
     """
 
     crop: Literal["center", "random"] = "center"
@@ -77,17 +78,17 @@ class AsIndexed:
 
 
 class ShardDataset(Dataset[dict[str, Any]]):
-    """Pictures and captions read by offset.
+    """Images and captions read by offset.
 
     An item is {"image": uint8 (3, H, W), "caption": str, "sizes": int64 (6,), "key": str,
     "position": int, "faults": what went wrong on the way, a list of Fault}. Sizes are of the
-    original picture, its crop and the result, as Conditioning's. Position ~p = -1 - p stands for
+    original image, its crop and the result, as Conditioning's. Position ~p = -1 - p stands for
     the sample at p where only the same amount of work is wanted, and keeps its sign.
 
     Args:
         samples: What there is.
         order: Maps positions to rows. None = as they are indexed.
-        pixels: How pictures are cut.
+        pixels: How images are cut.
         captions: Which text is the caption.
         retries: How often a read is tried.
         headers: Of requests to http servers.
@@ -230,7 +231,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
                 None if s is None else block[s.offset - start : s.offset - start + s.size]
                 for s in spans
             ]
-        return [None if span is None else _part(storage, span, size) for span in spans]
+        return [None if s is None else storage.read(s.url, s.offset, s.size, size) for s in spans]
 
     def _here(self) -> _Process:
         """What belongs to this process: connections and threads do not survive a fork."""
@@ -261,7 +262,3 @@ def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         else:
             batch[name] = values
     return batch
-
-
-def _part(storage: Storage, span: Span, size: int | None) -> bytes:
-    return storage.read(span.url, span.offset, span.size, expected_size=size)

@@ -8,11 +8,11 @@ import os
 import re
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
-from typing import Literal, overload
+from typing import Literal
 
 from zsnr.files import replacing, side_file
 from zsnr.public import public_text, public_url
@@ -20,7 +20,7 @@ from zsnr.untrusted import shown
 
 _FREE = 10  # broken samples that no budget counts: one of the first three is no third of the data
 _KINDS = ("shard", "sample", "passing", "note")
-_MOST_REASONS = 1000  # that are told apart
+_MOST_REASONS, _MOST_LISTED = 1000, 5  # that are told apart, and that a summary lists
 _LONGEST_LINE = 1 << 20  # bytes of a ledger's line
 
 
@@ -32,7 +32,7 @@ class Fault:
         kind: "shard" = a shard is missing or cut short, "sample" = a sample is broken for good,
             "passing" = a read failed and was tried again, "note" = nothing is broken, but a
             shard holds something that is not read.
-        shard: Path or address; without passwords and signatures.
+        shard: Path or address; without passwords and signatures, and see `as_utf8`.
         key: The sample's. None = the whole shard.
         reason: One line.
         position: The sample's place in the run that met it. None = found by indexing.
@@ -45,15 +45,21 @@ class Fault:
     position: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shard", public_url(self.shard))
+        object.__setattr__(self, "shard", as_utf8(public_url(self.shard)))
+        object.__setattr__(self, "key", None if self.key is None else as_utf8(self.key))
         object.__setattr__(self, "reason", public_text(self.reason))
+
+
+def as_utf8(text: str) -> str:
+    """Write bytes that are not UTF-8, which Python has as surrogates, as their codes."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
 def as_fault(value: object) -> Fault:
     """Read a fault from its plain values.
 
     Raises:
-        ValueError: It is none.
+        ValueError: The value is not a fault.
     """
     kinds: dict[str, tuple[type, ...]] = {
         "kind": (str,),
@@ -76,7 +82,7 @@ class BudgetError(ValueError):
     """More of the data is broken than the run may bear."""
 
 
-class PackedFaults(Sequence[Fault]):
+class PackedFaults(Collection[Fault]):
     """Faults that stay packed until one looks: some 10 bytes each, where an object has 400.
 
     Args:
@@ -84,7 +90,9 @@ class PackedFaults(Sequence[Fault]):
         parts: Packed faults that come before them.
     """
 
-    def __init__(self, faults: Iterable[Fault] = (), parts: Iterable[Sequence[Fault]] = ()) -> None:
+    def __init__(
+        self, faults: Iterable[Fault] = (), parts: Iterable[Collection[Fault]] = ()
+    ) -> None:
         self._blocks: list[tuple[int, bytes]] = []
         for part in [*parts, list(faults)]:
             if isinstance(part, PackedFaults):
@@ -100,14 +108,8 @@ class PackedFaults(Sequence[Fault]):
             for line in zlib.decompress(block).split(b"\n")[:-1]:
                 yield Fault(**json.loads(line))
 
-    @overload
-    def __getitem__(self, index: int) -> Fault: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Fault]: ...
-
-    def __getitem__(self, index: int | slice) -> Fault | list[Fault]:
-        return list(self)[index]
+    def __contains__(self, fault: object) -> bool:
+        return any(each == fault for each in self)
 
 
 class Tally:
@@ -138,21 +140,21 @@ class Tally:
         count, first = self._groups.get(group, (0, fault))
         self._groups[group] = count + 1, first
 
-    def summary(self, most: int = 5, kinds: Sequence[str] = _KINDS) -> str:
+    def summary(self, kinds: Sequence[str] = _KINDS) -> str:
         """List the reasons, the commonest first, with an example each."""
         groups = [(n, first) for (kind, _), (n, first) in self._groups.items() if kind in kinds]
         lines = []
-        for count, first in sorted(groups, key=lambda group: group[0], reverse=True)[:most]:
+        for count, first in sorted(groups, key=lambda group: group[0], reverse=True)[:_MOST_LISTED]:
             where = first.shard if first.key is None else f"{first.shard}, sample {first.key!r}"
             lines.append(f"{count} x {first.kind}: {first.reason} (first: {where})")
-        if len(groups) > most:
-            lines.append(f"and {len(groups) - most} other reasons")
+        if len(groups) > _MOST_LISTED:
+            lines.append(f"and {len(groups) - _MOST_LISTED} other reasons")
         return "; ".join(lines)
 
 
-def summarize(faults: Iterable[Fault], most: int = 5) -> str:
+def summarize(faults: Iterable[Fault]) -> str:
     """Count faults by reason, the commonest first, with an example each."""
-    return Tally(faults).summary(most)
+    return Tally(faults).summary()
 
 
 def check_budget(
@@ -173,7 +175,7 @@ def check_budget(
         ledger: Where all faults are written, for the message.
 
     Raises:
-        BudgetError: There are more; says which.
+        BudgetError: More is broken.
     """
     tally = faults if isinstance(faults, Tally) else Tally(_Once().new(faults))
     broken, lost = tally.samples, len(tally.shards)
@@ -188,14 +190,15 @@ def check_budget(
 
 
 class Ledger:
-    """A jsonl file of faults, one line each, that a resumed run goes on with.
+    """A jsonl file of faults, one line each, that a resumed run continues.
 
     A broken sample stands there once, however often it is met; a passing fault each time. In memory
     are counts and what tells known faults from new ones.
 
     Args:
         path: The file. None = only counted.
-        position: Where the run goes on; what a killed run wrote beyond it happens again, and goes.
+        position: Where the run resumes; what a killed run wrote beyond it happens again and is
+            removed.
 
     Attributes:
         met: Counts of what the run itself met, not of what indexing found.
@@ -220,7 +223,11 @@ class Ledger:
             if fault.position is not None:
                 self.met.add(fault)
         if new and self.path is not None:
-            _append(self.path, map(_line, new))
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab") as file:
+                file.writelines(map(_line, new))
+                file.flush()
+                os.fsync(file.fileno())
 
 
 class _Once:
@@ -235,9 +242,7 @@ class _Once:
             if fault.kind == "passing":
                 yield fault
                 continue
-            identity = repr((fault.kind, fault.shard, fault.key)).encode(
-                "ascii", "backslashreplace"
-            )
+            identity = repr((fault.kind, fault.shard, fault.key)).encode()
             mark = int.from_bytes(hashlib.blake2b(identity, digest_size=8).digest(), "big")
             if mark not in self._known:
                 self._known.add(mark)
@@ -245,7 +250,7 @@ class _Once:
 
 
 def read_ledger(path: Path) -> list[Fault]:
-    """Read a ledger; lines that are no faults are left out, such as one that a crash cut short."""
+    """Read a ledger; lines that are not faults are left out, such as one that a crash cut short."""
     return list(_read(path))
 
 
@@ -265,18 +270,10 @@ def _read(path: Path) -> Iterator[Fault]:
                 line = file.readline(_LONGEST_LINE)
             strange += bool(line)  # a crash may cut the last line short
     if strange:
-        warnings.warn(f"{path}: {strange} lines are no faults, and are left out.", stacklevel=2)
-
-
-def _append(path: Path, lines: Iterable[bytes]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
-        file.writelines(lines)
-        file.flush()
-        os.fsync(file.fileno())
+        warnings.warn(f"{path}: {strange} lines are not faults, and are left out.", stacklevel=2)
 
 
 def _line(fault: Fault) -> bytes:
-    # Of names that are no UTF-8 the odd bytes become JSON's own escapes.
+    # Of a reason that is not UTF-8 the odd bytes become JSON's own escapes.
     text = json.dumps(vars(fault), ensure_ascii=False) + "\n"
     return text.encode("utf-8", "backslashreplace")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 PICTURE_FIELDS = ("image_width", "image_height", "image_bytes")
-"""Fields that every sample has: measured from the picture itself."""
+"""Fields that every sample has: measured from the image itself."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Filter:
     Args:
         field: A field of the sample's json, such as aesthetic, pwatermark, punsafe, similarity,
             original_width or LANGUAGE; or image_width, image_height (pixels) or image_bytes,
-            measured from the picture.
+            measured from the image.
         min: Keep values of at least this.
         max: Keep values of at most this.
         one_of: Keep values of this list.
@@ -63,7 +63,7 @@ class Filter:
         return f"{self.field} {' and '.join(parts)}"
 
     def keeps(self, values: pa.Array | pa.ChunkedArray | None, count: int) -> np.ndarray:
-        """Decide for each sample.
+        """Decide for each sample; one that lacks the field is kept only where `missing` is "keep".
 
         Args:
             values: The field's column, null where it is missing. None = no sample has the field.
@@ -73,20 +73,15 @@ class Filter:
             bool (count,).
 
         Raises:
-            ValueError: The field is missing and `missing` is "error", or is of another type.
+            ValueError: The field is of another type.
         """
         import numpy as np
         import pyarrow as pa
         import pyarrow.compute as pc
 
-        absent = np.ones(count, bool) if values is None else values.is_null().to_numpy(False)
-        if absent.any() and self.missing == "error":
-            raise ValueError(
-                f"{absent.sum()} of {count} samples have no {self.field!r}, which a filter wants: "
-                "set its missing to keep or drop."
-            )
         if values is None:
             return np.full(count, self.missing == "keep")
+        absent = values.is_null().to_numpy(False)
         keep = pa.chunked_array([pa.array(np.ones(count, bool))])
         try:
             for limit, test in ((self.min, pc.greater_equal), (self.max, pc.less_equal)):
@@ -166,7 +161,6 @@ class Sieve:
             values = columns.get(each.field)
             if each.missing == "error":  # `check` tells, when all are counted
                 self._absent[i] += count if values is None else values.null_count
-                each = replace(each, missing="drop")
             after = kept & each.keeps(values, count)
             self.removed[str(each)] += int(kept.sum() - after.sum())
             kept = after
@@ -184,20 +178,6 @@ class Sieve:
                     f"{absent} of {self._count} samples have no {each.field!r}, which a filter "
                     "wants: set its missing to keep or drop."
                 )
-
-
-def apply_filters(
-    filters: Sequence[Filter], columns: Mapping[str, Any], count: int
-) -> tuple[np.ndarray, dict[str, int]]:
-    """Put filters one after the other on all samples at once, see `Sieve`.
-
-    Returns:
-        What is kept, bool (count,), and how many each filter removed.
-    """
-    sieve = Sieve(filters)
-    kept = sieve.keeps(columns, count)
-    sieve.check()
-    return kept, sieve.removed
 
 
 def _typed(listed: Sequence[float | str], kind: pa.DataType) -> pa.Array:

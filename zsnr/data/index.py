@@ -6,7 +6,7 @@ import hashlib
 import json
 import pickle
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from zsnr.data.captions import Captions
-from zsnr.data.faults import Fault, Ledger, summarize
-from zsnr.data.index_file import Part, read_footer, read_index, read_rows, write_index
+from zsnr.data.captions import TEXTS, Captions
+from zsnr.data.faults import Fault, Ledger, as_utf8, summarize
+from zsnr.data.index_file import Part, read_footer, read_rows, write_index
 from zsnr.data.local_cache import LocalCache
-from zsnr.data.scan import FIELD, TEXTS, as_utf8, file_state, make_index
+from zsnr.data.scan import FIELD, file_state, make_index
 from zsnr.data.sources import Shard, Sources, find_shards
-from zsnr.data.storage import Retries, Storage, is_remote
+from zsnr.data.storage import Retries, Storage, StorageError, is_remote
 from zsnr.locks import Lock
 from zsnr.public import public_url
 from zsnr.untrusted import clipped
@@ -29,8 +29,6 @@ from zsnr.untrusted import clipped
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
-
-__all__ = ["Index", "index_path", "load_index", "read_index", "write_index", "write_indices"]
 
 
 @dataclass(eq=False)
@@ -94,6 +92,7 @@ class Index:
             count = table.num_rows
             names = [name for name in table.column_names if not name.startswith(FIELD)]
             columns = {"shard": pa.repeat(pa.scalar(number, pa.int32()), count)}
+            columns[TEXTS] = pa.nulls(count, pa.dictionary(pa.int32(), pa.string()))  # of a cache
             columns |= {name: table.column(name) for name in names}
             for name, kind in kinds.items():
                 there = name in table.column_names and count
@@ -139,7 +138,6 @@ def load_index(
     *,
     folder: Path | None = None,
     fields: Iterable[str] | None = (),
-    write: bool = True,
     must_write: bool = False,
     processes: int = 0,
     progress: bool = True,
@@ -152,8 +150,7 @@ def load_index(
         folder: Where index files are. None = beside the shards; those behind an address are then
             indexed every time.
         fields: Fields of the json that are wanted. None = all.
-        write: Keep what was made; what cannot be kept is said once.
-        must_write: What cannot be kept is an error.
+        must_write: An index file that cannot be written is an error, not a warning.
         processes: How many work at once; below 2, threads of this one.
         progress: Show a bar if it takes long.
 
@@ -171,7 +168,6 @@ def load_index(
         _load_alone,
         settings=storage.reporting(None),
         folder=folder,
-        write=write,
         must_write=must_write,
         fields=wanted,
     )
@@ -204,7 +200,7 @@ def load_index(
         )
 
     def remake(shard: Shard) -> Part:
-        return _make(shard, storage, folder, write, must_write, wanted)[0]
+        return _make(shard, storage, folder, must_write, wanted)[0]
 
     return Index(shards, parts, wanted, remake)
 
@@ -217,6 +213,7 @@ def write_indices(
     attempts: int = 5,
     timeout: float = 30.0,
     processes: int = 0,
+    headers: Mapping[str, str] | None = None,
     local_cache: LocalCache | None = None,
     as_json: bool = False,
 ) -> str:
@@ -229,6 +226,7 @@ def write_indices(
         attempts: Tries of one read.
         timeout: Seconds after which a server is stalled.
         processes: How many work at once.
+        headers: Of requests to http servers.
         local_cache: Keeps whole remote shards on local disk.
         as_json: Say it as JSON.
 
@@ -247,6 +245,7 @@ def write_indices(
     storage = Storage(
         Retries(attempts, timeout=timeout, outage=0.0),
         lambda url, reason: passing.append(Fault("passing", url, None, reason)),
+        headers=headers,
         local_cache=local_cache,
     )
     with _lock(shards, folder):
@@ -326,7 +325,7 @@ def without_caption(
     lacking = table.select(["shard", "key"]).filter(rows)
     reason = captions.lacking()
     return [
-        Fault("sample", as_utf8(index.shards[shard].url), key, reason)
+        Fault("sample", index.shards[shard].url, key, reason)
         for shard, key in zip(*(column.to_pylist() for column in lacking.columns), strict=True)
     ]
 
@@ -354,7 +353,6 @@ def _load_alone(
     shard: Shard,
     settings: Storage,
     folder: Path | None,
-    write: bool,
     must_write: bool,
     fields: list[str] | None,
 ) -> tuple[Part, list[tuple[str, str]], str]:
@@ -369,7 +367,7 @@ def _load_alone(
                 return footer, met, ""
         except ValueError as error:
             _reject(shard, path, error)
-    part, unkept = _make(shard, storage, folder, write, must_write, fields)
+    part, unkept = _make(shard, storage, folder, must_write, fields)
     return part, met, unkept
 
 
@@ -377,7 +375,6 @@ def _make(
     shard: Shard,
     storage: Storage,
     folder: Path | None,
-    write: bool,
     must_write: bool,
     fields: list[str] | None,
 ) -> tuple[Part, str]:
@@ -385,7 +382,7 @@ def _make(
     if shard.kind == "cache":
         raise ValueError(f"{shard.url} and its index do not belong together: cache it again.")
     made, path, unkept = make_index(shard, storage), index_path(shard, folder), ""
-    if write and path is not None and made.size:
+    if path is not None and made.size:
         try:
             write_index(made, path)
             return read_footer(path), ""
@@ -399,18 +396,8 @@ def _make(
     table = made.table.drop_columns(unwanted)
     places = pickle.dumps(table.drop_columns([n for n in names if n not in unwanted]), protocol=5)
     state = hashlib.blake2b(places, digest_size=16).hexdigest()
-    part = Part(
-        None,
-        table,
-        table.num_rows,
-        table.schema,
-        made.faults,
-        made.size,
-        made.changed,
-        made.digest,
-        state,
-    )
-    return part, unkept
+    facts = made.faults, made.size, made.changed, made.digest, state
+    return Part(None, table, table.num_rows, table.schema, *facts), unkept
 
 
 def _reject(shard: Shard, path: Path, error: ValueError) -> None:
@@ -418,7 +405,11 @@ def _reject(shard: Shard, path: Path, error: ValueError) -> None:
 
     Raises:
         ValueError: It is a cache's, which only caching can make again.
+        StorageError: It is a cache's, and a disk does not give it.
     """
+    cause = error.__cause__
+    if shard.kind == "cache" and isinstance(cause, OSError) and cause.errno is not None:
+        raise StorageError(f"{path} cannot be read: {cause.strerror}.") from error
     reason = f"{path} is not used as an index: {clipped(str(error)).rstrip('.')}."
     if shard.kind == "cache":
         raise ValueError(f"{reason} Remove it, and run `zsnr data cache` again to resume it.")

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from zsnr.data.captions import TEXTS, parse_text_fields
 from zsnr.data.faults import Fault, PackedFaults, as_fault
-from zsnr.data.scan import FIELD, TEXTS, ShardIndex
+from zsnr.data.scan import FIELD, NUMBERS, PARTS, ShardIndex
 from zsnr.data.thrift import read_struct
 from zsnr.files import replacing
 from zsnr.untrusted import clipped, open_regular, parse_object, shown
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _VERSION = 1
-_PARTS = ("image", "text", "json")
-_NUMBERS = ("height", "width", *(f"{p}_{x}" for p in _PARTS for x in ("offset", "size")))
 _CODECS = {0, 1}  # Parquet's numbers: none and snappy, which grows 20-fold at most
 _DICTIONARY = {2, 8}
 _ENCODINGS = {0, 3, 4, *_DICTIONARY}  # plain, run length, bit-packed, dictionaries
@@ -56,7 +55,7 @@ class Part:
     table: pa.Table | None
     rows: int
     schema: pa.Schema
-    faults: Sequence[Fault]
+    faults: Collection[Fault]
     size: int
     changed: int
     digest: str
@@ -82,7 +81,7 @@ def write_index(index: ShardIndex, path: Path) -> None:
         table = table.set_column(place, TEXTS, table.column(TEXTS).cast(pa.string()))
     # Arrow opens no path that is not UTF-8.
     with replacing(path) as beside, open(beside, "wb") as file:
-        pq.write_table(table, file, use_dictionary=[*texts, *_NUMBERS])
+        pq.write_table(table, file, use_dictionary=[*texts, *NUMBERS])
 
 
 def read_footer(path: Path) -> Part:
@@ -113,7 +112,7 @@ def read_rows(path: Path, fields: Iterable[str] | None = None) -> pa.Table:
         names = [n for n in footer.schema.names if n.startswith(FIELD)]
         wanted = names if fields is None else [name for name in fields if name in names]
         texts = [TEXTS] if TEXTS in footer.schema.names else []
-        columns = ["key", *_NUMBERS, *texts, *wanted]
+        columns = ["key", *NUMBERS, *texts, *wanted]
         if footer.rows * len(columns) > max(_MOST_CELLS, _CELLS_PER_BYTE * size):
             raise ValueError(f"it has {footer.rows} rows of {len(columns)} columns in {size} bytes")
         packed = _layout(raw, size, footer)  # must not be written out before they are judged
@@ -124,20 +123,15 @@ def read_rows(path: Path, fields: Iterable[str] | None = None) -> pa.Table:
         for i, name in enumerate(table.column_names):
             if name in packed or name in texts:
                 _check_texts(table.column(i), size)
+            if name in texts:
+                for chunk in table.column(i).chunks:
+                    for text in chunk.dictionary.to_pylist():
+                        parse_text_fields(text)
             if name in packed and name not in texts:
                 table = table.set_column(i, name, table.column(i).cast(pa.string()))
         table.validate(full=True)
         _check_rows(table, footer)
         return table.replace_schema_metadata(None)
-
-
-def read_index(path: Path) -> ShardIndex | None:
-    """Read a shard's index; None = it is of another version or unreadable."""
-    try:
-        footer, table = read_footer(path), read_rows(path)
-    except ValueError:
-        return None
-    return ShardIndex(table, list(footer.faults), footer.size, footer.changed, footer.digest)
 
 
 @contextmanager
@@ -182,17 +176,8 @@ def _footer(file: BinaryIO, size: int, path: Path) -> Part:
         )
     _check_types(schema)
     status = path.stat()
-    return Part(
-        path,
-        None,
-        metadata.num_rows,
-        schema,
-        PackedFaults(map(as_fault, faults)),
-        shard_size,
-        changed,
-        digest,
-        f"{status.st_size} {status.st_mtime_ns}",
-    )
+    packed, state = PackedFaults(map(as_fault, faults)), f"{status.st_size} {status.st_mtime_ns}"
+    return Part(path, None, metadata.num_rows, schema, packed, shard_size, changed, digest, state)
 
 
 def _count(about: dict[str, Any], name: str) -> int:
@@ -233,30 +218,20 @@ def _layout(file: BinaryIO, size: int, footer: Part) -> set[str]:
 def _check_types(schema: pa.Schema) -> None:
     import pyarrow as pa
 
-    wanted = {"key": pa.string()} | {
-        name: pa.int32() if name in ("height", "width") else pa.int64() for name in _NUMBERS
-    }
+    wanted = {name: pa.type_for_alias(kind) for name, kind in {"key": "string", **NUMBERS}.items()}
+    if TEXTS in schema.names:  # a cache has none
+        wanted[TEXTS] = pa.string()
     if len({*schema.names}) != len(schema.names):
         raise ValueError("a column stands in it twice")
     for name, kind in wanted.items():
         found = schema.field(name).type if name in schema.names else "missing"
         if found != kind:
-            raise ValueError(f"its column {name} is {found}: wanted {kind}")
-    wanted[TEXTS] = pa.string()  # a cache has none
-    if TEXTS in schema.names and schema.field(TEXTS).type != wanted[TEXTS]:
-        raise ValueError(f"its column {TEXTS} is {clipped(str(schema.field(TEXTS).type))}")
-    types = pa.types
+            raise ValueError(f"its column {name} is {clipped(str(found))}: wanted {kind}")
+    kinds = "floating", "integer", "boolean", "string", "null"
     for field in schema:
-        kind = field.type
-        plain = (
-            types.is_floating(kind)
-            or types.is_integer(kind)
-            or types.is_boolean(kind)
-            or types.is_string(kind)
-            or types.is_null(kind)
-        )
+        plain = any(getattr(pa.types, f"is_{kind}")(field.type) for kind in kinds)
         if field.name not in wanted and not (field.name.startswith(FIELD) and plain):
-            raise ValueError(f"its column {clipped(field.name)} is {clipped(str(kind))}")
+            raise ValueError(f"its column {clipped(field.name)} is {clipped(str(field.type))}")
 
 
 def _check_texts(column: pa.ChunkedArray, size: int) -> None:
@@ -277,14 +252,14 @@ def _check_rows(table: pa.Table, footer: Part) -> None:
 
     if table.num_rows != footer.rows:
         raise ValueError(f"it has {table.num_rows} rows, its footer says {footer.rows}")
-    if any(table.column(name).null_count for name in ("key", *_NUMBERS)):
+    if any(table.column(name).null_count for name in ("key", *NUMBERS)):
         raise ValueError("a row has no value where every sample has one")
     if not table.num_rows:
         return
-    column = {name: table.column(name).to_numpy() for name in _NUMBERS}
+    column = {name: table.column(name).to_numpy() for name in NUMBERS}
     if min(column["height"].min(), column["width"].min()) < 1:
         raise ValueError("an image has no size")
-    for part in _PARTS:
+    for part in PARTS:
         offset, size = column[f"{part}_offset"], column[f"{part}_size"]
         missing = (offset == -1) & (size == -1) & (part != "image")
         inside = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+_COPY = r"[0-9a-f]{16}-"  # begins the name of a copy; other files in the folder stay
 _PART = ".part"  # ends the name of a copy that is being written, and locked by its writer
 _GROWTH = 8  # a copy of unknown size gets room for 1 / _GROWTH more than it has
 _POLL = 0.1  # seconds between two looks for room that other writers will free
@@ -125,7 +127,7 @@ class LocalCache:
         for entry in os.scandir(Path(self.folder).expanduser()):
             with suppress(FileNotFoundError):  # a process has renamed or removed it
                 stat = entry.stat(follow_symlinks=False)
-                if stat.st_ino == own or entry.name.startswith("."):
+                if stat.st_ino == own or not re.match(_COPY, entry.name):
                     continue
                 if entry.name.endswith(_PART) and _remove_left(Path(entry.path)):
                     continue

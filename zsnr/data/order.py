@@ -1,9 +1,9 @@
 """Which sample stands where: the global batch of step k is a function of (samples, seed, k) only.
 
-One pass over the data shuffles the shards, cuts their row into windows of several, and shuffles the
+One epoch shuffles the shards, cuts their row into windows of several, and shuffles the
 samples of each window. So reads stay near each other and memory stays small, whatever the size of
-the data. Every bucket is an endless stream of its own that passes and windows only cut into pieces:
-what does not fill a batch waits for the next window, or the next pass.
+the data. Every bucket is an endless stream of its own that epochs and windows only cut into pieces:
+what does not fill a batch waits for the next window, or the next epoch.
 """
 
 from __future__ import annotations
@@ -29,15 +29,14 @@ if TYPE_CHECKING:
 
     from zsnr.data.samples import Samples
 
-_SHARDS, _WINDOW, _RANKS, _REPLACEMENT, _MIX, _SOURCE, _BATCH = range(
-    7
-)  # independent streams of one seed
+# Independent streams of one seed.
+_SHARDS, _WINDOW, _RANKS, _REPLACEMENT, _MIX, _SOURCE, _BATCH = range(7)
 
 _LONGEST_PERIOD = 1 << 14
 
 
 class _Pass(NamedTuple):
-    """One pass over the data."""
+    """One epoch."""
 
     shards: np.ndarray  # in their order, (S,)
     counts: np.ndarray  # samples that each bucket has had before each window, (W + 1, K), of all
@@ -47,7 +46,7 @@ class _Pass(NamedTuple):
 class TrainingOrder:
     """The endless order of a run's batches; each batch is of one bucket.
 
-    Where sources have ratios, each is an order of its own, with its own passes, and every batch
+    Where sources have ratios, each is an order of its own, with its own epochs, and every batch
     takes from each. A batch of a bucket holds the sources in the shares that they have in the
     bucket when each gives its ratio of all samples and shows its own equally often; so the ratios
     hold in each batch without buckets, and over the batches of all buckets together with them.
@@ -146,10 +145,10 @@ class TrainingOrder:
     # Counting
 
     def _seen(self, number: int) -> np.ndarray:
-        """Count the samples of each bucket in all passes before one, (K,).
+        """Count the samples of each bucket in all epochs before one, (K,).
 
         A weight f shows sample i of a group of n floor((e + 1) f + u_i) - floor(e f + u_i) times in
-        pass e, with u_i = (i + 1/2) / n. So before pass e, that is the sum of floor(e f + u_i).
+        epoch e, with u_i = (i + 1/2) / n. So before epoch e, that is the sum of floor(e f + u_i).
         """
         import numpy as np
 
@@ -163,11 +162,11 @@ class TrainingOrder:
         return total
 
     def _filled(self, number: int) -> int:
-        """Count the batches filled before a pass."""
+        """Count the batches filled before an epoch."""
         return int((self._seen(number) // self.batch_size).sum())
 
     def _pass_of(self, step: int) -> int:
-        """Find the pass in which the batch of a step is filled."""
+        """Find the epoch in which the batch of a step is filled."""
         high = 1
         while self._filled(high) <= step:
             high *= 2
@@ -197,7 +196,7 @@ class TrainingOrder:
         return _Pass(shards, counts, (counts // self.batch_size).sum(1))
 
     def _times(self, number: int, shard: int, bucket: int) -> np.ndarray:
-        """How often a pass shows each sample of one shard and bucket."""
+        """How often an epoch shows each sample of one shard and bucket."""
         import numpy as np
 
         weight, count = self._weights[shard], int(self._table[shard, bucket])
@@ -216,7 +215,7 @@ class TrainingOrder:
 
     @lru_cache(maxsize=64)  # noqa: B019
     def _ranks(self, weight: Fraction, bucket: int) -> np.ndarray:
-        """The place i of each sample in its group, by chance, so that passes take turns fairly."""
+        """The place i of each sample in its group, by chance, so that epochs take turns fairly."""
         n = int(self._sizes[weight][bucket])
         keys = self._seed, _RANKS, weight.numerator, weight.denominator, bucket
         mapped = self._samples.mapped

@@ -25,7 +25,7 @@ class PromptRequest:
         height: Pixels. None = the model's own.
         width: Likewise.
         line: Line in the file, from 1.
-        group: What it is compared with: pictures of a group are averaged.
+        group: What it is compared with: images of a group are averaged.
         brightness_rank: Place of the group, from dark to bright. None = no matter.
     """
 
@@ -35,7 +35,7 @@ class PromptRequest:
     height: int | None = None
     width: int | None = None
     line: int = 0
-    group: str = field(default="", repr=False)  # neither of the two decides the picture
+    group: str = field(default="", repr=False)  # neither of the two decides the image
     brightness_rank: int | None = field(default=None, repr=False)
 
     @property

@@ -5,26 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zsnr.data.buckets import AspectBuckets, assign
-from zsnr.data.captions import Captions
-from zsnr.data.columns import arrays, map_columns, spooling, write_columns
+from zsnr.data.captions import TEXTS, Captions
+from zsnr.data.columns import Mapped, Spool, arrays, write_columns
 from zsnr.data.faults import Fault, PackedFaults, summarize
 from zsnr.data.filters import PICTURE_FIELDS, Filter, Sieve
 from zsnr.data.index import Index, without_caption
-from zsnr.data.scan import FIELD, TEXTS, part_file
+from zsnr.data.scan import FIELD, PARTS, part_file
 from zsnr.data.sources import Shard
 
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
-
-PARTS = ("image", "text", "json")
 
 _VERSION = 1
 _IN_MEMORY = 100_000  # samples that are too few for a file
@@ -51,24 +50,6 @@ class Sample:
     json: Span | None
 
 
-class Mapped:
-    """The columns of samples in a file; pickled, it is the file's name.
-
-    Args:
-        path: As `write_columns` wrote it.
-
-    Raises:
-        ValueError: There is no such file.
-    """
-
-    def __init__(self, path: Path) -> None:
-        batch, self.about, self.counts = map_columns(path)
-        self.path, self.columns = path, arrays(batch)
-
-    def __reduce__(self) -> tuple[type[Mapped], tuple[Path]]:
-        return Mapped, (self.path,)
-
-
 @dataclass(frozen=True, eq=False)
 class Samples:
     """Samples in the order of their shards; memory is a few arrays, not objects.
@@ -82,7 +63,7 @@ class Samples:
         rows: Row of each sample in the index, (N,).
         shard: Number of each sample's shard, (N,), ascending.
         bucket: Number of each sample's bucket, (N,).
-        size: Height and width of each picture, (N, 2).
+        size: Height and width of each image, (N, 2).
         spans: Offset and size of image, text and json, (N, 3, 2); -1 = there is none.
         keys: Of the samples.
         removed: How many samples each filter removed.
@@ -104,7 +85,7 @@ class Samples:
     keys: pa.Array
     removed: dict[str, int]
     total: int
-    faults: Sequence[Fault]
+    faults: Collection[Fault]
     digest: str
     counts: np.ndarray | None = None
     mapped: Mapped | None = None
@@ -213,7 +194,7 @@ def select(
         image_size: Height and width without buckets, in pixels.
         filters: In order.
         aspect: The buckets. None = one square.
-        max_pixels: Larger pictures count as broken.
+        max_pixels: Larger images count as broken.
         captions: Samples without a caption count as broken.
         folder: Where many samples are written, once, and mapped by all processes. None = each has
             them in its memory.
@@ -264,7 +245,7 @@ def _selected(
     shapes, max_pixels = settings["shapes"], settings["max_pixels"]
     sieve, faults, total, huge, lacking = Sieve(filters), [], 0, False, False
     counts = np.zeros((len(index.shards), len(shapes)), np.int32)
-    with spooling(folder) as spool:
+    with closing(Spool(folder)) as spool:
         for number, table in enumerate(index.blocks()):
             columns = {name.removeprefix(FIELD): table.column(name) for name in table.column_names}
             for name, column in zip(PICTURE_FIELDS, ("width", "height", "image_size"), strict=True):
@@ -279,10 +260,8 @@ def _selected(
                 reason = f"{width[row]} x {height[row]} pixels: wanted at most {max_pixels}"
                 key = table.column("key")[row].as_py()
                 faults.append(Fault("sample", index.shards[number].url, key, reason))
-            bare = np.zeros(len(kept), bool)
-            if TEXTS in table.column_names:  # a cache has samples with captions only
-                bare = kept & ~large & ~captions.usable(table.column(TEXTS))
-                faults += without_caption(index, table, bare, captions)
+            bare = kept & ~large & ~captions.usable(table.column(TEXTS))
+            faults += without_caption(index, table, bare, captions)
             lacking |= bool(bare.any())
             rows = np.flatnonzero(kept & ~large & ~bare)
             total += len(kept)
@@ -320,15 +299,7 @@ def _selected(
             about["faults"] = [[fault.shard, fault.key, fault.reason] for fault in faults]
             write_columns(file, spool.batch(), about, counts)
             return _mapped(file, index, shapes)
-        return Samples(
-            shards=index.shards,
-            sizes=index.sizes,
-            shapes=shapes,
-            faults=PackedFaults(faults, [part.faults for part in index.parts]),
-            counts=counts,
-            **about,
-            **arrays(spool.batch()),
-        )
+        return _samples(index, shapes, faults, counts, about, arrays(spool.batch()))
 
 
 def _file_of(index: Index, settings: dict[str, Any], folder: Path) -> Path:
@@ -340,27 +311,39 @@ def _mapped(file: Path, index: Index, shapes: list[tuple[int, int]]) -> Samples:
     """Map the samples that a process has written.
 
     Raises:
-        ValueError: There is no such file.
+        ValueError: The file is damaged, or of other shards.
     """
     import numpy as np
 
     mapped = Mapped(file)
     counts = np.frombuffer(mapped.counts, np.int32)
-    about = mapped.about
     if len(counts) != len(index.shards) * len(shapes) or counts.sum() != len(
         mapped.columns["keys"]
     ):
         raise ValueError(f"{file} is of other shards")
-    faults = [Fault("sample", *fault) for fault in about.pop("faults")]
+    faults = [Fault("sample", *fault) for fault in mapped.about.pop("faults")]
+    counts = counts.reshape(-1, len(shapes))
+    return _samples(index, shapes, faults, counts, mapped.about, mapped.columns, mapped)
+
+
+def _samples(
+    index: Index,
+    shapes: list[tuple[int, int]],
+    faults: Iterable[Fault],
+    counts: np.ndarray,
+    about: Mapping[str, Any],
+    columns: Mapping[str, Any],
+    mapped: Mapped | None = None,
+) -> Samples:
     return Samples(
         shards=index.shards,
         sizes=index.sizes,
         shapes=shapes,
         faults=PackedFaults(faults, [part.faults for part in index.parts]),
-        counts=counts.reshape(-1, len(shapes)),
+        counts=counts,
         mapped=mapped,
         **about,
-        **mapped.columns,
+        **columns,
     )
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import itertools
 import json
 import os
 import re
-import stat
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from zsnr.data.captions import is_text, parse_record, text_fields
-from zsnr.data.faults import Fault
-from zsnr.data.images import HeaderCut, image_size
+from zsnr.data.captions import TEXTS, is_text, parse_record, text_fields
+from zsnr.data.faults import Fault, as_utf8
+from zsnr.data.formats import HeaderCut, image_size
 from zsnr.data.sources import IMAGE_SUFFIXES, METADATA, Shard, folder_files
-from zsnr.data.storage import Storage, is_remote, local_path
+from zsnr.data.storage import NOT_A_FILE, NotAFileError, Storage, is_remote
+from zsnr.untrusted import disguise
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -28,12 +27,16 @@ if TYPE_CHECKING:
 FIELD = "json."
 """Prefix of the columns that hold fields of the json."""
 
-TEXTS = "texts"
-"""The column that names the fields with texts, see `text_fields`."""
+PARTS = ("image", "text", "json")
+"""Of a sample."""
 
-_PARTS = ("image", "text", "json")
-_LONGEST = 64  # characters; longer texts, such as captions and addresses, are no filter's business
-_HEADER = 16 << 10  # bytes of a picture that nearly always hold its size
+NUMBERS = {"height": "int32", "width": "int32"} | {
+    f"{part}_{number}": "int64" for part in PARTS for number in ("offset", "size")
+}
+"""The type of each column of the index that holds numbers of every sample."""
+
+_LONGEST = 64  # characters; longer texts, such as captions and addresses, are of no use to filters
+_HEADER = 16 << 10  # bytes of an image that nearly always hold its size
 _LARGEST = {"image": 1 << 30, "text": 1 << 20, "json": 8 << 20}  # bytes of a part
 _MOST_FIELDS = 256  # columns of a shard, and fields of a json that may add one
 _MOST_ENDINGS = 16  # that are named
@@ -41,26 +44,15 @@ _BLOCK = 512  # bytes; a tar file is made of them
 _RECORDS = 20 * _BLOCK  # that tar programs fill up with zeros
 _MOST_EXTENDED = 1 << 20  # bytes of a tar header that says more than fits into a block
 _LONGEST_NAME = 4096  # bytes
-_DISGUISED = {  # first bytes of what people have in the place of a tar file
+_PACKED = {  # first bytes of what people have in the place of a tar file
     b"\x1f\x8b": "compressed by gzip: unpack it",
     b"BZh": "compressed by bzip2: unpack it",
     b"\xfd7zXZ": "compressed by xz: unpack it",
     b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it",
     b"PK\x03\x04": "a zip archive: unpack it",
-    b"version https://git-lfs": "a git-lfs pointer: run git lfs pull",
-    b"<!DOCTYPE": "an HTML page, as servers send in the place of a file: download it again",
-    b"<html": "an HTML page, as servers send in the place of a file: download it again",
 }
-_OF_THE_FILE = (  # errors that say what a file is, not that a disk or a server fails
-    errno.ENOENT,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.ELOOP,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENXIO,
-    errno.ENODEV,
-)
+_NOT_FILES = (NotAFileError, IsADirectoryError)
+_OF_THE_FILE = (FileNotFoundError, NotADirectoryError, PermissionError, *_NOT_FILES)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,30 +101,27 @@ class _Rows:
         self.shard = shard
         self.rows: list[dict[str, Any]] = []
         self.faults: list[Fault] = []
+        self.notes: list[str] = []
+        """What is said of the shard that is not a fault."""
         self._others: Counter[str] = Counter()
         self._examples: dict[str, str] = {}
         self._fields: dict[str, None] = {}
         self._left_out: list[str] = []
         self._num_left_out = 0
-        self._notes: list[str] = []
 
     def shard_fault(self, reason: str) -> None:
-        self.faults.append(Fault("shard", as_utf8(self.shard.url), None, reason))
+        self.faults.append(Fault("shard", self.shard.url, None, reason))
 
     def sample_fault(self, key: str, reason: str) -> None:
-        self.faults.append(Fault("sample", as_utf8(self.shard.url), as_utf8(key), reason))
+        self.faults.append(Fault("sample", self.shard.url, key, reason))
 
     def other(self, name: str) -> None:
-        """Count a file that is no part of a sample."""
-        ending = as_utf8(PurePosixPath(name).suffix.lower())
+        """Count a file that is not part of a sample."""
+        ending = as_utf8(PurePosixPath(name).suffix.lower()) or "without an ending"
         if ending not in self._others and len(self._others) >= _MOST_ENDINGS:
             ending = "of other endings"
-        self._others[ending or "without an ending"] += 1
-        self._examples.setdefault(ending or "without an ending", as_utf8(name)[:100])
-
-    def note(self, text: str) -> None:
-        """Say something of the shard that is no fault."""
-        self._notes.append(text)
+        self._others[ending] += 1
+        self._examples.setdefault(ending, as_utf8(name)[:100])
 
     def add(
         self,
@@ -143,7 +132,7 @@ class _Rows:
         texts: str,
     ) -> None:
         row: dict[str, Any] = {"key": key, "height": size[0], "width": size[1], TEXTS: texts}
-        for part in _PARTS:
+        for part in PARTS:
             row[f"{part}_offset"], row[f"{part}_size"] = spans.get(part, (-1, -1))
         for name in record:
             if name in self._fields:
@@ -157,37 +146,34 @@ class _Rows:
         row["record"] = {n: value for n, value in record.items() if n in self._fields}
         self.rows.append(row)
 
-    def _all_faults(self) -> list[Fault]:
-        notes = list(self._notes)
+    def _note(self) -> list[Fault]:
+        notes = self.notes
         if self._others:
             counts = (f"{n} {e} (such as {self._examples[e]})" for e, n in self._others.items())
-            notes.append(f"files that are no image of a sample: {', '.join(counts)}")
+            notes.append(f"files that are not an image of a sample: {', '.join(counts)}")
         if self._left_out:
             notes.append(
                 f"over {_MOST_FIELDS} fields of json: {self._num_left_out} values are left out, "
                 f"such as those of {', '.join(self._left_out)}, and no filter sees them"
             )
-        url = as_utf8(self.shard.url)
-        return self.faults + ([Fault("note", url, None, "; ".join(notes))] if notes else [])
+        return [Fault("note", self.shard.url, None, "; ".join(notes))] if notes else []
 
     def index(self, size: int, changed: int = 0) -> ShardIndex:
         import pyarrow as pa
 
         columns: dict[str, Any] = {"key": pa.array([r["key"] for r in self.rows], pa.string())}
-        for name in ("height", "width"):
-            columns[name] = pa.array([r[name] for r in self.rows], pa.int32())
-        for part in _PARTS:
-            for name in (f"{part}_offset", f"{part}_size"):
-                columns[name] = pa.array([r[name] for r in self.rows], pa.int64())
+        for name, kind in NUMBERS.items():
+            columns[name] = pa.array([r[name] for r in self.rows], kind)
         columns[TEXTS] = pa.array([r[TEXTS] for r in self.rows], pa.string()).dictionary_encode()
         for name in sorted(self._fields):
             columns[FIELD + name] = _column([row["record"].get(name) for row in self.rows])
         digest = hashlib.blake2b(digest_size=16)
-        sizes = [f"{part}_size" for part in _PARTS]
+        decisive = ["key", *(name for name in NUMBERS if not name.endswith("_offset"))]
         for row in self.rows:
-            facts = [row[name] for name in ("key", "height", "width", *sizes)]
+            facts = [row[name] for name in decisive]
             digest.update((json.dumps(facts) + "\n").encode())
-        return ShardIndex(pa.table(columns), self._all_faults(), size, changed, digest.hexdigest())
+        faults = self.faults + self._note()
+        return ShardIndex(pa.table(columns), faults, size, changed, digest.hexdigest())
 
 
 def part_file(folder: str, key: str, part: str) -> str:
@@ -205,17 +191,14 @@ def _index_tar(shard: Shard, storage: Storage) -> ShardIndex:
     rows = _Rows(shard)
     size, changed = file_state(shard.url)
     try:
-        if not is_remote(shard.url) and not stat.S_ISREG(os.stat(local_path(shard.url)).st_mode):
-            rows.shard_fault("no file, but a folder, a pipe or a device")
-            return rows.index(0)
         size = storage.size(shard.url)
         with storage.open(shard.url) as file:
             _read_tar(rows, file, size)
     except FileNotFoundError:
         rows.shard_fault("missing")
-    except (EOFError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in _OF_THE_FILE:
-            raise
+    except _NOT_FILES:
+        rows.shard_fault(NOT_A_FILE)
+    except EOFError as error:
         rows.shard_fault(_line(error))
         return rows.index(0)  # which is not kept: the next time may go well
     return rows.index(size, changed)
@@ -224,11 +207,11 @@ def _index_tar(shard: Shard, storage: Storage) -> ShardIndex:
 def _read_tar(rows: _Rows, file: BinaryIO, end: int) -> None:
     groups: dict[str, dict[str, tuple[int, int]]] = {}
     twice: set[str] = set()
-    head = file.read(32)
-    for start, what in _DISGUISED.items():
-        if head.lstrip().startswith(start):
-            rows.shard_fault(f"not a tar file: {what}")
-            return
+    head = file.read(_BLOCK)
+    what = next((what for start, what in _PACKED.items() if head.startswith(start)), None)
+    if head and (what := what or disguise(head)):
+        rows.shard_fault(f"not a tar file: {what}")
+        return
     try:
         for name, offset, size in _members(rows, file, end):
             key, suffix = _split(name)
@@ -301,7 +284,7 @@ def _members(rows: _Rows, file: BinaryIO, end: int) -> Iterator[tuple[str, int, 
         sparse = sparse or any(key.startswith("GNU.sparse.") for key in said)
         said = {}
         more = block[482:483] if header.type == tarfile.GNUTYPE_SPARSE else b""
-        while more.strip(b"\0"):  # blocks that go on with the list of its holes
+        while more.strip(b"\0"):  # blocks that continue the list of its holes
             file.seek(at)
             more = file.read(_BLOCK)[504:505]
             at += _BLOCK
@@ -354,9 +337,11 @@ _RECORD = re.compile(rb"(\d{1,8}) ([^=]{1,1000})=")
 
 
 def _look_behind(rows: _Rows, file: BinaryIO, left: int) -> None:
-    """Say if more follows behind a tar file's end, as where two were joined by cat."""
+    """Note what follows behind a tar file's end, as where two were joined by cat."""
     if left > _RECORDS and file.read(1 << 20).strip(b"\0"):
-        rows.note("what follows behind the tar file's end is not read: join tar files by tar -A")
+        rows.notes.append(
+            "what follows behind the tar file's end is not read: join tar files by tar -A"
+        )
 
 
 def _add_member(rows: _Rows, file: BinaryIO, key: str, parts: dict[str, tuple[int, int]]) -> None:
@@ -378,7 +363,7 @@ def _add_member(rows: _Rows, file: BinaryIO, key: str, parts: dict[str, tuple[in
                 "the key"
             )
         if suffix is None:
-            raise ValueError(f"it has no picture, only {', '.join(map(repr, list(parts)[:5]))}")
+            raise ValueError(f"it has no image, only {', '.join(map(repr, list(parts)[:5]))}")
         spans = {"image": parts[suffix], "text": text, "json": record}
         found = {part: span for part, span in spans.items() if span is not None}
         if found.keys() <= {"image"}:
@@ -414,7 +399,7 @@ def _is_image(file: BinaryIO, span: tuple[int, int]) -> bool:
 def _index_folder(shard: Shard, storage: Storage) -> ShardIndex:
     folder, rows = Path(shard.url), _Rows(shard)
     files = list(folder_files(folder))
-    entries = _read_metadata(rows, folder / METADATA)
+    entries = _read_metadata(rows, storage, f"{shard.url}/{METADATA}")
     names = [path.relative_to(folder).as_posix() for path in files]
     tables = [name for name in names if PurePosixPath(name).stem == "metadata"]
     unread = [name for name in tables if name != METADATA]
@@ -424,9 +409,10 @@ def _index_folder(shard: Shard, storage: Storage) -> ShardIndex:
         if suffix in ("txt", "json", "jsonl", "csv", "parquet"):
             continue
         try:
-            image, text = _file_span(path), Path(part_file(shard.url, key, "text"))
-            spans = {"image": _bounded("image", image)}
-            with storage.open(str(path)) as file:
+            url, text = f"{shard.url}/{key}", part_file(shard.url, key, "text")
+            with storage.open(url) as file:
+                image = 0, file.seek(0, os.SEEK_END)
+                spans = {"image": _bounded("image", image)}
                 if suffix not in IMAGE_SUFFIXES and not _is_image(file, image):
                     continue
                 used.add(key)
@@ -434,50 +420,44 @@ def _index_folder(shard: Shard, storage: Storage) -> ShardIndex:
             if not is_text(key):
                 raise ValueError("its name is not UTF-8: rename it")
             content = None
-            if text.is_file():
-                used.add(text.relative_to(folder).as_posix())
-                spans["text"] = _bounded("text", _file_span(text))
-                content = storage.read(str(text), *spans["text"])
+            if os.path.isfile(text):
+                used.add(text.removeprefix(f"{shard.url}/"))
+                spans["text"] = _bounded("text", (0, storage.size(text)))
+                content = storage.read(text, *spans["text"])
             fields: dict[str, Any] = {}
             if key in entries:
                 spans["json"] = entries.pop(key)
-                record = storage.read(str(folder / METADATA), *spans["json"])
+                record = storage.read(f"{shard.url}/{METADATA}", *spans["json"])
                 fields = parse_record(record)
             if len(spans) == 1:
                 tip = f"; {unread[0]} is not read: write it as {METADATA}" if unread else ""
-                raise ValueError(f"it has no caption: no {text.name}, no line in {METADATA}{tip}")
+                raise ValueError(
+                    f"it has no caption: no {Path(text).name}, no line in {METADATA}{tip}"
+                )
             rows.add(key, size, spans, _filterable(fields), text_fields(content, fields))
-        except (ValueError, EOFError, OSError) as error:
-            if isinstance(error, OSError) and error.errno not in _OF_THE_FILE:
-                raise
+        except (ValueError, EOFError, *_OF_THE_FILE) as error:
             if suffix in IMAGE_SUFFIXES or key in used:
                 used.add(key)
-                rows.sample_fault(key, _line(error))
+                strange = isinstance(error, _NOT_FILES)
+                rows.sample_fault(key, NOT_A_FILE if strange else _line(error))
     for name in names:
         if name not in used:
             rows.other(name)
     for key in entries:
         if not (folder / key).is_file():  # else another folder's metadata has it
-            rows.sample_fault(key, f"{METADATA} names it, but there is no such picture")
+            rows.sample_fault(key, f"{METADATA} names it, but there is no such image")
     if not rows.rows and not rows.faults:
         rows.shard_fault("no image in this folder")
     return rows.index(sum(row["image_size"] for row in rows.rows))
 
 
-def _file_span(path: Path) -> tuple[int, int]:
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError("no file, but a folder, a pipe or a device")
-    return 0, status.st_size
-
-
-def _read_metadata(rows: _Rows, path: Path) -> dict[str, tuple[int, int]]:
-    """Read where each picture's line is, by the picture's name."""
+def _read_metadata(rows: _Rows, storage: Storage, url: str) -> dict[str, tuple[int, int]]:
+    """Read where each image's line is, by the image's name."""
     entries: dict[str, tuple[int, int]] = {}
-    if not path.is_file():
+    if not Path(url).is_file():
         return entries
     offset, most = 0, _LARGEST["json"]
-    with open(path, "rb") as lines:
+    with storage.open(url) as lines:
         for number in itertools.count(1):
             line = lines.readline(most)
             span, offset = (offset, len(line)), offset + len(line)
@@ -493,7 +473,7 @@ def _read_metadata(rows: _Rows, path: Path) -> dict[str, tuple[int, int]]:
                     continue
                 name = parse_record(line).get("file_name")
                 if not isinstance(name, str) or not is_text(name):
-                    raise ValueError("there is no file_name")
+                    raise ValueError("it has no file_name")
                 entries[name.removeprefix("./")] = span
             except ValueError as error:
                 rows.sample_fault(f"{METADATA}, line {number}", _line(error))
@@ -505,16 +485,6 @@ def _split(name: str) -> tuple[str, str]:
     folder, slash, file = name.rpartition("/")
     stem, _, suffix = file.partition(".")
     return as_utf8(folder + slash + stem), as_utf8(suffix.lower())
-
-
-def as_utf8(text: str) -> str:
-    """Write bytes that are no UTF-8, which Python has as surrogates, as their codes."""
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
-def read_fields(data: bytes) -> dict[str, Any]:
-    """Read the fields of a json that filters may use: numbers, truth values and short texts."""
-    return _filterable(parse_record(data))
 
 
 def _filterable(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -529,12 +499,12 @@ def _is_filterable(value: Any) -> bool:
     if isinstance(value, str):
         return len(value) <= _LONGEST and is_text(value)
     if isinstance(value, int):
-        return value.bit_length() <= 1000  # a larger one is no float
+        return value.bit_length() <= 1000  # a larger one is not a float
     return isinstance(value, float) and value == value
 
 
 def _measure(file: BinaryIO, offset: int, size: int) -> tuple[int, int]:
-    """Read height and width from a picture's first bytes."""
+    """Read height and width from an image's first bytes."""
     length = min(size, _HEADER)
     while True:
         data = _read(file, offset, length)

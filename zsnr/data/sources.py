@@ -1,8 +1,7 @@
-"""Where data is: tar shards on disk or behind an address, and plain folders of pictures."""
+"""Where data is: tar shards on disk or behind an address, and plain folders of images."""
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections import Counter
@@ -40,12 +39,12 @@ class Source:
 
     Args:
         path: A folder of tar shards; a pattern such as "data/{000..099}.tar" or "data/train-*.tar",
-            also behind http://, https://, s3:// or gs://; a list of them; a folder of pictures with
+            also behind http://, https://, s3:// or gs://; a list of them; a folder of images with
             KEY.txt beside each or metadata.jsonl in it or in folders below; or "pipe:COMMAND", a
             command that prints one shard, which data.local_cache then keeps.
-        weight: How often a pass over the data sees each sample: 2 = twice, 0.5 = every second pass.
+        weight: How often an epoch has each sample: 2 = twice, 0.5 = every second epoch.
         ratio: Share of each global batch, relative to the other sources' ratios, however many
-            samples the source has. Each source then has passes of its own. If one source has a
+            samples the source has. Each source then has epochs of its own. If one source has a
             ratio, all must, and none a weight. None = by the number of samples and the weight.
     """
 
@@ -54,22 +53,21 @@ class Source:
     ratio: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0.001 <= self.weight <= 1000:
-            raise ValueError(f"weight={self.weight:g}: wanted a number from 0.001 to 1000.")
-        if self.ratio is not None and not 0.001 <= self.ratio <= 1000:
-            raise ValueError(f"ratio={self.ratio:g}: wanted a number from 0.001 to 1000.")
+        for name, share in (("weight", self.weight), ("ratio", self.ratio)):
+            if share is not None and not _is_share(share):
+                raise ValueError(f"{name}={share:g}: wanted a number from 0.001 to 1000.")
         object.__setattr__(self, "weight", float(self.weight))  # 3 and 3.0 are one weight
         object.__setattr__(self, "ratio", None if self.ratio is None else float(self.ratio))
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A tar file, or a folder of pictures.
+    """A tar file, or a folder of images.
 
     Args:
         url: Path or address.
         weight: Its source's.
-        kind: A tar file, a folder of pictures, or a tar file of a cache.
+        kind: A tar file, a folder of images, or a tar file of a cache.
         ratio: Its source's.
         source: Number of its source.
     """
@@ -109,9 +107,13 @@ def as_sources(sources: Sources) -> list[Source]:
     return found
 
 
+def _is_share(value: float) -> bool:
+    return 0.001 <= value <= 1000
+
+
 def is_cache(path: str) -> bool:
     """Whether a source is a folder that `zsnr data cache` wrote."""
-    return not is_remote(path) and (Path(path).expanduser() / CACHE).is_file()
+    return not is_remote(path) and (local_path(path) / CACHE).is_file()
 
 
 def find_shards(sources: Sources) -> list[Shard]:
@@ -127,7 +129,7 @@ def find_shards(sources: Sources) -> list[Shard]:
     for number, source in enumerate(as_sources(sources)):
         for path in [source.path] if isinstance(source.path, str) else source.path:
             if is_cache(path):
-                shards += _cached(Path(path).expanduser() / CACHE, source.weight)
+                shards += _cached(local_path(path) / CACHE, source.weight)
                 continue
             for url in _expand(path):
                 folder = not is_remote(url) and Path(url).is_dir()
@@ -182,7 +184,7 @@ def read_cache(file: Path) -> dict[str, Any]:
     """Read what a cache was made with, as `zsnr data cache` wrote it.
 
     Raises:
-        ValueError: It is no such file, or names shards elsewhere.
+        ValueError: It is not such a file, or names shards elsewhere.
     """
     facts = parse_object(read_small(file, _MOST_CACHE), str(file))
     shards = facts.get("shards")
@@ -204,22 +206,26 @@ def _is_cached_shard(shard: object) -> bool:
         and file == Path(file).name
         and file not in ("", "..")
         and "\0" not in file
-        and all(type(x) in (int, float) and 0 < x < math.inf for x in (weight, ratio))
+        and all(type(x) in (int, float) and _is_share(x) for x in (weight, ratio))
         and type(source) is int
     )
 
 
 def _cached(cache: Path, weight: float) -> list[Shard]:
-    return [
-        Shard(
-            str(cache.parent / shard["file"]),
+    shards = []
+    for shard in read_cache(cache)["shards"]:
+        product, ratio, source = (
             weight * shard["weight"],
-            "cache",
             shard.get("ratio"),
             shard.get("source", 0),
         )
-        for shard in read_cache(cache)["shards"]
-    ]
+        if not _is_share(product):
+            raise ValueError(
+                f"{cache.parent} was cached with weight={shard['weight']:g}, which "
+                f"weight={weight:g} makes {product:g}: wanted a number from 0.001 to 1000."
+            )
+        shards.append(Shard(str(cache.parent / shard["file"]), product, "cache", ratio, source))
+    return shards
 
 
 def _expand(item: str) -> list[str]:
@@ -247,8 +253,8 @@ def _expand(item: str) -> list[str]:
     if not any(p.exists() for p in found):
         tip = f" {packed[0]} is compressed: unpack it." if packed else _what_is_there(path)
         raise FileNotFoundError(
-            f"No shards at {item}: wanted .tar files with pictures and captions, such as "
-            f"`zsnr data openmoji DIR` writes, or a folder of pictures with captions.{tip}"
+            f"No shards at {item}: wanted .tar files with images and captions, such as "
+            f"`zsnr data openmoji DIR` writes, or a folder of images with captions.{tip}"
         )
     return [str(p) for p in found]
 
@@ -272,7 +278,7 @@ def _local_files(path: Path) -> list[Path]:
 
 
 def _what_is_there(path: Path) -> str:
-    """Name the files of a folder that is no source, and a folder below that may be one."""
+    """Name the files of a folder that is not a source, and a folder below that may be one."""
     if not path.is_dir():
         return ""
     below = next(path.rglob("*.[tT][aA][rR]"), None)

@@ -10,6 +10,7 @@ import re
 import selectors
 import signal
 import ssl
+import stat
 import subprocess
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -88,6 +89,13 @@ class NoRangesError(StorageError):
     """A source gives its bytes only from the beginning to the end, and has no local cache."""
 
 
+NOT_A_FILE = "not a file, but a folder, a pipe, a device or a link to itself"
+
+
+class NotAFileError(StorageError):
+    """Something else has the name of a file."""
+
+
 class _PassingError(Exception):
     """What may go well the next time."""
 
@@ -98,7 +106,7 @@ class _PassingError(Exception):
 
 
 def is_remote(url: str) -> bool:
-    """Tell whether it has a scheme (http, s3, memory, pipe, ...); "file:" and paths are local."""
+    """Whether it has a scheme (http, s3, memory, pipe, ...); "file:" and paths are local."""
     return not url.startswith("file:") and ("://" in url or url.startswith("pipe:"))
 
 
@@ -106,7 +114,7 @@ def local_path(url: str) -> Path:
     """Return the path that a local url means: "~" and "file:" resolved."""
     if url.startswith("file:"):
         return Path(unquote(url.removeprefix("file:").removeprefix("//")))
-    return Path(url).expanduser()
+    return Path(os.path.expanduser(url))  # pathlib's refuses ~x where no user has that name
 
 
 class Storage:
@@ -151,10 +159,10 @@ class Storage:
         return Storage(self.retries, on_fault, headers=self.headers, local_cache=self.local_cache)
 
     def check_source(self, url: str) -> None:
-        """Refuse a source that gives no parts of a file, where no local cache keeps it whole.
+        """Refuse a command where there is no local cache to keep what it prints.
 
         Raises:
-            NoRangesError: It is a command, and there is no local cache. Servers are not asked.
+            NoRangesError: It is one.
         """
         if self.local_cache is None:
             _refuse_pipe(url)
@@ -234,7 +242,7 @@ class Storage:
                     self.on_fault(url, fault.reason)
             else:
                 if tries >= self.retries.attempts:
-                    self._failing.discard(_place(url))
+                    self._failing.discard(public_url(url).rpartition("/")[0])
                 return result
             time.sleep(pause)
             wait *= 2
@@ -248,7 +256,7 @@ class Storage:
                 f"{failed}: wanted storage that answers. Raise data.retries.outage (now "
                 f"{self.retries.outage:g} s) to wait longer for it."
             ) from fault
-        if (place := _place(url)) not in self._failing:
+        if (place := name.rpartition("/")[0]) not in self._failing:
             self._failing.add(place)
             _LOG.warning(f"zsnr: warning: {failed}: trying for another {left:.0f} s.")
 
@@ -265,8 +273,8 @@ class Storage:
     # Files
 
     def _ask_local(self, url: str) -> int:
-        with _passing_local():
-            return self._same_size(url, local_path(url).stat().st_size)
+        with _open_local(url) as file:
+            return self._same_size(url, os.fstat(file.fileno()).st_size)
 
     def _read_file(self, url: str, offset: int, size: int, expected: int | None) -> bytes:
         with self._open_file(url, expected) as file:
@@ -337,9 +345,8 @@ class Storage:
 
     def _remote_size(self, url: str) -> int:
         _refuse_pipe(url)
-        return self._retrying(
-            url, partial(self._ask_http if _is_http(url) else self._ask_other, url)
-        )
+        ask = self._ask_http if _is_http(url) else self._ask_other
+        return self._retrying(url, partial(ask, url))
 
     def _remote_read(self, url: str, offset: int, size: int, expected: int | None) -> bytes:
         _refuse_pipe(url)
@@ -416,35 +423,34 @@ class Storage:
                     f"{public_url(url)} answers HTTP {response.status} with bytes from {start} on: "
                     f"wanted them from {offset} on."
                 )
-            parts, left, timeout = [], size, self.retries.timeout
-            end = time.monotonic() + timeout + size / SLOWEST
-            while left:
-                if time.monotonic() > end:
-                    raise _PassingError(f"slower than {SLOWEST // 1024} KiB/s")
-                with _passing(url, timeout):
-                    part = response.read1(min(left, 1 << 18))
-                if not part:
-                    raise _PassingError("body cut short")
-                parts.append(part)
-                left -= len(part)
-            return b"".join(parts)
+            data = b"".join(self._content(url, response, size))
+            if len(data) < size:
+                raise _PassingError("body cut short")
+            return data
 
     def _body(self, url: str) -> Generator[bytes]:
         """Give the bytes of an object that comes only as a whole."""
-        response, timeout = self._get(url), self.retries.timeout
+        response = self._get(url)
         try:
-            began, count = time.monotonic(), 0
-            while True:
-                with _passing(url, timeout):
-                    part = response.read1(1 << 18)
-                if not part:
-                    return
-                count += len(part)
-                if time.monotonic() - began > timeout + count / SLOWEST:
-                    raise _PassingError(f"slower than {SLOWEST // 1024} KiB/s")
-                yield part
+            yield from self._content(url, response)
         finally:
             _drop(response)
+
+    def _content(
+        self, url: str, response: BaseHTTPResponse, size: int | None = None
+    ) -> Iterator[bytes]:
+        """Give what a server sends, up to a size, unless it is too slow."""
+        timeout, count = self.retries.timeout, 0
+        began = time.monotonic()
+        while count != size:
+            with _passing(url, timeout):
+                part = response.read1(1 << 18 if size is None else min(size - count, 1 << 18))
+            if not part:
+                return
+            count += len(part)
+            if time.monotonic() - began > timeout + (size or count) / SLOWEST:
+                raise _PassingError(f"slower than {SLOWEST // 1024} KiB/s")
+            yield part
 
     @contextmanager
     def _span(
@@ -495,11 +501,6 @@ _WAY_OUT = (
 
 def _is_http(url: str) -> bool:
     return url.startswith(("http://", "https://"))
-
-
-def _place(url: str) -> str:
-    """Name the storage of an object: its folder, or its address without the last part."""
-    return public_url(url).rpartition("/")[0]
 
 
 def check_headers(headers: Mapping[str, str]) -> None:
@@ -626,11 +627,22 @@ def _open_local(url: str) -> BinaryIO:
     path = local_path(url)
     try:
         with _passing_local():
-            return open(path, "rb")
+            file = open(path, "rb", opener=_not_waiting)  # noqa: SIM115 - the caller closes it
+        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            return file
+        file.close()
     except FileNotFoundError as error:
         if _holds_files(path.parent):
             raise
         raise _PassingError("its folder is empty or missing") from error  # a disk that is not there
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO):
+            raise
+    raise NotAFileError(f"{path} is {NOT_A_FILE}.")
+
+
+def _not_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # else a pipe waits for somebody who writes to it
 
 
 def _holds_files(folder: Path) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 _DEEPEST = 16
 _BOOLEANS, _BYTE, _INTEGERS, _DOUBLE, _BINARY = (1, 2), 3, (4, 5, 6), 7, 8
-_LISTS, _MAP, _STRUCT = (9, 10), 11, 12
+_LISTS, _STRUCT = (9, 10), 12  # a footer has no maps
 
 
 def read_struct(data: bytes) -> dict[int, Any]:
@@ -55,12 +55,6 @@ class _Reader:
             return self._byte()
         if kind == _DOUBLE:
             return self._bytes(8)
-        if kind == _MAP and (size := self._varint()):
-            kinds = self._byte()
-            pairs = range(size)
-            return [[self._value(k, depth - 1) for k in (kinds >> 4, kinds & 15)] for _ in pairs]
-        if kind == _MAP:
-            return []
         raise ValueError(f"its footer has a value of kind {kind}")
 
     def _byte(self) -> int:

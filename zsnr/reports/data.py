@@ -118,7 +118,7 @@ def write_data_report(
     names = [each.field for each in filters]
     index = load_index(sources, Storage(), folder=index_folder, fields=names)
     samples = select(index, image_size, filters=filters, aspect=aspect)
-    images, captions, faults = _look(samples, min(image_size, _SMALL), most)
+    images, captions, faults = look_at(samples, min(image_size, _SMALL), even_rows(samples, most))
     if len(images) < 2:
         raise ValueError(f"{len(images)} readable pictures: wanted at least 2. {summarize(faults)}")
 
@@ -229,11 +229,6 @@ def gaussian_samples(arm: Arm, mean: float, std: float, pixels: int) -> tuple[fl
     return middle, beside - middle
 
 
-def _look(samples: Samples, size: int, most: int) -> tuple[Tensor, list[str], list[Fault]]:
-    """Decode pictures evenly from the set, small; broken ones are left out."""
-    return look_at(samples, size, even_rows(samples, most))
-
-
 def look_at(
     samples: Samples, size: int, rows: Sequence[int]
 ) -> tuple[Tensor, list[str], list[Fault]]:
@@ -276,7 +271,7 @@ def _load(
     def load(row: int) -> dict[str, Any] | Fault:
         try:
             return dataset.load(row)
-        except (ValueError, EOFError) as error:  # a server that is down is no broken picture
+        except (ValueError, EOFError) as error:  # a server that is down is not a broken image
             sample, reason = samples[row], " ".join(str(error).split())
             return Fault("sample", sample.shard, sample.key, reason)
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from zsnr.checkpoints import read_checkpoint
 from zsnr.data.dataset import ShardDataset, collate
-from zsnr.data.images import MAX_PIXELS, decode_image, image_size, to_unit_range
+from zsnr.data.formats import MAX_PIXELS, image_size
+from zsnr.data.images import decode_image, to_unit_range
 from zsnr.data.index import load_index
 from zsnr.data.samples import select
 from zsnr.data.storage import Storage
