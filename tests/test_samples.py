@@ -410,6 +410,16 @@ def test_a_file_that_became_a_pipe_is_not_waited_for(tmp_path):
         ShardDataset(select(index, 16)).load(0)
 
 
+def test_fields_that_could_be_captions_are_named(tmp_path, capsys):
+    files = {"a.jpg": image(), "a.json": b'{"prompt": "red", "caption": null, "width": 9}'}
+    path = write(tmp_path / "0.tar", files)
+    line = failed(capsys, path)
+    assert "Fields that hold text there: prompt; data.captions.fields may name them." in line
+    write(path, {**files, "b.jpg": image(), "b.txt": b"red"})
+    assert command(path) == 0
+    assert "Fields that hold text there: prompt;" in capsys.readouterr().out
+
+
 # Strange ones
 
 

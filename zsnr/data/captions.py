@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -176,6 +177,19 @@ def parse_text_fields(texts: str) -> tuple[list[str], list[str]]:
     ):
         raise ValueError(f"its {TEXTS} hold {shown(texts)}: wanted two lists of fields")
     return lists[0], lists[1]
+
+
+def field_names(texts: pa.ChunkedArray, most: int = 5) -> list[str]:
+    """List the fields that most samples fill with text, the commonest first.
+
+    Args:
+        texts: As of `Captions.usable`.
+        most: How many to list.
+    """
+    counts: Counter[str] = Counter()
+    for value, count in Counter(texts.to_pylist()).items():
+        counts.update(dict.fromkeys(parse_text_fields(value)[0], count))
+    return [name for name, _ in counts.most_common(most)]
 
 
 def is_text(text: str) -> bool:

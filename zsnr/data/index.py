@@ -15,7 +15,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from zsnr.data.captions import TEXTS, Captions
+from zsnr.data.captions import TEXTS, Captions, field_names
 from zsnr.data.faults import Fault, Ledger, as_utf8, summarize
 from zsnr.data.index_file import Part, read_footer, read_rows, write_index
 from zsnr.data.local_cache import LocalCache
@@ -256,17 +256,21 @@ def write_indices(
     faults = index.faults + without_caption(index, index.table, ~usable, Captions()) + passing
     if ledger is not None:
         try:
+            ledger.parent.mkdir(parents=True, exist_ok=True)
             ledger.unlink(missing_ok=True)
             Ledger(ledger).write(faults)
         except OSError as error:
             reason = error.strerror or error
             raise OSError(f"The ledger {ledger} cannot be written: {reason}.") from error
     table = index.table if usable.all() else index.table.filter(usable)
+    others = field_names(index.table.filter(~usable).column(TEXTS))
+    tip = f"Fields that hold text there: {', '.join(others)}; data.captions.fields may name them"
     notes = [fault for fault in faults if fault.kind == "note"]
     broken = [fault for fault in faults if fault.kind != "note"]
     if not table.num_rows:
-        reason = summarize(faults) or "they are empty."
-        raise ValueError(f"No usable sample in {counted(index.shards)}: {reason}")
+        reason = summarize(faults) or "they are empty"
+        reason += f". {tip}" * bool(others)
+        raise ValueError(f"No usable sample in {counted(index.shards)}: {reason}.")
     fields = {
         name.removeprefix(FIELD): table.num_rows - table.column(name).null_count
         for name in table.column_names
@@ -294,6 +298,8 @@ def write_indices(
     lines += [f"  field {name}: in {count} samples" for name, count in fields.items()]
     if broken:
         lines.append(f"broken: {summarize(broken)}")
+    if others:
+        lines.append(tip)
     if notes:
         lines.append(f"not read: {summarize(notes)}")
     if any(index_path(shard, folder) is None for shard in index.shards):

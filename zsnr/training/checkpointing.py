@@ -93,8 +93,6 @@ class Checkpoints(Checkpoint):
         """
         try:
             self._held = [HeldFolder(root), HeldFolder(folder)]
-            for part in folder.glob(".*.ckpt*"):
-                sharded.remove(part)
             remove_leftovers(folder)
             probe = folder / ".probe.ckpt"
             probe.touch()
