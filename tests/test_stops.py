@@ -637,24 +637,25 @@ def test_a_second_run_in_a_folder_is_refused(shards, tmp_path, capsys, monkeypat
     assert main([*fit, "--ckpt_path", "last", "--trainer.max_steps", "5"]) == 0
 
 
-def lock_a_run(root):
+def lock_a_run(root, kind):
     """Take a run's lock with the other ranks; return what a rank is told."""
     lock = RunLock(Path(root))
     try:
-        lock.take(cells._plain(root, "ddp"))
+        lock.take(cells._plain(root, kind), cells.module())
     except LockedError as error:
         return str(error)
     lock.release()
     return ""
 
 
-def test_all_ranks_are_told_of_another_run(ranks, tmp_path):
+@pytest.mark.parametrize("kind", ["ddp", "sharded"])
+def test_all_ranks_are_told_of_another_run(ranks, tmp_path, kind):
     lock = other_run(tmp_path / LOCK)
-    first, second = ranks[2](lock_a_run, str(tmp_path))
+    first, second = ranks[2](lock_a_run, str(tmp_path), kind)
     assert first == second
     assert "is in use by another process" in first
     lock.unlink()
-    assert ranks[2](lock_a_run, str(tmp_path)) == ["", ""]
+    assert ranks[2](lock_a_run, str(tmp_path), kind) == ["", ""]
 
 
 def test_a_run_that_fails_leaves_no_lock(shards, tmp_path):

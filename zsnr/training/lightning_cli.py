@@ -161,7 +161,7 @@ class ZsnrCLI(LightningCLI):
             if isinstance(callback, Checkpoints):
                 callback.resumed_from = Path(checkpoint).name if checkpoint else ""
         lock = RunLock(folder)
-        lock.take(self.trainer)
+        lock.take(self.trainer, self.model)
         self.trainer.callbacks.insert(0, lock)
         if not self.trainer.is_global_zero:
             return

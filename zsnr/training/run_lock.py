@@ -27,8 +27,12 @@ class RunLock(L.Callback):
         patience = SILENCE + 30.0 if restarted() else 0.0
         self._lock = Lock(folder / LOCK, folder, patience)
 
-    def take(self, trainer: L.Trainer) -> None:
+    def take(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Take the lock on rank 0 and tell the others, before anything is written.
+
+        Args:
+            trainer: What will train.
+            module: What it will train: a sharding strategy gives it the mesh of its ranks.
 
         Raises:
             LockedError: Another run is in the folder.
@@ -40,6 +44,7 @@ class RunLock(L.Callback):
             and isinstance(strategy.cluster_environment, SLURMEnvironment | TorchElasticEnvironment)
             and trainer.world_size > 1
         ):
+            strategy.connect(module)
             strategy.setup_environment()  # Lightning finds the process group made
             on_first_rank(self._lock.take)
         elif trainer.is_global_zero:
