@@ -16,7 +16,7 @@ from typing import Literal
 
 from zsnr.files import replacing, side_file
 from zsnr.public import public_text, public_url
-from zsnr.untrusted import shown
+from zsnr.untrusted import open_regular, shown
 
 _FREE = 10  # broken samples that no budget counts: one of the first three is no third of the data
 _KINDS = ("shard", "sample", "passing", "note")
@@ -250,13 +250,17 @@ class _Once:
 
 
 def read_ledger(path: Path) -> list[Fault]:
-    """Read a ledger; lines that are not faults are left out, such as one that a crash cut short."""
+    """Read a ledger; lines that are not faults are left out, such as one that a crash cut short.
+
+    Raises:
+        ValueError: It is not a file, or cannot be read.
+    """
     return list(_read(path))
 
 
 def _read(path: Path) -> Iterator[Fault]:
     strange = 0
-    with path.open("rb") as file:
+    with open_regular(path) as (file, _):
         while line := file.readline(_LONGEST_LINE):
             whole = line.endswith(b"\n")
             try:
