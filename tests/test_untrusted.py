@@ -403,3 +403,13 @@ def test_storage_that_fails_says_nothing_of_a_file(tmp_path, monkeypatch, name):
     monkeypatch.setattr(f"zsnr.untrusted.{name}", fail)
     with pytest.raises(OSError, match="Input/output error"):
         open_archive(tmp_path / "a.ckpt")
+
+
+def test_files_of_a_tokenizer_that_are_too_large_are_not_read(tmp_path):
+    from zsnr.conditioning.tokenizers import transformers_tokenizer
+
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "CLIPTokenizer"}')
+    with open(tmp_path / "tokenizer.json", "wb") as file:
+        file.truncate(3 << 30)
+    with pytest.raises(ValueError, match=r"tokenizer\.json has 3221225472 bytes: wanted at most"):
+        transformers_tokenizer(str(tmp_path), None, None)

@@ -169,6 +169,17 @@ def _check_storages(path: Path, value: Any) -> None:
             waiting += current
 
 
+def check_size(path: Path, most: int) -> None:
+    """Refuse what is not a file, or has more bytes than a library should read whole.
+
+    Raises:
+        ValueError: It is so.
+    """
+    with open_regular(path) as (_, size):
+        if size > most:
+            raise ValueError(f"{path} has {size} bytes: wanted at most {most}.")
+
+
 def read_small(path: Path, most: int) -> bytes:
     """Read a file of at most so many bytes.
 

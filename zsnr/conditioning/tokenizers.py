@@ -9,6 +9,7 @@ from torch import Tensor
 
 from zsnr.ldm_file import is_single_file, open_ldm_file, part_tokenizer
 from zsnr.pretrained import digest, find_file, reason
+from zsnr.untrusted import check_size
 
 _FILES = (
     "tokenizer.json",
@@ -22,6 +23,8 @@ _FILES = (
     "sentencepiece.bpe.model",
     "tokenizer.model",
 )
+
+_LARGEST = 1 << 28  # bytes; those of the largest vocabularies have 40 MB
 
 BPE = ("clip", "open_clip")
 
@@ -66,6 +69,9 @@ def transformers_tokenizer(
 
     Returns:
         The tokenizer and the size of its vocabulary, as above, and L.
+
+    Raises:
+        ValueError: It cannot be loaded, or one of its files is too large.
     """
     from transformers import AutoTokenizer
 
@@ -73,6 +79,9 @@ def transformers_tokenizer(
         name, longest = part_tokenizer(open_ldm_file(pretrained), subfolder or "tokenizer")
         length = max_length or longest
         return *bpe_tokenizer(name, length), length
+    for file in (find_file(pretrained, subfolder, name) for name in _FILES):
+        if file is not None:
+            check_size(file, _LARGEST)
     try:
         auto = AutoTokenizer.from_pretrained(pretrained, subfolder=subfolder or "")
         if auto.pad_token is None:

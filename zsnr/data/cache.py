@@ -39,7 +39,7 @@ from zsnr.denoiser import Conditioning
 from zsnr.files import replacing
 from zsnr.locks import remove_leftovers
 from zsnr.public import public_url
-from zsnr.untrusted import clipped
+from zsnr.untrusted import clipped, read_small
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from zsnr.data.buckets import AspectBuckets
 
 NULL = "null.safetensors"
+_MOST_NULL = 1 << 28  # bytes; an embedding of T5 has 4 MB
 
 _VERSION = 1
 _TEXT = "text."  # names of the embedding's tensors begin so
@@ -109,7 +110,7 @@ class Cache:
             return None
         file = self.folder / NULL
         try:
-            tensors = load(file.read_bytes())
+            tensors = load(read_small(file, _MOST_NULL))
             return text_embedding({name: row[None] for name, row in tensors.items()})
         except (SafetensorError, TypeError) as error:
             reason = clipped(str(error))
