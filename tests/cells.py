@@ -190,7 +190,7 @@ def fit_until_storage_fails(folder, root, kind, step):
     try:
         fit(folder, root, kind, 8, callbacks=[disk], data_options=options)
     except OSError as error:
-        return repr(error), disk.done
+        return str(error), disk.done
     finally:
         vars(storage).pop("open", None)
 
