@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.fabric.utilities.seed import seed_everything
 
 from zsnr import cli
 from zsnr.cli import main
@@ -89,6 +90,15 @@ def test_libraries_that_fail_on_files_are_one_line(tmp_path):
     for call in (Image.open, tarfile.open):
         assert told(raised_by(call, tmp_path / "a"), "fit") is not None
     assert told(raised_by(int, "a"), "fit") is None
+
+
+def test_settings_that_libraries_refuse_are_one_line():
+    weights = [torch.nn.Parameter(torch.zeros(1))]
+    for error in (
+        raised_by(lambda: torch.optim.AdamW(weights, lr=-1.0)),
+        raised_by(seed_everything, 2**64),
+    ):
+        assert told(error, "fit") == str(error)
 
 
 def test_interrupts_and_closed_pipes_end_quietly(monkeypatch, capsys):

@@ -197,6 +197,13 @@ def test_every_truncation_is_noticed(tmp_path):
         assert keys(found) == pairs, size
 
 
+@pytest.mark.parametrize("place", ["{folder}/", "http://127.0.0.1:9/"])
+def test_patterns_that_name_endless_shards_are_refused(tmp_path, place):
+    pattern = place.format(folder=tmp_path) + "{000000000..999999999}.tar"
+    with pytest.raises(ValueError, match=r"names 1e\+09 shards: wanted at most"):
+        find_shards(pattern)
+
+
 def test_garbage_and_missing_shards_are_faults(tmp_path):
     tiny.write_shards(tmp_path, [2])
     (tmp_path / "train-000001.tar").write_bytes(b"garbage" * 1000)
@@ -245,13 +252,16 @@ def test_a_folder_of_pictures(tmp_path):
         path.write_bytes(tiny.png("red"))
     (tmp_path / "a.txt").write_text("a cat")
     lines = [{"file_name": "sub/b.png", "text": "bär", "score": 3}, {"file_name": "gone.png"}]
+    lines += [{"file_name": "../away.png", "text": "x"}, {"file_name": os.devnull, "text": "x"}]
     lines = "\n".join(map(json.dumps, lines)) + "\n\n{\n"
     (tmp_path / "metadata.jsonl").write_text(lines + json.dumps({"file_name": "d.PNG"}))
     found = index(tmp_path, fields=["score"])
     assert keys(found) == ["a.png", "d.PNG", "sub/b.png"]
     assert found.table.column("json.score").to_pylist() == [None, None, 3.0]
     why = reasons(found)
-    assert why.keys() == {"c.png", "gone.png", "metadata.jsonl, line 4"}
+    outside = {"../away.png", os.devnull}
+    assert why.keys() == {"c.png", "gone.png", "metadata.jsonl, line 6", *outside}
+    assert all("outside of its folder" in why[name] for name in outside)
     assert "no caption" in why["c.png"]
     samples = select(found, 8)
     assert list(samples.faults)[-1].key == "d.PNG"  # its line has no text

@@ -60,6 +60,11 @@ def test_pretrained_folder(tmp_path):
         ({"attention": (True,)}, "wanted one for each resolution"),
         ({"norm_groups": 7}, "not a multiple of norm_groups=7"),
         ({"attention_head_dim": 48}, "not a multiple of attention_head_dim=48"),
+        ({"attention_head_dim": 0}, "attention_head_dim=0: wanted 1 to 65536"),
+        ({"norm_groups": 0}, "norm_groups=0: wanted 1 to 65536"),
+        ({"layers_per_block": -1}, "layers_per_block=-1: wanted 1 to 65536"),
+        ({"block_out_channels": (2**30, 2**30)}, "wanted 1 to 65536"),
+        ({"block_out_channels": (-16, 32)}, "wanted 1 to 65536"),
     ],
 )
 def test_wrong_sizes_are_refused(settings, message):

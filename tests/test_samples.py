@@ -391,6 +391,21 @@ def test_metadata_that_a_disk_does_not_give_is_read_again(tmp_path, monkeypatch)
     assert (index.table.num_rows, index.faults, failures) == (1, [], [])
 
 
+def test_a_caption_that_a_disk_does_not_find_is_not_missing(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(RED)
+    (tmp_path / "a.txt").write_text("red")
+    stat = os.stat
+
+    def failing(path, *args, **kwargs):
+        if str(path).endswith("a.txt"):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return stat(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", failing)
+    with pytest.raises(OSError, match=os.strerror(errno.ESTALE)):
+        load_index(str(tmp_path), Storage(), progress=False)
+
+
 def test_names_that_look_like_homes_are_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("~nobody.png", "~$.png"):

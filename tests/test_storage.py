@@ -680,6 +680,23 @@ def test_local_errors_are_tried_again_as_remote_ones(folder, failing, number):
     assert str(caught.value).startswith(message)
 
 
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_a_disk_that_fails_when_an_open_file_is_asked_is_asked_again(folder, monkeypatch, number):
+    url, asked, ask = str(folder / "a.bin"), [], os.fstat
+
+    def failing_at_first(descriptor):
+        asked.append(descriptor)
+        if len(asked) in (1, 4):
+            raise OSError(number, os.strerror(number))
+        return ask(descriptor)
+
+    monkeypatch.setattr(os, "fstat", failing_at_first)
+    storage, faults = noting()
+    assert storage.size(url) == len(DATA)
+    assert storage.read(url, 5, 5) == DATA[5:10]
+    assert faults == [os.strerror(number)] * 2
+
+
 @pytest.mark.parametrize("kind", [PermissionError, IsADirectoryError, FileNotFoundError])
 def test_local_errors_that_no_waiting_mends(folder, failing, kind):
     storage, faults = noting()

@@ -18,6 +18,7 @@ _LIBRARIES = (
     *("lightning.pytorch.trainer.connectors", "lightning.fabric.utilities.device_parser"),
     *("lightning.pytorch.accelerators", "lightning.fabric.accelerators"),
     *("torch.distributed.rendezvous", "torch.distributed.distributed_c10d"),
+    *("torch.optim", "lightning.fabric.utilities.seed"),
 )
 _WORLD = {"MisconfigurationException", "DistError", "DistNetworkError", "DistStoreError"}
 _NO_MEMORY = ("can't allocate memory", "out of memory", "not enough memory")

@@ -9,8 +9,14 @@ from torch import Tensor, nn
 
 from zsnr.denoiser import Conditioning
 from zsnr.pretrained import check_depth, load_whole
+from zsnr.untrusted import shown
 
 _SIZES = 6  # numbers in a row of Conditioning.sizes
+_WIDEST = 65536
+_COUNTS = (
+    *("block_out_channels", "layers_per_block", "attention_head_dim", "transformer_layers"),
+    "norm_groups",
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,11 @@ class UNetConfig:
     def __post_init__(self) -> None:
         for name in ("block_out_channels", "attention"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in _COUNTS:
+            value = getattr(self, name)
+            for side in value if isinstance(value, tuple) else (value,):
+                if not 1 <= side <= _WIDEST:
+                    raise ValueError(f"{name}={shown(value)}: wanted 1 to {_WIDEST}.")
         if len(self.attention) != len(self.block_out_channels):
             raise ValueError(
                 f"attention has {len(self.attention)} entries, block_out_channels "

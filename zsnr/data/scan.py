@@ -183,7 +183,7 @@ def part_file(folder: str, key: str, part: str) -> str:
     if part == "image":
         return f"{folder}/{key}"
     stem = f"{folder}/{PurePosixPath(key).with_suffix('')}"
-    endings = (end for end in (".txt", ".TXT", ".Txt") if os.path.isfile(stem + end))
+    endings = (end for end in (".txt", ".TXT", ".Txt") if Path(stem + end).is_file())
     return stem + next(endings, ".txt")
 
 
@@ -420,7 +420,7 @@ def _index_folder(shard: Shard, storage: Storage) -> ShardIndex:
             if not is_text(key):
                 raise ValueError("its name is not UTF-8: rename it")
             content = None
-            if os.path.isfile(text):
+            if Path(text).is_file():
                 used.add(text.removeprefix(f"{shard.url}/"))
                 spans["text"] = _bounded("text", (0, storage.size(text)))
                 content = storage.read(text, *spans["text"])
@@ -444,7 +444,9 @@ def _index_folder(shard: Shard, storage: Storage) -> ShardIndex:
         if name not in used:
             rows.other(name)
     for key in entries:
-        if not (folder / key).is_file():  # else another folder's metadata has it
+        if ".." in PurePosixPath(key).parts or PurePosixPath(key).is_absolute():
+            rows.sample_fault(key, f"{METADATA} names it, which is outside of its folder")
+        elif not (folder / key).is_file():  # else another folder's metadata has it
             rows.sample_fault(key, f"{METADATA} names it, but there is no such image")
     if not rows.rows and not rows.faults:
         rows.shard_fault("no image in this folder")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -30,6 +32,7 @@ _PACKED = (".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst"
 CACHE = "cache.json"
 """What a folder of cached shards holds."""
 
+_MOST_NAMES = 10_000_000  # that one pattern stands for
 _MOST_CACHE = 1 << 28  # bytes of that file; a million shards
 
 
@@ -261,20 +264,31 @@ def _expand(item: str) -> list[str]:
 
 def _local_files(path: Path) -> list[Path]:
     """List the files that a path or a pattern means; a file of that very name is that file."""
-    from webdataset.shardlists import expand_urls
-
     if os.path.lexists(path):
         return [path]
     name, parent = path.name, path.parent
     while not parent.is_dir():
         name, parent = f"{parent.name}/{name}", parent.parent
     found: list[Path] = []
-    for each in expand_urls(name):
+    for each in _expanded(name):
         if not (parent / each).exists() and any(c in each for c in "*?["):
             found += sorted(parent.glob(each))
         else:
             found.append(parent / each)
     return found
+
+
+def _expanded(pattern: str) -> list[str]:
+    """List what a pattern with braces names."""
+    from webdataset.shardlists import expand_urls
+
+    spans = re.findall(r"\{(-?\d{1,18})\.\.(-?\d{1,18})", pattern)
+    count = math.prod(abs(int(last) - int(first)) + 1 for first, last in spans)
+    if count > _MOST_NAMES:
+        raise ValueError(
+            f"{public_url(pattern)} names {count:.3g} shards: wanted at most {_MOST_NAMES}."
+        )
+    return list(expand_urls(pattern))
 
 
 def _what_is_there(path: Path) -> str:
@@ -290,11 +304,9 @@ def _what_is_there(path: Path) -> str:
 
 
 def _expand_address(item: str) -> list[str]:
-    from webdataset.shardlists import expand_urls
-
     pattern = item + "*.tar" if item.endswith("/") else item
     if "*" not in pattern:
-        return list(expand_urls(pattern))
+        return _expanded(pattern)
     if pattern.startswith(("http://", "https://")):
         raise FileNotFoundError(
             f"No shards at {public_url(item)}: a web server lists no files. Name them, such as "

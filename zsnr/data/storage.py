@@ -14,7 +14,7 @@ import stat
 import subprocess
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from http.client import IncompleteRead, RemoteDisconnected
@@ -273,7 +273,7 @@ class Storage:
     # Files
 
     def _ask_local(self, url: str) -> int:
-        with _open_local(url) as file:
+        with _open_local(url) as file, _passing_local():
             return self._same_size(url, os.fstat(file.fileno()).st_size)
 
     def _read_file(self, url: str, offset: int, size: int, expected: int | None) -> bytes:
@@ -628,9 +628,11 @@ def _open_local(url: str) -> BinaryIO:
     try:
         with _passing_local():
             file = open(path, "rb", opener=_not_waiting)  # noqa: SIM115 - the caller closes it
-        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            return file
-        file.close()
+            with ExitStack() as closing_it:
+                closing_it.push(file)
+                if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    closing_it.pop_all()
+                    return file
     except FileNotFoundError as error:
         if _holds_files(path.parent):
             raise

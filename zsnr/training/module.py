@@ -523,7 +523,7 @@ class LatentDiffusion(L.LightningModule):
         own = getattr(scheduler.scheduler, "base_lrs", [asked])[0]
         if asked != own:
             rank_zero_warn(
-                f"The run goes on with its checkpoint's learning rate, {own:g}; the config's, "
+                f"The run resumes with its checkpoint's learning rate, {own:g}; the config's, "
                 f"{asked:g}, is not used."
             )
         if self.trainer.global_step == 0:
