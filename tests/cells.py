@@ -179,7 +179,7 @@ class FailingDisk(Callback):
         if self.done == self.step and trainer.global_rank == 1:
             storage.open = self.fail
 
-    def fail(self, *_):
+    def fail(self, *_, **__):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
