@@ -43,7 +43,9 @@ def test_commands_need_no_home_locale_or_many_files(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("command", [["fit"], ["predict"], ["data", "cache"]])
+@pytest.mark.parametrize(
+    "command", [["fit"], ["predict"], ["data", "cache", "-c", "a.yaml", "--output", "b"]]
+)
 def test_a_machine_without_temporary_folders_is_one_line(command, monkeypatch, capsys):
     def nowhere():
         raise FileNotFoundError(2, "No usable temporary directory found")

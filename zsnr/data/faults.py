@@ -223,7 +223,6 @@ class Ledger:
             if fault.position is not None:
                 self.met.add(fault)
         if new and self.path is not None:
-            self.path.parent.mkdir(exist_ok=True)  # not the folder of a run, should it be gone
             with self.path.open("ab") as file:
                 file.writelines(map(_line, new))
                 file.flush()
