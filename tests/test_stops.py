@@ -28,7 +28,7 @@ from zsnr.checkpoints import sharded
 from zsnr.checkpoints.own import open_checkpoint, read_checkpoint
 from zsnr.cli import main
 from zsnr.elastic import former_failure, note_failure
-from zsnr.locks import LOCK, Lock, LockedError
+from zsnr.locks import LOCK, Lock, LockedError, unfinished
 from zsnr.stops import stopping
 from zsnr.training import Checkpoints, Preemption, Watchdog
 from zsnr.training.checkpointing import find_last, steps
@@ -185,10 +185,11 @@ def test_resuming_goes_back_to_the_newest_that_can_be_read(shards, tmp_path):
 def test_what_a_killed_save_left_is_no_checkpoint_and_goes(ranks, shards, tmp_path):
     ranks[2](cells.fit, shards, tmp_path, "sharded", every=2, stop_at=2)
     folder = tmp_path / "checkpoints"
-    half = folder / ".step-00000003.ckpt.part"
+    name = unfinished(folder / "step-00000003.ckpt").name.replace(f"-{os.getpid()}-", "-4194303-")
+    half = folder / name
     shutil.copytree(cells.newest(tmp_path), half)
     (half / sharded.REST).unlink()
-    (folder / ".step-00000003.ckpt.123.part").write_bytes(b"half")
+    (folder / name.replace("00000003", "00000005")).write_bytes(b"half")
     assert find_last(folder).name == "step-00000002.ckpt"
     found = cells.newest(tmp_path)
     ranks[2](cells.fit, shards, tmp_path, "sharded", checkpoint=found)
