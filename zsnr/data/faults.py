@@ -208,7 +208,11 @@ class Ledger:
         self.path = path
         self.met = Tally()
         self._once = _Once()
-        if path is None or not path.is_file():
+        if path is None:
+            return
+        with side_file(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.is_file():
             return
         before = (f for f in _read(path) if f.position is not None and f.position < position)
         with side_file(path), replacing(path) as beside, beside.open("wb") as file:

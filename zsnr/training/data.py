@@ -540,8 +540,6 @@ def _open_ledger(folder: Path, rank: int, ranks: int, position: int) -> Ledger:
         number = file.stem.removeprefix("rank-")
         if number.isdecimal() and int(number) >= ranks and int(number) % ranks == rank:
             Ledger(file, position)
-    with side_file(folder):
-        folder.mkdir(parents=True, exist_ok=True)
     return Ledger(folder / f"rank-{rank:05d}.jsonl", position)
 
 
