@@ -184,6 +184,19 @@ def test_a_shard_that_changed_after_indexing_is_not_read_as_if_it_had_not(tmp_pa
         own[0]
 
 
+def failing_disk(monkeypatch):
+    """Return a list of errors; each is raised once, where storage opens a file."""
+    failures = []
+
+    def opening(*args, **kwargs):
+        if failures:
+            raise failures.pop()
+        return open(*args, **kwargs)
+
+    monkeypatch.setattr(storage, "open", opening, raising=False)
+    return failures
+
+
 @pytest.mark.parametrize("kind", ["tar", "folder"])
 def test_what_storage_does_never_changes_the_batch(tmp_path, monkeypatch, kind):
     source = tiny.write_shards(tmp_path / "shards", [6]) / "train-000000.tar"
@@ -194,14 +207,7 @@ def test_what_storage_does_never_changes_the_batch(tmp_path, monkeypatch, kind):
     quick = Retries(attempts=3, backoff=0.0, outage=0.0)
     own = dataset(source, retries=quick)
     wanted = [own[i]["key"] for i in range(6)]
-    failures = []
-
-    def opening(*args, **kwargs):
-        if failures:
-            raise failures.pop()
-        return open(*args, **kwargs)
-
-    monkeypatch.setattr(storage, "open", opening, raising=False)
+    failures = failing_disk(monkeypatch)
     for number in (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENOMEM):
         error = OSError(number, os.strerror(number))
         failures[:] = [error] * 2
@@ -227,14 +233,7 @@ def test_a_disk_that_fails_while_indexing_makes_nothing_broken(tmp_path, monkeyp
         source = tmp_path / "pictures"
         with tarfile.open(tmp_path / "shards" / "train-000000.tar") as tar:
             tar.extractall(source, filter="data")
-    failures = []
-
-    def opening(*args, **kwargs):
-        if failures:
-            raise failures.pop()
-        return open(*args, **kwargs)
-
-    monkeypatch.setattr(storage, "open", opening, raising=False)
+    failures = failing_disk(monkeypatch)
     quick = Storage(Retries(attempts=2, backoff=0.0, outage=0.0))
     failures[:] = [OSError(errno.EIO, "x")] * 2
     with pytest.raises(StorageError, match="failed 2 times.*Input/output error"):

@@ -263,7 +263,7 @@ def write_indices(
             reason = error.strerror or error
             raise OSError(f"The ledger {ledger} cannot be written: {reason}.") from error
     table = index.table if usable.all() else index.table.filter(usable)
-    others = field_names(index.table.filter(~usable).column(TEXTS))
+    others = field_names(index.table.select([TEXTS]).filter(~usable).column(TEXTS))
     tip = f"Fields that hold text there: {', '.join(others)}; data.captions.fields may name them"
     notes = [fault for fault in faults if fault.kind == "note"]
     broken = [fault for fault in faults if fault.kind != "note"]
