@@ -23,7 +23,7 @@ quickstart: $(READY)
 	$(BIN)/zsnr report $(RUN) --data $(RUN)/data
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 test-cluster: $(READY)
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \

@@ -211,7 +211,7 @@ class Ledger:
         if path is None:
             return
         with side_file(path.parent):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.parent.mkdir(parents=True, exist_ok=True)
         if not path.is_file():
             return
         before = (f for f in _read(path) if f.position is not None and f.position < position)
@@ -227,6 +227,7 @@ class Ledger:
             if fault.position is not None:
                 self.met.add(fault)
         if new and self.path is not None:
+            self.path.parent.mkdir(exist_ok=True)  # not the folder of a run, should it be gone
             with self.path.open("ab") as file:
                 file.writelines(map(_line, new))
                 file.flush()
