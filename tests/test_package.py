@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,27 @@ def test_floors(module, path):
             assert name.split(".")[0] in {"torch", "__future__", *sys.stdlib_module_names, "zsnr"}
         elif own not in FLOORS[3]:
             assert name.split(".")[0] not in {"lightning", "jsonargparse"}, f"{own} imports {name}"
+
+
+def imported_files(path, files):
+    """The files of the package that one imports, anywhere in it and for type checkers too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                yield submodule if submodule in files else node.module
+
+
+def test_no_files_import_each_other():
+    """In a circle of files, none can be read, or changed, without all the others."""
+    files = dict(modules())
+    graph = {name: {*imported_files(path, files)} & files.keys() for name, path in files.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
 
 
 def test_import_is_light():

@@ -73,6 +73,7 @@ class Checkpoints(Checkpoint):
         self.keep_every_n_steps = keep_every_n_steps
         self.resumed_from = ""  # name of a checkpoint
         self._saved, self._seen, self._since = -1, -1, time.monotonic()
+        self._history: list[Any] = []  # of the run's starts
         self._held: list[HeldFolder] = []  # on the first rank
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
@@ -127,9 +128,9 @@ class Checkpoints(Checkpoint):
             folder = Path(self.dirpath)
             _set_aside(folder, trainer.global_step)
             with side_file(folder / NAME):
-                facts = read_run_facts(folder) or run_facts(trainer, pl_module)
-                pl_module.history = add_start(facts, start_facts(trainer, pl_module))
-                write_run_facts(folder, {**facts, "history": pl_module.history})
+                facts = read_run_facts(folder) or run_facts(trainer, pl_module, self._history)
+                self._history = add_start(facts, start_facts(trainer, pl_module))
+                write_run_facts(folder, {**facts, "history": self._history})
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
         step = trainer.global_step
@@ -144,6 +145,17 @@ class Checkpoints(Checkpoint):
             self.save(trainer)
         elif step % max(1, trainer.log_every_n_steps) == 0:
             on_first_rank(self._check_folders)
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]
+    ) -> None:
+        """Put the facts of the run into its checkpoint."""
+        checkpoint["run"] = run_facts(trainer, pl_module, self._history)
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]
+    ) -> None:
+        self._history = checkpoint.get("run", {}).get("history", [])
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Write down the metrics of a validation that follows a checkpoint of the same step."""
@@ -209,7 +221,7 @@ class Checkpoints(Checkpoint):
             module: Any = trainer.lightning_module
             with side_file(Path(self.dirpath) / NAME):
                 self._check_folders()  # it must not be made again
-                write_run_facts(Path(self.dirpath), run_facts(trainer, module))
+                write_run_facts(Path(self.dirpath), run_facts(trainer, module, self._history))
 
 
 class CheckpointFiles(TorchCheckpointIO):

@@ -1,34 +1,39 @@
-"""What a run is, in plain values: for run.json, checkpoints and model cards."""
+"""The facts of a run as plain values, for run.json, checkpoints and model cards."""
 
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import lightning as L
 import torch
 
 from zsnr import __version__
 from zsnr.checkpoints.run_facts import FORMAT
 from zsnr.data.sources import Sources, as_sources
 from zsnr.public import public
-
-if TYPE_CHECKING:
-    import lightning as L
-
-    from zsnr.training.module import LatentDiffusion
+from zsnr.training.module import LatentDiffusion
 
 _LIBRARIES = ("torch", "lightning", "diffusers", "transformers")
 
 
-def run_facts(trainer: L.Trainer, module: LatentDiffusion) -> dict[str, Any]:
-    """Return what decides a run and what it has come to.
+def run_facts(
+    trainer: L.Trainer, module: LatentDiffusion, history: Sequence[Any]
+) -> dict[str, Any]:
+    """Return the settings that define a run and the metrics it has reached.
+
+    Args:
+        trainer: Trainer of the run.
+        module: Model in training.
+        history: One entry for each start of the run, as `start_facts` returns it.
 
     Returns:
-        schedule: NoiseSchedule.settings(). loss: of LossWeighting. sampling: as in a picture's
-        metadata. start: what the weights started from, if not from nothing. metrics: the last
-        validation's. data: where the training data came from, without secrets. history: of starts.
+        schedule: NoiseSchedule.settings(). loss: settings of LossWeighting. sampling: as in the
+        metadata of an image. start: the pretrained weights, or None. metrics: those of the last
+        validation. data: locations of the training data, without secrets. history: as given.
     """
     data: Any = getattr(trainer, "datamodule", None)
     optimizers = trainer.optimizers
@@ -47,12 +52,12 @@ def run_facts(trainer: L.Trainer, module: LatentDiffusion) -> dict[str, Any]:
         "learning_rate": optimizers[0].defaults.get("lr") if optimizers else None,
         "data": [] if getattr(data, "train", None) is None else public_sources(data.train),
         "metrics": metrics,
-        "history": module.history,
+        "history": [*history],
     }
 
 
 def start_facts(trainer: L.Trainer, module: LatentDiffusion) -> dict[str, Any]:
-    """Return what is written down of a start: an entry of run.json's history."""
+    """Return the entry of run.json's history for this start of the run."""
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "zsnr_version": __version__,
@@ -65,17 +70,16 @@ def start_facts(trainer: L.Trainer, module: LatentDiffusion) -> dict[str, Any]:
 
 
 def public_sources(sources: Sources) -> list[str]:
-    """List where data comes from, for all to see: no commands, users, passwords or signatures."""
-    paths = [source.path for source in as_sources(sources)]
+    """List the locations of data without commands, user names, passwords or signatures."""
     return [
         public(path)
-        for several in paths
-        for path in ([several] if isinstance(several, str) else several)
+        for source in as_sources(sources)
+        for path in ([source.path] if isinstance(source.path, str) else source.path)
     ]
 
 
 def public_config(config: str, mark: str = "") -> str:
-    """Write a config's YAML again for all to see; see `public`."""
+    """Return the YAML of a config without secrets, as `public` leaves them out."""
     import yaml  # type: ignore[import-untyped]
 
     values = public(yaml.safe_load(config), mark)

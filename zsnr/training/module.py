@@ -51,7 +51,6 @@ from zsnr.timesteps import get_timesteps, trailing
 from zsnr.training.adaptation import Start, read_start
 from zsnr.training.draws import Draws, training_draws, validation_draws
 from zsnr.training.ema import EMAConfig, averaged_copy, update_average
-from zsnr.training.facts import run_facts
 from zsnr.training.global_batch import GlobalBatch
 from zsnr.training.loggers import guard_loggers
 from zsnr.training.progress import NonFiniteError, Progress
@@ -195,7 +194,6 @@ class LatentDiffusion(L.LightningModule):
         self._skip = False
         self._first_step = 0  # of this start
         self.changed_settings: dict[str, list[Any]] = {}  # since the checkpoint, by name
-        self.history: list[Any] = []  # of starts; Checkpoints keeps it
         self._val_strata = trailing(min(10, schedule.num_timesteps), schedule.num_timesteps)
         self.start = read_start(unet) if isinstance(unet, str) and not is_weightless() else None
         self._start_losses: list[float] = []  # of the start, converted, by stratum
@@ -637,7 +635,6 @@ class LatentDiffusion(L.LightningModule):
         checkpoint[KEY] = describe_model(self.model())
         checkpoint["progress"] = self._progress.state()
         checkpoint["start_losses"] = self._start_losses
-        checkpoint["run"] = run_facts(self.trainer, self)
         checkpoint["settings"] = self.run_settings()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -655,7 +652,6 @@ class LatentDiffusion(L.LightningModule):
                 "did."
             )
         self.changed_settings = {}
-        self.history = checkpoint.get("run", {}).get("history", [])
         if self.trainer.state.fn == "fit":
             told: str | None = "The checkpoint is older and holds no settings to compare."
             if "settings" in checkpoint:
