@@ -439,16 +439,16 @@ def test_average_every_n_steps_in_training(shards, tmp_path):
 
 
 def test_progress_counts_by_timestep():
-    progress = Progress(1000)
+    progress = Progress(1000, window=32)
     t = torch.tensor([0, 249, 250, 998, 999])
     sums = [each.tolist() for each in progress.sums(torch.arange(5.0), t)]
     assert sums == [[1, 2, 0, 3, 4], [2, 1, 0, 1, 1]]
     progress.add(*sums)
     assert progress.terminal == 1
     assert progress.means() == {
-        "t0000_0249": 0.5,
-        "t0250_0499": 2,
-        "t0750_0999": 3,
-        "terminal": 4,
+        "train_by_timestep/t0000_0249": 0.5,
+        "train_by_timestep/t0250_0499": 2,
+        "train_by_timestep/t0750_0999": 3,
+        "train_by_timestep/terminal": 4,
     }
-    assert progress.means() == {}
+    assert progress.means() == {"train_by_timestep/terminal": 4}

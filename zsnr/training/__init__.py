@@ -1,13 +1,14 @@
 """Training with Lightning."""
 
 from zsnr.training.board import TrainingBoard
-from zsnr.training.callbacks import PredictionWriter, Previews
+from zsnr.training.callbacks import PredictionWriter
 from zsnr.training.checkpointing import CheckpointFiles, Checkpoints
 from zsnr.training.data import DataModule
 from zsnr.training.ema import EMAConfig
 from zsnr.training.image_metrics import ImageMetrics
 from zsnr.training.module import LatentDiffusion, LearningRate
 from zsnr.training.preemption import Preemption
+from zsnr.training.previews import Previews
 from zsnr.training.strategy import FullyShardedStrategy
 from zsnr.training.watchdog import Watchdog
 

@@ -1,4 +1,4 @@
-"""What TensorBoard and other loggers are told of a run besides its losses."""
+"""What TensorBoard and other loggers show of a run besides its losses."""
 
 from __future__ import annotations
 
@@ -21,32 +21,42 @@ from zsnr.metrics.terminal import TerminalOptimum
 from zsnr.public import public
 from zsnr.reports.pictures import figure_image
 from zsnr.reports.schedule import schedule_facts, schedule_figure, schedule_title
-from zsnr.training.callbacks import Previews
-from zsnr.training.loggers import (
-    log_layout,
-    log_luma,
-    log_picture,
-    log_settings,
-    log_text,
-)
+from zsnr.training.draws import validation_timesteps
+from zsnr.training.image_metrics import ImageMetrics
+from zsnr.training.loggers import log_image, log_layout, log_luma, log_settings, log_text
 from zsnr.training.module import LatentDiffusion
+from zsnr.training.previews import Previews
+from zsnr.training.tags import TERMINAL, at_timestep, markdown_table, quarters, tag_table
 
-TERMINAL, OPTIMUM = "train_by_timestep/terminal", "train_by_timestep/terminal_optimum"
-_PIXELS = 1 << 16  # of a picture that a histogram counts, at least
+VARIANCE = "variance of the latents, per element"
+LOWER_BOUND = "lower bound without prompts"  # of the v loss at the last timestep
+MEAN_LUMA = "mean luma of the training images, from -1 (black) to 1 (white)"
+COMPARED = (
+    *("learning_rate", "batch_size", "schedule.zero_terminal_snr", "prediction_type", "max_steps"),
+    *("sampling.sampler", "sampling.num_steps", "sampling.spacing", "sampling.guidance_scale"),
+    *("sampling.guidance_rescale", "loss.name", "ema.decay", "precision", "seed"),
+)
+"""Settings by which TensorBoard's table compares runs; the text `config` holds all others."""
+
+_CURVES = 5  # of one chart
+_PIXELS = 1 << 16  # minimum number of pixels of an image that a histogram counts
 
 
 class TrainingBoard(Callback):
-    """Shows a run in its loggers: speed, settings, schedule, and what the data are.
+    """Shows a run in its loggers: speed, settings, schedule, and the training data.
 
-    Scalars: images a second over all devices; where the schedule ends at SNR 0, the least loss
-    that the last timestep can have without prompts, beside its loss; the mean luma of the data.
-    TensorBoard also has luma histograms of the data, the schedule's plot, hyperparameters, the
-    config as text, and charts of several curves under "Custom Scalars". A resumed run measures and
-    shows nothing twice.
+    TensorBoard gets a chart of the schedule, luma histograms of the data, a table of
+    hyperparameters, and charts of several curves under "Custom Scalars". Its Text dashboard holds
+    what is no curve: the configuration, the constants of the data, such as the lower bound of the
+    loss at the last timestep, and a description of every tag. A resumed run measures the data and
+    logs what has not changed only once.
 
     Args:
-        samples: So many training samples, spread evenly over the data, are measured once at the
-            start. 0 = none.
+        samples: Number of training samples, spread evenly over the data, that are measured once at
+            the start of a run: their mean luma, and the variance of their latents. 0 = none.
+
+    Raises:
+        ValueError: The number of samples is negative.
     """
 
     def __init__(self, samples: int = 256) -> None:
@@ -54,65 +64,71 @@ class TrainingBoard(Callback):
             raise ValueError(f"board.samples={samples}: wanted 0 or more.")
         self.samples = samples
         self.config = ""  # as YAML; the command line sets it
-        self._shown: dict[str, str] = {}  # digests of what is in the logs
-        self._of: list[Any] = []  # what was measured: the data's digest, and how many samples
+        self._shown: dict[str, str] = {}  # digests of what the logs hold, by name
+        self._measured_of: list[Any] = []  # digest of the data, and how many samples
         self._measured: dict[str, float] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"shown": self._shown, "of": self._of, "measured": self._measured}
+        return {"shown": self._shown, "of": self._measured_of, "measured": self._measured}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._shown, self._of = state_dict["shown"], state_dict["of"]
+        self._shown, self._measured_of = state_dict["shown"], state_dict["of"]
         self._measured = state_dict["measured"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero and trainer.loggers:  # the other ranks begin to train
+            with side_file("The constants of the data, in the logs,"):
+                self._measure(trainer, pl_module)
             with side_file("The run's settings in the logs"):
                 self._show_settings(trainer, pl_module)
-            with side_file("What the data are, in the logs,"):
-                self._measure(trainer, pl_module)
         self._since, self._step = time.perf_counter(), trainer.global_step
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not trainer.is_global_zero:
-            return
-        for name, value in self._lines(pl_module).items():
-            pl_module.log(name, value, rank_zero_only=True)
         steps = trainer.global_step - self._step
-        if steps >= trainer.log_every_n_steps:
+        if trainer.is_global_zero and steps >= trainer.log_every_n_steps:
             now = time.perf_counter()
             rate = steps * batch["global_batch_size"] / (now - self._since)
             pl_module.log("train/images_per_second", rate, rank_zero_only=True)
             self._since, self._step = now, trainer.global_step
 
-    def _lines(self, module: LatentDiffusion) -> dict[str, float]:
-        """Return what stays the same all along."""
-        lines = {}
-        if "variance" in self._measured and module.schedule.snr[-1] == 0:
-            weight = float(module.loss.table(module.schedule, module.prediction_type)[-1])
-            lines[OPTIMUM] = weight * self._measured["variance"]
+    def _constants(self, module: LatentDiffusion) -> dict[str, float]:
+        """Return what the data decide for the whole run, by description."""
+        constants = {}
+        if "variance" in self._measured:
+            constants[VARIANCE] = self._measured["variance"]
+            if module.schedule.snr[-1] == 0:
+                weight = float(module.loss.table(module.schedule, module.prediction_type)[-1])
+                constants[LOWER_BOUND] = weight * self._measured["variance"]
         if "luma" in self._measured:
-            lines["luma_mean/data"] = self._measured["luma"]
-        return lines
+            constants[MEAN_LUMA] = self._measured["luma"]
+        return constants
 
     def _show_settings(self, trainer: L.Trainer, module: LatentDiffusion) -> None:
         loggers, step, sampling = trainer.loggers, trainer.global_step, module.sampling
+        constants = self._constants(module)
         settings = hyperparameters(trainer, module)
         if self._is_new("settings", settings):
             has_val = getattr(trainer.datamodule, "val", None) is not None
             metrics = [*(["val/loss"] if has_val else []), "train/loss", TERMINAL]
-            log_settings(loggers, settings, metrics)
+            log_settings(loggers, settings, COMPARED, metrics)
         if self.config and self._is_new("config", self.config):
             log_text(loggers, "config", f"```yaml\n{self.config.rstrip()}\n```", step)
+        if constants and self._is_new("data", constants):
+            rows = [(name, f"{value:.4g}") for name, value in constants.items()]
+            log_text(loggers, "data", markdown_table([("constant", "value"), *rows]), step)
+        if self._is_new("tags", tag_table()):
+            log_text(loggers, "tags", tag_table(), step)
+        layout = chart_layout(trainer, module, constants)
+        if self._is_new("charts", layout):
+            log_layout(loggers, layout)
         facts = schedule_facts(module.schedule, sampling.num_steps, [sampling.spacing])
         if self._is_new("schedule", facts):
             figure = schedule_figure(facts, 4.2, 5.2)
             title = schedule_title(module.schedule).replace(" timesteps, ", " timesteps,\n")
             figure.suptitle(f"this run: {title}", fontsize="small")
-            log_picture(loggers, "schedule", figure_image(figure), step)
-            log_layout(loggers, charts(module.schedule.num_timesteps))
+            log_image(loggers, "schedule", figure_image(figure), step)
 
     def _is_new(self, name: str, value: Any) -> bool:
         digest = hashlib.blake2b(repr(value).encode(), digest_size=8).hexdigest()
@@ -120,17 +136,17 @@ class TrainingBoard(Callback):
         return known != digest
 
     def _measure(self, trainer: L.Trainer, module: LatentDiffusion) -> None:
-        """Measure variance and luma of the data.
+        """Measure the variance and the luma of the data.
 
-        A cache's pictures only where there are previews, which load the decoder anyway.
+        Images of a cache are decoded only where there are previews, which load the decoder anyway.
         """
         data: Any = trainer.datamodule
         if data is None or not self.samples:
             return
-        of = [data.state_dict()["samples"], self.samples]
-        if of == self._of:
+        asked = [data.state_dict()["samples"], self.samples]
+        if asked == self._measured_of:
             return
-        self._of, self._measured = of, {}
+        self._measured_of, self._measured = asked, {}
         batches = data.spread(self.samples)
         codec, optimum, count = module.codec, TerminalOptimum(), 0
         means: list[Tensor] = []
@@ -152,44 +168,95 @@ class TrainingBoard(Callback):
                     pixels.append(rows[:, :: max(1, rows.shape[1] // _PIXELS)].flatten())
         if not count:
             return
-        words = [f"{count} samples of the data are measured"]
         variance = optimum.value()
         if variance is not None:
             self._measured["variance"] = variance
-            words.append(f"the variance of their latents is {variance:.3g} an element")
         if means:
             self._measured["luma"] = float(torch.cat(means).mean())
-            words.append(f"their mean luma {self._measured['luma']:.2f} of -1 to 1")
             step = trainer.global_step
             log_luma(trainer.loggers, "data", torch.cat(means), torch.cat(pixels), step)
-        rank_zero_info(f"{': '.join([words[0], ', '.join(words[1:])])}.")
+        constants = self._constants(module).items()
+        said = "; ".join(f"{name} {value:.3g}" for name, value in constants)
+        rank_zero_info(f"Measured {count} training samples{f': {said}' if said else ''}.")
 
 
-def charts(num_timesteps: int) -> dict[str, Any]:
-    """Lay out "Custom Scalars": {group: {chart: [kind, regular expressions of the tags]}}."""
-    last = [f"{TERMINAL}$", f"val_by_timestep/t{num_timesteps - 1:04d}$", f"{OPTIMUM}$"]
-    by_group = {
-        "loss": {
-            "training, by timestep": [r"train_by_timestep/t\d"],
-            "validation, by timestep": [r"val_by_timestep/t\d"],
-            "last timestep; its least without prompts": last,
-        },
-        "luma": {"mean, of -1 to 1": [r"luma_mean/(data|previews)$"]},
+def chart_layout(
+    trainer: L.Trainer, module: LatentDiffusion, constants: Mapping[str, float]
+) -> dict[str, dict[str, list[Any]]]:
+    """Lay out the dashboard "Custom Scalars": at most five curves of one meaning in a chart.
+
+    Args:
+        trainer: Trainer of the run; what it does not log gets no chart.
+        module: Model in training.
+        constants: Constants of the data by description; where curves approach one, the title of
+            their chart names it.
+
+    Returns:
+        {group: {title: [kind, regular expressions that match one tag each]}}.
+    """
+    T, callbacks = module.schedule.num_timesteps, trainer.callbacks
+    validates = getattr(trainer.datamodule, "val", None) is not None
+    there = {
+        "train": True,
+        "train_by_timestep": True,
+        "val": validates,
+        "val_by_timestep": validates,
+        "adaptation": validates and module.converted_start is not None,
+        "luma_mean": any(isinstance(each, Previews) for each in callbacks),
+        "metrics": any(isinstance(each, ImageMetrics) and each.captions for each in callbacks),
     }
-    return {
-        group: {title: ["Multiline", tags] for title, tags in own.items()}
-        for group, own in by_group.items()
+
+    def titled(title: str, constant: str) -> str:
+        value = constants.get(constant)
+        return title if value is None else f"{title} ({constant}: {value:.3g})"
+
+    def by_timestep(group: str, title: str) -> list[tuple[str, list[str]]]:
+        ends = [at_timestep(t) for t in sorted(validation_timesteps(T).tolist())]
+        parts = [ends[i : i + _CURVES] for i in range(0, len(ends), _CURVES)]
+        return [
+            (f"{title}, {part[0]} to {part[-1]}", [f"{group}/{end}" for end in part])
+            for part in parts
+        ]
+
+    raw = [] if module.ema_config is None else ["val/loss_raw"]
+    last = [TERMINAL, f"val_by_timestep/{at_timestep(T - 1)}"]
+    by_quarter = [f"train_by_timestep/{quarter}" for quarter in quarters(T)]
+    layout = {
+        "loss": [
+            ("all timesteps", ["train/loss", "val/loss", *raw]),
+            (titled("last timestep", LOWER_BOUND), last),
+            ("training, by quarter of the timesteps", by_quarter),
+            *by_timestep("val_by_timestep", "validation"),
+        ],
+        "adaptation": by_timestep("adaptation", "validation loss divided by the start's"),
+        "luma": [
+            (titled("mean", MEAN_LUMA), ["luma_mean/previews", "metrics/luma_mean"]),
+            ("darkest and brightest percent", ["metrics/luma_p01", "metrics/luma_p99"]),
+            ("spread over images, contrast within", ["metrics/luma_std", "metrics/luma_contrast"]),
+        ],
     }
+    charts: dict[str, dict[str, list[Any]]] = {}
+    for group, rows in layout.items():
+        for title, tags in rows:
+            logged = [f"^{tag}$" for tag in tags if there[tag.partition("/")[0]]]
+            if logged:
+                charts.setdefault(group, {})[title] = ["Multiline", logged]
+    return charts
 
 
 def hyperparameters(trainer: L.Trainer, module: LatentDiffusion) -> dict[str, Any]:
-    """Collect what a table of runs compares: names with dots, and plain values."""
+    """Collect the settings of a run as plain values, those that runs are compared by first.
+
+    Returns:
+        COMPARED first, all other facts of the model under their names with dots after them.
+    """
     data, [optimizer] = trainer.datamodule, trainer.optimizers
     weights = module.trained.parameters()
     facts = {
         **module.facts(),
         "optimizer": type(optimizer).__name__,
-        "learning_rate": {"peak": optimizer.defaults.get("lr"), **vars(module.learning_rate)},
+        "learning_rate": optimizer.defaults.get("lr"),
+        "learning_rate_schedule": vars(module.learning_rate),
         "batch_size": getattr(data, "batch_size", None),
         "max_steps": trainer.max_steps,
         "gradient_clip_val": trainer.gradient_clip_val,
@@ -198,7 +265,8 @@ def hyperparameters(trainer: L.Trainer, module: LatentDiffusion) -> dict[str, An
         "seed": module.seed,
         "trained_weights": sum(p.numel() for p in weights if p.requires_grad),
     }
-    return _flat(public(facts))
+    plain = _flat(public(facts))
+    return {**{name: plain[name] for name in COMPARED if name in plain}, **plain}
 
 
 def _flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What is seen and written while a model trains and predicts."""
+"""The images that predict writes."""
 
 from __future__ import annotations
 
@@ -9,109 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
-import torch
-from lightning.pytorch.callbacks import BasePredictionWriter, Callback
-from PIL import Image
-from torch import Tensor
+from lightning.pytorch.callbacks import BasePredictionWriter
 
 from zsnr.agreement import on_first_rank
 from zsnr.checkpoints import sharded
 from zsnr.checkpoints.own import describe_model
-from zsnr.data.images import to_unit_range
 from zsnr.data.prompts import PromptRequest
-from zsnr.files import HeldFolder, replacing, side_file
+from zsnr.files import HeldFolder, replacing
 from zsnr.locks import LOCK, Lock, remove_leftovers
-from zsnr.metrics.luma import luma
-from zsnr.noise import sample_generator
 from zsnr.pipeline import save_png
-from zsnr.reports.pictures import picture_grid
-from zsnr.training.loggers import log_luma, log_picture
 from zsnr.training.module import LatentDiffusion
 from zsnr.untrusted import parse_object, read_json, read_text, shown
 
 _MOST_TEXT = 1 << 30  # bytes of a manifest
-
-
-class Previews(Callback):
-    """Samples from the same prompts and seeds as training goes on, by the sampling path of predict.
-
-    Written to the folder `previews` of the run and, as grids, to TensorBoard and W&B; their mean
-    luma to all loggers, and its histograms to TensorBoard.
-
-    Args:
-        prompts: One picture each.
-        seeds: One a prompt. None = 0, 1, 2, ...
-        every_n_steps: Optimizer steps between grids.
-        columns: Pictures in a row.
-    """
-
-    def __init__(
-        self,
-        prompts: list[str],
-        seeds: list[int] | None = None,
-        every_n_steps: int = 1000,
-        columns: int = 8,
-    ) -> None:
-        if seeds is not None and len(seeds) != len(prompts):
-            raise ValueError(f"{len(seeds)} seeds for {len(prompts)} preview prompts.")
-        if not prompts:
-            raise ValueError("Previews has no prompts: give at least one, or drop the callback.")
-        for seed in seeds or []:
-            sample_generator(seed)
-        if every_n_steps < 1:
-            raise ValueError(f"every_n_steps={every_n_steps}: wanted at least 1.")
-        self.prompts, self.seeds = prompts, seeds
-        self.every_n_steps, self.columns = every_n_steps, columns
-        self._done = 0
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        self._done = trainer.global_step
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        step = trainer.global_step
-        if step % self.every_n_steps == 0 and step != self._done:
-            self._done = step
-            self._show(trainer, pl_module, step)
-
-    def _show(self, trainer: L.Trainer, module: LatentDiffusion, step: int) -> None:
-        """Sample on all ranks, each as many pictures: a sharded network waits for all of them."""
-        rank, ranks = trainer.global_rank, trainer.world_size
-        each = -(-len(self.prompts) // ranks)
-        mine = [(rank + i * ranks) % len(self.prompts) for i in range(each)]
-        seeds = self.seeds or range(len(self.prompts))
-        sampling = module.sampling
-        with module.pipeline() as pipe:
-            images = pipe(
-                [self.prompts[i] for i in mine],
-                seeds=[seeds[i] for i in mine],
-                sampler=sampling.sampler,
-                num_steps=sampling.num_steps,
-                spacing=sampling.spacing,
-                guidance=sampling.guidance,
-                progress=False,
-            )
-        pixels = torch.stack([torch.from_numpy(np.array(image)) for image in images])
-        everyone = trainer.strategy.all_gather(pixels.to(trainer.strategy.root_device))
-        by_prompt = everyone.reshape(ranks, *pixels.shape).transpose(0, 1).flatten(0, 1)
-        if trainer.is_global_zero:
-            self._write(trainer, by_prompt[: len(self.prompts)].cpu(), step)
-
-    def _write(self, trainer: L.Trainer, pixels: Tensor, step: int) -> None:
-        """Write pictures (N, H, W, 3), uint8, to the run's folder and its loggers."""
-        grid = picture_grid([Image.fromarray(p) for p in pixels.numpy()], self.columns)
-        folder = Path(trainer.default_root_dir) / "previews"
-        with side_file(folder):
-            folder.mkdir(exist_ok=True)  # not the run's folder, should it be gone
-            save_png(grid, folder / f"step-{step:08d}.png")
-        done_before = step - 1  # so are scalars counted, and what a resumed run keeps
-        log_picture(trainer.loggers, "previews", grid, done_before)
-        values = luma(to_unit_range(pixels.permute(0, 3, 1, 2))).flatten(1)
-        log_luma(trainer.loggers, "previews", values.mean(1), values, done_before)
-        for logger in trainer.loggers:
-            logger.log_metrics({"luma_mean/previews": float(values.mean())}, done_before)
 
 
 class PredictionWriter(BasePredictionWriter):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from zsnr.noise import derive_seed, sample_generator
+from zsnr.timesteps import trailing
 
 _TIMESTEPS, _SAMPLES, _VALIDATION = 0, 1, 2  # independent streams of one seed
 
@@ -49,6 +50,11 @@ def training_draws(
     B, T = global_batch_size, num_timesteps
     t = torch.tensor([_timestep(seed, *divmod(p, B), B, T) for p in positions])
     return _draws(seed, _SAMPLES, positions, t, shape, caption_dropout)
+
+
+def validation_timesteps(num_timesteps: int) -> Tensor:
+    """Return the at most ten timesteps at which validation measures the loss, from the last on."""
+    return trailing(min(10, num_timesteps), num_timesteps)
 
 
 def validation_draws(

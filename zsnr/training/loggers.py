@@ -43,6 +43,9 @@ class _SideFiles(Logger):
     """Mixed into a logger's class: what it cannot write is warned of, and does not end a run."""
 
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        """Log scalars; Lightning's `epoch`, which is no curve, only where each is a column."""
+        if not isinstance(self, CSVLogger):
+            metrics = {name: value for name, value in metrics.items() if name != "epoch"}
         with _side(self):
             super().log_metrics(metrics, step)
 
@@ -106,14 +109,14 @@ def _side(logger: Logger) -> AbstractContextManager[None]:
     return side_file(f"{logger.save_dir or '.'}/{logger.name}")
 
 
-def log_picture(loggers: Iterable[Any], name: str, image: Image, step: int) -> None:
-    """Show a picture in TensorBoard and W&B.
+def log_image(loggers: Iterable[Any], name: str, image: Image, step: int) -> None:
+    """Show an image in TensorBoard and W&B.
 
     Args:
-        loggers: Of the trainer.
-        name: The tag.
-        image: What to show.
-        step: As scalars count: steps done before the one that is shown.
+        loggers: Loggers of the trainer.
+        name: Tag of the image.
+        image: Image to show.
+        step: Number of optimizer steps before the one that the image belongs to, as for scalars.
     """
     import numpy as np
 
@@ -126,18 +129,16 @@ def log_picture(loggers: Iterable[Any], name: str, image: Image, step: int) -> N
 
 
 def log_luma(loggers: Iterable[Any], name: str, means: Tensor, pixels: Tensor, step: int) -> None:
-    """Show how luma is distributed: over pixels, and the mean of each picture over pictures.
-
-    Histograms in TensorBoard, from -1 (black) to 1 (white).
+    """Show histograms of luma in TensorBoard, from -1 (black) to 1 (white).
 
     Args:
-        loggers: Of the trainer.
-        name: Whose luma it is.
-        means: Of the pictures, on the CPU.
-        pixels: Their pixels, or some of them, on the CPU.
-        step: As in `log_picture`.
+        loggers: Loggers of the trainer.
+        name: Set of images that is measured, such as "previews".
+        means: Mean luma of each image, on the CPU.
+        pixels: Luma of all pixels of these images, or of a regular part of them, on the CPU.
+        step: As in `log_image`.
     """
-    groups = {"luma_of_pictures": means.flatten(), "luma_of_pixels": pixels.flatten()}
+    groups = {"luma_of_images": means.flatten(), "luma_of_pixels": pixels.flatten()}
     edges = torch.linspace(-1, 1, _BINS + 1, dtype=torch.float64)
     for logger in loggers:
         if not isinstance(logger, TensorBoardLogger):
@@ -167,15 +168,20 @@ def log_text(loggers: Iterable[Any], name: str, markdown: str, step: int) -> Non
 
 
 def log_settings(
-    loggers: Iterable[Any], settings: Mapping[str, Any], metrics: Iterable[str]
+    loggers: Iterable[Any],
+    settings: Mapping[str, Any],
+    compared: Iterable[str],
+    metrics: Iterable[str],
 ) -> None:
-    """Put a run into TensorBoard's table of hyperparameters, or W&B's.
+    """Log the settings of a run: a few in TensorBoard's table of runs, all in W&B's.
 
     Args:
-        loggers: Of the trainer.
-        settings: Plain values.
-        metrics: Tags of scalars that the table shows beside them, as they stand in the log.
+        loggers: Loggers of the trainer.
+        settings: Plain values by name.
+        compared: Names of the settings that TensorBoard's table shows, in this order.
+        metrics: Tags of the scalars that the table shows beside them.
     """
+    columns = {name: settings[name] for name in compared if name in settings}
     for logger in loggers:
         with _side(logger):
             if isinstance(logger, TensorBoardLogger):
@@ -183,8 +189,8 @@ def log_settings(
 
                 # log_hyperparams would log a value of each metric as well
                 writer = logger.experiment._get_file_writer()
-                shown: Any = hparams  # untyped
-                for summary in shown(dict(settings), dict.fromkeys(metrics, 0.0)):
+                summaries: Any = hparams  # untyped
+                for summary in summaries(columns, dict.fromkeys(metrics, 0.0)):
                     writer.add_summary(summary)
             elif not isinstance(logger, CSVLogger):
                 logger.log_hyperparams(dict(settings))

@@ -47,9 +47,9 @@ from zsnr.pipeline import (
 from zsnr.prediction import PredictionType, check_prediction_type, prediction_target
 from zsnr.pretrained import is_weightless
 from zsnr.schedule import NoiseSchedule
-from zsnr.timesteps import get_timesteps, trailing
+from zsnr.timesteps import get_timesteps
 from zsnr.training.adaptation import Start, read_start
-from zsnr.training.draws import Draws, training_draws, validation_draws
+from zsnr.training.draws import Draws, training_draws, validation_draws, validation_timesteps
 from zsnr.training.ema import EMAConfig, averaged_copy, update_average
 from zsnr.training.global_batch import GlobalBatch
 from zsnr.training.loggers import guard_loggers
@@ -62,6 +62,7 @@ from zsnr.training.strategy import (
     squared_norm,
     without_gradient,
 )
+from zsnr.training.tags import at_timestep
 from zsnr.training.watchdog import Watchdog
 
 _SKIPPED_AT_THE_END = 3  # steps in a row with which a run is no success
@@ -119,6 +120,9 @@ class LatentDiffusion(L.LightningModule):
         image_size: Height and width, in pixels. Set by data.image_size.
         seed: Of every random number in training. Set by data.seed.
         lora: Train adapters on a frozen, pretrained `unet`. None = train all of it.
+        terminal_window: Number of exposures of the last timestep (training samples that drew
+            t = T - 1) over which its logged training loss is averaged: the most recent ones. It
+            changes what is logged and not what is trained.
 
     Raises:
         ValueError: Parts that do not fit each other.
@@ -144,8 +148,11 @@ class LatentDiffusion(L.LightningModule):
         image_size: int = 512,
         seed: int = 0,
         lora: LoRA | None = None,
+        terminal_window: int = 32,
     ) -> None:
         super().__init__()
+        if terminal_window < 1:
+            raise ValueError(f"model.terminal_window={terminal_window}: wanted at least 1.")
         if max_skipped_steps < 0:
             raise ValueError(f"max_skipped_steps={max_skipped_steps}: wanted 0 or more.")
         check_settings(schedule, prediction_type, loss, sampling.spacing, sampling.num_steps)
@@ -162,6 +169,7 @@ class LatentDiffusion(L.LightningModule):
         check_threshold(sampling.guidance, codec)
         check_steps(sampling, schedule)
         self.schedule, self.prediction_type, self.loss = schedule, prediction_type, loss
+        self.terminal_window = terminal_window
         self.caption_dropout, self.offset_strength = caption_dropout, offset_noise
         self.make_optimizer, self.learning_rate = optimizer, learning_rate
         self.sampling, self.image_size, self.seed = sampling, image_size, seed
@@ -190,11 +198,11 @@ class LatentDiffusion(L.LightningModule):
         self.stop_agreed, self.requeue_agreed = False, False  # by all
         self.validation_cut = False  # by a signal
         self._micro_batches: list[tuple[list[str], Tensor, Tensor]] = []  # keys, losses, t
-        self._progress = Progress(schedule.num_timesteps)
+        self._progress = Progress(schedule.num_timesteps, terminal_window)
         self._skip = False
         self._first_step = 0  # of this start
         self.changed_settings: dict[str, list[Any]] = {}  # since the checkpoint, by name
-        self._val_strata = trailing(min(10, schedule.num_timesteps), schedule.num_timesteps)
+        self._val_strata = validation_timesteps(schedule.num_timesteps)
         self.start = read_start(unet) if isinstance(unet, str) and not is_weightless() else None
         self._start_losses: list[float] = []  # of the start, converted, by stratum
 
@@ -218,6 +226,15 @@ class LatentDiffusion(L.LightningModule):
             prediction_type=self.prediction_type,
             image_size=self.image_size,
         )
+
+    @property
+    def converted_start(self) -> Start | None:
+        """The pretrained model, where it has another prediction type or schedule than the run."""
+        start = self.start
+        if start is None:
+            return None
+        same = (start.schedule, start.prediction_type) == (self.schedule, self.prediction_type)
+        return None if same else start
 
     @contextmanager
     def pipeline(self) -> Iterator[TextToImage]:
@@ -441,8 +458,8 @@ class LatentDiffusion(L.LightningModule):
         self.log("train/terminal_exposures", self._progress.terminal, rank_zero_only=True)
         self.log("train/skipped_steps", self._progress.skipped, rank_zero_only=True)
         if (self.trainer.global_step + 1) % max(1, self.trainer.log_every_n_steps) == 0:
-            for name, mean in self._progress.means().items():
-                self.log(f"train_by_timestep/{name}", mean, rank_zero_only=True)
+            for tag, mean in self._progress.means().items():
+                self.log(tag, mean, rank_zero_only=True)
 
     def configure_gradient_clipping(
         self,
@@ -529,9 +546,8 @@ class LatentDiffusion(L.LightningModule):
 
     def _measure_start(self) -> None:
         """Measure the validation losses of what the run starts from, converted."""
-        start, data = self.start, getattr(self.trainer, "datamodule", None)
-        own = (self.schedule, self.prediction_type)
-        if start is None or (start.schedule, start.prediction_type) == own or data is None:
+        start, data = self.converted_start, getattr(self.trainer, "datamodule", None)
+        if start is None or data is None:
             return
         batches = data.val_dataloader()
         limit = self.trainer.limit_val_batches
@@ -602,12 +618,12 @@ class LatentDiffusion(L.LightningModule):
         for group, losses in both:
             for t, total, count in zip(self._val_strata.tolist(), losses, counts, strict=True):
                 if count > 0:
-                    self.log(f"{group}/t{t:04d}", total / count, rank_zero_only=True)
+                    self.log(f"{group}/{at_timestep(t)}", total / count, rank_zero_only=True)
         if self.trainer.state.fn == "fit":
             ratios = sums / counts / torch.tensor(self._start_losses or math.nan).to(sums)
             for t, ratio in zip(self._val_strata.tolist(), ratios.tolist(), strict=True):
                 if ratio > 0:  # it is not where epsilon says nothing of v, at zero SNR
-                    self.log(f"adaptation/t{t:04d}", ratio, rank_zero_only=True)
+                    self.log(f"adaptation/{at_timestep(t)}", ratio, rank_zero_only=True)
 
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step
@@ -638,7 +654,9 @@ class LatentDiffusion(L.LightningModule):
         checkpoint["settings"] = self.run_settings()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._progress = Progress(self.schedule.num_timesteps, **checkpoint.get("progress", {}))
+        self._progress = Progress(
+            self.schedule.num_timesteps, self.terminal_window, **checkpoint.get("progress", {})
+        )
         self._start_losses = checkpoint.get("start_losses", [])
         own = describe_model(self.model())
         check_resumed(

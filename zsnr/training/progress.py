@@ -1,4 +1,4 @@
-"""What training has seen, by timestep, on all ranks together, and whether it is finite."""
+"""Training losses by timestep, summed over all ranks, and whether they are finite."""
 
 from __future__ import annotations
 
@@ -11,23 +11,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zsnr.training.tags import TERMINAL, quarters
+
 
 @dataclass
 class Progress:
-    """What training has seen: losses by timestep since they were logged, and counts of the run.
+    """Training losses by timestep, and counts of the run.
 
     Args:
-        num_timesteps: Of the schedule.
-        totals: Sums of losses: of each quarter of the timesteps, and of the last one alone.
-        counts: How many they are.
-        terminal: How often the last timestep has been trained on.
-        skipped: Steps that were not finite.
-        skipped_in_a_row: The last of them, if they are the last steps.
+        num_timesteps: Number of timesteps of the schedule, T.
+        window: Number of exposures of the last timestep that its mean loss is taken over.
+        totals: Sums of the losses since they were last logged: of each quarter of the timesteps,
+            and of the last timestep alone.
+        counts: Numbers of samples in these sums.
+        exposures: Sum of losses and number of samples at the last timestep, of the most recent
+            steps that together hold at least `window` of them, the oldest first.
+        terminal: Number of samples at the last timestep in the whole run.
+        skipped: Number of steps that were not finite.
+        skipped_in_a_row: How many of the most recent steps were not finite.
     """
 
     num_timesteps: int
+    window: int
     totals: list[float] = field(default_factory=lambda: [0.0] * 5)
     counts: list[float] = field(default_factory=lambda: [0.0] * 5)
+    exposures: list[list[float]] = field(default_factory=list)
     terminal: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
@@ -43,23 +51,34 @@ class Progress:
         return [*totals]
 
     def add(self, totals: list[float], counts: list[float]) -> None:
-        """Add the sums of all ranks."""
+        """Add the sums of one step, taken over all ranks."""
         self.totals = [a + b for a, b in zip(self.totals, totals, strict=True)]
         self.counts = [a + b for a, b in zip(self.counts, counts, strict=True)]
-        self.terminal += round(counts[4])
+        if counts[4]:
+            self.exposures.append([totals[4], counts[4]])
+            self.terminal += round(counts[4])
+        held = sum(count for _, count in self.exposures)
+        while self.exposures and held - self.exposures[0][1] >= self.window:
+            held -= self.exposures.pop(0)[1]
 
     def means(self) -> dict[str, float]:
-        """Return the mean loss of each group that was seen, and start anew."""
-        T = self.num_timesteps
-        names = [f"t{q * T // 4:04d}_{(q + 1) * T // 4 - 1:04d}" for q in range(4)] + ["terminal"]
-        found = zip(names, self.totals, self.counts, strict=True)
-        means = {name: total / count for name, total, count in found if count}
+        """Return the mean losses by tag, and forget those of the quarters.
+
+        A quarter is averaged since the last call, the last timestep over `window` exposures.
+        """
+        names = [f"train_by_timestep/{quarter}" for quarter in quarters(self.num_timesteps)]
+        sums = zip(names, self.totals, self.counts, strict=False)  # the fifth is in `exposures`
+        means = {name: total / count for name, total, count in sums if count}
+        if self.exposures:
+            total, count = (sum(column) for column in zip(*self.exposures, strict=True))
+            means[TERMINAL] = total / count
         self.totals, self.counts = [0.0] * 5, [0.0] * 5
         return means
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps."""
-        return {k: v for k, v in asdict(self).items() if k != "num_timesteps"}
+        settings = ("num_timesteps", "window")
+        return {k: v for k, v in asdict(self).items() if k not in settings}
 
 
 def wide(device: torch.device) -> torch.dtype:

@@ -88,8 +88,8 @@ _GROUPS: tuple[tuple[Verdict, Sequence[str]], ...] = (
     (  # it decides when the run stops, what it shows or what predict makes, and no step of it
         Verdict.FREE,
         [
-            *_under("model", "max_skipped_steps sampling sampling.sampler sampling.num_steps"),
-            *_under("model.sampling", "spacing guidance"),
+            *_under("model", "max_skipped_steps terminal_window sampling"),
+            *_under("model.sampling", "sampler num_steps spacing guidance"),
             *_under("model.sampling.guidance", _GUIDANCE),
             *_under("data", "val error_budget accept_changed_data prompts prompt_seed"),
             *_under("data", "predict_batch_size"),
