@@ -329,7 +329,8 @@ def layout(board):
 def test_charts_find_their_curves(board):
     charts = layout(board)
     bound, mean = levels(TRAIN).var(), levels(TRAIN).mean()
-    last, luma = f"last timestep ({LOWER_BOUND}: {bound:.3g})", f"mean ({MEAN_LUMA}: {mean:.3g})"
+    last = f"last timestep (lower bound without prompts: {bound:.3g})"
+    luma = f"mean, -1 black to 1 white (training images: {mean:.3g})"
     quarters = [f"train_by_timestep/t{i:04d}_{i + 249:04d}" for i in (0, 250, 500, 750)]
     wanted = {
         "all timesteps": ["train/loss", "val/loss", "val/loss_raw"],

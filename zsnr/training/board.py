@@ -29,7 +29,7 @@ from zsnr.training.previews import Previews
 from zsnr.training.tags import TERMINAL, at_timestep, markdown_table, quarters, tag_table
 
 VARIANCE = "variance of the latents, per element"
-LOWER_BOUND = "lower bound without prompts"  # of the v loss at the last timestep
+LOWER_BOUND = "lower bound of the loss at the last timestep, without prompts"
 MEAN_LUMA = "mean luma of the training images, from -1 (black) to 1 (white)"
 COMPARED = (
     *("learning_rate", "batch_size", "schedule.zero_terminal_snr", "prediction_type", "max_steps"),
@@ -206,9 +206,9 @@ def chart_layout(
         "metrics": any(isinstance(each, ImageMetrics) and each.captions for each in callbacks),
     }
 
-    def titled(title: str, constant: str) -> str:
+    def titled(title: str, name: str, constant: str) -> str:
         value = constants.get(constant)
-        return title if value is None else f"{title} ({constant}: {value:.3g})"
+        return title if value is None else f"{title} ({name}: {value:.3g})"
 
     def by_timestep(group: str, title: str) -> list[tuple[str, list[str]]]:
         ends = [at_timestep(t) for t in sorted(validation_timesteps(T).tolist())]
@@ -224,13 +224,16 @@ def chart_layout(
     layout = {
         "loss": [
             ("all timesteps", ["train/loss", "val/loss", *raw]),
-            (titled("last timestep", LOWER_BOUND), last),
+            (titled("last timestep", "lower bound without prompts", LOWER_BOUND), last),
             ("training, by quarter of the timesteps", by_quarter),
             *by_timestep("val_by_timestep", "validation"),
         ],
         "adaptation": by_timestep("adaptation", "validation loss divided by the start's"),
         "luma": [
-            (titled("mean", MEAN_LUMA), ["luma_mean/previews", "metrics/luma_mean"]),
+            (
+                titled("mean, -1 black to 1 white", "training images", MEAN_LUMA),
+                ["luma_mean/previews", "metrics/luma_mean"],
+            ),
             ("darkest and brightest percent", ["metrics/luma_p01", "metrics/luma_p99"]),
             ("spread over images, contrast within", ["metrics/luma_std", "metrics/luma_contrast"]),
         ],
