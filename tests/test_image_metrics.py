@@ -335,7 +335,10 @@ def test_collected_brightness_is_that_of_all_pictures_at_once():
         (LatentMean(3), images.mean((0, 2, 3))),
         (LumaWasserstein(reference), torch.tensor(wasserstein_1(luma, reference))),
     ):
-        with pytest.raises(ValueError, match="has seen no pictures"):
+        with (
+            pytest.warns(UserWarning, match="before the ``update``"),
+            pytest.raises(ValueError, match="has seen no"),
+        ):
             metric.compute()
         for rows in images.split([3, 1, 3]):
             metric.update(rows)

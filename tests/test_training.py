@@ -279,6 +279,15 @@ class StopAt(Callback):
         trainer.should_stop = trainer.should_stop or trainer.global_step >= self.step
 
 
+def test_training_without_validation_warns_of_nothing_that_is_meant(tmp_path, recwarn):
+    loop = trainer(tmp_path, 1)
+    loop.fit(module(), datamodule=data(tmp_path / "shards"))
+    told = [str(warning.message) for warning in recwarn]
+    meant = ("in eval mode", "across ranks is zero", "sync_dist=True")
+    assert not [message for message in told if any(part in message for part in meant)]
+    assert loop.limit_val_batches == 1.0  # as before, for another fit with validation data
+
+
 def test_accumulation_changes_nothing_but_rounding(tmp_path):
     results = []
     for most in (None, 2):

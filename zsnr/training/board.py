@@ -90,7 +90,7 @@ class TrainingBoard(Callback):
         if trainer.is_global_zero and steps >= trainer.log_every_n_steps:
             now = time.perf_counter()
             rate = steps * batch["global_batch_size"] / (now - self._since)
-            pl_module.log("train/images_per_second", rate, rank_zero_only=True)
+            pl_module.log_agreed("train/images_per_second", rate)
             self._since, self._step = now, trainer.global_step
 
     def _constants(self, module: LatentDiffusion) -> dict[str, float]:

@@ -51,7 +51,7 @@ class EMAConfig:
 
 
 def averaged_copy(module: ModuleT) -> ModuleT:
-    """Copy a module to hold the average: float32, without gradients, in evaluation mode.
+    """Copy a module to hold the average: float32, without gradients.
 
     Frozen parameters are shared, not copied.
     """
@@ -60,7 +60,7 @@ def averaged_copy(module: ModuleT) -> ModuleT:
     for tensor in (*average.parameters(), *average.buffers()):
         if id(tensor) not in shared and tensor.is_floating_point():
             tensor.data = tensor.data.float()
-    return average.requires_grad_(False).eval()
+    return average.requires_grad_(False)
 
 
 @torch.no_grad()

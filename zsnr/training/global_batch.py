@@ -21,6 +21,8 @@ class GlobalBatch(L.Callback):
     trainer.val_check_interval then counts optimizer steps, as everything else does.
     """
 
+    _limit: int | float | None = None  # of validation batches, as the trainer was asked for
+
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         """Set it, before training starts.
 
@@ -52,6 +54,9 @@ class GlobalBatch(L.Callback):
                 f"trainer.limit_train_batches={trainer.limit_train_batches} would train on the "
                 "same batches again and again: set trainer.max_steps."
             )
+        self._limit = trainer.limit_val_batches
+        if getattr(data, "val", None) is None:
+            trainer.limit_val_batches = 0  # Lightning would wonder at a loader without batches
         interval = _INTERVALS.setdefault(trainer, trainer.val_check_interval)
         if isinstance(interval, int):
             trainer.val_check_interval = interval * wanted
@@ -67,6 +72,10 @@ class GlobalBatch(L.Callback):
                 f"{data.batch_size // trainer.world_size}, its share of data.batch_size, has no "
                 "larger divisor. Choose a batch size that has."
             )
+
+    def teardown(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        if self._limit is not None:
+            trainer.limit_val_batches = self._limit
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]

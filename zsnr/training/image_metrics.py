@@ -173,7 +173,7 @@ class ImageMetrics(Callback):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.state.fn != "fit" and self._loaded_step is not None:
             # Lightning takes this for the step it logs at, which would else be 0.
-            pl_module.log("step", float(self._loaded_step), rank_zero_only=True)
+            pl_module.log_agreed("step", float(self._loaded_step))
         if self.captions is None or trainer.sanity_checking:
             return
         if trainer.state.fn == "fit":
@@ -204,7 +204,7 @@ class ImageMetrics(Callback):
         for name, value in found.items():
             group, _, channel = name.partition("/c")
             if group != _CHANNELS or int(channel) < _MOST_CHANNELS:
-                module.log(name, value, rank_zero_only=True)
+                module.log_agreed(name, value)
         if self.output is not None:
             self._write(trainer, module, found, left_out)
         return dict(found)

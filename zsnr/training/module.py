@@ -452,14 +452,19 @@ class LatentDiffusion(L.LightningModule):
         else:
             self._progress.skipped_in_a_row = 0
             self._progress.add(totals, counts)
-        self.log("train/loss", loss, prog_bar=True, rank_zero_only=True)
-        self.log("train/grad_norm", norm, rank_zero_only=True)
-        self.log("train/learning_rate", optimizer.param_groups[0]["lr"], rank_zero_only=True)
-        self.log("train/terminal_exposures", self._progress.terminal, rank_zero_only=True)
-        self.log("train/skipped_steps", self._progress.skipped, rank_zero_only=True)
+        self.log_agreed("train/loss", loss, prog_bar=True)
+        self.log_agreed("train/grad_norm", norm)
+        self.log_agreed("train/learning_rate", optimizer.param_groups[0]["lr"])
+        self.log_agreed("train/terminal_exposures", self._progress.terminal)
+        self.log_agreed("train/skipped_steps", self._progress.skipped)
         if (self.trainer.global_step + 1) % max(1, self.trainer.log_every_n_steps) == 0:
             for tag, mean in self._progress.means().items():
-                self.log(tag, mean, rank_zero_only=True)
+                self.log_agreed(tag, mean)
+
+    def log_agreed(self, tag: str, value: Any, *, prog_bar: bool = False) -> None:
+        """Log a value that all ranks have reduced already: once, without another reduction."""
+        # with rank_zero_only, sync_dist reduces nothing and tells Lightning that it is meant
+        self.log(tag, value, prog_bar=prog_bar, rank_zero_only=True, sync_dist=True)
 
     def configure_gradient_clipping(
         self,
@@ -609,21 +614,20 @@ class LatentDiffusion(L.LightningModule):
         if self.validation_cut:
             return
         sums, raw, counts = self.trainer.strategy.reduce(self._val_sums, reduce_op="sum")
-        # Reduced already, so the same on every rank.
-        self.log("val/loss", sums.sum() / counts.sum(), prog_bar=True, rank_zero_only=True)
+        self.log_agreed("val/loss", sums.sum() / counts.sum(), prog_bar=True)
         both = [("val_by_timestep", sums)]
         if self.ema is not None:
-            self.log("val/loss_raw", raw.sum() / counts.sum(), rank_zero_only=True)
+            self.log_agreed("val/loss_raw", raw.sum() / counts.sum())
             both.append(("val_by_timestep_raw", raw))
         for group, losses in both:
             for t, total, count in zip(self._val_strata.tolist(), losses, counts, strict=True):
                 if count > 0:
-                    self.log(f"{group}/{at_timestep(t)}", total / count, rank_zero_only=True)
+                    self.log_agreed(f"{group}/{at_timestep(t)}", total / count)
         if self.trainer.state.fn == "fit":
             ratios = sums / counts / torch.tensor(self._start_losses or math.nan).to(sums)
             for t, ratio in zip(self._val_strata.tolist(), ratios.tolist(), strict=True):
                 if ratio > 0:  # it is not where epsilon says nothing of v, at zero SNR
-                    self.log(f"adaptation/{at_timestep(t)}", ratio, rank_zero_only=True)
+                    self.log_agreed(f"adaptation/{at_timestep(t)}", ratio)
 
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step
