@@ -6,7 +6,8 @@ from zsnr.training.checkpointing import CheckpointFiles, Checkpoints
 from zsnr.training.data import DataModule
 from zsnr.training.ema import EMAConfig
 from zsnr.training.image_metrics import ImageMetrics
-from zsnr.training.module import LatentDiffusion, LearningRate
+from zsnr.training.learning_rate import LearningRate
+from zsnr.training.module import LatentDiffusion
 from zsnr.training.preemption import Preemption
 from zsnr.training.previews import Previews
 from zsnr.training.strategy import FullyShardedStrategy

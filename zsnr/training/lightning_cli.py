@@ -37,19 +37,19 @@ from zsnr.schedule import NoiseSchedule
 from zsnr.training.board import TrainingBoard
 from zsnr.training.callbacks import PredictionWriter
 from zsnr.training.checkpointing import CheckpointFiles, Checkpoints, find_last
-from zsnr.training.configs import check_configs, read_safely
-from zsnr.training.data import DataModule, check_shards, read_requests
-from zsnr.training.facts import public_config
-from zsnr.training.image_metrics import ImageMetrics, check_files
-from zsnr.training.loggers import begin_loggers, continue_loggers, default_loggers
-from zsnr.training.module import (
-    LatentDiffusion,
+from zsnr.training.checks import (
     check_guidance,
     check_lora,
     check_resumed,
     check_settings,
     check_unsharded,
 )
+from zsnr.training.configs import check_configs, read_safely
+from zsnr.training.data import DataModule, check_shards, read_requests
+from zsnr.training.facts import public_config
+from zsnr.training.image_metrics import ImageMetrics, check_files
+from zsnr.training.loggers import begin_loggers, continue_loggers, default_loggers
+from zsnr.training.module import LatentDiffusion
 from zsnr.training.preemption import EXIT_CODE, Preemption, listen, restarted, stopped_early
 from zsnr.training.run_lock import RunLock
 from zsnr.training.strategy import FullyShardedStrategy, check_strategy

@@ -7,10 +7,10 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import torch
@@ -32,8 +32,7 @@ from zsnr.data.prompts import PromptRequest
 from zsnr.denoiser import Conditioning
 from zsnr.described import class_path
 from zsnr.files import side_file
-from zsnr.guidance import Guidance
-from zsnr.lora import AdaptedUNet, LoRA, require_peft
+from zsnr.lora import AdaptedUNet, LoRA
 from zsnr.loss import LossWeighting, diffusion_loss
 from zsnr.networks import UNet, UNetConfig
 from zsnr.noise import offset_noise
@@ -44,14 +43,21 @@ from zsnr.pipeline import (
     check_threshold,
     describe_sampling,
 )
-from zsnr.prediction import PredictionType, check_prediction_type, prediction_target
+from zsnr.prediction import PredictionType, prediction_target
 from zsnr.pretrained import is_weightless
 from zsnr.schedule import NoiseSchedule
-from zsnr.timesteps import get_timesteps
 from zsnr.training.adaptation import Start, read_start
+from zsnr.training.checks import (
+    check_guidance,
+    check_lora,
+    check_resumed,
+    check_settings,
+    check_unsharded,
+)
 from zsnr.training.draws import Draws, training_draws, validation_draws, validation_timesteps
 from zsnr.training.ema import EMAConfig, averaged_copy, update_average
 from zsnr.training.global_batch import GlobalBatch
+from zsnr.training.learning_rate import LearningRate
 from zsnr.training.loggers import guard_loggers
 from zsnr.training.progress import NonFiniteError, Progress
 from zsnr.training.resuming import Verdict, changes, check_changes, flat, verdict_on
@@ -70,31 +76,6 @@ _CURE = (
     "Set trainer.gradient_clip_val, use bf16 in the place of fp16, and resume from a checkpoint "
     "before them, or start from scratch with a lower learning rate."
 )
-
-
-@dataclass(frozen=True)
-class LearningRate:
-    """The optimizer's learning rate over the run, as a factor of its own.
-
-    Args:
-        warmup_steps: Steps of linear growth from 0.
-        decay: After it: "constant", or "cosine" or "linear" down to `final` at trainer.max_steps.
-        final: Factor at the end of a decay.
-    """
-
-    warmup_steps: int = 0
-    decay: Literal["constant", "cosine", "linear"] = "constant"
-    final: float = 0.0
-
-    def factor(self, step: int, max_steps: int) -> float:
-        """Return the factor of optimizer step `step`, from 0."""
-        if step < self.warmup_steps:
-            return (step + 1) / (self.warmup_steps + 1)
-        if self.decay == "constant":
-            return 1.0
-        done = min(1.0, (step - self.warmup_steps) / max(1, max_steps - self.warmup_steps))
-        left = 1 - done if self.decay == "linear" else (1 + math.cos(math.pi * done)) / 2
-        return self.final + (1 - self.final) * left
 
 
 class LatentDiffusion(L.LightningModule):
@@ -743,101 +724,6 @@ class LatentDiffusion(L.LightningModule):
         return self.codec.latent_shape(*batch["image"].shape[-2:])
 
 
-def check_settings(
-    schedule: NoiseSchedule,
-    prediction_type: PredictionType,
-    loss: LossWeighting,
-    spacing: str,
-    num_steps: int,
-) -> None:
-    """Refuse settings that contradict each other, before anything is loaded.
-
-    Raises:
-        ValueError: epsilon at zero SNR, a terminal step without weight, or a grid that cannot be.
-    """
-    check_prediction_type(prediction_type, schedule)
-    loss.table(schedule, prediction_type)
-    get_timesteps(spacing, num_steps, schedule.num_timesteps, schedule=schedule)
-
-
-def check_guidance(guidance: Guidance, averaged: bool) -> None:
-    """Refuse guidance away from raw weights where there are no averaged ones.
-
-    Raises:
-        ValueError: guidance.against is "raw", and weights are not averaged.
-    """
-    if guidance.against == "raw" and not averaged:
-        raise ValueError(
-            "model.sampling.guidance.against: raw leads from the raw weights to the averaged ones, "
-            "but model.ema is null: average weights, or guide against negative."
-        )
-
-
-def check_lora(unet: Any, trains_text: bool) -> None:
-    """Refuse adapters that have nothing to adapt, or more beside them; loads nothing.
-
-    Raises:
-        ValueError: So it is, or peft is not installed.
-    """
-    if not isinstance(unet, str):
-        raise ValueError(
-            "model.lora adapts a pretrained UNet, but model.unet is the size of a new one: give "
-            "the folder or hub id of a model, or train without model.lora."
-        )
-    if trains_text:
-        raise ValueError(
-            "model.lora trains adapters of the UNet alone: set the conditioner's trainable: false."
-        )
-    require_peft()
-
-
-def check_unsharded(adapters: bool) -> None:
-    """Refuse to shard adapters.
-
-    Raises:
-        ValueError: There are some.
-    """
-    if adapters:
-        raise ValueError(
-            "model.lora does not train with FullyShardedStrategy: adapters and their optimizer "
-            "state fit on each device. Use trainer.strategy auto or ddp."
-        )
-
-
-def check_resumed(theirs: dict[str, Any], own: dict[str, Any]) -> None:
-    """Refuse a checkpoint that was made with other settings than these.
-
-    Raises:
-        ValueError: One differs; says how.
-    """
-    for name, value in own.items():
-        if theirs[name] == value:
-            continue
-        was, now = theirs[name], value
-        if name == "unet":
-            was, now = _decisive(was), _decisive(now)
-            if ("lora" in was) != ("lora" in now):
-                holds, do = ("adapters", "set") if "lora" in was else ("a whole UNet", "unset")
-                raise ValueError(
-                    f"The checkpoint holds {holds}: {do} model.lora, as the run that wrote it did."
-                )
-            if was.get("weights") != now.get("weights"):
-                raise ValueError(
-                    f"The checkpoint's adapters were trained on a UNet with other weights (digest "
-                    f"{was['weights']}) than model.unet has (digest {now['weights']}): give them "
-                    "the same base."
-                )
-            if was == now:  # a moved folder is another name of the same weights
-                continue
-        if isinstance(was, dict):
-            keys = [key for key in now if was.get(key) != now[key]]
-            was, now = {k: was.get(k) for k in keys}, {k: now[k] for k in keys}
-        raise ValueError(
-            f"The checkpoint's {name} has {was}, the config has {now}: a checkpoint goes on with "
-            "the settings it was made with."
-        )
-
-
 def _conditioning(conditioner: Conditioner, batch: dict[str, Any], keep: Tensor) -> Conditioning:
     """Take captions' embeddings from the batch or the encoder, null's where they are dropped.
 
@@ -849,15 +735,6 @@ def _conditioning(conditioner: Conditioner, batch: dict[str, Any], keep: Tensor)
     kept = zip(batch["caption"], keep.tolist(), strict=True)
     encoded: Conditioning = conditioner([caption if keeps else "" for caption, keeps in kept])
     return encoded
-
-
-def _decisive(unet: dict[str, Any]) -> dict[str, Any]:
-    """Take from a UNet's description what a resumed run must share."""
-    settings = dict(unet["init_args"])
-    if "lora" in settings:
-        return {name: settings[name] for name in ("weights", "lora")}
-    config: dict[str, Any] = settings["config"]
-    return config
 
 
 def _new_unet(

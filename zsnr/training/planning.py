@@ -32,11 +32,12 @@ from zsnr.reports.plan import (
     trainable,
 )
 from zsnr.training.caching import build
+from zsnr.training.checks import check_unsharded
 from zsnr.training.data import DataModule
 from zsnr.training.draws import training_draws
 from zsnr.training.ema import update_average
 from zsnr.training.lightning_cli import check_model, is_sharded, parse_fit
-from zsnr.training.module import LatentDiffusion, check_unsharded
+from zsnr.training.module import LatentDiffusion
 
 # Lightning's names of precision: of the weights, and of autocast.
 _PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {

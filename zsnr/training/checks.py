@@ -1,0 +1,116 @@
+"""Settings of a model that contradict each other, or the checkpoint that a run resumes from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from zsnr.guidance import Guidance
+from zsnr.lora import require_peft
+from zsnr.loss import LossWeighting
+from zsnr.prediction import PredictionType, check_prediction_type
+from zsnr.schedule import NoiseSchedule
+from zsnr.timesteps import get_timesteps
+
+
+def check_settings(
+    schedule: NoiseSchedule,
+    prediction_type: PredictionType,
+    loss: LossWeighting,
+    spacing: str,
+    num_steps: int,
+) -> None:
+    """Refuse settings that contradict each other, before anything is loaded.
+
+    Raises:
+        ValueError: epsilon at zero SNR, a terminal step without weight, or a grid that cannot be.
+    """
+    check_prediction_type(prediction_type, schedule)
+    loss.table(schedule, prediction_type)
+    get_timesteps(spacing, num_steps, schedule.num_timesteps, schedule=schedule)
+
+
+def check_guidance(guidance: Guidance, averaged: bool) -> None:
+    """Refuse guidance away from raw weights where there are no averaged ones.
+
+    Raises:
+        ValueError: guidance.against is "raw", and weights are not averaged.
+    """
+    if guidance.against == "raw" and not averaged:
+        raise ValueError(
+            "model.sampling.guidance.against: raw leads from the raw weights to the averaged ones, "
+            "but model.ema is null: average weights, or guide against negative."
+        )
+
+
+def check_lora(unet: Any, trains_text: bool) -> None:
+    """Refuse adapters that have nothing to adapt, or more beside them; loads nothing.
+
+    Raises:
+        ValueError: So it is, or peft is not installed.
+    """
+    if not isinstance(unet, str):
+        raise ValueError(
+            "model.lora adapts a pretrained UNet, but model.unet is the size of a new one: give "
+            "the folder or hub id of a model, or train without model.lora."
+        )
+    if trains_text:
+        raise ValueError(
+            "model.lora trains adapters of the UNet alone: set the conditioner's trainable: false."
+        )
+    require_peft()
+
+
+def check_unsharded(adapters: bool) -> None:
+    """Refuse to shard adapters.
+
+    Raises:
+        ValueError: There are some.
+    """
+    if adapters:
+        raise ValueError(
+            "model.lora does not train with FullyShardedStrategy: adapters and their optimizer "
+            "state fit on each device. Use trainer.strategy auto or ddp."
+        )
+
+
+def check_resumed(theirs: dict[str, Any], own: dict[str, Any]) -> None:
+    """Refuse a checkpoint that was made with other settings than these.
+
+    Raises:
+        ValueError: One differs; says how.
+    """
+    for name, value in own.items():
+        if theirs[name] == value:
+            continue
+        was, now = theirs[name], value
+        if name == "unet":
+            was, now = _decisive(was), _decisive(now)
+            if ("lora" in was) != ("lora" in now):
+                holds, do = ("adapters", "set") if "lora" in was else ("a whole UNet", "unset")
+                raise ValueError(
+                    f"The checkpoint holds {holds}: {do} model.lora, as the run that wrote it did."
+                )
+            if was.get("weights") != now.get("weights"):
+                raise ValueError(
+                    f"The checkpoint's adapters were trained on a UNet with other weights (digest "
+                    f"{was['weights']}) than model.unet has (digest {now['weights']}): give them "
+                    "the same base."
+                )
+            if was == now:  # a moved folder is another name of the same weights
+                continue
+        if isinstance(was, dict):
+            keys = [key for key in now if was.get(key) != now[key]]
+            was, now = {k: was.get(k) for k in keys}, {k: now[k] for k in keys}
+        raise ValueError(
+            f"The checkpoint's {name} has {was}, the config has {now}: a checkpoint goes on with "
+            "the settings it was made with."
+        )
+
+
+def _decisive(unet: dict[str, Any]) -> dict[str, Any]:
+    """Take from a UNet's description what a resumed run must share."""
+    settings = dict(unet["init_args"])
+    if "lora" in settings:
+        return {name: settings[name] for name in ("weights", "lora")}
+    config: dict[str, Any] = settings["config"]
+    return config
