@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-import torch.distributed as dist
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -31,7 +27,6 @@ from zsnr.data.cache import Cache, check_cache
 from zsnr.data.prompts import PromptRequest
 from zsnr.denoiser import Conditioning
 from zsnr.described import class_path
-from zsnr.files import side_file
 from zsnr.lora import AdaptedUNet, LoRA
 from zsnr.loss import LossWeighting, diffusion_loss
 from zsnr.networks import UNet, UNetConfig
@@ -59,8 +54,9 @@ from zsnr.training.ema import EMAConfig, averaged_copy, update_average
 from zsnr.training.global_batch import GlobalBatch
 from zsnr.training.learning_rate import LearningRate
 from zsnr.training.loggers import guard_loggers
-from zsnr.training.progress import NonFiniteError, Progress
+from zsnr.training.progress import Progress
 from zsnr.training.resuming import Verdict, changes, check_changes, flat, verdict_on
+from zsnr.training.skipped_steps import check_last_steps, record_skipped
 from zsnr.training.strategy import (
     FullyShardedStrategy,
     check_strategy,
@@ -70,12 +66,6 @@ from zsnr.training.strategy import (
 )
 from zsnr.training.tags import at_timestep
 from zsnr.training.watchdog import Watchdog
-
-_SKIPPED_AT_THE_END = 3  # steps in a row with which a run is no success
-_CURE = (
-    "Set trainer.gradient_clip_val, use bf16 in the place of fp16, and resume from a checkpoint "
-    "before them, or start from scratch with a lower learning rate."
-)
 
 
 class LatentDiffusion(L.LightningModule):
@@ -427,7 +417,10 @@ class LatentDiffusion(L.LightningModule):
         self._grad_norm = norm
         self._skip = not (math.isfinite(loss) and math.isfinite(norm))
         if self._skip:
-            self._skip_step(loss, norm, [(keys, losses) for keys, losses, _ in micro_batches])
+            samples = [(keys, losses) for keys, losses, _ in micro_batches]
+            record_skipped(
+                self.trainer, self._progress, loss, norm, samples, self.max_skipped_steps
+            )
             for p in self.trained.parameters():
                 p.grad = None  # an optimizer changes nothing that has no gradient
         else:
@@ -462,59 +455,15 @@ class LatentDiffusion(L.LightningModule):
             grads = [p.grad for p in self.trained.parameters() if p.grad is not None]
             torch._foreach_mul_(grads, gradient_clip_val / self._grad_norm)
 
-    def _skip_step(self, loss: float, norm: float, batches: list[tuple[list[str], Tensor]]) -> None:
-        """Write down a step that is not finite.
-
-        Raises:
-            NonFiniteError: There were too many in a row.
-        """
-        self._progress.skipped_in_a_row += 1
-        self._progress.skipped += 1
-        step = self.trainer.global_step
-        bad = [
-            key
-            for keys, losses in batches
-            for key, value in zip(keys, losses.tolist(), strict=True)
-            if not math.isfinite(value)
-        ]
-        keys = bad or [key for keys, _ in batches for key in keys]
-        everywhere: list[Any] = [keys]
-        if dist.is_initialized():
-            everywhere = [None] * dist.get_world_size()
-            dist.all_gather_object(everywhere, (bool(bad), keys))
-            worst = any(is_bad for is_bad, _ in everywhere)
-            everywhere = [keys for is_bad, keys in everywhere if is_bad or not worst]
-        keys = [key for some in everywhere for key in some]
-        line = {"step": step, "loss": str(loss), "grad_norm": str(norm), "keys": keys}
-        path = Path(self.trainer.default_root_dir) / "skipped_steps.jsonl"
-        if self.trainer.is_global_zero:
-            with side_file(path), open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-            warnings.warn(
-                f"Step {step} is skipped: loss {loss:g}, gradient norm {norm:g}, samples "
-                f"{', '.join(keys[:4])}{' ...' if len(keys) > 4 else ''}; all are in {path}.",
-                stacklevel=2,
-            )
-        if self._progress.skipped_in_a_row > self.max_skipped_steps:
-            raise NonFiniteError(
-                f"{self._progress.skipped_in_a_row} steps in a row had a loss or gradient that is "
-                f"not finite, the last with samples {', '.join(keys[:4])}; see {path}. {_CURE}"
-            )
-
     def on_train_end(self) -> None:
-        """Refuse to call a run a success that has learned nothing, at least of late.
+        """Refuse to call a run a success if it has learned nothing in its last steps.
 
         Raises:
             NonFiniteError: All its steps, or the last of them, were skipped.
         """
-        steps, row = self.trainer.global_step - self._first_step, self._progress.skipped_in_a_row
-        if self.stop_agreed or not steps or row < min(steps, _SKIPPED_AT_THE_END):
-            return
-        raise NonFiniteError(
-            f"The run has ended, but the last {row} of {self.trainer.global_step} steps were "
-            "skipped: their loss or gradient was not finite; see "
-            f"{Path(self.trainer.default_root_dir) / 'skipped_steps.jsonl'}. {_CURE}"
-        )
+        steps = self.trainer.global_step - self._first_step
+        if not self.stop_agreed:
+            check_last_steps(self.trainer, self._progress, steps)
 
     def on_train_start(self) -> None:
         """Say so where a resumed run keeps its learning rate, and the config has another."""
