@@ -269,7 +269,7 @@ def test_checkpoints_that_mean_harm_are_refused(tmp_path, monkeypatch):
 
 
 def test_mutated_checkpoints_are_read_or_refused(tmp_path):
-    from zsnr.checkpoints.own import open_checkpoint
+    from zsnr.checkpoints.checkpoint_file import open_checkpoint
 
     path, draw = tmp_path / "a.ckpt", random.Random(0)
     refused = foreign = 0

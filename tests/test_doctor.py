@@ -422,7 +422,7 @@ def test_runs_tell_the_weight_of_the_last_step(tmp_path):
 
 
 def test_checkpoints_are_opened_only_when_asked(tmp_path):
-    from zsnr.checkpoints.own import KEY
+    from zsnr.checkpoints.checkpoint_file import KEY
 
     path = tmp_path / "a.ckpt"
     model = {key: RUN[key] for key in ("schedule", "prediction_type", "image_size")}

@@ -863,7 +863,7 @@ def test_wrong_commands_end_with_one_line(run, capsys, options, message):
 
 
 def test_a_checkpoint_that_cannot_go_is_refused_before_its_weights(tmp_path, monkeypatch, capsys):
-    from zsnr.checkpoints.own import describe_model
+    from zsnr.checkpoints.checkpoint_file import describe_model
 
     checkpoint = {"state_dict": {}, "zsnr": describe_model(tiny.model())}
     torch.save(checkpoint, tmp_path / "pixels.ckpt")

@@ -22,7 +22,7 @@ from zsnr import (
     trailing,
 )
 from zsnr.checkpoints import Model
-from zsnr.checkpoints.own import describe_model
+from zsnr.checkpoints.checkpoint_file import describe_model
 from zsnr.codecs import PixelCodec
 from zsnr.conditioning import NullConditioner
 from zsnr.networks import UNet

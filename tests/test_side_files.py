@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import Callback
 from test_ranks import Poison
 from test_stops import config
 
-from zsnr.checkpoints.own import open_checkpoint
+from zsnr.checkpoints.checkpoint_file import open_checkpoint
 from zsnr.cli import main
 from zsnr.files import HeldFolder
 from zsnr.training import ImageMetrics, PredictionWriter

@@ -14,7 +14,7 @@ import torch
 
 from zsnr import NoiseSchedule
 from zsnr.checkpoints import read_checkpoint, sharded
-from zsnr.checkpoints.own import KEY
+from zsnr.checkpoints.checkpoint_file import KEY
 from zsnr.checkpoints.run_facts import read_run_facts
 from zsnr.checkpoints.shard_index import read_index
 from zsnr.data.caption_files import read_captions

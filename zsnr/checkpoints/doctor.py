@@ -481,7 +481,7 @@ def _examine_beside(target: str, path: Path, beside: LdmYaml) -> Diagnosis:
 
 def _open(path: Path) -> dict[str, Any]:
     """Read what a checkpoint says of itself."""
-    from zsnr.checkpoints.own import KEY, open_checkpoint
+    from zsnr.checkpoints.checkpoint_file import KEY, open_checkpoint
     from zsnr.checkpoints.sharded import is_sharded, read_rest
 
     checkpoint = read_rest(path) if is_sharded(path) else open_checkpoint(path)

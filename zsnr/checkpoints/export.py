@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from zsnr.checkpoints.card import model_card
+from zsnr.checkpoints.checkpoint_file import KEY, describe_model, open_checkpoint, read_checkpoint
 from zsnr.checkpoints.diffusers_folder import read_diffusers_folder
 from zsnr.checkpoints.lora import merge
 from zsnr.checkpoints.model import Model
-from zsnr.checkpoints.own import KEY, describe_model, open_checkpoint, read_checkpoint
 from zsnr.checkpoints.run_facts import published, read_run_facts
 from zsnr.checkpoints.scheduler_config import scheduler_config
 from zsnr.checkpoints.sharded import is_sharded

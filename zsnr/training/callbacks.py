@@ -17,7 +17,7 @@ from torch import Tensor
 
 from zsnr.agreement import on_first_rank
 from zsnr.checkpoints import sharded
-from zsnr.checkpoints.own import describe_model
+from zsnr.checkpoints.checkpoint_file import describe_model
 from zsnr.data.images import to_unit_range
 from zsnr.data.prompts import PromptRequest
 from zsnr.files import HeldFolder, replacing, side_file
