@@ -163,7 +163,7 @@ def test_schedules_are_diffusers(settings):
 
 
 def test_unknown_schedules_are_refused():
-    with pytest.raises(ValueError, match="not a variance-preserving schedule"):
+    with pytest.raises(ValueError, match="no variance-preserving schedule"):
         schedule_from_diffusers({"_class_name": "FlowMatchEulerDiscreteScheduler"})
     with pytest.raises(ValueError, match="Known: 'linear'"):
         schedule_from_diffusers({"beta_schedule": "sigmoid"})

@@ -613,7 +613,9 @@ def test_slow_decoders_get_no_large_image():
     data = bytearray(encoded(Image.new("RGB", (8, 8)), "JPEG2000"))
     at = data.index(b"ihdr") + 4
     data[at : at + 8] = struct.pack(">II", 8000, 8000)
-    with pytest.raises(ValueError, match="8000 x 8000 pixels: wanted at most 20000000 in a JPEG2000"):
+    with pytest.raises(
+        ValueError, match="8000 x 8000 pixels: wanted at most 20000000 in a JPEG2000"
+    ):
         image_size(bytes(data))
 
 

@@ -114,7 +114,7 @@ def test_a_config_and_a_board_that_cannot_be_written_do_not_end_a_run(
     def broken(*args):
         raise RuntimeError("no font")
 
-    monkeypatch.setattr("zsnr.files._TOLD", set())
+    monkeypatch.setattr("zsnr.files._WARNED", set())
     monkeypatch.setattr(TrainingBoard, "_measure", broken)
     monkeypatch.setattr("zsnr.training.board.schedule_figure", broken)
     settings = tmp_path / "logger.yaml"

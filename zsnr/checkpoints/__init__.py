@@ -1,4 +1,4 @@
-"""Models in and out: diffusers folders and schedulers, single files, own checkpoints."""
+"""Reading and writing of models: diffusers folders and schedulers, single files, checkpoints."""
 
 from zsnr.checkpoints.adapter import DiffusersScheduler
 from zsnr.checkpoints.checkpoint_file import read_checkpoint

@@ -71,7 +71,7 @@ def read_captions(path: str | Path, num_images: int, seed: int = 0) -> list[Capt
 
 
 def _coco(text: str) -> dict[int, tuple[str, str]]:
-    content = parse_json(text, most=_MAX_ENTRIES)
+    content = parse_json(text, limit=_MAX_ENTRIES)
     annotations = content.get("annotations") if isinstance(content, dict) else None
     if not isinstance(annotations, list):
         raise ValueError("wanted an object with annotations, as COCO's captions have it.")
