@@ -40,9 +40,9 @@ from fuzz_inputs import (
 from zsnr import NoiseSchedule
 from zsnr.checkpoints import read_checkpoint, read_diffusers_folder, read_single_file
 from zsnr.checkpoints.card import model_card
+from zsnr.checkpoints.checkpoint_file import KEY, describe_model
 from zsnr.checkpoints.doctor import fix
 from zsnr.checkpoints.model import Model
-from zsnr.checkpoints.own import KEY, describe_model
 from zsnr.checkpoints.run_facts import published, read_run_facts
 from zsnr.checkpoints.sharded import check, write_sharded
 from zsnr.checkpoints.single_file import read_marks, write_single_file

@@ -56,8 +56,8 @@ LICENSE = f"""\
 These weights were trained on OpenMoji pictures only (https://openmoji.org, CC BY-SA 4.0) and are
 shared under the same licence, Creative Commons Attribution-ShareAlike 4.0 International.
 
-Licence summary: {LICENSE_URL}
-Licence text:    {LICENSE_URL}legalcode
+License summary: {LICENSE_URL}
+License text:    {LICENSE_URL}legalcode
 """
 
 

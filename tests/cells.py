@@ -17,7 +17,7 @@ import torch.distributed.fsdp
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 
-from zsnr.checkpoints.own import read_checkpoint
+from zsnr.checkpoints.checkpoint_file import read_checkpoint
 from zsnr.codecs import AutoencoderKLCodec, PixelCodec
 from zsnr.conditioning import SDXLConditioner
 from zsnr.data import storage

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from test_training import data, module, trainer
 
 from zsnr import NoiseSchedule, diffusion_loss
-from zsnr.checkpoints.own import open_checkpoint
+from zsnr.checkpoints.checkpoint_file import open_checkpoint
 from zsnr.checkpoints.run_facts import read_run_facts
 from zsnr.networks import UNet
 from zsnr.training import Checkpoints, LatentDiffusion

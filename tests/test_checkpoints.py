@@ -163,7 +163,7 @@ def test_schedules_are_diffusers(settings):
 
 
 def test_unknown_schedules_are_refused():
-    with pytest.raises(ValueError, match="not a variance-preserving schedule"):
+    with pytest.raises(ValueError, match="no variance-preserving schedule"):
         schedule_from_diffusers({"_class_name": "FlowMatchEulerDiscreteScheduler"})
     with pytest.raises(ValueError, match="Known: 'linear'"):
         schedule_from_diffusers({"beta_schedule": "sigmoid"})
@@ -269,7 +269,7 @@ def test_checkpoints_that_mean_harm_are_refused(tmp_path, monkeypatch):
 
 
 def test_mutated_checkpoints_are_read_or_refused(tmp_path):
-    from zsnr.checkpoints.own import open_checkpoint
+    from zsnr.checkpoints.checkpoint_file import open_checkpoint
 
     path, draw = tmp_path / "a.ckpt", random.Random(0)
     refused = foreign = 0

@@ -371,7 +371,7 @@ def test_an_own_sampler_by_its_class_path(run, folder, tmp_path, monkeypatch):
         (["--guidance-method=apgg"], "'cfg', 'apg', 'cfg_zero_star', 'cfg_pp'"),
         (["--guidance-method=cfg_pp"], "Guidance scale 7.5 with method 'cfg_pp'"),
         (["--guidance-curve=[[0,1],[0,2]]"], "wanted knots that ascend"),
-        (["--guidance-apg-norm=2"], "belongs to method 'apg'"),
+        (["--guidance-apg-norm=2"], "is a setting of method 'apg'"),
         (["--guidance-against=raw", "--model.ema=null"], "but model.ema is null"),
         (
             [

@@ -16,7 +16,7 @@ from PIL import Image
 from zsnr import Guidance, NoiseSchedule
 from zsnr.assets import resolve_asset
 from zsnr.checkpoints import Model
-from zsnr.checkpoints.own import describe_model
+from zsnr.checkpoints.checkpoint_file import describe_model
 from zsnr.cli import main
 from zsnr.codecs import PixelCodec
 from zsnr.conditioning import NullConditioner

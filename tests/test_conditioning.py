@@ -315,7 +315,7 @@ def test_fingerprints_of_conditioners(tmp_path, tiny_open_clip):
         "weights": blake2b(weights.read_bytes(), digest_size=16).hexdigest(),
     }
     assert NullConditioner(4).fingerprint() != NullConditioner(5).fingerprint()
-    with pytest.raises(ValueError, match="weights are trained along"):
+    with pytest.raises(ValueError, match="weights are trained jointly"):
         small(trainable=True).fingerprint()
     with pytest.raises(ValueError, match="weights are random"):
         small().fingerprint()
@@ -415,7 +415,7 @@ def test_remembered_is_described_as_what_it_holds(tmp_path):
     assert describe(remembered) == describe(Remembered(remembered)) == describe(inner)
     assert remembered.fingerprint() == inner.fingerprint()
     assert type(build(describe(remembered), Conditioner)) is TransformersConditioner
-    with pytest.raises(ValueError, match="are trained along: its embeddings cannot be kept"):
+    with pytest.raises(ValueError, match="are trained jointly: its embeddings cannot be cached"):
         Remembered(small(trainable=True))
 
 

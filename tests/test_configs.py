@@ -81,7 +81,7 @@ ORIGINAL = "model:\n  target: ldm.models.LatentDiffusion\n  params: {parameteriz
         ("data: {train: a, train: b}", "line 1: 'train' stands in it twice"),
         ("data: !!python/object/apply:os.system [x]", "line 1: could not determine a constructor"),
         ("data: " + "[" * 5000, "nested too deeply"),
-        (BOMB, "its aliases stand for too much"),
+        (BOMB, "its aliases expand to too many values"),
         ("a: " + "b" * 300_000, "wanted at most 200000"),
         ("version https://git-lfs.github.com/spec/v1\n", "a git-lfs pointer"),
         ("<!DOCTYPE html><html>", "an HTML page"),

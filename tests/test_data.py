@@ -172,7 +172,7 @@ def test_a_broken_picture_is_replaced_by_another_of_its_bucket(tmp_path):
 def test_all_broken_stops(tmp_path):
     members = {"a.png": tiny.png("red")[:60], "a.txt": b""}
     own = dataset(tiny.write_shard(tmp_path / "x.tar", members))
-    with pytest.raises(BudgetError, match=r"32 samples in a row.*sample 'a'"):
+    with pytest.raises(BudgetError, match=r"32 consecutive samples.*sample 'a'"):
         own[0]
 
 
@@ -220,7 +220,7 @@ def test_what_storage_does_never_changes_the_batch(tmp_path, monkeypatch, kind):
             own[2]
     for lasting in (FileNotFoundError(errno.ENOENT, "x"), PermissionError(errno.EACCES, "x")):
         failures[:] = [lasting]
-        name = f"{source}, sample '{wanted[2]}', was there when it was indexed"
+        name = f"{source}, sample '{wanted[2]}', existed when the data was indexed"
         with pytest.raises(StorageError, match=re.escape(name)):
             own[2]
         assert failures == []

@@ -108,7 +108,7 @@ def test_the_report(tmp_path, capsys):
         assert f"report/{picture}.png" in text
         assert Image.open(out / "report" / f"{picture}.png").width > 300
     assert main(command) == 2
-    assert "is not empty and stays as it is" in capsys.readouterr().err
+    assert "is not empty and is left unchanged" in capsys.readouterr().err
 
 
 def test_broken_pictures_have_no_replacement(tmp_path, capsys):
@@ -152,7 +152,7 @@ def test_data_that_cannot_be_reported(tmp_path, capsys):
     assert main([*same, "--filter", "image_width>=99"]) == 2
     assert "No samples are left of 3" in capsys.readouterr().err
     assert main([*same, "--filter", "score>5"]) == 2
-    assert "wanted such as 'aesthetic>=5'" in capsys.readouterr().err
+    assert "wanted a filter such as 'aesthetic>=5'" in capsys.readouterr().err
     assert main([*same, "--image-size", "0"]) == 2
     assert "--image-size 0: wanted at least 1" in capsys.readouterr().err
     (tmp_path / "cache").mkdir()
@@ -175,5 +175,5 @@ def test_filters_as_texts():
     assert parse_filter("LANGUAGE in en, de") == Filter("LANGUAGE", one_of=("en", "de"))
     assert parse_filter("n not in 1,2") == Filter("n", none_of=(1.0, 2.0))
     for text in ("", "a", "a>=x", "a in", "a=5", ">=5"):
-        with pytest.raises(ValueError, match="wanted such as"):
+        with pytest.raises(ValueError, match="wanted a filter such as"):
             parse_filter(text)

@@ -293,7 +293,9 @@ def test_a_lost_shard_stops_the_run_with_its_name(tmp_path, workers):
     data = module(str(folder), num_workers=workers)
     take(data, 1)
     (folder / "00001.tar").unlink()
-    with pytest.raises(StorageError, match=r"00001.tar, sample '000\d\d', was there when it was"):
+    with pytest.raises(
+        StorageError, match=r"00001.tar, sample '000\d\d', existed when the data was"
+    ):
         [data.on_before_batch_transfer(batch, 0) for batch in data.train_dataloader()]
 
 

@@ -223,7 +223,7 @@ def test_off_grid_steps_are_those_that_diffusers_takes(theirs, name, spacing):
     declared = declare({"_class_name": name, **config})
     if name != "DDIMScheduler":
         expected = name == "PNDMScheduler"
-        assert declared.scheduler.recomputes_neighbour == expected
+        assert declared.scheduler.recomputes_next == expected
         assert (off_grid_steps(declared, 48) > 0) == (expected and spacing != "leading")
         return
     scheduler = make(theirs[name], **config)
@@ -273,7 +273,7 @@ def test_which_classes_survive_zero_snr(theirs, name):
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "not a variance-preserving schedule"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "no variance-preserving schedule"),
         ({"_class_name": "MyScheduler"}, "Known: DDIMScheduler"),
         ({"_class_name": ["DDIMScheduler"]}, "a list is unknown"),
         ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, "flow matching"),

@@ -145,7 +145,7 @@ def test_well_known_models(name, verdict, prediction_type):
         (
             {"_class_name": "FlowMatchEulerDiscreteScheduler"},
             "unreadable",
-            "not a variance-preserving",
+            "no variance-preserving",
         ),
         (
             {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"},
@@ -235,7 +235,7 @@ def test_diffusers_folders(tmp_path):
     assert found.facts["model"] == "SD 2, context of 1024, latents of 64x64"
     found = examine(diffusers_folder(tmp_path / "b", OURS, "PNDMScheduler"))
     assert (found.verdict, found.facts["scheduler"]) == ("inconsistent", "PNDMScheduler")
-    assert any("diffusers takes the first" in text for text in found.warnings)
+    assert any("diffusers uses the first" in text for text in found.warnings)
     assert found.changes == ('model_index.json: "scheduler": ["diffusers", "DDIMScheduler"]',)
     (tmp_path / "a" / "scheduler" / "scheduler_config.json").unlink()
     assert "cannot be read" in examine(tmp_path / "a").reason
@@ -249,8 +249,8 @@ def test_links_out_of_a_folder_are_refused(tmp_path):
     config.symlink_to(secret)
     found = examine(folder)
     assert found.verdict == "unreadable"
-    assert "leads out of" in found.reason
-    with pytest.raises(ValueError, match="leads out of"):
+    assert "is a link out of" in found.reason
+    with pytest.raises(ValueError, match="is a link out of"):
         fix(folder, in_place=True)
     assert json.loads(secret.read_text()) == OURS
 
@@ -267,11 +267,11 @@ def test_links_out_of_plain_folders_and_runs_are_refused(tmp_path, name):
     for target in targets:
         found = examine(target)
         assert found.verdict == "unreadable"
-        assert "leads out of" in found.reason
+        assert "is a link out of" in found.reason
     if name == "scheduler_config.json":
         link.unlink()
         link.symlink_to(write(secret, {**OURS, "timestep_spacing": "leading"}))
-        with pytest.raises(ValueError, match="leads out of"):
+        with pytest.raises(ValueError, match="is a link out of"):
             fix(tmp_path / "a", in_place=True)
 
 
@@ -329,11 +329,11 @@ ZERO, SIGNAL = NoiseSchedule().alphas_cumprod, NoiseSchedule(zero_terminal_snr=F
                 "metadata": {"ss_v_parameterization": "True", "ss_zero_terminal_snr": "True"},
             },
             "fixed",
-            "the metadata says",
+            "the metadata declares",
         ),
         ({"shapes": LORA, "metadata": {"ss_zero_terminal_snr": "True"}}, "inconsistent", "epsilon"),
         ({"shapes": LORA}, "flawed", "no marks"),
-        ({"shapes": {"x": (2,)}}, "unreadable", "those of no Stable Diffusion"),
+        ({"shapes": {"x": (2,)}}, "unreadable", "match no known Stable Diffusion"),
         ({"shapes": {"x": (2,)}, "marks": ("v_pred",)}, "flawed", "v_pred alone"),
         ({"shapes": THEIRS}, "unreadable", "the folder that holds model_index.json"),
         ({"shapes": THEIRS, "marks": ("v_pred", "ztsnr")}, "fixed", "both marks"),
@@ -375,7 +375,7 @@ def test_single_files_say_what_they_are_of(tmp_path):
         ({"schedule": NoiseSchedule(zero_terminal_snr=False).settings()}, "flawed", "keeps signal"),
         ({"sampling": {**DEFAULT_SAMPLING, "spacing": "leading"}}, "inconsistent", "t = 980"),
         ({"format": 2}, "unreadable", "format 1"),
-        ({"schedule": None}, "unreadable", "which schedule"),
+        ({"schedule": None}, "unreadable", "record the run's schedule"),
         ({"schedule": []}, "unreadable", "wanted settings"),
         ({"schedule": {"num_timesteps": 10**9}}, "unreadable", "wanted an int, 2 to 100000"),
         ({"schedule": {"betas": ["linear"]}}, "unreadable", "betas is a list"),
@@ -403,7 +403,7 @@ def test_runs_tell_the_weight_of_the_last_step(tmp_path):
     run_facts.write_run_facts(tmp_path, {**RUN, "loss": {"name": "min_snr", "gamma": 5.0}})
     found = examine(tmp_path)
     assert found.facts["terminal_loss_weight"] == 0
-    assert any("hardly learns" in text for text in found.warnings)
+    assert any("barely learns" in text for text in found.warnings)
     assert any("uniform" in text for text in found.changes)
     run_facts.write_run_facts(tmp_path, RUN)
     assert examine(tmp_path).facts["terminal_loss_weight"] == 1
@@ -422,7 +422,7 @@ def test_runs_tell_the_weight_of_the_last_step(tmp_path):
 
 
 def test_checkpoints_are_opened_only_when_asked(tmp_path):
-    from zsnr.checkpoints.own import KEY
+    from zsnr.checkpoints.checkpoint_file import KEY
 
     path = tmp_path / "a.ckpt"
     model = {key: RUN[key] for key in ("schedule", "prediction_type", "image_size")}
@@ -545,7 +545,7 @@ def test_spacings_of_other_schedules_are_warned_of_at_zero_snr(
 def test_beta_sigmas_are_warned_of_at_zero_snr(tmp_path, zero):
     config = {"_class_name": "EulerDiscreteScheduler", "use_beta_sigmas": True}
     found = judge(tmp_path, **config, rescale_betas_zero_snr=zero)
-    assert any("divides sigma itself" in text for text in found.warnings) == zero
+    assert any("divides sigma, which is unbounded" in text for text in found.warnings) == zero
 
 
 @pytest.mark.parametrize(
@@ -691,7 +691,7 @@ def test_what_is_to_be_changed_is_enough(tmp_path):
         for line in found.changes:
             if line.startswith("if not, "):
                 continue
-            entry = line.partition(": ")[2].removesuffix(", if the model was trained so")
+            entry = line.partition(": ")[2].removesuffix(", if the model was trained this way")
             config.update(json.loads(f"{{{entry}}}"))
         path = write(tmp_path, {"prediction_type": "v_prediction", **config})
         assert examine(path).verdict == "fixed", found.changes

@@ -655,7 +655,7 @@ def test_adapters_are_merged_first(tmp_path, exported):
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     tuned = dataclasses.replace(made, unet=adapted)
-    with pytest.raises(ValueError, match=r"carries LoRA adapters: merge them"):
+    with pytest.raises(ValueError, match=r"has LoRA adapters: merge them"):
         export_diffusers(tuned, tmp_path / "out")
     export_diffusers(merge(tuned), tmp_path / "out")
     assert_same(tuned, load(tmp_path / "out"), 5)
@@ -673,7 +673,7 @@ def test_a_folder_is_never_written_over(tmp_path, exported):
 def test_a_folder_that_cannot_be_is_refused_before_anything_is_read(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(["export", "nothing.ckpt", "--output", str(tmp_path / "file" / "x" / "y")]) == 2
-    assert f"{tmp_path / 'file'} is not a folder to write to" in capsys.readouterr().err
+    assert f"{tmp_path / 'file'} is not a writable folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -863,7 +863,7 @@ def test_wrong_commands_end_with_one_line(run, capsys, options, message):
 
 
 def test_a_checkpoint_that_cannot_go_is_refused_before_its_weights(tmp_path, monkeypatch, capsys):
-    from zsnr.checkpoints.own import describe_model
+    from zsnr.checkpoints.checkpoint_file import describe_model
 
     checkpoint = {"state_dict": {}, "zsnr": describe_model(tiny.model())}
     torch.save(checkpoint, tmp_path / "pixels.ckpt")

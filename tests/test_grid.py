@@ -93,7 +93,7 @@ def test_a_file_is_a_spacing(optimized, tmp_path):
     assert get_timesteps(str(path), 4, schedule=SCHEDULE).tolist() == facts["timesteps"]
     with pytest.raises(ValueError, match=r"grid of 4 steps: wanted 10\. Set num_steps=4"):
         get_timesteps(str(path), 10)
-    with pytest.raises(ValueError, match="optimise one for this schedule"):
+    with pytest.raises(ValueError, match="optimize one for this schedule"):
         get_timesteps(str(path), 4, schedule=NoiseSchedule("cosine"))
     bare = tmp_path / "bare.json"
     bare.write_text('{"timesteps": [999, 300, 20]}')

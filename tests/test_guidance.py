@@ -217,7 +217,7 @@ def test_cfg_pp_is_lambda_at_the_ends():
         with pytest.raises(ValueError, match="'cfg_pp' (needs the timestep|has no scale)"):
             guidance.scale_at(alpha_t, sigma_t, *at_s)
     for missing in (lambda: guidance(POS, NEG), lambda: guidance.scales_at(POS, NEG)):
-        with pytest.raises(ValueError, match="needs the timestep that a step leads to"):
+        with pytest.raises(ValueError, match="needs the next timestep"):
             missing()
 
 
@@ -339,8 +339,8 @@ def test_the_percentile_is_torchs(percentile):
         ({"threshold": 0.0}, "threshold 0.0: wanted a percentile"),
         ({"threshold": 99.5}, "threshold 99.5: wanted a percentile"),
         ({"threshold": True}, "threshold True: wanted a percentile"),
-        ({"apg_norm": 2.5}, "apg_norm 2.5 with method 'cfg': it belongs to method 'apg'"),
-        ({"apg_parallel": 1.0, "method": "cfg_zero_star"}, "belongs to method 'apg'"),
+        ({"apg_norm": 2.5}, "apg_norm 2.5 with method 'cfg': it is a setting of method 'apg'"),
+        ({"apg_parallel": 1.0, "method": "cfg_zero_star"}, "is a setting of method 'apg'"),
         ({"apg_norm": 0.0, "method": "apg"}, "apg_norm 0.0: wanted a positive number"),
         ({"apg_parallel": math.nan, "method": "apg"}, "apg_parallel nan: wanted a number"),
         ({"method": "cfg_pp"}, "scale 7.5 with method 'cfg_pp': wanted a number in [0, 1]"),

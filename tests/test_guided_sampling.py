@@ -432,9 +432,9 @@ def test_multiscale_alone_takes_its_own_spacing():
 
 
 def test_auto_is_no_name_to_register():
-    with pytest.raises(ValueError, match="what is recommended"):
+    with pytest.raises(ValueError, match="selects the recommended"):
         register_sampler("auto")(DDIM)
-    with pytest.raises(ValueError, match="what is recommended"):
+    with pytest.raises(ValueError, match="selects the recommended"):
         register_spacing("auto")(trailing)
 
 

@@ -113,9 +113,9 @@ def test_inception_score_in_float64():
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (torch.empty(0, 4), "^0 pictures: wanted at least 2"),
-        (torch.randn(1, 4), "^1 pictures: wanted at least 2"),
-        (torch.ones(50, 4), "All 50 pictures have the same"),
+        (torch.empty(0, 4), "^0 images: wanted at least 2"),
+        (torch.randn(1, 4), "^1 images: wanted at least 2"),
+        (torch.ones(50, 4), "All 50 images have the same"),
         (torch.full((50, 4), math.nan), "not finite"),
     ],
 )
@@ -128,17 +128,17 @@ def test_pictures_without_a_distribution_are_refused(rows, message):
     ):
         with pytest.raises(ValueError, match=message):
             measure()
-    with pytest.raises(ValueError, match=message.replace("pictures", "real pictures")):
+    with pytest.raises(ValueError, match=message.replace("images", "real images")):
         statistics(rows)
 
 
 def test_what_lacks_features_or_pictures_is_refused():
     luma = real_statistics(torch.zeros(3), image_size=16, source="here")
-    with pytest.raises(ValueError, match="FID needs the features of real pictures"):
+    with pytest.raises(ValueError, match="FID needs the features of real images"):
         frechet_distance(luma, torch.randn(9, 4))
     with pytest.raises(ValueError, match="KID needs"):
         kernel_distance(luma, torch.randn(9, 4))
-    with pytest.raises(ValueError, match="19 pictures in 10 parts"):
+    with pytest.raises(ValueError, match="19 images in 10 splits"):
         inception_score(torch.randn(19, 4))
 
 
@@ -154,9 +154,9 @@ def test_statistics_are_written_once_and_belong_to_their_network(tmp_path):
     found.check("FILE", 16, "net", "here")
     found.check("FILE", 16, "", None)
     for wanted, message in (
-        ((32, "net", "here"), "FILE is of pictures of 16 pixels, the model makes 32"),
+        ((32, "net", "here"), "FILE describes images of 16 pixels, but the model generates 32"),
         ((16, "other", "here"), "features of 'net', wanted those of 'other'"),
-        ((16, "net", "there"), "other pictures"),
+        ((16, "net", "there"), "other images"),
     ):
         with pytest.raises(ValueError, match=message):
             found.check("FILE", *wanted)
@@ -229,7 +229,7 @@ def test_inception_weights_are_read_safely(inception_file, tmp_path):
             Inception(str(tmp_path / f"{name}.pth"))
     assert not (tmp_path / "exploded").exists()
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="holds other weights"):
+    with pytest.raises(ValueError, match="does not hold the weights"):
         Inception(str(tmp_path / "other.pth"))
     torch.save([1], tmp_path / "list.pth")
     with pytest.raises(ValueError, match="more than weights"):
@@ -309,7 +309,7 @@ def test_clip_score_by_open_clip(tmp_path, pictures):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("/nowhere", "no such folder. Wanted one with a CLIPModel"),
+        ("/nowhere", "no such folder. Wanted a folder with a CLIPModel"),
         ("ViT-X:file", "open_clip has no model 'ViT-X'"),
         ("ViT-B-32:/nowhere.pt", "no such file of weights of ViT-B-32"),
         ("EMPTY", "holds no config.json"),
@@ -337,7 +337,7 @@ def test_collected_brightness_is_that_of_all_pictures_at_once():
     ):
         with (
             pytest.warns(UserWarning, match="before the ``update``"),
-            pytest.raises(ValueError, match="has seen no"),
+            pytest.raises(ValueError, match="has no images"),
         ):
             metric.compute()
         for rows in images.split([3, 1, 3]):

@@ -318,8 +318,8 @@ def test_profiles_of_other_modes():
     ("mode", "content", "reason"),
     [
         ("RGB", b"junk" * 100, "cannot open"),
-        ("RGB", profile(), "it is of GRAY, the image of RGB"),
-        ("CMYK", ADOBE, "it is of RGB, the image of CMYK"),
+        ("RGB", profile(), "it is for GRAY, but the image is RGB"),
+        ("CMYK", ADOBE, "it is for RGB, but the image is CMYK"),
         ("RGB", ADOBE[:200], ""),
         ("RGB", bytes(5 << 20), "it is too large"),
     ],
@@ -602,18 +602,20 @@ def test_a_jpeg_of_very_many_scans_is_refused():
     thumbnails = b"\xff\xe1" + struct.pack(">H", 4002) + b"\xff\xda" * 2000
     data = tiny_jpeg()
     decode_image(data[:2] + thumbnails + data[2:] + b"\xff\xda" * 2000, 8, 8)  # none of a scan
-    with pytest.raises(ValueError, match="wanted at most 50 of so many"):
+    with pytest.raises(ValueError, match="wanted at most 50 for an image"):
         formats.check_scans(jpeg_of_scans(60), 64_000_000)
 
 
 def test_slow_decoders_get_no_large_image():
     data = b"P6\n2000 2000\n65535\n"
-    with pytest.raises(ValueError, match="slow to read"):
+    with pytest.raises(ValueError, match="slow to decode"):
         image_size(data)
     data = bytearray(encoded(Image.new("RGB", (8, 8)), "JPEG2000"))
     at = data.index(b"ihdr") + 4
     data[at : at + 8] = struct.pack(">II", 8000, 8000)
-    with pytest.raises(ValueError, match="8000 x 8000 pixels: of JPEG2000 .* at most 20000000"):
+    with pytest.raises(
+        ValueError, match="8000 x 8000 pixels: wanted at most 20000000 in a JPEG2000"
+    ):
         image_size(bytes(data))
 
 
@@ -664,7 +666,7 @@ def test_the_pixels_of_all_threads_are_bounded(monkeypatch):
     assert decode_image(huge, 8, 8).shape == (3, 8, 8)
     with pytest.raises(ValueError, match="not a readable"):
         decode_image(png_chunks((8, 8, 8, 2, 0, 0, 0), (b"IDAT", b"junk")), 8, 8)
-    assert budget._left == 3 * 64
+    assert budget._free == 3 * 64
 
 
 def test_a_fork_does_not_wait_for_threads_it_has_not():

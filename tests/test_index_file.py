@@ -151,7 +151,7 @@ def test_a_strange_index_is_made_again_with_one_line(shard, name, recwarn):
 )
 def test_ways_of_packing_that_hide_any_amount_are_refused(shard, options):
     file = rewrite(shard, **options)
-    with pytest.raises(ValueError, match="it is packed in a way that no index is"):
+    with pytest.raises(ValueError, match="it uses an encoding that no index uses"):
         read_rows(file)
 
 
@@ -172,7 +172,7 @@ def test_texts_are_not_written_out_before_they_are_judged(shard):
     change = tiled(2000, put("key", ["x" * 20_000] * 8000))
     file = rewrite(shard, change, lambda facts: {**facts, "size": size})
     read_footer(file)
-    with pytest.raises(ValueError, match="its texts would take 160000000 bytes"):
+    with pytest.raises(ValueError, match="its texts would expand to 160000000 bytes"):
         read_rows(file)
 
 
@@ -335,7 +335,7 @@ def test_a_cache_s_index_cannot_be_made_again(tmp_path, shard):
     with pytest.raises(ValueError, match=r"0.tar.index is not used .* run `zsnr data cache` again"):
         load(cached(tmp_path, b"x"))
     content = shard.with_name("s.tar.index").read_bytes()
-    with pytest.raises(ValueError, match="do not belong together: cache it again"):
+    with pytest.raises(ValueError, match="does not match its index: cache the data again"):
         load(cached(tmp_path, content))  # of another shard
 
 
@@ -366,7 +366,7 @@ def test_damaged_embeddings_of_a_cache_are_refused_in_one_line(tmp_path, content
 def test_a_weight_that_a_cache_makes_too_small_is_refused(tmp_path):
     cached(tmp_path, shards=[{"file": "0.tar", "weight": 0.01}])
     assert find_shards([Source(str(tmp_path), 0.1)])[0].weight == 0.001
-    with pytest.raises(ValueError, match="weight=0.01, which weight=0.001 makes 1e-05: wanted"):
+    with pytest.raises(ValueError, match="weight=0.01, so weight=0.001 results in 1e-05: wanted"):
         find_shards([Source(str(tmp_path), 0.001)])
 
 
@@ -490,7 +490,9 @@ def test_a_changed_shard_gets_another_file(sources, tmp_path, monkeypatch):
 def test_without_a_place_samples_stay_in_memory(sources, tmp_path, monkeypatch):
     monkeypatch.setattr(samples_module, "_IN_MEMORY", 0)
     (tmp_path / "file").touch()
-    with pytest.warns(UserWarning, match="cannot be written or mapped: .* in its own memory"):
+    with pytest.warns(
+        UserWarning, match="cannot be written or mapped: .* holds the index in memory"
+    ):
         samples = select(load(sources), 24, folder=tmp_path / "file" / "run")
     assert facts(samples) == facts(select(load(sources), 24))
 

@@ -140,7 +140,7 @@ def test_its_state_dict_is_strict(base):
 
 def test_nobody_writes_it_as_a_whole_unet(base, tmp_path):
     adapted = stirred(AdaptedUNet(str(base), SETTINGS))
-    with pytest.raises(ValueError, match="has adapters .* merge them first"):
+    with pytest.raises(ValueError, match="has adapters .* first merge them"):
         adapted.unet.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="has adapters"):
         adapted.unet.state_dict()
@@ -189,7 +189,7 @@ def test_wrong_targets_and_bases_are_refused(base, tmp_path):
     with pytest.raises(ValueError, match=r"holds no config\.json"):
         AdaptedUNet(str(tmp_path), SETTINGS)
     settings = AdaptedUNet(str(base), SETTINGS).settings()
-    with pytest.raises(ValueError, match="which is not there: .* holds no config"):
+    with pytest.raises(ValueError, match="which cannot be loaded: .* holds no config"):
         AdaptedUNet(**{**settings, "pretrained": str(tmp_path)})
     torch.manual_seed(9)
     UNet(tiny.UNET, channels=12, context_dim=16).unet.save_pretrained(tmp_path / "unet")
@@ -280,7 +280,7 @@ def test_a_moved_base_is_found_and_another_refused(run, base, tmp_path):
     shutil.copytree(base / "unet", tmp_path / "unet")
     model = read_checkpoint(run["checkpoint"], base=str(tmp_path))
     assert model.unet.settings()["pretrained"] == str(tmp_path)
-    with pytest.raises(ValueError, match="say where it is now"):
+    with pytest.raises(ValueError, match="set its new path"):
         read_checkpoint(run["checkpoint"], base=str(tmp_path / "elsewhere"))
 
 
@@ -430,7 +430,7 @@ def test_from_yaml_to_diffusers(config, stable, capsys):
 
     capsys.readouterr()
     wrong = {
-        "carries LoRA adapters: merge them": [checkpoint, "--output", "b"],
+        "has LoRA adapters: merge them": [checkpoint, "--output", "b"],
         "merge them (`zsnr export --merge`": [checkpoint, "--output", "b.safetensors"],
         "--merge writes a whole model": [
             *(checkpoint, "--output", "b.safetensors", "--format", "lora", "--merge")

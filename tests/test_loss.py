@@ -87,9 +87,9 @@ def test_loss_is_a_weighted_mean_in_float32():
 def test_wrong_input_is_refused():
     with pytest.raises(ValueError, match=r"\(2, 3\).*\(2, 4\)"):
         diffusion_loss(torch.ones(2, 3), torch.ones(2, 4))
-    with pytest.raises(ValueError, match="one weight a sample"):
+    with pytest.raises(ValueError, match="one weight per sample"):
         diffusion_loss(torch.ones(3, 2), torch.ones(3, 2), torch.ones(3, 1))
-    with pytest.raises(ValueError, match="one weight a sample"):
+    with pytest.raises(ValueError, match="one weight per sample"):
         diffusion_loss(torch.ones(1, 2), torch.ones(1, 2), torch.ones(1000))
     with pytest.raises(ValueError, match="Known: 'mean', 'none'"):
         diffusion_loss(torch.ones(1, 2), torch.ones(1, 2), reduction="sum")

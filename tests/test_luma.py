@@ -129,7 +129,7 @@ def test_paired_groups_are_drawn_together():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: luma(torch.zeros(0, 3, 4, 4)), "at least one picture"),
+        (lambda: luma(torch.zeros(0, 3, 4, 4)), "at least one image"),
         (lambda: luma(torch.zeros(2, 1, 4, 4)), r"\(B, 3, H, W\)"),
         (lambda: luma(torch.full((1, 3, 2, 2), math.nan)), "not finite"),
         (lambda: luma_percentile(torch.zeros(1, 3, 2, 2), 101), "q=101"),
@@ -143,7 +143,7 @@ def test_paired_groups_are_drawn_together():
         (lambda: bootstrap_interval(torch.mean, torch.ones(2), num_resamples=0), "at least 1"),
         (
             lambda: bootstrap_interval(torch.dist, torch.ones(2), torch.ones(3), paired=2),
-            "wanted equal ones",
+            "wanted equal sizes",
         ),
     ],
 )

@@ -52,7 +52,7 @@ def test_a_machine_without_temporary_folders_is_one_line(command, monkeypatch, c
 
     monkeypatch.setattr(tempfile, "gettempdir", nowhere)
     assert main(command) == 2
-    assert "Set TMPDIR to a folder" in capsys.readouterr().err
+    assert "Set TMPDIR to a writable folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -102,10 +102,10 @@ def test_a_weight_is_how_often_a_pass_shows_a_sample(table, data, size, seed, wi
     for bucket in range(len(samples.shapes)):
         members = np.flatnonzero(samples.bucket == bucket)
         total = sum(wanted[row] for row in members.tolist())
-        assert order._seen(passes)[bucket] == total
+        assert order._samples_before(passes)[bucket] == total
         stream = []
         while len(stream) < total:
-            stream += order._from(bucket, len(stream), total - len(stream))
+            stream += order._take_from_window(bucket, len(stream), total - len(stream))
         assert Counter(stream) == Counter({r: wanted[r] for r in members.tolist()})
     for shard, weight in enumerate(weights):  # the closed form is the sum of its parts
         for bucket in range(len(samples.shapes)):
@@ -200,11 +200,11 @@ def test_parts_are_as_near_to_their_shares_as_integers_are(ratios, total, far):
     whole = sum(map(Fraction, ratios))
     shares = [Fraction(ratio) / whole for ratio in ratios]
     split = Split(shares, total)
-    so_far = split.before(far)
+    so_far = split.sums_before(far)
     assert sum(so_far) == far * total
     for k in range(far, far + 60):
-        assert split.before(k) == so_far  # no step needs those before
-        parts = split.at(k)
+        assert split.sums_before(k) == so_far  # no step needs those before
+        parts = split.parts_at(k)
         assert sum(parts) == total
         for i, share in enumerate(shares):
             assert abs(parts[i] - share * total) < 1
@@ -221,10 +221,10 @@ def test_a_period_holds_the_shares_exactly(weights, total):
     whole = sum(weights)
     split = Split([Fraction(weight, whole) for weight in weights], total)
     for k in range(0, 3 * whole, whole):
-        assert split.before(k) == [weight * total * k // whole for weight in weights]
+        assert split.sums_before(k) == [weight * total * k // whole for weight in weights]
     for k in range(whole):
         due = [Fraction(weight * total * k, whole) for weight in weights]
-        assert max(abs(a - b) for a, b in zip(split.before(k), due, strict=True)) < 2
+        assert max(abs(a - b) for a, b in zip(split.sums_before(k), due, strict=True)) < 2
 
 
 @given(tables(5, 1), st.data(), st.integers(1, 12), st.integers(0, 99), st.integers(1, 3))
@@ -296,5 +296,5 @@ def test_ratios_are_mixed_and_change_with_the_seed():
 
 
 def test_a_source_without_samples_has_no_ratio():
-    with pytest.raises(ValueError, match="1.tar has ratio=2.0, but no sample of it is left"):
+    with pytest.raises(ValueError, match="1.tar has ratio=2.0, but none of its samples is left"):
         TrainingOrder(make([[3], [0]], ratios=[(0, 1.0), (1, 2.0)]), 2, 0)

@@ -74,10 +74,10 @@ def test_the_result_has_the_datas_dtype_at_least_float32(convert, prediction_typ
 @pytest.mark.parametrize("convert", [to_x0, to_eps, to_v, prediction_target])
 def test_shapes_that_would_broadcast_are_refused(convert):
     x = torch.ones(4, 3, 4, 4)
-    with pytest.raises(ValueError, match="wanted equal ones"):
+    with pytest.raises(ValueError, match="wanted equal shapes"):
         convert(x, x[:1], 0.6, 0.8, "v_prediction")
     for scale in (torch.ones(4, 1), torch.ones(3), torch.ones(3, 4, 4)):
-        with pytest.raises(ValueError, match="one number a sample"):
+        with pytest.raises(ValueError, match="one number per sample"):
             convert(x, x, scale, scale, "v_prediction")
 
 

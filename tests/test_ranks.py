@@ -14,7 +14,7 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 
-from zsnr.checkpoints.own import read_checkpoint
+from zsnr.checkpoints.checkpoint_file import read_checkpoint
 from zsnr.cli import main
 from zsnr.data.order import accumulation
 from zsnr.training import EMAConfig

@@ -12,7 +12,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from zsnr.checkpoints.own import open_checkpoint
+from zsnr.checkpoints.checkpoint_file import open_checkpoint
 from zsnr.checkpoints.run_facts import add_start, published
 from zsnr.loss import LossWeighting
 from zsnr.training import DataModule, EMAConfig, LatentDiffusion, LearningRate

@@ -201,7 +201,7 @@ def test_dotted_keys_fall_together(tmp_path, capsys):
     }
     write(tmp_path / "00000.tar", files)
     line = failed(capsys, tmp_path)
-    assert "8 files fell together, such as clip.v1.0.jpg and clip.v1.0.txt" in line
+    assert "8 files have the same key, such as clip.v1.0.jpg and clip.v1.0.txt" in line
     assert "the first dot of a name ends the key" in line
     more = files | {"a.png": RED, "a.txt": b"a", "a.mask.png": RED}
     assert loaded(write(tmp_path / "b.tar", more)) == {"a": "a"}
@@ -248,7 +248,7 @@ def test_what_is_no_tar_is_said_by_name(tmp_path, capsys, name, content, words):
 def test_compressed_shards_beside_others_are_said(tmp_path):
     write(tmp_path / "a.tar", {"a.jpg": image(), "a.txt": b"red"})
     (tmp_path / "b.tar.gz").write_bytes(b"")
-    with pytest.warns(UserWarning, match=r"1 compressed shards .*such as b\.tar\.gz"):
+    with pytest.warns(UserWarning, match=r"1 compressed shards, such as b\.tar\.gz"):
         assert len(find_shards(str(tmp_path))) == 1
 
 
@@ -346,7 +346,7 @@ def test_a_full_disk_is_an_error_for_the_command_and_a_word_for_training(
 
     monkeypatch.setattr("zsnr.data.index.write_index", full)
     line = failed(capsys, tmp_path)
-    assert "0.tar.index cannot be written: No space left on device. Give --output" in line
+    assert "0.tar.index cannot be written: No space left on device. Set --output" in line
     with pytest.warns(UserWarning, match="3 of 3 shards are indexed again each time") as warned:
         assert len(load_index(str(tmp_path), Storage(), progress=False).shards) == 3
     assert len(warned) == 1
@@ -429,10 +429,10 @@ def test_fields_that_could_be_captions_are_named(tmp_path, capsys):
     files = {"a.jpg": image(), "a.json": b'{"prompt": "red", "caption": null, "width": 9}'}
     path = write(tmp_path / "0.tar", files)
     line = failed(capsys, path)
-    assert "Fields that hold text there: prompt; data.captions.fields may name them." in line
+    assert "Fields with text there: prompt; data.captions.fields can use them." in line
     write(path, {**files, "b.jpg": image(), "b.txt": b"red"})
     assert command(path) == 0
-    assert "Fields that hold text there: prompt;" in capsys.readouterr().out
+    assert "Fields with text there: prompt;" in capsys.readouterr().out
 
 
 # Strange ones
@@ -521,7 +521,7 @@ def test_columns_are_bounded(tmp_path):
     (note,) = index.faults
     assert note.kind == "note"
     assert "over 256 fields of json" in note.reason
-    assert "no filter sees them" in note.reason
+    assert "filters cannot use them" in note.reason
 
 
 @pytest.fixture
@@ -634,7 +634,7 @@ def test_a_tar_that_goes_on_behind_its_end_is_said(tmp_path):
     path = tmp_path / "0.tar"
     one = (PAIR + END).ljust(10240, b"\0")
     path.write_bytes(one + one + one)
-    assert "join tar files by tar -A" in faults(path)[None]
+    assert "join tar files with tar -A" in faults(path)[None]
     path.write_bytes(one + bytes(100_000))
     os.utime(path, (1, 1))
     assert not faults(path)

@@ -215,9 +215,9 @@ def test_add_noise():
 
 def test_add_noise_refuses_what_would_broadcast():
     x_0 = torch.ones(4, 3, 4, 4)
-    with pytest.raises(ValueError, match="equal ones"):
+    with pytest.raises(ValueError, match="equal shapes"):
         NoiseSchedule().add_noise(x_0, x_0[:1], torch.zeros(4, dtype=torch.int64))
-    with pytest.raises(ValueError, match="one number a sample"):
+    with pytest.raises(ValueError, match="one number per sample"):
         NoiseSchedule().add_noise(x_0, x_0, torch.zeros(4, 1, dtype=torch.int64))
 
 

@@ -71,7 +71,7 @@ def test_a_checkpoint_is_opened_when_asked(capsys, tmp_path):
     torch.save({"zsnr": own, "state_dict": {}}, path)
     code, _, err = run(capsys, path)
     assert code == 2
-    assert "--open reads" in err
+    assert "Use --open to read" in err
     code, out, _ = run(capsys, path, "--open", "--json")
     assert code == 0
     assert NoiseSchedule(**json.loads(out)["schedule"]) == schedule

@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import Callback
 from test_ranks import Poison
 from test_stops import config
 
-from zsnr.checkpoints.own import open_checkpoint
+from zsnr.checkpoints.checkpoint_file import open_checkpoint
 from zsnr.cli import main
 from zsnr.files import HeldFolder
 from zsnr.training import ImageMetrics, PredictionWriter
@@ -114,7 +114,7 @@ def test_a_config_and_a_board_that_cannot_be_written_do_not_end_a_run(
     def broken(*args):
         raise RuntimeError("no font")
 
-    monkeypatch.setattr("zsnr.files._TOLD", set())
+    monkeypatch.setattr("zsnr.files._WARNED", set())
     monkeypatch.setattr(TrainingBoard, "_measure", broken)
     monkeypatch.setattr("zsnr.training.board.schedule_figure", broken)
     settings = tmp_path / "logger.yaml"

@@ -25,7 +25,7 @@ from lightning.pytorch.callbacks import Callback
 from ranks import groups
 
 from zsnr.checkpoints import sharded
-from zsnr.checkpoints.own import open_checkpoint, read_checkpoint
+from zsnr.checkpoints.checkpoint_file import open_checkpoint, read_checkpoint
 from zsnr.cli import main
 from zsnr.elastic import former_failure, note_failure
 from zsnr.locks import LOCK, Lock, LockedError, unfinished

@@ -282,13 +282,13 @@ def test_a_model_that_has_collapsed_is_no_error(folder, run, tmp_path, capsys, m
         (["--metrics.inception", "/nowhere.pth"], "FID's Inception weights are weights-inception"),
         (
             ["--metrics.features", "null", "--metrics.inception", "CONFIG"],
-            "a program or a TorchScript is not opened",
+            "programs and TorchScript are not opened",
         ),
         (
             [*("--metrics.inception", "CONFIG"), "--metrics.inception_splits=4"],
             "num_images=7 in 4 parts",
         ),
-        (["--metrics.clip", "/nowhere"], "Wanted one with a CLIPModel"),
+        (["--metrics.clip", "/nowhere"], "Wanted a folder with a CLIPModel"),
         (["--metrics.output", "OUT/a.txt"], "a name that ends in .json"),
         (["--metrics.output", "CONFIG"], "ends in .json"),
         (["--metrics.save_images", "SHARDS"], "exists: choose another name"),

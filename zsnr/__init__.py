@@ -1,7 +1,7 @@
-"""Diffusion schedules, losses, timesteps, guidance and samplers that are right at zero SNR.
+"""Diffusion schedules, losses, timesteps, guidance and samplers that are correct at zero SNR.
 
-After arXiv:2305.08891, "Common Diffusion Noise Schedules and Sample Steps are Flawed". This
-namespace needs torch only; networks, training and the command line are imported from their files.
+Based on arXiv:2305.08891, "Common Diffusion Noise Schedules and Sample Steps are Flawed". This
+namespace needs only torch; networks, training and the command line are in submodules.
 """
 
 from zsnr.denoiser import Conditioning, Denoiser

@@ -1,4 +1,4 @@
-"""What one rank does or meets while the others wait: it reaches all of them."""
+"""Results and errors of one rank, shared with all ranks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.distributed as dist
 from zsnr.locks import LockedError
 
 T = TypeVar("T")
-_Told = tuple[type[Exception], str]
+_Failure = tuple[type[Exception], str]
 
 
 def on_first_rank(work: Callable[[], T]) -> T:
@@ -21,46 +21,46 @@ def on_first_rank(work: Callable[[], T]) -> T:
             or RuntimeError with its message.
     """
     failure: Exception | None = None
-    told: list[Any] = [None, None]
+    shared: list[Any] = [None, None]
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
-            told[1] = work()
-        except Exception as error:  # whatever it is, the other ranks must not wait
-            failure, told[0] = error, _told(error)
+            shared[1] = work()
+        except Exception as error:  # the other ranks must not wait forever
+            failure, shared[0] = error, _as_message(error)
     if dist.is_initialized():
-        dist.broadcast_object_list(told, src=0)
-    _raise(failure, told[0])
-    result: T = told[1]
+        dist.broadcast_object_list(shared, src=0)
+    _raise(failure, shared[0])
+    result: T = shared[1]
     return result
 
 
 def raise_on_all(error: Exception | None) -> None:
-    """Raise what any rank has met on all of them; every rank calls it.
+    """Raise an error of any rank on all ranks; every rank calls it.
 
     Args:
-        error: What this rank has met, or None.
+        error: This rank's error, or None.
 
     Raises:
-        Exception: This rank's, or one with the message of the first rank that has one, as of
+        Exception: This rank's error, or one with the message of the first rank that failed, as in
             `on_first_rank`.
     """
-    told = [None if error is None else _told(error)]
+    failures = [None if error is None else _as_message(error)]
     if dist.is_initialized():
-        own, told = told[0], [None] * dist.get_world_size()
-        dist.all_gather_object(told, own)
-    _raise(error, next((each for each in told if each is not None), None))
+        this_failure, failures = failures[0], [None] * dist.get_world_size()
+        dist.all_gather_object(failures, this_failure)
+    _raise(error, next((failure for failure in failures if failure is not None), None))
 
 
-def _told(error: Exception) -> _Told:
-    """Return what other ranks are told: not each exception can be sent, or made of a message."""
+def _as_message(error: Exception) -> _Failure:
+    """Return an error's class and message: not every exception can be sent, or rebuilt from it."""
     kinds: tuple[type[Exception], ...] = (LockedError, ValueError, OSError)
     kind = next((kind for kind in kinds if isinstance(error, kind)), RuntimeError)
     return kind, str(error) or type(error).__name__
 
 
-def _raise(own: Exception | None, told: _Told | None) -> None:
+def _raise(own: Exception | None, failure: _Failure | None) -> None:
     if own is not None:
         raise own
-    if told is not None:
-        kind, message = told
+    if failure is not None:
+        kind, message = failure
         raise kind(message)

@@ -1,4 +1,4 @@
-"""From a network to a denoiser (x_t, t) -> x_0: guidance on its output, then conversion to x_0."""
+"""Denoisers (x_t, t) -> x_0 from networks: guidance of the output, then conversion to x_0."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from zsnr.schedule import NoiseSchedule
 
 @dataclass(frozen=True, eq=False)
 class Conditioning:
-    """What a network is told beside x_t and t. Rows are samples.
+    """Inputs of a network in addition to x_t and t, one row per sample.
 
     Args:
         context: Token embeddings, (B, L, D).
-        mask: True where a token counts, (B, L). None = all count.
-        pooled: One embedding for the whole prompt, (B, P), for networks that take one.
+        mask: True for tokens that are attended to, (B, L). None = all tokens.
+        pooled: One embedding of the whole prompt, (B, P), for networks that require it.
         sizes: Original height and width, crop top and left, target height and width in pixels,
-            (B, 6), for networks that take them.
+            (B, 6), for networks that require them.
     """
 
     context: Tensor
@@ -37,14 +37,14 @@ class Conditioning:
             if part is not None and len(part) != len(self.context):
                 raise ValueError(
                     f"Conditioning {name} has {len(part)} rows, context {len(self.context)}: "
-                    "wanted one row a sample in each."
+                    "wanted one row per sample in each."
                 )
 
     def __len__(self) -> int:
         return len(self.context)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Conditioning:
-        """Move every part to a device; context and pooled to a dtype (sizes are exact pixels)."""
+        """Move all parts to a device, and cast context and pooled (sizes are exact pixels)."""
         return Conditioning(
             self.context.to(device, dtype),
             None if self.mask is None else self.mask.to(device),
@@ -53,16 +53,16 @@ class Conditioning:
         )
 
     def rows(self, start: int, stop: int) -> Conditioning:
-        """Take the rows from `start` up to `stop`."""
+        """Return the rows from `start` up to `stop`."""
         return Conditioning(
             *(None if part is None else part[start:stop] for part in self._parts())  # type: ignore[arg-type]
         )
 
     def expand(self, batch_size: int) -> Conditioning:
-        """Repeat a single row batch_size times; leave that many rows as they are.
+        """Repeat a single row batch_size times; batch_size rows are returned unchanged.
 
         Raises:
-            ValueError: There are several rows, and another number of them.
+            ValueError: The number of rows is neither 1 nor batch_size.
         """
         if len(self) == batch_size:
             return self
@@ -76,10 +76,10 @@ class Conditioning:
         )
 
     def where(self, keep: Tensor, other: Conditioning) -> Conditioning:
-        """Take rows from `self` where `keep` (B,) is True, and from `other` (B or 1 rows) else.
+        """Use rows of `self` where `keep` (B,) is True, otherwise rows of `other` (B or 1 rows).
 
         Raises:
-            ValueError: The two have other parts or row shapes, or `keep` is not (B,).
+            ValueError: The two have different parts or row shapes, or `keep` is not (B,).
         """
         if keep.shape != (len(self),) or keep.dtype != torch.bool:
             raise ValueError(
@@ -90,20 +90,22 @@ class Conditioning:
         return Conditioning(
             *(
                 None
-                if mine is None or theirs is None
+                if part_self is None or part_other is None
                 else torch.where(
-                    keep.to(mine.device).view(-1, *(1,) * (mine.ndim - 1)), mine, theirs.to(mine)
+                    keep.to(part_self.device).view(-1, *(1,) * (part_self.ndim - 1)),
+                    part_self,
+                    part_other.to(part_self),
                 )
-                for mine, theirs in zip(self._parts(), other._parts(), strict=True)
+                for part_self, part_other in zip(self._parts(), other._parts(), strict=True)
             )  # type: ignore[arg-type]
         )
 
     @staticmethod
     def cat(conditionings: Sequence[Conditioning]) -> Conditioning:
-        """Join batches, in order.
+        """Concatenate batches.
 
         Raises:
-            ValueError: One has a part or a row shape that another lacks.
+            ValueError: The batches have different parts or row shapes.
         """
         _check_rows(conditionings)
         columns = zip(*(c._parts() for c in conditionings), strict=True)
@@ -119,25 +121,25 @@ _PARTS = tuple(f.name for f in fields(Conditioning))
 
 
 def _check_rows(conditionings: Sequence[Conditioning]) -> None:
-    """Refuse conditionings whose rows cannot stand in one batch."""
-    first, *rest = conditionings
+    """Refuse conditionings whose rows cannot be concatenated."""
+    first, *others = conditionings
     for name in _PARTS:
-        mine = getattr(first, name)
-        for other in rest:
-            theirs = getattr(other, name)
-            if (mine is None) != (theirs is None):
+        first_part = getattr(first, name)
+        for other in others:
+            other_part = getattr(other, name)
+            if (first_part is None) != (other_part is None):
                 raise ValueError(
-                    f"One conditioning has {name}, the other has none: give both or neither."
+                    f"One conditioning has {name}, the other has none: wanted both or neither."
                 )
-            if mine is not None and mine.shape[1:] != theirs.shape[1:]:
+            if first_part is not None and first_part.shape[1:] != other_part.shape[1:]:
                 raise ValueError(
-                    f"Conditioning {name} has rows of shape {tuple(mine.shape[1:])} and "
-                    f"{tuple(theirs.shape[1:])}: wanted one shape."
+                    f"Conditioning {name} has rows of shape {tuple(first_part.shape[1:])} and "
+                    f"{tuple(other_part.shape[1:])}: wanted one shape."
                 )
 
 
 class Network(Protocol):
-    """What predicts: (x_t (B, *), t (B,) int64, conditioning or None) -> raw output (B, *)."""
+    """A function (x_t (B, *), t (B,) int64, conditioning or None) -> raw output (B, *)."""
 
     def __call__(self, x_t: Tensor, t: Tensor, conditioning: Conditioning | None) -> Tensor: ...
 
@@ -145,31 +147,31 @@ class Network(Protocol):
 class Denoiser:
     """A network as a function (x_t, t) -> x_0.
 
-    With guidance, one pass over the doubled batch [uncond, cond]; guidance and its rescale act on
-    the raw output (on x_0 with "apg"), in float32, before the conversion to x_0. Where guidance
-    does not act, or its scale is 1, `denoiser.at(t, s)`, which samplers use, leaves the
-    unconditional pass out; a call with t as a tensor cannot tell without waiting for the device,
-    and makes both passes.
+    With guidance, the network is called on the doubled batch [uncond, cond]; guidance and its
+    rescale act on the raw output (on x_0 with "apg"), in float32, before the conversion to x_0. At
+    timesteps without guidance, or with a scale of 1, `denoiser.at(t, s)`, which samplers use, skips
+    the unconditional pass; a call with t as a tensor makes both passes, because it cannot decide
+    without waiting for the device.
 
     Args:
         network: (x_t, t, conditioning) -> raw output.
         schedule: The schedule the network was trained on.
         prediction_type: What the raw output is.
-        cond: The prompts, one row a sample. None = an unconditional network.
-        uncond: Negative or null prompts, one row a sample or one for all.
-        guidance: None = no guidance. The scale 1 skips the unconditional pass.
-        max_rows: Rows of one network call, to bound memory; more are divided over several calls.
-            None = all at once, with guidance two a sample. Where the network is sharded, ranks must
-            have equally many samples, else they call it unequally often and wait for ever.
-        dtype: What x_t and the conditioning are cast to for the network. None = the dtype of its
-            parameters where it is a module, else as they are.
-        weak_network: A weaker version of the network, which predicts the same; what it says with
-            `cond` takes the place of the unconditional output, and `uncond` is not used
-            (autoguidance, Karras et al., arXiv:2406.02507). Two calls instead of a doubled batch.
+        cond: The prompts, one row per sample. None = an unconditional network.
+        uncond: Negative or null prompts, one row per sample or one for all.
+        guidance: None = no guidance. A scale of 1 skips the unconditional pass.
+        max_rows: Maximum number of rows per network call, to bound memory; larger batches are
+            divided. None = no limit; guidance needs two rows per sample. If the network is sharded,
+            all ranks must have the same number of samples, otherwise they deadlock.
+        dtype: Data type of x_t and the conditioning for the network. None = the dtype of the
+            network's parameters if it is a module, otherwise unchanged.
+        weak_network: A weaker version of the network with the same prediction type; its output with
+            `cond` replaces the unconditional output, and `uncond` is not used (autoguidance, Karras
+            et al., arXiv:2406.02507). Two calls instead of a doubled batch.
 
     Raises:
-        ValueError: epsilon at zero SNR; guidance without both `cond` and `uncond`, or away from raw
-            weights without a weak network.
+        ValueError: epsilon is combined with zero SNR; or guidance lacks `cond` or `uncond`; or
+            guidance away from raw weights lacks a weak network.
     """
 
     def __init__(
@@ -216,7 +218,7 @@ class Denoiser:
 
     @property
     def device(self) -> torch.device | None:
-        """Where the conditioning is, and x_t is to be. None = there is no conditioning."""
+        """Device of the conditioning, and required device of x_t. None = no conditioning."""
         return None if self._cond is None else self._cond.context.device
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
@@ -238,15 +240,15 @@ class Denoiser:
         return self._predict(x_t, t, scale)
 
     def at(self, t: int, s: int | None = None) -> Callable[[Tensor, Tensor], Tensor]:
-        """Return the denoiser of one timestep, known before the device gets to it.
+        """Return the denoiser of one timestep, which is known on the host.
 
         Args:
             t: The timestep.
-            s: The timestep that the step from it leads to; -1 is clean data. None = not known,
-                which only the guidance method "cfg_pp" refuses.
+            s: The timestep of the next state; -1 is clean data. None = unknown, which only the
+                guidance method "cfg_pp" refuses.
 
         Returns:
-            (x_t, t) -> x_0, as the denoiser itself, for x_t (B, *) and t (B,) all of that timestep.
+            (x_t, t) -> x_0, like the denoiser itself, for x_t (B, *) and t (B,) of that timestep.
         """
         scale = None
         if self.guidance is not None and self.guidance.guides:
@@ -255,7 +257,7 @@ class Denoiser:
         return lambda x_t, t_row: self._predict(x_t, t_row, scale)
 
     def _predict(self, x_t: Tensor, t: Tensor, scale: Tensor | float | None) -> Tensor:
-        """Predict clean data with guidance of one scale, or one a sample, (B,); None = without."""
+        """Predict clean data with a guidance scale, or one per sample, (B,); None = no guidance."""
         alpha_t, sigma_t = self.schedule(t)
 
         def to_data(output: Tensor) -> Tensor:
@@ -274,7 +276,7 @@ class Denoiser:
         return dynamic_threshold(x_0, guidance.threshold)
 
     def _outputs(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Ask for the conditional output, and for the one to guide away from."""
+        """Compute the conditional output, and the one to guide away from."""
         if self._weak is not None:
             network, dtype, conditioning = self._weak
             cond = self._run(self.network, self.dtype, x_t, t, self._cond, 1)
@@ -292,27 +294,27 @@ class Denoiser:
         c: Conditioning | None,
         times: int,
     ) -> Tensor:
-        """Ask a network, in pieces where there are more rows than `max_rows`.
+        """Call a network, in several calls if there are more rows than `max_rows`.
 
         Args:
-            network: Which.
-            dtype: What x_t is cast to for it. None = as it is.
+            network: The network.
+            dtype: Data type of its input. None = unchanged.
             x_t: (times B, *).
             t: (times B,).
-            c: As many rows, or None.
-            times: Rows a sample.
+            c: The same number of rows, or None.
+            times: Rows per sample.
         """
         if c is not None and len(c) != len(x_t):
             raise ValueError(
                 f"{len(x_t) // times} samples but {len(c) // times} rows of conditioning: "
-                "wanted one row a sample."
+                "wanted one row per sample."
             )
         x = x_t if dtype is None else x_t.to(dtype)
-        rows, most = len(x_t), self.max_rows
-        if most is None or rows <= most:
+        rows, limit = len(x_t), self.max_rows
+        if limit is None or rows <= limit:
             output = network(x, t, c)
         else:
-            spans = [(i, min(i + most, rows)) for i in range(0, rows, most)]
+            spans = [(i, min(i + limit, rows)) for i in range(0, rows, limit)]
             pieces = [
                 network(x[i:j], t[i:j], None if c is None else c.rows(i, j)) for i, j in spans
             ]
@@ -321,7 +323,7 @@ class Denoiser:
         if not isinstance(output, Tensor) or output.shape != x_t.shape:
             got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(
-                f"The network gave {got}: wanted a tensor of shape {tuple(x_t.shape)}."
+                f"The network returned {got}: wanted a tensor of shape {tuple(x_t.shape)}."
             )
         return output.to(torch.promote_types(x_t.dtype, torch.float32))
 

@@ -1,4 +1,4 @@
-"""Components as plain values: what a checkpoint stores to build them again."""
+"""Components as plain values, from which a checkpoint rebuilds them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from zsnr.untrusted import clipped, shown
 
 
 class Described(Protocol):
-    """A component that can name the arguments it was built with, as plain values."""
+    """A component that returns its constructor arguments as plain values."""
 
     def settings(self) -> dict[str, Any]: ...
 
@@ -21,10 +21,10 @@ T = TypeVar("T")
 
 
 def describe(component: Described) -> dict[str, Any]:
-    """Return {"class_path": ..., "init_args": ...}, as a YAML would say it.
+    """Return {"class_path": ..., "init_args": ...}, as in a YAML config.
 
     Args:
-        component: One that stands in for another names that as its `described`.
+        component: The component. A wrapper returns the component it wraps as `described`.
     """
     stands_for = getattr(component, "described", None)
     if stands_for is not None:
@@ -33,7 +33,7 @@ def describe(component: Described) -> dict[str, Any]:
 
 
 def class_path(component: object) -> str:
-    """Return the import path of its class; sharding puts a class of torch's before it."""
+    """Return the import path of its class, without the wrapper class that sharding adds."""
     classes = type(component).__mro__
     cls = next(c for c in classes if not c.__module__.startswith("torch.distributed."))
     return f"{cls.__module__}.{cls.__qualname__}"
@@ -43,12 +43,12 @@ def build(description: Mapping[str, Any], base: type[T]) -> T:
     """Build a component from its description.
 
     Args:
-        description: What `describe` returned.
-        base: The class it must be derived from.
+        description: The result of `describe`.
+        base: The required base class.
 
     Raises:
-        ValueError: The class is not installed, is of a module outside this package that has not
-            been imported, is no `base`, or refuses the arguments.
+        ValueError: The class is not installed, belongs to a module outside this package that has
+            not been imported, is not a `base`, or refuses the arguments.
     """
     if not isinstance(description, Mapping):
         raise ValueError(f"A {base.__name__} is described by {shown(description)}: wanted a class.")
@@ -60,14 +60,14 @@ def build(description: Mapping[str, Any], base: type[T]) -> T:
     module_name, _, name = path.rpartition(".")
     if module_name.split(".")[0] != "zsnr" and module_name not in sys.modules:
         raise ValueError(
-            f"{path!r} cannot be imported by a checkpoint's word, which would run its module: "
-            f"import {module_name or 'it'} first."
+            f"{path!r} is not imported on behalf of a checkpoint, because that would execute its "
+            f"module: import {module_name or 'it'} first."
         )
     try:
         cls = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"{path!r} cannot be imported: {error}. Install what defines it."
+            f"{path!r} cannot be imported: {error}. Install the package that defines it."
         ) from error
     if not (isinstance(cls, type) and issubclass(cls, base)):
         raise ValueError(f"{path!r} is not a {base.__name__}.")
@@ -75,7 +75,7 @@ def build(description: Mapping[str, Any], base: type[T]) -> T:
         return cls(**description.get("init_args", {}))
     except (OSError, ImportError):
         raise
-    except Exception as error:  # of arguments that somebody else wrote, in any way
+    except Exception as error:  # untrusted arguments may fail in any way
         if isinstance(error, ValueError) and is_ours(error):
             raise
         raise ValueError(f"{path}: {clipped(str(error) or repr(error), 300)}.") from error

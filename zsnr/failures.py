@@ -1,4 +1,4 @@
-"""What a command says when it fails, and how strangers' text gets to the terminal."""
+"""Error messages of commands, and safe output of untrusted text to the terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from zsnr.untrusted import clipped, printable
 
-# Libraries that fail by ValueError or RuntimeError because of a file or the environment
+# Libraries that raise ValueError or RuntimeError because of a file or the environment
 _LIBRARIES = (
     *("PIL", "fsspec", "huggingface_hub", "jsonargparse", "pyarrow", "safetensors", "yaml"),
     *("tarfile", "zipfile", "lightning.fabric.plugins.environments"),
@@ -25,20 +25,20 @@ _NO_MEMORY = ("can't allocate memory", "out of memory", "not enough memory")
 
 
 def told(error: BaseException, command: str) -> str | None:
-    """Say an error on one line, if it is about the user's input, files or machine.
+    """Describe an error in one line, if it concerns the user's input, files or machine.
 
     Args:
-        error: What a command raised.
-        command: Its name.
+        error: The exception that a command raised.
+        command: Name of the command.
 
     Returns:
-        The line. None = the error is a bug, whose traceback says more.
+        The line. None = the error is a bug, for which a traceback is more useful.
     """
     lacks_memory = isinstance(error, RuntimeError) and any(m in str(error) for m in _NO_MEMORY)
     if isinstance(error, MemoryError) or lacks_memory:
-        return f"`zsnr {command}` ran out of memory: {clipped(str(error)) or 'wanted more of it'}"
+        return f"`zsnr {command}` ran out of memory: {clipped(str(error)) or 'no details'}"
     if isinstance(error, RecursionError):
-        return f"`zsnr {command}` met a file or a setting that is nested too deeply"
+        return f"`zsnr {command}`: a file or a setting is nested too deeply"
     if isinstance(error, OSError):
         return _os_text(error)
     if is_ours(error) and isinstance(error, ValueError | IndexError | ImportError):
@@ -57,7 +57,7 @@ def is_ours(error: BaseException) -> bool:
 
 
 def tame_output() -> None:
-    """Let no file's text steer the terminal, and no character of it fail to be printed."""
+    """Escape control characters and unprintable characters in all output."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -77,7 +77,7 @@ def _format_warning(
 
 
 def _unwrapped(error: BaseException) -> str:
-    """Give the error's text; one that a loading process raised comes with its traceback around."""
+    """Return an error's text, without the traceback that a loader process adds to it."""
     text, name = str(error), type(error).__name__
     if not text.startswith(f"Caught {name} in DataLoader worker"):
         return text

@@ -1,4 +1,4 @@
-"""Writing files so that a crash leaves the old one or the new one, never half of one."""
+"""Atomic writing of files: a crash leaves the old file or the new one, never a partial one."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from pathlib import Path
 
 from zsnr.locks import Lock, remove_leftovers, unfinished
 
-_TOLD: set[str] = set()  # side files that are known to fail
+_WARNED: set[str] = set()  # side files that have failed before
 
 
 @contextmanager
 def side_file(path: str | Path) -> Iterator[None]:
-    """Write what a run can do without: a failure is warned of once per path, and the run continues.
+    """Write an optional file: a failure causes one warning per path, and the run continues.
 
-    Whatever fails counts, because other ranks do not wait for it, and libraries that write files
-    for us raise errors of their own.
+    Every exception is caught, because other ranks do not wait for the file, and libraries that
+    write it raise their own errors.
 
     Args:
-        path: What is written, for the message.
+        path: The file, for the message.
     """
     name = str(path)
     try:
         yield
     except Exception as error:
-        if name not in _TOLD:
-            _TOLD.add(name)
+        if name not in _WARNED:
+            _WARNED.add(name)
             reason = " ".join(str(error).split()) or type(error).__name__
             kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
             warnings.warn(
@@ -40,15 +40,15 @@ def side_file(path: str | Path) -> Iterator[None]:
 
 
 class HeldFolder:
-    """An output folder that must stay where it is while it is written to.
+    """An output folder that must not be moved or replaced while it is written to.
 
-    A descriptor is kept open, so that no other folder can be given the same inode.
+    A descriptor is held open, so that no other folder can get the same inode.
 
     Args:
-        path: The folder; it is made if it does not exist.
+        path: The folder; it is created if it does not exist.
 
     Raises:
-        OSError: It cannot be made or opened.
+        OSError: The folder cannot be created or opened.
     """
 
     def __init__(self, path: Path) -> None:
@@ -57,10 +57,10 @@ class HeldFolder:
         self._descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
 
     def check(self) -> None:
-        """See that the path still names the folder.
+        """Check that the path still leads to the folder.
 
         Raises:
-            OSError: It was deleted, moved or replaced.
+            OSError: The folder was deleted, moved or replaced.
         """
         try:
             same = os.path.samestat(os.stat(self.path), os.fstat(self._descriptor))
@@ -68,12 +68,12 @@ class HeldFolder:
             same = False
         if not same:
             raise OSError(
-                f"{self.path} was deleted, moved or replaced while it was being written to: put "
-                "the folder back and resume, or start again in another one."
+                f"{self.path} was deleted, moved or replaced while it was being written to: "
+                "restore the folder and resume, or start again in another one."
             )
 
     def close(self) -> None:
-        """Stop holding the folder; called again, this does nothing."""
+        """Close the descriptor; further calls do nothing."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -81,14 +81,14 @@ class HeldFolder:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a path beside `path` to write to; on success it takes `path`'s place, else it goes."""
+    """Yield a temporary path beside `path`; on success it replaces `path`, else it is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = unfinished(path)
     try:
         yield beside
         os.replace(beside, path)
     except OSError as error:
-        # Pillow and torch do not say which file a full disk cut.
+        # Pillow and torch do not report which file failed on a full disk.
         if error.filename is None and error.errno is not None:
             error.filename = str(path)
         raise
@@ -98,11 +98,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Give a path beside `path` to write to; on success it takes the name `path`, else it goes.
+    """Yield a temporary path beside `path`; on success it is renamed to `path`, else removed.
 
     Raises:
-        ValueError: There is something of that name, before or after.
-        OSError: It cannot be written, or another process writes it.
+        ValueError: `path` exists, before or after.
+        OSError: The file cannot be written, or another process writes it.
     """
     with _new(path), replacing(path) as beside:
         yield beside
@@ -111,11 +111,11 @@ def new_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Give a folder beside `path` to fill; on success it takes the name `path`, else it goes.
+    """Yield a temporary folder beside `path`; on success it is renamed to `path`, else removed.
 
     Raises:
-        ValueError: There is something of that name, before or after.
-        OSError: It cannot be made, or another process writes it.
+        ValueError: `path` exists, before or after.
+        OSError: The folder cannot be created, or another process writes it.
     """
     with _new(path):
         beside = unfinished(path)
@@ -137,28 +137,28 @@ def _new(path: Path) -> Iterator[None]:
 
 
 def check_temporary() -> None:
-    """Refuse a machine without a folder for temporary files, which libraries need to be imported.
+    """Refuse a machine without a folder for temporary files, which the import of libraries needs.
 
     Raises:
-        OSError: There is none.
+        OSError: There is no such folder.
     """
     try:
         tempfile.gettempdir()
     except FileNotFoundError as error:
         raise OSError(
-            "There is no folder for temporary files: neither TMPDIR nor /tmp can be written. Set "
-            "TMPDIR to a folder that can."
+            "There is no folder for temporary files: neither TMPDIR nor /tmp is writable. Set "
+            "TMPDIR to a writable folder."
         ) from error
 
 
 def check_new(path: Path) -> None:
-    """Refuse a path that exists, or where nothing can be written.
+    """Refuse a path that exists, or whose parent folder is not writable.
 
     Raises:
-        ValueError: It is so.
+        ValueError: The path exists, or cannot be written.
     """
     if os.path.lexists(path):
         raise ValueError(f"{path} exists: choose another name, or remove it.")
     above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
     if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
-        raise ValueError(f"{path} cannot be written: {above} is not a folder to write to.")
+        raise ValueError(f"{path} cannot be written: {above} is not a writable folder.")

@@ -1,6 +1,7 @@
-"""Guidance of a network's predictions: how strongly, at which noise levels, by which method.
+"""Guidance of a network's predictions: its scale, noise levels and method.
 
-Where not said otherwise it acts on the raw network output, before that becomes x_0 (section 3.4).
+Unless stated otherwise it acts on the raw network output, before the conversion to x_0 (section
+3.4).
 x_0 is affine in the raw output, so the same w guides x_0 too; only the rescale, which compares
 standard deviations, depends on what it acts on.
 """
@@ -35,29 +36,29 @@ class Guidance:
 
     Args:
         scale: w, the guidance scale. 1 = no guidance. With "cfg_pp": lambda in [0, 1].
-        rescale: phi in [0, 1], the guidance rescale. 0 = plain guidance. It compares what the
-            method guides, which is x_0 with "apg" and the raw output else.
+        rescale: phi in [0, 1], the guidance rescale. 0 = plain guidance. It acts on the same
+            quantity as the method: x_0 with "apg", otherwise the raw output.
         interval: Noise levels sigma_t / alpha_t that are guided, above the first number, up to the
-            second (which may be infinite, as the level of SNR 0 is). Elsewhere the conditional
-            output stands alone, at half the cost (Kynkaanniemi et al., arXiv:2404.07724). None =
-            all are.
-        method: How w acts. "cfg": equation 13. "apg": on x_0, and mostly across it, see
+            second (which may be infinite, as is the level of SNR 0). Elsewhere only the conditional
+            output is used, at half the cost (Kynkaanniemi et al., arXiv:2404.07724). None = all
+            noise levels.
+        method: Guidance method. "cfg": equation 13. "apg": on x_0, mostly orthogonal to it, see
             `adaptive_projected_guidance`. "cfg_zero_star": from a multiple of the unconditional
-            output, see `zero_star_guidance`. "cfg_pp": CFG++, see `scale_at`; it is for
-            deterministic samplers of one call a step (ddim, euler), and needs rescale 0.
+            output, see `zero_star_guidance`. "cfg_pp": CFG++, see `scale_at`; it requires a
+            deterministic sampler with one call per step (ddim, euler), and rescale 0.
         curve: Knots (log SNR, w), ascending in log SNR = 2 log(alpha / sigma); linear between
-            them, constant beyond, so that SNR 0 takes the first w. None = `scale` everywhere.
+            them, constant beyond, so that SNR 0 has the first w. None = `scale` everywhere.
         at_zero_snr: Guide at the timestep of SNR 0, if the schedule has one.
-        threshold: Percentile of the dynamic threshold of x_0 in (0, 1], for models of pixels; it
+        threshold: Percentile of the dynamic threshold of x_0 in (0, 1], for pixel-space models; it
             acts at all timesteps, guided or not. None = no threshold.
         apg_parallel: eta, with "apg": the weight of the difference's part along x_0.
         apg_norm: r, with "apg": the largest norm of the difference of a sample. None = no bound.
-        against: What to guide away from: the negative or null prompt, or with the same prompt
-            the raw weights of a checkpoint, whose averaged weights are guided (autoguidance,
-            Karras et al., arXiv:2406.02507).
+        against: Prediction to guide away from: "negative" = that of the negative or null prompt,
+            "raw" = that of a checkpoint's raw weights with the same prompt, while the averaged
+            weights are guided (autoguidance, Karras et al., arXiv:2406.02507).
 
     Raises:
-        ValueError: A setting is out of range, or does not fit the method.
+        ValueError: A setting is out of range, or incompatible with the method.
     """
 
     scale: float = 7.5
@@ -106,8 +107,8 @@ class Guidance:
         for name, default in (("apg_parallel", 0.0), ("apg_norm", None)):
             if self.method != "apg" and getattr(self, name) != default:
                 raise ValueError(
-                    f"Guidance {name} {getattr(self, name)!r} with method {self.method!r}: it "
-                    "belongs to method 'apg'. Leave it out."
+                    f"Guidance {name} {getattr(self, name)!r} with method {self.method!r}: it is "
+                    "a setting of method 'apg'. Omit it."
                 )
 
     def _check_cfg_pp(self) -> None:
@@ -117,17 +118,17 @@ class Guidance:
                 f"Guidance scale {wrong[0]!r} with method 'cfg_pp': wanted a number in [0, 1], "
                 "such as 0.6. CFG++ interpolates between both predictions."
             )
-        for name, least in (("rescale", 0), ("threshold", None)):
-            if getattr(self, name) != least:
+        for name, required in (("rescale", 0), ("threshold", None)):
+            if getattr(self, name) != required:
                 raise ValueError(
                     f"Guidance {name} {getattr(self, name)!r} with method 'cfg_pp': its x_0 "
-                    f"carries the unconditional noise and has no range of its own. Set {name} to "
-                    f"{least}."
+                    f"includes unconditional noise and has no fixed range. Set {name} to "
+                    f"{required}."
                 )
 
     @property
     def guides(self) -> bool:
-        """Whether any step may need both outputs; it is not so where w is 1 everywhere."""
+        """Whether any step may need both outputs, which is not the case if w is 1 everywhere."""
         return self.method == "cfg_pp" or any(w != 1 for w in self.scales)
 
     @property
@@ -142,9 +143,9 @@ class Guidance:
     def acts(self, alpha_t: Tensor, sigma_t: Tensor) -> Tensor | bool: ...
 
     def acts(self, alpha_t: float | Tensor, sigma_t: float | Tensor) -> bool | Tensor:
-        """Tell whether a noise level is guided: low alpha_t < sigma_t <= high alpha_t.
+        """Return whether a noise level is guided: low alpha_t < sigma_t <= high alpha_t.
 
-        SNR 0 is not where `at_zero_snr` is False.
+        SNR 0 is not guided if `at_zero_snr` is False.
         """
         acts: bool | Tensor = True
         if self.interval is not None:
@@ -160,7 +161,7 @@ class Guidance:
         alpha_s: float | None = None,
         sigma_s: float | None = None,
     ) -> float:
-        """Compute w of the step from t to s; 1 where guidance does not act.
+        """Compute w of the step from t to s; 1 at noise levels without guidance.
 
         With "cfg_pp" (Chung et al., arXiv:2406.08070) the deterministic step adds the unconditional
         noise again, with D_g = D_u + lambda (D_c - D_u):
@@ -169,14 +170,14 @@ class Guidance:
 
         which is the usual step, `reverse_transition` with eta = 0, from
         x_0 = D_u + w (D_c - D_u),  w = lambda / (1 - r),  r = alpha_t sigma_s / (alpha_s sigma_t).
-        So w is lambda from SNR 0 and to clean data, and grows as steps get shorter. That x_0 makes
-        the step; it does not predict the image.
+        So w is lambda from SNR 0 and to clean data, and grows as steps get shorter. This x_0 is
+        only used for the step; it is not a prediction of the image.
 
         Args:
             alpha_t: sqrt(abar_t).
             sigma_t: sqrt(1 - abar_t).
-            alpha_s: sqrt(abar_s) of the timestep that the step leads to. Only "cfg_pp" needs it.
-            sigma_s: sqrt(1 - abar_s) of that timestep.
+            alpha_s: sqrt(abar_s) of the next timestep. Only "cfg_pp" needs it.
+            sigma_s: sqrt(1 - abar_s) of the next timestep.
 
         Raises:
             ValueError: The method is "cfg_pp", and s is unknown or not less noisy than t.
@@ -192,15 +193,15 @@ class Guidance:
             raise _needs_step()
         if not alpha_t * sigma_s < alpha_s * sigma_t:
             raise ValueError(
-                "Guidance method 'cfg_pp' has no scale where the noise does not fall from t to s."
+                "Guidance method 'cfg_pp' has no scale if the noise does not decrease from t to s."
             )
         return scale / (1 - alpha_t * sigma_s / (alpha_s * sigma_t))
 
     def scales_at(self, alpha_t: Tensor, sigma_t: Tensor) -> Tensor | float:
-        """Compute w of each sample, (B,), or one for all; as `scale_at`, without a host sync.
+        """Compute w of each sample, (B,), or one for all; like `scale_at`, without a host sync.
 
         Raises:
-            ValueError: The method is "cfg_pp", whose w depends on the next timestep too.
+            ValueError: The method is "cfg_pp", whose w also depends on the next timestep.
         """
         if self.method == "cfg_pp":
             raise _needs_step()
@@ -222,9 +223,9 @@ class Guidance:
         """Guide and rescale raw network outputs, or with "apg" predictions of x_0, both (B, *).
 
         Args:
-            cond: For the prompt.
-            uncond: For what to guide away from.
-            scale: w of `scale_at` or `scales_at`, a float or (B,). None = the one of all steps.
+            cond: Prediction for the prompt.
+            uncond: Prediction to guide away from.
+            scale: w of `scale_at` or `scales_at`, a float or (B,). None = the scale of all steps.
 
         Raises:
             ValueError: `scale` is None, but w depends on the step.
@@ -264,7 +265,7 @@ def _at(curve: Curve, x: float) -> float:
 
 
 def _each_at(curve: Curve, x: Tensor) -> Tensor:
-    """Do as `_at` for every element."""
+    """Apply `_at` to every element."""
     y = torch.full_like(x, curve[-1][1])
     for (x_0, y_0), (x_1, y_1) in reversed([*pairwise(curve)]):
         share = ((x - x_0) / (x_1 - x_0)).clamp(min=0)
@@ -304,14 +305,13 @@ def _curve(knots: Any) -> Curve:
     return tuple((x, w) for x, w in knots)
 
 
-def _check_name(what: str, name: Any, known: Sequence[str]) -> None:
+def _check_name(label: str, name: Any, known: Sequence[str]) -> None:
     if name not in known:
         listed = ", ".join(map(repr, known))
-        raise ValueError(f"Guidance {what} {name!r} is unknown. Known: {listed}.")
+        raise ValueError(f"Guidance {label} {name!r} is unknown. Known: {listed}.")
 
 
 def _needs_step() -> ValueError:
     return ValueError(
-        "Guidance method 'cfg_pp' needs the timestep that a step leads to: use a sampler, or "
-        "denoiser.at(t, s)."
+        "Guidance method 'cfg_pp' needs the next timestep: use a sampler, or denoiser.at(t, s)."
     )

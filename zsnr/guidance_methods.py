@@ -1,7 +1,7 @@
-"""Two predictions to one: classifier-free guidance, its rescale (section 3.4), and later methods.
+"""Combination of two predictions: classifier-free guidance, its rescale (section 3.4), and others.
 
-Each is a function of tensors. `Guidance` in guidance.py says which are used, with what scale, and
-whether on raw network outputs or on x_0.
+Each method is a function of tensors. `Guidance` in guidance.py selects the method and the scale,
+and whether it acts on raw network outputs or on x_0.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ def classifier_free_guidance(cond: Tensor, uncond: Tensor, scale: float | Tensor
     Args:
         cond: Network output for the prompt, (B, *).
         uncond: Network output for the negative or null prompt, (B, *).
-        scale: w, a float or (B, 1, ...); 1 gives `cond`, 0 gives `uncond`.
+        scale: w, a float or (B, 1, ...); 1 returns `cond`, 0 returns `uncond`.
     """
     return uncond + scale * (cond - uncond)
 
 
 def rescale_guidance(guided: Tensor, cond: Tensor, rescale: float) -> Tensor:
-    """Bring the guided output's standard deviation back to the conditional one's.
+    """Rescale the guided output towards the conditional output's standard deviation.
 
     x_final = x_cfg (phi s_pos / s_cfg + 1 - phi)    (Algorithm 2; equations 14 to 16)
 
-    s_pos, s_cfg are standard deviations of each sample over all axes but the batch. Where s_cfg is
-    0 there is nothing to rescale, and the sample stays as it is. Gradients stay finite.
+    s_pos, s_cfg are standard deviations of each sample over all axes but the batch. A sample with
+    s_cfg = 0 is not changed. Gradients are finite.
 
     Args:
         guided: x_cfg, (B, *).
         cond: x_pos, (B, *).
-        rescale: phi in [0, 1]; 0 changes nothing.
+        rescale: phi in [0, 1]; 0 = no rescale.
     """
     if rescale == 0:
         return guided
@@ -53,21 +53,21 @@ def adaptive_projected_guidance(
     parallel: float = 0.0,
     norm: float | None = None,
 ) -> Tensor:
-    """Guide x_0 mostly across itself: APG (Sadat et al., arXiv:2410.02416).
+    """Guide x_0 mostly orthogonally to itself: APG (Sadat et al., arXiv:2410.02416).
 
     d = D_c - D_u, times min(1, r / |d|)
     d_par = (<d, D_c> / |D_c|^2) D_c
     x_0 = D_c + (w - 1) (d - d_par + eta d_par)
 
-    The part of d along D_c mostly raises contrast and saturation. Products and norms are of each
-    sample, over all axes but the batch, in float32 at least. Where D_c is 0, d has no part along
-    it. The paper's negative momentum is left out: it keeps d from one step to the next, and a
+    The component of d along D_c mostly increases contrast and saturation. Products and norms are
+    computed per sample, over all axes but the batch, in at least float32. If D_c is 0, d_par is 0.
+    The paper's negative momentum is omitted: it carries d over from one step to the next, while a
     denoiser is a function of (x_t, t).
 
     Args:
         cond: D_c, the conditional prediction of x_0, (B, *).
         uncond: D_u, the unconditional one, (B, *).
-        scale: w, a float or (B, 1, ...); 1 gives `cond`.
+        scale: w, a float or (B, 1, ...); 1 returns `cond`.
         parallel: eta, the weight of d_par; 1 is classifier-free guidance.
         norm: r, the largest |d|, positive. None = no bound.
     """
@@ -75,7 +75,7 @@ def adaptive_projected_guidance(
     d = D_c - D_u
     if norm is not None:
         square = inner(d, d)
-        zero = square == 0  # where a root has no gradient
+        zero = square == 0  # where the square root has no gradient
         length = torch.where(zero, 0.0, torch.where(zero, 1.0, square).sqrt())
         d = d * per_sample(norm / length.clamp(min=norm), d)
     d_par = _share(d, D_c) * D_c
@@ -83,19 +83,19 @@ def adaptive_projected_guidance(
 
 
 def zero_star_guidance(cond: Tensor, uncond: Tensor, scale: float | Tensor) -> Tensor:
-    """Guide from the multiple of x_neg that is nearest to x_pos: CFG-Zero* (arXiv:2503.18886).
+    """Guide away from the multiple of x_neg closest to x_pos: CFG-Zero* (arXiv:2503.18886).
 
     s = <x_pos, x_neg> / |x_neg|^2
     x_cfg = s x_neg + w (x_pos - s x_neg)
 
-    Products are of each sample, over all axes but the batch, in float32 at least; where x_neg is 0,
-    so is s. The paper's zero-init, a first step of flow matching that does not move, is left out:
-    the first step from SNR 0 is the one that decides brightness.
+    Products are computed per sample, over all axes but the batch, in at least float32; if x_neg is
+    0, s is 0. The paper's zero-init, a first step of flow matching that does not move, is omitted,
+    because the first step from SNR 0 determines brightness.
 
     Args:
         cond: x_pos, network output for the prompt, (B, *).
         uncond: x_neg, network output for the negative or null prompt, (B, *).
-        scale: w, a float or (B, 1, ...); 1 gives `cond`.
+        scale: w, a float or (B, 1, ...); 1 returns `cond`.
     """
     x_pos, x_neg = _at_least_float32(cond), _at_least_float32(uncond)
     x_neg = _share(x_pos, x_neg) * x_neg
@@ -110,12 +110,12 @@ def dynamic_threshold(x_0: Tensor, percentile: float) -> Tensor:
 
     Args:
         x_0: Predicted pixels, (B, *), whose range is [-1, 1].
-        percentile: Of |x_0|, in (0, 1], such as 0.995; interpolated linearly.
+        percentile: Quantile of |x_0|, in (0, 1], such as 0.995; interpolated linearly.
     """
     size = _at_least_float32(x_0).abs().flatten(1)
     position = percentile * (size.shape[1] - 1)
     below = math.floor(position)
-    # torch.quantile takes no more than 2^24 elements.
+    # torch.quantile supports at most 2^24 elements.
     top = size.topk(size.shape[1] - below, dim=1).values
     low, high = top[:, -1], top[:, max(-2, -top.shape[1])]
     s = per_sample((low + (position - below) * (high - low)).clamp(min=1), x_0)
@@ -123,11 +123,11 @@ def dynamic_threshold(x_0: Tensor, percentile: float) -> Tensor:
 
 
 def _std(x: Tensor) -> Tensor:
-    """Standard deviation a sample, (B, 1, ...), in float32 at least, with gradient 0 at 0."""
+    """Compute each sample's standard deviation, (B, 1, ...), at least float32, gradient 0 at 0."""
     shape = (-1, *(1,) * (x.ndim - 1))
     x = _at_least_float32(x).flatten(1)
-    # Shifted by its first element: else a constant such as 0.1 has a variance of 1e-17, not 0.
-    # correction=0: only ratios count, and so a single element has a value.
+    # Shifted by its first element, since a constant such as 0.1 would have a variance of 1e-17.
+    # correction=0: only ratios matter, and a single element is allowed.
     variance = (x - x[:, :1].detach()).var(dim=1, correction=0)
     constant = variance == 0
     return torch.where(constant, 0.0, torch.where(constant, 1.0, variance).sqrt()).view(shape)
@@ -140,8 +140,8 @@ def _at_least_float32(x: Tensor) -> Tensor:
 def inner(x: Tensor, y: Tensor) -> Tensor:
     """Compute <x, y> of each sample, (B,), of (B, *).
 
-    One axis is summed after the other: a sum over all at once is divided over threads where the
-    batch is one, and would round otherwise than in a larger batch.
+    Axes are summed one after the other: a sum over all axes at once is divided among threads if the
+    batch is one, and would round differently than in a larger batch.
     """
     product = x * y
     while product.ndim > 1:

@@ -1,9 +1,9 @@
-"""A single .safetensors file in the ldm layout, seen as the folder of diffusers it could be.
+"""A single .safetensors file in the ldm layout, read as if it were a folder of diffusers.
 
-The layout is that of the first Stable Diffusion releases: all parts in one file, told apart by the
-first words of their tensors' names. Other programs share it, but it has no place for settings: they
-are those of the three public models, or what this package wrote into the metadata. Nothing in a
-file is believed: settings are bounded, and its tensors must be the ones they ask for.
+The layout is that of the first Stable Diffusion releases: all parts in one file, distinguished by
+the prefixes of their tensors' names. Other programs use it too, but it does not store settings:
+they are those of the three public models, or those that this package wrote into the metadata. Files
+are untrusted: settings are bounded, and the tensors must match them.
 """
 
 from __future__ import annotations
@@ -106,8 +106,8 @@ def _text(width: int, layers: int, act: str, projection: int) -> dict[str, Any]:
     }
 
 
-# The settings of Stable Diffusion 1.5, 2.1 and XL 1.0. Of the second's text encoder the last of 24
-# layers is not used: its context is the hidden state before it.
+# The settings of Stable Diffusion 1.5, 2.1 and XL 1.0. In 2.1, the last of the text encoder's 24
+# layers is not used: its context is the penultimate hidden state.
 PUBLIC: dict[Family, dict[str, dict[str, Any]]] = {
     "v1": {
         "unet": _unet(768, 8, False, 64),
@@ -196,7 +196,7 @@ _TEXT_SETTINGS: dict[str, Callable[[object], bool]] = {
     "eos_token_id": _is_token,
     "pad_token_id": _is_token,
 }
-# What a part's settings may be: the others have the default of their class.
+# Allowed settings of each part; other settings have the default of their class.
 SETTINGS: dict[str, dict[str, Callable[[object], bool]]] = {
     "unet": {
         "sample_size": _either(_is_none, _is_size),
@@ -238,14 +238,14 @@ SETTINGS: dict[str, dict[str, Callable[[object], bool]]] = {
 
 @dataclass(frozen=True)
 class LdmFile:
-    """What the header of a single file says.
+    """The header of a single file.
 
     Attributes:
-        path: Where it is.
-        family: Which public model's layout it has.
-        shapes: Of its tensors, by their names in the file.
-        metadata: Texts.
-        config: What this package wrote about it, checked; {} in others' files.
+        path: Path of the file.
+        family: Public model whose layout the file has.
+        shapes: Shapes of the tensors by their names in the file.
+        metadata: Free text by name.
+        config: Validated settings that this package wrote; {} in files of other programs.
     """
 
     path: Path
@@ -256,12 +256,12 @@ class LdmFile:
 
 
 def is_single_file(source: str) -> bool:
-    """Whether a model's name means a single file rather than a folder or a hub id."""
+    """Whether a model's name is a single file rather than a folder or a hub id."""
     return source.lower().endswith(".safetensors") and not Path(source).is_dir()
 
 
 def default_part(source: str, subfolder: str | None, part: str) -> str | None:
-    """Return the part that is meant inside `source`: a file is never one part alone."""
+    """Return `subfolder`, or `part` if it is None and `source` is a file, which holds all parts."""
     return part if subfolder is None and is_single_file(source) else subfolder
 
 
@@ -269,31 +269,32 @@ def open_ldm_file(source: str | Path) -> LdmFile:
     """Read the header of a single file.
 
     Raises:
-        ValueError: No such file, not safetensors, or no Stable Diffusion in the ldm layout.
+        ValueError: The file does not exist, is not a safetensors file, or is not a Stable Diffusion
+            model in the ldm layout.
     """
     path = Path(source)
     with _opened(path) as file:
         shapes = _shapes(path, file)
         metadata = file.metadata() or {}
     family = _family(path, shapes)
-    return LdmFile(path, family, shapes, metadata, _own_config(path, family, metadata))
+    return LdmFile(path, family, shapes, metadata, _stored_config(path, family, metadata))
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Read the shapes of a file's tensors by their names.
 
     Raises:
-        ValueError: No such file, or not safetensors.
+        ValueError: The file does not exist, or is not a safetensors file.
     """
     with _opened(path) as file:
         return _shapes(path, file)
 
 
 def part_config(file: LdmFile, part: str) -> dict[str, Any]:
-    """Return a part's settings as its config.json would say them.
+    """Return a part's settings in the form of a config.json.
 
     Raises:
-        ValueError: The file has no such part, or not with these settings.
+        ValueError: The file does not have the part, or its settings are inconsistent.
     """
     prefix = PREFIXES[file.family].get(part)
     if prefix is None or not any(name.startswith(prefix) for name in file.shapes):
@@ -305,15 +306,15 @@ def part_config(file: LdmFile, part: str) -> dict[str, Any]:
 
 
 def part_tokenizer(file: LdmFile, part: str) -> tuple[str, int]:
-    """Return the name of a part's tokenizer ("clip" or "open_clip") and its longest prompt."""
-    own = file.config.get(part)
-    if own is not None:
-        return own["name"], own["max_length"]
+    """Return the name of a part's tokenizer ("clip" or "open_clip") and its maximum length."""
+    stored = file.config.get(part)
+    if stored is not None:
+        return stored["name"], stored["max_length"]
     return TOKENIZERS[file.family][part], 77
 
 
 def file_index(file: LdmFile) -> dict[str, Any]:
-    """Return what a model_index.json would say of the file."""
+    """Return the file's parts in the form of a model_index.json."""
     xl = file.family == "xl"
     pipeline = f"StableDiffusion{'XL' if xl else ''}Pipeline"
     index: dict[str, Any] = {"_class_name": pipeline}
@@ -332,10 +333,10 @@ def file_index(file: LdmFile) -> dict[str, Any]:
 
 @contextmanager
 def config_folder(source: str, part: str) -> Iterator[str]:
-    """Lay a part's config.json into a folder of its own, for those who read folders.
+    """Write a part's config.json to a temporary folder, for libraries that read folders.
 
     Raises:
-        ValueError: See `part_config`.
+        ValueError: As in `part_config`.
     """
     config = part_config(open_ldm_file(source), part)
     with tempfile.TemporaryDirectory(prefix="zsnr-") as folder:
@@ -345,37 +346,37 @@ def config_folder(source: str, part: str) -> Iterator[str]:
 
 
 def read_part(
-    source: str, part: str, wanted: Mapping[str, tuple[int, ...]], dtype: torch.dtype
+    source: str, part: str, expected: Mapping[str, tuple[int, ...]], dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Read a part's weights under diffusers' or transformers' names.
 
     Args:
         source: The file.
         part: "unet", "vae", "text_encoder" or "text_encoder_2".
-        wanted: Shapes by names, as the part's model has them.
-        dtype: What the weights become.
+        expected: Shapes of the weights in the part's model, by name.
+        dtype: Data type of the result.
 
     Raises:
-        ValueError: The file's tensors are others; nothing of them is read then.
+        ValueError: The file's tensors do not match; no weights are read in this case.
     """
     file = open_ldm_file(source)
     config, prefix = part_config(file, part), PREFIXES[file.family][part]
     shapes = {name: shape for name, shape in file.shapes.items() if name.startswith(prefix)}
     with torch.device("meta"):
         empty = {name: torch.empty(shape) for name, shape in shapes.items()}
-    converted = _convert(file, part, config, empty, wanted)
-    _compare(file, part, {name: tuple(t.shape) for name, t in converted.items()}, wanted)
+    converted = _convert(file, part, config, empty, expected)
+    _compare(file, part, {name: tuple(t.shape) for name, t in converted.items()}, expected)
     if part == "unet" and len(converted) < len(shapes):
         raise ValueError(
-            f"{file.path} has {len(shapes)} tensors in its UNet, {NAMES[file.family]} "
+            f"{file.path} has {len(shapes)} tensors in its UNet, but {NAMES[file.family]} has "
             f"{len(converted)}: it is another model."
         )
     with _opened(file.path) as opened:
-        # Copies: a file that somebody cuts short under a memory map kills the process.
+        # Copied, because truncating a memory-mapped file would kill the process.
         tensors = {name: opened.get_tensor(name).to(dtype, copy=True) for name in shapes}
     return {
         name: tensor.contiguous()
-        for name, tensor in _convert(file, part, config, tensors, wanted).items()
+        for name, tensor in _convert(file, part, config, tensors, expected).items()
     }
 
 
@@ -386,7 +387,7 @@ def _opened(path: Path) -> Iterator[Any]:
     if not path.exists():
         raise ValueError(f"{path}: no such file.")
     with open_regular(path):
-        pass  # it is one, and none of another kind
+        pass  # it is a regular file
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -408,81 +409,81 @@ def _family(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Family:
 
     others = any("double_blocks." in name or "joint_blocks." in name for name in shapes)
     if others or not (has("model.diffusion_model.") or has("first_stage_model.")):
-        raise ValueError(f"{path} is not a Stable Diffusion in one file: {_instead(shapes)}.")
+        raise ValueError(f"{path} is not a single-file Stable Diffusion model: {_instead(shapes)}.")
     first = shapes.get("model.diffusion_model.input_blocks.0.0.weight")
     if first is not None and len(first) == 4 and first[1] > 4:
         raise ValueError(
-            f"{path}: its UNet takes {first[1]} channels, as models for inpainting and editing do. "
-            "Wanted a text-to-image model."
+            f"{path}: its UNet has {first[1]} input channels, as in models for inpainting and "
+            "editing. Wanted a text-to-image model."
         )
     if has("conditioner.embedders.1.model."):
         return "xl"
     if has("conditioner."):
-        raise ValueError(f"{path} is a refiner or of another kind: wanted the base of SDXL.")
+        raise ValueError(f"{path} is a refiner or another model: wanted the SDXL base model.")
     if has("cond_stage_model.model."):
         return "v2"
     if has("cond_stage_model.transformer."):
         return "v1"
     widths = {s[-1] for n, s in shapes.items() if n.endswith(".attn2.to_k.weight") and s}
     by_width: dict[int, Family] = {768: "v1", 1024: "v2", 2048: "xl"}
-    known = [by_width[width] for width in widths if width in by_width]
-    if len(known) != 1 or len(widths) != 1:
+    families = [by_width[width] for width in widths if width in by_width]
+    if len(families) != 1 or len(widths) != 1:
         raise ValueError(
             f"{path} has no text encoder, and its UNet's cross-attention has width "
-            f"{sorted(widths)}: wanted 768, 1024 or 2048, as Stable Diffusion 1, 2 and XL have."
+            f"{sorted(widths)}: wanted 768, 1024 or 2048, as in Stable Diffusion 1, 2 and XL."
         )
-    return known[0]
+    return families[0]
 
 
 def _instead(shapes: Mapping[str, tuple[int, ...]]) -> str:
     if any(".lora_" in name or name.startswith("lora_") for name in shapes):
-        return "it is a LoRA: give the model that it belongs to"
+        return "it is a LoRA: use the model that it was trained on"
     if any(name.startswith(("down_blocks.", "decoder.", "encoder.")) for name in shapes):
-        return "it holds one part alone. Give the diffusers folder that it is from"
+        return "it holds only one part. Use the diffusers folder that it is from"
     if any("text_model." in name for name in shapes):
-        return "it holds a text encoder alone. Give the diffusers folder that it is from"
+        return "it holds only a text encoder. Use the diffusers folder that it is from"
     if any("double_blocks." in name or "joint_blocks." in name for name in shapes):
         return "it is a transformer, trained by flow matching"
     return "no tensor's name starts with 'model.diffusion_model.'"
 
 
-def _own_config(path: Path, family: Family, metadata: Mapping[str, str]) -> dict[str, Any]:
+def _stored_config(path: Path, family: Family, metadata: Mapping[str, str]) -> dict[str, Any]:
     text = metadata.get(CONFIG)
     if text is None:
         return {}
-    what = f"{path}: {CONFIG!r} in its metadata"
+    label = f"{path}: {CONFIG!r} in its metadata"
     if len(text) > _MAX_CONFIG:
-        raise ValueError(f"{what} has {len(text)} characters.")
-    config = parse_object(text.encode(), what)
+        raise ValueError(f"{label} has {len(text)} characters.")
+    config = parse_object(text.encode(), label)
     if config.get("format") != 1:
-        raise ValueError(f"{what} has a format this zsnr cannot read.")
+        raise ValueError(f"{label} has a format that this version of zsnr cannot read.")
     for part, public in PUBLIC[family].items():
-        own = config.get(part)
-        if own is None:
+        settings = config.get(part)
+        if settings is None:
             continue
-        if not isinstance(own, dict):
-            raise ValueError(f"{what} says {shown(own)} of its {part}.")
-        for name in sorted(public.keys() - own.keys()):
-            raise ValueError(f"{what} says no {part}.{name}.")
-        for name, value in own.items():
+        if not isinstance(settings, dict):
+            raise ValueError(f"{label}: {part} is {shown(settings)}: wanted settings by name.")
+        for name in sorted(public.keys() - settings.keys()):
+            raise ValueError(f"{label} lacks {part}.{name}.")
+        for name, value in settings.items():
             check = SETTINGS[part].get(name)
             if check is None or not check(value):
                 raise ValueError(
-                    f"{what} says {part}.{shown(name)[1:-1]}={shown(value)}: wanted settings of a "
-                    "Stable Diffusion."
+                    f"{label} has {part}.{shown(name)[1:-1]}={shown(value)}: wanted settings of a "
+                    "Stable Diffusion model."
                 )
     if type(config.get(ZEROS, True)) is not bool:
-        raise ValueError(f"{what} says {ZEROS}: wanted true or false.")
+        raise ValueError(f"{label}: {ZEROS}: wanted true or false.")
     for part in TOKENIZERS[family]:
-        own = config.get(part)
-        if own is not None and not (
-            isinstance(own, dict)
-            and own.keys() == {"name", "max_length"}
-            and own["name"] in ("clip", "open_clip")
-            and type(own["max_length"]) is int
-            and 2 <= own["max_length"] <= 1000
+        settings = config.get(part)
+        if settings is not None and not (
+            isinstance(settings, dict)
+            and settings.keys() == {"name", "max_length"}
+            and settings["name"] in ("clip", "open_clip")
+            and type(settings["max_length"]) is int
+            and 2 <= settings["max_length"] <= 1000
         ):
-            raise ValueError(f"{what} says {shown(own)} of its {part}.")
+            raise ValueError(f"{label}: {part} is {shown(settings)}: wanted name and max_length.")
     return config
 
 
@@ -504,7 +505,7 @@ def _check_settings(file: LdmFile, part: str, settings: Mapping[str, Any]) -> No
 
 
 def _bound_work(file: LdmFile, part: str, settings: Mapping[str, Any]) -> None:
-    """Refuse settings that ask for more layers than the file has tensors: they are not its own."""
+    """Refuse settings with more layers than the file has tensors, which cannot belong to it."""
     if part.startswith("text"):
         layers = settings["num_hidden_layers"]
     else:
@@ -522,9 +523,9 @@ def _convert(
     part: str,
     config: Mapping[str, Any],
     tensors: dict[str, Tensor],
-    wanted: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, tuple[int, ...]],
 ) -> dict[str, Tensor]:
-    """Rename by diffusers' own rules."""
+    """Rename tensors with the conversion rules of diffusers."""
     from diffusers.loaders import single_file_utils as rules
 
     try:
@@ -547,22 +548,22 @@ def _convert(
         raise ValueError(f"{file.path}: its {part} lacks tensors of {NAMES[file.family]}.")
     if not part.startswith("text"):
         return cast(dict[str, Tensor], converted)
-    # Releases of transformers differ in the first word; files may hold more than is used.
+    # Releases of transformers differ in this prefix; files may hold unused tensors.
     plain = {name.removeprefix("text_model."): tensor for name, tensor in converted.items()}
-    named = {name: plain.get(name.removeprefix("text_model.")) for name in wanted}
+    named = {name: plain.get(name.removeprefix("text_model.")) for name in expected}
     return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
 def _compare(
     file: LdmFile,
     part: str,
-    found: Mapping[str, tuple[int, ...]],
-    wanted: Mapping[str, tuple[int, ...]],
+    actual: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, tuple[int, ...]],
 ) -> None:
-    kind = NAMES[file.family] if part not in file.config else "what its metadata says"
-    for name in sorted(wanted.keys() | found.keys()):
-        if wanted.get(name) == found.get(name):
+    kind = NAMES[file.family] if part not in file.config else "its metadata"
+    for name in sorted(expected.keys() | actual.keys()):
+        if expected.get(name) == actual.get(name):
             continue
-        have = f"has shape {found[name]}" if name in found else "is missing"
-        want = f"{wanted[name]} wanted" if name in wanted else "not wanted"
-        raise ValueError(f"{file.path}: its {part} does not fit {kind}: {name} {have}, {want}.")
+        have = f"has shape {actual[name]}" if name in actual else "is missing"
+        want = f"{expected[name]} wanted" if name in expected else "not wanted"
+        raise ValueError(f"{file.path}: its {part} does not match {kind}: {name} {have}, {want}.")

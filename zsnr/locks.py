@@ -1,9 +1,9 @@
-"""Who owns a lock or an unfinished file, and whether that process still lives.
+"""Lock files and unfinished files, their owners, and whether those processes are still alive.
 
-A process is told by its host, its pid and the time that pid began, since pids are used again, and
-containers have the same ones. Where pids cannot be looked up, on another host or in another
-container, the lock file's own time tells: its owner renews it, and readers compare it with that of
-a file they have just written beside it, so that no host's clock counts.
+A process is identified by its host, its pid and its start time, since pids are reused, and equal in
+several containers. If pids cannot be looked up, on another host or in another container, the lock
+file's modification time is used: its owner renews it, and readers compare it with that of a file
+they have just written beside it, so that clocks of hosts do not matter.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ RENEWAL = 15.0
 SILENCE = 180.0
 """Seconds without a renewal after which an owner that cannot be looked up counts as dead."""
 
-EXIT_CODE = 75  # the run can be started again
+EXIT_CODE = 75  # the run can be restarted
 
-_FORGOTTEN = 86400.0  # seconds after which an unfinished file of an unknown owner may go
+_FORGOTTEN = 86400.0  # seconds after which an unfinished file of an unknown owner is removed
 _MARK = re.compile(r"\.([0-9a-f]{8})-(\d+)-(\d+)-[0-9a-f]{8}\.part$")
 
 
 class LockedError(OSError):
-    """Another process works there."""
+    """Another process holds the lock."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,12 @@ class Owner:
 
     Args:
         host: Name of its host.
-        place: Digest of its host, boot and pid namespace: where its pid means something.
-        pid: Its process id there.
-        start: When that process began, in clock ticks after boot. 0 = unknown.
-        since: When it took the lock, for people.
-        command: What it does, for people.
-        token: Random, of this lock alone.
+        place: Digest of its host, boot and pid namespace, within which its pid is valid.
+        pid: Its process id.
+        start: Start time of the process, in clock ticks after boot. 0 = unknown.
+        since: Time when it took the lock, for messages.
+        command: Its command line, for messages.
+        token: A random identifier of this lock.
     """
 
     host: str
@@ -71,16 +71,16 @@ class Owner:
 
 
 class Lock:
-    """A lock file that names its owner; a context manager.
+    """A lock file that records its owner; a context manager.
 
     Args:
-        path: The file.
-        what: What it protects, for the message.
+        path: The lock file.
+        protected: The file or folder that it protects, for the message.
         patience: Seconds to wait for an owner that may be dead.
     """
 
-    def __init__(self, path: Path, what: Path, patience: float = 0.0) -> None:
-        self.path, self.what, self.patience = path, what, patience
+    def __init__(self, path: Path, protected: Path, patience: float = 0.0) -> None:
+        self.path, self.protected, self.patience = path, protected, patience
         self._owner = Owner(
             socket.gethostname(),
             _place(),
@@ -93,11 +93,11 @@ class Lock:
         self._stop = threading.Event()
 
     def take(self) -> None:
-        """Take the lock, of a dead owner too, and renew it until it is released.
+        """Take the lock, also from a dead owner, and renew it until it is released.
 
         Raises:
-            LockedError: Another process holds it; says which.
-            OSError: The file cannot be written.
+            LockedError: Another process holds the lock.
+            OSError: The lock file cannot be written.
         """
         mine, end = unfinished(self.path), time.monotonic() + self.patience
         try:
@@ -108,14 +108,16 @@ class Lock:
         except LockedError:
             raise
         except OSError as error:
-            raise OSError(f"{self.what} cannot be written: {error.strerror or error}.") from error
+            raise OSError(
+                f"{self.protected} cannot be written: {error.strerror or error}."
+            ) from error
         finally:
             with suppress(OSError):
                 mine.unlink(missing_ok=True)
         threading.Thread(target=self._renew, daemon=True).start()
 
     def release(self) -> None:
-        """Give the lock back; does nothing if it is not held, or held by a parent process."""
+        """Release the lock; does nothing if it is not held, or held by a parent process."""
         if self._stop.is_set() or os.getpid() != self._owner.pid:
             return
         self._stop.set()
@@ -134,17 +136,17 @@ class Lock:
         """Remove the lock of a dead owner, or wait a second for it to die.
 
         Raises:
-            LockedError: It lives, and there is no patience left.
+            LockedError: The owner is alive, and the patience is exhausted.
         """
         os.utime(mine)
         try:
             with open(self.path, encoding="utf-8") as file:
-                try:  # two that find the same dead owner
+                try:  # two processes may find the same dead owner
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     time.sleep(0.1)
                     return
-                except OSError:  # a file system without locks: the next renewal tells
+                except OSError:  # a file system without locks: the next renewal detects a conflict
                     pass
                 now, then = mine.stat(), os.fstat(file.fileno())
                 if not os.path.samestat(then, os.stat(self.path)):
@@ -156,13 +158,13 @@ class Lock:
         except FileNotFoundError:
             return
         if time.monotonic() >= end:
-            who = "an unknown process"
+            holder = "an unknown process"
             if owner is not None:
-                who = f"{owner.host}, pid {owner.pid}, since {owner.since}: {owner.command}"
+                holder = f"{owner.host}, pid {owner.pid}, since {owner.since}: {owner.command}"
             raise LockedError(
-                f"{self.what} is in use by another process ({who}). Wait for it, stop it, or "
-                f"choose another folder. If it is dead, try again {SILENCE / 60:g} minutes after "
-                f"its end, or remove {self.path}."
+                f"{self.protected} is in use by another process ({holder}). Wait for it, stop it, "
+                f"or choose another folder. If it is dead, try again {SILENCE / 60:g} minutes "
+                f"after its end, or remove {self.path}."
             )
         time.sleep(1.0)
 
@@ -174,8 +176,9 @@ class Lock:
                     return
                 if owner is not None and owner != self._owner:
                     line = (
-                        f"zsnr: error: {self.what} was taken over by {owner.host}, pid {owner.pid},"
-                        " since this process gave no sign of life: it stops, and can be resumed."
+                        f"zsnr: error: {self.protected} was taken over by {owner.host}, pid "
+                        f"{owner.pid}, because this process did not renew its lock: it stops, and "
+                        "can be resumed."
                     )
                     print(printable(line, one_line=True), file=sys.stderr, flush=True)
                     os._exit(EXIT_CODE)
@@ -183,18 +186,18 @@ class Lock:
 
 
 def unfinished(path: Path) -> Path:
-    """Name a file or folder beside `path` that is not complete; the name tells its owner."""
+    """Return the path of an unfinished file or folder beside `path`, whose name has its owner."""
     pid = os.getpid()
     mark = f"{_place()}-{pid}-{max(0, _started(pid))}-{secrets.token_hex(4)}"
     return path.with_name(f"{_beginning(path.name)}{mark}.part")
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
-    """Remove what dead processes have left unfinished in a folder.
+    """Remove unfinished files and folders of dead processes.
 
     Args:
-        folder: Where; it may be missing.
-        name: Which name the file would have had. None = any.
+        folder: The folder; it may be missing.
+        name: Final name of the files to remove. None = any.
     """
     for part in folder.glob(".*.part"):
         if name is not None and not part.name.startswith(_beginning(name)):
@@ -214,11 +217,11 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
 
 
 def _beginning(name: str) -> str:
-    return f".{name.removeprefix('.')[:60]}."  # a file system's names end at 255 bytes
+    return f".{name.removeprefix('.')[:60]}."  # file systems limit names to 255 bytes
 
 
 def _link(mine: Path, path: Path) -> bool:
-    """Give a file one more name, if there is none such; whether it was done."""
+    """Link a file to a new name, if that does not exist; return whether it was linked."""
     try:
         os.link(mine, path)
     except FileExistsError:
@@ -233,10 +236,10 @@ def _link(mine: Path, path: Path) -> bool:
 
 
 def _read(path: Path) -> Owner | None:
-    """Read whose lock it is; None = nobody's, or it cannot be told.
+    """Read the owner of a lock; None = there is no owner, or it is unknown.
 
     Raises:
-        OSError: The storage fails.
+        OSError: The storage failed.
     """
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
@@ -255,7 +258,7 @@ def _is_dead(owner: Owner | None, silence: float) -> bool:
 
 
 def _lives(pid: int, start: int) -> bool:
-    """Whether a process of this place lives, if it is still the one that began then."""
+    """Whether a process of this place is alive and has this start time."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
@@ -267,10 +270,10 @@ def _lives(pid: int, start: int) -> bool:
 
 
 def _started(pid: int) -> int:
-    """Read when a process began, in clock ticks after boot; 0 = cannot be told, -1 = it is dead."""
+    """Read a process's start time, in clock ticks after boot; 0 = unknown, -1 = it is dead."""
     try:
         if os.readlink("/proc/self") != str(os.getpid()):
-            return 0  # /proc is that of another pid namespace
+            return 0  # /proc belongs to another pid namespace
         state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (OSError, ValueError):
         return 0
@@ -278,7 +281,7 @@ def _started(pid: int) -> int:
 
 
 def _place() -> str:
-    """Tell within which processes can be looked up by their pid: host, boot and namespace."""
+    """Return a digest of host, boot and pid namespace, within which pids can be looked up."""
     parts = [socket.gethostname()]
     with suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())

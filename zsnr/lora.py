@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA) on a pretrained UNet, by peft."""
+"""Low-rank adapters (LoRA) on a pretrained UNet, implemented by peft."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from zsnr.pretrained import (
 from zsnr.untrusted import shown
 
 _STEM = "diffusion_pytorch_model"
-_MAX_RANK = 10_000  # no layer of a Stable Diffusion is wider
-_ADAPTER = "default"  # peft's name of an adapter that is alone
+_MAX_RANK = 10_000  # no layer of Stable Diffusion is wider
+_ADAPTER = "default"  # peft's name of a single adapter
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,14 @@ class LoRA:
     """W + (alpha / rank) B A: the pretrained W is frozen, A and B are trained (arXiv:2106.09685).
 
     B starts at 0, so that training starts from the pretrained network. There is no dropout: it
-    would draw from global random numbers, and a resumed run would not be the same one.
+    would use global random numbers, so that a resumed run would not be reproducible.
 
     Args:
-        rank: Rows of A and columns of B; memory and file grow with it.
+        rank: Rows of A and columns of B; memory and file size grow with it.
         alpha: Strength of the adapters. None = rank, a factor of 1.
-        target_modules: Ends of the names of the linear layers and convolutions to adapt. The
+        target_modules: Suffixes of the names of the linear layers and convolutions to adapt. The
             default is the projections of all attentions.
-        base_dtype: What W is kept in; A and B are float32 whatever this says.
+        base_dtype: Data type of W; A and B are always float32.
 
     Raises:
         ValueError: A setting is out of range.
@@ -74,20 +74,20 @@ class LoRA:
 
 
 class AdaptedUNet(UNet):
-    """A frozen pretrained UNet with adapters; its state dict is the adapters alone.
+    """A frozen pretrained UNet with adapters; its state dict holds only the adapters.
 
     Args:
-        pretrained: A folder of diffusers or hub id, whose weights are the frozen ones.
+        pretrained: A folder of diffusers or hub id with the frozen weights.
         lora: The adapters, or their settings as a dict.
         channels: Channels of the latents.
         context_dim: Width of the context.
         subfolder: Folder inside `pretrained`.
-        pooled_dim: Width of the pooled embedding, as UNet's.
-        weights: Digest of the weights that adapters were trained on, to compare with. None = any.
+        pooled_dim: Width of the pooled embedding, as in UNet.
+        weights: Required digest of the weights, on which adapters were trained. None = any.
 
     Raises:
-        ValueError: The base cannot be loaded or is another one, a target is not there, or peft is
-            not installed.
+        ValueError: The base cannot be loaded or has another digest, a target does not exist, or
+            peft is not installed.
     """
 
     def __init__(
@@ -113,9 +113,9 @@ class AdaptedUNet(UNet):
             if weights is None:
                 raise
             raise ValueError(
-                f"The adapters belong to the UNet in {pretrained}, which is not there: {error} "
-                "Put it back there, or say where it is now: read_checkpoint(..., base=...), or "
-                "model.unet of a config."
+                f"The adapters belong to the UNet in {pretrained}, which cannot be loaded: {error} "
+                "Restore it, or set its new path: read_checkpoint(..., base=...), or model.unet of "
+                "a config."
             ) from error
         self._source: dict[str, Any] = {
             "pretrained": pretrained,
@@ -125,11 +125,11 @@ class AdaptedUNet(UNet):
         if weights is not None and self._source["weights"] not in (None, weights):
             raise ValueError(
                 f"The UNet in {pretrained} has other weights (digest {self._source['weights']}) "
-                f"than the adapters were trained on (digest {weights}): give them the same base."
+                f"than the adapters were trained on (digest {weights}): use the original UNet."
             )
         self.lora = lora if isinstance(lora, LoRA) else LoRA(**lora)
         add_lora(self.unet, self.lora)
-        hooked: Any = self  # torch leaves these untyped
+        hooked: Any = self  # torch has no types for these hooks
         self.unet.register_state_dict_pre_hook(_refuse_whole)
         hooked.register_state_dict_post_hook(_leave_out_base)
         hooked.register_load_state_dict_pre_hook(_put_in_base)
@@ -141,8 +141,8 @@ class AdaptedUNet(UNet):
         return super().forward(x_t.to(dtype), t, conditioning).to(x_t.dtype)
 
     def settings(self) -> dict[str, Any]:
-        own = asdict(self.lora)
-        return {**self._source, "lora": {**own, "target_modules": list(own["target_modules"])}}
+        lora = asdict(self.lora)
+        return {**self._source, "lora": {**lora, "target_modules": list(lora["target_modules"])}}
 
 
 def _is_real(value: object) -> bool:
@@ -153,7 +153,7 @@ def require_peft() -> Any:
     """Import peft.
 
     Raises:
-        ValueError: It is not installed.
+        ValueError: peft is not installed.
     """
     try:
         return importlib.import_module("peft")
@@ -162,24 +162,24 @@ def require_peft() -> Any:
 
 
 def add_lora(unet: nn.Module, lora: LoRA) -> None:
-    """Freeze a UNet of diffusers and put adapters in it, in place.
+    """Freeze a UNet of diffusers and add adapters, in place.
 
     Raises:
-        ValueError: A target is not there, or is no linear layer and no convolution.
+        ValueError: A target does not exist, or is neither a linear layer nor a convolution.
     """
     peft = require_peft()
     modules = dict(unet.named_modules())
     for target in lora.target_modules:
-        found = [m for name, m in modules.items() if f".{name}".endswith(f".{target}")]
-        if not found:
+        targets = [m for name, m in modules.items() if f".{name}".endswith(f".{target}")]
+        if not targets:
             raise ValueError(f"lora.target_modules: the UNet has no module {target!r}.")
-        for module in found:
+        for module in targets:
             if not isinstance(module, nn.Linear | nn.Conv2d):
                 raise ValueError(
                     f"lora.target_modules: {target!r} is a {type(module).__name__}: wanted linear "
                     "layers or convolutions."
                 )
-    nn.Module.to(unet, getattr(torch, lora.base_dtype))  # diffusers' own would warn
+    nn.Module.to(unet, getattr(torch, lora.base_dtype))  # diffusers' `to` would warn
     config = peft.LoraConfig(
         r=lora.rank, lora_alpha=lora.strength, target_modules=list(lora.target_modules)
     )
@@ -191,7 +191,7 @@ def add_lora(unet: nn.Module, lora: LoRA) -> None:
 
 
 def lora_state_dict(unet: AdaptedUNet) -> dict[str, Tensor]:
-    """Return the adapters as MODULE.lora_A.weight and MODULE.lora_B.weight, named as diffusers."""
+    """Return the adapters as MODULE.lora_A.weight and MODULE.lora_B.weight, in diffusers' names."""
     return {
         name.replace(f".{_ADAPTER}.", "."): parameter.detach()
         for name, parameter in unet.unet.named_parameters()
@@ -200,26 +200,26 @@ def lora_state_dict(unet: AdaptedUNet) -> dict[str, Tensor]:
 
 
 def is_adapted(description: Mapping[str, Any]) -> bool:
-    """Whether a UNet's description is of an adapted one."""
+    """Whether a description is that of an adapted UNet."""
     return "lora" in description.get("init_args", {})
 
 
-def moved(description: Mapping[str, Any], pretrained: str) -> dict[str, Any]:
-    """Return an adapted UNet's description with its base at another place.
+def with_base(description: Mapping[str, Any], pretrained: str) -> dict[str, Any]:
+    """Return an adapted UNet's description with another path of its base.
 
     Raises:
-        ValueError: It is of no adapted UNet.
+        ValueError: The description is not that of an adapted UNet.
     """
     settings = description["init_args"]
     if not is_adapted(description):
-        raise ValueError("base: the checkpoint holds no adapters, but a whole UNet.")
+        raise ValueError("base: the checkpoint holds a full UNet and no adapters.")
     return {**description, "init_args": {**settings, "pretrained": pretrained}}
 
 
 def merge_lora(unet: AdaptedUNet) -> UNet:
     """Return a plain UNet with the weights W + (alpha / rank) B A, in float32.
 
-    What has no adapter and is float32 already is shared with the other, not copied.
+    Float32 weights without adapters are shared with the adapted UNet, not copied.
     """
     weights: dict[str, Tensor] = {}
     for name, parameter in unet.unet.named_parameters():
@@ -240,7 +240,7 @@ def _is_adapter(name: str) -> bool:
 
 
 def _digest(pretrained: str, subfolder: str | None) -> str | None:
-    """Hash the base's weights; None if they are not loaded, or are not found again."""
+    """Hash the base's weights; None if they are not loaded, or their files are not found."""
     if is_weightless():
         return None
     if Path(pretrained).is_file():
@@ -249,14 +249,14 @@ def _digest(pretrained: str, subfolder: str | None) -> str | None:
 
 
 def _refuse_whole(module: nn.Module, prefix: str, keep_vars: bool) -> None:
-    """Let nobody write diffusers' UNet as a whole one while its layers have adapters beside them.
+    """Refuse to save diffusers' UNet as a full UNet while its layers have adapters.
 
     Raises:
-        ValueError: It is asked for alone, and not as a part of the AdaptedUNet.
+        ValueError: The state dict is requested directly, and not as a part of the AdaptedUNet.
     """
     if not prefix:
         raise ValueError(
-            "This UNet has adapters (model.lora), and is not a plain one: merge them first, by "
+            "This UNet has adapters (model.lora): first merge them with "
             "zsnr.checkpoints.lora.merge, or write them as a LoRA file."
         )
 
@@ -269,7 +269,7 @@ def _leave_out_base(
 
 
 def _put_in_base(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-    """Let a strict load find the base where it is, so that it asks for adapters alone."""
+    """Add the base's current weights, so that a strict load requires only the adapters."""
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if not _is_adapter(name):
             state_dict.setdefault(prefix + name, tensor)

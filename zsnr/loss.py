@@ -37,8 +37,8 @@ class LossWeighting:
     | debiased      | sqrt(SNR)               | Yu et al., arXiv:2310.08442 (1/sqrt(SNR) on eps) |
     | p2            | SNR / (1 + SNR)         | Choi et al., arXiv:2204.00227 (k = 1, gamma = 1) |
 
-    At zero terminal SNR every one but uniform, snr_plus_one and truncated_snr gives the last step
-    the weight 0 under v_prediction: the step that decides brightness would learn nothing.
+    At zero terminal SNR, all but uniform, snr_plus_one and truncated_snr give the last timestep the
+    weight 0 under v_prediction: the timestep that determines brightness would not be trained.
 
     Args:
         name: One of the names above.
@@ -72,7 +72,8 @@ class LossWeighting:
             float64 on the CPU, shape (T,).
 
         Raises:
-            ValueError: epsilon at zero SNR, or the last weight is 0 and that was not allowed.
+            ValueError: epsilon is combined with zero SNR, or the last weight is 0 and this is not
+                allowed.
         """
         check_prediction_type(prediction_type, schedule)
         snr = schedule.snr
@@ -126,10 +127,10 @@ def diffusion_loss(
         output: Network output, (B, *).
         target: Its target, (B, *).
         lambda_t: Weight of each sample, (B,), or one number.
-        reduction: "mean" over the batch, or "none" for one loss a sample.
+        reduction: "mean" over the batch, or "none" for one loss per sample.
 
     Returns:
-        A scalar, or (B,); in float32, or float64 where the inputs are.
+        A scalar, or (B,); in float32, or float64 if an input is.
 
     Raises:
         ValueError: Shapes or the reduction are wrong.
@@ -144,7 +145,7 @@ def diffusion_loss(
         raise ValueError(f"reduction={reduction!r} is unknown. Known: 'mean', 'none'.")
     if isinstance(lambda_t, Tensor) and lambda_t.shape not in ((), output.shape[:1]):
         raise ValueError(
-            f"lambda_t has shape {tuple(lambda_t.shape)}: wanted one weight a sample, "
+            f"lambda_t has shape {tuple(lambda_t.shape)}: wanted one weight per sample, "
             f"{tuple(output.shape[:1])}, such as table[t]."
         )
     error = (output.to(dtype) - target.to(dtype)).square().flatten(1).mean(1)

@@ -1,4 +1,4 @@
-"""The UNet: diffusers' UNet2DConditionModel, new or pretrained."""
+"""The UNet, diffusers' UNet2DConditionModel, new or pretrained."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class UNetConfig:
         block_out_channels: Channels of each resolution, finest first.
         layers_per_block: Residual blocks at each resolution.
         attention: Whether each resolution has self- and cross-attention.
-        attention_head_dim: Channels of an attention head.
+        attention_head_dim: Channels of each attention head.
         transformer_layers: Transformer blocks in each attention.
         norm_groups: Groups of the group norms; must divide every number of channels.
         pooled_context: Add a learned pooling of the context to the time embedding.
@@ -78,14 +78,14 @@ class UNet(nn.Module):
             diffusers as a dict.
         channels: Channels of the latents.
         context_dim: Width of the context.
-        pretrained: A folder, a single file (.safetensors) in the ldm layout, or a hub id, whose
-            weights to start from; then `config` must be None.
+        pretrained: A folder, a single file (.safetensors) in the ldm layout, or a hub id with the
+            initial weights; `config` must then be None.
         subfolder: Folder inside `pretrained`.
-        pooled_dim: Width of the pooled embedding; 0 = there is none. None = it is not known yet.
+        pooled_dim: Width of the pooled embedding; 0 = there is none. None = not known yet.
 
     Raises:
-        ValueError: Neither or both were given, or the pretrained UNet has other channels or takes
-            other conditioning.
+        ValueError: Neither or both of `config` and `pretrained` are set, or the pretrained UNet has
+            other channels or requires other conditioning.
     """
 
     def __init__(
@@ -101,10 +101,10 @@ class UNet(nn.Module):
         from diffusers import UNet2DConditionModel
 
         if (config is None) == (pretrained is None):
-            raise ValueError("Give either the UNet's `config` or `pretrained`.")
+            raise ValueError("A UNet needs either `config` or `pretrained`.")
         if pretrained is not None:
             self.unet = load_whole(
-                UNet2DConditionModel, pretrained, subfolder, what="a UNet2DConditionModel"
+                UNet2DConditionModel, pretrained, subfolder, label="a UNet2DConditionModel"
             )
         else:
             settings = config if isinstance(config, dict) else None
@@ -119,18 +119,18 @@ class UNet(nn.Module):
 
     @property
     def takes_sizes(self) -> bool:
-        """Whether it is told a pooled embedding and sizes, as SDXL's is."""
+        """Whether its inputs include a pooled embedding and sizes, as in SDXL."""
         return bool(self.unet.config["addition_embed_type"] == "text_time")
 
     def forward(self, x_t: Tensor, t: Tensor, conditioning: Conditioning | None) -> Tensor:
         if conditioning is None:
-            raise ValueError("This UNet needs conditioning: pass Conditioning, or null()'s.")
+            raise ValueError("This UNet needs conditioning: pass Conditioning, such as null().")
         added = None
         if self.takes_sizes:
             if conditioning.pooled is None or conditioning.sizes is None:
                 lacking = "pooled" if conditioning.pooled is None else "sizes"
                 raise ValueError(
-                    f"This UNet takes a pooled embedding and sizes, as SDXL's does, and got no "
+                    "This UNet needs a pooled embedding and sizes, as in SDXL, but got no "
                     f"{lacking}: wanted Conditioning(context, pooled=(B, P), sizes=(B, 6))."
                 )
             added = {"text_embeds": conditioning.pooled, "time_ids": conditioning.sizes}
@@ -144,12 +144,12 @@ class UNet(nn.Module):
         return output
 
     def settings(self) -> dict[str, Any]:
-        """Return the arguments that build this UNet again, without its weights' origin."""
+        """Return the constructor arguments of this UNet, without the source of its weights."""
         keep = {k: v for k, v in self.unet.config.items() if not k.startswith("_")}
         return {"config": {k: list(v) if isinstance(v, tuple) else v for k, v in keep.items()}}
 
     def blocks(self) -> list[nn.Module]:
-        """Return the blocks in the order of the forward pass: what is sharded or compiled alone."""
+        """Return the blocks in order of the forward pass, to shard or compile separately."""
         middle = [] if self.unet.mid_block is None else [self.unet.mid_block]
         return [*self.unet.down_blocks, *middle, *self.unet.up_blocks]
 
@@ -161,19 +161,19 @@ class UNet(nn.Module):
         config = self.unet.config
         if config["addition_embed_type"] not in (None, "text", "text_time"):
             raise ValueError(
-                f"The UNet takes addition_embed_type={config['addition_embed_type']!r}, which this "
-                "package does not give: wanted a UNet of Stable Diffusion 1, 2 or XL."
+                f"The UNet has addition_embed_type={config['addition_embed_type']!r}, which this "
+                "package does not support: wanted a UNet of Stable Diffusion 1, 2 or XL."
             )
-        for name, wanted in (("in_channels", channels), ("out_channels", channels)):
-            if wanted is not None and config[name] != wanted:
+        for name, expected in (("in_channels", channels), ("out_channels", channels)):
+            if expected is not None and config[name] != expected:
                 raise ValueError(
-                    f"The UNet has {name}={config[name]} but the codec's latents have {wanted} "
-                    "channels: choose a codec and a UNet that belong together."
+                    f"The UNet has {name}={config[name]} but the codec's latents have {expected} "
+                    "channels: choose a matching codec and UNet."
                 )
         if context_dim is not None and config["cross_attention_dim"] != context_dim:
             raise ValueError(
-                f"The UNet's cross-attention takes width {config['cross_attention_dim']} but the "
-                f"conditioner gives {context_dim}: choose ones that belong together."
+                f"The UNet's cross-attention has width {config['cross_attention_dim']} but the "
+                f"conditioner has {context_dim}: choose a matching UNet and conditioner."
             )
         if pooled_dim is not None and self.takes_sizes:
             width = config["addition_time_embed_dim"] or 0
@@ -181,14 +181,14 @@ class UNet(nn.Module):
             if total != pooled_dim + _SIZES * width:
                 got = f"one of width {pooled_dim}" if pooled_dim else "none"
                 raise ValueError(
-                    f"The UNet takes a pooled embedding and {_SIZES} sizes, {total} = "
-                    f"{total - _SIZES * width} + {_SIZES} x {width}, but the conditioner gives "
-                    f"{got}: SDXL's UNet wants its own SDXLConditioner."
+                    f"The UNet needs a pooled embedding and {_SIZES} sizes, {total} = "
+                    f"{total - _SIZES * width} + {_SIZES} x {width}, but the conditioner returns "
+                    f"{got}: use SDXL's UNet with its SDXLConditioner."
                 )
 
 
 def _diffusers_config(config: UNetConfig, channels: int, context_dim: int) -> dict[str, Any]:
-    own = asdict(config)
+    settings = asdict(config)
     down = ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in config.attention]
     up = ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(config.attention)]
     pooled = {"addition_embed_type": "text", "addition_embed_type_num_heads": 4}
@@ -197,15 +197,17 @@ def _diffusers_config(config: UNetConfig, channels: int, context_dim: int) -> di
         "resnet_time_scale_shift": "scale_shift" if config.scale_shift else "default",
         "in_channels": channels,
         "out_channels": channels,
-        "block_out_channels": list(own["block_out_channels"]),
-        "layers_per_block": own["layers_per_block"],
+        "block_out_channels": list(settings["block_out_channels"]),
+        "layers_per_block": settings["layers_per_block"],
         "down_block_types": down,
         "up_block_types": up,
         "mid_block_type": "UNetMidBlock2DCrossAttn",
         "cross_attention_dim": context_dim,
         # diffusers counts heads under the name attention_head_dim
-        "attention_head_dim": [c // own["attention_head_dim"] for c in own["block_out_channels"]],
-        "transformer_layers_per_block": own["transformer_layers"],
-        "norm_num_groups": own["norm_groups"],
+        "attention_head_dim": [
+            c // settings["attention_head_dim"] for c in settings["block_out_channels"]
+        ],
+        "transformer_layers_per_block": settings["transformer_layers"],
+        "norm_num_groups": settings["norm_groups"],
         "use_linear_projection": True,
     }

@@ -1,4 +1,4 @@
-"""Noise that belongs to a sample, not to a batch; offset noise (section 5.4)."""
+"""Noise that depends on the sample rather than the batch; offset noise (section 5.4)."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 
 class SampleNoise:
-    """Standard normal noise from one generator a sample.
+    """Standard normal noise from one generator per sample.
 
     Row i of every draw comes from a generator seeded with seeds[i], on the CPU in float32, so a
-    sample's noise does not depend on the batch it is in, its place there, or the device.
+    sample's noise does not depend on its batch, its position in the batch, or the device.
 
     Args:
-        seeds: One integer a sample, 0 to 2^32 - 1.
+        seeds: One integer per sample, 0 to 2^32 - 1.
 
     Raises:
         ValueError: There are no seeds, or one is out of range.
@@ -26,7 +26,7 @@ class SampleNoise:
     def __init__(self, seeds: Iterable[int]) -> None:
         self._generators = [sample_generator(seed) for seed in seeds]
         if not self._generators:
-            raise ValueError("There are no seeds: wanted one a sample.")
+            raise ValueError("There are no seeds: wanted one per sample.")
 
     def randn(
         self,
@@ -35,7 +35,7 @@ class SampleNoise:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
-        """Draw (B, *shape): `shape` is one sample's, B the number of seeds."""
+        """Draw (B, *shape), where `shape` is that of one sample and B the number of seeds."""
         rows = [
             torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device="cpu")
             for generator in self._generators
@@ -43,23 +43,23 @@ class SampleNoise:
         return torch.stack(rows).to(device=device, dtype=dtype)
 
     def randn_like(self, x: Tensor) -> Tensor:
-        """Draw noise of x's shape, dtype and device; a sampler's `randn_like`.
+        """Draw noise of x's shape, dtype and device; usable as a sampler's `randn_like`.
 
         Raises:
-            ValueError: x has another number of samples than there are seeds.
+            ValueError: The number of samples in x is not the number of seeds.
         """
         if len(x) != len(self._generators):
             raise ValueError(
-                f"{len(x)} samples but {len(self._generators)} seeds: wanted one seed a sample."
+                f"{len(x)} samples but {len(self._generators)} seeds: wanted one seed per sample."
             )
         return self.randn(x.shape[1:], device=x.device, dtype=x.dtype)
 
 
 def sample_generator(seed: int) -> torch.Generator:
-    """Make the CPU generator of a seed.
+    """Make a CPU generator with a seed.
 
     Raises:
-        ValueError: Not in 0 .. 2^32 - 1: torch's CPU generator ignores higher bits.
+        ValueError: The seed is not in 0 .. 2^32 - 1 (torch's CPU generator ignores higher bits).
     """
     if isinstance(seed, bool) or not 0 <= operator.index(seed) < 2**32:
         raise ValueError(f"seed={seed!r}: wanted an integer from 0 to 4294967295.")
@@ -67,7 +67,7 @@ def sample_generator(seed: int) -> torch.Generator:
 
 
 def derive_seed(*keys: int) -> int:
-    """Hash integers, such as (seed, step, sample), to a seed of 32 bits."""
+    """Hash integers, such as (seed, step, sample), to a 32-bit seed."""
     text = ",".join(str(operator.index(key)) for key in keys)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big")
 
@@ -75,19 +75,19 @@ def derive_seed(*keys: int) -> int:
 def offset_noise(z: Tensor, d: Tensor, strength: float = 0.1) -> Tensor:
     """Shift each channel's noise: eps ~ N(0.1 d_c, I), d_c ~ N(0, 1)    (section 5.4).
 
-    The trick that zero terminal SNR replaces; here to compare with.
+    The workaround that zero terminal SNR replaces; provided for comparison.
 
     Args:
         z: Standard normal noise, (B, C, *).
-        d: Standard normal, one number a sample and channel, (B, C).
+        d: Standard normal, one number per sample and channel, (B, C).
         strength: Scale of the shift; the paper's is 0.1.
 
     Raises:
-        ValueError: d has another shape.
+        ValueError: d has the wrong shape.
     """
     if d.shape != z.shape[:2]:
         raise ValueError(
-            f"d has shape {tuple(d.shape)}: wanted one number a sample and channel, "
+            f"d has shape {tuple(d.shape)}: wanted one number per sample and channel, "
             f"{tuple(z.shape[:2])}."
         )
     return z + strength * d.view(*d.shape, *(1,) * (z.ndim - 2))

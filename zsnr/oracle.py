@@ -1,4 +1,4 @@
-"""Exact denoisers that need no training: callables (x_t, t) -> x_0, usable as any Denoiser."""
+"""Exact denoisers without training: callables (x_t, t) -> x_0, usable like any Denoiser."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class GaussianDenoiser:
     Args:
         schedule: The noise schedule.
         mean: m, a number or a tensor that broadcasts with x_t.
-        std: s, likewise; not negative.
+        std: s, a number or a tensor that broadcasts with x_t; not negative.
     """
 
     guidance: ClassVar[None] = None
@@ -42,13 +42,13 @@ class GaussianDenoiser:
 
 
 class EmpiricalDenoiser:
-    """The optimal denoiser of a finite data set: a softmax average of its members.
+    """The optimal denoiser of a finite dataset: a softmax average of its members.
 
     E[x_0 | x_t] = sum_i w_i (x^i + alpha_t s_i^2 / v_i (x_t - alpha_t x^i))
     w = softmax_i(-|x_t - alpha_t x^i|^2 / (2 v_i) - D/2 log v_i)
     v_i = alpha_t^2 s_i^2 + sigma_t^2
 
-    with D numbers a sample. s = 0 is the data set itself, else a mixture of Gaussians around its
+    with D numbers per sample. s = 0 is the dataset itself, else a mixture of Gaussians around its
     members. At alpha_t = 0 it is the mean of the data whatever x_t is (section 5.2). The logits are
     float64: near t = 0 they reach 1e6.
 
@@ -57,14 +57,14 @@ class EmpiricalDenoiser:
 
     Args:
         schedule: The noise schedule.
-        images: The data set, (N, *).
-        classes: The class of each member, (N,) integers from 0 on. None = there are none.
-        std: s, of the Gaussian around each member: a number, or one a member, (N,).
-        batch_invariant: Give a sample bit for bit the same x_0 whatever stands beside it in the
-            batch. False = one matrix product for the batch, which is faster.
+        images: The dataset, (N, *).
+        classes: The class of each member, (N,) integers from 0 on. None = no classes.
+        std: s of the Gaussian around each member: a number, or one per member, (N,).
+        batch_invariant: Make each sample's x_0 bitwise independent of the rest of the batch. False
+            = one matrix product for the batch, which is faster.
 
     Raises:
-        ValueError: The data set is empty, or classes or std do not fit it.
+        ValueError: The dataset is empty, or the shape of classes or std is wrong.
     """
 
     guidance: ClassVar[None] = None
@@ -95,7 +95,7 @@ class EmpiricalDenoiser:
 
     @property
     def num_classes(self) -> int:
-        """The number of classes, 0 where there are none."""
+        """The number of classes; 0 = no classes."""
         return 0 if self.classes is None else int(self.classes.max()) + 1
 
     def __call__(self, x_t: Tensor, t: Tensor, of: Tensor | None = None) -> Tensor:
@@ -104,18 +104,18 @@ class EmpiricalDenoiser:
         Args:
             x_t: Noisy data, (B, *).
             t: int64 timesteps, (B,).
-            of: The class of each sample, (B,); -1 = any. None = any for all.
+            of: The class of each sample, (B,); -1 = any class. None = any class for all samples.
 
         Returns:
             x_0, (B, *), in x_t's dtype, at least float32.
 
         Raises:
-            ValueError: Shapes that do not fit, or a class that is not there.
+            ValueError: The shapes do not match, or a class does not exist.
         """
         x = self._rows(x_t)
         alpha_t, sigma_t = (scale.to(torch.float64).view(-1, 1) for scale in self.schedule(t))
         weights = self._logits(x, alpha_t, sigma_t, of).softmax(1)
-        weights[weights < torch.finfo(torch.float64).tiny] = 0  # subnormal: say nothing, cost much
+        weights[weights < torch.finfo(torch.float64).tiny] = 0  # subnormals are negligible but slow
         if self._spreads:
             gain = alpha_t * self._variance / self._noisy_variance(alpha_t, sigma_t)
             x_0 = self._product(weights * (1 - alpha_t * gain), self._images)
@@ -125,20 +125,20 @@ class EmpiricalDenoiser:
         return x_0.view(x_t.shape).to(torch.promote_types(x_t.dtype, torch.float32))
 
     def posterior(self, x_0: Tensor, t: int) -> Tensor:
-        """Tell which class clean data belong to: p(class | x_0), (B, classes), float64.
+        """Compute the class probabilities of clean data: p(class | x_0), (B, classes), float64.
 
-        The data are smoothed by the noise of a timestep, sigma_t / alpha_t, since what a sampler
-        makes is no member of the data set.
+        The dataset is smoothed by the noise of a timestep, sigma_t / alpha_t, because generated
+        samples are not members of it.
 
         Args:
             x_0: Clean data, (B, *).
-            t: The timestep whose noise smooths; -1 = none, for a mixture of Gaussians.
+            t: The timestep of the smoothing noise; -1 = none, for a mixture of Gaussians.
 
         Raises:
-            ValueError: There are no classes, t has SNR 0, or nothing smooths a finite data set.
+            ValueError: There are no classes, t has SNR 0, or a finite dataset is not smoothed.
         """
         if self.classes is None:
-            raise ValueError("EmpiricalDenoiser was made without classes: pass classes=.")
+            raise ValueError("EmpiricalDenoiser has no classes: pass classes=.")
         alpha_t, sigma_t = self.schedule(t)
         if alpha_t == 0 or (sigma_t == 0 and not self._variance.all()):
             raise ValueError(f"t={t}: wanted a timestep with signal and noise, such as 100.")
@@ -155,7 +155,7 @@ class EmpiricalDenoiser:
         return to_v(x_0, x_t.to(x_0.dtype), *self.schedule(t), "sample")
 
     def guided(self, of: Tensor, guidance: Guidance | None) -> Denoiser:
-        """Return the exact denoiser of a class each sample, (B,), guided away from all classes."""
+        """Return the exact denoiser of one class per sample, (B,), guided away from the dataset."""
         cond, uncond = (
             Conditioning(classes.to(torch.float64).view(-1, 1, 1))
             for classes in (of, torch.full_like(of, -1))
@@ -165,7 +165,7 @@ class EmpiricalDenoiser:
     def _rows(self, x: Tensor) -> Tensor:
         if x.shape[1:] != self._shape:
             raise ValueError(
-                f"x_t has samples of shape {tuple(x.shape[1:])}, the data set "
+                f"x_t has samples of shape {tuple(x.shape[1:])}, but the dataset has "
                 f"{tuple(self._shape)}: wanted equal shapes."
             )
         return x.flatten(1).to(torch.float64)
@@ -178,7 +178,7 @@ class EmpiricalDenoiser:
         return bool(((of >= -1) & (of < self.num_classes)).all())
 
     def _logits(self, x: Tensor, alpha_t: Tensor, sigma_t: Tensor, of: Tensor | None) -> Tensor:
-        """Compute log w_i but for a constant, (B, N)."""
+        """Compute log w_i up to a constant, (B, N)."""
         v = self._noisy_variance(alpha_t, sigma_t)
         logits = (alpha_t * self._product(x, self._images.T) - alpha_t**2 * self._half_norms) / v
         if self._variance.ndim:
@@ -187,17 +187,17 @@ class EmpiricalDenoiser:
             return logits
         if self.classes is None or len(of) != len(x) or not self._has(of):
             raise ValueError(
-                f"Classes {of[:8].tolist()} of {len(x)} samples: wanted one a sample, -1 to "
+                f"Classes {of[:8].tolist()} of {len(x)} samples: wanted one per sample, -1 to "
                 f"{self.num_classes - 1}."
             )
-        other = (of.view(-1, 1) >= 0) & (of.view(-1, 1) != self.classes)
-        return logits.masked_fill(other, -torch.inf)
+        other_class = (of.view(-1, 1) >= 0) & (of.view(-1, 1) != self.classes)
+        return logits.masked_fill(other_class, -torch.inf)
 
 
 def span(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Write images in an orthonormal basis of their span, where the oracle costs less.
+    """Express images in an orthonormal basis of their span, where the oracle is cheaper.
 
-    Predictions lie in the span, and logits see nothing else of x_t. So sampling noise z by
+    Predictions lie in the span, and logits depend only on x_t's projection. So sampling noise z by
     EmpiricalDenoiser(schedule, images) gives x_0, and sampling basis @ z by
     EmpiricalDenoiser(schedule, coordinates) gives basis @ x_0, for any sampler whose steps are
     linear in x_t, x_0 and noise.
@@ -211,15 +211,15 @@ def span(images: Tensor) -> tuple[Tensor, Tensor]:
     """
     rows = images.flatten(1).to(torch.float64)
     left, sizes, right = torch.linalg.svd(rows, full_matrices=False)
-    kept = sizes > sizes[0] * 1e-12
-    return left[:, kept] * sizes[kept], right[kept]
+    nonzero = sizes > sizes[0] * 1e-12
+    return left[:, nonzero] * sizes[nonzero], right[nonzero]
 
 
 def _rows_matmul(x: Tensor, matrix: Tensor, block: int = 16) -> Tensor:
-    """Compute x @ matrix so that no row's rounding depends on the rows beside it.
+    """Compute x @ matrix so that the rounding of a row does not depend on the other rows.
 
-    A matrix product rounds by its shape, so every product here has the same one: one row where the
-    matrix is small, a block of rows filled up with zeros else.
+    The rounding of a matrix product depends on its shape, so every product here has the same shape:
+    one row if the matrix is small, otherwise a block of rows padded with zeros.
     """
     if matrix.numel() <= 2**16:
         return torch.stack([row @ matrix for row in x])
@@ -228,7 +228,11 @@ def _rows_matmul(x: Tensor, matrix: Tensor, block: int = 16) -> Tensor:
 
 
 def _check_classes(classes: Tensor, count: int) -> Tensor:
-    """Return classes as int64, or say what is wrong with them."""
+    """Return classes as int64.
+
+    Raises:
+        ValueError: The classes are not integers 0, 1, 2, ... with at least one member each.
+    """
     if classes.shape != (count,) or classes.is_floating_point():
         raise ValueError(
             f"classes is {classes.dtype} of shape {tuple(classes.shape)}: wanted integers, "

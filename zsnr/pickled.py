@@ -1,7 +1,7 @@
-"""Pickles read as the text they are: what they name is neither imported nor called.
+"""Parsing of pickles without unpickling: nothing that they name is imported or called.
 
-Unpickling runs what the file says: it calls, and it sets attributes, also those of classes. Here
-each object becomes an `Inert`, which only says which name, arguments and state the file gives it.
+Unpickling executes the file: it calls functions, and sets attributes, also those of classes. Here
+each object becomes an `Inert`, which only stores its name, arguments and state.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _FREE_STEPS = 2_000_000
-_BYTES_PER_STEP = 30  # a tensor takes some 40 steps, and over a kilobyte of its file
+_BYTES_PER_STEP = 30  # a tensor takes about 40 steps, and over a kilobyte of its file
 _MAX_DEPTH = 100
 _MAX_VALUES = 10_000_000
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
@@ -24,13 +24,13 @@ _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 @dataclass(eq=False, slots=True)
 class Inert:
-    """What a pickle says of an object, or the name of a class or function.
+    """A pickle's description of an object, or the name of a class or function.
 
     Args:
         name: Module and name, such as "torch.Size".
         args: Arguments of the call. None = a name that is not called.
-        state: What the pickle sets on the object. None = nothing.
-        items: What it adds to the object: entries of a list, (key, value) of a dict.
+        state: State that the pickle sets on the object. None = none.
+        items: Items that it adds to the object: entries of a list, (key, value) of a dict.
     """
 
     name: str
@@ -44,10 +44,10 @@ def read_inert(data: bytes, size: int) -> Any:
 
     Args:
         data: The pickle.
-        size: Bytes of the files that it describes, which bound its own steps.
+        size: Size of the files that it describes, in bytes, which limits its number of steps.
 
     Raises:
-        ValueError: It is no such pickle, or takes too many steps.
+        ValueError: The pickle holds anything else, or takes too many steps.
     """
     try:
         return _interpret(data, _FREE_STEPS + size // _BYTES_PER_STEP)
@@ -55,7 +55,7 @@ def read_inert(data: bytes, size: int) -> Any:
         raise ValueError("it is not a pickle of plain values") from error
 
 
-def _interpret(data: bytes, most: int) -> Any:
+def _interpret(data: bytes, max_steps: int) -> Any:
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[int, Any] = {}
@@ -69,8 +69,8 @@ def _interpret(data: bytes, most: int) -> Any:
     argument: Any
     for steps, (opcode, argument, _) in enumerate(pickletools.genops(data)):
         kind = opcode.name
-        if steps > most:
-            raise ValueError(f"it takes over {most} steps")
+        if steps > max_steps:
+            raise ValueError(f"it takes over {max_steps} steps")
         if kind == "MEMOIZE":
             memo[len(memo)] = stack[-1]
         elif kind in ("BINGET", "LONG_BINGET"):
@@ -109,9 +109,9 @@ def _interpret(data: bytes, most: int) -> Any:
         elif kind in ("REDUCE", "NEWOBJ"):
             arguments, function = stack.pop(), stack.pop()
             if function.args is not None or not isinstance(arguments, tuple):
-                raise ValueError("it calls what is not a name")
-            if _makes_room(function.name):
-                raise ValueError(f"it calls {function.name[:80]}, which makes room for any size")
+                raise ValueError("it calls something that is not a name")
+            if _allocates(function.name):
+                raise ValueError(f"it calls {function.name[:80]}, which allocates any size")
             stack.append(Inert(function.name, arguments))
         elif kind == "BUILD":
             state = stack.pop()
@@ -121,7 +121,7 @@ def _interpret(data: bytes, most: int) -> Any:
         elif kind == "STACK_GLOBAL":
             name, module = stack.pop(), stack.pop()
             if not isinstance(name, str) or not isinstance(module, str):
-                raise ValueError("it names something by other than text")
+                raise ValueError("it holds a name that is not text")
             stack.append(Inert(f"{module}.{name}"))
         elif kind == "GLOBAL":
             stack.append(Inert(argument.replace(" ", ".", 1)))
@@ -130,19 +130,19 @@ def _interpret(data: bytes, most: int) -> Any:
         elif kind == "STOP":
             break
         elif kind not in ("PROTO", "FRAME"):
-            raise ValueError(f"it holds {kind}, which no plain value needs")
+            raise ValueError(f"it holds {kind}, which plain values do not need")
     return stack.pop()
 
 
-def _makes_room(name: str) -> bool:
-    """Whether what torch's weights-only unpickler calls by this name allocates what it is told."""
+def _allocates(name: str) -> bool:
+    """Whether a function that torch's weights-only unpickler may call allocates any given size."""
     module, _, last = name.rpartition(".")
     return last == "bytearray" or (module == "torch" and last not in ("Size", "device"))
 
 
 def _set_items(target: Any, values: list[Any]) -> None:
     keys, entries = values[::2], values[1::2]
-    # The hash of tuples in tuples is recursive in C: deep ones end the process.
+    # The hash of nested tuples is recursive in C: deep ones crash the process.
     if not all(isinstance(key, str | int | float | Inert | None) for key in keys):
         raise ValueError("it has keys that are neither text nor numbers")
     if isinstance(target, dict):
@@ -156,32 +156,32 @@ def _append(target: Any, values: list[Any]) -> None:
 
 
 def check_extent(value: Any) -> None:
-    """Bound how deep a value is nested, and how many it stands for where parts are shared.
+    """Limit the nesting depth of a value, and its number of values when shared parts are expanded.
 
     Raises:
-        ValueError: It is nested too deeply, holds itself, or stands for far too many values.
+        ValueError: The value is nested too deeply, contains itself, or expands to too many values.
     """
-    known: dict[int, tuple[int, int] | None] = {}  # how many and how deep; None = begun
+    extents: dict[int, tuple[int, int] | None] = {}  # number and depth; None = in progress
     waiting = [value]
     while waiting:
         current = waiting[-1]
         parts = _parts(current)
-        if not parts or known.get(id(current)):
+        if not parts or extents.get(id(current)):
             waiting.pop()
-        elif id(current) not in known:
-            known[id(current)] = None
-            waiting += [part for part in parts if id(part) not in known]
-            if any(id(part) in known and known[id(part)] is None for part in parts):
-                raise ValueError("it holds itself")
+        elif id(current) not in extents:
+            extents[id(current)] = None
+            waiting += [part for part in parts if id(part) not in extents]
+            if any(id(part) in extents and extents[id(part)] is None for part in parts):
+                raise ValueError("it contains itself")
         else:
             waiting.pop()
-            sizes = [known.get(id(part)) or (1, 0) for part in parts]
+            sizes = [extents.get(id(part)) or (1, 0) for part in parts]
             count, depth = 1 + sum(n for n, _ in sizes), 1 + max(d for _, d in sizes)
             if count > _MAX_VALUES:
-                raise ValueError("its shared parts stand for too many values")
+                raise ValueError("its shared parts expand to too many values")
             if depth > _MAX_DEPTH:
                 raise ValueError("it is nested too deeply")
-            known[id(current)] = (count, depth)
+            extents[id(current)] = (count, depth)
 
 
 def _parts(value: Any) -> list[Any]:

@@ -124,7 +124,8 @@ def check_prediction_type(prediction_type: PredictionType, schedule: NoiseSchedu
     """Refuse a prediction type that has no x_0 on a schedule.
 
     Raises:
-        ValueError: Unknown, or epsilon on a schedule whose SNR reaches 0 (section 3.2).
+        ValueError: The prediction type is unknown, or is epsilon on a schedule whose SNR reaches 0
+            (section 3.2).
     """
     if prediction_type not in get_args(PredictionType):
         raise _unknown(prediction_type)

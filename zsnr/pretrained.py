@@ -1,4 +1,4 @@
-"""Somebody's model in a folder, a file or on the hub: loading parts, finding and hashing files."""
+"""Pretrained models in a folder, a file or on the hub: loading parts, finding and hashing files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from zsnr.ldm_file import (
 )
 from zsnr.untrusted import clipped, read_json
 
-_MOST_LAYERS = 1000
+_MAX_LAYERS = 1000
 _HUB = " A name that is not a local folder is looked up on the hub."
 Precision = Literal["float32", "float16", "bfloat16"]
 
@@ -35,9 +35,9 @@ _WEIGHTLESS: ContextVar[bool] = ContextVar("weightless", default=False)
 
 @contextmanager
 def without_weights() -> Iterator[None]:
-    """Let parts be made from their config alone, with random weights in the place of theirs.
+    """Make parts from their configs alone, with random weights.
 
-    With fake tensors (FakeTensorMode) they then cost no memory, whatever their size.
+    With fake tensors (FakeTensorMode) they then need no memory, whatever their size.
     """
     token = _WEIGHTLESS.set(True)
     try:
@@ -52,7 +52,7 @@ def is_weightless() -> bool:
 
 
 def reason(error: BaseException) -> str:
-    """Say on one short line why a library refused what somebody else wrote."""
+    """Return a library's error message for an untrusted file, as one short line."""
     return clipped(str(error).strip() or repr(error), 300)
 
 
@@ -60,17 +60,17 @@ def check_precision(dtype: str, name: str = "dtype") -> torch.dtype:
     """Return the torch dtype of a Precision.
 
     Raises:
-        ValueError: It is none; the known ones are listed.
+        ValueError: The name is unknown.
     """
     if dtype not in get_args(Precision):
         known = ", ".join(map(repr, get_args(Precision)))
         raise ValueError(f"{name}={dtype!r} is unknown. Known: {known}.")
-    found: torch.dtype = getattr(torch, dtype)
-    return found
+    torch_dtype: torch.dtype = getattr(torch, dtype)
+    return torch_dtype
 
 
 def cast_weight(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast a weight that is to be written; a file with inf or NaN would only give black pictures.
+    """Cast a weight before writing; a file with inf or NaN would only generate black images.
 
     Raises:
         ValueError: The dtype cannot hold its values, or they are not finite.
@@ -89,7 +89,7 @@ def load_pretrained(
     source: str,
     subfolder: str | None,
     *,
-    what: str,
+    label: str,
     options: Mapping[str, Any] | None = None,
 ) -> Any:
     """Call cls.from_pretrained on safetensors weights; never unpickle, never run remote code.
@@ -97,17 +97,17 @@ def load_pretrained(
     Args:
         cls: A diffusers or transformers class.
         source: A local folder, a single file in the ldm layout, or a hub id.
-        subfolder: Folder inside it, or None; of a single file, the part that would be there.
-        what: What is wanted, for the error.
+        subfolder: Folder inside it, or None; for a single file, the part of that name.
+        label: The required object, for the error.
         options: Other arguments of from_pretrained.
 
     Raises:
-        ValueError: It cannot be loaded; says where it looked.
+        ValueError: The object cannot be loaded.
     """
     if is_single_file(source):
         with config_folder(source, str(subfolder)) as folder_of_file:
             try:
-                return load_pretrained(cls, folder_of_file, subfolder, what=what, options=options)
+                return load_pretrained(cls, folder_of_file, subfolder, label=label, options=options)
             except ValueError as error:
                 raise ValueError(str(error).replace(folder_of_file, source)) from error
     where = source if subfolder is None else f"{source} (subfolder {subfolder})"
@@ -115,15 +115,15 @@ def load_pretrained(
     looks_local = Path(source).exists() or source.startswith((".", "/", "~"))
     _refuse_pickle(source)
     if looks_local and not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds no config.json: wanted a folder with {what}.")
+        raise ValueError(f"{folder} holds no config.json: wanted a folder with {label}.")
     try:
         check_depth(read_config(source, subfolder) or {})
         return cls.from_pretrained(
             source, subfolder=subfolder or "", use_safetensors=True, **(options or {})
         )
-    except Exception as error:  # of a config that somebody else wrote, in any way
+    except Exception as error:  # an untrusted config may fail in any way
         hint = "" if looks_local else _HUB
-        raise ValueError(f"Cannot load {what} from {where}: {reason(error)}{hint}") from error
+        raise ValueError(f"Cannot load {label} from {where}: {reason(error)}{hint}") from error
 
 
 def load_whole(
@@ -131,92 +131,92 @@ def load_whole(
     source: str,
     subfolder: str | None,
     *,
-    what: str,
+    label: str,
     options: Mapping[str, Any] | None = None,
     spare: str | None = None,
 ) -> Any:
-    """Load weights as `load_pretrained`, and refuse files that lack some: they would be random.
+    """Load weights as `load_pretrained`, and refuse incomplete files.
 
     Args:
-        cls: See there; so for the others.
-        source: See there.
-        subfolder: See there.
-        what: See there.
-        options: See there.
-        spare: Part of the names of tensors that nobody needs.
+        cls: As in `load_pretrained`.
+        source: As in `load_pretrained`.
+        subfolder: As in `load_pretrained`.
+        label: As in `load_pretrained`.
+        options: As in `load_pretrained`.
+        spare: Part of the names of tensors that may be missing.
 
     Raises:
-        ValueError: It cannot be loaded, or is not whole.
+        ValueError: The object cannot be loaded, or its weights are incomplete.
     """
     unloaded = SimpleNamespace(from_pretrained=partial(_from_config, cls))
     if is_weightless():
-        return load_pretrained(unloaded, source, subfolder, what=what, options=options)
+        return load_pretrained(unloaded, source, subfolder, label=label, options=options)
     if is_single_file(source):
         with torch.device("meta"):
-            model = load_pretrained(unloaded, source, subfolder, what=what)
+            model = load_pretrained(unloaded, source, subfolder, label=label)
         dtype = (options or {}).get("torch_dtype", torch.float32)
         return _fill(model, source, str(subfolder), dtype)
-    _check_filled(unloaded, source, subfolder, what, spare)
-    wanted = {**(options or {}), "output_loading_info": True}
-    model, info = load_pretrained(cls, source, subfolder, what=what, options=wanted)
+    _check_filled(unloaded, source, subfolder, label, spare)
+    all_options = {**(options or {}), "output_loading_info": True}
+    model, info = load_pretrained(cls, source, subfolder, label=label, options=all_options)
     lacking = {name for name, weight in model.named_parameters() if weight.is_meta}
     lacking |= {str(name) for name in info["missing_keys"]}
     lacking = {name for name in lacking if spare is None or spare not in name}
     if lacking:
         raise ValueError(
-            f"The weights in {source} lack {len(lacking)} of the tensors, such as {min(lacking)}: "
-            "wanted the ones that belong to its config."
+            f"The weights in {source} lack {len(lacking)} tensors, such as {min(lacking)}: wanted "
+            "weights that match its config."
         )
     return model
 
 
 def _check_filled(
-    unloaded: Any, source: str, subfolder: str | None, what: str, spare: str | None
+    unloaded: Any, source: str, subfolder: str | None, label: str, spare: str | None
 ) -> None:
-    """Refuse a config whose network the weights beside it cannot fill, before it takes memory.
+    """Refuse a config whose network has more weights than its files, before memory is allocated.
 
     Raises:
-        ValueError: They are too few, or are no safetensors.
+        ValueError: The files have too few weights, or are not safetensors.
     """
     stems = ("diffusion_pytorch_model", "model")
     files = next((found for stem in stems if (found := find_weights(source, subfolder, stem))), [])
     if not files:
-        return  # the library says what is missing, and makes nothing
-    held = sum(math.prod(shape) for path in files for shape in read_shapes(path).values())
+        return  # the library reports what is missing, and allocates nothing
+    stored = sum(math.prod(shape) for path in files for shape in read_shapes(path).values())
     with torch.device("meta"):
-        model = load_pretrained(unloaded, source, subfolder, what=what)
+        model = load_pretrained(unloaded, source, subfolder, label=label)
     needed = sum(
         weight.numel()
         for name, weight in model.named_parameters()
         if spare is None or spare not in name
     )
-    if needed > 2 * held:  # the library names the tensors that a file lacks
+    if needed > 2 * stored:  # otherwise the library lists the missing tensors
         raise ValueError(
-            f"The weights in {source} are {held} numbers, and its config wants {what} of {needed}: "
-            "wanted the ones that belong to its config."
+            f"The weights in {source} are {stored} numbers, but its config describes {label} of "
+            f"{needed}: wanted weights that match its config."
         )
 
 
 def check_depth(config: Mapping[str, Any]) -> None:
-    """Refuse a config whose network would take for ever to build.
+    """Refuse a config whose network would take extremely long to build.
 
     Raises:
-        ValueError: It wants so many layers.
+        ValueError: The config has too many layers.
     """
 
-    def most(value: Any) -> int:
+    def largest(value: Any) -> int:
         if isinstance(value, list | tuple):
-            return max((most(item) for item in value), default=0)
+            return max((largest(item) for item in value), default=0)
         return value if type(value) is int else 0
 
-    counts = {name: most(value) for name, value in config.items() if "layer" in name}
+    counts = {name: largest(value) for name, value in config.items() if "layer" in name}
     blocks = max(len(value) for value in [[0], *config.values()] if isinstance(value, list))
-    deep = max(1, most([n for name, n in counts.items() if name.startswith("transformer")]))
+    deep = max(1, largest([n for name, n in counts.items() if name.startswith("transformer")]))
     deep = max(deep, counts.get("reverse_transformer_layers_per_block", 0))
     counts["layers in all blocks"] = blocks * max(1, counts.get("layers_per_block", 1)) * deep
     for name, count in counts.items():
-        if count > _MOST_LAYERS:
-            raise ValueError(f"its config has {name}={count:.3g}: wanted {_MOST_LAYERS} at most.")
+        if count > _MAX_LAYERS:
+            raise ValueError(f"its config has {name}={count:.3g}: wanted {_MAX_LAYERS} at most.")
     for value in config.values():
         if isinstance(value, Mapping):
             check_depth(value)
@@ -229,7 +229,7 @@ def _from_config(
     use_safetensors: bool,
     torch_dtype: Any = None,
 ) -> Any:
-    """Do as from_pretrained does, without reading weights."""
+    """Build a model like from_pretrained, without reading weights."""
     if hasattr(cls, "load_config"):  # diffusers
         model = cls.from_config(cls.load_config(source, subfolder=subfolder))
         return model if torch_dtype is None else nn.Module.to(model, torch_dtype)
@@ -244,15 +244,15 @@ def _from_config(
 
 def _refuse_pickle(source: str) -> None:
     if source.lower().endswith((".ckpt", ".pt", ".pth", ".bin")) and Path(source).is_file():
-        raise ValueError(f"{source} is a pickle: convert it to .safetensors, or give a folder.")
+        raise ValueError(f"{source} is a pickle: convert it to .safetensors, or use a folder.")
 
 
 def _fill(model: nn.Module, source: str, part: str, dtype: torch.dtype) -> nn.Module:
-    """Give a model on the meta device the weights of a single file."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    model.load_state_dict(read_part(source, part, wanted, dtype), assign=True)
+    """Load the weights of a single file into a model on the meta device."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    model.load_state_dict(read_part(source, part, shapes, dtype), assign=True)
     for name, buffer in [*model.named_buffers()]:
-        if buffer.is_meta:  # in no state dict: transformers' counters of positions
+        if buffer.is_meta:  # transformers' position ids, which are not in the state dict
             path, _, last = name.rpartition(".")
             assert last == "position_ids", name
             positions = torch.arange(buffer.shape[-1]).expand(buffer.shape)
@@ -261,12 +261,12 @@ def _fill(model: nn.Module, source: str, part: str, dtype: torch.dtype) -> nn.Mo
 
 
 def load_index(source: str) -> dict[str, Any]:
-    """Read the model_index.json of a diffusers folder or hub id: which parts it has.
+    """Read the model_index.json of a diffusers folder or hub id, which lists its parts.
 
-    A single file has the one that would say the same.
+    For a single file an equivalent index is returned.
 
     Raises:
-        ValueError: There is none that can be read.
+        ValueError: There is no readable model_index.json.
     """
     from diffusers import DiffusionPipeline
 
@@ -279,7 +279,7 @@ def load_index(source: str) -> dict[str, Any]:
         raise ValueError(f"{source} holds no model_index.json: wanted a folder of diffusers.")
     try:
         index: Any = DiffusionPipeline.load_config(source)
-    except Exception as error:  # somebody else wrote it
+    except Exception as error:  # an untrusted file may fail in any way
         hint = "" if Path(source).exists() else _HUB
         raise ValueError(
             f"Cannot read model_index.json of {source}: {reason(error)}{hint}"
@@ -290,7 +290,7 @@ def load_index(source: str) -> dict[str, Any]:
 
 
 def find_file(source: str, subfolder: str | None, name: str) -> Path | None:
-    """Find a file of a local folder, or of a hub id in the local cache; no network."""
+    """Find a file of a local folder, or of a hub id in the local cache, without network."""
     if Path(source).exists() or source.startswith((".", "/", "~")):
         path = Path(source, subfolder or "", name)
         return path if path.is_file() else None
@@ -301,28 +301,28 @@ def find_file(source: str, subfolder: str | None, name: str) -> Path | None:
 
 
 def find_weights(source: str, subfolder: str | None, stem: str) -> list[Path]:
-    """Find STEM.safetensors, or the shards that its index names; [] unless all are there.
+    """Find STEM.safetensors, or the shards listed in its index; [] unless all exist.
 
-    Of a single file it is the file, with all other parts.
+    For a single file, that file is returned, which holds all parts.
     """
     if is_single_file(source):
         return [Path(source)]
-    whole = find_file(source, subfolder, f"{stem}.safetensors")
-    if whole is not None:
-        return [whole]
+    single = find_file(source, subfolder, f"{stem}.safetensors")
+    if single is not None:
+        return [single]
     index = find_file(source, subfolder, f"{stem}.safetensors.index.json")
     if index is None:
         return []
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(map(_is_file_name, weight_map.values())):
-        raise ValueError(f"{index} does not say which file holds which tensor.")
+        raise ValueError(f"{index} does not list the file of each tensor.")
     names = sorted({*weight_map.values()})
     shards = [find_file(source, subfolder, name) for name in names]
     return [path for path in shards if path is not None] if all(shards) else []
 
 
 def read_config(source: str, subfolder: str | None) -> dict[str, Any] | None:
-    """Read config.json without what only its library's version or its place put there."""
+    """Read config.json without entries that depend on the library's version or the location."""
     if is_single_file(source):
         config = part_config(open_ldm_file(source), str(subfolder))
     else:
@@ -338,7 +338,7 @@ def _is_file_name(value: object) -> bool:
 
 
 def digest(paths: Sequence[Path]) -> str | None:
-    """Hash the content of files, one after the other; None if there are no files."""
+    """Hash the concatenated contents of files; None if there are no files."""
     content = hashlib.blake2b(digest_size=16)
     for path in paths:
         with path.open("rb") as file:

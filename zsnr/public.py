@@ -1,4 +1,4 @@
-"""What others may see: text and settings without passwords, tokens, signatures and commands."""
+"""Removal of passwords, tokens, signatures and commands from published text and settings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 MARK = "***"
-"""Stands in a saved config where something was left out."""
+"""Replacement of removed values in a saved config."""
 
 _NAMES = r"(?:password|passwd|secret|credentials?|(?:api|access|secret)[_-]?key|token|cookie)s?"
 _SECRET_KEY = re.compile(rf"(?i)(?:^|[_-])(?:{_NAMES}|(?:proxy-)?authorization|headers?)$")
@@ -19,17 +19,17 @@ _ADDRESS = re.compile(r"(?i)\b[a-z][a-z0-9+.-]*://[^\s'\"<>]+")
 
 
 def public_text(text: str) -> str:
-    """Return a message or a log line without secrets: addresses, flags and headers in it."""
-    text = _ADDRESS.sub(lambda found: _address_in_text(found[0]), text)
+    """Return a message or log line without the secrets in addresses, flags and headers."""
+    text = _ADDRESS.sub(lambda match: _address_in_text(match[0]), text)
     text = _FLAG.sub(rf"\1{MARK}", text)
     return re.sub(r"(?i)\b(authorization['\"]?\s*[:=]\s*).*", rf"\1{MARK}", text)
 
 
 def public_url(url: str) -> str:
-    """Return what names a source in messages and files: no users, passwords or signatures.
+    """Return a source's name for messages and files, without users, passwords or signatures.
 
-    Of a command it keeps the last word that ends in ".tar", else a digest. What is public already
-    stays as it is.
+    A command is replaced by its last word that ends in ".tar", else by a digest. Names that are
+    already public are returned unchanged.
     """
     if not url.startswith("pipe:"):
         return _address(url)
@@ -42,13 +42,13 @@ def public_url(url: str) -> str:
 
 
 def public(value: Any, mark: str = "") -> Any:
-    """Return plain values for all to see.
+    """Return plain values without secrets.
 
     Args:
-        value: Settings: mappings, lists and plain values. Addresses lose users, passwords, queries
-            and fragments; a pipe loses its command; what is named token, password, headers and so
-            on loses its value.
-        mark: What stands where something was left out. "" = nothing, or "..." for a whole value.
+        value: Settings: mappings, lists and plain values. Users, passwords, queries and fragments
+            of addresses are removed, and the commands of pipes, and the values of settings named
+            token, password, headers and so on.
+        mark: Replacement of removed parts. "" = nothing, or "..." for a complete value.
     """
     if isinstance(value, Mapping):
         return {
@@ -67,14 +67,14 @@ def public(value: Any, mark: str = "") -> Any:
 
 
 def left_out(value: Any, name: str = "") -> list[str]:
-    """Name the settings that lost something when they were saved with the mark."""
+    """List the settings from which something was removed when they were saved with the mark."""
     if isinstance(value, Mapping):
         parts = [(f"{name}.{key}" if name else str(key), part) for key, part in value.items()]
     elif isinstance(value, list | tuple):
         parts = [(name, part) for part in value]
     else:
         return [name] if isinstance(value, str) and _MARKED.search(value) else []
-    return list(dict.fromkeys(found for key, part in parts for found in left_out(part, key)))
+    return list(dict.fromkeys(lost for key, part in parts for lost in left_out(part, key)))
 
 
 def _address(text: str, mark: str = "") -> str:
@@ -82,7 +82,7 @@ def _address(text: str, mark: str = "") -> str:
         return text
     try:
         parts = urlsplit(text)
-    except ValueError:  # nobody can tell what is secret in it
+    except ValueError:  # its secret parts cannot be identified
         return mark or "..."
     is_http = parts.scheme in ("http", "https")
     user, at, host = parts.netloc.rpartition("@")
@@ -98,6 +98,6 @@ def _address(text: str, mark: str = "") -> str:
     return urlunsplit((parts.scheme, host, parts.path, query, fragment))
 
 
-def _address_in_text(found: str) -> str:
-    end = found.rstrip(".,:;)]")
-    return _address(end) + found[len(end) :]
+def _address_in_text(text: str) -> str:
+    end = text.rstrip(".,:;)]")
+    return _address(end) + text[len(end) :]

@@ -31,18 +31,18 @@ class NoiseSchedule:
 
     x_t = alpha_t x_0 + sigma_t eps,  alpha_t^2 + sigma_t^2 = 1    (equation 4)
 
-    Equality, hash, pickle and `settings()` see the settings only; the tables are derived from
-    them once, in float64 on the CPU, and are not to be changed. Checkpoints store `settings()`.
+    Equality, hash, pickle and `settings()` use the settings only; the tables are derived from them
+    once, in float64 on the CPU, and must not be changed. Checkpoints store `settings()`.
 
     Args:
-        betas: Kind of schedule (Table 1). Ignored, and to be left alone, with an own table.
+        betas: Kind of schedule (Table 1). Must be left at its default with a custom table.
         num_timesteps: T, 2 to 100,000.
-        beta_start: First beta, in (0, 1). None = the usual one of the kind: 0.0001 for linear,
-            0.00085 for scaled_linear. Must be None for cosine and with an own table.
+        beta_start: First beta, in (0, 1). None = the usual value of the kind: 0.0001 for linear,
+            0.00085 for scaled_linear. Must be None for cosine and with a custom table.
         beta_end: Last beta, in (0, 1). None = 0.02 for linear, 0.012 for scaled_linear.
-        zero_terminal_snr: End at SNR 0: Algorithm 1 for linear, scaled_linear and an own table;
-            cosine drops its cap of 0.999 instead. False = the schedule as it was published.
-        alphas_cumprod_table: Own abar_t, T numbers, strictly decreasing in (0, 1), the last may
+        zero_terminal_snr: Rescale to zero terminal SNR: Algorithm 1 for linear, scaled_linear and a
+            custom table; cosine drops its cap of 0.999 instead. False = the published schedule.
+        alphas_cumprod_table: Custom abar_t, T numbers, strictly decreasing in (0, 1), the last may
             be 0. None = computed from `betas`.
 
     Attributes:
@@ -52,7 +52,7 @@ class NoiseSchedule:
         beta_table: 1 - abar_t / abar_{t-1}, shape (T,).
 
     Raises:
-        ValueError: The settings contradict each other or do not give a decreasing table.
+        ValueError: The settings contradict each other or do not result in a decreasing table.
     """
 
     betas: BetaKind = "scaled_linear"
@@ -109,15 +109,15 @@ class NoiseSchedule:
 
         Args:
             t: Timesteps in {-1, ..., T-1}: int64 of any shape, or one Python int. -1 is clean
-                data and gives (1, 0).
+                data, with the scales (1, 0).
 
         Returns:
-            (alpha_t, sigma_t): float64 tensors of t's shape on t's device (float32 where the
-            device has no float64), or two floats for an int. No host sync.
+            (alpha_t, sigma_t): float64 tensors of t's shape on t's device (float32 if the device
+            has no float64), or two floats for an int. No host sync.
 
         Raises:
             TypeError: t is not an integer.
-            IndexError: t is out of range (on an accelerator: its own device-side assertion).
+            IndexError: t is out of range (on an accelerator: a device-side assertion).
         """
         if not isinstance(t, Tensor):
             if isinstance(t, bool) or not hasattr(t, "__index__"):
@@ -129,7 +129,7 @@ class NoiseSchedule:
         if t.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"t has dtype {t.dtype}: wanted int64, timesteps are indices.")
         alpha, sigma = self._scales_for(t)
-        index = (t + 1).flatten()  # index_select refuses what is negative, so t = -2 as well
+        index = (t + 1).flatten()  # index_select refuses negative indices, and so t = -2
         try:
             return (
                 alpha.index_select(0, index).view(t.shape),
@@ -140,9 +140,9 @@ class NoiseSchedule:
 
     def _scales_for(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return both tables (T + 1,) on t's device, clean data first."""
-        found = self._device_scales.get(t.device)
-        if found is not None and type(t) is Tensor:
-            return found
+        cached = self._device_scales.get(t.device)
+        if cached is not None and type(t) is Tensor:
+            return cached
         dtype = torch.float32 if t.device.type == "mps" else torch.float64
         alpha, sigma = (torch.tensor(v, dtype=dtype, device=t.device) for v in self._scales)
         if type(alpha) is Tensor:  # a fake tensor must not outlive its mode
@@ -161,13 +161,13 @@ class NoiseSchedule:
             x_t (B, *) in the common dtype of x_0 and eps, at least float32.
 
         Raises:
-            ValueError: The shapes do not fit.
+            ValueError: The shapes do not match.
         """
         alpha_t, sigma_t, x_0, eps = aligned(*self(t), x_0, eps)
         return alpha_t * x_0 + sigma_t * eps
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings as plain values; `NoiseSchedule(**settings)` builds it again."""
+        """Return the settings as plain values, such that `NoiseSchedule(**settings)` is equal."""
         table = self.alphas_cumprod_table
         return {
             "betas": self.betas,
@@ -182,7 +182,7 @@ class NoiseSchedule:
     def from_alphas_cumprod(
         cls, table: Tensor | Sequence[float], zero_terminal_snr: bool = False
     ) -> NoiseSchedule:
-        """Build a schedule from an own table of abar_t, shape (T,), strictly decreasing."""
+        """Build a schedule from a custom table of abar_t, shape (T,), strictly decreasing."""
         values = _floats(table)
         return cls(
             num_timesteps=len(values),
@@ -192,10 +192,10 @@ class NoiseSchedule:
 
     @classmethod
     def from_settings(cls, settings: Any) -> NoiseSchedule:
-        """Build a schedule from what `settings` returned, or what a file says in its place.
+        """Build a schedule from the result of `settings`, or from settings in a file.
 
         Raises:
-            ValueError: They are not settings of a schedule, or do not give one.
+            ValueError: The values are not valid settings of a schedule.
         """
         if not isinstance(settings, Mapping):
             raise ValueError(f"schedule={brief(settings)}: wanted settings by name.")
@@ -221,7 +221,7 @@ def rescale_zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
         A new float64 tensor, shape (T,): first value unchanged, last value exactly 0.
 
     Raises:
-        ValueError: The table is not of that form.
+        ValueError: The table does not have this form.
     """
     values = list(_floats(alphas_cumprod))
     _check_table(values, "alphas_cumprod")
@@ -240,7 +240,7 @@ def per_sample(scale: Tensor | float, data: Tensor) -> Tensor | float:
     """Fit a scale to data: (B,) becomes (B, 1, ...), the dtype becomes the data's.
 
     Args:
-        scale: A float, one number a sample (B,), or a tensor with as many axes as the data.
+        scale: A float, one number per sample (B,), or a tensor with as many axes as the data.
         data: (B, *).
 
     Raises:
@@ -253,7 +253,7 @@ def per_sample(scale: Tensor | float, data: Tensor) -> Tensor | float:
     elif scale.ndim not in (0, data.ndim):
         raise ValueError(
             f"A scale of shape {tuple(scale.shape)} for data of shape {tuple(data.shape)}: wanted "
-            "one number a sample, (B,), or as many axes as the data."
+            "one number per sample, (B,), or as many axes as the data."
         )
     return scale.to(data.dtype)
 
@@ -268,10 +268,10 @@ def aligned(
         data.
 
     Raises:
-        ValueError: a and b have different shapes, or a scale does not fit.
+        ValueError: a and b have different shapes, or a scale's shape does not match.
     """
     if a.shape != b.shape:
-        raise ValueError(f"Shapes {tuple(a.shape)} and {tuple(b.shape)}: wanted equal ones.")
+        raise ValueError(f"Shapes {tuple(a.shape)} and {tuple(b.shape)}: wanted equal shapes.")
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     a, b = a.to(dtype), b.to(dtype)
     return per_sample(alpha_t, a), per_sample(sigma_t, a), a, b
@@ -310,12 +310,12 @@ def beta_ends(schedule: NoiseSchedule) -> tuple[float, float]:
 
 
 def _alphas_cumprod(schedule: NoiseSchedule) -> list[float]:
-    """Compute abar_t before any rescale; cosine with its cap only if it keeps signal at T."""
+    """Compute abar_t before any rescale; cosine is capped only without zero terminal SNR."""
     T, ends = schedule.num_timesteps, (schedule.beta_start, schedule.beta_end)
     if isinstance(T, bool) or not isinstance(T, int) or not 2 <= T <= MAX_TIMESTEPS:
         raise ValueError(f"num_timesteps={brief(T)}: wanted an int, 2 to {MAX_TIMESTEPS}.")
     if schedule.alphas_cumprod_table is not None:
-        return _own_table(schedule)
+        return _custom_table(schedule)
     if schedule.betas == "cosine":
         if ends != (None, None):
             raise ValueError(
@@ -340,7 +340,7 @@ def _alphas_cumprod(schedule: NoiseSchedule) -> list[float]:
     return abar
 
 
-def _own_table(schedule: NoiseSchedule) -> list[float]:
+def _custom_table(schedule: NoiseSchedule) -> list[float]:
     table = list(schedule.alphas_cumprod_table or ())
     if (schedule.beta_start, schedule.beta_end) != (None, None) or (
         schedule.betas != NoiseSchedule.betas
@@ -367,31 +367,31 @@ def _cosine(T: int, capped: bool) -> list[float]:
 
 
 def _rescale(abar: list[float]) -> list[float]:
-    """Algorithm 1 on plain floats; the identity where the table already ends at 0."""
+    """Apply Algorithm 1 to plain floats; a table that ends at 0 is returned unchanged."""
     if abar[-1] == 0:
         return abar
     s = [math.sqrt(a) for a in abar]
     stretch = s[0] / (s[0] - s[-1])
-    # Both ends are set, not computed: rounding would move abar_1 by an ulp.
+    # Both ends are set rather than computed: rounding would change abar_1 by an ulp.
     rescaled = [abar[0], *(((s_t - s[-1]) * stretch) ** 2 for s_t in s[1:-1]), 0.0]
     _check_table(rescaled, "the table after its rescale to zero terminal SNR")
     return rescaled
 
 
-def _check_table(abar: Sequence[float], what: str) -> None:
+def _check_table(abar: Sequence[float], label: str) -> None:
     if len(abar) < 2:
-        raise ValueError(f"{what} has {len(abar)} entries: wanted at least 2.")
+        raise ValueError(f"{label} has {len(abar)} entries: wanted at least 2.")
     if not all(math.isfinite(a) for a in abar):
-        raise ValueError(f"{what} has values that are not finite: wanted abar_t in [0, 1).")
+        raise ValueError(f"{label} has values that are not finite: wanted abar_t in [0, 1).")
     if not (abar[0] < 1 and abar[-1] >= 0):
         raise ValueError(
-            f"{what}: abar_t runs from {abar[0]} to {abar[-1]}: wanted values below 1, none "
+            f"{label}: abar_t runs from {abar[0]} to {abar[-1]}: wanted values below 1, none "
             "negative."
         )
     for t, (p, a) in enumerate(pairwise(abar), start=1):
         if not a < p:
             raise ValueError(
-                f"{what}: abar_t does not decrease at t={t} ({p} then {a}): wanted a strictly "
+                f"{label}: abar_t does not decrease at t={t} ({p} then {a}): wanted a strictly "
                 "decreasing table. Check the betas."
             )
 

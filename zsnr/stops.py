@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT end a command cleanly with exit code 143 or 130, and a second one at once."""
+"""Handling of SIGTERM and SIGINT: a clean stop with exit code 143 or 130; a second signal kills."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 GRACE = 15.0
-"""Seconds that a command has to stop; SLURM and torchrun kill after 30."""
+"""Seconds within which a command must stop; SLURM and torchrun kill after 30."""
 
-_TWICE = 1.0  # seconds within which launchers send the same signal again
+_TWICE = 1.0  # seconds within which launchers may send the same signal twice
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 @contextmanager
 def stopping(alone: bool) -> Iterator[None]:
-    """Raise SystemExit(128 + number) in the main thread where a signal asks to stop.
+    """Raise SystemExit(128 + number) in the main thread when a signal requests a stop.
 
-    So temporary files and locks go as after an error. A signal that was ignored from the start
-    (nohup, `env --ignore-signal`) stays so.
+    So temporary files and locks are removed as after an error. A signal that was ignored from the
+    start (nohup, `env --ignore-signal`) is still ignored.
 
     Args:
-        alone: The process ends with the command. Then it ends at the second signal too, after
-            `GRACE` seconds even inside a library that does not return, and without waiting for
-            threads and processes that still work.
+        alone: Whether the process ends with the command. Then it also ends at a second signal, and
+            after `GRACE` seconds even inside a library that does not return, without waiting for
+            threads and child processes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -55,13 +55,13 @@ def stopping(alone: bool) -> Iterator[None]:
 
 
 def stop_on(number: int) -> None:
-    """Stop by SystemExit at a signal from now on, if this is the main thread."""
+    """From now on, raise SystemExit at a signal, if this is the main thread."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(number, _stop)
 
 
 def leave(code: int) -> None:
-    """End this process and those it has started, at once."""
+    """End this process and its child processes immediately."""
     for child in multiprocessing.active_children():
         child.kill()
     for stream in (sys.stdout, sys.stderr):
@@ -71,16 +71,16 @@ def leave(code: int) -> None:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    signal.signal(number, _wait)  # what cleans up is not interrupted
+    signal.signal(number, _wait)  # cleaning up is not interrupted
     raise SystemExit(128 + number)
 
 
 def _wait(number: int, frame: FrameType | None) -> None:
-    """Leave a signal that comes again to the thread that watches."""
+    """Ignore a repeated signal, which the watch thread handles."""
 
 
 class _Watch:
-    """A thread that ends the process if the main thread does not, even where it runs no Python."""
+    """A thread that ends the process if the main thread does not, even inside native code."""
 
     def __init__(self) -> None:
         self._reader, self._writer = socket.socketpair()
@@ -116,7 +116,7 @@ class _Watch:
 
 
 def _forget() -> None:
-    """Keep a forked process from writing into its parent's pipe; it ends as others do."""
+    """Prevent a forked process from writing to its parent's pipe, and reset its handlers."""
     with suppress(ValueError):
         signal.set_wakeup_fd(-1)
     for number in _SIGNALS:

@@ -1,4 +1,4 @@
-"""Which timesteps a sampler visits (section 3.3).
+"""Timestep spacings: the timesteps that a sampler visits (section 3.3).
 
 A grid is a 1-D int64 tensor, 0-based, strictly descending. The arithmetic of the paper's spacings
 is exact, in integers; grids in log SNR are the nearest timesteps of a schedule.
@@ -26,7 +26,7 @@ _MAX_GRID_FILE = 2**20  # bytes
 
 
 class TimestepSpacing(Protocol):
-    """A rule (num_steps, num_timesteps) -> grid; it may take a keyword `schedule` as well."""
+    """A rule (num_steps, num_timesteps) -> grid; it may also have a keyword `schedule`."""
 
     def __call__(self, num_steps: int, num_timesteps: int = 1000) -> Tensor: ...
 
@@ -38,7 +38,7 @@ _SPACINGS: dict[str, Callable[..., Tensor]] = {}
 def register_spacing(name: str) -> Callable[[_Spacing], _Spacing]:
     """Register a rule (num_steps, num_timesteps[, *, schedule]) -> grid under a name.
 
-    A reloaded rule takes its own place again.
+    A reloaded rule replaces its previous version.
 
     Raises:
         ValueError: Another rule has the name.
@@ -46,10 +46,12 @@ def register_spacing(name: str) -> Callable[[_Spacing], _Spacing]:
 
     def register(spacing: _Spacing) -> _Spacing:
         if name == "auto":
-            raise ValueError("Spacing 'auto' stands for what is recommended. Choose another name.")
-        known = _SPACINGS.get(name)
-        if known is not None and known.__qualname__ != spacing.__qualname__:  # a reload may
-            raise ValueError(f"Spacing {name!r} is registered already. Choose another name.")
+            raise ValueError(
+                "The name 'auto' selects the recommended spacing. Choose another name."
+            )
+        registered = _SPACINGS.get(name)
+        if registered is not None and registered.__qualname__ != spacing.__qualname__:
+            raise ValueError(f"Spacing {name!r} is already registered. Choose another name.")
         _SPACINGS[name] = spacing
         return spacing
 
@@ -85,7 +87,8 @@ def trailing(num_steps: int, num_timesteps: int = 1000) -> Tensor:
 def leading(num_steps: int, num_timesteps: int = 1000) -> Tensor:
     """Count up from the first timestep: floor(T / S) i    (Table 2).
 
-    Never contains the last timestep unless S = T: kept to show the flaw. Else as `trailing`.
+    Never contains the last timestep unless S = T: provided to show the flaw. Otherwise as
+    `trailing`.
     """
     S, T = _check_counts(num_steps, num_timesteps)
     return _grid((T // S) * i for i in reversed(range(S)))
@@ -95,8 +98,8 @@ def leading(num_steps: int, num_timesteps: int = 1000) -> Tensor:
 def linspace(num_steps: int, num_timesteps: int = 1000) -> Tensor:
     """Divide 1..T evenly, both ends included: round(1 + (T - 1) i / (S - 1))    (Table 2).
 
-    The paper's 1-based values are rounded, half to even. S = 1 gives the last timestep.
-    Else as `trailing`.
+    The paper's 1-based values are rounded, half to even. S = 1 returns the last timestep.
+    Otherwise as `trailing`.
     """
     S, T = _check_counts(num_steps, num_timesteps)
     if S == 1:
@@ -113,13 +116,13 @@ def log_snr(
     With l = log(alpha_t / sigma_t), half the log SNR, step 0 is at T-1, where l may be minus
     infinity, and steps 1 to S-1 divide l evenly
 
-        from -2 - log S, where noise outweighs all but the mean of a picture,
-        to   -1 + 2 log S, where little noise is left to take away in the last step,
+        from -2 - log S, where noise dominates everything but the mean of an image,
+        to   -1 + 2 log S, where the last step has little noise left to remove,
 
-    as far as the schedule has timesteps there. More steps reach further out at both ends, and go on
-    more finely between. Where l of T-1 lies above the first bound, all S steps divide it from
-    there. Each step is the nearest timestep, moved up or down where another has it already, so that
-    there are S distinct ones.
+    within the schedule's timesteps. More steps extend the range at both ends, and divide it more
+    finely. If l of T-1 lies above the first bound, all S steps divide the range from there. Each
+    step is the nearest timestep, moved up or down if that is already used, so that there are S
+    distinct ones.
 
     Args:
         num_steps: S, 1 to T.
@@ -142,7 +145,7 @@ def karras(
 ) -> Tensor:
     """Divide (sigma_t / alpha_t)^(1/7) evenly (Karras et al., arXiv:2206.00364, equation 5).
 
-    Between the bounds of `log_snr`, and else as there.
+    Uses the bounds of `log_snr`. Otherwise as there.
     """
     S, _ = _check_counts(num_steps, num_timesteps)
     bounds = _log_snr_bounds(S)
@@ -153,16 +156,17 @@ def karras(
 def guided(
     num_steps: int, num_timesteps: int = 1000, *, schedule: NoiseSchedule | None = None
 ) -> Tensor:
-    """Start at the last timestep, then put most steps where guidance acts, for few steps with it.
+    """Start at the last timestep, then concentrate steps where guidance acts; for few steps.
 
-    Guidance narrows what the condition determines, at middle noise levels: there the path is stiff
-    and wants short steps. With l = log(alpha_t / sigma_t), steps 1 to S-1 run
+    Guidance narrows what the condition determines, at medium noise levels: there the path is stiff
+    and needs short steps. With l = log(alpha_t / sigma_t), steps 1 to S-1 run
 
         from -0.7 - log S   to   -2.2 + 2 log S,
 
-    a shorter range than that of `log_snr`, and divide u evenly, where l lies sinh(u) / sinh(1),
-    u from -1 to 1, from the middle of the range to its ends. The bounds were chosen on two trained
-    models and two exact denoisers, see benchmarks/results/guided.md. Else as `log_snr`.
+    a shorter range than that of `log_snr`, and divide u in [-1, 1] evenly, where sinh(u) / sinh(1)
+    is the position of l between the middle of the range and its ends. The bounds were chosen on two
+    trained models and two exact denoisers, see benchmarks/results/guided.md. Otherwise as
+    `log_snr`.
     """
     S, _ = _check_counts(num_steps, num_timesteps)
     low, high = -0.7 - math.log(S), -2.2 + 2 * math.log(S)
@@ -174,10 +178,10 @@ def guided(
     return _between((low, high), S, num_timesteps, schedule, coordinate)
 
 
-# Spacings of models whose schedules end at SNR > 0, to compare with.
+# Spacings for schedules that end at SNR > 0, provided for comparison.
 
 
-# Stable Diffusion 1's noise levels of ten steps, and the last that they lead to.
+# Stable Diffusion 1's noise levels of ten steps, and the final level.
 _AYS = (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029)
 _BETA = 0.6
 
@@ -189,20 +193,20 @@ def ays(
     """Follow the noise levels of Align Your Steps for Stable Diffusion 1.
 
     Sabour et al., arXiv:2404.14507, table 3: eleven values of sigma / alpha, ten steps and the
-    level where they end. Interpolated linearly in the logarithm they become S + 1, and the last is
-    left out, since the last step goes on to clean data. Each step is the nearest timestep in
+    final level. They are interpolated linearly in the logarithm to S + 1 values, and the last is
+    omitted, since the last step goes to clean data. Each step is the nearest timestep in
     log(sigma / alpha), distinct as in `log_snr`, and the first becomes T-1. On a schedule that ends
-    at SNR 0 there is no step between T-1 and the second level: the levels are made for schedules
-    that end at sigma / alpha = 14.6, and are here to compare with. Else as `log_snr`.
+    at SNR 0 there is no step between T-1 and the second level: the levels are designed for
+    schedules that end at sigma / alpha = 14.6, and provided for comparison. Otherwise as `log_snr`.
     """
     S, T = _check_counts(num_steps, num_timesteps)
     levels = [-math.log(k) for k in _AYS]
     parts = len(levels) - 1
-    wanted = []
+    targets = []
     for i in range(S):
-        whole, rest = divmod(i * parts, S)
-        wanted.append(levels[whole] + (levels[whole + 1] - levels[whole]) * rest / S)
-    return _nearest(wanted, T, _half_log_snr(T, schedule))
+        index, remainder = divmod(i * parts, S)
+        targets.append(levels[index] + (levels[index + 1] - levels[index]) * remainder / S)
+    return _nearest(targets, T, _half_log_snr(T, schedule))
 
 
 @register_spacing("kl_optimal")
@@ -211,10 +215,11 @@ def kl_optimal(
 ) -> Tensor:
     """Divide arctan(sigma_t / alpha_t) evenly (Sabour et al., arXiv:2404.14507).
 
-    The grid of least Kullback-Leibler divergence for data N(0, 1), from T-1 to t = 0, both
-    included, as common user interfaces take it. On a schedule that ends at SNR 0 the first step
-    spans all noise levels above sigma / alpha of about 2 S / pi: here to compare with. Each step is
-    the nearest timestep, distinct as in `log_snr`. S = 1 gives the last timestep. Else as `ays`.
+    The grid of minimal Kullback-Leibler divergence for data N(0, 1), from T-1 to t = 0, both
+    included, as in common user interfaces. On a schedule that ends at SNR 0 the first step spans
+    all noise levels above sigma / alpha of about 2 S / pi: provided for comparison. Each step is
+    the nearest timestep, distinct as in `log_snr`. S = 1 returns the last timestep. Otherwise as
+    `ays`.
     """
     S, T = _check_counts(num_steps, num_timesteps)
     angles = [-math.atan2(1.0, math.exp(level)) for level in _half_log_snr(T, schedule)]
@@ -224,11 +229,11 @@ def kl_optimal(
 
 @register_spacing("beta")
 def beta(num_steps: int, num_timesteps: int = 1000) -> Tensor:
-    """Take quantiles of a Beta distribution over the timesteps (Lee et al., arXiv:2407.12173).
+    """Use quantiles of a Beta distribution over the timesteps (Lee et al., arXiv:2407.12173).
 
     t_i = round((T - 1) q(1 - i / S)), with q the quantile function of Beta(0.6, 0.6): denser at
-    both ends. Rounds half to even; timesteps that meet are moved apart as in `log_snr`, where user
-    interfaces leave some out. Else as `trailing`.
+    both ends. Rounds half to even; equal timesteps are moved apart as in `log_snr`, while user
+    interfaces omit some. Otherwise as `trailing`.
     """
     S, T = _check_counts(num_steps, num_timesteps)
     return _grid(_distinct([round((T - 1) * beta_quantile(1 - i / S)) for i in range(S)], T))
@@ -238,8 +243,8 @@ def beta_quantile(p: float) -> float:
     """Compute the p-quantile of Beta(a, a) with a = 0.6.
 
     Newton's method in w = x^a on the series of the lower half,
-    B_x(a, a) = sum_n (1 - a)_n x^(a + n) / (n! (a + n)); it is convex in w, and starts above the
-    quantile, so that it descends to it.
+    B_x(a, a) = sum_n (1 - a)_n x^(a + n) / (n! (a + n)); it is convex in w, and the iteration
+    starts above the quantile, so that it decreases towards it.
     """
     if p > 0.5:
         return 1 - beta_quantile(1 - p)
@@ -267,22 +272,23 @@ def get_timesteps(
     *,
     schedule: NoiseSchedule | None = None,
 ) -> Tensor:
-    """Make the grid of a registered spacing, or read that of a file.
+    """Make the grid of a registered spacing, or read a grid from a file.
 
     Args:
-        spacing: A registered name, see `available_spacings`, or the path of a .json file that holds
-            {"timesteps": [...]}, such as `zsnr timesteps optimize` writes. If the file names a
-            schedule, it is for that one only.
+        spacing: A registered name, see `available_spacings`, or the path of a .json file with
+            {"timesteps": [...]}, such as the output of `zsnr timesteps optimize`. If the file has a
+            schedule, it is valid only for that one.
         num_steps: S, 1 to T.
         num_timesteps: T.
-        schedule: For grids that depend on it; None = the paper's with that T.
+        schedule: Schedule, for grids that depend on it; None = the paper's with that T.
 
     Returns:
         int64, shape (S,), S distinct timesteps, descending.
 
     Raises:
-        ValueError: Unknown name, counts out of range, a schedule of another T, a file of another
-            number of steps or schedule, or a registered rule that broke its promise.
+        ValueError: The name is unknown, a count is out of range, the schedule has another T, the
+            file has another number of steps or schedule, or a registered rule returned an invalid
+            grid.
         OSError: The file cannot be read.
     """
     check_spacing(spacing)
@@ -301,15 +307,15 @@ def get_timesteps(
         grid = rule(S, T)
     steps = check_timesteps(grid, T)
     if len(steps) != S:
-        raise ValueError(f"Spacing {spacing!r} gave {len(steps)} timesteps: wanted {S}.")
+        raise ValueError(f"Spacing {spacing!r} returned {len(steps)} timesteps: wanted {S}.")
     return _grid(steps)
 
 
 def check_spacing(spacing: str) -> None:
-    """Refuse what `get_timesteps` knows for no number of steps.
+    """Refuse an unknown spacing.
 
     Raises:
-        ValueError: Neither a registered name nor the name of a .json file.
+        ValueError: The spacing is neither a registered name nor the name of a .json file.
     """
     known_or_file = isinstance(spacing, str) and (spacing in _SPACINGS or is_grid_file(spacing))
     if not known_or_file:
@@ -328,7 +334,7 @@ def timestep_pairs(timesteps: Tensor | Sequence[int]) -> list[tuple[int, int]]:
     """Pair each timestep t with the next one, s: [(t, s), ..., (t_last, -1)].
 
     Raises:
-        ValueError: Not a descending list of timesteps.
+        ValueError: The timesteps are not in descending order.
     """
     steps = check_timesteps(timesteps)
     return list(zip(steps, [*steps[1:], -1], strict=True))
@@ -337,14 +343,14 @@ def timestep_pairs(timesteps: Tensor | Sequence[int]) -> list[tuple[int, int]]:
 def check_timesteps(
     timesteps: Tensor | Sequence[int], num_timesteps: int | None = None
 ) -> list[int]:
-    """Return a grid as Python ints, or say what is wrong with it.
+    """Check a grid, and return it as Python ints.
 
     Args:
         timesteps: 1-D integers, strictly descending, none negative.
-        num_timesteps: T, the bound from above; None = no bound.
+        num_timesteps: T, the upper bound; None = no bound.
 
     Raises:
-        ValueError: Anything else came.
+        ValueError: The timesteps do not have this form.
     """
     if isinstance(timesteps, Tensor):
         if timesteps.ndim != 1 or timesteps.is_floating_point() or timesteps.is_complex():
@@ -371,12 +377,12 @@ def check_timesteps(
 
 
 class GridFile(NamedTuple):
-    """What a grid file holds.
+    """The contents of a grid file.
 
     Args:
         timesteps: The grid, descending.
-        schedule: Settings of the schedule that it is for. None = any.
-        sampler: Name of the sampler that it was made for. None = the file names none.
+        schedule: Settings of the schedule that it is valid for. None = any.
+        sampler: Name of the sampler that it was optimized for. None = not specified.
     """
 
     timesteps: list[int]
@@ -388,14 +394,14 @@ def read_grid(path: Path) -> GridFile:
     """Read a grid file.
 
     Raises:
-        ValueError: It holds no grid.
-        OSError: It cannot be read.
+        ValueError: The file holds no grid.
+        OSError: The file cannot be read.
     """
     try:
         facts = json.loads(_read_small(path.expanduser()))
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{path}: there is no such file, seen from {Path.cwd()}."
+            f"{path}: no such file; the current folder is {Path.cwd()}."
         ) from error
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
@@ -431,20 +437,22 @@ def _grid_of_file(path: Path, S: int, T: int, schedule: NoiseSchedule | None) ->
     if len(steps) != S:
         raise ValueError(
             f"{path} is a grid of {len(steps)} steps: wanted {S}. Set num_steps={len(steps)}, or "
-            "optimise another."
+            "optimize another one."
         )
     if settings is not None:
         count = settings.get("num_timesteps", 1000)
-        if count != T:  # and that may be too many to build
+        if count != T:  # a huge count must not be built
             raise ValueError(
                 f"{path} is a grid for a schedule of {brief(count)} timesteps, not {T}."
             )
         try:
-            its = NoiseSchedule.from_settings(settings)
+            file_schedule = NoiseSchedule.from_settings(settings)
         except ValueError as error:
             raise ValueError(f"{path}: schedule: {error}") from error
-        if its != (schedule or NoiseSchedule(num_timesteps=T)):
-            raise ValueError(f"{path} is a grid for {its}: optimise one for this schedule.")
+        if file_schedule != (schedule or NoiseSchedule(num_timesteps=T)):
+            raise ValueError(
+                f"{path} is a grid for {file_schedule}: optimize one for this schedule."
+            )
     return _grid(steps)
 
 
@@ -459,17 +467,17 @@ def _between(
     schedule: NoiseSchedule | None,
     coordinate: Callable[[float], float],
 ) -> Tensor:
-    """Divide an increasing function of l = log(alpha / sigma) evenly, as `log_snr` says."""
+    """Divide an increasing function of l = log(alpha / sigma) evenly, as described in `log_snr`."""
     S, T = num_steps, num_timesteps
     levels = _half_log_snr(T, schedule)
     low, high = bounds[0], min(bounds[1], levels[0])
-    first = 0 if levels[-1] >= low else 1  # the first step that is divided
+    first = 0 if levels[-1] >= low else 1  # the first of the evenly spaced steps
     low = levels[-1] if first == 0 else max(low, levels[-2])
     start, end = coordinate(low), coordinate(max(low, high))
     parts = S - first - 1
-    wanted = [start + (end - start) * (i / parts if parts else 0.5) for i in range(S - first)]
+    targets = [start + (end - start) * (i / parts if parts else 0.5) for i in range(S - first)]
     marks = [coordinate(level) for level in levels[: T - first]]
-    return _nearest(wanted, T, marks)
+    return _nearest(targets, T, marks)
 
 
 def _half_log_snr(num_timesteps: int, schedule: NoiseSchedule | None) -> list[float]:
@@ -477,33 +485,34 @@ def _half_log_snr(num_timesteps: int, schedule: NoiseSchedule | None) -> list[fl
     return [level / 2 for level in table]
 
 
-def _nearest(wanted: Sequence[float], num_timesteps: int, marks: Sequence[float]) -> Tensor:
-    """Take the timesteps whose marks are nearest to the wanted ones, and make them distinct.
+def _nearest(targets: Sequence[float], num_timesteps: int, marks: Sequence[float]) -> Tensor:
+    """Find the timesteps whose marks are nearest to the targets, and make them distinct.
 
     Args:
-        wanted: Increasing.
+        targets: Target marks, increasing.
         num_timesteps: T.
-        marks: Of timesteps 0, 1, ..., decreasing. Those without one, at the end, are taken first.
+        marks: Marks of timesteps 0, 1, ..., decreasing. The last timesteps, which have no mark,
+            come first in the grid.
     """
     up = list(reversed(marks))
     nearest = list(range(num_timesteps - 1, len(marks) - 1, -1))
-    for mark in wanted:
-        at = min(bisect_left(up, mark), len(up) - 1)
-        if at > 0 and mark - up[at - 1] <= up[at] - mark:
-            at -= 1
-        nearest.append(len(up) - 1 - at)
+    for mark in targets:
+        i = min(bisect_left(up, mark), len(up) - 1)
+        if i > 0 and mark - up[i - 1] <= up[i] - mark:
+            i -= 1
+        nearest.append(len(up) - 1 - i)
     return _grid(_distinct(nearest, num_timesteps))
 
 
 def _distinct(steps: Sequence[int], num_timesteps: int) -> list[int]:
-    """Move steps that do not descend down by as little as it takes, and up where there is no room.
+    """Make steps strictly descending: move them down as little as possible, or up at the end.
 
     The first becomes T-1.
     """
-    S, found = len(steps), [num_timesteps - 1]
+    S, distinct = len(steps), [num_timesteps - 1]
     for t in steps[1:]:
-        found.append(min(t, found[-1] - 1))
-    return [max(t, S - 1 - i) for i, t in enumerate(found)]
+        distinct.append(min(t, distinct[-1] - 1))
+    return [max(t, S - 1 - i) for i, t in enumerate(distinct)]
 
 
 def _grid(steps: Iterable[int]) -> Tensor:

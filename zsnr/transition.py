@@ -19,19 +19,19 @@ def reverse_transition(
     b = (sigma_s / sigma_t) sqrt(1 - eta^2 + eta^2 r^2)
     a = alpha_s - b alpha_t
 
-    eta = 1 is ancestral sampling, DDPM (equation 20 with the variance of equation 9); eta between
-    is DDIM's (equations 21 and 22); eta = 0 is deterministic. It never divides by alpha_t, so it
-    is exact at zero SNR.
+    eta = 1 is ancestral sampling, DDPM (equation 20 with the variance of equation 9); 0 < eta < 1
+    is DDIM (equations 21 and 22); eta = 0 is deterministic. There is no division by alpha_t, so the
+    step is exact at zero SNR.
 
     Args:
         alpha_t: sqrt(abar_t), in [0, 1); a float, or a float64 tensor.
         sigma_t: sqrt(1 - abar_t), positive.
         alpha_s: sqrt(abar_s) of the next, less noisy step, in (alpha_t, 1].
         sigma_s: sqrt(1 - abar_s); 0 for clean data, where the result is (1, 0, 0).
-        eta: Share of ancestral noise, in [0, 1].
+        eta: Fraction of ancestral noise, in [0, 1].
 
     Returns:
-        (a, b, c), floats or tensors as the scales are.
+        (a, b, c), floats or tensors like the scales.
 
     Raises:
         ValueError: eta is out of range, or s is not less noisy than t (checked for floats).

@@ -1,4 +1,4 @@
-"""Small files that somebody else wrote: bounded, and nothing in them is run."""
+"""Reading of small untrusted files: with limits, and without executing anything in them."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ import torch
 from zsnr.pickled import check_extent, read_inert
 
 _HEAD = 512
-_MACHINE = {  # errors of storage and machine, not of a file
+_MACHINE = {  # errors of the storage or the machine, not of a file
     *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENOTCONN),
     *(errno.ENOMEM, errno.EMFILE, errno.ENFILE),
 }
-_MOST_ENTRIES = 2_000_000
-_MOST_TEXT = 64 * 2**20
-_MOST_JSON = 8 * 2**20
-_MOST_YAML = 200_000
-_MOST_NODES = 200_000
+_MAX_ENTRIES = 2_000_000
+_MAX_TEXT = 64 * 2**20
+_MAX_JSON = 8 * 2**20
+_MAX_YAML = 200_000
+_MAX_NODES = 200_000
 
 
 @contextmanager
 def open_regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
-    """Open a regular file for reading; gives the file and its size.
+    """Open a regular file for reading; yields the file and its size.
 
     Raises:
-        ValueError: There is no such file, a folder, a pipe or a device has the name, or another
-            file was saved under it, see `disguise`.
-        OSError: The storage or the machine fails, which says nothing of the file.
+        ValueError: The path does not exist, is a folder, a pipe or a device, or holds another kind
+            of file, see `disguise`.
+        OSError: The storage or the machine failed, so the file may be intact.
     """
     try:
-        # Without O_NONBLOCK a pipe waits for somebody who writes to it.
+        # Without O_NONBLOCK a pipe waits for a writer.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     except (OSError, ValueError) as error:
         if _is_of_machine(error):
@@ -53,23 +53,23 @@ def open_regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
-        raise ValueError(f"{path} is not a file: wanted a regular one.")
+        raise ValueError(f"{path} is not a regular file.")
     with os.fdopen(descriptor, "rb") as file:
-        other = disguise(file.read(_HEAD))
-        if other is not None:
-            raise ValueError(f"{path} is {other}.")
+        disguised_as = disguise(file.read(_HEAD))
+        if disguised_as is not None:
+            raise ValueError(f"{path} is {disguised_as}.")
         file.seek(0)
         yield file, status.st_size
 
 
 def disguise(head: bytes) -> str | None:
-    """Say what a file is that was saved under a wrong name, by its first bytes.
+    """Recognize a wrong kind of file by its first bytes, such as a saved error page.
 
     Args:
         head: The first 512 bytes, or all of a shorter file.
 
     Returns:
-        Such as "an HTML page", with the way out. None = it may be what its name says.
+        A description such as "an HTML page", with a remedy. None = the file is not recognized.
     """
     if not head:
         return "empty: download or write it again"
@@ -86,40 +86,40 @@ def disguise(head: bytes) -> str | None:
     return None
 
 
-def check_archive(file: BinaryIO, size: int, what: str) -> None:
-    """See that an archive of torch.save is plain before torch unpacks it.
+def check_archive(file: BinaryIO, size: int, label: str) -> None:
+    """Check that an archive of torch.save is harmless before torch loads it.
 
     Args:
         file: The archive, at its start.
-        size: Its bytes.
-        what: What it is, for the error.
+        size: Its size in bytes.
+        label: Its name, for the error.
 
     Raises:
-        ValueError: It is no such archive, is packed, so that it would take more room than it has,
-            or its pickle is none of plain values, see `read_inert` and `check_extent`.
+        ValueError: The file is not such an archive, is compressed, so that it could expand, or its
+            pickle holds more than plain values, see `read_inert` and `check_extent`.
     """
     try:
         archive = zipfile.ZipFile(file)
         members = archive.infolist()
     except Exception as error:  # damaged archives fail in many ways
-        _raise_unreadable(what, error)
+        _raise_unreadable(label, error)
     packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
     if packed or sum(member.file_size for member in members) > size:
-        raise ValueError(f"{what} is packed: wanted a checkpoint as training writes it.")
+        raise ValueError(f"{label} is compressed: wanted a checkpoint as training writes it.")
     try:
         names = [m for m in members if m.filename.rpartition("/")[2] == "data.pkl"]
         check_extent(read_inert(archive.read(names[0]), size))
     except Exception as error:  # damaged archives fail in many ways
-        _raise_unreadable(what, error)
+        _raise_unreadable(label, error)
 
 
-def _raise_unreadable(what: str | Path, error: Exception) -> NoReturn:
+def _raise_unreadable(label: str | Path, error: Exception) -> NoReturn:
     if _is_of_machine(error):
         if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(what)
+            error.filename = str(label)
         raise error
     reason = clipped(str(error) or repr(error))
-    raise ValueError(f"{what} is not a readable checkpoint: {reason}.") from error
+    raise ValueError(f"{label} is not a readable checkpoint: {reason}.") from error
 
 
 def _is_of_machine(error: Exception) -> bool:
@@ -127,30 +127,30 @@ def _is_of_machine(error: Exception) -> bool:
 
 
 def open_archive(path: Path) -> dict[str, Any]:
-    """Open what torch.save wrote, on the CPU: tensors, which stay on disk, and plain values.
+    """Open a file of torch.save on the CPU: memory-mapped tensors, and plain values.
 
     Raises:
-        ValueError: It is no such file, see `check_archive`, or holds something else.
+        ValueError: The file fails `check_archive`, or holds other objects.
     """
     with open_regular(path) as (file, size):
         check_archive(file, size, str(path))
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} holds more than tensors and plain values.") from error
     except Exception as error:  # a pickle may fail in any way
         _raise_unreadable(path, error)
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is not a checkpoint: it holds {shown(found)}.")
-    _check_storages(path, found)
-    return found
+    if not isinstance(contents, dict):
+        raise ValueError(f"{path} is not a checkpoint: it holds {shown(contents)}.")
+    _check_storages(path, contents)
+    return contents
 
 
 def _check_storages(path: Path, value: Any) -> None:
-    """See that no tensor stands for more than its data, as expanded ones do.
+    """Check that no tensor is larger than its data, as expanded tensors are.
 
     Raises:
-        ValueError: One does.
+        ValueError: A tensor is larger than its data, or not dense.
     """
     waiting, seen = [value], set()
     while waiting:
@@ -169,72 +169,72 @@ def _check_storages(path: Path, value: Any) -> None:
             waiting += current
 
 
-def check_size(path: Path, most: int) -> None:
-    """Refuse what is not a file, or has more bytes than a library should read whole.
+def check_size(path: Path, limit: int) -> None:
+    """Refuse a file that is too large for a library to read at once.
 
     Raises:
-        ValueError: It is so.
+        ValueError: The path is not a file, or the file is larger than the limit.
     """
     with open_regular(path) as (_, size):
-        if size > most:
-            raise ValueError(f"{path} has {size} bytes: wanted at most {most}.")
+        if size > limit:
+            raise ValueError(f"{path} has {size} bytes: wanted at most {limit}.")
 
 
-def read_small(path: Path, most: int) -> bytes:
-    """Read a file of at most so many bytes.
+def read_small(path: Path, limit: int) -> bytes:
+    """Read a file of at most `limit` bytes.
 
     Raises:
-        ValueError: It is larger, or cannot be read.
+        ValueError: The file is larger, or cannot be read.
     """
     with open_regular(path) as (file, size):
-        data = file.read(most + 1) if size <= most else b""
-    if size > most or len(data) > most:
-        raise ValueError(f"{path} has {max(size, len(data))} bytes: wanted at most {most}.")
+        data = file.read(limit + 1) if size <= limit else b""
+    if size > limit or len(data) > limit:
+        raise ValueError(f"{path} has {max(size, len(data))} bytes: wanted at most {limit}.")
     return data
 
 
-def decode(data: bytes, what: str) -> str:
-    """Decode UTF-8 text, without a byte order mark at its start.
+def decode(data: bytes, label: str) -> str:
+    """Decode UTF-8 text, and remove a byte order mark.
 
     Raises:
-        ValueError: It is in another encoding.
+        ValueError: The text has another encoding.
     """
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise ValueError(f"{what} is UTF-16 text, not UTF-8 text: save it as UTF-8.")
+        raise ValueError(f"{label} is UTF-16 text, not UTF-8 text: save it as UTF-8.")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise ValueError(
-            f"{what} is not UTF-8 text: {error.reason} in line {line}. Save it as UTF-8."
+            f"{label} is not UTF-8 text: {error.reason} in line {line}. Save it as UTF-8."
         ) from error
 
 
-def read_text(path: Path, most: int = _MOST_TEXT) -> str:
-    """Read a text file of at most so many bytes.
+def read_text(path: Path, limit: int = _MAX_TEXT) -> str:
+    """Read a text file of at most `limit` bytes.
 
     Raises:
-        ValueError: It is larger, cannot be read, or is not UTF-8.
+        ValueError: The file is larger, cannot be read, or is not UTF-8.
     """
-    return decode(read_small(path, most), str(path))
+    return decode(read_small(path, limit), str(path))
 
 
 def parse_json(
-    text: str, *, strict: bool = False, most: int = _MOST_ENTRIES, repeated: bool = False
+    text: str, *, strict: bool = False, limit: int = _MAX_ENTRIES, repeated: bool = False
 ) -> Any:
     """Parse JSON.
 
     Args:
         text: The JSON.
-        strict: Refuse NaN and Infinity, which are no JSON but which Python writes.
-        most: Bound on its entries; half of it bounds its lists and objects.
-        repeated: Take the last value of a key that an object has twice, instead of refusing it.
+        strict: Refuse NaN and Infinity, which Python writes although they are not JSON.
+        limit: Maximum number of entries; half of it is the maximum of lists and objects.
+        repeated: Use the last value of a repeated key, instead of refusing it.
 
     Raises:
-        ValueError: It is not JSON; the reason, without a period.
+        ValueError: The text is not JSON; the message is the reason, without a period.
     """
-    if text.count("[") + text.count("{") > most // 2 or text.count(",") > most:
-        raise ValueError(f"it has over {most // 2} lists and objects, or {most} entries")
+    if text.count("[") + text.count("{") > limit // 2 or text.count(",") > limit:
+        raise ValueError(f"it has over {limit // 2} lists and objects, or {limit} entries")
     try:
         return json.loads(
             text,
@@ -246,40 +246,40 @@ def parse_json(
 
 
 def parse_object(
-    data: bytes, what: str, *, strict: bool = False, repeated: bool = False
+    data: bytes, label: str, *, strict: bool = False, repeated: bool = False
 ) -> dict[str, Any]:
-    """Parse one JSON object, see `parse_json`, and bound how deep it is nested.
+    """Parse one JSON object, see `parse_json`, and limit its nesting depth.
 
     Args:
         data: The file's content.
-        what: What it is, for the error.
-        strict: See there.
-        repeated: See there.
+        label: Its name, for the error.
+        strict: As in `parse_json`.
+        repeated: As in `parse_json`.
 
     Raises:
-        ValueError: It is not one JSON object.
+        ValueError: The content is not a JSON object.
     """
-    text = decode(data, what)
+    text = decode(data, label)
     try:
         value = parse_json(text, strict=strict, repeated=repeated)
         check_extent(value)
     except ValueError as error:
-        raise ValueError(f"{what} is not readable JSON: {clipped(str(error))}.") from error
+        raise ValueError(f"{label} is not readable JSON: {clipped(str(error))}.") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{what} is {shown(value)}: wanted a JSON object.")
+        raise ValueError(f"{label} is {shown(value)}: wanted a JSON object.")
     return value
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a file of one JSON object, see `parse_json`."""
-    return parse_object(read_small(path, _MOST_JSON), str(path))
+    """Read a file with one JSON object, see `parse_json`."""
+    return parse_object(read_small(path, _MAX_JSON), str(path))
 
 
 def read_yaml(path: Path) -> Any:
     """Read a YAML file, see `parse_yaml`.
 
     Raises:
-        ValueError: It is not such a file.
+        ValueError: The file is not YAML of plain values.
     """
     text = read_yaml_text(path)
     try:
@@ -289,24 +289,24 @@ def read_yaml(path: Path) -> Any:
 
 
 def read_yaml_text(path: Path) -> str:
-    """Read the text of a YAML file of a size that a person writes."""
-    return read_text(path, _MOST_YAML)
+    """Read the text of a YAML file of a plausible size."""
+    return read_text(path, _MAX_YAML)
 
 
 def parse_yaml(text: str) -> Any:
-    """Parse YAML of plain values, without Python's tags, repeated keys and exploding aliases.
+    """Parse YAML of plain values, without Python tags, repeated keys and exploding aliases.
 
     Raises:
-        ValueError: It is not such YAML; the reason, without a period.
+        ValueError: The text is not such YAML; the message is the reason, without a period.
     """
     return _load(text)[1]
 
 
 def compose_yaml(text: str) -> Any:
-    """Parse YAML as `parse_yaml`, and return its root node, which knows lines and spellings.
+    """Parse YAML as `parse_yaml`, and return its root node, which has lines and spellings.
 
     Raises:
-        ValueError: See there.
+        ValueError: As in `parse_yaml`.
     """
     return _load(text)[0]
 
@@ -316,7 +316,7 @@ def _load(text: str) -> tuple[Any, Any]:
     import yaml  # type: ignore[import-untyped]
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc]
-        """Knows 1e-4 as a number and no dates, as the training command does."""
+        """Reads 1e-4 as a number, and does not parse dates, like the training command."""
 
     Loader.yaml_implicit_resolvers = {
         first: [(tag, rule) for tag, rule in rules if not tag.endswith(":timestamp")]
@@ -325,15 +325,15 @@ def _load(text: str) -> tuple[Any, Any]:
     Loader.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789")
     )
-    if len(text) > _MOST_YAML:
-        raise ValueError(f"it has over {_MOST_YAML} characters")
+    if len(text) > _MAX_YAML:
+        raise ValueError(f"it has over {_MAX_YAML} characters")
     try:
         loader = Loader(text)
         node = loader.get_single_node()
         if node is None:
             return None, None
-        if _expanded(node, {}) > _MOST_NODES:
-            raise ValueError("its aliases stand for too much")
+        if _expanded(node, {}) > _MAX_NODES:
+            raise ValueError("its aliases expand to too many values")
         return node, loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         raise ValueError(_yaml_reason(error, text)) from error
@@ -343,14 +343,14 @@ def _load(text: str) -> tuple[Any, Any]:
         raise ValueError(clipped(str(error), 300)) from error
 
 
-def clipped(text: str, most: int = 120) -> str:
-    """Shorten what somebody else wrote so that it fits in a message, on one line."""
-    line = " ".join(text[: 10 * most].split())
-    return line if len(line) <= most and len(text) <= 10 * most else f"{line[:most]}..."
+def clipped(text: str, limit: int = 120) -> str:
+    """Shorten untrusted text to fit in a message, on one line."""
+    line = " ".join(text[: 10 * limit].split())
+    return line if len(line) <= limit and len(text) <= 10 * limit else f"{line[:limit]}..."
 
 
 def shown(value: object) -> str:
-    """Say what a value is that somebody else wrote, in a few words."""
+    """Describe an untrusted value briefly."""
     if isinstance(value, str):
         return clipped(repr(value[:1000]))
     if value is None or isinstance(value, float | bool):
@@ -361,13 +361,13 @@ def shown(value: object) -> str:
 
 
 def printable(text: str, *, one_line: bool = False) -> str:
-    """Escape what would steer a terminal or reorder its text; every other character stays.
+    """Escape characters that control a terminal or reorder its text.
 
     Control characters, bidirectional controls and zero-width characters become escapes such as
-    \\x1b and \\u202e. Joiners stay between letters and emoji that they join.
+    \\x1b and \\u202e. Joiners between letters and emoji are not escaped.
 
     Args:
-        text: What is printed.
+        text: The text to print.
         one_line: Escape line breaks too.
     """
     if text.isascii() and text.replace("\n", "").isprintable() and not (one_line and "\n" in text):
@@ -388,7 +388,7 @@ def _is_harmless(c: str, before: str, after: str) -> bool:
 
 
 def _yaml_reason(error: Any, text: str) -> str:
-    """Say in which line YAML is wrong, and how."""
+    """Return the line and the reason of a YAML error."""
     mark = error.problem_mark
     if mark is None:
         return clipped(str(error), 300)
@@ -399,19 +399,19 @@ def _yaml_reason(error: Any, text: str) -> str:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"{shown(twice)} stands in it twice")
-    return found
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
+        repeated = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"{shown(repeated)} stands in it twice")
+    return mapping
 
 
 def _refuse(constant: str) -> float:
-    raise ValueError(f"{constant} is not a number of JSON")
+    raise ValueError(f"{constant} is not a JSON number")
 
 
 def _expanded(node: Any, sizes: dict[int, float]) -> float:
-    """Count the nodes that a YAML node stands for, each alias anew; a circle is endless.
+    """Count the nodes of a YAML node with all aliases expanded; infinite for a cycle.
 
     Raises:
         ValueError: A mapping has a key twice.

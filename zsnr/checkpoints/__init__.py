@@ -1,10 +1,10 @@
-"""Models in and out: diffusers folders and schedulers, single files, own checkpoints."""
+"""Reading and writing of models: diffusers folders and schedulers, single files, checkpoints."""
 
 from zsnr.checkpoints.adapter import DiffusersScheduler
+from zsnr.checkpoints.checkpoint_file import read_checkpoint
 from zsnr.checkpoints.declared import schedule_from_diffusers
 from zsnr.checkpoints.diffusers_folder import read_diffusers_folder
 from zsnr.checkpoints.model import Model
-from zsnr.checkpoints.own import read_checkpoint
 from zsnr.checkpoints.single_file import read_single_file, write_single_file
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""This package's samplers behind the scheduler interface of diffusers."""
+"""This package's samplers with the scheduler interface of diffusers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from zsnr.timesteps import check_spacing, check_timesteps, get_timesteps
 
 
 class _Config(dict[str, Any]):
-    """Settings by key and by attribute, as pipelines ask for them."""
+    """Settings by key and by attribute, as pipelines access them."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -30,7 +30,7 @@ class _Config(dict[str, Any]):
 
 
 class _UnansweredError(Exception):
-    """Ends a replay where the sampler asks for a prediction that is not there yet."""
+    """Ends a replay when the sampler requests a prediction that is not available yet."""
 
     def __init__(self, x_t: Tensor) -> None:
         super().__init__()
@@ -38,34 +38,34 @@ class _UnansweredError(Exception):
 
 
 class DiffusersScheduler:
-    """Any sampler of this package as a scheduler of a pipeline of diffusers.
+    """Any sampler of this package as a scheduler for pipelines of diffusers.
 
     pipe.scheduler = DiffusersScheduler.from_config(pipe.scheduler.config)
 
-    keeps the schedule and prediction type that the pipeline declares, and samples from its last
-    timestep, on its own grid, without patching the schedule.
+    uses the schedule and prediction type that the pipeline declares, and samples from the last
+    timestep of the unmodified schedule, on the grid of `spacing`.
 
     Args:
         sampler: A sampler or the name of a registered one. "auto" is refused: it depends on the
             number of steps and the guidance scale, and a pipeline does not tell its scheduler the
-            second. `zsnr.recommend_sampling` names sampler and spacing for both.
+            scale. `zsnr.recommend_sampling` returns a sampler and a spacing for both.
         schedule: The schedule the network was trained on.
         prediction_type: What the network predicts.
-        spacing: A registered timestep spacing, or the path of a grid file; not "auto" either.
+        spacing: A registered timestep spacing, or the path of a grid file; "auto" is refused.
 
-    The sampler "multiscale" fits its steps to the guidance scale, and assumes 3 where it is not
-    told the one that the pipeline is called with:
+    The sampler "multiscale" adapts its steps to the guidance scale. It assumes 3 unless it is given
+    the scale that the pipeline is called with:
 
     DiffusersScheduler(get_sampler("multiscale", guidance=7.5), spacing="guided")
 
     Attributes:
         timesteps: t of every network call, int64, (calls,), after `set_timesteps`.
-        order: Always 1: `timesteps` has every call. So image-to-image pipelines, which count S of
-            them, begin earlier with Heun's method than their `strength` says.
+        order: Always 1, because `timesteps` holds every call. So image-to-image pipelines, which
+            count S of them, start earlier with Heun's method than their `strength` says.
         init_noise_sigma: Always 1: x_T is noise of unit variance.
 
     Raises:
-        ValueError: Unknown names, "auto", or epsilon at zero SNR.
+        ValueError: A name is unknown or "auto", or epsilon is combined with zero SNR.
     """
 
     order = 1
@@ -83,8 +83,8 @@ class DiffusersScheduler:
             raise ValueError(
                 f"sampler={sampler!r}, spacing={spacing!r}: 'auto' depends on the number of steps "
                 "and the guidance scale, which a scheduler does not know. Pass the two names that "
-                "zsnr.recommend_sampling(num_steps, guidance_scale) returns, and tell multiscale "
-                "the scale: get_sampler('multiscale', guidance=7.5)."
+                "zsnr.recommend_sampling(num_steps, guidance_scale) returns, and pass the scale to "
+                "multiscale: get_sampler('multiscale', guidance=7.5)."
             )
         check_spacing(spacing)
         self.sampler = get_sampler(sampler) if isinstance(sampler, str) else sampler
@@ -96,11 +96,11 @@ class DiffusersScheduler:
         self.num_inference_steps: int | None = None
         self._grid: list[int] = []
         self._calls: list[int] = []
-        self._x: Tensor | None = None  # what the history began with
+        self._x: Tensor | None = None  # the state at the start of the history
         self._answers: list[Tensor] = []  # x_0 of each call since then
         self._noises: list[Tensor] = []
         self._returned: Tensor | None = None
-        self._first, self._next = 0, 0  # calls: of the history's begin, and the one to come
+        self._first, self._next = 0, 0  # indices of calls: the first of the history, and the next
 
     @classmethod
     def from_config(
@@ -114,13 +114,13 @@ class DiffusersScheduler:
         """Take schedule and prediction type from the config of a scheduler of diffusers.
 
         Args:
-            config: Such as pipe.scheduler.config.
+            config: A scheduler config, such as pipe.scheduler.config.
             sampler: See the class.
-            spacing: Likewise; what the config says of it is not used.
+            spacing: See the class; the spacing of the config is not used.
             zero_terminal_snr: Whether the network was trained on the rescaled schedule. None = as
-                the config says; pass True where a class that has no such flag lost it.
+                the config says. Pass True if a scheduler class without that flag dropped it.
         """
-        # The spacing is not used, and may be one that diffusers does not know.
+        # The spacing is not used, and diffusers may not know it.
         schedule = schedule_from_diffusers({**config, "timestep_spacing": "trailing"})
         if zero_terminal_snr is not None:
             plain = replace(schedule, zero_terminal_snr=False)
@@ -141,8 +141,8 @@ class DiffusersScheduler:
 
         Args:
             num_inference_steps: S, 1 to T.
-            device: Of `timesteps`.
-            timesteps: An own grid, descending, instead of the spacing's.
+            device: Device of `timesteps`.
+            timesteps: A custom grid, descending, instead of the spacing's.
 
         Raises:
             ValueError: Neither or both are given, or they are out of range.
@@ -162,9 +162,9 @@ class DiffusersScheduler:
         self._forget()
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Say which of `timesteps` comes next; image-to-image begins inside the list.
+        """Set the index of the next timestep; image-to-image starts inside the list.
 
-        Without it the next is told by its value, the first of two equal ones.
+        Without it the next timestep is identified by its value, the first of two equal ones.
         """
         self._forget()
         self._next = begin_index
@@ -181,17 +181,17 @@ class DiffusersScheduler:
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
     ) -> Any:
-        """Go from one network call to the next.
+        """Advance from one network call to the next.
 
-        The state may have been changed since the last step, as inpainting does: a sampler that
-        keeps a history then starts a new one.
+        The state may have been changed since the last step, as inpainting does; a sampler with a
+        history then starts a new one.
 
         Args:
-            model_output: What the network said at (sample, timestep), after guidance, (B, *).
+            model_output: Output of the network at (sample, timestep), after guidance, (B, *).
             timestep: One of `timesteps`.
             sample: x_t, (B, *).
-            generator: Of the noise, where the sampler draws any.
-            return_dict: Give an object with prev_sample and pred_original_sample, else a tuple.
+            generator: Generator of the noise, if the sampler draws any.
+            return_dict: Return an object with prev_sample and pred_original_sample, else a tuple.
 
         Returns:
             x_t of the next call, or x_0 after the last, in the sample's dtype; and the predicted
@@ -209,11 +209,11 @@ class DiffusersScheduler:
             if self._calls[index] not in self._grid:
                 raise ValueError(
                     f"timestep={self._calls[index]} lies inside a step of this sampler, and the "
-                    "sample is not what the call before it led to: begin at one of "
+                    "sample is not the result of the previous call: start at one of "
                     f"{self._grid}."
                 )
             if self._calls[index + 1 : index + 2] == [self._calls[index]]:
-                # The end of one step and the begin of the next, both at t: begin with the latter.
+                # The end of one step and the start of the next, both at t: start with the latter.
                 self._forget()
                 self._next = index + 1
                 return self._answer(sample, x_0, return_dict)
@@ -237,28 +237,28 @@ class DiffusersScheduler:
         return DDIMSchedulerOutput(prev_sample=x_s, pred_original_sample=x_0)
 
     def _timesteps_of_calls(self) -> list[int]:
-        """Ask the sampler, on a single number, at which timesteps it calls the network."""
+        """Run the sampler on a single number to record at which timesteps it calls the network."""
         calls: list[int] = []
 
         def listen(x_t: Tensor, t: Tensor) -> Tensor:
             calls.append(int(t))
             return torch.zeros_like(x_t)
 
-        x_T = torch.zeros(1, 1)  # and no random numbers: those are the caller's
+        x_T = torch.zeros(1, 1)  # and no random numbers, so that the caller's are not consumed
         self.sampler.sample(listen, self.schedule, x_T, self._grid, randn_like=torch.zeros_like)
         return calls
 
     def _index(self, t: int) -> int:
         if not self._grid:
-            raise ValueError("step() came before set_timesteps(): choose the number of steps.")
+            raise ValueError("step() was called before set_timesteps().")
         if self._next < len(self._calls) and self._calls[self._next] == t:
             return self._next
         if t not in self._calls:
-            raise ValueError(f"timestep={t} is none of the grid: {self._calls}.")
+            raise ValueError(f"timestep={t} is not in the grid: {self._calls}.")
         return self._calls.index(t)
 
     def _follows(self, index: int, sample: Tensor) -> bool:
-        """Whether a step goes on from where the last one ended."""
+        """Whether a step continues from the result of the last one."""
         last = self._returned
         return (
             index == self._next
@@ -271,22 +271,22 @@ class DiffusersScheduler:
         self._answers, self._noises = [], []
 
     def _replay(self, randn_like: Any) -> Tensor:
-        """Run the sampler from the begin of its history to the first call without an answer."""
+        """Run the sampler from the start of its history to the first call without an answer."""
         answers, noises = iter(self._answers), iter([*self._noises])
         assert self._x is not None
 
         def answer(x_t: Tensor, t: Tensor) -> Tensor:
-            known = next(answers, None)
-            if known is None:
+            value = next(answers, None)
+            if value is None:
                 raise _UnansweredError(x_t)
-            return known
+            return value
 
         def noise(like: Tensor) -> Tensor:
-            known = next(noises, None)
-            if known is None:
-                known = randn_like(like)
-                self._noises.append(known)
-            return known
+            value = next(noises, None)
+            if value is None:
+                value = randn_like(like)
+                self._noises.append(value)
+            return value
 
         grid = self._grid[self._grid.index(self._calls[self._first]) :]
         if not self.sampler.keeps_history:

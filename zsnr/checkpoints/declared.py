@@ -1,6 +1,6 @@
-"""What a scheduler_config.json of diffusers declares, its class's own defaults included.
+"""What a scheduler_config.json of diffusers declares, including the defaults of its class.
 
-The table of classes is this package's own, so that a config can be judged without diffusers.
+The table of classes is part of this package, so that a config can be judged without diffusers.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from zsnr.schedule import MAX_TIMESTEPS, NoiseSchedule
 from zsnr.untrusted import shown
 
 # How a class makes its grid of S timesteps:
-# whole       integers, S of them
+# whole       S integers
 # fractional  the same, but linspace is not rounded
-# one_more    linspace and leading divide by S + 1 and leave the last one out
+# one_more    linspace and leading divide by S + 1 and leave the last timestep out
 # repeated    integers, some of them twice (PNDM)
-# distilled   a choice of the timesteps a distilled model knows; timestep_spacing is not read
+# distilled   a subset of a distilled model's timesteps; timestep_spacing is not read
 GridKind = Literal["whole", "fractional", "one_more", "repeated", "distilled"]
 
 _WARPS = (
@@ -72,11 +72,11 @@ class SchedulerClass:
     """One of diffusers' scheduler classes with a variance-preserving schedule.
 
     Args:
-        defaults: Of the keys that matter here; a key that is not in it is not known to the class.
+        defaults: Defaults of the relevant keys. The class does not know any other key.
         grid: How it makes its timesteps.
         finite_at_zero: Whether its step is finite where abar_t is exactly 0.
-        patches: Whether it makes abar_T 2^-24 where it rescales.
-        recomputes_neighbour: Whether its step goes to t - T // S instead of the grid's next.
+        patches: Whether it replaces abar_T by 2^-24 when it rescales.
+        recomputes_next: Whether its step goes to t - T // S instead of the grid's next timestep.
         eta_fails: Whether its step may be NaN for eta = 1 at zero SNR.
     """
 
@@ -84,12 +84,12 @@ class SchedulerClass:
     grid: GridKind
     finite_at_zero: bool = False
     patches: bool = False
-    recomputes_neighbour: bool = False
+    recomputes_next: bool = False
     eta_fails: bool = False
 
     @property
     def rescales(self) -> bool:
-        """Whether it knows rescale_betas_zero_snr; else it drops it."""
+        """Whether it knows rescale_betas_zero_snr; otherwise it drops the key."""
         return "rescale_betas_zero_snr" in self.defaults
 
 
@@ -98,7 +98,7 @@ def _ddim() -> SchedulerClass:
         {**_ALPHAS, "set_alpha_to_one": True},
         "whole",
         finite_at_zero=True,
-        recomputes_neighbour=True,
+        recomputes_next=True,
         eta_fails=True,
     )
 
@@ -118,7 +118,7 @@ SCHEDULERS: Mapping[str, SchedulerClass] = MappingProxyType(
                 "skip_prk_steps": False,
             },
             "repeated",
-            recomputes_neighbour=True,
+            recomputes_next=True,
         ),
         "LMSDiscreteScheduler": SchedulerClass({**_COMMON, **_SPACED, **_WARPED}, "fractional"),
         "HeunDiscreteScheduler": SchedulerClass(
@@ -173,21 +173,21 @@ class Declared:
 
     Args:
         class_name: The scheduler's class.
-        schedule: The schedule that class makes of it.
+        schedule: The schedule that the class uses.
         prediction_type: What the network predicts.
         spacing: leading, linspace or trailing, as the class will use it.
         num_train_timesteps: T, as the grids use it.
-        steps_offset: What is added to a leading grid.
-        drops_rescale: The config wants the rescale, and the class does not know the key.
-        patched: The class will make abar_T 2^-24.
+        steps_offset: Offset that is added to a leading grid.
+        drops_rescale: Whether the config requests the rescale, and the class drops the key.
+        patched: Whether the class replaces abar_T by 2^-24.
         warp: The key that spaces timesteps by noise level instead, if one is set.
-        clip_sample: Whether x_0 is clipped to [-1, 1]; None where the class has no such key.
-        thresholding: The same of dynamic thresholding.
-        set_alpha_to_one: Whether the last step goes to clean data; None as before.
-        skip_prk_steps: PNDM's.
-        original_inference_steps: How many timesteps a distilled model knows.
-        lambda_min_clipped: Noisier timesteps than this half log SNR are left out.
-        missing: Keys that took the class's default, and "_class_name" where none is named.
+        clip_sample: Whether x_0 is clipped to [-1, 1]; None = the class has no such key.
+        thresholding: Whether x_0 is thresholded dynamically; None = the class has no such key.
+        set_alpha_to_one: Whether the last step goes to clean data; None = there is no such key.
+        skip_prk_steps: PNDM's flag of that name.
+        original_inference_steps: Number of timesteps of a distilled model.
+        lambda_min_clipped: Timesteps with a lower half log SNR than this are left out.
+        missing: Keys that have the class's default, and "_class_name" if the config lacks it.
     """
 
     class_name: str
@@ -209,25 +209,24 @@ class Declared:
 
     @property
     def scheduler(self) -> SchedulerClass:
-        """What is known of the class."""
+        """Properties of the class."""
         return SCHEDULERS[self.class_name]
 
 
 def declare(config: Mapping[str, Any]) -> Declared:
     """Read what a scheduler_config.json declares.
 
-    A key that is missing has the default of the class that the config names (DDIMScheduler if it
-    names none), a key that the class does not know has no effect.
+    A missing key has the default of the config's class (DDIMScheduler if the config names none); a
+    key that the class does not know has no effect.
 
     Raises:
-        ValueError: The class has no variance-preserving schedule or is unknown, or a value is not
-            one that diffusers would take.
+        ValueError: The class is unknown or has no variance-preserving schedule, or diffusers would
+            not accept a value.
     """
     name = config.get("_class_name", "DDIMScheduler")
     if isinstance(name, str) and name.startswith(("FlowMatch", "EDM", "CM", "VQ")):
         raise ValueError(
-            f"{shown(name)[1:-1]} is not a variance-preserving schedule: this package has none for "
-            "it."
+            f"{shown(name)[1:-1]} has no variance-preserving schedule, which this package requires."
         )
     if not isinstance(name, str) or name not in SCHEDULERS:
         raise ValueError(
@@ -282,37 +281,37 @@ def declare(config: Mapping[str, Any]) -> Declared:
 def schedule_from_diffusers(config: Mapping[str, Any]) -> NoiseSchedule:
     """Read the schedule that a scheduler_config.json declares.
 
-    Keys that are missing have the defaults of the class it names, those of DDIMScheduler where it
-    names none. A rescale_betas_zero_snr counts also where that class would drop it: it says what
-    the network was trained on.
+    Missing keys have the defaults of the config's class (DDIMScheduler if the config names none).
+    rescale_betas_zero_snr counts even if that class would drop it, because it says what the network
+    was trained on.
 
     Raises:
-        ValueError: A class or beta_schedule this package does not know, or wrong values.
+        ValueError: The class or beta_schedule is unknown, or a value is invalid.
     """
     declared = declare(config)
     return rescaled(declared.schedule) if declared.drops_rescale else declared.schedule
 
 
 def rescaled(schedule: NoiseSchedule) -> NoiseSchedule:
-    """Rescale a schedule as diffusers does: by Algorithm 1, the capped cosine too."""
+    """Rescale a schedule as diffusers does: by Algorithm 1, including the capped cosine."""
     if schedule.betas == "cosine" and not schedule.zero_terminal_snr:
         return NoiseSchedule.from_alphas_cumprod(schedule.alphas_cumprod, zero_terminal_snr=True)
     return replace(schedule, zero_terminal_snr=True)
 
 
 def diffusers_timesteps(declared: Declared, num_steps: int) -> tuple[float, ...]:
-    """Return the timesteps that diffusers' class really takes, descending.
+    """Return the timesteps that diffusers' class actually uses, descending.
 
-    They are those of its outer steps: where a class calls the network twice in a step, or repeats
-    a timestep, each stands once. trailing counts with a float step there, so that for some S there
-    is one more timestep, and it is -1.
+    They are those of its outer steps: if a class calls the network twice in a step, or repeats a
+    timestep, each is listed once. diffusers' trailing counts with a float step, so that some S have
+    an additional timestep of -1.
 
     Args:
         declared: What the config declares; its `warp` must be None.
         num_steps: S, 1 to T.
 
     Raises:
-        ValueError: The class refuses this S, or the grid is one of noise levels.
+        ValueError: The class refuses this S, or spaces noise levels instead of timesteps.
     """
     S, T = num_steps, declared.num_train_timesteps
     _check_steps(declared, S)
@@ -321,18 +320,19 @@ def diffusers_timesteps(declared: Declared, num_steps: int) -> tuple[float, ...]
     kind = declared.scheduler.grid
     if kind == "distilled":
         count = declared.original_inference_steps
-        known = [(i + 1) * (T // count) - 1 for i in reversed(range(count))]
-        return tuple(known[math.floor(i * (count / S))] for i in range(S))
+        distilled = [(i + 1) * (T // count) - 1 for i in reversed(range(count))]
+        return tuple(distilled[math.floor(i * (count / S))] for i in range(S))
     last = T - _clipped(declared)
-    more = 1 if kind == "one_more" else 0
+    skipped = 1 if kind == "one_more" else 0
     match declared.spacing:
         case "leading":
-            ratio = (last if more else T) // (S + more)
-            return tuple(ratio * i + declared.steps_offset for i in reversed(range(more, S + more)))
+            ratio = (last if skipped else T) // (S + skipped)
+            indices = reversed(range(skipped, S + skipped))
+            return tuple(ratio * i + declared.steps_offset for i in indices)
         case "trailing":
             return tuple(round(value) - 1 for value in _count_down(last, T / S))
         case _:
-            values = _evenly(last - 1, S + more)[more:][::-1]
+            values = _evenly(last - 1, S + skipped)[skipped:][::-1]
             if kind == "fractional":
                 exact = declared.class_name == "DPMSolverSDEScheduler"
                 return tuple(values if exact else torch.tensor(values).tolist())
@@ -340,7 +340,7 @@ def diffusers_timesteps(declared: Declared, num_steps: int) -> tuple[float, ...]
 
 
 def first_timestep(declared: Declared, num_steps: int) -> float:
-    """Return the timestep where diffusers' class starts.
+    """Return the timestep at which diffusers' class starts.
 
     Raises:
         ValueError: The class refuses this S.
@@ -354,12 +354,12 @@ def first_timestep(declared: Declared, num_steps: int) -> float:
 
 
 def off_grid_steps(declared: Declared, num_steps: int) -> int:
-    """Count the steps whose neighbour, t - T // S, is not the grid's next timestep.
+    """Count the steps to t - T // S that miss the grid's next timestep.
 
     Raises:
         ValueError: The class refuses this S.
     """
-    if not declared.scheduler.recomputes_neighbour:
+    if not declared.scheduler.recomputes_next:
         return 0
     grid = diffusers_timesteps(declared, num_steps)
     stride = declared.num_train_timesteps // num_steps
@@ -368,7 +368,7 @@ def off_grid_steps(declared: Declared, num_steps: int) -> int:
 
 
 def longer_grids(declared: Declared) -> list[int]:
-    """List the S for which trailing has one timestep too many."""
+    """List the S for which trailing has one additional timestep."""
     T = declared.num_train_timesteps
     if declared.spacing != "trailing" or declared.scheduler.grid == "distilled":
         return []
@@ -377,18 +377,18 @@ def longer_grids(declared: Declared) -> list[int]:
 
 
 def _check_steps(declared: Declared, num_steps: int) -> None:
-    most = declared.num_train_timesteps
+    highest = declared.num_train_timesteps
     if declared.scheduler.grid == "distilled":
-        most = declared.original_inference_steps
-    least = 4 if declared.scheduler.grid == "repeated" and not declared.skip_prk_steps else 1
-    if not least <= num_steps <= most:
+        highest = declared.original_inference_steps
+    lowest = 4 if declared.scheduler.grid == "repeated" and not declared.skip_prk_steps else 1
+    if not lowest <= num_steps <= highest:
         raise ValueError(
-            f"num_steps={num_steps}: {declared.class_name} takes {least} to {most} steps here."
+            f"num_steps={num_steps}: {declared.class_name} supports {lowest} to {highest} steps."
         )
 
 
 def _clipped(declared: Declared) -> int:
-    """Count the timesteps that lambda_min_clipped leaves out, the noisiest."""
+    """Count the noisiest timesteps, which lambda_min_clipped leaves out."""
     if declared.lambda_min_clipped == -math.inf:
         return 0
     half = declared.schedule.log_snr / 2
@@ -399,7 +399,7 @@ def _clipped(declared: Declared) -> int:
 
 
 def _evenly(last: int, count: int) -> list[float]:
-    """Divide 0..last in floats, as numpy's linspace does; one point is the first."""
+    """Divide 0..last in floats, as numpy's linspace does; a single point is 0."""
     if count == 1:
         return [0.0]
     step = last / (count - 1)
@@ -438,7 +438,7 @@ def _schedule(values: Mapping[str, Any], T: int, rescale: bool) -> NoiseSchedule
 
 
 def _from_betas(betas: Any, rescale: bool) -> NoiseSchedule:
-    if isinstance(betas, torch.Tensor) or type(betas).__module__ == "numpy":  # of a live config
+    if isinstance(betas, torch.Tensor) or type(betas).__module__ == "numpy":  # a config in memory
         betas = betas.tolist()
     if not isinstance(betas, Sequence) or not betas or not all(map(_is_real, betas)):
         raise ValueError(f"trained_betas={shown(betas)}: wanted a list of numbers, or null.")
@@ -458,15 +458,15 @@ def _is_real(value: Any) -> bool:
 
 
 def _reader(values: Mapping[str, Any], kind: type) -> Any:
-    """Return what reads a value of one type by its key; null and keys not known are False or 0."""
+    """Return a function that reads values of one type; null and unknown keys are False or 0."""
 
     def read(key: str) -> Any:
         value = values.get(key)
         if value is None:
             return kind()
         if type(value) is not kind:
-            wanted = "true or false" if kind is bool else "a whole number"
-            raise ValueError(f"{key}={shown(value)}: wanted {wanted}.")
+            type_name = "true or false" if kind is bool else "a whole number"
+            raise ValueError(f"{key}={shown(value)}: wanted {type_name}.")
         return value
 
     return read

@@ -1,4 +1,4 @@
-"""A verdict on a model and the facts it rests on, in words and as JSON."""
+"""A verdict on a model and the facts it is based on, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ SCALE = 32  # of an image's mean, sqrt(h w L): see `kept_brightness`
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What the doctor says of one target.
+    """The doctor's result for one target.
 
     Args:
-        target: What was asked about.
-        kind: What it is, such as "diffusers folder".
+        target: The path that was examined.
+        kind: Kind of the target, such as "diffusers folder".
         verdict: fixed: SNR_T is 0, v or sample prediction, and sampling starts at T. flawed: the
             schedule keeps signal at T. inconsistent: zero SNR with epsilon prediction, a spacing
-            that misses T, or a scheduler class that drops the rescale. unreadable: none of these
-            can be told.
-        reason: Why, in one line.
-        facts: Plain values, those that are known.
-        warnings: What goes wrong nevertheless.
-        changes: What to change.
+            that misses T, or a scheduler class that drops the rescale. unreadable: the verdict
+            cannot be determined.
+        reason: Reason for the verdict, in one line.
+        facts: Known facts, as plain values.
+        warnings: Further problems.
+        changes: Recommended changes.
     """
 
     target: str
@@ -48,11 +48,11 @@ class Diagnosis:
         return get_args(Verdict).index(self.verdict)
 
     def to_json(self) -> str:
-        """Return it as one JSON object."""
+        """Return the diagnosis as one JSON object."""
         return json.dumps(asdict(self), indent=1)
 
     def to_text(self) -> str:
-        """Return it as aligned lines, the verdict first."""
+        """Return the diagnosis as aligned lines, starting with the verdict."""
         rows = [
             (self.verdict, self.reason),
             ("", ""),
@@ -73,16 +73,16 @@ def judge(
     starts: Mapping[int, float],
     lacking: str | None,
 ) -> tuple[Verdict, str]:
-    """Judge what is declared.
+    """Judge the declared settings.
 
     Args:
         schedule: The schedule that sampling uses.
         prediction_type: What the network predicts.
         starts: The first timestep by step count.
-        lacking: What contradicts the schedule otherwise, if anything does.
+        lacking: Another contradiction to the schedule, if there is one.
 
     Returns:
-        The verdict and why, in one line.
+        The verdict and the reason for it, in one line.
     """
     T = schedule.num_timesteps
     if lacking is not None:
@@ -97,19 +97,19 @@ def judge(
 
 
 def late(starts: Mapping[int, float], num_timesteps: int) -> str:
-    """Say where grids start that miss T; "" if none does."""
-    some = [f"t = {t:g} for S = {S}" for S, t in starts.items() if t != num_timesteps - 1]
-    return ", ".join(some[:5])
+    """Describe where grids start that miss T; "" if none does."""
+    missed = [f"t = {t:g} for S = {S}" for S, t in starts.items() if t != num_timesteps - 1]
+    return ", ".join(missed[:5])
 
 
 def signal(schedule: NoiseSchedule) -> str:
-    """Say how much signal is left at T."""
+    """Describe how much signal is left at T."""
     abar_T = float(schedule.alphas_cumprod[-1])
     return f"the schedule keeps signal at T: sqrt(abar_T) = {math.sqrt(abar_T):.6g}"
 
 
 def schedule_facts(schedule: NoiseSchedule) -> dict[str, Any]:
-    """Return what matters of a schedule; "schedule" holds its settings."""
+    """Return the relevant facts of a schedule; "schedule" holds its settings."""
     abar_T = float(schedule.alphas_cumprod[-1])
     return {
         "schedule": schedule.settings(),
@@ -120,19 +120,20 @@ def schedule_facts(schedule: NoiseSchedule) -> dict[str, Any]:
 
 
 def kept_brightness(abar_T: float, scale: float = SCALE) -> float:
-    """Compute which fraction of the range of brightness survives pure noise at T.
+    """Compute the fraction of the brightness range that is retained if sampling starts from noise.
 
     1 / sqrt(abar_T S^2 + 1 - abar_T)
 
     Args:
         abar_T: The schedule's last abar_t.
-        scale: S = sqrt(h w L), L the variance of the mean of an image's strongest channel mix.
+        scale: S = sqrt(h w L), where L is the variance of an image's mean in the mix of channels
+            with the largest one.
     """
     return 1 / math.sqrt(abar_T * scale**2 + 1 - abar_T)
 
 
 def _rows(facts: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
-    """Write facts as short texts."""
+    """Yield facts as short texts."""
     for key, value in facts.items():
         name = key.replace("_", " ")
         match key:
@@ -142,7 +143,7 @@ def _rows(facts: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
                 yield {"snr_T": "SNR_T", "sqrt_abar_T": "sqrt(abar_T)"}[key], f"{value:.6g}"
             case "kept_brightness":
                 part = "all" if value["fraction"] == 1 else f"{value['fraction']:.3g}"
-                yield "brightness kept", f"{part} of its range (of scale {SCALE}, assumed)"
+                yield "brightness", f"{part} of the range retained (assumed scale: {SCALE})"
             case "first_timestep":
                 yield "starts at", _starts_text(value)
             case "off_grid_steps":
@@ -171,16 +172,16 @@ def _rows(facts: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
 def _schedule_text(settings: Mapping[str, Any]) -> str:
     T, zero = settings["num_timesteps"], settings["zero_terminal_snr"]
     if settings["alphas_cumprod_table"] is not None:
-        name = "own table"
+        name = "custom table"
     else:
         ends = (settings["beta_start"], settings["beta_end"])
         name = settings["betas"]
         name += f" {ends[0]:g} to {ends[1]:g}" if None not in ends else ""
-    return f"{name}, T = {T}" + (", made to end at SNR 0" if zero else "")
+    return f"{name}, T = {T}" + (", rescaled to zero terminal SNR" if zero else "")
 
 
 def _starts_text(starts: Mapping[int, float]) -> str:
-    """Group step counts by where they start."""
+    """Group step counts by their first timestep."""
     by_start: dict[float, list[str]] = {}
     for S, t in starts.items():
         by_start.setdefault(t, []).append(str(S))

@@ -20,24 +20,26 @@ def read_diffusers_folder(source: str, schedule: NoiseSchedule | None = None) ->
 
     Args:
         source: A folder with model_index.json, or a hub id.
-        schedule: Instead of the one its scheduler declares.
+        schedule: Schedule to use instead of the one its scheduler declares.
 
     Raises:
-        ValueError: A part is missing or unreadable, or the folder is of another kind.
+        ValueError: A part is missing or unreadable, or the folder holds another kind of model.
     """
     from diffusers import DDIMScheduler
 
     index = load_index(source)
     kind = index.get("_class_name")
     if "unet" not in index:
-        raise ValueError(f"{source} is a {kind} without unet: wanted Stable Diffusion 1, 2 or XL.")
+        raise ValueError(
+            f"{source} is a {kind} without a unet: wanted Stable Diffusion 1, 2 or XL."
+        )
     if index.get("requires_aesthetics_score"):
         raise ValueError(
-            f"{source} is a refiner, which takes an aesthetic score: wanted the base model."
+            f"{source} is a refiner, whose input is an aesthetic score: wanted the base model."
         )
     try:
         config = DDIMScheduler.load_config(source, subfolder="scheduler")
-    except Exception as error:  # somebody else wrote it
+    except Exception as error:  # an untrusted file may fail in any way
         raise ValueError(
             f"Cannot read the scheduler's config in {source}: {reason(error)}"
         ) from error
@@ -68,17 +70,17 @@ def read_diffusers_folder(source: str, schedule: NoiseSchedule | None = None) ->
 
 
 def _side(source: str, sample_size: Any) -> int:
-    """Return the side of the latents that a UNet's config names; Stable Diffusion 1's if none."""
+    """Return the side of the latents in a UNet's config; by default that of Stable Diffusion 1."""
     sides = sample_size if isinstance(sample_size, list | tuple) else [sample_size or 64]
     if len({*sides}) != 1 or type(sides[0]) is not int or sides[0] < 1:
         raise ValueError(
-            f"The UNet's config in {source} says sample_size={sample_size!r}: wanted one whole "
+            f"The UNet's config in {source} has sample_size={sample_size!r}: wanted one whole "
             "number, the side of a square."
         )
     return sides[0]
 
 
 def _has(index: Mapping[str, Any], part: str) -> bool:
-    """Whether a model_index.json names a part; [null, null] = it is left out."""
-    named = index.get(part)
-    return isinstance(named, list | tuple) and len(named) > 0 and named[0] is not None
+    """Whether a model_index.json lists a part; [null, null] = the part is left out."""
+    entry = index.get(part)
+    return isinstance(entry, list | tuple) and len(entry) > 0 and entry[0] is not None

@@ -1,4 +1,4 @@
-"""What a model is and whether it is flawed, told from its small files, without loading it."""
+"""Diagnosis of a model from its small files, without loading it."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ DEFAULT_SAMPLING = {
     "guidance_rescale": Guidance().rescale,
     "guidance_interval": Guidance().interval,
 }
-# LatentDiffusion's parameters, and Sampling's: a typo would be judged by the default.
+# Parameters of LatentDiffusion and Sampling: without them, a typo would be judged as the default.
 MODEL_KEYS = (
     *("codec", "conditioner", "unet", "schedule", "prediction_type", "loss", "caption_dropout"),
     *("offset_noise", "optimizer", "learning_rate", "ema", "sampling", "gradient_checkpointing"),
     *("compile", "max_skipped_steps", "image_size", "seed", "lora"),
 )
 SAMPLING_KEYS = ("num_steps", "spacing", "sampler", "guidance")
-# What spacings that leave out noise levels next to SNR 0 cost. Measured by the spread of the
-# brightness of 64x64 images at 5 to 10 steps (5 to 25 for beta), with DDIM and DPM-Solver++ 2M.
+# The cost of spacings that leave out noise levels next to SNR 0: the spread of the brightness of
+# 64x64 images at 5 to 10 steps (5 to 25 for beta), with DDIM and DPM-Solver++ 2M.
 _LATE_LEVELS = (
     "was made for schedules that end at SNR > 0: 2 to 8 times the brightness error of log_snr at "
     "few steps, measured without guidance"
@@ -64,24 +64,24 @@ _CONFIG = "scheduler_config.json"
 _FIXED = "scheduler_config.fixed.json"
 _FAMILIES = {768: "SD 1", 1024: "SD 2", 2048: "SDXL"}
 _TRAIN = (
-    "train it from these weights with `zsnr fit`, whose schedule and prediction type are the "
-    "paper's: no line of a config repairs weights that never saw pure noise"
+    "fine-tune it from these weights with `zsnr fit`, whose schedule and prediction type are the "
+    "paper's: no config setting repairs weights that were never trained on pure noise"
 )
 
 
 def examine(
     target: str | Path, *, num_steps: Sequence[int] = (), open_pickle: bool = False
 ) -> Diagnosis:
-    """Tell what a target is and whether it is flawed; loads no weights and runs nothing of it.
+    """Diagnose a target; loads no weights and executes none of its code.
 
     Args:
         target: A folder of diffusers, a scheduler_config.json, a .safetensors file, a checkpoint
             or folder of checkpoints of this package, or a YAML of `zsnr fit`.
-        num_steps: Step counts to look at besides the usual ones.
-        open_pickle: Open a checkpoint that has no run.json, tensors and plain values only.
+        num_steps: Step counts to examine in addition to the usual ones.
+        open_pickle: Open a checkpoint without run.json; reads tensors and plain values only.
 
     Returns:
-        A diagnosis; what cannot be read has the verdict "unreadable".
+        A diagnosis; its verdict is "unreadable" if the target cannot be read.
     """
     try:
         return _examine(str(target), Path(target).expanduser(), num_steps, open_pickle)
@@ -91,61 +91,62 @@ def examine(
 
 
 def fix(target: str | Path, *, in_place: bool = False) -> list[str]:
-    """Write a corrected scheduler config beside the one of a folder, or in its place.
+    """Write a corrected scheduler config beside a folder's config, or in its place.
 
-    Only what a config can repair: zero SNR of a v or sample model that is lost on the way. A
-    model that predicts eps, or was not trained at zero SNR, must be trained.
+    A config can only restore the zero SNR that a scheduler loses for a v or sample model. A model
+    that predicts eps, or was not trained at zero SNR, must be trained.
 
     Args:
         target: A folder of diffusers or a scheduler_config.json.
         in_place: Replace the config, instead of writing scheduler_config.fixed.json.
 
     Returns:
-        What was done, and what is left to do.
+        What was done, and what remains to be done.
 
     Raises:
-        ValueError: There is nothing a config can repair, or the file is there already.
+        ValueError: A config cannot repair the model, or the output file exists.
     """
     path = Path(target).expanduser()
-    found = examine(path)
-    if found.verdict == "fixed":
+    diagnosis = examine(path)
+    if diagnosis.verdict == "fixed":
         return ["Nothing to fix."]
-    if found.verdict == "unreadable":
-        raise ValueError(found.reason)
-    if found.kind not in ("diffusers folder", "scheduler config"):
+    if diagnosis.verdict == "unreadable":
+        raise ValueError(diagnosis.reason)
+    if diagnosis.kind not in ("diffusers folder", "scheduler config"):
         raise ValueError(
-            f"--fix writes scheduler configs, and {path} is a {found.kind}. "
-            f"{'; '.join(found.changes)}."
+            f"--fix writes scheduler configs, and {path} is a {diagnosis.kind}. "
+            f"{'; '.join(diagnosis.changes)}."
         )
-    if found.facts["prediction_type"] == "epsilon":
+    if diagnosis.facts["prediction_type"] == "epsilon":
         raise ValueError(
-            "The config says epsilon, and no config makes a v model of it. "
-            + "; ".join(found.changes)
+            "The config declares epsilon, and no config turns an epsilon model into a v model. "
+            + "; ".join(diagnosis.changes)
             + "."
         )
     index, config_path = _scheduler_files(path)
     config = read_json(config_path)
-    named = None if index is None else _index_class(read_json(index))
-    if named is not None:
-        config["_class_name"] = named
+    index_class = None if index is None else _index_class(read_json(index))
+    if index_class is not None:
+        config["_class_name"] = index_class
     fixed = _fixed(config)
     class_name = fixed["_class_name"]
-    to = config_path if in_place else config_path.with_name(_FIXED)
-    if to.exists() and not in_place:
-        raise ValueError(f"{to} exists: move it away, or use --in-place.")
-    _write_json(to, fixed)
-    done = [f"Wrote {to}."]
-    if index is not None and class_name != named:
+    output = config_path if in_place else config_path.with_name(_FIXED)
+    if output.exists() and not in_place:
+        raise ValueError(f"{output} exists: move it away, or use --in-place.")
+    _write_json(output, fixed)
+    report = [f"Wrote {output}."]
+    if index is not None and class_name != index_class:
         if in_place:
             _write_json(index, {**read_json(index), "scheduler": ["diffusers", class_name]})
-            done.append(f"Wrote {index}.")
+            report.append(f"Wrote {index}.")
         else:
-            done.append(f'{index} must say "scheduler": ["diffusers", "{class_name}"].')
-    if found.facts["snr_T"] != 0 and config.get("rescale_betas_zero_snr") is not True:
-        done.append(
-            "It is right only if the model was trained on the rescaled schedule. If not, " + _TRAIN
+            report.append(f'{index} must say "scheduler": ["diffusers", "{class_name}"].')
+    if diagnosis.facts["snr_T"] != 0 and config.get("rescale_betas_zero_snr") is not True:
+        report.append(
+            "This is correct only if the model was trained on the rescaled schedule. If not, "
+            + _TRAIN
         )
-    return done
+    return report
 
 
 def _examine(target: str, path: Path, num_steps: Sequence[int], open_pickle: bool) -> Diagnosis:
@@ -156,8 +157,8 @@ def _examine(target: str, path: Path, num_steps: Sequence[int], open_pickle: boo
         hint = ""
         if re.fullmatch(r"[\w.-]+/[\w.-]+", target):
             hint = (
-                " The doctor looks at local files only: of a model on the hub, download "
-                f"model_index.json and scheduler/{_CONFIG} first."
+                " The doctor reads local files only: for a model on the hub, first download "
+                f"model_index.json and scheduler/{_CONFIG}."
             )
         raise ValueError(f"{clipped(target)}: no such file or folder.{hint}")
     if path.is_dir():
@@ -177,8 +178,8 @@ def _examine(target: str, path: Path, num_steps: Sequence[int], open_pickle: boo
         case ".ckpt":
             return _examine_checkpoint(target, path, num_steps, open_pickle)
     raise ValueError(
-        f"{path} is none of what the doctor reads: a folder of diffusers, a {_CONFIG}, "
-        ".safetensors, a .ckpt of this package or a YAML of `zsnr fit`."
+        f"{path} is not supported: wanted a folder of diffusers, a {_CONFIG}, a .safetensors "
+        "file, a .ckpt of this package or a YAML of `zsnr fit`."
     )
 
 
@@ -209,7 +210,7 @@ def _examine_folder(
 
 
 def _scheduler_files(path: Path) -> tuple[Path | None, Path]:
-    """Return model_index.json, if there is one, and the scheduler's config; none leads away."""
+    """Return model_index.json, if it exists, and the scheduler's config; both inside the folder."""
     if path.name == "model_index.json":
         path = path.absolute().parent
     if not path.is_dir():
@@ -224,19 +225,19 @@ def _scheduler_files(path: Path) -> tuple[Path | None, Path]:
 
 
 def _check_inside(file: Path, folder: Path) -> None:
-    """See that a file is in the folder, or in the store of the hub's cache that the folder is in.
+    """Check that a file is in the folder, or in the blob store of the folder's hub cache.
 
     Raises:
-        ValueError: A link leads elsewhere.
+        ValueError: The file is a link to another place.
     """
     real, home = file.resolve(), folder.resolve()
     snapshots = (above.parent / "blobs" for above in home.parents if above.name == "snapshots")
     if not any(real.is_relative_to(place) for place in (home, *snapshots)):
-        raise ValueError(f"{file} leads out of {folder}: wanted a folder that holds its own files.")
+        raise ValueError(f"{file} is a link out of {folder}: wanted a file inside the folder.")
 
 
 def _index_class(index: Mapping[str, Any]) -> str | None:
-    """Return the class that model_index.json names: the one a pipeline takes."""
+    """Return the class that model_index.json names, which a pipeline uses."""
     entry = index.get("scheduler")
     if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str):
         return entry[1]
@@ -249,30 +250,32 @@ def _examine_diffusers(target: str, folder: Path, num_steps: Sequence[int]) -> D
     index, config = read_json(index_path), read_json(path)
     facts: dict[str, Any] = {}
     warnings = []
-    named, own = _index_class(index), config.get("_class_name")
-    if named is not None:
-        config["_class_name"] = named
-        if own is not None and own != named:
+    index_class, config_class = _index_class(index), config.get("_class_name")
+    if index_class is not None:
+        config["_class_name"] = index_class
+        if config_class is not None and config_class != index_class:
             warnings.append(
-                f"model_index.json names {shown(named)}, {_CONFIG} {shown(own)}: diffusers takes "
-                "the first."
+                f"model_index.json names {shown(index_class)}, {_CONFIG} {shown(config_class)}: "
+                "diffusers uses the first."
             )
     unet = folder / "unet" / "config.json"
     if unet.exists():
         _check_inside(unet, folder)
         facts["model"] = _unet_facts(read_json(unet))
-    found = _examine_config(target, "diffusers folder", path, config, num_steps)
-    changes = [f"scheduler/{line}" if line.startswith(_CONFIG) else line for line in found.changes]
+    diagnosis = _examine_config(target, "diffusers folder", path, config, num_steps)
+    changes = [
+        f"scheduler/{line}" if line.startswith(_CONFIG) else line for line in diagnosis.changes
+    ]
     for i, line in enumerate(changes):
-        if "_class_name" in line and named is not None:
-            new = _fixed(config)["_class_name"]
-            changes[i : i + 1] = [f'model_index.json: "scheduler": ["diffusers", "{new}"]']
-            changes += [line] if own != new else []
+        if "_class_name" in line and index_class is not None:
+            fixed_class = _fixed(config)["_class_name"]
+            changes[i : i + 1] = [f'model_index.json: "scheduler": ["diffusers", "{fixed_class}"]']
+            changes += [line] if config_class != fixed_class else []
             break
     return replace(
-        found,
-        facts={**facts, **found.facts},
-        warnings=(*warnings, *found.warnings),
+        diagnosis,
+        facts={**facts, **diagnosis.facts},
+        warnings=(*warnings, *diagnosis.warnings),
         changes=tuple(changes),
     )
 
@@ -280,21 +283,21 @@ def _examine_diffusers(target: str, folder: Path, num_steps: Sequence[int]) -> D
 def _unet_facts(config: Mapping[str, Any]) -> str:
     width, size = config.get("cross_attention_dim"), config.get("sample_size")
     family = _FAMILIES.get(width) if isinstance(width, int) else None
-    known = [family or "UNet"]
+    parts = [family or "UNet"]
     if isinstance(width, int) and 0 < width < 10**6:
-        known.append(f"context of {width}")
+        parts.append(f"context of {width}")
     if isinstance(size, int) and 0 < size < 10**6:
-        known.append(f"latents of {size}x{size}")
-    return ", ".join(known)
+        parts.append(f"latents of {size}x{size}")
+    return ", ".join(parts)
 
 
 def _examine_config(
     target: str, kind: str, path: Path, config: Mapping[str, Any], num_steps: Sequence[int]
 ) -> Diagnosis:
-    known = {"_class_name", "beta_schedule", "trained_betas", "prediction_type", "beta_start"}
-    if not known & set(config):
+    recognized = {"_class_name", "beta_schedule", "trained_betas", "prediction_type", "beta_start"}
+    if not recognized & set(config):
         raise ValueError(
-            f"{path} is not a scheduler config: it has none of {', '.join(sorted(known))}."
+            f"{path} is not a scheduler config: it has none of {', '.join(sorted(recognized))}."
         )
     try:
         declared = declare(config)
@@ -336,26 +339,27 @@ def _spacing_name(declared: Declared) -> str:
 def _scheduler_warnings(
     declared: Declared, zero: bool, starts: Mapping[int, float]
 ) -> tuple[list[str], dict[int, int] | None]:
-    """Say what the named class of diffusers does wrong."""
+    """List the problems of the scheduler class."""
     name, texts = declared.class_name, []
     if zero and declared.patched:
-        texts.append(f"{name} makes abar_T 2^-24 instead of 0: a trace of signal is left at T")
+        texts.append(f"{name} sets abar_T to 2^-24 instead of 0: a trace of signal is left at T")
     if zero and not declared.patched and not declared.scheduler.finite_at_zero:
         texts.append(
             f"{name} divides by alpha_T = 0: its first step is infinite or NaN. Use DDIMScheduler"
         )
     off = None
-    if declared.scheduler.recomputes_neighbour:
+    if declared.scheduler.recomputes_next:
         counts = {S: off_grid_steps(declared, S) for S in starts}
         off = {S: count for S, count in counts.items() if count}
         if off:
-            some = ", ".join(f"{count} of {S}" for S, count in off.items())
-            texts.append(f"{name} steps to t - T // S, off its own grid: {some} steps")
+            examples = ", ".join(f"{count} of {S}" for S, count in off.items())
+            texts.append(f"{name} steps to t - T // S, off its own grid: {examples} steps")
     longer = longer_grids(declared) if declared.warp is None else []
     if longer:
-        some = ", ".join(map(str, longer[:3])) + (", ..." if len(longer) > 3 else "")
+        examples = ", ".join(map(str, longer[:3])) + (", ..." if len(longer) > 3 else "")
         texts.append(
-            f"trailing has S + 1 timesteps, the last -1, for {len(longer)} values of S ({some})"
+            f"trailing has S + 1 timesteps, the last one -1, for {len(longer)} values of S "
+            f"({examples})"
         )
     if zero and declared.scheduler.eta_fails:
         texts.append(f"{name} with eta = 1 may be NaN at zero SNR (S = 25, 30, 50)")
@@ -367,8 +371,8 @@ def _scheduler_warnings(
         texts.append(f"{declared.warp} spaces noise levels, not timesteps")
     if zero and declared.warp == "use_beta_sigmas":
         texts.append(
-            "use_beta_sigmas divides sigma itself, which has no bound at SNR 0: few steps or none "
-            'are left where images form. "use_beta_sigmas": false'
+            "use_beta_sigmas divides sigma, which is unbounded at SNR 0: few or no steps are left "
+            'at the noise levels where images form. "use_beta_sigmas": false'
         )
     for S, t in starts.items():
         if t >= declared.num_train_timesteps:
@@ -412,11 +416,11 @@ def _config_changes(
     ]
     if says_zero:
         return lines
-    return [f"{line}, if the model was trained so" for line in lines] + ["if not, " + _TRAIN]
+    return [f"{line}, if the model was trained this way" for line in lines] + ["if not, " + _TRAIN]
 
 
 def _fixed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config with zero SNR, started at T by a class that keeps both."""
+    """Return a config with zero SNR that starts at T, with a class that supports both."""
     declared = declare(config)
     betas = config.get("trained_betas")
     own_zero = betas is not None and betas[-1] == 1
@@ -440,7 +444,7 @@ def _fixed(config: Mapping[str, Any]) -> dict[str, Any]:
         "trained_betas": config.get("trained_betas"),
     }
     if "lambda_min_clipped" in config:
-        fixed["lambda_min_clipped"] = -math.inf  # as diffusers writes that none is left out
+        fixed["lambda_min_clipped"] = -math.inf  # no timestep is left out
     return fixed
 
 
@@ -460,16 +464,16 @@ def _examine_checkpoint(
         return _examine_beside(target, path, beside)
     if not open_pickle:
         raise ValueError(
-            f"{path} has no {NAME} beside it, which training writes. --open reads the checkpoint "
-            "itself, tensors and plain values only."
+            f"{path} has no {NAME} beside it, which training writes. Use --open to read the "
+            "checkpoint itself (tensors and plain values only)."
         )
     return _examine_run(target, path, _open(path), num_steps)
 
 
 def _examine_beside(target: str, path: Path, beside: LdmYaml) -> Diagnosis:
-    """Judge a .ckpt of other programs by the YAML beside it, without opening it."""
+    """Judge a .ckpt of another program by the YAML beside it, without reading it."""
     with open_regular(path):
-        pass  # it is one, and none of another kind
+        pass  # it is a regular file
     schedule, T = beside.schedule, beside.schedule.num_timesteps
     verdict, reason = judge(schedule, beside.prediction_type, {}, None)
     facts = {"prediction_type": beside.prediction_type, **schedule_facts(schedule)}
@@ -480,8 +484,8 @@ def _examine_beside(target: str, path: Path, beside: LdmYaml) -> Diagnosis:
 
 
 def _open(path: Path) -> dict[str, Any]:
-    """Read what a checkpoint says of itself."""
-    from zsnr.checkpoints.own import KEY, open_checkpoint
+    """Read the description in a checkpoint."""
+    from zsnr.checkpoints.checkpoint_file import KEY, open_checkpoint
     from zsnr.checkpoints.sharded import is_sharded, read_rest
 
     checkpoint = read_rest(path) if is_sharded(path) else open_checkpoint(path)
@@ -499,13 +503,13 @@ def _examine_run(
     if run.get("format") != FORMAT:
         raise ValueError(f"{path} is not a {NAME} of format {FORMAT}, which this version reads.")
     if run.get("schedule") is None:
-        raise ValueError(f"{path} does not say which schedule the run has.")
+        raise ValueError(f"{path} does not record the run's schedule.")
     notes = []
     if run.get("sampling") is None:
-        notes.append("it does not say how it is sampled: the package's defaults are assumed")
+        notes.append("it does not record sampling settings: the package's defaults are assumed")
     sampling = _block(path, "sampling", run.get("sampling"))
     _check_guidance(f"{path}: sampling", _recorded_guidance(sampling))
-    found = _examine_own(
+    diagnosis = _examine_training(
         target,
         "zsnr checkpoint",
         f"{path.name}: ",
@@ -520,23 +524,24 @@ def _examine_run(
         for key in ("zsnr_version", "global_step", "image_size", "offset_noise")
         if _is_plain_number(run.get(key)) or (isinstance(run.get(key), str) and len(run[key]) < 40)
     }
-    return replace(found, facts={**facts, **found.facts}, warnings=(*found.warnings, *notes))
+    facts |= diagnosis.facts
+    return replace(diagnosis, facts=facts, warnings=(*diagnosis.warnings, *notes))
 
 
 def _examine_yaml(target: str, path: Path, num_steps: Sequence[int]) -> Diagnosis:
     document = read_yaml(path)
     if is_ldm(document):
-        said = declared_by(path, document)
+        yaml = declared_by(path, document)
         raise ValueError(
-            f"{path} is a config of the original latent diffusion code ({said.prediction_type}, "
-            f"betas {said.schedule.betas!r}, {said.schedule.num_timesteps} timesteps), which "
-            "describes a single file of the same name beside it: give that file."
+            f"{path} is a config of the original latent diffusion code ({yaml.prediction_type}, "
+            f"betas {yaml.schedule.betas!r}, {yaml.schedule.num_timesteps} timesteps), which "
+            "describes a single file of the same name beside it: pass that file instead."
         )
-    given = document.get("model") if isinstance(document, dict) else None
-    model = _init_args(given)
-    if not isinstance(given, dict) or not isinstance(model, dict):
+    block = document.get("model") if isinstance(document, dict) else None
+    model = _init_args(block)
+    if not isinstance(block, dict) or not isinstance(model, dict):
         raise ValueError(f"{path} has no `model:` block: wanted a YAML of `zsnr fit`.")
-    if "class_path" not in given:  # another class has other parameters
+    if "class_path" not in block:  # another class has other parameters
         _check_keys(path, "model", model, MODEL_KEYS)
     sampling = _block(path, "model.sampling", _init_args(model.get("sampling")))
     _check_keys(path, "model.sampling", sampling, SAMPLING_KEYS)
@@ -544,7 +549,7 @@ def _examine_yaml(target: str, path: Path, num_steps: Sequence[int]) -> Diagnosi
     options = [option.name for option in fields(Guidance)]
     _check_keys(path, "model.sampling.guidance", guidance, options)
     guides = _check_guidance(f"{path}: model.sampling.guidance", guidance)
-    told = {f"guidance_{key}": value for key, value in guidance.items()}
+    guidance_settings = {f"guidance_{key}": value for key, value in guidance.items()}
     sampler, spacing = sampling.get("sampler", AUTO), sampling.get("spacing", AUTO)
     if isinstance(sampler, dict):
         sampler = sampler.get("class_path")
@@ -555,19 +560,19 @@ def _examine_yaml(target: str, path: Path, num_steps: Sequence[int]) -> Diagnosi
     S = sampling.get("num_steps", DEFAULT_SAMPLING["num_steps"])
     if isinstance(spacing, str) and type(S) is int and S > 0:  # else it is refused later
         sampler, spacing = resolve_sampling(sampler, spacing, S, guides)
-    return _examine_own(
+    return _examine_training(
         target,
         "zsnr YAML",
         f"{path.name}: ",
         schedule=_built(path, "model.schedule", NoiseSchedule, model.get("schedule")),
         prediction_type=model.get("prediction_type", "v_prediction"),
         loss=_built(path, "model.loss", LossWeighting, model.get("loss")),
-        sampling={**told, "sampler": sampler, "num_steps": S, "spacing": spacing},
+        sampling={**guidance_settings, "sampler": sampler, "num_steps": S, "spacing": spacing},
         num_steps=num_steps,
     )
 
 
-def _examine_own(
+def _examine_training(
     target: str,
     kind: str,
     where: str,
@@ -578,32 +583,32 @@ def _examine_own(
     sampling: Mapping[str, Any],
     num_steps: Sequence[int],
 ) -> Diagnosis:
-    """Judge what this package trains and samples: exact grids, one schedule."""
+    """Judge a run of this package, with exact grids and one schedule."""
     if prediction_type not in get_args(PredictionType):
         known = ", ".join(map(repr, get_args(PredictionType)))
         raise ValueError(f"prediction_type={shown(prediction_type)} is unknown. Known: {known}.")
     prediction_type = cast(PredictionType, prediction_type)
-    told = {**DEFAULT_SAMPLING, **sampling}
-    T, spacing, S = schedule.num_timesteps, told["spacing"], told["num_steps"]
+    settings = {**DEFAULT_SAMPLING, **sampling}
+    T, spacing, S = schedule.num_timesteps, settings["spacing"], settings["num_steps"]
     if type(S) is not int or not 1 <= S <= T:
         raise ValueError(f"num_steps={shown(S)}: wanted 1 to {T}.")
     if not isinstance(spacing, str):
         raise ValueError(f"spacing={shown(spacing)}: wanted a name.")
-    own = told.get("timesteps") if is_grid_file(spacing) else None
-    if own is None:
+    custom_grid = settings.get("timesteps") if is_grid_file(spacing) else None
+    if custom_grid is None:
         counts = [S] if is_grid_file(spacing) else _step_counts(T, (S, *num_steps), None)
         starts = {n: int(get_timesteps(spacing, n, T, schedule=schedule)[0]) for n in counts}
-    elif isinstance(own, list) and len(own) == S:
-        starts = {S: check_timesteps(own, T)[0]}
+    elif isinstance(custom_grid, list) and len(custom_grid) == S:
+        starts = {S: check_timesteps(custom_grid, T)[0]}
     else:
-        raise ValueError(f"sampling.timesteps={shown(own)}: wanted a list of {S}.")
+        raise ValueError(f"sampling.timesteps={shown(custom_grid)}: wanted a list of {S}.")
     verdict, reason = judge(schedule, prediction_type, starts, None)
     zero = float(schedule.snr[-1]) == 0
     warnings, changes = [], []
     facts: dict[str, Any] = {
         "prediction_type": prediction_type,
         **schedule_facts(schedule),
-        "sampler": told["sampler"] if isinstance(told["sampler"], str) else None,
+        "sampler": settings["sampler"] if isinstance(settings["sampler"], str) else None,
         "timestep_spacing": spacing,
         "first_timestep": starts,
         "num_steps": S,
@@ -618,16 +623,16 @@ def _examine_own(
         if share < 0.01:
             warnings.append(
                 f"loss weighting {loss.name!r} gives the last timestep {share:.2g} of the mean "
-                "weight: it hardly learns to start from pure noise"
+                "weight: the model barely learns to start from pure noise"
             )
             changes.append(f"{where}loss.name: uniform")
     for key in ("guidance_scale", "guidance_rescale"):
-        value = told[key]
+        value = settings[key]
         if not _is_plain_number(value):
             raise ValueError(f"{key}={shown(value)}: wanted a number.")
         facts[key] = value
-    facts |= {key: told[key] for key in _SHOWN_GUIDANCE if told.get(key) is not None}
-    guidance = _check_guidance(f"{where}guidance", _recorded_guidance(told))
+    facts |= {key: settings[key] for key in _SHOWN_GUIDANCE if settings.get(key) is not None}
+    guidance = _check_guidance(f"{where}guidance", _recorded_guidance(settings))
     unanswered = guidance.method == "cfg" and guidance.threshold is None
     if zero and unanswered and guidance.rescale == 0 and max(guidance.scales) > 1:
         warnings.append("guidance without rescale over-exposes at zero SNR: rescale 0.7 is usual")
@@ -641,15 +646,16 @@ def _examine_own(
     elif verdict == "flawed":
         if late(starts, T):
             warnings.insert(0, f"sampling does not start at T: {late(starts, T)}")
-        wanted = "schedule.zero_terminal_snr: true"
+        correction = "schedule.zero_terminal_snr: true"
         if prediction_type == "epsilon":
-            wanted += " with prediction_type: v_prediction"
-        changes.insert(0, f"{where}{wanted} and sampling.spacing: trailing, and train with them")
+            correction += " with prediction_type: v_prediction"
+        correction += " and sampling.spacing: trailing"
+        changes.insert(0, f"{where}{correction}, and train with them")
     return Diagnosis(target, kind, verdict, reason, facts, tuple(warnings), tuple(changes))
 
 
 def _built(path: Path, name: str, cls: type[Any], settings: Any) -> Any:
-    """Build a frozen dataclass of the paper's floor from what a file says."""
+    """Build a frozen dataclass, such as a schedule, from settings in a file."""
     options = _block(path, name, _init_args(settings))
     plain = (str, int, float, bool, type(None))
     for key, value in options.items():
@@ -668,7 +674,7 @@ def _check_guidance(where: str, settings: Mapping[str, Any]) -> Guidance:
     """Build guidance, as sampling does.
 
     Raises:
-        ValueError: The settings are unknown or out of range.
+        ValueError: A setting is unknown or out of range.
     """
     try:
         return Guidance(**settings)
@@ -677,7 +683,7 @@ def _check_guidance(where: str, settings: Mapping[str, Any]) -> Guidance:
 
 
 def _recorded_guidance(sampling: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the guidance of a run.json, in which null ends an interval at infinity."""
+    """Return the guidance settings of a run.json, where null is the infinite end of an interval."""
     names = [option.name for option in fields(Guidance)]
     guidance = {n: sampling[f"guidance_{n}"] for n in names if f"guidance_{n}" in sampling}
     if isinstance(guidance.get("interval"), list):
@@ -703,7 +709,7 @@ def _check_keys(path: Path, name: str, settings: Mapping[Any, Any], known: Seque
     """Refuse settings that training would refuse.
 
     Raises:
-        ValueError: One is unknown.
+        ValueError: A setting is unknown.
     """
     for key in settings:
         if key not in known:
@@ -711,7 +717,7 @@ def _check_keys(path: Path, name: str, settings: Mapping[Any, Any], known: Seque
 
 
 def _init_args(value: Any) -> Any:
-    """Return the settings of {class_path, init_args}, or the value as it is."""
+    """Return init_args of {class_path, init_args}, and any other value unchanged."""
     if isinstance(value, dict) and "class_path" in value:
         return value.get("init_args")
     return value
@@ -735,13 +741,13 @@ def _examine_single(target: str, path: Path) -> Diagnosis:
     silent = not any(marks.values()) and table is None and (says_v, says_zero) == (None, None)
     if silent and family.endswith("of diffusers"):
         raise ValueError(
-            f"{path} is a UNet of diffusers, which says nothing of its schedule: wanted the folder "
-            "that holds model_index.json."
+            f"{path} is a UNet of diffusers, which does not declare its schedule: wanted the "
+            "folder that holds model_index.json."
         )
     if silent and family == "other":
         raise ValueError(
-            f"{path} says nothing of a schedule: the names of its tensors are those of no Stable "
-            "Diffusion."
+            f"{path} does not declare a schedule, and its tensor names match no known Stable "
+            "Diffusion model."
         )
     declared = beside if says_v is None and not marks["v_pred"] else None
     v = marks["v_pred"] or (says_v is True and is_lora)
@@ -767,22 +773,24 @@ def _examine_single(target: str, path: Path) -> Diagnosis:
     warnings, changes = [], []
     unmarked = [
         name
-        for name, said, marked in (
+        for name, declares, marked in (
             ("v_pred", says_v is True, v),
             ("ztsnr", says_zero is True or stored_zero, zero),
         )
-        if said and not marked
+        if declares and not marked
     ]
     if says_v is False and marks["v_pred"]:
-        warnings.append("the metadata says epsilon, the mark v_pred says v: tools follow the mark")
+        warnings.append(
+            "the metadata declares epsilon, but the mark v_pred declares v: tools follow the mark"
+        )
     export = "`zsnr export` writes single files with both marks"
     if "other" in family:
-        warnings.append("the names of its tensors are those of no Stable Diffusion")
+        warnings.append("its tensor names match no known Stable Diffusion model")
     verdict: Verdict
     if zero and v:
         verdict, reason = "fixed", "both marks: v prediction on a schedule that ends at SNR 0"
         if is_lora:
-            reason = "the metadata says v prediction on a schedule that ends at SNR 0"
+            reason = "the metadata declares v prediction on a schedule that ends at SNR 0"
         warnings.append(
             "a single file stores no spacing: start at T (trailing, or the tool's `sgm_uniform`)"
         )
@@ -790,7 +798,7 @@ def _examine_single(target: str, path: Path) -> Diagnosis:
         verdict, reason = "inconsistent", "zero SNR with epsilon prediction: eps has no x_0 at T"
         changes.append(f"add an empty tensor v_pred if it predicts v; {export}")
     elif "ztsnr" in unmarked:
-        verdict, reason = "inconsistent", "says zero SNR, but lacks the mark ztsnr that tools read"
+        verdict, reason = "inconsistent", "declares zero SNR, but lacks the mark ztsnr"
         changes.append(f"add an empty tensor {' and one '.join(unmarked)}; {export}")
     else:
         verdict = "flawed"
@@ -804,7 +812,7 @@ def _examine_single(target: str, path: Path) -> Diagnosis:
             reason = f"no marks, so tools sample it as epsilon: {signal(schedule)}"
         changes.append(_TRAIN)
     if "v_pred" in unmarked and verdict == "flawed":
-        warnings.append("the metadata says v prediction, but the mark v_pred is missing")
+        warnings.append("the metadata declares v prediction, but the mark v_pred is missing")
         changes.insert(0, "add an empty tensor v_pred")
     return Diagnosis(
         target, "safetensors file", verdict, reason, facts, tuple(warnings), tuple(changes)
@@ -812,14 +820,14 @@ def _examine_single(target: str, path: Path) -> Diagnosis:
 
 
 def _telling(key: str) -> bool:
-    told = ("ss_v_parameterization", "ss_zero_terminal_snr", "ss_base_model_version")
-    return key in told or (
+    known_keys = ("ss_v_parameterization", "ss_zero_terminal_snr", "ss_base_model_version")
+    return key in known_keys or (
         key.startswith("modelspec.") and key[10:] in ("prediction_type", "architecture", "title")
     )
 
 
 def _metadata_says(metadata: Mapping[str, str]) -> tuple[bool | None, bool | None]:
-    """Return whether the metadata says v prediction, and zero SNR; None where it says nothing."""
+    """Return whether the metadata declares v prediction, and zero SNR; None = not declared."""
     kind = metadata.get("modelspec.prediction_type", "").lower()
     says_v = {"v": True, "v_prediction": True, "epsilon": False}.get(kind)
     flags = {"true": True, "false": False, "1": True, "0": False}
@@ -829,7 +837,7 @@ def _metadata_says(metadata: Mapping[str, str]) -> tuple[bool | None, bool | Non
 
 
 def _family(header: Header) -> str:
-    """Tell by names and shapes what a file is of."""
+    """Identify the model family by the names and shapes of the tensors."""
     names = header.tensors.keys()
     widths = {
         facts.shape[1]
@@ -837,7 +845,7 @@ def _family(header: Header) -> str:
         if name.endswith(("attn2.to_k.weight", "attn2_to_k.lora_down.weight"))
         and len(facts.shape) == 2
     }
-    family = next((known for width, known in _FAMILIES.items() if widths == {width}), None)
+    family = next((name for width, name in _FAMILIES.items() if widths == {width}), None)
     if any(".lora_" in name or ".lora." in name or name.startswith("lora_") for name in names):
         return f"{family or 'unknown'} LoRA"
     if any(name.startswith("model.diffusion_model.") for name in names):
@@ -849,18 +857,18 @@ def _family(header: Header) -> str:
     return "other"
 
 
-# What all have in common
+# Shared by all kinds
 
 
-def _step_counts(T: int, asked: Iterable[int], declared: Declared | None) -> list[int]:
-    """Choose the step counts to look at: the usual ones and those asked for, as far as they go."""
-    most = T
+def _step_counts(T: int, extra: Iterable[int], declared: Declared | None) -> list[int]:
+    """Return the step counts to examine: the usual and the extra ones that the grid supports."""
+    limit = T
     if declared is not None and declared.scheduler.grid == "distilled":
-        most = declared.original_inference_steps
-    counts = sorted({S for S in (*NUM_STEPS, *asked) if most >= S})
+        limit = declared.original_inference_steps
+    counts = sorted({S for S in (*NUM_STEPS, *extra) if limit >= S})
     if declared is not None and declared.scheduler.grid == "repeated":
         counts = [S for S in counts if S >= 4 or declared.skip_prk_steps]
-    return counts or [max(1, most // 2)]
+    return counts or [max(1, limit // 2)]
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

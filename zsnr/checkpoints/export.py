@@ -1,4 +1,4 @@
-"""Writing a model as a folder of diffusers that every pipeline there samples right."""
+"""Export of a model as a diffusers folder that every diffusers pipeline samples correctly."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from zsnr.checkpoints.card import model_card
+from zsnr.checkpoints.checkpoint_file import KEY, describe_model, open_checkpoint, read_checkpoint
 from zsnr.checkpoints.diffusers_folder import read_diffusers_folder
 from zsnr.checkpoints.lora import merge
 from zsnr.checkpoints.model import Model
-from zsnr.checkpoints.own import KEY, describe_model, open_checkpoint, read_checkpoint
 from zsnr.checkpoints.run_facts import published, read_run_facts
 from zsnr.checkpoints.scheduler_config import scheduler_config
 from zsnr.checkpoints.sharded import is_sharded
@@ -48,13 +48,14 @@ def export_diffusers(
 ) -> None:
     """Write a folder that diffusers' StableDiffusion(XL)Pipeline reads, with a model card.
 
-    The folder appears under its name when it is complete. The model stays as it is.
+    The folder gets its name once it is complete. The model is not changed.
 
     Args:
-        model: Its weights may be on any device.
-        folder: Where to; must not exist.
-        dtype: Of the weights. A VAE that overflows in float16 (`force_upcast`) stays float32.
-        facts: What is known of the run, for the card; see `model_card`.
+        model: The model, with weights on any device.
+        folder: Output folder, which must not exist.
+        dtype: Data type of the weights. A VAE that overflows in float16 (`force_upcast`) stays in
+            float32.
+        facts: Facts about the run for the model card; see `model_card`.
 
     Raises:
         ValueError: The folder exists, or the model has a part that such a folder cannot hold.
@@ -71,7 +72,7 @@ def export_diffusers(
         pipeline.save_pretrained(beside, safe_serialization=True)
         for config in beside.glob("text_encoder*/config.json"):
             _load_in_float32(config)
-        known = {
+        card_facts = {
             **(facts or {}),
             "schedule": model.schedule.settings(),
             "prediction_type": model.prediction_type,
@@ -79,7 +80,7 @@ def export_diffusers(
             "dtype": dtype,
             "pipeline": type(pipeline).__name__,
         }
-        (beside / "README.md").write_text(model_card(folder.name, known), encoding="utf-8")
+        (beside / "README.md").write_text(model_card(folder.name, card_facts), encoding="utf-8")
 
 
 def read_exportable(
@@ -90,22 +91,22 @@ def read_exportable(
     merged: bool = False,
     form: Form = "diffusers",
 ) -> tuple[Model, dict[str, Any]]:
-    """Read a model to export, and what is known of it.
+    """Read a model to export, and the facts about it.
 
     Args:
-        source: A checkpoint of this package, file or shards, a folder of diffusers or a hub id, or
-            a single file in the ldm layout.
-        ema: Of a checkpoint, take the averaged weights, else the raw ones.
-        base: Of a checkpoint of adapters, where the model under them is, if it has moved.
-        merged: Merge its adapters.
-        form: What it is read for; what that cannot hold is refused before weights are read.
+        source: A checkpoint of this package (file or sharded folder), a folder of diffusers, a hub
+            id, or a single file in the ldm layout.
+        ema: For a checkpoint, use the averaged weights, else the raw ones.
+        base: For a checkpoint of adapters, path of the base model, if it has moved.
+        merged: Merge the adapters.
+        form: Output format; models that it cannot hold are refused before weights are read.
 
     Returns:
-        The model, and facts for `model_card` that tell no places on this machine.
+        The model, and facts for `model_card` that contain no paths of this machine.
 
     Raises:
-        ValueError: Nothing readable is there, the form cannot hold it, or it has no adapters where
-            they are asked for.
+        ValueError: The source is not readable, the form cannot hold the model, or adapters are
+            requested and it has none.
     """
     path = Path(source).expanduser()
     if path.suffix == ".ckpt" or is_sharded(path):
@@ -113,15 +114,15 @@ def read_exportable(
         adapted = is_adapted(checkpoint[KEY]["unet"])
         if (merged or form == "lora") and not adapted:
             raise ValueError(
-                f"{source} has no adapters, it was not trained with model.lora: export the whole "
-                "of it, without --merge."
+                f"{source} has no adapters, because it was not trained with model.lora: export the "
+                "whole model, without --merge."
             )
         if form == "diffusers":
             check_exportable(checkpoint[KEY], merged=merged)
         elif form == "single-file" and not merged:
             check_merged(checkpoint[KEY])
         beside = read_run_facts(path.resolve().parent) or {}
-        if beside.get("global_step") != checkpoint.get("global_step"):  # a later checkpoint's
+        if beside.get("global_step") != checkpoint.get("global_step"):  # of a later checkpoint
             beside = checkpoint.get("run") or beside
         facts = published(beside)
         facts["global_step"] = checkpoint.get("global_step")
@@ -131,11 +132,10 @@ def read_exportable(
         return (merge(model) if merged else model), facts
     if form == "lora":
         raise ValueError(f"{source} is not a checkpoint of zsnr: it has no adapters to write.")
-    for option, given in (("--raw", not ema), ("--merge", merged), ("--base", base is not None)):
-        if given:
+    for option, is_set in (("--raw", not ema), ("--merge", merged), ("--base", base is not None)):
+        if is_set:
             raise ValueError(
-                f"{source} is not a checkpoint of zsnr, and has one set of weights: leave {option} "
-                "out."
+                f"{source} is not a checkpoint of zsnr, and has one set of weights: omit {option}."
             )
     facts = {"start": path.resolve().name if path.exists() else source}
     if is_single_file(str(path)):
@@ -144,18 +144,18 @@ def read_exportable(
 
 
 def check_merged(description: Mapping[str, Any]) -> None:
-    """Refuse adapters beside a UNet.
+    """Refuse a UNet with adapters.
 
     Args:
-        description: What `describe_model` returned, or a checkpoint stores.
+        description: The result of `describe_model`, or a checkpoint's description.
 
     Raises:
-        ValueError: There are some.
+        ValueError: The UNet has adapters.
     """
     if is_adapted(description["unet"]):
         raise ValueError(
-            "The UNet carries LoRA adapters: merge them (`zsnr export --merge`, or "
-            "zsnr.checkpoints.lora.merge), or write them alone (`--format lora`)."
+            "The UNet has LoRA adapters: merge them (`zsnr export --merge`, or "
+            "zsnr.checkpoints.lora.merge), or write only the adapters (`--format lora`)."
         )
 
 
@@ -163,11 +163,11 @@ def check_exportable(description: Mapping[str, Any], *, merged: bool = False) ->
     """Refuse parts that a Stable Diffusion pipeline cannot hold; loads no weights.
 
     Args:
-        description: What `describe_model` returned, or a checkpoint stores.
-        merged: Its adapters will be merged.
+        description: The result of `describe_model`, or a checkpoint's description.
+        merged: Whether its adapters will be merged.
 
     Raises:
-        ValueError: There is one; names it and the way out.
+        ValueError: A part cannot be held.
     """
     if not merged:
         check_merged(description)
@@ -176,15 +176,15 @@ def check_exportable(description: Mapping[str, Any], *, merged: bool = False) ->
         raise ValueError(
             f"The codec is a {_name(codec)}, but a Stable Diffusion pipeline decodes with an "
             "AutoencoderKL: train with an AutoencoderKLCodec, such as asset:openmoji_vae, to "
-            "export. zsnr.pipeline.TextToImage samples the checkpoint as it is."
+            "export. zsnr.pipeline.TextToImage samples the checkpoint without export."
         )
     unet = description["unet"].get("init_args", {}).get("config") or {}
     if _is(conditioner, SDXLConditioner):
         kind = unet.get("addition_embed_type", "text_time")
         if kind != "text_time":
             raise ValueError(
-                f"The UNet has addition_embed_type={kind!r}, but StableDiffusionXLPipeline tells "
-                "it a pooled embedding and sizes: train one with 'text_time', such as SDXL's, to "
+                f"The UNet has addition_embed_type={kind!r}, but StableDiffusionXLPipeline passes "
+                "a pooled embedding and sizes: train one with 'text_time', such as SDXL's, to "
                 "export."
             )
         return
@@ -199,31 +199,30 @@ def check_exportable(description: Mapping[str, Any], *, merged: bool = False) ->
     for key, fine in (("addition_embed_type", (None, "text")), ("class_embed_type", (None,))):
         if unet.get(key) not in fine:
             raise ValueError(
-                f"The UNet has {key}={unet[key]!r}, which StableDiffusionPipeline does not feed: "
-                "export such a model with the conditioner it belongs to."
+                f"The UNet has {key}={unet[key]!r}, whose input StableDiffusionPipeline does not "
+                "provide: export such a model with the conditioner it was made for."
             )
 
 
-def _check_text(own: Mapping[str, Any]) -> None:
+def _check_text(settings: Mapping[str, Any]) -> None:
     """Refuse settings of a TransformersConditioner that the pipeline does not have."""
-    config = own.get("config")
+    config = settings.get("config")
     if config is None:
-        config = read_config(str(own.get("pretrained")), own.get("subfolder")) or {}
+        config = read_config(str(settings.get("pretrained")), settings.get("subfolder")) or {}
     model_type = config.get("model_type", "clip_text_model")
     if model_type not in ("clip", "clip_text_model"):
         raise ValueError(
-            f"The text encoder is of type {model_type!r}, but a Stable Diffusion pipeline holds a "
+            f"The text encoder is of type {model_type!r}, but a Stable Diffusion pipeline needs a "
             "CLIP text model ('clip_text_model'): train with one to export."
         )
-    if own.get("use_mask"):
+    if settings.get("use_mask"):
         raise ValueError(
-            "The text encoder was used with use_mask: true, but a Stable Diffusion pipeline shows "
-            "padding to the UNet: its pictures would be others. Train with use_mask: false to "
-            "export."
+            "The text encoder was used with use_mask: true, but a Stable Diffusion pipeline does "
+            "not mask padding, so its images would differ. Train with use_mask: false to export."
         )
-    if own.get("layer", -1) != -1 and not own.get("final_norm", True):
+    if settings.get("layer", -1) != -1 and not settings.get("final_norm", True):
         raise ValueError(
-            f"The context is hidden state {own['layer']} without the final norm, but a Stable "
+            f"The context is hidden state {settings['layer']} without the final norm, but a Stable "
             "Diffusion pipeline always applies it: train with final_norm: true to export."
         )
 
@@ -237,7 +236,7 @@ def _name(described: Mapping[str, Any]) -> str:
 
 
 def _pipeline(model: Model, scheduler: Any, dtype: torch.dtype) -> DiffusionPipeline:
-    """Put copies of the parts, whose tensors are shared where the dtype allows, together."""
+    """Assemble copies of the parts, which share tensors if the dtype allows it."""
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
     assert isinstance(model.codec, AutoencoderKLCodec)
@@ -268,9 +267,9 @@ def _pipeline(model: Model, scheduler: Any, dtype: torch.dtype) -> DiffusionPipe
 
 
 def _load_in_float32(config: Path) -> None:
-    """Let transformers load a text encoder as diffusers loads the rest, in float32 unless told.
+    """Make float32 a text encoder's default dtype, which is diffusers' default for other parts.
 
-    It would else take the dtype in the file, and a pipeline of half and single precision fails.
+    Otherwise transformers would use the file's dtype, and a pipeline of mixed precision fails.
     """
     settings = json.loads(config.read_text(encoding="utf-8"))
     text = json.dumps({**settings, "dtype": "float32"}, indent=2)
@@ -286,18 +285,18 @@ def _unet(model: Model, dtype: torch.dtype) -> nn.Module:
 def _vae(codec: AutoencoderKLCodec, dtype: torch.dtype) -> AutoencoderKL:
     """Copy the VAE with the codec's scale; its shift moves into the 1x1 convolutions.
 
-    Stable Diffusion pipelines know no shift. raw = latents / scale + shift, and the first layer of
-    the decoder is linear in raw, so the shift is a change of that layer's bias.
+    Stable Diffusion pipelines have no shift. raw = latents / scale + shift, and the first layer of
+    the decoder is linear in raw, so the shift is absorbed into that layer's bias.
     """
-    whole = AutoencoderKLCodec(**{**codec.settings(), "dtype": "float32"}).load()
-    vae = whole._vae
+    loaded = AutoencoderKLCodec(**{**codec.settings(), "dtype": "float32"}).load()
+    vae = loaded._vae
     config = {**vae.config, "scaling_factor": codec.scale, "shift_factor": None}
     state = vae.state_dict()
     if codec.shift:
         if not (config["use_quant_conv"] and config["use_post_quant_conv"]):
             raise ValueError(
                 f"The codec has shift={codec.shift:g}, which Stable Diffusion pipelines ignore, "
-                "and its VAE has no quant_conv and post_quant_conv to put it into: train with "
+                "and its VAE has no quant_conv and post_quant_conv to absorb it: train with "
                 "shift: 0 to export."
             )
         out = state["post_quant_conv.weight"].double().sum((1, 2, 3)) * codec.shift
@@ -310,7 +309,7 @@ def _vae(codec: AutoencoderKLCodec, dtype: torch.dtype) -> AutoencoderKL:
 
 
 def _text_encoder(conditioner: Conditioner, dtype: torch.dtype) -> tuple[nn.Module, Any]:
-    """Copy a CLIP text encoder so that its last hidden state is the context, and its tokenizer."""
+    """Return a CLIP text encoder whose last hidden state is the context, and its tokenizer."""
     from transformers import CLIPTextModel
 
     if isinstance(conditioner, OpenClipConditioner):
@@ -319,8 +318,11 @@ def _text_encoder(conditioner: Conditioner, dtype: torch.dtype) -> tuple[nn.Modu
     else:
         assert isinstance(conditioner, TransformersConditioner)
         config, state = _clip_text_model(conditioner)
-        own = conditioner.settings()
-        source, subfolder = own["tokenizer"] or own["pretrained"], own["tokenizer_subfolder"]
+        settings = conditioner.settings()
+        source, subfolder = (
+            settings["tokenizer"] or settings["pretrained"],
+            settings["tokenizer_subfolder"],
+        )
         tokenizer = _tokenizer(source, subfolder, conditioner.max_length, conditioner.tokenize)
     return _encoder(CLIPTextModel, config, state, tokenizer, dtype), tokenizer
 
@@ -328,7 +330,7 @@ def _text_encoder(conditioner: Conditioner, dtype: torch.dtype) -> tuple[nn.Modu
 def _encoder(
     cls: Any, config: Any, state: dict[str, Tensor], tokenizer: Any, dtype: torch.dtype
 ) -> nn.Module:
-    """Build a CLIP text model around weights, without memory of its own."""
+    """Build a CLIP text model around existing weights, without copying them."""
     with torch.device("meta"):
         copied: nn.Module = cls(config)
     if not any(name.startswith("text_model.") for name in copied.state_dict()):
@@ -342,14 +344,14 @@ def _encoder(
 
 
 def _config(encoder: nn.Module) -> Any:
-    """Copy a config, without the place its weights came from."""
+    """Copy a config, without the path its weights came from."""
     config = copy.deepcopy(encoder.config)
     config._name_or_path = ""  # type: ignore[union-attr]
     return config
 
 
 def _clip_text_model(conditioner: TransformersConditioner) -> tuple[Any, dict[str, Tensor]]:
-    """Return config and weights, without the layers behind the one that the context is from."""
+    """Return config and weights, without the layers after the one that the context is from."""
     from transformers import CLIPTextModel
 
     encoder = conditioner.encoder
@@ -359,7 +361,7 @@ def _clip_text_model(conditioner: TransformersConditioner) -> tuple[Any, dict[st
         )
     config = _config(encoder)
     layer = conditioner.settings()["layer"]
-    if layer != -1:  # the final norm follows the last layer that is left
+    if layer != -1:  # the final norm follows the last remaining layer
         depth = config.num_hidden_layers
         config.num_hidden_layers = depth + 1 + layer if layer < 0 else layer
     return config, dict(encoder.state_dict())
@@ -393,12 +395,12 @@ def _open_clip_tower(conditioner: OpenClipConditioner) -> tuple[Any, dict[str, T
     }
     parts: dict[str, nn.Module] = {"text_model.final_layer_norm": tower.ln_final}
     for i, block in enumerate(blocks):
-        layer, own = f"text_model.encoder.layers.{i}", dict(block.attn.named_parameters())
+        layer, attention = f"text_model.encoder.layers.{i}", dict(block.attn.named_parameters())
         parts[f"{layer}.layer_norm1"], parts[f"{layer}.layer_norm2"] = block.ln_1, block.ln_2
         parts[f"{layer}.mlp.fc1"], parts[f"{layer}.mlp.fc2"] = block.mlp.c_fc, block.mlp.c_proj
         parts[f"{layer}.self_attn.out_proj"] = block.attn.out_proj
         for kind in ("weight", "bias"):
-            for name, third in zip("qkv", own[f"in_proj_{kind}"].chunk(3), strict=True):
+            for name, third in zip("qkv", attention[f"in_proj_{kind}"].chunk(3), strict=True):
                 state[f"{layer}.self_attn.{name}_proj.{kind}"] = third
     for name, part in parts.items():
         state |= {f"{name}.{kind}": tensor for kind, tensor in part.state_dict().items()}
@@ -406,10 +408,10 @@ def _open_clip_tower(conditioner: OpenClipConditioner) -> tuple[Any, dict[str, T
 
 
 def _tokenizer(source: str, subfolder: str | None, length: int, tokenize: Tokenizer) -> Any:
-    """Make or load the tokenizer that `tokenize` stands for as one of transformers."""
+    """Make or load the transformers tokenizer that corresponds to `tokenize`."""
     from transformers import AutoTokenizer
 
-    if source in BPE or is_single_file(source):  # which has no tokenizer but CLIP's
+    if source in BPE or is_single_file(source):  # a single file always uses CLIP's tokenizer
         [ids] = tokenize([""])[0].tolist()
         return _clip_tokenizer("open_clip" if ids[-1] == 0 else "clip", length)
     tokenizer = AutoTokenizer.from_pretrained(source, subfolder=subfolder or "")
@@ -420,7 +422,7 @@ def _tokenizer(source: str, subfolder: str | None, length: int, tokenize: Tokeni
 
 
 def _clip_tokenizer(kind: Literal["open_clip", "clip"], length: int) -> Any:
-    """Make CLIP's tokenizer of transformers from the vocabulary that open_clip ships."""
+    """Make transformers' CLIP tokenizer from the vocabulary in the package open_clip."""
     import open_clip
     from transformers import CLIPTokenizer
 
@@ -437,7 +439,7 @@ def _clip_tokenizer(kind: Literal["open_clip", "clip"], length: int) -> Any:
 def _copy(
     cls: Any, config: Mapping[str, Any], state: Mapping[str, Tensor], dtype: torch.dtype
 ) -> nn.Module:
-    """Build a model of diffusers around weights, in a dtype, without memory of its own."""
+    """Build a diffusers model around existing weights, cast to a dtype."""
     with torch.device("meta"):
         copied: nn.Module = cls.from_config({k: v for k, v in config.items() if k[0] != "_"})
     _fill(copied, state, dtype)
@@ -445,7 +447,7 @@ def _copy(
 
 
 def _fill(module: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    wanted = module.state_dict().keys()
-    tensors = {k: cast_weight(k, v, dtype) for k, v in state.items() if k in wanted}
+    names = module.state_dict().keys()
+    tensors = {k: cast_weight(k, v, dtype) for k, v in state.items() if k in names}
     module.load_state_dict(tensors, assign=True)
     module.eval()

@@ -1,4 +1,4 @@
-"""The header of a safetensors file, read by itself: names, shapes and metadata without weights."""
+"""Reading of a safetensors file's header: names, shapes and metadata without weights."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class TensorFacts:
-    """What a header says of one tensor.
+    """A header's description of one tensor.
 
     Args:
-        dtype: As the format names it, such as "F16".
-        shape: Its shape.
-        start: First byte, counted from the start of the file.
-        end: One past the last byte.
+        dtype: The format's name of the data type, such as "F16".
+        shape: Shape of the tensor.
+        start: Offset of the first byte from the start of the file.
+        end: Offset after the last byte.
     """
 
     dtype: str
@@ -64,11 +64,11 @@ class TensorFacts:
 
 @dataclass(frozen=True)
 class Header:
-    """What stands before the weights.
+    """The header of a safetensors file.
 
     Args:
         tensors: Facts by name, in the header's order.
-        metadata: The free text that came along.
+        metadata: Free text by name.
     """
 
     tensors: dict[str, TensorFacts]
@@ -76,10 +76,10 @@ class Header:
 
 
 def read_header(path: str | Path) -> Header:
-    """Read the header of a safetensors file; no weights.
+    """Read the header of a safetensors file, without its weights.
 
     Raises:
-        ValueError: No such file, or one that breaks the format's rules; says which.
+        ValueError: The file does not exist, or violates the format.
     """
     path = Path(path)
     with open_regular(path) as (file, size):
@@ -92,7 +92,7 @@ def read_header(path: str | Path) -> Header:
             )
         data = file.read(length)
     if len(data) < length or not data.startswith(b"{"):
-        raise ValueError(f"{path} is not a safetensors file: no header stands at its start.")
+        raise ValueError(f"{path} is not a safetensors file: it does not start with a header.")
     entries = parse_object(data, f"The header of {path}", strict=True)
     metadata = _metadata(path, entries.pop("__metadata__", {}))
     try:
@@ -104,16 +104,16 @@ def read_header(path: str | Path) -> Header:
 
 
 def read_tensor(path: str | Path, header: Header, name: str) -> Tensor:
-    """Read one tensor, and nothing else, onto the CPU.
+    """Read a single tensor to the CPU.
 
     Args:
         path: The file.
-        header: What `read_header` said of it.
-        name: Of the tensor.
+        header: The result of `read_header`.
+        name: Name of the tensor.
 
     Raises:
-        ValueError: There is none of the name, its dtype is not one of torch's, or the file ends
-            before it does.
+        ValueError: There is no tensor of this name, torch does not have its dtype, or the file is
+            truncated.
     """
     if name not in header.tensors:
         raise ValueError(f"{path} holds no tensor {name!r}.")
@@ -132,7 +132,7 @@ def read_tensor(path: str | Path, header: Header, name: str) -> Tensor:
 
 
 def read_schedule(path: str | Path, header: Header) -> NoiseSchedule | None:
-    """Read a file's alphas_cumprod, if it holds one that is a schedule's."""
+    """Read a file's alphas_cumprod, if it holds one that is a valid schedule."""
     facts = header.tensors.get("alphas_cumprod")
     if facts is None or facts.dtype not in ("F16", "BF16", "F32", "F64"):
         return None
@@ -152,40 +152,40 @@ def _metadata(path: Path, entry: Any) -> dict[str, str]:
 
 
 def _facts(name: str, entry: Any, base: int) -> TensorFacts:
-    what = shown(name)
+    label = shown(name)
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"{what} is not described by dtype, shape and data_offsets.")
+        raise ValueError(f"{label} is not described by dtype, shape and data_offsets.")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _BITS:
-        raise ValueError(f"{what} has the unknown dtype {shown(dtype)}.")
+        raise ValueError(f"{label} has the unknown dtype {shown(dtype)}.")
     if not _is_sizes(shape) or len(shape) > _MAX_DIMENSIONS:
-        raise ValueError(f"{what} has the shape {brief(shape)}.")
+        raise ValueError(f"{label} has the shape {brief(shape)}.")
     if not _is_sizes(offsets) or len(offsets) != 2:
-        raise ValueError(f"{what} has the data_offsets {brief(offsets)}.")
+        raise ValueError(f"{label} has the data_offsets {brief(offsets)}.")
     start, end = offsets
     bits = math.prod(shape) * _BITS[dtype]
     if bits != 8 * (end - start):
         takes = f"{bits / 8:g}" if bits < 2**64 else "far more"
         size = brief(shape)
         raise ValueError(
-            f"{what} has {end - start} bytes, but {dtype} of shape {size} takes {takes}."
+            f"{label} has {end - start} bytes, but {dtype} of shape {size} takes {takes}."
         )
     return TensorFacts(dtype, tuple(shape), base + start, base + end)
 
 
 def _is_sizes(value: Any) -> bool:
-    """Whether a value is a list of counts that 64 bits hold."""
+    """Whether a value is a list of counts that fit into 64 bits."""
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
 
 
 def _check_places(tensors: dict[str, TensorFacts], base: int, size: int) -> None:
-    """See that the tensors fill the file from the header to its end, each byte once."""
+    """Check that the tensors cover the file from the header to its end, each byte once."""
     place = base
     for name, facts in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
         if facts.start != place:
-            wrong = "overlaps the one before it" if facts.start < place else "leaves a hole"
+            wrong = "overlaps the previous one" if facts.start < place else "leaves a gap before it"
             raise ValueError(f"{shown(name)} {wrong}, at byte {facts.start}.")
         place = facts.end
     if place != size:
-        wrong = "runs out of the file" if place > size else "leaves bytes behind it"
+        wrong = "extends beyond the file" if place > size else "is followed by other bytes"
         raise ValueError(f"the last tensor ends at byte {place} of {size}: it {wrong}.")

@@ -1,6 +1,6 @@
-"""The ldm layout: diffusers' and transformers' weights under the names of the first releases.
+"""The ldm layout: diffusers' and transformers' weights under the names of the original releases.
 
-Each function is the inverse of the converter that diffusers reads such files with.
+Each function is the inverse of the converter with which diffusers reads such files.
 """
 
 from __future__ import annotations
@@ -53,19 +53,19 @@ _OPEN_CLIP_LAYER = {
 
 
 def ldm_unet(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Rename a UNet2DConditionModel's weights; copies none.
+    """Rename a UNet2DConditionModel's weights without copying them.
 
     Block b of n has L resnets on the way down and L + 1 on the way up, each followed by its
-    attention. The layout counts all of them through: `input_blocks.0` is conv_in, then come L
-    resnets and a downsampler for each block; `output_blocks` are the resnets on the way up, the
-    last of a block with the upsampler behind its attention.
+    attention. The layout numbers them consecutively: `input_blocks.0` is conv_in, followed by L
+    resnets and a downsampler for each block; `output_blocks` are the resnets on the way up, where
+    the last one of a block has the upsampler after its attention.
 
     Args:
-        weights: Its state dict.
-        config: Its config.
+        weights: State dict of the UNet.
+        config: Config of the UNet.
 
     Raises:
-        ValueError: A weight the layout has no name for.
+        ValueError: The layout has no name for a weight.
     """
     depth = int(config["layers_per_block"])
     attends = [kind.startswith("CrossAttn") for kind in config["up_block_types"]]
@@ -104,16 +104,17 @@ def ldm_unet(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[s
 
 
 def ldm_vae(weights: Mapping[str, Tensor], num_blocks: int) -> dict[str, Tensor]:
-    """Rename an AutoencoderKL's weights; copies none.
+    """Rename an AutoencoderKL's weights without copying them.
 
-    The decoder's blocks are counted from the finest on. Attention is of 1x1 convolutions.
+    The decoder's blocks are numbered from the finest resolution on. Attention uses 1x1
+    convolutions.
 
     Args:
-        weights: Its state dict.
-        num_blocks: Its resolutions.
+        weights: State dict of the VAE.
+        num_blocks: Number of its resolutions.
 
     Raises:
-        ValueError: A weight the layout has no name for.
+        ValueError: The layout has no name for a weight.
     """
 
     def down(match: re.Match[str]) -> str:
@@ -152,18 +153,18 @@ def ldm_vae(weights: Mapping[str, Tensor], num_blocks: int) -> dict[str, Tensor]
 
 
 def ldm_clip(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a CLIPTextModel's weights as Stable Diffusion 1 and SDXL's first encoder have them."""
+    """Rename a CLIPTextModel's weights as in Stable Diffusion 1 and SDXL's first encoder."""
     return {f"text_model.{name.removeprefix('text_model.')}": w for name, w in weights.items()}
 
 
 def ldm_open_clip(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a CLIPTextModel's weights as open_clip has them: Stable Diffusion 2, SDXL's second.
+    """Rename a CLIPTextModel's weights as in open_clip: Stable Diffusion 2, SDXL's second encoder.
 
-    Query, key and value are one matrix, stacked; the projection of the pooled text, where there is
-    one, is transposed.
+    Query, key and value are stacked in one matrix; the projection of the pooled text, if it exists,
+    is transposed.
 
     Raises:
-        ValueError: A weight open_clip has no name for.
+        ValueError: open_clip has no name for a weight.
     """
     plain = {name.removeprefix("text_model."): weight for name, weight in weights.items()}
 

@@ -1,4 +1,4 @@
-"""The YAML of the original latent diffusion code, which lies beside a single file of its name."""
+"""The YAML of the original latent diffusion code, beside a single file of the same name."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from zsnr.schedule import NoiseSchedule
 from zsnr.untrusted import read_yaml, shown
 
 _PREDICTIONS: dict[str, PredictionType] = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
-# Its "linear" is linear in sqrt(beta).
+# The original code's "linear" is linear in sqrt(beta).
 _BETAS = {"linear": "scaled_linear", "sqrt_linear": "linear", "cosine": "cosine"}
 
 
 @dataclass(frozen=True)
 class LdmYaml:
-    """What such a YAML declares.
+    """Settings that such a YAML declares.
 
     Args:
-        path: Where it is.
+        path: Path of the YAML.
         prediction_type: What the network predicts.
-        schedule: The schedule it was trained on.
+        schedule: The schedule the network was trained on.
     """
 
     path: Path
@@ -32,10 +32,10 @@ class LdmYaml:
 
 
 def read_beside(path: Path) -> LdmYaml | None:
-    """Read the YAML beside a single file, if there is one of the original code.
+    """Read the YAML of the original code beside a single file. None = there is none.
 
     Raises:
-        ValueError: There is one that cannot be read.
+        ValueError: The YAML cannot be read.
     """
     for suffix in (".yaml", ".yml"):
         beside = path.with_suffix(suffix)
@@ -46,13 +46,13 @@ def read_beside(path: Path) -> LdmYaml | None:
 
 
 def is_ldm(document: Any) -> bool:
-    """Whether a YAML's values are those of the original code."""
+    """Whether a YAML has the form of the original code's configs."""
     model = document.get("model") if isinstance(document, Mapping) else None
     return isinstance(model, Mapping) and {"target", "params"} <= model.keys()
 
 
 def declared_by(path: Path, document: Any) -> LdmYaml:
-    """Return what a YAML declares, with the defaults of the original code.
+    """Return the settings of a YAML, with the defaults of the original code.
 
     Raises:
         ValueError: A value is unknown or out of range.

@@ -1,4 +1,4 @@
-"""Adapters out: LoRA files as diffusers and as kohya's scripts write them, and merged weights."""
+"""Export of adapters: LoRA files in the formats of diffusers and kohya, and merged weights."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
 
 
 def merge(model: Model) -> Model:
-    """Return a model whose UNet is a plain one with its adapters merged, in float32.
+    """Return a model with a plain UNet into which the adapters are merged, in float32.
 
     Raises:
-        ValueError: It has no adapters.
+        ValueError: The model has no adapters.
     """
     return replace(model, unet=merge_lora(_adapted(model)))
 
@@ -41,24 +41,24 @@ def write_lora(
 ) -> Path:
     """Write a model's adapters as a safetensors file.
 
-    The file names prediction type and schedule in its metadata, but a LoRA cannot change the
-    sampler that a tool puts it in: whoever uses it sets v prediction and zero terminal SNR there.
-    The empty tensors `v_pred` and `ztsnr` that mark whole models are left out: diffusers refuses a
-    LoRA file with other tensors than adapters.
+    The file's metadata declare prediction type and schedule, but a LoRA cannot change a tool's
+    sampler settings: users must set v prediction and zero terminal SNR there. The empty tensors
+    `v_pred` and `ztsnr` that mark whole models are left out, because diffusers refuses a LoRA file
+    with tensors other than adapters.
 
     Args:
-        model: Its UNet has adapters.
-        path: A file NAME.safetensors; with layout "diffusers", or a folder, to hold
+        model: A model whose UNet has adapters.
+        path: A file NAME.safetensors; with layout "diffusers", it may also be a folder for
             pytorch_lora_weights.safetensors.
         layout: "diffusers": unet.MODULE.lora_A.weight and lora_B.weight, with alpha / rank
-            multiplied into B, so that no reader needs to know it. "kohya":
+            multiplied into B, so that readers do not need it. "kohya":
             lora_unet_MODULE.lora_down.weight, lora_up.weight and alpha, and the network in the
-            metadata; modules are named as diffusers does, of SDXL as its original code does.
-        dtype: Of the tensors.
-        metadata: More of it, or other values.
+            metadata; modules have diffusers' names, or for SDXL those of its original code.
+        dtype: Data type of the tensors.
+        metadata: Additional or replaced metadata.
 
     Returns:
-        The file.
+        The path of the file.
 
     Raises:
         ValueError: The model has no adapters, the file exists, or the layout has no name for a
@@ -68,7 +68,7 @@ def write_lora(
     title = path.stem
     if layout not in ("diffusers", "kohya"):
         raise ValueError(f"layout={layout!r}: wanted 'diffusers' or 'kohya'.")
-    kept = check_precision(dtype)
+    target_dtype = check_precision(dtype)
     if path.suffix != ".safetensors":
         if layout == "kohya":
             raise ValueError(f"{path}: wanted a file NAME.safetensors.")
@@ -81,8 +81,10 @@ def write_lora(
         tensors, facts = _diffusers_tensors(unet), _facts(model, title)
     else:
         tensors, facts = _kohya_tensors(unet), {**_facts(model, title), **_kohya(model)}
-    tensors = {  # an alpha has no dimension, and stays exact
-        name: cast_weight(name, tensor, kept if tensor.ndim else tensor.dtype).cpu().contiguous()
+    tensors = {  # an alpha has no dimensions, and is stored exactly
+        name: cast_weight(name, tensor, target_dtype if tensor.ndim else tensor.dtype)
+        .cpu()
+        .contiguous()
         for name, tensor in tensors.items()
     }
     from safetensors.torch import save_file
@@ -95,7 +97,8 @@ def write_lora(
 def _adapted(model: Model) -> AdaptedUNet:
     if not isinstance(model.unet, AdaptedUNet):
         raise ValueError(
-            "The model has no adapters: it was not trained with model.lora. Export the whole of it."
+            "The model has no adapters, because it was not trained with model.lora. Export the "
+            "whole model."
         )
     return model.unet
 
@@ -121,22 +124,22 @@ def _kohya_tensors(unet: AdaptedUNet) -> dict[str, Tensor]:
 
 
 def ldm_name(module: str, layers_per_block: int) -> str:
-    """Name a module of an attention as Stability's original code does.
+    """Return the name of an attention's module in Stability's original code.
 
     Args:
-        module: Its name in diffusers, such as "down_blocks.1.attentions.0.proj_in".
-        layers_per_block: Of the UNet.
+        module: The module's name in diffusers, such as "down_blocks.1.attentions.0.proj_in".
+        layers_per_block: Layers per block of the UNet.
 
     Raises:
-        ValueError: It is in no attention.
+        ValueError: The module is not part of an attention.
     """
-    found = re.fullmatch(r"(?:(down|up)_blocks\.(\d+)|mid_block)\.attentions\.(\d+)\.(.+)", module)
-    if found is None:
+    match = re.fullmatch(r"(?:(down|up)_blocks\.(\d+)|mid_block)\.attentions\.(\d+)\.(.+)", module)
+    if match is None:
         raise ValueError(
-            f"{module} is in no attention: kohya's layout of SDXL has names here for those alone. "
-            "Write layout 'diffusers', or merge the adapters."
+            f"{module} is not part of an attention: for SDXL, kohya's layout is supported only for "
+            "attention modules. Write layout 'diffusers', or merge the adapters."
         )
-    side, block, layer, inner = found.groups()
+    side, block, layer, inner = match.groups()
     if side is None:
         return f"middle_block.1.{inner}"
     number = int(block) * (layers_per_block + 1) + int(layer)
@@ -154,19 +157,19 @@ def _has_v(model: Model) -> bool:
 
 
 def _base(model: Model) -> tuple[str, str] | None:
-    """Name Stable Diffusion's version as kohya and as modelspec do; None if it is none."""
+    """Return the Stable Diffusion version in kohya's and modelspec's names; None = unknown."""
     unet = _adapted(model)
     if _is_xl(unet):
         return "sdxl_base_v1-0", "stable-diffusion-xl-v1-base"
     width = unet.unet.config["cross_attention_dim"]
     second = "stable-diffusion-v2-768-v" if _has_v(model) else "stable-diffusion-v2-512"
-    known = {768: ("sd_v1", "stable-diffusion-v1"), 1024: ("sd_v2", second)}
-    return known.get(width)
+    versions = {768: ("sd_v1", "stable-diffusion-v1"), 1024: ("sd_v2", second)}
+    return versions.get(width)
 
 
 def _facts(model: Model, title: str) -> dict[str, str]:
-    """Say what the adapters were trained for, as other tools read it."""
-    own: dict[str, Any] = {
+    """Return metadata on the adapters' training, in the form that other tools read."""
+    declared: dict[str, Any] = {
         "prediction_type": model.prediction_type,
         "schedule": model.schedule.settings(),
     }
@@ -177,7 +180,7 @@ def _facts(model: Model, title: str) -> dict[str, str]:
         "modelspec.prediction_type": "v" if _has_v(model) else model.prediction_type,
         "ss_v_parameterization": str(_has_v(model)),
         "ss_zero_terminal_snr": str(float(model.schedule.snr[-1]) == 0),
-        "zsnr": json.dumps(own),
+        "zsnr": json.dumps(declared),
     }
     base = _base(model)
     if base is not None:
@@ -188,7 +191,7 @@ def _facts(model: Model, title: str) -> dict[str, str]:
 
 
 def _kohya(model: Model) -> dict[str, str]:
-    """Say what kohya's scripts write of a network."""
+    """Return the metadata that kohya's scripts write about a network."""
     lora, base = _adapted(model).lora, _base(model)
     return {
         "ss_network_module": "networks.lora",

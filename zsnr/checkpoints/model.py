@@ -1,4 +1,4 @@
-"""The parts of a latent diffusion model, wherever they came from."""
+"""The parts of a latent diffusion model, independent of their source."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from zsnr.schedule import NoiseSchedule
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """What a checkpoint holds and says.
+    """A latent diffusion model and its settings.
 
     Args:
-        codec: Images to latents and back.
-        conditioner: Prompts to conditioning.
+        codec: Converts images to latents and back.
+        conditioner: Converts prompts to conditioning.
         unet: The network.
         schedule: The schedule it was trained on.
         prediction_type: What the network predicts.
         image_size: Height and width it was trained at, in pixels.
-        raw_unet: The network with the weights of the last step where `unet` has averaged ones, for
-            guidance away from it. None = not there, or not asked for.
+        raw_unet: The network with the weights of the last step, if `unet` has averaged weights, for
+            guidance away from it. None = not available, or not requested.
     """
 
     codec: LatentCodec

@@ -1,8 +1,8 @@
-"""run.json: what a run is, as plain values beside its checkpoints, for readers that open no pickle.
+"""run.json: facts about a run as plain values beside its checkpoints, readable without pickle.
 
 {"format": 1, "zsnr_version", "versions", "global_step", "schedule", "prediction_type", "loss",
 "sampling", "image_size", "offset_noise", "caption_dropout", "ema", "batch_size", "learning_rate",
-"data", "start", "metrics", "history"}; training/facts.py says what each holds. history has an entry
+"data", "start", "metrics", "history"}; training/facts.py describes each entry. history has an entry
 for each of the last starts: {"time", "zsnr_version", "from_step", "host", "nodes", "ranks",
 "changed": {setting: [old, new]}}.
 """
@@ -20,7 +20,7 @@ from zsnr.untrusted import read_json
 
 NAME = "run.json"
 FORMAT = 1
-_STARTS = 100  # that the history keeps
+_STARTS = 100  # length of the history
 
 
 def write_run_facts(folder: Path, facts: Mapping[str, Any]) -> None:
@@ -32,15 +32,15 @@ def write_run_facts(folder: Path, facts: Mapping[str, Any]) -> None:
 def add_start(facts: Mapping[str, Any], start: Mapping[str, Any]) -> list[Any]:
     """Return the history of facts with one more start."""
     history = facts.get("history")
-    past = history if isinstance(history, list) else []
-    return [*past, dict(start)][-_STARTS:]
+    previous = history if isinstance(history, list) else []
+    return [*previous, dict(start)][-_STARTS:]
 
 
 def read_run_facts(folder: Path) -> dict[str, Any] | None:
-    """Read a folder's run.json; None if there is none.
+    """Read a folder's run.json. None = there is none.
 
     Raises:
-        ValueError: It is no run.json of this package, or of a later format.
+        ValueError: The file is not a run.json of this package, or has a later format.
     """
     path = folder / NAME
     if not path.is_file():
@@ -52,7 +52,7 @@ def read_run_facts(folder: Path) -> dict[str, Any] | None:
 
 
 def published(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return facts for all to see: without secrets, starts, and places on somebody's machine."""
+    """Return facts for publication: without secrets, starts, and paths of the machine."""
     facts = {name: public(value) for name, value in facts.items() if name != "history"}
     data, start = facts.get("data"), facts.get("start")
     if data is not None:
@@ -66,6 +66,6 @@ def published(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _named(source: Any) -> Any:
-    """Keep the last two parts of a local path."""
+    """Shorten a local path to its last two parts."""
     local = isinstance(source, str) and source.startswith(("/", "~", "."))
     return "/".join(source.split("/")[-2:]) if local else source

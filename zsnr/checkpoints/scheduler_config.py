@@ -1,4 +1,4 @@
-"""A schedule as the scheduler_config.json that diffusers samples it by."""
+"""Conversion of a schedule to diffusers' scheduler_config.json."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from zsnr.prediction import PredictionType, check_prediction_type
 from zsnr.schedule import NoiseSchedule, beta_ends
 
 _KINDS = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
-_ULP = 2.0**-24  # the finest step of 1 - beta in float32
+_ULP = 2.0**-24  # the smallest step of 1 - beta in float32
 
 
 def scheduler_config(schedule: NoiseSchedule, prediction_type: PredictionType) -> dict[str, Any]:
-    """Say a schedule in the words of diffusers' DDIMScheduler, with trailing timesteps.
+    """Return a schedule as a config of diffusers' DDIMScheduler, with trailing timesteps.
 
-    linear and scaled_linear go out as their ends and the rescale flag, capped cosine by its name.
-    What those cannot say, uncapped cosine and own tables, goes out as `trained_betas`; the last of
-    a zero-SNR table is 1 and the flag is false, since there is nothing left to rescale.
+    linear and scaled_linear are written as their ends and the rescale flag, capped cosine by its
+    name. Schedules without such a form, uncapped cosine and custom tables, are written as
+    `trained_betas`; the last beta of a zero-SNR table is 1, and the flag is false because the table
+    is already rescaled.
 
     Raises:
-        ValueError: epsilon prediction with zero terminal SNR.
+        ValueError: epsilon prediction is combined with zero terminal SNR.
     """
     check_prediction_type(prediction_type, schedule)
     zero = schedule.zero_terminal_snr
@@ -44,16 +45,16 @@ def scheduler_config(schedule: NoiseSchedule, prediction_type: PredictionType) -
 
 
 def needs_table(schedule: NoiseSchedule) -> bool:
-    """Whether diffusers has no name and flag for it, so that it goes out as `trained_betas`."""
-    own = schedule.alphas_cumprod_table is not None
-    return own or (schedule.betas == "cosine" and schedule.zero_terminal_snr)
+    """Whether diffusers has no name for a schedule, so that it is written as `trained_betas`."""
+    custom = schedule.alphas_cumprod_table is not None
+    return custom or (schedule.betas == "cosine" and schedule.zero_terminal_snr)
 
 
 def _float32_betas(alphas_cumprod: list[float]) -> list[float]:
     """Choose float32 betas whose running product stays closest to abar_t.
 
-    Each beta makes up for the rounding of those before it; rounded one by one, a thousand errors
-    would add up.
+    Each beta compensates for the rounding of the previous ones; if they were rounded independently,
+    a thousand errors would accumulate.
     """
     betas, product = [], 1.0
     for abar in alphas_cumprod:

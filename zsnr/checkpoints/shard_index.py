@@ -1,6 +1,7 @@
-"""The index of a folder in shards: which file holds which part of which tensor.
+"""The index of a sharded checkpoint: which file holds which part of which tensor.
 
-torch.distributed.checkpoint pickles it. It is read as text (`read_inert`), checked, and made anew.
+torch.distributed.checkpoint pickles it. Here it is parsed without unpickling (`read_inert`),
+checked, and rebuilt.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ _MAX_BYTES = 2**30
 _MAX_DIMENSIONS = 64
 _FILE = re.compile(r"__\d{1,9}_\d{1,9}\.distcp")
 _METADATA = "torch.distributed.checkpoint.metadata."
-_DTYPES = {str(found): found for found in vars(torch).values() if isinstance(found, torch.dtype)}
+_DTYPES = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
 
 
 def read_index(folder: Path) -> Metadata:
-    """Read the index of a folder in shards; the files that it names are not looked at.
+    """Read the index of a sharded folder, without the files that it names.
 
     Raises:
-        ValueError: It is damaged, or its chunks are not whole tensors, each byte once.
+        ValueError: The index is damaged, or its chunks do not cover each tensor exactly once.
     """
     path = folder / INDEX
     described = sum(file.stat().st_size for file in folder.glob("__*.distcp"))
@@ -70,19 +71,19 @@ def _metadata(index: dict[str, Any]) -> Metadata:
         key = _state(entry, _METADATA + "MetadataIndex")
         info = _state(storage, "torch.distributed.checkpoint.filesystem._StorageInfo")
         name, offsets = key["fqn"], _sizes(key["offset"])
-        least = lengths.pop((name, offsets), None)
+        min_length = lengths.pop((name, offsets), None)
         file, start, length = info["relative_path"], info["offset"], info["length"]
-        if least is None:
-            raise ValueError("it places a chunk that no tensor has, or one twice")
+        if min_length is None:
+            raise ValueError("it locates an unknown chunk, or the same chunk twice")
         if not isinstance(file, str) or not _FILE.fullmatch(file):
             raise ValueError("it names files outside of the folder")
-        if not (_is_count(start) and _is_count(length) and length >= least):
-            raise ValueError("a chunk's place is shorter than the chunk")
+        if not (_is_count(start) and _is_count(length) and length >= min_length):
+            raise ValueError("a chunk's span in its file is shorter than the chunk")
         if info.get("transform_descriptors"):
-            raise ValueError("its files are packed")
+            raise ValueError("its files are compressed")
         places[facts.MetadataIndex(name, offsets)] = _StorageInfo(file, start, length)
     if lengths:
-        raise ValueError("it does not say where all chunks are")
+        raise ValueError("it does not locate all chunks")
     _check_places(places.values())
     return facts.Metadata(tensors, storage_data=places, storage_meta=facts.StorageMeta())
 
@@ -101,13 +102,13 @@ def _plain(value: Any, kind: type[T]) -> T:
 
 def _dtype(entry: Any) -> torch.dtype:
     """Read the dtype of a dense tensor."""
-    known = isinstance(entry, Inert) and entry.name == _METADATA + "TensorProperties"
-    state = entry.state if known else None
+    is_properties = isinstance(entry, Inert) and entry.name == _METADATA + "TensorProperties"
+    state = entry.state if is_properties else None
     if not isinstance(state, tuple) or len(state) != 5:
-        raise ValueError("it does not say a tensor's properties")
+        raise ValueError("it lacks a tensor's properties")
     dtype, layout = state[:2]
-    named = isinstance(dtype, Inert) and dtype.args is None and dtype.name in _DTYPES
-    if not named or not isinstance(layout, Inert) or layout.args != ("torch.strided",):
+    is_dtype = isinstance(dtype, Inert) and dtype.args is None and dtype.name in _DTYPES
+    if not is_dtype or not isinstance(layout, Inert) or layout.args != ("torch.strided",):
         raise ValueError("it holds a tensor of an unknown dtype or layout")
     return _DTYPES[dtype.name]
 
@@ -115,10 +116,10 @@ def _dtype(entry: Any) -> torch.dtype:
 def _sizes(entry: Any) -> tuple[int, ...]:
     sizes = entry.args[0] if isinstance(entry, Inert) and entry.args else None
     if not isinstance(entry, Inert) or entry.name != "torch.Size" or not isinstance(sizes, tuple):
-        raise ValueError("it does not say a size")
+        raise ValueError("it lacks a size")
     counts = len(sizes) <= _MAX_DIMENSIONS and all(map(_is_count, sizes))
     if not counts or math.prod(sizes) >= 2**60:
-        raise ValueError("it says a size that no tensor has")
+        raise ValueError("it holds an impossible size")
     return sizes
 
 
@@ -134,7 +135,7 @@ def _chunk(entry: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
 def _check_grid(
     name: str, size: tuple[int, ...], chunks: list[tuple[tuple[int, ...], tuple[int, ...]]]
 ) -> None:
-    """See that chunks are a grid of the whole tensor, as sharding makes them."""
+    """Check that chunks form a grid that covers the tensor, as sharding makes them."""
     wrong = ValueError(f"the chunks of {name!r} are not the whole tensor")
     if any(not len(size) == len(offsets) == len(sizes) for offsets, sizes in chunks):
         raise wrong
@@ -150,7 +151,7 @@ def _check_grid(
 
 
 def _check_places(places: Any) -> None:
-    """See that no two chunks share bytes of a file."""
+    """Check that no two chunks share bytes of a file."""
     spans = sorted((info.relative_path, info.offset, info.length) for info in places)
     for (file, start, length), (next_file, next_start, _) in pairwise(spans):
         if file == next_file and next_start < start + length:

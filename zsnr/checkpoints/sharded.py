@@ -1,8 +1,8 @@
-"""Checkpoints in shards: a folder in the format of torch.distributed.checkpoint, and a full file.
+"""Sharded checkpoints: a folder in the format of torch.distributed.checkpoint, and a full file.
 
 A folder holds the tensors of `state_dict` and of the optimizers' states under flat names, one file
-a rank, and everything else in `meta.pt`. So nothing in it needs unpickling of more than tensors and
-plain values, and any number of ranks reads what any other number wrote.
+per rank, and everything else in `meta.pt`. So only tensors and plain values need to be unpickled,
+and a checkpoint can be read by any number of ranks.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ REST = "meta.pt"
 
 
 def is_sharded(path: str | Path) -> bool:
-    """Whether a path is a folder that `write_sharded` made."""
+    """Whether a path is a folder that `write_sharded` wrote."""
     return (Path(path) / INDEX).is_file() and (Path(path) / REST).is_file()
 
 
 def write_sharded(checkpoint: dict[str, Any], folder: Path) -> None:
     """Write a checkpoint whose tensors are sharded over the ranks; every rank calls it.
 
-    The folder appears under its name when it is complete.
+    The folder gets its name once it is complete.
 
     Args:
-        checkpoint: As Lightning dumps it, with DTensors.
-        folder: Where to; what is there is replaced. All ranks must see it.
+        checkpoint: Lightning's checkpoint, with DTensors.
+        folder: Output folder, shared by all ranks; an existing one is replaced.
 
     Raises:
-        OSError: It cannot be written, or the ranks do not share it.
+        OSError: The folder cannot be written, or the ranks do not share it.
     """
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
     tensors, rest = _split(checkpoint)
-    part = unfinished(folder)  # the first rank's counts
+    part = unfinished(folder)  # the first rank's name is used
 
     def begin() -> Path:
         part.mkdir(parents=True)
@@ -63,7 +63,7 @@ def write_sharded(checkpoint: dict[str, Any], folder: Path) -> None:
         if lost:
             raise OSError(
                 f"{part} lacks {', '.join(lost[:3])} after all ranks have written: the folder of "
-                "checkpoints must be one that all nodes share"
+                "checkpoints must be shared by all nodes"
             )
         torch.save(rest, part / REST)
         replace_folder(part, folder)
@@ -74,58 +74,58 @@ def write_sharded(checkpoint: dict[str, Any], folder: Path) -> None:
         on_first_rank(complete)
     except (Exception, CheckpointException) as error:  # on all ranks
         shutil.rmtree(part, ignore_errors=True)
-        known = isinstance(error, CheckpointException)
-        raise _unwritten(folder, _reason(error) if known else str(error)) from error
+        is_torch_error = isinstance(error, CheckpointException)
+        raise _unwritten(folder, _reason(error) if is_torch_error else str(error)) from error
 
 
 def replace_folder(part: Path, folder: Path) -> None:
-    """Give a complete folder its name, at once; what had the name goes."""
-    old = unfinished(folder)
+    """Rename a complete folder to its final name, and remove the previous one of that name."""
+    previous = unfinished(folder)
     if folder.is_dir():
-        os.replace(folder, old)
+        os.replace(folder, previous)
     elif folder.exists():
         folder.unlink()
     os.replace(part, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(previous, ignore_errors=True)
 
 
 def remove(path: Path) -> None:
-    """Remove a checkpoint, file or folder, so that a crash leaves no half of one under its name."""
+    """Remove a checkpoint (file or folder); a crash leaves no partial one under its name."""
     if path.is_dir() and not path.is_symlink():
-        gone = unfinished(path)
-        os.replace(path, gone)
-        shutil.rmtree(gone)
+        removed = unfinished(path)
+        os.replace(path, removed)
+        shutil.rmtree(removed)
     else:
         path.unlink(missing_ok=True)
 
 
 def check(folder: str | Path) -> None:
-    """See that a folder holds all that its index names; reads no weights.
+    """Check that a folder holds all files of its index, without reading weights.
 
     Raises:
-        ValueError: It is damaged.
+        ValueError: The folder is damaged.
     """
     _checked_index(Path(folder))
 
 
 def read_rest(folder: str | Path) -> dict[str, Any]:
-    """Read what is no weight and no optimizer state.
+    """Read everything except weights and optimizer states.
 
     Raises:
-        ValueError: It is damaged.
+        ValueError: The folder is damaged.
     """
     return open_archive(Path(folder) / REST)
 
 
 def read_tensors(folder: str | Path, prefix: str = "") -> dict[str, Tensor]:
-    """Read whole tensors, on the CPU, in this process alone.
+    """Read full tensors to the CPU, in this process alone.
 
     Args:
         folder: A sharded checkpoint.
-        prefix: Of the names to read, such as "state_dict/ema.".
+        prefix: Prefix of the names to read, such as "state_dict/ema.".
 
     Raises:
-        ValueError: It is damaged.
+        ValueError: The folder is damaged.
     """
     index = _checked_index(Path(folder))
     tensors = {
@@ -138,22 +138,22 @@ def read_tensors(folder: str | Path, prefix: str = "") -> dict[str, Tensor]:
 
 
 def save_file(checkpoint: dict[str, Any], path: Path) -> None:
-    """Write a full checkpoint to a file, which has its name when it is complete and on disk.
+    """Write a full checkpoint to a file, which gets its name once it is synced to disk.
 
     Raises:
-        OSError: It cannot be written.
+        OSError: The file cannot be written.
     """
     try:
         with replacing(path) as beside, open(beside, "wb") as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
-    except Exception as error:  # what a callback keeps may fail in any way
+    except Exception as error:  # a callback's state may fail in any way
         raise _unwritten(path, str(error)) from error
 
 
 def _unwritten(path: Path, reason: str) -> OSError:
-    """Say that a checkpoint could not be written; torch says of a full disk "unexpected pos"."""
+    """Return the error of a failed write; torch reports a full disk as "unexpected pos"."""
     free = ""
     with suppress(OSError):
         free = f" ({shutil.disk_usage(path.parent).free / 2**20:.0f} MiB free)"
@@ -161,16 +161,16 @@ def _unwritten(path: Path, reason: str) -> OSError:
 
 
 def consolidate(folder: str | Path) -> dict[str, Any]:
-    """Read a sharded checkpoint as the full one that training on one device would write.
+    """Read a sharded checkpoint as the full checkpoint that training on one device would write.
 
     Raises:
-        ValueError: It is damaged.
+        ValueError: The folder is damaged.
     """
     rest, tensors = read_rest(folder), read_tensors(folder)
     try:
         return _merge(rest, tensors)
     except (LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder} is damaged: {REST} does not fit the other files.") from error
+        raise ValueError(f"{folder} is damaged: {REST} does not match the other files.") from error
 
 
 def restore(
@@ -180,23 +180,23 @@ def restore(
 
     Args:
         path: A sharded folder, or a full file.
-        model: Its parameters, DTensors or not, take the weights.
-        optimizers: Theirs take the states.
+        model: Model to load, whose parameters may be DTensors.
+        optimizers: Optimizers to load.
 
     Returns:
-        What else the checkpoint holds.
+        The other contents of the checkpoint.
 
     Raises:
-        ValueError: It is damaged, or does not fit.
+        ValueError: The checkpoint is damaged, or belongs to another model.
     """
-    own = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    parameters = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     optimizers = list(optimizers)
     if is_sharded(path):
         rest, index = read_rest(path), _checked_index(path)
         saved = {name: facts.size for name, facts in index.state_dict_metadata.items()}
         weights = {name for name in saved if name.startswith("state_dict/")}
-        _check_names(path, own, {name.removeprefix("state_dict/") for name in weights})
-        targets = {f"state_dict/{name}": tensor for name, tensor in own.items()}
+        _check_names(path, parameters, {name.removeprefix("state_dict/") for name in weights})
+        targets = {f"state_dict/{name}": tensor for name, tensor in parameters.items()}
         states = {
             name: _like(optimizers[int(name.split("/")[1])], name, size)
             for name, size in saved.items()
@@ -206,8 +206,8 @@ def restore(
         full = _merge(rest, states)
     else:
         full = open_archive(path)
-        _check_names(path, own, set(full["state_dict"]))
-        for name, tensor in own.items():
+        _check_names(path, parameters, set(full["state_dict"]))
+        for name, tensor in parameters.items():
             tensor.copy_(_sharded_as(full["state_dict"][name], tensor))
         for number, optimizer in enumerate(optimizers):
             for index, state in full["optimizer_states"][number]["state"].items():
@@ -220,8 +220,8 @@ def restore(
     return {key: value for key, value in full.items() if key != "state_dict"}
 
 
-def whole(checkpoint: dict[str, Any], keep: bool) -> dict[str, Any]:
-    """Gather a checkpoint's DTensors; every rank calls it, those with `keep` get the result."""
+def gather(checkpoint: dict[str, Any], keep: bool) -> dict[str, Any]:
+    """Gather a checkpoint's DTensors; every rank calls it, and ranks with `keep` get the result."""
 
     def gathered(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -239,7 +239,7 @@ def whole(checkpoint: dict[str, Any], keep: bool) -> dict[str, Any]:
 
 
 def _split(checkpoint: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Take the tensors of weights and optimizers out of a checkpoint."""
+    """Separate the tensors of weights and optimizers from the rest of a checkpoint."""
     tensors = {f"state_dict/{name}": t for name, t in checkpoint["state_dict"].items()}
     optimizers = []
     for number, optimizer in enumerate(checkpoint.get("optimizer_states", [])):
@@ -274,14 +274,14 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def _like(optimizer: torch.optim.Optimizer, name: str, size: torch.Size) -> Tensor:
-    """Make room for an optimizer's tensor, sharded as its parameter is."""
+    """Allocate an optimizer's tensor, sharded like its parameter."""
     parameter = _parameters(optimizer)[int(name.split("/")[3])].detach()
     same = parameter.shape == size
     return torch.empty_like(parameter) if same else torch.empty(size)
 
 
 def _sharded_as(full: Tensor, like: Tensor) -> Tensor:
-    """Take this rank's part of a tensor that every rank has."""
+    """Return this rank's part of a tensor that every rank has."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if not isinstance(like, DTensor):
@@ -292,7 +292,7 @@ def _sharded_as(full: Tensor, like: Tensor) -> Tensor:
 
 
 def _checked_index(folder: Path) -> Any:
-    """Read the index, and see that the files are as long as it says."""
+    """Read the index, and check that the files are at least as long as it requires."""
     index = read_index(folder)
     ends: dict[str, int] = {}
     for info in index.storage_data.values():
@@ -335,12 +335,12 @@ def _fill(tensors: dict[str, Tensor], folder: Path, index: Any, *, alone: bool =
 
 
 def _reason(error: Any) -> str:
-    """Say what went wrong on the first rank that has met it."""
+    """Return the error of the first rank that failed."""
     return str(next(iter(error.failures.values()))[0])
 
 
-def _check_names(path: Path, own: Mapping[str, Tensor], saved: set[str]) -> None:
-    lacking, foreign = sorted(own.keys() - saved), sorted(saved - own.keys())
+def _check_names(path: Path, parameters: Mapping[str, Tensor], saved: set[str]) -> None:
+    lacking, foreign = sorted(parameters.keys() - saved), sorted(saved - parameters.keys())
     if lacking or foreign:
-        what = f"lacks {lacking[0]}" if lacking else f"has {foreign[0]}, which the model has not"
-        raise ValueError(f"{path} is of another model: it {what}.")
+        difference = f"lacks {lacking[0]}" if lacking else f"has {foreign[0]}, unlike the model"
+        raise ValueError(f"{path} belongs to another model: it {difference}.")

@@ -49,7 +49,7 @@ _IMPLEMENTATIONS: dict[Family, str] = {
     "v2": "https://github.com/Stability-AI/stablediffusion",
     "xl": "https://github.com/Stability-AI/generative-models",
 }
-# Of these nobody sees from the tensors that they differ from the public model's.
+# Settings that cannot be inferred from the tensors if they differ from the public model's.
 _SILENT = {
     "attention_head_dim",
     "hidden_act",
@@ -62,7 +62,7 @@ _SILENT = {
     "scaling_factor",
     "shift_factor",
 }
-_NO_MATTER = {
+_IRRELEVANT = {
     "bos_token_id",
     "eos_token_id",
     "force_upcast",
@@ -71,7 +71,7 @@ _NO_MATTER = {
     "sample_size",
     "upcast_attention",
 }
-# Without "!", which transformers takes for padding where that is its name.
+# Without "!", which transformers treats as padding if that is the padding token.
 _PROBES = (
     "",
     "A black cat at night, 35mm photo; it's 8k.",
@@ -83,7 +83,7 @@ _PROBES = (
 
 @dataclass(frozen=True)
 class _Part:
-    """What goes under one prefix: settings, and weights by their ldm names when wanted."""
+    """The contents of one prefix: settings, and a function that returns weights by ldm names."""
 
     settings: dict[str, Any]
     weights: Callable[[], dict[str, Tensor]]
@@ -98,18 +98,18 @@ def write_single_file(
 ) -> None:
     """Write a model as one file in the ldm layout.
 
-    The empty tensors `v_pred` and `ztsnr` tell readers how to sample. There is no `alphas_cumprod`:
-    readers rescale their own when they see the mark. Weights are cast one at a time.
+    The empty tensors `v_pred` and `ztsnr` tell readers how to sample. `alphas_cumprod` is not
+    written: readers rescale their own if the mark is present. Weights are cast one at a time.
 
     Args:
-        model: The parts.
-        path: NAME.safetensors; must not be there yet.
-        dtype: Of the weights.
-        metadata: Texts for the header, such as "modelspec.title"; what the model says about itself
-            comes over them.
+        model: The model.
+        path: NAME.safetensors, which must not exist.
+        dtype: Data type of the weights.
+        metadata: Texts for the header, such as "modelspec.title"; the model's own facts override
+            them.
 
     Raises:
-        ValueError: The layout cannot hold this model, or the dtype its weights; nothing is written.
+        ValueError: The layout cannot hold the model, or the dtype its weights; nothing is written.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -120,13 +120,13 @@ def write_single_file(
         if not isinstance(name, str) or not isinstance(text, str):
             raise ValueError(f"metadata {name!r}: {shown(text)}: wanted texts only.")
     family, parts, tokenizers = _parts(model)
-    own = _is_own_size(family, parts, tokenizers)
+    custom = _is_custom_size(family, parts, tokenizers)
     facts = {
         "modelspec.title": path.stem,
         "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         **_hint(model),
         **(metadata or {}),
-        **_facts(model, family, own),
+        **_facts(model, family, custom),
         CONFIG: json.dumps(
             {
                 "format": 1,
@@ -153,10 +153,10 @@ def check_single_file(model: Model) -> None:
     """Refuse a model that the ldm layout cannot hold.
 
     Raises:
-        ValueError: Says which part, and why.
+        ValueError: The layout cannot hold a part of the model.
     """
     family, parts, tokenizers = _parts(model)
-    _is_own_size(family, parts, tokenizers)
+    _is_custom_size(family, parts, tokenizers)
 
 
 def read_single_file(
@@ -164,17 +164,18 @@ def read_single_file(
     schedule: NoiseSchedule | None = None,
     prediction_type: PredictionType | None = None,
 ) -> Model:
-    """Read a Stable Diffusion in one file; its weights become float32.
+    """Read a Stable Diffusion model in a single file; its weights become float32.
 
     Args:
         source: The .safetensors file.
-        schedule: Instead of the one the file declares: Stable Diffusion's, rescaled if it has the
-            mark `ztsnr`; without it that of its `alphas_cumprod`, if it holds them.
-        prediction_type: Instead of the one the file declares: v if it has the mark `v_pred` or says
-            so in its metadata, else epsilon.
+        schedule: Schedule to use. None = the one the file declares: Stable Diffusion's, rescaled if
+            the file has the mark `ztsnr`; without the mark that of `alphas_cumprod`, if present.
+        prediction_type: Prediction type to use. None = the one the file declares: v if it has the
+            mark `v_pred` or says so in its metadata, else epsilon.
 
     Raises:
-        ValueError: It is no such file, or its tensors are not those of the model it says it is.
+        ValueError: The file is not a single-file model, or its tensors do not match the model that
+            it declares.
     """
     file = open_ldm_file(source)
     codec = AutoencoderKLCodec(source, subfolder="vae")
@@ -204,10 +205,10 @@ def read_single_file(
 
 
 def read_marks(source: str) -> tuple[NoiseSchedule, PredictionType]:
-    """Read what a file declares of itself, without its weights; see `read_single_file`.
+    """Read the schedule and prediction type that a file declares; see `read_single_file`.
 
     Raises:
-        ValueError: It is no such file.
+        ValueError: The file is not a single-file model.
     """
     file = open_ldm_file(source)
     return _schedule(file), _prediction_type(file)
@@ -230,21 +231,21 @@ def _schedule(file: LdmFile) -> NoiseSchedule:
 
 
 def _prediction_type(file: LdmFile) -> PredictionType:
-    said = {
+    v_declarations = {
         "v_pred" in file.shapes,
         file.metadata.get("modelspec.prediction_type", "").lower().startswith("v"),
         file.metadata.get("modelspec.architecture", "").lower().endswith("-v"),
         file.metadata.get("ss_v_parameterization", "").lower() == "true",
     }
-    if True in said:
+    if True in v_declarations:
         return "v_prediction"
     beside = read_beside(file.path)
     if beside is not None:
         return beside.prediction_type
     if file.family == "v2" and "modelspec.prediction_type" not in file.metadata:
         warnings.warn(
-            f"{file.path} does not say what its network predicts and is taken for an epsilon "
-            "model. Stable Diffusion 2 at 768 pixels predicts v: then give prediction_type.",
+            f"{file.path} does not declare what its network predicts; epsilon is assumed. "
+            "Stable Diffusion 2 at 768 pixels predicts v: in that case, set prediction_type.",
             stacklevel=3,
         )
     return "epsilon"
@@ -258,19 +259,19 @@ def _image_size(file: LdmFile, prediction_type: PredictionType, factor: int) -> 
         usual = {"v1": 512, "v2": 768 if large_v2 else 512, "xl": 1024}[file.family]
         size = int(square[1]) if square else usual
     if type(size) is not int or not 0 < size <= 1 << 14 or size % factor:
-        raise ValueError(f"{file.path} says its images have {shown(size)} pixels a side.")
+        raise ValueError(f"{file.path} has an invalid image size: {shown(size)} pixels.")
     return size
 
 
 def _parts(model: Model) -> tuple[Family, dict[str, _Part], dict[str, dict[str, Any]]]:
-    """Return how a model goes into the layout.
+    """Convert a model to the layout.
 
     Returns:
         The family, the parts, and the tokenizers.
     """
     _check_marks(model)
     if not isinstance(model.codec, AutoencoderKLCodec):
-        raise _cannot_hold(f"{type(model.codec).__name__}: it knows AutoencoderKLCodec only")
+        raise _cannot_hold(f"{type(model.codec).__name__}: it supports AutoencoderKLCodec only")
     if isinstance(model.unet, AdaptedUNet):
         raise _cannot_hold("adapters beside the UNet: merge them first")
     family, parts, tokenizers = _text_parts(model.conditioner)
@@ -294,21 +295,23 @@ def _parts(model: Model) -> tuple[Family, dict[str, _Part], dict[str, dict[str, 
 
 
 def is_marked_schedule(schedule: NoiseSchedule) -> bool:
-    """Whether it is what readers sample on: Stable Diffusion's, rescaled if there is `ztsnr`."""
+    """Whether readers sample on this schedule: Stable Diffusion's, rescaled or not."""
     table = schedule.alphas_cumprod
-    known = NoiseSchedule("scaled_linear", zero_terminal_snr=float(table[-1]) == 0).alphas_cumprod
-    return len(table) == len(known) and torch.allclose(table, known, rtol=0, atol=1e-5)
+    expected = NoiseSchedule(
+        "scaled_linear", zero_terminal_snr=float(table[-1]) == 0
+    ).alphas_cumprod
+    return len(table) == len(expected) and torch.allclose(table, expected, rtol=0, atol=1e-5)
 
 
 def _check_marks(model: Model) -> None:
-    """Refuse what the marks cannot say: they know two schedules and two kinds of prediction."""
+    """Refuse a model whose schedule or prediction type the marks cannot express."""
     if model.prediction_type not in ("v_prediction", "epsilon"):
-        raise _cannot_hold(f"prediction_type={model.prediction_type!r}: it has no mark for it")
+        raise _cannot_hold(f"prediction_type={model.prediction_type!r}: it has no mark for that")
     if not is_marked_schedule(model.schedule):
         raise _cannot_hold(
-            "this schedule: its marks mean Stable Diffusion's own (scaled_linear, 0.00085 to "
-            "0.012, 1000 timesteps) with or without zero_terminal_snr, and every reader would "
-            "sample on that"
+            "this schedule: its marks stand for Stable Diffusion's schedule (scaled_linear, "
+            "0.00085 to 0.012, 1000 timesteps) with or without zero_terminal_snr, and every "
+            "reader would sample on that"
         )
 
 
@@ -317,20 +320,20 @@ def _text_parts(
 ) -> tuple[Family, dict[str, _Part], dict[str, dict[str, Any]]]:
     conditioner = getattr(conditioner, "described", conditioner)
     if isinstance(conditioner, SDXLConditioner):
-        return _both_text_parts(conditioner)
+        return _sdxl_text_parts(conditioner)
     if not isinstance(conditioner, TransformersConditioner):
-        raise _cannot_hold(f"{type(conditioner).__name__}: it knows CLIP text encoders only")
+        raise _cannot_hold(f"{type(conditioner).__name__}: it supports CLIP text encoders only")
     encoder: Any = conditioner.encoder
     if encoder.config.model_type != "clip_text_model":
         raise _cannot_hold(
-            f"a text encoder of the kind {encoder.config.model_type!r}: it knows CLIP's only"
+            f"a text encoder of type {encoder.config.model_type!r}: it supports CLIP's only"
         )
     if conditioner._use_mask:
-        raise _cannot_hold("use_mask: true; readers let the text encoder see its padding")
+        raise _cannot_hold("use_mask: true; readers do not mask padding in the text encoder")
     if conditioner._layer != -1 and not conditioner._final_norm:
-        raise _cannot_hold("final_norm: false; readers put the final norm on the context")
+        raise _cannot_hold("final_norm: false; readers apply the final norm to the context")
     layers = int(encoder.config.num_hidden_layers)
-    # hidden_states[i] is what i layers gave; [-1] of the last, whose norm is that of its output.
+    # hidden_states[i] is the output of i layers; that of the last layer, [-1], includes the norm.
     used = layers if conditioner._layer == -1 else range(layers + 1)[conditioner._layer]
     tokenizer = _tokenizer(conditioner.tokenize, conditioner.max_length, encoder)
     family: Family = "v1" if tokenizer == "clip" else "v2"
@@ -339,44 +342,44 @@ def _text_parts(
         "num_hidden_layers": used,
     }
     if used == 0 or (family == "v2" and used > 23):
-        raise _cannot_hold(f"a text encoder with {used} layers: wanted 1 to 23 in that of SD 2")
-    # Stable Diffusion 2's files have the layer after the last that is used, too.
-    kept = used if family == "v1" else used + 1
+        raise _cannot_hold(f"a text encoder with {used} layers: wanted 1 to 23 for SD 2")
+    # Stable Diffusion 2's files also hold the layer after the last one that is used.
+    stored_layers = used if family == "v1" else used + 1
     rename = ldm_clip if family == "v1" else ldm_open_clip
 
     def weights() -> dict[str, Tensor]:
-        return rename(_first_layers(encoder.state_dict(), kept))
+        return rename(_first_layers(encoder.state_dict(), stored_layers))
 
     tokenizers = {"tokenizer": {"name": tokenizer, "max_length": conditioner.max_length}}
     return family, {"text_encoder": _Part(settings, weights)}, tokenizers
 
 
-def _both_text_parts(
+def _sdxl_text_parts(
     conditioner: SDXLConditioner,
 ) -> tuple[Family, dict[str, _Part], dict[str, dict[str, Any]]]:
-    one: Any = conditioner.encoder
-    two: Any = conditioner.encoder_2
+    first: Any = conditioner.encoder
+    second: Any = conditioner.encoder_2
     parts = {
         "text_encoder": _Part(
-            _settings("text_encoder", "text encoder", type(one), one.config),
-            lambda: ldm_clip(one.state_dict()),
+            _settings("text_encoder", "text encoder", type(first), first.config),
+            lambda: ldm_clip(first.state_dict()),
         ),
         "text_encoder_2": _Part(
-            _settings("text_encoder_2", "text encoder", type(two), two.config),
-            lambda: ldm_open_clip(two.state_dict()),
+            _settings("text_encoder_2", "text encoder", type(second), second.config),
+            lambda: ldm_open_clip(second.state_dict()),
         ),
     }
     tokenizers = {}
-    for (part, wanted), tokenize, encoder in zip(
-        TOKENIZERS["xl"].items(), conditioner._tokenizers, (one, two), strict=True
+    for (part, expected), tokenize, encoder in zip(
+        TOKENIZERS["xl"].items(), conditioner._tokenizers, (first, second), strict=True
     ):
-        found = _tokenizer(tokenize, conditioner._max_length, encoder)
-        if found != wanted:
+        actual = _tokenizer(tokenize, conditioner._max_length, encoder)
+        if actual != expected:
             raise _cannot_hold(
-                f"the {part} of this SDXL, which has other tokens after the prompt: readers have "
-                f"what this package calls {wanted!r}"
+                f"the {part} of this SDXL, which adds other tokens after the prompt: readers use "
+                f"the one that this package calls {expected!r}"
             )
-        tokenizers[part] = {"name": wanted, "max_length": conditioner._max_length}
+        tokenizers[part] = {"name": expected, "max_length": conditioner._max_length}
     return "xl", parts, tokenizers
 
 
@@ -389,80 +392,80 @@ def _null_facts(conditioner: Conditioner) -> dict[str, bool]:
 
 def _first_layers(weights: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
     def layer(name: str) -> int:
-        found = re.search(r"\bencoder\.layers\.(\d+)\.", name)
-        return -1 if found is None else int(found[1])
+        match = re.search(r"\bencoder\.layers\.(\d+)\.", name)
+        return -1 if match is None else int(match[1])
 
     return {name: weight for name, weight in weights.items() if layer(name) < count}
 
 
 def _tokenizer(tokenize: Tokenizer, max_length: int, encoder: Any) -> str:
-    """Return which of CLIP's tokenizers it is, by what the encoder gets of some prompts."""
+    """Identify which of CLIP's tokenizers it is, by the embeddings of some prompts."""
     rows = encoder.get_input_embeddings().weight
     ids = tokenize(_PROBES)[0].to(rows.device)
     for name in BPE:
-        wanted = bpe_tokenizer(name, max_length)[0](_PROBES)[0].to(rows.device)
-        # Padding may have another name, and the row of this one.
-        fits = ids.shape == wanted.shape and bool(wanted.max() < len(rows))
-        if fits and rows[ids].equal(rows[wanted]):
+        expected = bpe_tokenizer(name, max_length)[0](_PROBES)[0].to(rows.device)
+        # The padding token may have another id, with the same embedding.
+        fits = ids.shape == expected.shape and bool(expected.max() < len(rows))
+        if fits and rows[ids].equal(rows[expected]):
             return name
-    raise _cannot_hold("a tokenizer that is not CLIP's: readers have that one")
+    raise _cannot_hold("a tokenizer other than CLIP's, which readers use")
 
 
-def _settings(part: str, what: str, cls: type, config: Any) -> dict[str, Any]:
-    """Return what a part's config says, as far as the layout can hold it, and refuse the rest."""
-    known = SETTINGS[part]
+def _settings(part: str, label: str, cls: type, config: Any) -> dict[str, Any]:
+    """Return the settings of a part that the layout can hold, and refuse other ones."""
+    checks = SETTINGS[part]
     full = dict(config) if isinstance(config, Mapping) else config.to_dict()
     plain = {k: list(v) if isinstance(v, tuple) else v for k, v in full.items()}
-    settings = {name: plain.get(name) for name in known if name in plain}
-    for name, check in known.items():
+    settings = {name: plain.get(name) for name in checks if name in plain}
+    for name, check in checks.items():
         if name in settings and not check(settings[name]):
-            if _NO_MATTER & {name}:
+            if _IRRELEVANT & {name}:
                 del settings[name]
             else:
-                raise _cannot_hold(f"a {what} with {name}={settings[name]!r}")
+                raise _cannot_hold(f"a {label} with {name}={settings[name]!r}")
     if not part.startswith("text"):
         for name, parameter in inspect.signature(cls.__init__).parameters.items():  # type: ignore[misc]
             default = parameter.default
             default = list(default) if isinstance(default, tuple) else default
-            if name in ("self", "dropout") or name in known:
+            if name in ("self", "dropout") or name in checks:
                 continue
             if plain.get(name, default) != default:
-                raise _cannot_hold(f"a {what} with {name}={plain[name]!r}: wanted {default!r}")
+                raise _cannot_hold(f"a {label} with {name}={plain[name]!r}: wanted {default!r}")
     return settings
 
 
-def _is_own_size(
+def _is_custom_size(
     family: Family, parts: Mapping[str, _Part], tokenizers: Mapping[str, dict[str, Any]]
 ) -> bool:
-    """Whether a model is no public one in size, but one that only its own settings can build.
+    """Whether a model has a non-standard architecture, which only its stored settings can build.
 
     Raises:
-        ValueError: Readers would take it for the public model, and it is not.
+        ValueError: Readers would mistake the model for the public one.
     """
-    found = {name: part.settings for name, part in parts.items()} | dict(tokenizers)
+    settings_by_part = {name: part.settings for name, part in parts.items()} | dict(tokenizers)
     public = dict(PUBLIC[family])
     for name, tokenizer in TOKENIZERS[family].items():
         public[name] = {"name": tokenizer, "max_length": 77}
     different = {
-        f"{part}.{name}": found[part].get(name)
+        f"{part}.{name}": settings_by_part[part].get(name)
         for part, settings in public.items()
         for name, value in settings.items()
-        if name not in _NO_MATTER
-        and _spelt_out(part, name, found[part].get(name), found)
-        != _spelt_out(part, name, value, public)
+        if name not in _IRRELEVANT
+        and _expanded(part, name, settings_by_part[part].get(name), settings_by_part)
+        != _expanded(part, name, value, public)
     }
     if different and {name.rpartition(".")[2] for name in different} <= _SILENT:
         name, value = min(different.items())
         part, _, key = name.partition(".")
         raise _cannot_hold(
-            f"{name}={value!r} in a model of {NAMES[family]}'s size: readers would take it for "
-            f"that one, with {public[part][key]!r}"
+            f"{name}={value!r} in a model of {NAMES[family]}'s size: readers would use that "
+            f"model's value, {public[part][key]!r}"
         )
     return bool(different)
 
 
-def _spelt_out(part: str, name: str, value: Any, settings: Mapping[str, Any]) -> Any:
-    """Return one value a block where one number may stand for all."""
+def _expanded(part: str, name: str, value: Any, settings: Mapping[str, Any]) -> Any:
+    """Return one value per block if a single number stands for all blocks."""
     if name in ("attention_head_dim", "transformer_layers_per_block") and type(value) is int:
         return [value] * len(settings[part]["block_out_channels"])
     return value
@@ -477,17 +480,17 @@ def _hint(model: Model) -> dict[str, str]:
     }
 
 
-def _facts(model: Model, family: Family, own: bool) -> dict[str, str]:
+def _facts(model: Model, family: Family, custom: bool) -> dict[str, str]:
     v = model.prediction_type == "v_prediction"
     architecture = {
         "v1": "stable-diffusion-v1",
         "v2": "stable-diffusion-v2-768-v" if v else "stable-diffusion-v2-512",
         "xl": "stable-diffusion-xl-v1-base",
     }[family]
-    if own:
+    if custom:
         warnings.warn(
-            f"This model has not {NAMES[family]}'s sizes: programs that know the public models "
-            "only cannot load the file.",
+            f"Non-standard {NAMES[family]} architecture: programs that support only the public "
+            "models cannot load the file.",
             stacklevel=3,
         )
         architecture = f"{architecture}-custom"
@@ -529,14 +532,14 @@ def _write(
 
 
 def _cast(weights: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
-    """Give each weight's bytes."""
+    """Yield each weight's bytes."""
     for name, weight in weights.items():
         cast = cast_weight(name, weight, dtype).cpu().contiguous()
         yield cast.view(-1).view(torch.uint8)
 
 
-def _cannot_hold(what: str) -> ValueError:
+def _cannot_hold(feature: str) -> ValueError:
     return ValueError(
-        f"A single file in the ldm layout cannot hold {what}. Write a diffusers folder, or keep "
-        "the checkpoint."
+        f"A single file in the ldm layout cannot hold {feature}. Export to a diffusers folder, or "
+        "use the checkpoint."
     )

@@ -1,4 +1,4 @@
-"""Stable Diffusion's autoencoder, by diffusers."""
+"""Stable Diffusion's autoencoder, implemented by diffusers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 
-_WHAT = "an AutoencoderKL"
+_LABEL = "an AutoencoderKL"
 _STEM = "diffusion_pytorch_model"
 _NOT_THE_MOMENTS = {
     "force_upcast",
@@ -38,19 +38,19 @@ _NOT_THE_MOMENTS = {
 
 
 class AutoencoderKLCodec(LatentCodec):
-    """A pretrained AutoencoderKL of diffusers, frozen.
+    """A pretrained, frozen AutoencoderKL of diffusers.
 
-    Its config is read at once, its weights only when the first image or latent comes.
+    Its config is read immediately, its weights when the first image or latent is processed.
 
     Args:
         pretrained: A folder or hub id, a single file (.safetensors) in the ldm layout, or
-            "asset:openmoji_vae", the small one this package ships.
-        subfolder: Folder inside it, such as "vae" in a Stable Diffusion folder.
+            "asset:openmoji_vae", the small VAE that is bundled with this package.
+        subfolder: Folder inside `pretrained`, such as "vae" in a Stable Diffusion folder.
         scale: Latents are (raw - shift) * scale. None = the config's scaling_factor.
-        shift: None = the config's shift_factor, else 0.
-        dtype: Precision it runs in. Configs that say force_upcast overflow in float16 and are run
-            in float32 whatever this says.
-        tiling: Decode and encode in overlapping tiles, for large images in little memory.
+        shift: See scale. None = the config's shift_factor, or 0 if it has none.
+        dtype: Precision of the computation. VAEs whose config sets force_upcast overflow in float16
+            and always use float32.
+        tiling: Decode and encode in overlapping tiles, to save memory for large images.
         slicing: Decode and encode one image at a time.
     """
 
@@ -77,7 +77,10 @@ class AutoencoderKLCodec(LatentCodec):
         self._subfolder = default_part(self._source, subfolder, "vae")
         self._tiling, self._slicing = tiling, slicing
         config = load_pretrained(
-            SimpleNamespace(from_pretrained=_full_config), self._source, self._subfolder, what=_WHAT
+            SimpleNamespace(from_pretrained=_full_config),
+            self._source,
+            self._subfolder,
+            label=_LABEL,
         )
         overflows = dtype == "float16" and config["force_upcast"]
         self._dtype: torch.dtype = torch.float32 if overflows else getattr(torch, dtype)
@@ -96,7 +99,7 @@ class AutoencoderKLCodec(LatentCodec):
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         self.latent_shape(*images.shape[-2:])
-        with torch.autocast(images.device.type, enabled=False):  # its dtype is its own choice
+        with torch.autocast(images.device.type, enabled=False):  # the codec chooses the dtype
             posterior = self._vae.encode(images.to(self._dtype)).latent_dist
         return torch.cat([posterior.mean, posterior.std], dim=1).float()
 
@@ -142,13 +145,13 @@ class AutoencoderKLCodec(LatentCodec):
     def _read(self) -> AutoencoderKL:
         from diffusers import AutoencoderKL
 
-        # The first image may come inside sampling, whose inference tensors could not stay.
+        # The first image may be decoded in inference mode, where weights would not be reusable.
         with torch.inference_mode(False):
             vae: AutoencoderKL = load_whole(
                 AutoencoderKL,
                 self._source,
                 self._subfolder,
-                what=_WHAT,
+                label=_LABEL,
                 options={"torch_dtype": self._dtype},
             )
             vae.requires_grad_(False).eval().to(self._device)
@@ -160,7 +163,7 @@ class AutoencoderKLCodec(LatentCodec):
 
 
 def _full_config(source: str, subfolder: str, use_safetensors: bool) -> dict[str, Any]:
-    """Read the config without weights, and add the defaults of what it leaves out."""
+    """Read the config without weights, and add the defaults of missing settings."""
     from diffusers import AutoencoderKL
 
     config = AutoencoderKL.load_config(source, subfolder=subfolder)

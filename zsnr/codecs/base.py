@@ -1,4 +1,4 @@
-"""What a codec is: images to moments to latents of unit scale, and back."""
+"""The base class of codecs: images to moments to latents of unit scale, and back."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class LatentCodec(ABC):
 
     Attributes:
         channels: C.
-        factor: Image pixels along one side of a latent pixel.
-        scale: One number for all channels.
-        shift: One number for all channels.
+        factor: Downsampling factor: image pixels per latent pixel along each side.
+        scale: Scale of all channels.
+        shift: Shift of all channels.
     """
 
     channels: int
@@ -44,14 +44,14 @@ class LatentCodec(ABC):
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """Return the arguments that build this codec again."""
+        """Return the constructor arguments that recreate this codec."""
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return what decides its moments, as plain values; loads nothing.
+        """Return everything that determines the moments, as plain values, without loading weights.
 
         Returns:
-            {"class": ..., "weights": a digest of their file, or None where there is none on
-            disk, ...}, the same wherever the files lie.
+            {"class": ..., "weights": a digest of the weights' file, or None if it is not on
+            disk, ...}, independent of the files' location.
         """
         return {"class": class_path(self), "weights": None, **self._decisive()}
 
@@ -59,15 +59,15 @@ class LatentCodec(ABC):
         return self.settings()
 
     def load(self) -> Self:
-        """Load the weights, if there are any and they are not, and return self.
+        """Load the weights, unless they are loaded, and return self.
 
         Raises:
-            ValueError: They cannot be read.
+            ValueError: The weights cannot be read.
         """
         return self
 
     def release(self) -> Self:
-        """Drop the weights from memory and return self; the next image or latent loads them."""
+        """Free the weights' memory and return self; the next image or latent loads them again."""
         return self
 
     def latents(self, moments: Tensor, z: Tensor | None = None) -> Tensor:
@@ -92,7 +92,7 @@ class LatentCodec(ABC):
                 near = max(1, round(size / self.factor)) * self.factor
                 raise ValueError(
                     f"{name}={size}: wanted a positive multiple of {self.factor}, the codec's "
-                    f"factor; {near} is the nearest."
+                    f"downsampling factor; the nearest is {near}."
                 )
         return self.channels, height // self.factor, width // self.factor
 
@@ -100,11 +100,11 @@ class LatentCodec(ABC):
 def measure_scale(codec: LatentCodec, images: Tensor) -> tuple[float, float]:
     """Measure (scale, shift) that give the latents of `images` mean 0 and variance 1.
 
-    One number each for all channels: scaling per channel would hide the mean's leak from the
-    schedule unevenly.
+    All channels share one scale and one shift: scaling per channel would reduce the leak of the
+    mean unevenly.
 
     Args:
-        codec: Its own scale and shift do not count.
+        codec: The codec; its current scale and shift have no effect.
         images: (B, 3, H, W) in [-1, 1].
     """
     mean, std = codec.encode(images).double().chunk(2, dim=1)

@@ -1,4 +1,4 @@
-"""Pixels as latents, without loss."""
+"""Lossless codec with pixels as latents."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class PixelCodec(LatentCodec):
     """Space to depth: each patch of pixels becomes the channels of one latent pixel.
 
     Args:
-        patch_size: Pixels along a patch's side; 1 leaves the image as it is. C = 3 patch_size^2.
+        patch_size: Side of a patch, in pixels; 1 = the image itself. C = 3 patch_size^2.
         scale: Latents are (pixels - shift) * scale.
         shift: See scale.
     """

@@ -1,4 +1,4 @@
-"""Conditioners: from prompts to what the network is told."""
+"""Conditioners: encoders of prompts into the network's conditioning."""
 
 from zsnr.conditioning.base import Conditioner
 from zsnr.conditioning.null import NullConditioner

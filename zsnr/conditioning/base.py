@@ -1,4 +1,4 @@
-"""What a conditioner is."""
+"""The base class of conditioners."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from zsnr.described import class_path
 
 
 class Conditioner(nn.Module):
-    """Prompts to Conditioning, one row each.
+    """Encodes prompts to Conditioning, one row each.
 
-    A frozen one with pretrained weights loads them when the first prompt comes, and can release
-    them again; until then it has no parameters, but knows what its config says. Others hold their
-    weights from the start.
+    A frozen conditioner with pretrained weights loads them when the first prompt is encoded, and
+    can release them again; until then it has only its config and no parameters. Other conditioners
+    hold their weights from the start.
 
     Args:
         trainable: See below.
@@ -27,9 +27,9 @@ class Conditioner(nn.Module):
     Attributes:
         context_dim: D of the context (B, L, D).
         pooled_dim: P of the pooled embedding (B, P); 0 = there is none.
-        trainable: Whether training changes it. A frozen one belongs to nobody's state dict.
-        pretrained: Whether its settings alone give its weights again.
-        parts: Names of the modules, parameters and buffers that `_read` gives.
+        trainable: Whether training updates it. A frozen conditioner is not part of a state dict.
+        pretrained: Whether its weights can be loaded again from its settings alone.
+        parts: Names of the modules, parameters and buffers that `_read` returns.
     """
 
     context_dim: int
@@ -44,8 +44,8 @@ class Conditioner(nn.Module):
         self._loaded = False
         self._default_dtype = torch.get_default_dtype()
         if self.reloadable:
-            # What .to() and its like do to these, `load` does to the weights: a device, and a
-            # dtype if both have come to the same.
+            # `load` moves the weights to the device of these buffers, and to their dtype if both
+            # have the same, so that .to() applies before the weights are loaded.
             self.register_buffer("_place", torch.empty(0), persistent=False)
             half = torch.empty(0, dtype=torch.float16)
             self.register_buffer("_half_place", half, persistent=False)
@@ -53,7 +53,7 @@ class Conditioner(nn.Module):
 
     @property
     def reloadable(self) -> bool:
-        """Whether its weights can go and come again: frozen, and given by its settings."""
+        """Whether its weights can be released and loaded again: frozen and pretrained."""
         return self.pretrained and not self.trainable
 
     @abstractmethod
@@ -61,58 +61,58 @@ class Conditioner(nn.Module):
         """Encode prompts."""
 
     def null(self) -> Conditioning:
-        """Encode no prompt, one row: serves caption dropout and guidance."""
+        """Encode the null prompt, one row, for caption dropout and guidance."""
         encoded: Conditioning = self([""])
         return encoded
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """Return the arguments that build this conditioner again."""
+        """Return the constructor arguments that recreate this conditioner."""
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return what decides its embeddings, as plain values; loads nothing.
+        """Return everything that determines the embeddings, as plain values, without loading.
 
         Returns:
-            {"class": ..., "weights": a digest of their file, or None where there is none on
-            disk, ...}, the same wherever the files lie.
+            {"class": ..., "weights": a digest of the weights' file, or None if it is not on
+            disk, ...}, independent of the files' location.
 
         Raises:
-            ValueError: Its weights are trained along, or random.
+            ValueError: The weights are trained jointly, or random.
         """
         self.check_lasting()
         return {"class": class_path(self), "weights": None, **self._decisive()}
 
     def check_lasting(self) -> None:
-        """Refuse to keep embeddings that do not last.
+        """Refuse to cache embeddings of weights that are not constant.
 
         Raises:
-            ValueError: Its weights are trained along, or random.
+            ValueError: The weights are trained jointly, or random.
         """
         if not self.reloadable:
-            reason = "trained along" if self.trainable else "random"
+            reason = "trained jointly" if self.trainable else "random"
             raise ValueError(
-                f"The text encoder's weights are {reason}: its embeddings cannot be kept. Give it "
-                "pretrained weights and trainable: false, or encode captions as they come."
+                f"The text encoder's weights are {reason}: its embeddings cannot be cached. Use "
+                "pretrained weights and trainable: false, or encode captions during training."
             )
 
     def _decisive(self) -> dict[str, Any]:
         return self.settings()
 
     def train(self, mode: bool = True) -> Self:
-        """Switch to training mode, unless frozen: dropout of a frozen encoder stays off."""
+        """Switch to training mode, unless frozen: a frozen encoder must not apply dropout."""
         return super().train(mode and self.trainable)
 
     def load(self) -> Self:
-        """Load the weights, if they are not, and return self.
+        """Load the weights, unless they are loaded, and return self.
 
         Raises:
-            ValueError: They cannot be read.
+            ValueError: The weights cannot be read.
         """
         if self._loaded or not self.parts:
             return self
         around = torch.get_default_dtype()
-        # The first prompt may come inside sampling or a trainer's precision: neither may leave its
-        # mark on weights that stay.
+        # The first prompt may be encoded in inference mode or under a trainer's precision, neither
+        # of which may affect the loaded weights.
         with torch.inference_mode(False):
             torch.set_default_dtype(self._default_dtype)
             try:
@@ -133,7 +133,7 @@ class Conditioner(nn.Module):
         return self
 
     def release(self) -> Self:
-        """Drop weights that can be loaded again, and return self; the next prompt loads them."""
+        """Free weights that can be loaded again, and return self; the next prompt loads them."""
         if self._loaded and self.reloadable:
             for name in self.parts:
                 delattr(self, name)
@@ -141,7 +141,7 @@ class Conditioner(nn.Module):
         return self
 
     def _read(self) -> Mapping[str, nn.Module | Tensor | None]:
-        """Read the parts from disk, or make new ones."""
+        """Read the parts from disk, or create new ones."""
         return {}
 
     def __getattr__(self, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""No text at all."""
+"""Conditioner of unconditional models."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from zsnr.denoiser import Conditioning
 
 
 class NullConditioner(Conditioner):
-    """One token of zeros whatever the prompt is, for unconditional models.
+    """Encodes every prompt as one token of zeros, for unconditional models.
 
     Args:
         context_dim: D.

@@ -16,14 +16,15 @@ from zsnr.pretrained import digest, find_file, is_weightless
 
 
 class OpenClipConditioner(Conditioner):
-    """The text tower of an open_clip model, frozen or trained along.
+    """The text tower of an open_clip model, frozen or trained jointly.
 
     Args:
         model: Architecture name, such as "ViT-H-14".
         pretrained: Path of a safetensors or weights-only checkpoint, or one of open_clip's tags.
-            None = untrained weights, to train along.
-        layer: "penultimate" (Stable Diffusion 2) or "last"; the final layer norm is put on both.
-        trainable: Train it along; else frozen.
+            None = untrained weights, to be trained jointly.
+        layer: "penultimate" (Stable Diffusion 2) or "last"; the final layer norm is applied to
+            either.
+        trainable: Train it jointly with the UNet; otherwise it is frozen.
     """
 
     parts = ("token_embedding", "transformer", "ln_final", "positional_embedding", "attn_mask")
@@ -46,8 +47,8 @@ class OpenClipConditioner(Conditioner):
         text = open_clip.CLIPTextCfg(**open_clip.get_model_config(model)["text_cfg"])
         if text.hf_model_name:
             raise ValueError(
-                f"{model!r} has no text tower of CLIP's kind: give {text.hf_model_name!r} to a "
-                "TransformersConditioner."
+                f"{model!r} has no text tower of CLIP's kind: use a TransformersConditioner with "
+                f"{text.hf_model_name!r}."
             )
         _check_tag(model, pretrained)
         self._settings = {
@@ -77,7 +78,7 @@ class OpenClipConditioner(Conditioner):
 
     @property
     def max_length(self) -> int:
-        """L, tokens a prompt."""
+        """L, tokens per prompt."""
         return int(self._tokenize.context_length)
 
     def settings(self) -> dict[str, Any]:
@@ -85,11 +86,11 @@ class OpenClipConditioner(Conditioner):
 
     def _decisive(self) -> dict[str, Any]:
         model, pretrained = self._settings["model"], self._settings["pretrained"]
-        found = _weight_file(str(model), str(pretrained))
+        file = _weight_file(str(model), str(pretrained))
         return {
             "model": model,
             "layer": self.layer,
-            "weights": None if found is None else digest([found]),
+            "weights": None if file is None else digest([file]),
         }
 
     def _read(self) -> dict[str, nn.Module | Tensor | None]:
@@ -101,16 +102,18 @@ class OpenClipConditioner(Conditioner):
         if is_weightless():
             options = {"pretrained": None, "device": torch.get_default_device()}
         try:
-            whole = open_clip.create_model(model, weights_only=True, **options)
+            model_with_image_tower = open_clip.create_model(model, weights_only=True, **options)
         except (OSError, RuntimeError, ValueError, UnpicklingError, SafetensorError) as error:
             reason = (str(error).strip() or repr(error)).splitlines()[0]
             raise ValueError(f"Cannot load {model} from {pretrained!r}: {reason}") from error
-        text = getattr(whole, "text", whole)  # CLIP keeps its tower flat, CustomTextCLIP in .text
+        text = getattr(
+            model_with_image_tower, "text", model_with_image_tower
+        )  # CLIP keeps its tower flat, CustomTextCLIP in .text
         return {name: getattr(text, name, None) for name in self.parts}
 
 
 def _check_tag(model: str, pretrained: str | None) -> None:
-    """Refuse what is no tag and no path. A path is not looked for: weights may come later."""
+    """Refuse a value that is neither a tag nor a path. A path need not exist yet."""
     import open_clip
 
     if pretrained is None or open_clip.is_pretrained_cfg(model, pretrained):
@@ -125,7 +128,7 @@ def _check_tag(model: str, pretrained: str | None) -> None:
 
 
 def _weight_file(model: str, pretrained: str) -> Path | None:
-    """Find a checkpoint where open_clip keeps it; no network."""
+    """Find a checkpoint in open_clip's local caches, without network access."""
     import open_clip
     from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 
@@ -135,8 +138,8 @@ def _weight_file(model: str, pretrained: str) -> Path | None:
         name = name or HF_WEIGHTS_NAME
         safe = str(Path(name).with_suffix(".safetensors"))
         names = (HF_SAFE_WEIGHTS_NAME if name == HF_WEIGHTS_NAME else safe, name)
-        found = (find_file(repository, None, name) for name in names)
-        return next((path for path in found if path is not None), None)
+        files = (find_file(repository, None, name) for name in names)
+        return next((path for path in files if path is not None), None)
     path = Path(pretrained)
     if tag:
         path = Path("~/.cache/clip", Path(tag["url"]).name).expanduser()

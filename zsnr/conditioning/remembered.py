@@ -1,4 +1,4 @@
-"""Prompts encoded once."""
+"""A cache of encoded prompts."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from zsnr.denoiser import Conditioning
 
 
 class Remembered(Conditioner):
-    """A frozen conditioner that encodes each prompt once and is released in between.
+    """A frozen conditioner that encodes each prompt once and is released afterwards.
 
-    For prompts that come again and again, as those of previews and null's do. Checkpoints describe
-    the conditioner inside.
+    For prompts that are used repeatedly, such as those of previews and the null prompt. Checkpoints
+    describe the inner conditioner.
 
     Args:
-        inner: What encodes prompts that are new. Its weights are loaded for those only.
+        inner: Encodes new prompts. Its weights are loaded only for those.
 
     Raises:
-        ValueError: The weights of `inner` are trained along, or random.
+        ValueError: The weights of `inner` are trained jointly, or random.
     """
 
     def __init__(self, inner: Conditioner) -> None:
@@ -40,10 +40,10 @@ class Remembered(Conditioner):
         return self.inner
 
     def add(self, prompt: str, row: Conditioning) -> None:
-        """Remember the embedding of a prompt, such as null's ("") from a cache.
+        """Store the embedding of a prompt, such as the null prompt's ("") from a cache.
 
         Raises:
-            ValueError: It is not one row of this conditioner's width.
+            ValueError: The embedding is not one row of this conditioner's width.
         """
         if len(row) != 1 or row.context.shape[-1] != self.context_dim:
             raise ValueError(
@@ -59,7 +59,7 @@ class Remembered(Conditioner):
 
     @contextmanager
     def passing(self) -> Iterator[None]:
-        """Keep the encoder loaded and remember nothing new, while many prompts come once each."""
+        """Keep the encoder loaded and store no embeddings, for many prompts that are used once."""
         self._passing = True
         try:
             yield
@@ -69,13 +69,13 @@ class Remembered(Conditioner):
 
     def forward(self, prompts: Sequence[str]) -> Conditioning:
         rows = self._rows
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in rows]
-        if new:
-            # A row must not depend on where its prompt first came: in sampling, or in training
-            # under a trainer's precision.
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in rows]
+        if missing:
+            # An embedding must not depend on where the prompt was first encoded: in sampling, or in
+            # training under a trainer's precision.
             with torch.no_grad(), torch.autocast(self._place.device.type, enabled=False):
-                encoded = self.inner(new)
-            rows = rows | {prompt: _row(encoded, i) for i, prompt in enumerate(new)}
+                encoded = self.inner(missing)
+            rows = rows | {prompt: _row(encoded, i) for i, prompt in enumerate(missing)}
             if not self._passing:
                 self._rows = rows
                 self.inner.release()

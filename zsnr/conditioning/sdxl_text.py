@@ -21,20 +21,21 @@ _TOKENIZERS = ("tokenizer", "tokenizer_2")
 class SDXLConditioner(Conditioner):
     """Both CLIP text encoders of an SDXL folder, frozen.
 
-    The context is the hidden states before the last of both, side by side, without a final norm;
-    the pooled embedding is the second's, projected.
+    The context is the concatenation of both penultimate hidden states, without a final norm; the
+    pooled embedding is the projected one of the second encoder.
 
     Args:
         pretrained: A folder of diffusers or hub id with text_encoder, text_encoder_2, tokenizer and
             tokenizer_2.
-        max_length: L, tokens a prompt; longer prompts are cut. None = the tokenizers' own.
-        zero_null: Let the empty prompt be zeros, context and pooled, as SDXL base was trained;
-            else it is encoded as any other. It holds for dropped captions, for what guidance leads
-            away from, and for a prompt that is "". None = what model_index.json says
-            (force_zeros_for_empty_prompt).
+        max_length: L, tokens per prompt; longer prompts are truncated. None = the tokenizers'
+            length.
+        zero_null: Represent the empty prompt by zeros, context and pooled, as in the training of
+            SDXL base; otherwise encode it like any other prompt. This applies to dropped captions,
+            to the unconditional prediction of guidance, and to the prompt "". None =
+            force_zeros_for_empty_prompt of model_index.json.
 
     Raises:
-        ValueError: Parts are missing or do not fit each other.
+        ValueError: Parts are missing or incompatible.
     """
 
     parts = ("encoder", "encoder_2")
@@ -52,41 +53,41 @@ class SDXLConditioner(Conditioner):
         self._settings: dict[str, Any] = {
             "pretrained": pretrained,
             "max_length": max_length,
-            "zero_null": zero_null,  # a checkpoint keeps what the folder said
+            "zero_null": zero_null,  # a checkpoint stores the folder's setting
         }
-        one, two = (_clip_config(pretrained, folder) for folder in _ENCODERS)
-        self.context_dim = int(one.hidden_size + two.hidden_size)
-        self.pooled_dim = int(two.projection_dim)
-        made = [transformers_tokenizer(pretrained, name, max_length) for name in _TOKENIZERS]
-        self._tokenizers = [tokenize for tokenize, _, _ in made]
-        lengths = [length for _, _, length in made]
+        first, second = (_clip_config(pretrained, folder) for folder in _ENCODERS)
+        self.context_dim = int(first.hidden_size + second.hidden_size)
+        self.pooled_dim = int(second.projection_dim)
+        loaded = [transformers_tokenizer(pretrained, name, max_length) for name in _TOKENIZERS]
+        self._tokenizers = [tokenize for tokenize, _, _ in loaded]
+        lengths = [length for _, _, length in loaded]
         if lengths[0] != lengths[1]:
             raise ValueError(
-                f"The tokenizers of {pretrained} give {lengths[0]} and {lengths[1]} tokens: set "
+                f"The tokenizers of {pretrained} produce {lengths[0]} and {lengths[1]} tokens: set "
                 "max_length, such as 77."
             )
-        longest = min(one.max_position_embeddings, two.max_position_embeddings)
+        longest = min(first.max_position_embeddings, second.max_position_embeddings)
         if not 2 <= lengths[0] <= longest:
             raise ValueError(
-                f"max_length={lengths[0]}: the text encoders of {pretrained} take 2 to {longest} "
-                "tokens."
+                f"max_length={lengths[0]}: the text encoders of {pretrained} support 2 to "
+                f"{longest} tokens."
             )
         self._max_length = lengths[0]
 
     @torch.no_grad()
     def forward(self, prompts: Sequence[str]) -> Conditioning:
-        one, two = (
+        first, second = (
             encoder(self._ids(tokenize, prompts), output_hidden_states=True)
             for encoder, tokenize in zip(
                 (self.encoder, self.encoder_2), self._tokenizers, strict=True
             )
         )
-        context = torch.cat([out.hidden_states[-2] for out in (one, two)], dim=-1)
-        cond = Conditioning(context, pooled=two.text_embeds)
+        context = torch.cat([out.hidden_states[-2] for out in (first, second)], dim=-1)
+        cond = Conditioning(context, pooled=second.text_embeds)
         if not self._zero_null or all(prompts):
             return cond
         zeros = Conditioning(
-            torch.zeros_like(context[:1]), pooled=torch.zeros_like(two.text_embeds[:1])
+            torch.zeros_like(context[:1]), pooled=torch.zeros_like(second.text_embeds[:1])
         )
         return cond.where(torch.tensor([prompt != "" for prompt in prompts]), zeros)
 
@@ -120,8 +121,8 @@ def _clip_config(pretrained: str, subfolder: str) -> Any:
     config = pretrained_config(pretrained, subfolder)
     if config.model_type != "clip_text_model":
         raise ValueError(
-            f"{pretrained} (subfolder {subfolder}) is a {config.model_type!r}: wanted CLIP's text "
-            "encoder, as SDXL has."
+            f"{pretrained} (subfolder {subfolder}) is a {config.model_type!r}: wanted a CLIP text "
+            "encoder, as in SDXL."
         )
     if config.num_hidden_layers < 1:
         raise ValueError(f"{pretrained} (subfolder {subfolder}) has no layers: wanted at least 1.")

@@ -1,4 +1,4 @@
-"""Tokenizers: prompts to token ids and a mask."""
+"""Tokenizers: conversion of prompts to token ids and a mask."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ _FILES = (
     "tokenizer.model",
 )
 
-_LARGEST = 1 << 28  # bytes; those of the largest vocabularies have 40 MB
+_LARGEST = 1 << 28  # bytes; files of the largest vocabularies have 40 MB
 
 BPE = ("clip", "open_clip")
 
-# open_clip pads with token 0, "!". A tokenizer of transformers that did would read every "!" of a
-# prompt as padding, so in folders that this package writes another token stands for it, with the
-# same embedding. CLIP's vocabulary has a token for each byte at a word's end; no text has the byte
-# 0xFF in UTF-8, so this one never comes out of a prompt, and nobody writes these characters.
+# open_clip pads with token 0, "!". A tokenizer of transformers that did so would read every "!" of
+# a prompt as padding, so folders that this package writes use another padding token, with the same
+# embedding. CLIP's vocabulary has a token for each byte at a word's end; UTF-8 never contains the
+# byte 0xFF, so no prompt produces this token, and nobody writes these characters.
 PADDING = "\u00ff</w>"
 
 Tokenizer = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
 
 
 def bpe_tokenizer(name: str, max_length: int) -> tuple[Tokenizer, int]:
-    """Make CLIP's BPE tokenizer from the vocabulary that open_clip ships; no network.
+    """Make CLIP's BPE tokenizer from the vocabulary in the package open_clip, without network.
 
     Args:
-        name: What follows the end token: "clip" repeats it, as Stable Diffusion 1 and the first
-            encoder of SDXL have it; "open_clip" has zeros, as Stable Diffusion 2 and the second.
-        max_length: L. Longer prompts are cut; their last token is the end token.
+        name: Padding after the end token: "clip" repeats it, as in Stable Diffusion 1 and the first
+            encoder of SDXL; "open_clip" uses zeros, as in Stable Diffusion 2 and SDXL's second.
+        max_length: L. Longer prompts are truncated; their last token is the end token.
 
     Returns:
         The tokenizer, prompts -> (ids (B, L) int64, mask (B, L) True up to the end token), and
@@ -68,10 +68,10 @@ def transformers_tokenizer(
     """Load any tokenizer of transformers from a folder or the hub, or that of a single file.
 
     Returns:
-        The tokenizer and the size of its vocabulary, as above, and L.
+        The tokenizer and the size of its vocabulary, as in `bpe_tokenizer`, and L.
 
     Raises:
-        ValueError: It cannot be loaded, or one of its files is too large.
+        ValueError: The tokenizer cannot be loaded, or one of its files is too large.
     """
     from transformers import AutoTokenizer
 
@@ -87,7 +87,7 @@ def transformers_tokenizer(
         if auto.pad_token is None:
             auto.pad_token = auto.eos_token
         length = max_length or min(int(auto.model_max_length), 512)
-    except Exception as error:  # of files that somebody else wrote, in any way
+    except Exception as error:  # untrusted files may fail in any way
         where = pretrained if subfolder is None else f"{pretrained} (subfolder {subfolder})"
         raise ValueError(f"Cannot load a tokenizer from {where}: {reason(error)}") from error
 
@@ -108,11 +108,11 @@ def transformers_tokenizer(
 
 
 def tokenizer_digest(pretrained: str, subfolder: str | None) -> str | None:
-    """Return a digest of a tokenizer's files; None where there are none on disk.
+    """Return a digest of a tokenizer's files; None = they are not on disk.
 
-    That of a single file is its name.
+    For a single file it is the tokenizer's name.
     """
     if is_single_file(pretrained):
         return part_tokenizer(open_ldm_file(pretrained), subfolder or "tokenizer")[0]
-    found = (find_file(pretrained, subfolder, name) for name in _FILES)
-    return digest([path for path in found if path is not None])
+    files = (find_file(pretrained, subfolder, name) for name in _FILES)
+    return digest([path for path in files if path is not None])

@@ -1,4 +1,4 @@
-"""Text encoders of transformers: CLIP, T5, BERT and their like."""
+"""Text encoders of transformers: CLIP, T5, BERT and similar ones."""
 
 from __future__ import annotations
 
@@ -29,26 +29,27 @@ from zsnr.pretrained import (
 
 
 class TransformersConditioner(Conditioner):
-    """A text encoder of transformers, pretrained or built small from a config.
+    """A text encoder of transformers, pretrained or newly built from a config.
 
     Args:
         pretrained: A folder, a single file (.safetensors) in the ldm layout, or a hub id. None =
             build a new encoder from `config`.
         config: Settings of a new encoder: `model_type` such as "clip_text_model", "t5" or "bert",
-            and that model's own names (hidden_size, num_hidden_layers, ...). The vocabulary's size
-            and the longest prompt are filled in.
-        tokenizer: "open_clip" or "clip" for CLIP's BPE, shipped with open_clip, with zeros or end
-            tokens after the prompt; else a folder or hub id. None = beside the pretrained encoder.
+            and that model's settings (hidden_size, num_hidden_layers, ...). The vocabulary size and
+            the maximum prompt length are filled in.
+        tokenizer: "open_clip" or "clip" for the CLIP tokenizer of the package open_clip, padded
+            with zeros or end tokens; otherwise a folder or hub id. None = the tokenizer of
+            `pretrained`.
         subfolder: Folder of the encoder inside `pretrained`, such as "text_encoder".
         tokenizer_subfolder: Folder of the tokenizer, such as "tokenizer".
-        max_length: L, tokens a prompt; longer prompts are cut. None = the tokenizer's own, at
-            most 512.
-        layer: Which hidden state is the context: -1 the last, -2 the one before.
-        final_norm: Put the encoder's final layer norm on an earlier hidden state, as Stable
-            Diffusion 2 does. The last hidden state has it already.
-        use_mask: Hide padding from the encoder and the network. Stable Diffusion's CLIP does not;
-            T5 and BERT want it. None = by model type.
-        trainable: Train it along; else frozen.
+        max_length: L, tokens per prompt; longer prompts are truncated. None = the tokenizer's
+            length, at most 512.
+        layer: Index of the hidden state that is the context: -1 = last, -2 = penultimate.
+        final_norm: Apply the encoder's final layer norm to an earlier hidden state, as in Stable
+            Diffusion 2. The last hidden state always includes it.
+        use_mask: Mask padding in the encoder and the network. Stable Diffusion's CLIP does not; T5
+            and BERT require it. None = by model type.
+        trainable: Train it jointly with the UNet; otherwise it is frozen.
     """
 
     parts = ("encoder",)
@@ -68,7 +69,7 @@ class TransformersConditioner(Conditioner):
     ) -> None:
         super().__init__(trainable, pretrained is not None)
         if (pretrained is None) == (config is None):
-            raise ValueError("Give either `pretrained` or `config`: a text encoder needs one.")
+            raise ValueError("A text encoder needs either `pretrained` or `config`.")
         if tokenizer is None and pretrained is None:
             raise ValueError("A text encoder from a config needs `tokenizer`, such as 'open_clip'.")
         self._settings: dict[str, Any] = {
@@ -110,9 +111,9 @@ class TransformersConditioner(Conditioner):
         device = next(self.encoder.parameters()).device
         ids, mask = (part.to(device) for part in self._tokenize(prompts))
         with torch.set_grad_enabled(self.trainable and torch.is_grad_enabled()):
-            # Stable Diffusion's CLIP sees its padding: a mask would change what follows the end.
-            seen = mask.long() if self._use_mask else None
-            out = self.encoder(ids, attention_mask=seen, output_hidden_states=True)
+            # Stable Diffusion's CLIP attends to padding: a mask would change tokens after the end.
+            attention_mask = mask.long() if self._use_mask else None
+            out = self.encoder(ids, attention_mask=attention_mask, output_hidden_states=True)
             context: Tensor = out.last_hidden_state
             if self._layer != -1:
                 context = out.hidden_states[self._layer]
@@ -123,7 +124,7 @@ class TransformersConditioner(Conditioner):
 
     @property
     def max_length(self) -> int:
-        """L, tokens a prompt."""
+        """L, tokens per prompt."""
         return self._max_length
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -134,14 +135,14 @@ class TransformersConditioner(Conditioner):
         return dict(self._settings)
 
     def _decisive(self) -> dict[str, Any]:
-        own = self._settings
-        source, subfolder = str(own["pretrained"]), self._subfolder
-        tokenizer = own["tokenizer"]
+        settings = self._settings
+        source, subfolder = str(settings["pretrained"]), self._subfolder
+        tokenizer = settings["tokenizer"]
         return {
             "config": read_config(source, subfolder),
             "tokenizer": tokenizer
             if tokenizer in BPE
-            else tokenizer_digest(tokenizer or source, own["tokenizer_subfolder"]),
+            else tokenizer_digest(tokenizer or source, settings["tokenizer_subfolder"]),
             "max_length": self._max_length,
             "layer": self._layer,
             "final_norm": self._final_norm,
@@ -150,10 +151,10 @@ class TransformersConditioner(Conditioner):
         }
 
     def _read(self) -> dict[str, nn.Module]:
-        own = self._settings
-        if own["config"] is not None:
-            return {"encoder": _new_encoder(own["config"], self._vocabulary, self._max_length)}
-        return {"encoder": pretrained_encoder(str(own["pretrained"]), self._subfolder)}
+        settings = self._settings
+        if settings["config"] is not None:
+            return {"encoder": _new_encoder(settings["config"], self._vocabulary, self._max_length)}
+        return {"encoder": pretrained_encoder(str(settings["pretrained"]), self._subfolder)}
 
 
 def _new_encoder(config: dict[str, Any], vocabulary: int, max_length: int) -> nn.Module:
@@ -174,7 +175,7 @@ def _new_encoder(config: dict[str, Any], vocabulary: int, max_length: int) -> nn
 
 
 def _check_keys(model_type: str, settings: dict[str, Any]) -> None:
-    """Refuse settings that the model's config does not have: transformers would keep quiet."""
+    """Refuse settings that the model's config does not have, which transformers would ignore."""
     from transformers import CONFIG_MAPPING
 
     if model_type not in CONFIG_MAPPING:
@@ -188,10 +189,10 @@ def _check_keys(model_type: str, settings: dict[str, Any]) -> None:
 
 
 def pretrained_config(pretrained: str, subfolder: str | None) -> Any:
-    """Read the text encoder's config; of a whole CLIP, its text tower's."""
+    """Read the text encoder's config; for a full CLIP model, that of its text tower."""
     from transformers import AutoConfig
 
-    config = load_pretrained(AutoConfig, pretrained, subfolder, what="a text encoder's config")
+    config = load_pretrained(AutoConfig, pretrained, subfolder, label="a text encoder's config")
     return getattr(config, "text_config", config)
 
 
@@ -203,10 +204,10 @@ def pretrained_encoder(
     Args:
         pretrained: A folder or hub id.
         subfolder: Folder inside it.
-        projected: Keep the projection of a CLIP that gives a pooled embedding.
+        projected: Include CLIP's projection, which returns a pooled embedding.
 
     Raises:
-        ValueError: It cannot be loaded, or its weights are not whole.
+        ValueError: The encoder cannot be loaded, or its weights are incomplete.
     """
     from transformers import (
         AutoModel,
@@ -220,11 +221,11 @@ def pretrained_encoder(
     model_type = pretrained_config(pretrained, subfolder).model_type
     cls = by_type.get(model_type, AutoModel)
     encoder: nn.Module = load_whole(
-        cls, pretrained, subfolder, what="a text encoder", spare="pooler"
+        cls, pretrained, subfolder, label="a text encoder", spare="pooler"
     )
     return encoder
 
 
 def _final_norm(encoder: nn.Module) -> nn.Module | None:
-    found = {name.rpartition(".")[2]: module for name, module in encoder.named_modules()}
-    return found.get("final_layer_norm") if "final_layer_norm" in found else None
+    modules = {name.rpartition(".")[2]: module for name, module in encoder.named_modules()}
+    return modules.get("final_layer_norm") if "final_layer_norm" in modules else None

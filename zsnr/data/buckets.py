@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: shapes of about equal area, and which image goes into which."""
+"""Aspect-ratio buckets: shapes of about equal area, and the assignment of images to them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ class AspectBuckets:
     An image goes to the shape nearest in aspect ratio, and is resized and cropped to it.
 
     Args:
-        step: Pixels; a multiple of what codec and UNet together shrink by.
-        max_ratio: Longest side over shortest. Images beyond it are cropped to it.
+        step: Step between sides, in pixels; a multiple of the total downsampling factor of the
+            codec and the UNet.
+        max_ratio: Largest ratio of the longer side to the shorter. More elongated images are
+            cropped to it.
     """
 
     step: int = 64
@@ -39,12 +41,12 @@ class AspectBuckets:
             raise ValueError(
                 f"data.image_size={image_size} is not a multiple of data.aspect.step={self.step}."
             )
-        found = set()
+        shapes = set()
         for short in range(self.step, image_size + 1, self.step):
             long = image_size**2 // short // self.step * self.step
             if long / short <= self.max_ratio:
-                found |= {(short, long), (long, short)}
-        return sorted(found)
+                shapes |= {(short, long), (long, short)}
+        return sorted(shapes)
 
 
 _BLOCK = 1 << 20  # images that are assigned at a time
@@ -58,6 +60,6 @@ def assign(heights: np.ndarray, widths: np.ndarray, shapes: list[tuple[int, int]
     chosen = np.empty(len(heights), np.int16)
     for i in range(0, len(heights), _BLOCK):
         part = slice(i, i + _BLOCK)
-        own = np.log(heights[part] / widths[part])
-        chosen[part] = np.abs(own[:, None] - logs).argmin(1)
+        log_ratios = np.log(heights[part] / widths[part])
+        chosen[part] = np.abs(log_ratios[:, None] - logs).argmin(1)
     return chosen

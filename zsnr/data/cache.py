@@ -1,8 +1,8 @@
-"""The cache: shards of moments and text embeddings in the place of images.
+"""The cache: shards of latent moments and text embeddings in place of images.
 
-A cache stands for its source sample by sample, broken ones included, so a run from the cache takes
-the batches of a run from the images. It holds the moments of the codec, so each epoch draws its
-latents anew, and the captions, so dropout and other encoders stay possible.
+A cache mirrors its source sample by sample, broken ones included, so a run from the cache sees the
+same batches as a run from the images. It holds the moments of the codec, so that each epoch samples
+new latents, and the captions, so that dropout and other encoders remain possible.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ if TYPE_CHECKING:
     from zsnr.data.buckets import AspectBuckets
 
 NULL = "null.safetensors"
-_MOST_NULL = 1 << 28  # bytes; an embedding of T5 has 4 MB
+_MAX_NULL = 1 << 28  # bytes; a T5 embedding takes 4 MB
 
 _VERSION = 1
-_TEXT = "text."  # names of the embedding's tensors begin so
+_TEXT = "text."  # prefix of the names of the embedding's tensors
 _FLIPPED = "moments_flipped"
-_MOST_PIXELS = 1 << 16  # of a side
+_MAX_SIDE = 1 << 16  # pixels
 _FACTS: dict[str, tuple[type, ...]] = {
     "codec": (dict,),
     "conditioner": (dict, NoneType),
@@ -67,18 +67,18 @@ _FACTS: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class Cache:
-    """What a cache was made with, and of what; cache.json.
+    """The settings and sources that a cache was made with; cache.json.
 
     Args:
-        folder: Where it is.
-        codec: The codec's fingerprint.
-        conditioner: The text encoder's. None = the cache holds no text embeddings.
-        captions: Which captions the embeddings are of, likewise.
-        picture: Size, buckets, crop, flip and limit of the images.
-        filters: Put on the source.
-        samples: Digest of the source's samples, which decides their order.
-        dtype: Of moments and embeddings.
-        shards: File and weight of each, in order.
+        folder: Folder of the cache.
+        codec: Fingerprint of the codec.
+        conditioner: Fingerprint of the text encoder. None = the cache holds no text embeddings.
+        captions: Settings of the embedded captions. None = the cache holds no text embeddings.
+        picture: Size, buckets, crop, flip and pixel limit of the images.
+        filters: Filters that were applied to the source.
+        samples: Digest of the source's samples, which determines their order.
+        dtype: Data type of moments and embeddings.
+        shards: File and weight of each shard, in order.
     """
 
     folder: Path
@@ -92,16 +92,16 @@ class Cache:
     shards: list[dict[str, Any]]
 
     def facts(self) -> dict[str, Any]:
-        """Return all but the folder, as plain values."""
+        """Return all fields except the folder, as plain values."""
         facts = {**asdict(self), "version": _VERSION}
         del facts["folder"]
         return facts
 
     def null(self) -> Conditioning | None:
-        """Read null's embedding. None = the cache holds no text embeddings.
+        """Read the embedding of the null prompt. None = the cache holds no text embeddings.
 
         Raises:
-            ValueError: Its file is damaged.
+            ValueError: The embedding's file is damaged.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load
@@ -110,7 +110,7 @@ class Cache:
             return None
         file = self.folder / NULL
         try:
-            tensors = load(read_small(file, _MOST_NULL))
+            tensors = load(read_small(file, _MAX_NULL))
             return text_embedding({name: row[None] for name, row in tensors.items()})
         except (SafetensorError, TypeError) as error:
             reason = clipped(str(error))
@@ -118,10 +118,11 @@ class Cache:
 
 
 def find_cache(sources: Sources) -> Cache | None:
-    """Read what a source that is a cache was made with. None = it is none.
+    """Read the settings of a source that is a cache. None = the source is not a cache.
 
     Raises:
-        ValueError: It is one of several sources, unfinished, or of another version.
+        ValueError: The cache is one of several sources, is unfinished, or was written by another
+            version.
     """
     paths = [
         path
@@ -131,7 +132,9 @@ def find_cache(sources: Sources) -> Cache | None:
     if not any(is_cache(path) for path in paths):
         return None
     if len(paths) > 1:
-        raise ValueError(f"{paths[0]}: a cache is a source alone; cache several together.")
+        raise ValueError(
+            f"{paths[0]}: a cache cannot be combined with other sources. Cache them all together."
+        )
     folder = local_path(paths[0])
     facts = read_cache(folder / CACHE)
     version = facts.pop("version", None)
@@ -153,7 +156,7 @@ def find_cache(sources: Sources) -> Cache | None:
 
 
 def _fits(name: str, facts: Mapping[str, Any]) -> bool:
-    """Whether a value of cache.json has the form of that field."""
+    """Whether a value of cache.json has the type that its field requires."""
     if name not in _FACTS or type(facts.get(name)) not in _FACTS[name]:
         return False
     if name == "dtype":
@@ -164,11 +167,11 @@ def _fits(name: str, facts: Mapping[str, Any]) -> bool:
 
     size, aspect = facts[name].get("image_size"), facts[name].get("aspect", ...)
     try:
-        shape = None if aspect is None else AspectBuckets(**aspect)
+        buckets = None if aspect is None else AspectBuckets(**aspect)
         return (
             type(size) is int
-            and 0 < size <= _MOST_PIXELS
-            and (not shape or any(shape.shapes(size)))
+            and 0 < size <= _MAX_SIDE
+            and (not buckets or any(buckets.shapes(size)))
         )
     except (TypeError, ValueError):
         return False
@@ -177,73 +180,81 @@ def _fits(name: str, facts: Mapping[str, Any]) -> bool:
 def select_cached(
     cache: Cache, index: Index, filters: Sequence[Filter], folder: Path | None = None
 ) -> Samples:
-    """Decide which samples of a cache a run uses; filters it was made with need no second look."""
+    """Select the samples of a cache; filters that the cache was made with are not applied again."""
     from zsnr.data.buckets import AspectBuckets
 
-    mine = filter_facts(filters)
-    same = mine == cache.filters
+    filter_settings = filter_facts(filters)
+    same_filters = filter_settings == cache.filters
     aspect = cache.picture["aspect"]
     samples = select(
         index,
         cache.picture["image_size"],
-        filters=() if same else filters,
+        filters=() if same_filters else filters,
         aspect=None if aspect is None else AspectBuckets(**aspect),
         folder=folder,
     )
     digest = cache.samples
-    if not same:
-        text = json.dumps([cache.samples, mine])
+    if not same_filters:
+        text = json.dumps([cache.samples, filter_settings])
         digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
     return replace(samples, digest=digest)
 
 
 def filter_facts(filters: Sequence[Filter]) -> list[dict[str, Any]]:
-    """Return filters as plain values, as JSON gives them back."""
-    facts: list[dict[str, Any]] = json.loads(json.dumps([asdict(each) for each in filters]))
+    """Return filters as plain values, as they are after a round trip through JSON."""
+    facts: list[dict[str, Any]] = json.loads(json.dumps([asdict(f) for f in filters]))
     return facts
 
 
 def picture_facts(image_size: int, aspect: AspectBuckets | None, pixels: Pixels) -> dict[str, Any]:
-    """Return what decides the pixels that a codec sees, as plain values."""
+    """Return the settings that determine the codec's input pixels, as plain values."""
     shape = None if aspect is None else asdict(aspect)
     return {"image_size": image_size, "aspect": shape, **asdict(pixels)}
 
 
-def check_cache(name: str, cache: Cache, **wanted: Mapping[str, Any] | None) -> None:
+def check_cache(name: str, cache: Cache, **expected: Mapping[str, Any] | None) -> None:
     """Refuse a cache that was made with other settings or weights.
 
     Args:
         name: The setting that names the cache, for the message.
-        cache: What it was made with.
-        wanted: Parts of it, such as `codec` or `picture`, as they should be. A digest of weights
-            that is None, on either side, could not be read, and fits any.
+        cache: The cache's description.
+        expected: Expected values of its fields, such as `codec` or `picture`. A digest of weights
+            that is None, on either side, could not be read, and matches any.
 
     Raises:
-        ValueError: They differ; says where.
+        ValueError: A field differs.
     """
-    for part, mine in wanted.items():
-        theirs = getattr(cache, part)
-        if mine is None or theirs is None:
+    for part, expected_part in expected.items():
+        cached_part = getattr(cache, part)
+        if expected_part is None or cached_part is None:
             continue
-        keys = [key for key in {**theirs, **mine} if theirs.get(key) != mine.get(key)]
-        keys = [k for k in keys if k != "weights" or None not in (theirs.get(k), mine.get(k))]
+        keys = [
+            key
+            for key in {**cached_part, **expected_part}
+            if cached_part.get(key) != expected_part.get(key)
+        ]
+        keys = [
+            k
+            for k in keys
+            if k != "weights" or None not in (cached_part.get(k), expected_part.get(k))
+        ]
         if keys:
-            was, now = ({k: facts.get(k) for k in keys} for facts in (theirs, mine))
+            was, now = ({k: facts.get(k) for k in keys} for facts in (cached_part, expected_part))
             raise ValueError(
                 f"{name}={cache.folder} is stale: it was made with {part} {was}, the config has "
                 f"{now}. Make it again with this config, or put the config back."
             )
 
 
-_CROPS = 0  # seed of a cache's random crops, which belong to a row of its source
+_CROPS = 0  # seed of a cache's random crops, which are a function of the row in its source
 
 
 class CacheDataset(ShardDataset):
     """Moments, text embeddings and captions of a cache, by position.
 
-    Items are as ShardDataset's, with moments (2 C, h, w) in the place of the image, and the
-    tensors of the text embedding, if there is one. Whether crops were random must be said by
-    `pixels`, as the cache was made.
+    Items are those of ShardDataset, with moments (2 C, h, w) in place of the image, and the tensors
+    of the text embedding, if there is one. `pixels.crop` must be the value that the cache was made
+    with.
     """
 
     def _load(self, sample: Sample, row: int, position: int, storage: Storage) -> dict[str, Any]:
@@ -270,7 +281,7 @@ class CacheDataset(ShardDataset):
 
 
 def text_embedding(tensors: Mapping[str, Tensor]) -> Conditioning | None:
-    """Gather the embedding from a batch's tensors. None = there is none."""
+    """Collect the embedding from a batch's tensors. None = the batch has no embedding."""
     parts = {
         name.removeprefix(_TEXT): part.float() if part.is_floating_point() else part
         for name, part in tensors.items()
@@ -300,39 +311,39 @@ def write_cache(
     on_shard: Callable[[list[Fault], int], None] | None = None,
     progress: bool = True,
 ) -> list[Fault]:
-    """Write this rank's shards of a cache; those that are there already stay.
+    """Write this rank's shards of a cache, except those that already exist.
 
     Args:
-        folder: Where to write.
-        samples: Of the source.
+        folder: Output folder.
+        samples: Samples of the source.
         codec: Encodes the images.
-        conditioner: Encodes the captions. None = leave them to training.
-        index: Of the source, with all fields.
-        cache: What cache.json says.
-        pixels: How images are cut. A random crop is drawn once a sample.
-        captions: Which text is the caption.
-        retries: Of the source's reads.
-        headers: Of requests to http servers.
-        local_cache: Keeps whole remote shards on local disk.
-        batch_size: Images that are encoded at a time.
-        num_workers: Processes that load.
-        rank: This process; every num_ranks-th shard is its own.
-        num_ranks: All processes.
-        device: Where to encode.
-        on_shard: Called after each shard with what was broken so far and the samples so far.
-        progress: Show a bar.
+        conditioner: Encodes the captions. None = captions are encoded during training.
+        index: Index of the source, with all fields.
+        cache: Contents of cache.json.
+        pixels: Cropping of the images. A random crop is drawn once per sample.
+        captions: Choice of the caption among a sample's texts.
+        retries: Retry policy for reads of the source.
+        headers: Headers of requests to http servers.
+        local_cache: Cache of whole remote shards on local disk.
+        batch_size: Number of images that are encoded at a time.
+        num_workers: Number of loader processes.
+        rank: Rank of this process, which writes every num_ranks-th shard.
+        num_ranks: Number of processes.
+        device: Device of the encoders.
+        on_shard: Called after each shard with the faults and the number of samples so far.
+        progress: Show a progress bar.
 
     Returns:
-        What was broken.
+        The faults of broken samples.
 
     Raises:
-        ValueError: The folder holds something else, or a cache of other settings.
+        ValueError: The folder holds other files, or a cache with other settings.
     """
     from tqdm import tqdm
 
     _claim(folder, cache, conditioner)
     starts = samples.shard.searchsorted(range(len(samples.shards) + 1)).tolist()
-    mine = [
+    shard_numbers = [
         n
         for n in range(rank, len(samples.shards), num_ranks)
         if not _index_file(folder / cache.shards[n]["file"]).is_file()
@@ -351,9 +362,9 @@ def write_cache(
         seed=_CROPS,
     )
     faults: list[Fault] = []
-    total, done = sum(starts[n + 1] - starts[n] for n in mine), 0
+    total, done = sum(starts[n + 1] - starts[n] for n in shard_numbers), 0
     with tqdm(total=total, desc="cache", unit="sample", disable=not progress) as bar:
-        for n in mine:
+        for n in shard_numbers:
             rows = range(starts[n], starts[n + 1])
             items = DataLoader(
                 dataset,
@@ -368,9 +379,9 @@ def write_cache(
             faults += broken
             table = _table(samples, index, rows, spans)
             name = as_utf8(public_url(samples.shards[n].url))
-            known = [f for f in samples.faults if f.shard == name]
+            source_faults = [f for f in samples.faults if f.shard == name]
             size = path.stat().st_size
-            write_index(ShardIndex(table, known + broken, size, 0, ""), _index_file(path))
+            write_index(ShardIndex(table, source_faults + broken, size, 0, ""), _index_file(path))
             done += len(rows)
             if on_shard is not None:
                 on_shard(faults, done)
@@ -378,7 +389,7 @@ def write_cache(
 
 
 def shard_files(shards: Sequence[Shard]) -> list[dict[str, Any]]:
-    """Name the cache's shards, with the weight of each, or its source and its ratio."""
+    """List the cache's shards, each with its weight, or with its source and ratio."""
     return [
         {"file": f"{number:06d}-{shard.name.removesuffix('.tar')}.tar", "weight": shard.weight}
         | ({} if shard.ratio is None else {"ratio": shard.ratio, "source": shard.source})
@@ -386,11 +397,11 @@ def shard_files(shards: Sequence[Shard]) -> list[dict[str, Any]]:
     ]
 
 
-_Spans = dict[int, dict[str, tuple[int, int]]]  # where the parts of each row are
+_Spans = dict[int, dict[str, tuple[int, int]]]  # offset and size of each part of each row
 
 
 class _Raw(ShardDataset):
-    """Images with the bytes of their captions; a broken one says why."""
+    """Images with the bytes of their captions; a broken sample holds the reason instead."""
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         sample = self.samples[row]
@@ -412,7 +423,7 @@ class _Raw(ShardDataset):
 
 
 class _Encoder:
-    """Batches of items to the bytes of their tensors."""
+    """Encodes batches of items and serializes the tensors of each."""
 
     def __init__(
         self,
@@ -436,13 +447,13 @@ class _Encoder:
         if self._conditioner is not None:
             if not all(item["certain"] for item in items):
                 raise ValueError(
-                    "A sample has several captions, so its embedding cannot be kept: name one "
+                    "A sample has several captions, so its embedding cannot be cached: name one "
                     "field in data.captions.fields, or cache without --text."
                 )
             columns |= _columns(self._conditioner([item["caption"] for item in items]))
-        kept = {n: x.to("cpu", _kept(x, self._dtype)) for n, x in columns.items()}
+        tensors = {n: x.to("cpu", _stored_dtype(x, self._dtype)) for n, x in columns.items()}
         return [
-            save({name: column[i].contiguous() for name, column in kept.items()})
+            save({name: column[i].contiguous() for name, column in tensors.items()})
             for i in range(len(items))
         ]
 
@@ -452,14 +463,14 @@ def _columns(cond: Conditioning) -> dict[str, Tensor]:
     return {_TEXT + name: part for name, part in parts.items() if part is not None}
 
 
-def _kept(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+def _stored_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
     return dtype if x.is_floating_point() else x.dtype
 
 
 def _write_shard(
     path: Path, items: Any, encoder: _Encoder, bar: Any
 ) -> tuple[_Spans, list[tuple[str, str]]]:
-    """Write one shard; return its spans, and key and reason of what is broken."""
+    """Write one shard; return its spans, and the key and reason of each broken sample."""
     from webdataset import TarWriter
 
     spans: _Spans = {}
@@ -491,7 +502,7 @@ def _table(
     rows: range,
     spans: _Spans,
 ) -> pa.Table:
-    """Make the rows of a cached shard's index: one for each of the source's, in its order."""
+    """Make the rows of a cached shard's index: one per row of the source, in the same order."""
     import pyarrow as pa
 
     table = pa.table({"key": samples.keys[rows.start : rows.stop].cast(pa.string())})
@@ -500,9 +511,11 @@ def _table(
         table = table.append_column(name, pa.array(column, pa.int32()))
     for part in PARTS:
         missing = (0, 0) if part == "image" else (-1, -1)
-        found = [spans.get(row, {}).get(part, missing) for row in rows]
+        part_spans = [spans.get(row, {}).get(part, missing) for row in rows]
         for i, name in enumerate((f"{part}_offset", f"{part}_size")):
-            table = table.append_column(name, pa.array([span[i] for span in found], pa.int64()))
+            table = table.append_column(
+                name, pa.array([span[i] for span in part_spans], pa.int64())
+            )
     source = index.table.take(samples.rows[rows.start : rows.stop])
     for name in source.column_names:
         if name.startswith(FIELD):
@@ -514,22 +527,26 @@ def _one_shape(samples: Samples, rows: range, size: int) -> list[list[int]]:
     by_bucket: dict[int, list[int]] = {}
     for row in rows:
         by_bucket.setdefault(int(samples.bucket[row]), []).append(row)
-    return [own[i : i + size] for own in by_bucket.values() for i in range(0, len(own), size)]
+    return [
+        bucket_rows[i : i + size]
+        for bucket_rows in by_bucket.values()
+        for i in range(0, len(bucket_rows), size)
+    ]
 
 
 def _claim(folder: Path, cache: Cache, conditioner: Conditioner | None) -> None:
-    """Write cache.json, or see that the one that is there says the same."""
+    """Write cache.json, or check that the existing one holds the same settings."""
     from safetensors.torch import save
 
     file = folder / CACHE
     if file.is_file():
-        theirs = read_cache(file)
-        mine = json.loads(json.dumps(cache.facts()))
-        changed = [name for name in mine if theirs.get(name) != mine[name]]
+        existing = read_cache(file)
+        settings = json.loads(json.dumps(cache.facts()))
+        changed = [name for name in settings if existing.get(name) != settings[name]]
         if changed:
             raise ValueError(
-                f"{folder} holds a cache that was made with another {', '.join(changed)}: choose "
-                "another folder, or remove it."
+                f"{folder} holds a cache that was made with a different {', '.join(changed)}: "
+                "choose another folder, or remove it."
             )
         return
     others = [path for path in folder.glob("[!.]*") if path.name != NULL]

@@ -1,4 +1,4 @@
-"""Captions to measure a model on: which of a file's, and the seed of each one's image."""
+"""Captions to evaluate a model on: selection from a file, and the seed of each image."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _MAX_ENTRIES = 2**23
 
 @dataclass(frozen=True)
 class Captioned:
-    """An image to make.
+    """An image to generate.
 
     Args:
-        caption: Its prompt.
-        seed: Of its noise.
-        group: What the file groups it with; "" = nothing.
-        number: The id of COCO's image, or the line in the file, from 1.
+        caption: Prompt of the image.
+        seed: Seed of its noise.
+        group: Group of the image in the file; "" = none.
+        number: Image id in COCO, or line number in the file, from 1.
     """
 
     caption: str
@@ -32,18 +32,19 @@ class Captioned:
 
 
 def read_captions(path: str | Path, num_images: int, seed: int = 0) -> list[Captioned]:
-    """Choose captions of a file.
+    """Choose captions from a file.
 
-    .json: as COCO has it, `annotations` with `image_id`, `id` and `caption`; of each image the
-    caption with the smallest id. .txt: one a line. .jsonl: one object a line, with `caption` or
-    `prompt` and, if wanted, `group`. Empty lines are skipped.
+    .json: COCO's format, `annotations` with `image_id`, `id` and `caption`; the caption with the
+    smallest id is used for each image. .txt: one caption per line. .jsonl: one object per line,
+    with `caption` or `prompt` and, optionally, `group`. Empty lines are skipped.
 
-    Of all images (lines), the `num_images` whose hash of (seed, number) is smallest are taken, in
-    the order of that hash, which is also the seed of the image: another number of images adds to
-    the same ones, or leaves some out.
+    The `num_images` images (lines) with the smallest hash of (seed, number) are chosen, in the
+    order of that hash, which is also the seed of the image. So a larger number of images extends
+    the same selection, and a smaller number shortens it.
 
     Raises:
-        ValueError: No such file, another kind, fewer captions than wanted, or one that is none.
+        ValueError: The file does not exist, is of an unsupported type, has fewer captions than
+            `num_images`, or holds an entry without a caption.
     """
     path = Path(path).expanduser()
     readers = {".json": _coco, ".txt": _lines, ".jsonl": _objects}
@@ -55,22 +56,22 @@ def read_captions(path: str | Path, num_images: int, seed: int = 0) -> list[Capt
         raise ValueError(f"num_images={num_images}: wanted at least 1.")
     text = read_text(path, _MAX_BYTES)
     try:
-        found = readers[path.suffix](text)
+        captions = readers[path.suffix](text)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    if len(found) < num_images:
+    if len(captions) < num_images:
         raise ValueError(
-            f"{path} has captions of {len(found)} images, and num_images={num_images}: lower it."
+            f"{path} has captions of {len(captions)} images, and num_images={num_images}: lower it."
         )
     chosen = [
         Captioned(caption, derive_seed(seed, number), group, number)
-        for number, (caption, group) in found.items()
+        for number, (caption, group) in captions.items()
     ]
-    return sorted(chosen, key=lambda one: (one.seed, one.number))[:num_images]
+    return sorted(chosen, key=lambda item: (item.seed, item.number))[:num_images]
 
 
 def _coco(text: str) -> dict[int, tuple[str, str]]:
-    content = parse_json(text, most=_MAX_ENTRIES)
+    content = parse_json(text, limit=_MAX_ENTRIES)
     annotations = content.get("annotations") if isinstance(content, dict) else None
     if not isinstance(annotations, list):
         raise ValueError("wanted an object with annotations, as COCO's captions have it.")
@@ -94,7 +95,7 @@ def _lines(text: str) -> dict[int, tuple[str, str]]:
 
 
 def _objects(text: str) -> dict[int, tuple[str, str]]:
-    found = {}
+    captions = {}
     for number, (line, _) in _lines(text).items():
         try:
             record = parse_json(line)
@@ -109,8 +110,8 @@ def _objects(text: str) -> dict[int, tuple[str, str]]:
             ) from error
         if not isinstance(group, str) or not is_text(group):
             raise ValueError(f"line {number}: group={shown(group)}: wanted a name.")
-        found[number] = (caption, group)
-    return found
+        captions[number] = (caption, group)
+    return captions
 
 
 def _text(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Which text of a sample is its caption, and whether it has one."""
+"""Choice of a sample's caption among its texts."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 TEXT = "txt"
-"""The sample's text file, among the fields of its json."""
+"""Name of the sample's text file, beside the fields of its json."""
 
 TEXTS = "texts"
-"""The column of the index that names the fields with texts, see `text_fields`."""
+"""The column of the index that lists the fields with texts, see `text_fields`."""
 
 _USUAL = (TEXT, "caption", "text")
-_MOST_NAMES = 256  # fields of one json that may hold captions
+_MAX_NAMES = 256  # fields of one json that may hold captions
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
 class Captions:
-    """Where captions come from.
+    """Source of the captions.
 
     Args:
-        fields: Names of fields with the probability of each: "txt" is the text file, others are
-            fields of the json. A field that is a list gives one of its texts, each as likely. A
-            field that a sample lacks passes its probability to the others. Empty = the text file,
-            else the json's caption or text.
-        empty: What to do with an empty caption: "keep" trains it as no prompt, "drop" takes
-            another field's, and counts the sample as broken where there is none.
+        fields: Field names with the probability of each: "txt" is the text file, others are fields
+            of the json. From a list of texts, one is chosen uniformly. The probability of a missing
+            field is distributed among the others. Empty = the text file, else the json's caption or
+            text.
+        empty: Treatment of empty captions: "keep" trains them as the empty prompt, "drop" uses
+            another field, and counts the sample as broken if all are empty.
     """
 
     fields: dict[str, float] = field(default_factory=dict)
@@ -50,38 +50,39 @@ class Captions:
             raise ValueError(f"captions.empty={self.empty!r}: wanted 'keep' or 'drop'.")
 
     def is_certain(self, text: bytes | None, record: bytes | None) -> bool:
-        """Tell whether a sample has the same caption each time."""
+        """Return whether a sample has exactly one possible caption."""
         return sum(map(len, self._candidates(text, record).values())) == 1
 
     def choose(self, text: bytes | None, record: bytes | None, seed: int) -> str:
         """Choose a sample's caption.
 
         Args:
-            text: Its text file. None = there is none.
-            record: Its json, likewise.
-            seed: Of the choice.
+            text: Contents of its text file. None = it has no text file.
+            record: Its json. None = it has no json.
+            seed: Seed of the random choice.
 
         Raises:
-            ValueError: There is no caption, or it is not UTF-8 or not JSON; one line.
+            ValueError: The sample has no caption, or its text is not UTF-8, or its json is not
+                valid.
         """
-        found = self._candidates(text, record)
-        if not found:
+        candidates = self._candidates(text, record)
+        if not candidates:
             raise ValueError(self._lacks(text, record))
         draw = random.Random(seed)
-        names = list(found)
+        names = list(candidates)
         name = names[0]
         if len(names) > 1:
             name = draw.choices(names, [self.fields[name] for name in names])[0]
-        texts = found[name]
+        texts = candidates[name]
         chosen = texts[0] if len(texts) == 1 else draw.choice(texts)
         return chosen.strip()
 
     def usable(self, texts: pa.ChunkedArray) -> np.ndarray:
-        """Tell which samples have a caption.
+        """Return which samples have a caption.
 
         Args:
-            texts: What `text_fields` says of each, as a dictionary column. null = it has one, as
-                the samples of a cache do.
+            texts: The result of `text_fields` for each sample, as a dictionary column. null = the
+                sample has a caption, as the samples of a cache do.
 
         Returns:
             bool (count,).
@@ -90,22 +91,21 @@ class Captions:
 
         parts = [np.zeros(0, bool)]
         for chunk in texts.chunks:
-            known = [self._accepts(each) for each in chunk.dictionary.to_pylist()]
-            answers = np.array([*known, True])
-            parts.append(answers[chunk.indices.fill_null(len(known)).to_numpy()])
+            answers_by_value = [self._accepts(value) for value in chunk.dictionary.to_pylist()]
+            answers = np.array([*answers_by_value, True])
+            parts.append(answers[chunk.indices.fill_null(len(answers_by_value)).to_numpy()])
         return np.concatenate(parts)
 
     def lacking(self) -> str:
-        """Say what a sample lacks that has no caption."""
-        how = "is empty or not" if self.empty == "drop" else "is not"
-        return (
-            f"it has no caption: no text in {', '.join(self.fields or _USUAL)}, or it {how} UTF-8"
-        )
+        """Return the reason why a sample without a usable caption is broken."""
+        condition = "is empty or not" if self.empty == "drop" else "is not"
+        names = ", ".join(self.fields or _USUAL)
+        return f"it has no caption: no text in {names}, or it {condition} UTF-8"
 
     def _accepts(self, texts: str) -> bool:
         filled, blank = parse_text_fields(texts)
-        kept = filled if self.empty == "drop" else filled + blank
-        return any(name in kept for name in self.fields or _USUAL)
+        usable = filled if self.empty == "drop" else filled + blank
+        return any(name in usable for name in self.fields or _USUAL)
 
     def _lacks(self, text: bytes | None, record: bytes | None) -> str:
         if text is not None and _decode(text) is None:
@@ -115,41 +115,41 @@ class Captions:
         return self.lacking()
 
     def _candidates(self, text: bytes | None, record: bytes | None) -> dict[str, list[str]]:
-        """Gather the texts of each field that the sample has; of the usual ones the first."""
+        """Collect the texts of each configured field; by default, of the first usual field."""
         values: dict[str, Any] = {}
         if record is not None and set(self.fields) != {TEXT}:
             values = parse_record(record)
         values[TEXT] = None if text is None else _decode(text)
-        found: dict[str, list[str]] = {}
+        candidates: dict[str, list[str]] = {}
         for name in self.fields or _USUAL:
             texts = _texts(values.get(name))
             if self.empty == "drop":
-                texts = [each for each in texts if each.strip()]
+                texts = [text for text in texts if text.strip()]
             if texts:
-                found[name] = texts
+                candidates[name] = texts
                 if not self.fields:
                     break
-        return found
+        return candidates
 
 
 def parse_record(record: bytes) -> dict[str, Any]:
-    """Read a sample's json; of a repeated key the last value counts.
+    """Read a sample's json; the last value of a repeated key is used.
 
     Raises:
-        ValueError: It is not a JSON object; one line.
+        ValueError: The text is not a JSON object.
     """
     return parse_object(record, "its json", repeated=True)
 
 
 def text_fields(text: bytes | None, record: Mapping[str, Any]) -> str:
-    """Name the fields that hold texts, and those whose texts are all blank, as JSON.
+    """List the fields that hold texts, and those whose texts are all blank, as JSON.
 
-    The index keeps this, so that a run's captions are judged without reading them. Samples of a
-    data set have few different answers.
+    The index stores this list, so that samples without a caption are recognized without reading
+    the captions. A dataset has few distinct lists.
 
     Args:
-        text: The text file. None = there is none.
-        record: The fields of the json.
+        text: Contents of the text file. None = the sample has no text file.
+        record: Fields of the json.
     """
     values = {TEXT: None if text is None else _decode(text)}
     values |= {name: value for name, value in record.items() if name != TEXT}
@@ -159,16 +159,16 @@ def text_fields(text: bytes | None, record: Mapping[str, Any]) -> str:
         if not isinstance(value, str | list) or len(name) > 64 or not is_text(name):
             continue
         texts = _texts(value)
-        if texts and len(filled) + len(blank) < _MOST_NAMES:
+        if texts and len(filled) + len(blank) < _MAX_NAMES:
             (filled if any(map(str.strip, texts)) else blank).append(name)
     return json.dumps([filled, blank])
 
 
 def parse_text_fields(texts: str) -> tuple[list[str], list[str]]:
-    """Read what `text_fields` has written.
+    """Parse the result of `text_fields`.
 
     Raises:
-        ValueError: Another wrote it.
+        ValueError: The text is not a result of `text_fields`.
     """
     value = parse_json(texts)
     lists = value if isinstance(value, list) else []
@@ -179,21 +179,21 @@ def parse_text_fields(texts: str) -> tuple[list[str], list[str]]:
     return lists[0], lists[1]
 
 
-def field_names(texts: pa.ChunkedArray, most: int = 5) -> list[str]:
-    """List the fields that most samples fill with text, the commonest first.
+def field_names(texts: pa.ChunkedArray, limit: int = 5) -> list[str]:
+    """List the fields that hold text in the largest number of samples, most common first.
 
     Args:
-        texts: As of `Captions.usable`.
-        most: How many to list.
+        texts: A column as for `Captions.usable`.
+        limit: Maximum number of fields.
     """
     counts: Counter[str] = Counter()
     for value, count in Counter(texts.to_pylist()).items():
         counts.update(dict.fromkeys(parse_text_fields(value)[0], count))
-    return [name for name, _ in counts.most_common(most)]
+    return [name for name, _ in counts.most_common(limit)]
 
 
 def is_text(text: str) -> bool:
-    """Whether UTF-8 can hold it: it has no half of a character, and no byte of a name as one."""
+    """Whether UTF-8 can encode the text: it holds no surrogates, paired or from file names."""
     return text.isascii() or not _SURROGATE.search(text)
 
 
@@ -205,6 +205,6 @@ def _decode(data: bytes) -> str | None:
 
 
 def _texts(value: Any) -> list[str]:
-    """Gather the texts of a field that are text: not those with halves of characters."""
+    """Collect the valid texts of a field: those without lone surrogates."""
     values = value if isinstance(value, list) else [value]
     return [text for text in values if isinstance(text, str) and is_text(text)]

@@ -1,4 +1,4 @@
-"""Colors of decoded images to sRGB: embedded profiles, 16 bits, transparency."""
+"""Conversion of decoded images to sRGB: embedded profiles, 16-bit levels, transparency."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-_MOST_PROFILE = 4 << 20  # bytes of a color profile
+_MAX_PROFILE = 4 << 20  # bytes of a color profile
 
 
 class Profile:
     """The color profile of an image, and the conversion to sRGB.
 
-    What has three channels, or one, is converted after it was scaled, since the result is small;
-    CMYK is converted before, since no one can scale what is not yet a color. A profile that cannot
-    be read, or is of another kind of colors than the image, is ignored with a warning.
+    Images with one or three channels are converted after scaling, when they are small. CMYK images
+    are converted before scaling, because scaling is defined on RGB. A profile that cannot be read,
+    or is for another color space than the image's, is ignored with a warning.
     """
 
     def __init__(self, image: Any) -> None:
@@ -28,13 +28,13 @@ class Profile:
         if not profile:
             return
         space, transform = _to_srgb(bytes(profile))
-        grey = image.mode[0] in "1LI"
+        is_gray = image.mode[0] in "1LI"
         if space == "CMYK" == image.mode:
             self.cmyk = transform
-        elif image.mode != "CMYK" and (space == "RGB" or (space == "GRAY" and grey)):
+        elif image.mode != "CMYK" and (space == "RGB" or (space == "GRAY" and is_gray)):
             self._after, self._mode = transform, "RGB" if space == "RGB" else "L"
         elif space:
-            ignore_profile(f"it is of {space}, the image of {image.mode}")
+            ignore_profile(f"it is for {space}, but the image is {image.mode}")
 
     def finish(self, pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Convert scaled pixels, (h, w, 3) uint8."""
@@ -54,11 +54,11 @@ def ignore_profile(reason: str) -> None:
 def _to_srgb(profile: bytes) -> tuple[str, Any]:
     """Return a profile's color space and the transform to sRGB.
 
-    None = it is the same within two levels; "" = it was ignored.
+    None = the transform changes no level by more than two; "" = the profile was ignored.
     """
     from PIL import Image, ImageCms
 
-    if len(profile) > _MOST_PROFILE:
+    if len(profile) > _MAX_PROFILE:
         ignore_profile("it is too large")
         return "", None
     try:
@@ -66,7 +66,7 @@ def _to_srgb(profile: bytes) -> tuple[str, Any]:
         space = opened.profile.xcolor_space.strip()
         mode = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}.get(space)
         if mode is None:
-            raise ValueError(f"it is of {space}")
+            raise ValueError(f"it is for {space}")
         srgb = ImageCms.createProfile("sRGB")
         transform = ImageCms.buildTransform(opened, srgb, mode, "RGB")
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError) as error:
@@ -76,8 +76,8 @@ def _to_srgb(profile: bytes) -> tuple[str, Any]:
         levels = np.arange(0, 256, 17, dtype=np.uint8)
         cube = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(16, -1, 3)
         probe = Image.fromarray(cube if mode == "RGB" else levels[None].copy())
-        wanted = np.asarray(probe.convert("RGB"), np.int16)
-        if np.abs(np.asarray(ImageCms.applyTransform(probe, transform)) - wanted).max() <= 2:
+        unchanged = np.asarray(probe.convert("RGB"), np.int16)
+        if np.abs(np.asarray(ImageCms.applyTransform(probe, transform)) - unchanged).max() <= 2:
             return space, None
     return space, transform
 

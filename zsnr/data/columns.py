@@ -1,7 +1,7 @@
-"""The columns of a run's samples: gathered shard by shard, and mapped from one Arrow file.
+"""The columns of a run's samples: collected shard by shard, and memory-mapped from one Arrow file.
 
-A file of one record batch holds each column in one piece, so the arrays are views of the file: the
-system keeps one copy for all ranks and loading processes, and a rank has nothing of its own.
+A file with one record batch stores each column contiguously, so the arrays are views of the file:
+all ranks and loader processes share one copy in the page cache.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ SHAPES: dict[str, tuple[str, tuple[int, ...]]] = {
     "size": ("int32", (2,)),
     "spans": ("int64", (3, 2)),
 }
-"""Type and shape of a row of each array; `keys` are texts."""
+"""Data type and shape of a row of each array; `keys` holds strings."""
 
 
 class Spool:
-    """Columns that grow row by row, in files without a name in a folder, or in memory.
+    """Columns that grow row by row, in unnamed files of a folder, or in memory.
 
     Args:
-        folder: Needs room while the spool is open. None = in memory.
+        folder: Folder of the unnamed files, which need space while the spool is open. None = in
+            memory.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -55,7 +56,7 @@ class Spool:
 
         Args:
             keys: large_string (n,).
-            columns: Those of SHAPES, (n, ...).
+            columns: The columns of SHAPES, (n, ...).
         """
         import numpy as np
 
@@ -81,8 +82,8 @@ class Spool:
                 buffers[name] = pa.py_buffer(file.getbuffer())
                 continue
             file.flush()
-            whole = mmap(file.fileno(), 0, access=ACCESS_READ) if file.tell() else b""
-            buffers[name] = pa.py_buffer(whole)
+            contents = mmap(file.fileno(), 0, access=ACCESS_READ) if file.tell() else b""
+            buffers[name] = pa.py_buffer(contents)
         schema = _schema()
         keys = [None, buffers["ends"], buffers["keys"]]
         arrays = [pa.Array.from_buffers(pa.large_string(), self.rows, keys)]
@@ -95,7 +96,7 @@ class Spool:
         return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files."""
         if not self._in_memory:
             for file in self._files.values():
                 file.close()
@@ -104,12 +105,12 @@ class Spool:
 def write_columns(
     path: Path, batch: pa.RecordBatch, about: Mapping[str, Any], counts: np.ndarray
 ) -> None:
-    """Write rows, what is known of them, and counts (shards, buckets) as one Arrow file."""
+    """Write rows, their description, and their counts (shards, buckets) as one Arrow file."""
     import pyarrow as pa
 
     facts = {"zsnr": json.dumps(about), "counts": counts.astype("int32").tobytes()}
     batch = batch.replace_schema_metadata(facts)
-    # Arrow opens no path that is not UTF-8.
+    # Arrow cannot open a path that is not UTF-8.
     with (
         replacing(path) as beside,
         beside.open("wb") as file,
@@ -119,19 +120,19 @@ def write_columns(
 
 
 class Mapped:
-    """The columns of samples in a file; pickled, it is the file's name.
+    """The columns of samples in a memory-mapped file; only the file's name is pickled.
 
     Args:
-        path: As `write_columns` wrote it.
+        path: File that `write_columns` wrote.
 
     Attributes:
-        columns: The columns as `arrays` gives them.
-        about: What is known of the rows.
+        columns: The columns, as returned by `arrays`.
+        about: Description of the rows.
         counts: Bytes of their counts.
 
     Raises:
-        ValueError: It is not such a file, or cut short.
-        OSError: It cannot be mapped.
+        ValueError: The file was not written by `write_columns`, or is truncated.
+        OSError: The file cannot be mapped.
     """
 
     def __init__(self, path: Path) -> None:
@@ -139,9 +140,9 @@ class Mapped:
 
         self.path = path
         with open_regular(path) as (opened, _):
-            whole = mmap(opened.fileno(), 0, access=ACCESS_READ)
+            contents = mmap(opened.fileno(), 0, access=ACCESS_READ)
         try:
-            file = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(whole)))
+            file = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(contents)))
             metadata = file.schema.metadata or {}
             if file.schema.remove_metadata() != _schema() or file.num_record_batches != 1:
                 raise ValueError(f"{path} holds other columns")
@@ -160,12 +161,12 @@ class Mapped:
 
 def arrays(batch: pa.RecordBatch) -> dict[str, Any]:
     """Return the columns as numpy arrays that share the batch's memory, and `keys`."""
-    found: dict[str, Any] = {"keys": batch.column("keys")}
+    columns: dict[str, Any] = {"keys": batch.column("keys")}
     for name, (_, shape) in SHAPES.items():
         column = batch.column(name)
         flat = column.flatten() if shape else column
-        found[name] = flat.to_numpy().reshape(len(batch), *shape)
-    return found
+        columns[name] = flat.to_numpy().reshape(len(batch), *shape)
+    return columns
 
 
 def _schema() -> pa.Schema:

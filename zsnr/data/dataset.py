@@ -1,4 +1,4 @@
-"""Samples by their position in the run, with others in the place of broken ones."""
+"""Samples by their position in the run, with replacements for broken ones."""
 
 from __future__ import annotations
 
@@ -23,21 +23,20 @@ from zsnr.data.storage import Retries, Storage, StorageError, is_remote
 from zsnr.noise import derive_seed
 from zsnr.public import public_url
 
-_CROP, _CAPTION = 3, 4  # streams of the run's seed; those of training.draws come before
-_TRIES = 32  # samples in a row that may be broken
+_CROP, _CAPTION = 3, 4  # streams of the run's seed; training.draws uses the first three
+_TRIES = 32  # consecutive samples that may be broken
 _GAP = 64 << 10  # bytes between two parts of a sample that are read rather than skipped
-_THREADS = 8  # reads at a time, from a server
+_THREADS = 8  # concurrent reads from a server
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """How an image becomes the pixels of a bucket.
+    """Conversion of an image to the shape of its bucket.
 
     Args:
-        crop: What is cut away where the shape differs: the same on both sides ("center"), or by
-            chance ("random").
-        flip: Mirror half of the images, by chance.
-        max_pixels: Larger images count as broken, before they are decoded.
+        crop: Placement of the crop where the aspect ratio differs: "center" or "random".
+        flip: Mirror each image with probability 1/2.
+        max_pixels: Larger images count as broken, and are not decoded.
     """
 
     crop: Literal["center", "random"] = "center"
@@ -49,14 +48,14 @@ class Pixels:
             raise ValueError(f"crop={self.crop!r}: wanted 'center' or 'random'.")
 
     def draw(self, seed: int, position: int) -> tuple[tuple[float, float], bool]:
-        """Draw a sample's crop (v, u), 0.5 = the middle, and whether it is mirrored."""
+        """Draw a sample's crop (v, u), where 0.5 is the center, and whether it is mirrored."""
         draw = random.Random(derive_seed(seed, _CROP, position))
         place = draw.random(), draw.random()
         return (place if self.crop == "random" else (0.5, 0.5)), self.flip and draw.random() < 0.5
 
 
 class Order(Protocol):
-    """Positions to rows; `replacement` stands in for a broken sample."""
+    """Maps positions to rows; `replacement` gives the row that is used for a broken sample."""
 
     def __getitem__(self, position: int) -> int: ...
 
@@ -73,7 +72,7 @@ class AsIndexed:
         return position
 
     def replacement(self, position: int, attempt: int) -> int:
-        """Return the row of the attempt-th sample of the bucket behind a broken one."""
+        """Return the row of the attempt-th sample after a broken one in its bucket."""
         return self._samples.alike(position, attempt)
 
 
@@ -81,20 +80,19 @@ class ShardDataset(Dataset[dict[str, Any]]):
     """Images and captions read by offset.
 
     An item is {"image": uint8 (3, H, W), "caption": str, "sizes": int64 (6,), "key": str,
-    "position": int, "faults": what went wrong on the way, a list of Fault}. Sizes are of the
-    original image, its crop and the result, as Conditioning's. Position ~p = -1 - p stands for
-    the sample at p where only the same amount of work is wanted, and keeps its sign.
+    "position": int, "faults": list of the Fault met while loading}. Sizes are those of the original
+    image, its crop and the result, as in Conditioning. A negative position ~p = -1 - p loads the
+    sample at p to keep ranks in step, and stays negative in the item.
 
     Args:
-        samples: What there is.
-        order: Maps positions to rows. None = as they are indexed.
-        pixels: How images are cut.
-        captions: Which text is the caption.
-        retries: How often a read is tried.
-        headers: Of requests to http servers.
-        local_cache: Keeps whole remote shards on local disk. None = samples are read where they
-            are.
-        seed: Of crops and captions, which belong to a position.
+        samples: The samples.
+        order: Maps positions to rows. None = the order of the index.
+        pixels: Cropping and mirroring of images.
+        captions: Choice of the caption among a sample's texts.
+        retries: Retry policy for reads.
+        headers: Headers of requests to http servers.
+        local_cache: Cache of whole remote shards on local disk. None = samples are read remotely.
+        seed: Seed of crops and captions, which are functions of the position.
     """
 
     def __init__(
@@ -123,11 +121,11 @@ class ShardDataset(Dataset[dict[str, Any]]):
         return {**self.__dict__, "_process": None}
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        """Load the sample at a position, or the one that replaces it.
+        """Load the sample at a position, or its replacement if it is broken.
 
         Raises:
-            BudgetError: So many samples in a row are broken that something else must be wrong.
-            StorageError: Storage failed: what cannot be read is not broken.
+            BudgetError: Too many consecutive samples are broken.
+            StorageError: Storage failed, so it is unknown whether the sample is broken.
         """
         if position < 0:
             return {**self[~position], "position": position}
@@ -148,26 +146,26 @@ class ShardDataset(Dataset[dict[str, Any]]):
             return {**item, "key": sample.key, "position": position, "faults": faults}
         last = faults[-1]
         raise BudgetError(
-            f"{_TRIES} samples in a row are broken; the last: {last.shard}, sample {last.key!r}: "
-            f"{last.reason}. Mend the data."
+            f"{_TRIES} consecutive samples are broken; the last: {last.shard}, sample "
+            f"{last.key!r}: {last.reason}. Repair the data."
         )
 
     def load(self, position: int) -> dict[str, Any]:
-        """Load the sample at a position, and no other in its place.
+        """Load the sample at a position, without a replacement if it is broken.
 
         Returns:
             {"image": ..., "caption": ..., "sizes": ...}
 
         Raises:
-            ValueError, EOFError: It is broken.
-            StorageError: It cannot be reached.
+            ValueError, EOFError: The sample is broken.
+            StorageError: The sample cannot be reached.
         """
         process, row = self._here(), self._order[position]
         process.local.report = lambda url, reason: None
         return self._load(self.samples[row], row, position, process.storage)
 
     def __getitems__(self, positions: Sequence[int]) -> list[dict[str, Any]]:
-        """Load a batch; what lies behind an address is read several samples at a time."""
+        """Load a batch; remote samples are read concurrently."""
         if not self._remote:
             return [self[position] for position in positions]
         return list(self._here().pool.map(self.__getitem__, positions))
@@ -176,8 +174,8 @@ class ShardDataset(Dataset[dict[str, Any]]):
         """Read and decode one sample.
 
         Raises:
-            ValueError, EOFError: It is broken.
-            StorageError: It cannot be reached.
+            ValueError, EOFError: The sample is broken.
+            StorageError: The sample cannot be reached.
         """
         image, text, record = self._read(sample, row, storage)
         assert image is not None
@@ -192,8 +190,8 @@ class ShardDataset(Dataset[dict[str, Any]]):
     def _decode(self, data: bytes, row: int, position: int) -> torch.Tensor:
         height, width = self.samples.shapes[self.samples.bucket[row]]
         crop, flip = self._pixels.draw(self._seed, position)
-        most = self._pixels.max_pixels
-        return decode_image(data, height, width, crop=crop, flip=flip, max_pixels=most)
+        limit = self._pixels.max_pixels
+        return decode_image(data, height, width, crop=crop, flip=flip, max_pixels=limit)
 
     def _sizes(self, row: int, crop: tuple[float, float]) -> torch.Tensor:
         size: tuple[int, int] = tuple(self.samples.size[row].tolist())
@@ -204,8 +202,8 @@ class ShardDataset(Dataset[dict[str, Any]]):
         """Read image, text and json.
 
         Raises:
-            EOFError: The sample is cut short.
-            StorageError: It cannot be reached, or is not there any more.
+            EOFError: The sample is truncated.
+            StorageError: The sample cannot be reached, or no longer exists.
         """
         try:
             return self._read_parts(sample, row, storage)
@@ -213,19 +211,19 @@ class ShardDataset(Dataset[dict[str, Any]]):
             raise
         except (OSError, ValueError) as error:
             raise StorageError(
-                f"{public_url(sample.shard)}, sample {sample.key!r}, was there when it was "
-                f"indexed, and now: {error} Put it back, or index the data again."
+                f"{public_url(sample.shard)}, sample {sample.key!r}, existed when the data was "
+                f"indexed, but now: {error} Restore it, or index the data again."
             ) from error
 
     def _read_parts(self, sample: Sample, row: int, storage: Storage) -> list[bytes | None]:
-        """Read all parts with one request where they lie side by side."""
+        """Read all parts with one request if they are close together."""
         spans = [sample.image, sample.text, sample.json]
-        wanted = [span for span in spans if span is not None]
+        present = [span for span in spans if span is not None]
         size = self.samples.shard_size(row)
-        start = min(span.offset for span in wanted)
-        end = max(span.offset + span.size for span in wanted)
-        together = len({span.url for span in wanted}) == 1
-        if together and end - start <= sum(span.size for span in wanted) + _GAP:
+        start = min(span.offset for span in present)
+        end = max(span.offset + span.size for span in present)
+        together = len({span.url for span in present}) == 1
+        if together and end - start <= sum(span.size for span in present) + _GAP:
             block = storage.read(sample.image.url, start, end - start, expected_size=size)
             return [
                 None if s is None else block[s.offset - start : s.offset - start + s.size]
@@ -234,7 +232,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
         return [None if s is None else storage.read(s.url, s.offset, s.size, size) for s in spans]
 
     def _here(self) -> _Process:
-        """What belongs to this process: connections and threads do not survive a fork."""
+        """Return this process's connections and threads, which do not survive a fork."""
         if self._process is None or self._process.pid != os.getpid():
             self._process = _Process(self._storage)
         return self._process
@@ -249,7 +247,7 @@ class _Process:
 
 
 def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Join items to a batch: tensors stacked, position (B,), all else as lists; faults in one."""
+    """Collate items: tensors stacked, position (B,), faults joined in one list, others as lists."""
     batch: dict[str, Any] = {}
     for name, first in items[0].items():
         values = [item[name] for item in items]

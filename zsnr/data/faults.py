@@ -1,4 +1,4 @@
-"""What is broken in the data: counted, written down, and stopped by a budget."""
+"""Faults of the data: counted, logged, and limited by a budget."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from zsnr.files import replacing, side_file
 from zsnr.public import public_text, public_url
 from zsnr.untrusted import open_regular, shown
 
-_FREE = 10  # broken samples that no budget counts: one of the first three is no third of the data
+_FREE = 10  # broken samples that no budget counts: one of the first three does not mean a third
 _KINDS = ("shard", "sample", "passing", "note")
-_MOST_REASONS, _MOST_LISTED = 1000, 5  # that are told apart, and that a summary lists
+_MAX_REASONS, _MAX_LISTED = 1000, 5  # reasons that are distinguished, and that a summary lists
 _LONGEST_LINE = 1 << 20  # bytes of a ledger's line
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that went wrong with the data.
+    """A fault of the data.
 
     Args:
-        kind: "shard" = a shard is missing or cut short, "sample" = a sample is broken for good,
-            "passing" = a read failed and was tried again, "note" = nothing is broken, but a
-            shard holds something that is not read.
-        shard: Path or address; without passwords and signatures, and see `as_utf8`.
-        key: The sample's. None = the whole shard.
-        reason: One line.
-        position: The sample's place in the run that met it. None = found by indexing.
+        kind: "shard" = a shard is missing or truncated, "sample" = a sample is permanently broken,
+            "passing" = a read failed and was retried, "note" = nothing is broken, but a shard holds
+            something that is not read.
+        shard: Path or address, without passwords and signatures, and passed through `as_utf8`.
+        key: Key of the sample. None = the fault concerns the whole shard.
+        reason: Explanation in one line.
+        position: The sample's position in the run. None = the fault was found by indexing.
     """
 
     kind: Literal["shard", "sample", "passing", "note"]
@@ -51,7 +51,7 @@ class Fault:
 
 
 def as_utf8(text: str) -> str:
-    """Write bytes that are not UTF-8, which Python has as surrogates, as their codes."""
+    """Escape bytes that are not UTF-8, which Python represents as surrogates."""
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -69,7 +69,7 @@ def as_fault(value: object) -> Fault:
         "position": (int, NoneType),
     }
     if not isinstance(value, dict) or value.keys() - {"position"} != kinds.keys() - {"position"}:
-        raise ValueError(f"{shown(value)} stands where a fault should")
+        raise ValueError(f"{shown(value)} is not a fault")
     for name, allowed in kinds.items():
         if type(value.get(name)) not in allowed:
             raise ValueError(f"a fault's {name} is {shown(value.get(name))}")
@@ -79,11 +79,11 @@ def as_fault(value: object) -> Fault:
 
 
 class BudgetError(ValueError):
-    """More of the data is broken than the run may bear."""
+    """More of the data is broken than the error budget allows."""
 
 
 class PackedFaults(Collection[Fault]):
-    """Faults that stay packed until one looks: some 10 bytes each, where an object has 400.
+    """Faults stored compressed: about 10 bytes each, where an object takes 400.
 
     Args:
         faults: The faults.
@@ -109,15 +109,15 @@ class PackedFaults(Collection[Fault]):
                 yield Fault(**json.loads(line))
 
     def __contains__(self, fault: object) -> bool:
-        return any(each == fault for each in self)
+        return any(other == fault for other in self)
 
 
 class Tally:
-    """Running counts of faults: by reason, with an example each, however many there are.
+    """Running counts of faults by reason, with one example each, in bounded memory.
 
     Attributes:
-        samples: Broken samples.
-        shards: Lost shards.
+        samples: Number of broken samples.
+        shards: Names of lost shards.
     """
 
     def __init__(self, faults: Iterable[Fault] = ()) -> None:
@@ -135,25 +135,25 @@ class Tally:
             self.shards.add(fault.shard)
         # "44 bytes not processed" and "23 bytes" are one reason.
         group = (fault.kind, re.sub(r"\d+", "#", fault.reason))
-        if group not in self._groups and len(self._groups) >= _MOST_REASONS:
+        if group not in self._groups and len(self._groups) >= _MAX_REASONS:
             group = (fault.kind, "")
         count, first = self._groups.get(group, (0, fault))
         self._groups[group] = count + 1, first
 
     def summary(self, kinds: Sequence[str] = _KINDS) -> str:
-        """List the reasons, the commonest first, with an example each."""
+        """List the reasons, most common first, with an example each."""
         groups = [(n, first) for (kind, _), (n, first) in self._groups.items() if kind in kinds]
         lines = []
-        for count, first in sorted(groups, key=lambda group: group[0], reverse=True)[:_MOST_LISTED]:
+        for count, first in sorted(groups, key=lambda group: group[0], reverse=True)[:_MAX_LISTED]:
             where = first.shard if first.key is None else f"{first.shard}, sample {first.key!r}"
             lines.append(f"{count} x {first.kind}: {first.reason} (first: {where})")
-        if len(groups) > _MOST_LISTED:
-            lines.append(f"and {len(groups) - _MOST_LISTED} other reasons")
+        if len(groups) > _MAX_LISTED:
+            lines.append(f"and {len(groups) - _MAX_LISTED} other reasons")
         return "; ".join(lines)
 
 
 def summarize(faults: Iterable[Fault]) -> str:
-    """Count faults by reason, the commonest first, with an example each."""
+    """Count faults by reason, most common first, with an example each."""
     return Tally(faults).summary()
 
 
@@ -164,18 +164,18 @@ def check_budget(
     budget: float,
     ledger: object = None,
 ) -> None:
-    """Refuse data of which more than a share is broken.
+    """Refuse data of which more than an allowed fraction is broken.
 
     Args:
-        faults: Those of shards and samples count, passing ones and notes do not. A tally counts
-            each fault that it was given.
-        samples: How many there are, or were seen.
-        shards: Likewise.
-        budget: The share, in [0, 1]. Ten broken samples are always free.
-        ledger: Where all faults are written, for the message.
+        faults: The faults. Those of shards and samples count; passing faults and notes do not. A
+            tally counts each fault that was added to it.
+        samples: Number of samples, or of samples seen so far.
+        shards: Number of shards, or of shards seen so far.
+        budget: Allowed fraction, in [0, 1]. Ten broken samples are always allowed.
+        ledger: File that lists all faults, for the message.
 
     Raises:
-        BudgetError: More is broken.
+        BudgetError: A larger fraction is broken.
     """
     tally = faults if isinstance(faults, Tally) else Tally(_Once().new(faults))
     broken, lost = tally.samples, len(tally.shards)
@@ -185,23 +185,23 @@ def check_budget(
     raise BudgetError(
         f"The data is more broken than data.error_budget={budget:g} allows: {lost} of {shards} "
         f"shards, {broken} of {samples} samples. {tally.summary(kinds=('shard', 'sample'))}."
-        f"{where} Mend the data or raise the budget."
+        f"{where} Repair the data or raise the budget."
     )
 
 
 class Ledger:
     """A jsonl file of faults, one line each, that a resumed run continues.
 
-    A broken sample stands there once, however often it is met; a passing fault each time. In memory
-    are counts and what tells known faults from new ones.
+    A broken sample is listed once, however often the run meets it; a passing fault each time. Only
+    counts, and a digest of each known fault, are held in memory.
 
     Args:
-        path: The file. None = only counted.
-        position: Where the run resumes; what a killed run wrote beyond it happens again and is
-            removed.
+        path: The file. None = faults are only counted.
+        position: Position at which the run resumes. Faults that a killed run wrote beyond it are
+            removed, because they will occur again.
 
     Attributes:
-        met: Counts of what the run itself met, not of what indexing found.
+        met: Counts of faults that the run itself met, without those found by indexing.
     """
 
     def __init__(self, path: Path | None, position: int = 0) -> None:
@@ -221,27 +221,27 @@ class Ledger:
                 file.write(_line(fault))
 
     def write(self, faults: Iterable[Fault]) -> None:
-        """Append what is new, and see that it is on disk."""
-        new = list(self._once.new(faults))
-        for fault in new:
+        """Append new faults and sync them to disk."""
+        new_faults = list(self._once.new(faults))
+        for fault in new_faults:
             if fault.position is not None:
                 self.met.add(fault)
-        if new and self.path is not None:
-            self.path.parent.mkdir(exist_ok=True)  # not the folder of a run, should it be gone
+        if new_faults and self.path is not None:
+            self.path.parent.mkdir(exist_ok=True)  # but not the run's folder, if it was removed
             with self.path.open("ab") as file:
-                file.writelines(map(_line, new))
+                file.writelines(map(_line, new_faults))
                 file.flush()
                 os.fsync(file.fileno())
 
 
 class _Once:
-    """Tells faults that were not met before; keeps 8 bytes of each."""
+    """Recognizes faults that were met before; stores 8 bytes for each."""
 
     def __init__(self) -> None:
         self._known: set[int] = set()
 
     def new(self, faults: Iterable[Fault]) -> Iterator[Fault]:
-        """Leave out what is broken for good and was met before; passing faults are always new."""
+        """Yield new faults: permanent ones only once, passing ones always."""
         for fault in faults:
             if fault.kind == "passing":
                 yield fault
@@ -254,10 +254,10 @@ class _Once:
 
 
 def read_ledger(path: Path) -> list[Fault]:
-    """Read a ledger; lines that are not faults are left out, such as one that a crash cut short.
+    """Read a ledger; lines that are not faults, such as a truncated last line, are skipped.
 
     Raises:
-        ValueError: It is not a file, or cannot be read.
+        ValueError: The path is not a file, or cannot be read.
     """
     return list(_read(path))
 
@@ -266,9 +266,9 @@ def _read(path: Path) -> Iterator[Fault]:
     strange = 0
     with open_regular(path) as (file, _):
         while line := file.readline(_LONGEST_LINE):
-            whole = line.endswith(b"\n")
+            complete = line.endswith(b"\n")
             try:
-                fault = as_fault(json.loads(line)) if whole else None
+                fault = as_fault(json.loads(line)) if complete else None
             except (ValueError, RecursionError):
                 fault = None
             if fault is not None:
@@ -276,12 +276,12 @@ def _read(path: Path) -> Iterator[Fault]:
                 continue
             while line and not line.endswith(b"\n"):
                 line = file.readline(_LONGEST_LINE)
-            strange += bool(line)  # a crash may cut the last line short
+            strange += bool(line)  # a crash may truncate the last line
     if strange:
-        warnings.warn(f"{path}: {strange} lines are not faults, and are left out.", stacklevel=2)
+        warnings.warn(f"{path}: {strange} lines are not faults, and are skipped.", stacklevel=2)
 
 
 def _line(fault: Fault) -> bytes:
-    # Of a reason that is not UTF-8 the odd bytes become JSON's own escapes.
+    # Bytes of a reason that are not UTF-8 become JSON escapes.
     text = json.dumps(vars(fault), ensure_ascii=False) + "\n"
     return text.encode("utf-8", "backslashreplace")

@@ -1,4 +1,4 @@
-"""Filters over the fields of a sample's json, decided on the index."""
+"""Filters over the fields of a sample's json, evaluated on the index."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 PICTURE_FIELDS = ("image_width", "image_height", "image_bytes")
-"""Fields that every sample has: measured from the image itself."""
+"""Fields that every sample has, because they are measured from the image itself."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Filter:
         max: Keep values of at most this.
         one_of: Keep values of this list.
         none_of: Drop values of this list.
-        missing: What to do with a sample that lacks the field, or has null in it: "error" refuses
-            the data, "keep" and "drop" say so.
+        missing: Treatment of samples in which the field is missing or null: "error" refuses the
+            data, "keep" keeps them, "drop" drops them.
     """
 
     field: str
@@ -73,7 +73,7 @@ class Filter:
             bool (count,).
 
         Raises:
-            ValueError: The field is of another type.
+            ValueError: The field's type does not match the filter.
         """
         import numpy as np
         import pyarrow as pa
@@ -87,32 +87,32 @@ class Filter:
             for limit, test in ((self.min, pc.greater_equal), (self.max, pc.less_equal)):
                 if limit is not None:
                     keep = pc.and_(keep, test(values, pa.scalar(float(limit))))
-            for listed, wanted in ((self.one_of, True), (self.none_of, False)):
+            for listed, include in ((self.one_of, True), (self.none_of, False)):
                 if listed is not None:
-                    found = pc.is_in(values, value_set=_typed(listed, values.type))
-                    keep = pc.and_(keep, found if wanted else pc.invert(found))
+                    in_list = pc.is_in(values, value_set=_typed(listed, values.type))
+                    keep = pc.and_(keep, in_list if include else pc.invert(in_list))
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
             raise ValueError(
-                f"The filter {self} does not fit the field, which holds {values.type}."
+                f"The filter {self} does not match the field, which holds {values.type}."
             ) from error
-        kept: np.ndarray = pc.fill_null(keep, False).to_numpy()
-        return np.where(absent, self.missing == "keep", kept)
+        result: np.ndarray = pc.fill_null(keep, False).to_numpy()
+        return np.where(absent, self.missing == "keep", result)
 
 
 def parse_filter(text: str, missing: Literal["error", "keep", "drop"] = "error") -> Filter:
-    """Read a filter as the command line says it: "aesthetic>=5", "LANGUAGE in en,de".
+    """Parse a filter of the command line: "aesthetic>=5", "LANGUAGE in en,de".
 
     Raises:
-        ValueError: It cannot be read.
+        ValueError: The text is not a filter.
     """
-    found = re.fullmatch(r"\s*([\w.-]+?)\s*(>=|<=|\bin\b|\bnot in\b)\s*(\S.*?)\s*", text)
+    match = re.fullmatch(r"\s*([\w.-]+?)\s*(>=|<=|\bin\b|\bnot in\b)\s*(\S.*?)\s*", text)
     try:
-        if found is None:
+        if match is None:
             raise ValueError
-        field, test, value = found.groups()
+        field, test, value = match.groups()
         if test in (">=", "<="):
-            least, most = (float(value), None) if test == ">=" else (None, float(value))
-            return Filter(field, least, most, missing=missing)
+            low, high = (float(value), None) if test == ">=" else (None, float(value))
+            return Filter(field, low, high, missing=missing)
         listed = tuple(_number(part.strip()) for part in value.split(","))
         return Filter(
             field,
@@ -122,24 +122,24 @@ def parse_filter(text: str, missing: Literal["error", "keep", "drop"] = "error")
         )
     except ValueError as error:
         raise ValueError(
-            f"--filter {text!r}: wanted such as 'aesthetic>=5', 'pwatermark<=0.8', "
+            f"--filter {text!r}: wanted a filter such as 'aesthetic>=5', 'pwatermark<=0.8', "
             "'LANGUAGE in en,de' or 'LANGUAGE not in ru'."
         ) from error
 
 
 class Sieve:
-    """Filters put one after the other on data that come block by block.
+    """Filters applied in sequence to data that arrive in blocks.
 
     Args:
-        filters: In order; a sample counts for the first that drops it.
+        filters: The filters, in order; a sample counts for the first one that drops it.
 
     Attributes:
-        removed: How many samples each filter removed so far.
+        removed: Number of samples that each filter has removed so far.
     """
 
     def __init__(self, filters: Sequence[Filter]) -> None:
         self._filters = filters
-        self.removed = {str(each): 0 for each in filters}
+        self.removed = {str(f): 0 for f in filters}
         self._absent = [0] * len(filters)
         self._count = 0
 
@@ -151,32 +151,32 @@ class Sieve:
             count: Number of samples.
 
         Raises:
-            ValueError: A filter does not fit its field.
+            ValueError: A filter does not match the type of its field.
         """
         import numpy as np
 
-        kept = np.ones(count, bool)
+        keep = np.ones(count, bool)
         self._count += count
-        for i, each in enumerate(self._filters):
-            values = columns.get(each.field)
-            if each.missing == "error":  # `check` tells, when all are counted
+        for i, f in enumerate(self._filters):
+            values = columns.get(f.field)
+            if f.missing == "error":  # reported by `check`, once all samples are counted
                 self._absent[i] += count if values is None else values.null_count
-            after = kept & each.keeps(values, count)
-            self.removed[str(each)] += int(kept.sum() - after.sum())
-            kept = after
-        return kept
+            still_kept = keep & f.keeps(values, count)
+            self.removed[str(f)] += int(keep.sum() - still_kept.sum())
+            keep = still_kept
+        return keep
 
     def check(self) -> None:
-        """Refuse data that lack a field which every sample must have.
+        """Refuse data in which a required field is missing.
 
         Raises:
-            ValueError: Says how many lack it.
+            ValueError: A filter with missing="error" has samples without its field.
         """
-        for each, absent in zip(self._filters, self._absent, strict=True):
+        for f, absent in zip(self._filters, self._absent, strict=True):
             if absent:
                 raise ValueError(
-                    f"{absent} of {self._count} samples have no {each.field!r}, which a filter "
-                    "wants: set its missing to keep or drop."
+                    f"{absent} of {self._count} samples have no {f.field!r}, which a filter "
+                    "requires: set its `missing` to keep or drop."
                 )
 
 

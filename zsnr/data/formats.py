@@ -1,4 +1,4 @@
-"""Encoded images: which format reads them, what is refused before decoding, size and turn."""
+"""Encoded images: format, size, orientation, and limits that are checked before decoding."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import Any
 from zsnr.data.colors import ignore_profile
 
 MAX_PIXELS = 64_000_000
-"""Pixels of the largest image that is decoded, unless a caller says otherwise, and of all images
-that the threads of a process decode at once."""
+"""Default maximum of pixels of one image, and of all images that the threads of a process decode
+at once."""
 
-_KINDS = {  # Pillow's names of formats and modules; others are rare, or start other programs
+_KINDS = {  # Pillow's names of formats and modules; other formats are rare, or start programs
     "JPEG": "Jpeg",
     "PNG": "Png",
     "WEBP": "WebP",
@@ -33,32 +33,32 @@ _KINDS = {  # Pillow's names of formats and modules; others are rare, or start o
     "PCX": "Pcx",
     "TGA": "Tga",
 }
-_MOST_SCANS = 300  # of a JPEG; encoders write about ten, and each passes over the whole image
-_SCANS_OF_ALL = 50  # of a JPEG of `MAX_PIXELS`
-_MOST_SLOW = 2_000_000  # pixels for a decoder written in Python, at 2 to 6 s a million
-_MOST_JPEG2000 = 20_000_000  # pixels, at 0.3 s and 12 MB a million
-_MOST_TEXT = 1 << 20  # bytes of a PNG's texts, or of its color profile, that Pillow accepts
+_MAX_SCANS = 300  # of a JPEG; encoders write about ten, and each covers the whole image
+_SCANS_AT_MAX_PIXELS = 50  # maximum for a JPEG of `MAX_PIXELS`
+_MAX_SLOW_PIXELS = 2_000_000  # for decoders written in Python, at 2 to 6 s per million pixels
+_MAX_JPEG2000_PIXELS = 20_000_000  # at 0.3 s and 12 MB per million pixels
+_MAX_TEXT_BYTES = 1 << 20  # limit of Pillow for a PNG's texts, and for its color profile
 
 
-class HeaderCut(ValueError):  # noqa: N818 - a state of the bytes, which the reader mends
-    """The bytes end before the image's header does: more of the file may say its size."""
+class HeaderCut(ValueError):  # noqa: N818 - not an error yet: the reader then reads more bytes
+    """The bytes end within the image's header; more of the file may tell its size."""
 
 
 def image_size(data: bytes, max_pixels: int | None = None) -> tuple[int, int]:
-    """Read an image's size as it is seen, EXIF orientation obeyed, without decoding it.
+    """Read an image's size, after applying its EXIF orientation, without decoding it.
 
     Args:
         data: A JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, JPEG 2000, PPM, QOI, SGI, PSD, PCX or TGA
             file, or its first bytes.
-        max_pixels: Refuse larger images. None = none is too large.
+        max_pixels: Refuse larger images. None = no limit.
 
     Returns:
         Height and width, in pixels.
 
     Raises:
-        HeaderCut: `data` ends within the header. A WebP file with metadata has to be whole: it
-            keeps its orientation at the end.
-        ValueError: Not a readable image, or too large a one.
+        HeaderCut: `data` ends within the header. A WebP file with metadata must be complete,
+            because its orientation is stored at the end.
+        ValueError: The image is not readable, or too large.
     """
     size = _webp_size(data)
     if size is None:
@@ -74,8 +74,8 @@ def image_size(data: bytes, max_pixels: int | None = None) -> tuple[int, int]:
 def open_image(data: bytes, max_pixels: int | None) -> Any:
     """Read the header into a PIL image whose pixels are still encoded.
 
-    The decoders are called by name: Image.open would warn of large images, or refuse them,
-    before `max_pixels` is asked, and knows formats that start other programs.
+    The decoders are called by name: Image.open would warn about large images, or refuse them,
+    before `max_pixels` is checked, and it supports formats that start other programs.
     """
     if not data:
         raise ValueError("the image is empty (0 bytes).")
@@ -87,7 +87,7 @@ def open_image(data: bytes, max_pixels: int | None) -> Any:
             "PPM, QOI, SGI, PSD, PCX or TGA file."
         )
     canvas = _webp_canvas(data)
-    if canvas is not None:  # its decoder makes room for the image at once
+    if canvas is not None:  # its decoder allocates the whole image immediately
         _check_pixels(canvas, max_pixels)
     stream = io.BytesIO(_without_text(data) if data.startswith(b"\x89PNG") else data)
     try:
@@ -104,7 +104,7 @@ def open_image(data: bytes, max_pixels: int | None) -> Any:
 
 
 def _decoder(data: bytes) -> Any:
-    """Find the class that reads a file, by its first bytes; None = there is none."""
+    """Find the decoder for a file's first bytes; None = the format is not supported."""
     for decoder, accepts in _decoders():
         answer = accepts(data[:18])
         if isinstance(answer, str):  # this Pillow was built without it
@@ -140,58 +140,62 @@ def _is_tga(head: bytes) -> bool:
 
 
 def _without_text(data: bytes) -> bytes:
-    """Leave out of a PNG what Pillow would refuse the image for: much text, a large profile.
+    """Remove large texts and profiles from a PNG, for which Pillow would refuse the image.
 
-    Small texts stay: some programs keep the orientation there.
+    Small texts stay, because some programs store the orientation there.
     """
-    pieces, start, at, left = [], 0, 8, _MOST_TEXT // 2
-    while at + 8 <= len(data):
-        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
-        name = data[at + 4 : at + 8]
+    pieces, start, position, text_bytes_left = [], 0, 8, _MAX_TEXT_BYTES // 2
+    while position + 8 <= len(data):
+        end = position + 12 + int.from_bytes(data[position : position + 4], "big")
+        name = data[position + 4 : position + 8]
         if name in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
-            content = data[at + 8 : end - 4]
-            keyword, _, rest = content.partition(b"\0")
-            packed = name != b"tEXt" and not (name == b"iTXt" and rest[:1] == b"\0")
-            size = _inflated(rest[1:]) if packed and name != b"iTXt" else len(content)
+            content = data[position + 8 : end - 4]
+            keyword, _, value = content.partition(b"\0")
+            packed = name != b"tEXt" and not (name == b"iTXt" and value[:1] == b"\0")
+            size = _inflated(value[1:]) if packed and name != b"iTXt" else len(content)
             if name == b"iCCP":
-                drop = size >= _MOST_TEXT
+                drop = size >= _MAX_TEXT_BYTES
                 if drop:
                     ignore_profile("it is too large")
             else:
-                left -= size + len(keyword)
-                drop = left < 0 or (packed and name == b"iTXt")
+                text_bytes_left -= size + len(keyword)
+                drop = text_bytes_left < 0 or (packed and name == b"iTXt")
             if drop:
-                pieces.append(data[start:at])
+                pieces.append(data[start:position])
                 start = end
-        at = end
+        position = end
     return b"".join([*pieces, data[start:]]) if pieces else data
 
 
 def _inflated(data: bytes) -> int:
-    """Count the bytes that zlib unpacks, up to `_MOST_TEXT`."""
+    """Count the bytes that zlib unpacks, up to `_MAX_TEXT_BYTES`."""
     try:
-        return len(zlib.decompressobj().decompress(data, _MOST_TEXT))
+        return len(zlib.decompressobj().decompress(data, _MAX_TEXT_BYTES))
     except zlib.error:
-        return 0  # Pillow leaves it out
+        return 0  # Pillow ignores it
 
 
 _MARKER = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])")  # within the coefficients of a scan
 
 
 def check_scans(data: bytes, pixels: int) -> None:
-    """Refuse a JPEG of so many scans that decoding takes minutes."""
-    most = min(_MOST_SCANS, max(_SCANS_OF_ALL, _SCANS_OF_ALL * MAX_PIXELS // max(1, pixels)))
-    if data.count(b"\xff\xda") <= most:
+    """Refuse a JPEG with so many scans that decoding would take minutes."""
+    max_scans = min(
+        _MAX_SCANS, max(_SCANS_AT_MAX_PIXELS, _SCANS_AT_MAX_PIXELS * MAX_PIXELS // max(1, pixels))
+    )
+    if data.count(b"\xff\xda") <= max_scans:
         return
-    at, scans = 2, 0
-    while found := _MARKER.search(data, at):
-        kind, at = found[1][0], found.end()
-        if kind == 0xD9:  # the end; thumbnails and other images come in segments or behind it
+    position, scans = 2, 0
+    while marker := _MARKER.search(data, position):
+        kind, position = marker[1][0], marker.end()
+        if kind == 0xD9:  # the end; thumbnails and other images are in segments or after it
             return
         scans += kind == 0xDA
-        at += int.from_bytes(data[at : at + 2], "big")
-        if scans > most:
-            raise ValueError(f"{scans} or more scans: wanted at most {most} of so many pixels.")
+        position += int.from_bytes(data[position : position + 2], "big")
+        if scans > max_scans:
+            raise ValueError(
+                f"{scans} or more scans: wanted at most {max_scans} for an image of this size."
+            )
 
 
 def _check_pixels(size: tuple[int, int], max_pixels: int | None) -> None:
@@ -203,30 +207,30 @@ def _check_pixels(size: tuple[int, int], max_pixels: int | None) -> None:
 
 
 def _check_levels(image: Any) -> None:
-    """Refuse levels whose range nobody says, and images that take minutes to decode."""
+    """Refuse levels of unknown range, and images that take minutes to decode."""
     from PIL import Image
 
     tags = getattr(image, "tag_v2", {})
     if image.mode == "F" or (image.mode == "I" and 32 in tags.get(258, ())):
         raise ValueError("wanted levels of 8 or 16 bits.")
-    most = _MOST_JPEG2000 if image.format == "JPEG2000" else None
+    limit = _MAX_JPEG2000_PIXELS if image.format == "JPEG2000" else None
     if any(tile.codec_name in Image.DECODERS for tile in image.tile):
-        most = _MOST_SLOW
-    if most is not None and image.width * image.height > most:
+        limit = _MAX_SLOW_PIXELS
+    if limit is not None and image.width * image.height > limit:
         raise ValueError(
-            f"{image.width} x {image.height} pixels: of {image.format} files of this encoding, "
-            f"which is slow to read, wanted at most {most}."
+            f"{image.width} x {image.height} pixels: wanted at most {limit} in a {image.format} "
+            "file of this encoding, which is slow to decode."
         )
 
 
 def orientation_of(image: Any) -> int:
-    """Return EXIF's orientation, 1 to 8; 1 where there is none that can be read."""
+    """Return the EXIF orientation, 1 to 8; 1 if it is missing or unreadable."""
     from PIL import Image
 
-    if image.format == "TIFF":  # Pillow turns it by itself
+    if image.format == "TIFF":  # Pillow rotates it by itself
         return 1
     try:
-        # The base class's: PNG's own decodes the image to look for EXIF behind it.
+        # The base class's method: PNG's override decodes the image to look for EXIF after it.
         orientation = Image.Image.getexif(image).get(0x0112)
     except Exception:  # damaged metadata do not make the pixels unreadable
         return 1
@@ -234,7 +238,7 @@ def orientation_of(image: Any) -> int:
 
 
 def _webp_canvas(data: bytes) -> tuple[int, int] | None:
-    """Read width and height of a WebP file as they are stored; None = not one, or cut short."""
+    """Read the stored width and height of a WebP file; None = not a WebP file, or truncated."""
     if len(data) < 30 or data[:4] != b"RIFF" or data[8:12] != b"WEBP":
         return None
     kind = data[12:16]
@@ -253,16 +257,16 @@ def _webp_canvas(data: bytes) -> tuple[int, int] | None:
 
 
 def _webp_size(data: bytes) -> tuple[int, int] | None:
-    """Read width and height of a WebP file without metadata, which may turn it; None = as above."""
+    """Read the size of a WebP file without metadata, which may rotate it; None = as above."""
     with_metadata = data[12:16] == b"VP8X" and data[20:21] > b"" and data[20] & 0b1100
     return None if with_metadata else _webp_canvas(data)
 
 
 @contextmanager
 def readable() -> Iterator[None]:
-    """Turn whatever Pillow raises at damaged bytes into a ValueError of one line.
+    """Convert any exception of Pillow for damaged bytes to a ValueError of one line.
 
-    Where the machine fails, by memory, a disk, or open files, the bytes are not to blame.
+    Failures of the machine (memory, disk, open files) are raised unchanged.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Encoded images to tensors: decoded, scaled and cropped to a shape."""
+"""Conversion of encoded images to tensors: decoded, scaled and cropped to a shape."""
 
 from __future__ import annotations
 
@@ -28,29 +28,30 @@ def decode_image(
     max_pixels: int = MAX_PIXELS,
     scaled_decoding: bool = True,
 ) -> Tensor:
-    """Decode an image, scale it until it just covers `height` x `width`, and crop it to that.
+    """Decode an image, scale it to just cover `height` x `width`, and crop it to that size.
 
-    Scaling is bicubic with antialiasing; an image that needs none keeps its values. The crop lies
-    on whole pixels of the decoded image. EXIF orientation is obeyed, transparent parts become
-    white, colors of an embedded ICC profile become those of sRGB, of several frames the first is
-    taken. Threads wait for each other where their images have over `MAX_PIXELS` pixels together.
+    Scaling is bicubic with antialiasing; an image that already fits is not resampled. The crop is
+    aligned to whole pixels of the decoded image. EXIF orientation is applied, transparent parts
+    become white, colors of an embedded ICC profile are converted to sRGB, and the first of several
+    frames is used. Threads wait while their images together exceed `MAX_PIXELS` pixels.
 
     Args:
-        data: As for `image_size`, whole.
+        data: The complete file, of a format that `image_size` supports.
         height: Height of the result, in pixels.
         width: Width of the result, in pixels.
-        crop: Where the crop lies in the room it has, down and across: (0, 0) is the top left
-            corner, (0.5, 0.5) the centre, (1, 1) the bottom right corner.
-        flip: Mirror the crop left to right.
+        crop: Relative position of the crop, vertical and horizontal: (0, 0) is the top left corner,
+            (0.5, 0.5) the center, (1, 1) the bottom right corner.
+        flip: Mirror the crop horizontally.
         max_pixels: Refuse larger images before they are decoded.
-        scaled_decoding: Let the JPEG decoder itself halve an image, up to three times, while it
-            still covers the result: quicker, and on photographs about 40 dB from scaling all of it.
+        scaled_decoding: Let the JPEG decoder halve an image, up to three times, while it still
+            covers the result. Faster; on photographs the PSNR against scaling the full image is
+            about 40 dB.
 
     Returns:
         (3, height, width) uint8, RGB.
 
     Raises:
-        ValueError: Not a readable image, or too large a one.
+        ValueError: The image is not readable, or too large.
     """
     image = open_image(data, max_pixels)
     if image.format == "JPEG":
@@ -58,13 +59,13 @@ def decode_image(
     orientation = orientation_of(image)
     transposed = orientation >= 5
     mirrored, upside_down = orientation in (2, 3, 6, 7), orientation in (3, 4, 7, 8)
-    asked = (height, width) if transposed else (width, height)
-    stored = image.size  # a progressive JPEG keeps the coefficients of all of it
+    target = (height, width) if transposed else (width, height)
+    stored = image.size  # a progressive JPEG holds the coefficients of the full image in memory
     with readable():
-        size = _halve(image, asked) if scaled_decoding else image.size
+        size = _halve(image, target) if scaled_decoding else image.size
     w, h = size[::-1] if transposed else size
     top, left, crop_h, crop_w = _crop(h, w, height, width, crop)
-    if upside_down:  # crop and scale what is stored, then turn the small result
+    if upside_down:  # crop and scale the stored pixels, then rotate the small result
         top = h - crop_h - top
     if mirrored:
         left = w - crop_w - left
@@ -78,7 +79,7 @@ def decode_image(
             profile = Profile(image)
             pixels = _rgb(image, (left, top, left + crop_w, top + crop_h), profile)
         del image
-        pixels = profile.finish(_resize(pixels, *asked))
+        pixels = profile.finish(_resize(pixels, *target))
     if transposed:
         pixels = pixels.swapaxes(0, 1)
     if upside_down:
@@ -89,7 +90,7 @@ def decode_image(
 
 
 def to_unit_range(images: Tensor) -> Tensor:
-    """Map levels to the range networks work in: x / 127.5 - 1.
+    """Map 8-bit levels to the input range of networks: x / 127.5 - 1.
 
     Args:
         images: (B, 3, H, W) uint8.
@@ -98,24 +99,26 @@ def to_unit_range(images: Tensor) -> Tensor:
         (B, 3, H, W) float32 in [-1, 1], on the same device.
 
     Raises:
-        ValueError: Another dtype.
+        ValueError: The dtype is not uint8.
     """
     if images.dtype != torch.uint8:
-        raise ValueError(f"images are {images.dtype}: wanted torch.uint8, as decode_image gives.")
+        raise ValueError(
+            f"images are {images.dtype}: wanted torch.uint8, as decode_image returns them."
+        )
     return images.float().div_(127.5).sub_(1)
 
 
 def size_facts(size: tuple[int, int], height: int, width: int, crop: tuple[float, float]) -> Tensor:
-    """Say how `decode_image` cuts an image, as SDXL's network is told (Conditioning's sizes).
+    """Return the size conditioning of SDXL for an image that `decode_image` crops.
 
-    The crop's offsets are in pixels of the image as it is scaled, before it is cropped. A
-    mirrored image keeps them: what was cut away is told, not on which side it shows.
+    The crop's offsets are in pixels of the scaled image, before cropping. Mirroring does not
+    change them.
 
     Args:
-        size: Height and width of the image as it is seen.
-        height: Of the result, in pixels.
-        width: Likewise.
-        crop: Where the crop lies, as there.
+        size: Height and width of the image, after applying its EXIF orientation.
+        height: Height of the result, in pixels.
+        width: Width of the result, in pixels.
+        crop: Relative position of the crop, as for `decode_image`.
 
     Returns:
         Original height and width, crop top and left, target height and width: (6,) int64.
@@ -126,14 +129,14 @@ def size_facts(size: tuple[int, int], height: int, width: int, crop: tuple[float
 
 
 def _scale(h: int, w: int, height: int, width: int) -> float:
-    """Say by what an image of h x w is multiplied to just cover height x width."""
+    """Return the factor that scales an image of h x w to just cover height x width."""
     return max(height / h, width / w)
 
 
 def _crop(
     h: int, w: int, height: int, width: int, crop: tuple[float, float]
 ) -> tuple[int, int, int, int]:
-    """Place the crop in an image of h x w, in its own whole pixels: top, left, height, width."""
+    """Place the crop in an image of h x w, in whole pixels: top, left, height, width."""
     scale = _scale(h, w, height, width)
     crop_h, crop_w = min(h, round(height / scale)), min(w, round(width / scale))
     crop_h, crop_w = max(1, crop_h), max(1, crop_w)
@@ -141,34 +144,34 @@ def _crop(
 
 
 def _cost(image: Any, size: tuple[int, int]) -> int:
-    """Count the pixels that decoding has in memory."""
+    """Count the pixels that decoding holds in memory."""
     tags = getattr(image, "tag_v2", {})  # a TIFF's tile may be larger than the image
     return max(size[0] * size[1], int(tags.get(322, 0)) * int(tags.get(323, 0)))
 
 
 class _UnderWay:
-    """Pixels that are decoded at once: who wants more than are left waits."""
+    """A limit on the pixels that are decoded at once; threads wait until enough are free."""
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
         self.reset()
 
     def reset(self) -> None:
-        """Start with all of them: the threads that held some do not survive a fork."""
-        self._left, self._changed = self._most, threading.Condition()
+        """Free all pixels: the threads that held some do not survive a fork."""
+        self._free, self._changed = self._limit, threading.Condition()
 
     @contextmanager
     def room(self, pixels: int) -> Iterator[None]:
-        """Hold so many; more than there are is all of them."""
-        pixels = min(pixels, self._most)
+        """Hold this number of pixels, or all of them if it exceeds the limit."""
+        pixels = min(pixels, self._limit)
         with self._changed:
-            self._changed.wait_for(lambda: self._left >= pixels)
-            self._left -= pixels
+            self._changed.wait_for(lambda: self._free >= pixels)
+            self._free -= pixels
         try:
             yield
         finally:
             with self._changed:
-                self._left += pixels
+                self._free += pixels
                 self._changed.notify_all()
 
 
@@ -177,14 +180,14 @@ os.register_at_fork(after_in_child=_UNDER_WAY.reset)
 
 
 def _halve(image: Any, size: tuple[int, int]) -> tuple[int, int]:
-    """Let a JPEG be decoded at 1/2, 1/4 or 1/8, while it covers `size`, and return its new size.
+    """Set a JPEG to be decoded at 1/2, 1/4 or 1/8, if that covers `size`; return its new size.
 
-    In whole pixels: one that is only partly inside the image is left out.
+    Pixels that are only partly inside the image are not counted.
     """
     drafted = image.draft(None, size) if image.format == "JPEG" else None
     if drafted is None:
-        whole: tuple[int, int] = image.size
-        return whole
+        full_size: tuple[int, int] = image.size
+        return full_size
     width, height = drafted[1][2:]
     return int(width), int(height)
 
@@ -206,7 +209,7 @@ def _resize(
 ) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Scale RGB pixels to (height, width, 3), bicubic, antialiased.
 
-    By torch: its levels are Pillow's within 1, and it is several times as fast.
+    Torch's levels are within 1 of Pillow's, and it is several times as fast.
     """
     if pixels.shape[:2] == (height, width):
         return pixels

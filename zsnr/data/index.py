@@ -1,4 +1,4 @@
-"""The index: one row a sample, made from headers alone, kept beside the shards."""
+"""The index: one row per sample, made from headers alone, stored beside the shards."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Index:
-    """The samples of all shards of a source; rows stay in the shards' index files until asked for.
+    """The samples of all shards of a source; rows are read from the shards' index files on demand.
 
     Args:
-        shards: In the order in which they were named.
-        parts: What is known of each.
-        fields: Columns of json fields that are wanted. None = all.
-        remake: Indexes a shard anew, if its index file turns out to be damaged.
+        shards: The shards, in the order in which they were listed.
+        parts: The index of each shard without its rows.
+        fields: Columns of json fields to read. None = all.
+        remake: Indexes a shard again, if its index file turns out to be damaged.
     """
 
     shards: list[Shard]
@@ -49,22 +49,22 @@ class Index:
 
     @property
     def sizes(self) -> list[int]:
-        """Of the shards, in bytes; 0 = it could not be read."""
+        """Sizes of the shards, in bytes; 0 = the shard could not be read."""
         return [part.size for part in self.parts]
 
     @property
     def faults(self) -> list[Fault]:
-        """What is broken."""
+        """Faults of all shards."""
         return [fault for part in self.parts for fault in part.faults]
 
     @property
     def digest(self) -> str:
-        """A hash of the shards' names and rows; it does not change when shards move."""
+        """A hash of the shards' names and rows, independent of the shards' location."""
         return self._hash([part.digest for part in self.parts])
 
     @property
     def state(self) -> str:
-        """A hash that changes when the rows do or their places in the shards."""
+        """A hash that changes when the rows change, or their offsets in the shards."""
         return self._hash([f"{part.digest} {part.size} {part.state}" for part in self.parts])
 
     def __len__(self) -> int:
@@ -74,16 +74,16 @@ class Index:
     def table(self) -> pa.Table:
         """All rows as one table: `shard`, the number of the shard, and the columns of its index.
 
-        A field that is text in one shard is text in all.
+        A field that is text in one shard is converted to text in all.
         """
         import pyarrow as pa
 
-        whole = pa.concat_tables(list(self.blocks()), promote_options="permissive")
-        keys = whole.schema.get_field_index("key")
-        return whole.set_column(keys, "key", whole.column("key").cast(pa.large_string()))
+        table = pa.concat_tables(list(self.blocks()), promote_options="permissive")
+        keys = table.schema.get_field_index("key")
+        return table.set_column(keys, "key", table.column("key").cast(pa.large_string()))
 
     def blocks(self) -> Iterator[pa.Table]:
-        """Read the rows of one shard after the other; all have the same columns."""
+        """Yield the rows of each shard in turn; all tables have the same columns."""
         import pyarrow as pa
 
         kinds = self._kinds()
@@ -95,12 +95,12 @@ class Index:
             columns[TEXTS] = pa.nulls(count, pa.dictionary(pa.int32(), pa.string()))  # of a cache
             columns |= {name: table.column(name) for name in names}
             for name, kind in kinds.items():
-                there = name in table.column_names and count
-                columns[name] = table.column(name).cast(kind) if there else pa.nulls(count, kind)
+                present = name in table.column_names and count
+                columns[name] = table.column(name).cast(kind) if present else pa.nulls(count, kind)
             yield pa.table(columns)
 
     def _kinds(self) -> dict[str, pa.DataType]:
-        """The type of each json field in all shards together."""
+        """Return the common type of each json field over all shards."""
         import pyarrow as pa
 
         kinds: dict[str, set[pa.DataType]] = {}
@@ -109,12 +109,12 @@ class Index:
                 if field.name.startswith(FIELD) and (
                     self.fields is None or field.name in self.fields
                 ):
-                    met = kinds.setdefault(field.name, set())
+                    types = kinds.setdefault(field.name, set())
                     if part.rows and not pa.types.is_null(field.type):
-                        met.add(field.type)
+                        types.add(field.type)
         return {
-            name: pa.string() if len(met) > 1 else next(iter(met), pa.null())
-            for name, met in kinds.items()
+            name: pa.string() if len(types) > 1 else next(iter(types), pa.null())
+            for name, types in kinds.items()
         }
 
     def _rows(self, number: int) -> pa.Table:
@@ -142,67 +142,67 @@ def load_index(
     processes: int = 0,
     progress: bool = True,
 ) -> Index:
-    """Look for the index of every shard; make it where there is none or the shard has changed.
+    """Load the index of every shard; make it if it is missing or the shard has changed.
 
     Args:
-        sources: What to index.
-        storage: What reads the shards, and hears of passing faults.
-        folder: Where index files are. None = beside the shards; those behind an address are then
-            indexed every time.
-        fields: Fields of the json that are wanted. None = all.
-        must_write: An index file that cannot be written is an error, not a warning.
-        processes: How many work at once; below 2, threads of this one.
-        progress: Show a bar if it takes long.
+        sources: Sources to index.
+        storage: Reads the shards, and is told about passing faults.
+        folder: Folder of the index files. None = beside the shards; remote shards are then indexed
+            every time.
+        fields: Fields of the json to read. None = all.
+        must_write: Raise an error, instead of a warning, if an index file cannot be written.
+        processes: Number of processes; below 2, threads of this process are used.
+        progress: Show a progress bar after two seconds.
 
     Raises:
         FileNotFoundError: There are no shards.
-        StorageError: A shard cannot be read, which says nothing about its bytes.
-        OSError: An index file cannot be written, but must be.
-        ValueError: A cached shard has no index, or not its own.
+        StorageError: A shard cannot be read, so it is unknown whether it is broken.
+        OSError: An index file cannot be written, and `must_write` is set.
+        ValueError: The index of a cached shard is missing or belongs to another shard.
     """
     from tqdm import tqdm
 
     shards, parts = find_shards(sources), []
-    wanted = None if fields is None else [FIELD + name for name in fields]
-    one = partial(
+    columns = None if fields is None else [FIELD + name for name in fields]
+    load = partial(
         _load_alone,
         settings=storage.reporting(None),
         folder=folder,
         must_write=must_write,
-        fields=wanted,
+        fields=columns,
     )
-    unkept: list[str] = []
+    unwritten: list[str] = []
     pool: Executor = ThreadPoolExecutor(8)
     if processes > 1:
         pool = ProcessPoolExecutor(processes, get_context("spawn"))
     try:
         bar = tqdm(
-            pool.map(one, shards),
+            pool.map(load, shards),
             total=len(shards),
             desc="index",
             unit="shard",
             delay=2,
             disable=not progress,
         )
-        for part, met, reason in bar:
+        for part, passing, reason in bar:
             parts.append(part)
-            unkept += [reason] * bool(reason)
+            unwritten += [reason] * bool(reason)
             if storage.on_fault is not None:
-                for fault in met:
+                for fault in passing:
                     storage.on_fault(*fault)
     finally:
         pool.shutdown(wait=len(parts) == len(shards), cancel_futures=True)
-    if unkept:
+    if unwritten:
         warnings.warn(
-            f"{unkept[0]} {len(unkept)} of {len(shards)} shards are indexed again each time: give "
-            "data.index, or write the index once by `zsnr data index --output FOLDER`.",
+            f"{unwritten[0]} {len(unwritten)} of {len(shards)} shards are indexed again each time: "
+            "set data.index, or write the index once with `zsnr data index --output FOLDER`.",
             stacklevel=2,
         )
 
     def remake(shard: Shard) -> Part:
-        return _make(shard, storage, folder, must_write, wanted)[0]
+        return _make(shard, storage, folder, must_write, columns)[0]
 
-    return Index(shards, parts, wanted, remake)
+    return Index(shards, parts, columns, remake)
 
 
 def write_indices(
@@ -217,22 +217,22 @@ def write_indices(
     local_cache: LocalCache | None = None,
     as_json: bool = False,
 ) -> str:
-    """Index shards and say what was found; `zsnr data index`.
+    """Index shards and return a summary; `zsnr data index`.
 
     Args:
-        sources: What to index.
-        folder: Where to write. None = beside the shards.
-        ledger: A jsonl file for what is broken; written anew.
-        attempts: Tries of one read.
-        timeout: Seconds after which a server is stalled.
-        processes: How many work at once.
-        headers: Of requests to http servers.
-        local_cache: Keeps whole remote shards on local disk.
-        as_json: Say it as JSON.
+        sources: Sources to index.
+        folder: Output folder. None = beside the shards.
+        ledger: A jsonl file that lists all faults; overwritten.
+        attempts: Number of attempts for each read.
+        timeout: Seconds after which a server counts as stalled.
+        processes: Number of processes.
+        headers: Headers of requests to http servers.
+        local_cache: Cache of whole remote shards on local disk.
+        as_json: Return JSON.
 
     Raises:
         OSError: An index file cannot be written.
-        ValueError: There is no place for the index files, or no usable sample.
+        ValueError: The shards are remote and `folder` is None, or no sample is usable.
     """
     import pyarrow.compute as pc
 
@@ -240,7 +240,7 @@ def write_indices(
     remote = [shard.url for shard in shards if is_remote(shard.url)]
     if remote and folder is None:
         name = public_url(remote[0])
-        raise ValueError(f"{name}: there is no place beside it; give --output FOLDER.")
+        raise ValueError(f"{name} is remote: set --output FOLDER for its index.")
     passing: list[Fault] = []
     storage = Storage(
         Retries(attempts, timeout=timeout, outage=0.0),
@@ -263,13 +263,13 @@ def write_indices(
             reason = error.strerror or error
             raise OSError(f"The ledger {ledger} cannot be written: {reason}.") from error
     table = index.table if usable.all() else index.table.filter(usable)
-    others = field_names(index.table.select([TEXTS]).filter(~usable).column(TEXTS))
-    tip = f"Fields that hold text there: {', '.join(others)}; data.captions.fields may name them"
+    other_fields = field_names(index.table.select([TEXTS]).filter(~usable).column(TEXTS))
+    tip = f"Fields with text there: {', '.join(other_fields)}; data.captions.fields can use them"
     notes = [fault for fault in faults if fault.kind == "note"]
     broken = [fault for fault in faults if fault.kind != "note"]
     if not table.num_rows:
         reason = summarize(faults) or "they are empty"
-        reason += f". {tip}" * bool(others)
+        reason += f". {tip}" * bool(other_fields)
         raise ValueError(f"No usable sample in {counted(index.shards)}: {reason}.")
     fields = {
         name.removeprefix(FIELD): table.num_rows - table.column(name).null_count
@@ -298,17 +298,17 @@ def write_indices(
     lines += [f"  field {name}: in {count} samples" for name, count in fields.items()]
     if broken:
         lines.append(f"broken: {summarize(broken)}")
-    if others:
+    if other_fields:
         lines.append(tip)
     if notes:
         lines.append(f"not read: {summarize(notes)}")
     if any(index_path(shard, folder) is None for shard in index.shards):
-        lines.append("no index file is kept of folders of images: they are indexed each time")
+        lines.append("folders of images have no index file: they are indexed each time")
     return "\n".join(lines)
 
 
 def _lock(shards: Sequence[Shard], folder: Path | None) -> AbstractContextManager[object]:
-    """Keep others from indexing the same shards into the same place at the same time."""
+    """Prevent other processes from indexing the same shards into the same folder concurrently."""
     paths = [path for path in (index_path(shard, folder) for shard in shards) if path is not None]
     if not paths:
         return nullcontext()
@@ -324,9 +324,9 @@ def without_caption(
 
     Args:
         index: The index.
-        table: Rows of it.
-        rows: True for those that lack one, bool (N,).
-        captions: What was asked for.
+        table: Rows of the index.
+        rows: True for rows without a caption, bool (N,).
+        captions: Settings of captions.
     """
     lacking = table.select(["shard", "key"]).filter(rows)
     reason = captions.lacking()
@@ -337,14 +337,14 @@ def without_caption(
 
 
 def counted(shards: Sequence[Shard]) -> str:
-    """Say how many shards, and folders of images, there are."""
+    """Return the numbers of shards and of folders of images, as text."""
     folders = sum(shard.kind == "folder" for shard in shards)
     counts = (len(shards) - folders, "shard"), (folders, "folder")
-    return " and ".join(f"{n} {what}{'s' * (n != 1)}" for n, what in counts if n) or "no shards"
+    return " and ".join(f"{n} {noun}{'s' * (n != 1)}" for n, noun in counts if n) or "no shards"
 
 
 def index_path(shard: Shard, folder: Path | None) -> Path | None:
-    """Name the file of a shard's index; None = it has no place."""
+    """Return the path of a shard's index file; None = the shard has no index file."""
     if shard.kind == "folder":
         return None
     if shard.kind == "cache":
@@ -362,19 +362,19 @@ def _load_alone(
     must_write: bool,
     fields: list[str] | None,
 ) -> tuple[Part, list[tuple[str, str]], str]:
-    """Find or make a shard's index with a storage of its own, and say which faults passed."""
-    met: list[tuple[str, str]] = []
-    storage = settings.reporting(lambda url, reason: met.append((url, reason)))
+    """Find or make a shard's index with a separate storage; return also the passing faults."""
+    passing: list[tuple[str, str]] = []
+    storage = settings.reporting(lambda url, reason: passing.append((url, reason)))
     path = index_path(shard, folder)
     if path is not None and path.exists():
         try:
             footer = read_footer(path)
             if _is_current(footer, shard):
-                return footer, met, ""
+                return footer, passing, ""
         except ValueError as error:
             _reject(shard, path, error)
-    part, unkept = _make(shard, storage, folder, must_write, fields)
-    return part, met, unkept
+    part, unwritten = _make(shard, storage, folder, must_write, fields)
+    return part, passing, unwritten
 
 
 def _make(
@@ -384,34 +384,34 @@ def _make(
     must_write: bool,
     fields: list[str] | None,
 ) -> tuple[Part, str]:
-    """Index a shard, and say why its rows could not be kept in its index file, if so."""
+    """Index a shard; return also why its index file could not be written, or ""."""
     if shard.kind == "cache":
-        raise ValueError(f"{shard.url} and its index do not belong together: cache it again.")
-    made, path, unkept = make_index(shard, storage), index_path(shard, folder), ""
-    if path is not None and made.size:
+        raise ValueError(f"{shard.url} does not match its index: cache the data again.")
+    new_index, path, unwritten = make_index(shard, storage), index_path(shard, folder), ""
+    if path is not None and new_index.size:
         try:
-            write_index(made, path)
+            write_index(new_index, path)
             return read_footer(path), ""
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
-            unkept = f"The index {path} cannot be written: {reason}."
+            unwritten = f"The index {path} cannot be written: {reason}."
             if must_write:
-                raise OSError(f"{unkept} Give --output FOLDER, with room for it.") from error
-    names = [n for n in made.table.column_names if n.startswith(FIELD)]
+                raise OSError(f"{unwritten} Set --output to a folder with space for it.") from error
+    names = [n for n in new_index.table.column_names if n.startswith(FIELD)]
     unwanted = [] if fields is None else [name for name in names if name not in fields]
-    table = made.table.drop_columns(unwanted)
+    table = new_index.table.drop_columns(unwanted)
     places = pickle.dumps(table.drop_columns([n for n in names if n not in unwanted]), protocol=5)
     state = hashlib.blake2b(places, digest_size=16).hexdigest()
-    facts = made.faults, made.size, made.changed, made.digest, state
-    return Part(None, table, table.num_rows, table.schema, *facts), unkept
+    facts = new_index.faults, new_index.size, new_index.changed, new_index.digest, state
+    return Part(None, table, table.num_rows, table.schema, *facts), unwritten
 
 
 def _reject(shard: Shard, path: Path, error: ValueError) -> None:
-    """Say that an index file is not used, and why.
+    """Warn that an index file is not used, and why.
 
     Raises:
-        ValueError: It is a cache's, which only caching can make again.
-        StorageError: It is a cache's, and a disk does not give it.
+        ValueError: The index file belongs to a cache, which only caching can make again.
+        StorageError: The index file belongs to a cache, and the disk failed.
     """
     cause = error.__cause__
     if shard.kind == "cache" and isinstance(cause, OSError) and cause.errno is not None:
@@ -426,7 +426,7 @@ def _is_current(footer: Part, shard: Shard) -> bool:
     if shard.kind == "cache":
         return footer.size == file_state(shard.url)[0]  # a cache may be copied
     if TEXTS not in footer.schema.names:
-        return False  # written before captions were judged by the index
+        return False  # written by a version whose index did not record captions
     if is_remote(shard.url):
         return True  # each read compares the size
     return (footer.size, footer.changed) == file_state(shard.url)

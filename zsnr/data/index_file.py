@@ -1,8 +1,8 @@
-"""A shard's index as a Parquet file: written, and read back without trust.
+"""A shard's index as a Parquet file: written, and read as untrusted input.
 
-Whoever can write beside the shards can write an index. So the footer is judged before any row is
-decoded, and the rows before they are used: nothing in them may point outside the shard, and none of
-them takes more memory than an index of a shard of that size would.
+Anyone who can write beside the shards can write an index. So the footer is checked before any row
+is decoded, and the rows before they are used: no row may point outside the shard, or take more
+memory than the index of a shard of that size would.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _VERSION = 1
-_CODECS = {0, 1}  # Parquet's numbers: none and snappy, which grows 20-fold at most
+_CODECS = {0, 1}  # Parquet's numbers of no compression and snappy, which expands at most 20-fold
 _DICTIONARY = {2, 8}
 _ENCODINGS = {0, 3, 4, *_DICTIONARY}  # plain, run length, bit-packed, dictionaries
-_LEAST_BYTES = 512  # of a shard, for a row: one header of a tar file
-_MOST_CELLS = 1 << 25  # rows times columns, for any file; more for a larger one
+_MIN_BYTES_PER_ROW = 512  # of a shard: one header of a tar file
+_MAX_CELLS = 1 << 25  # rows times columns; larger files may have more
 _CELLS_PER_BYTE = 16
 _TEXT_PER_BYTE = 64
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """What is known of one shard's index without its rows.
+    """One shard's index without its rows.
 
     Args:
-        file: Where its rows are. None = in `table`.
-        table: Rows that are kept nowhere else.
-        rows: Samples.
+        file: File with the rows. None = the rows are in `table`.
+        table: Rows that are not stored in a file.
+        rows: Number of samples.
         schema: Names and types of the columns.
-        faults: What is broken in the shard.
-        size: Of the shard, in bytes; 0 = it could not be read.
-        changed: When the shard was last changed, as of ShardIndex.
+        faults: Faults of the shard.
+        size: Size of the shard in bytes; 0 = it could not be read.
+        changed: Modification time of the shard, as in ShardIndex.
         digest: A hash of the rows.
-        state: Changes whenever the rows or their places in the shard do.
+        state: A string that changes whenever the rows or their offsets in the shard change.
     """
 
     file: Path | None
@@ -79,30 +79,30 @@ def write_index(index: ShardIndex, path: Path) -> None:
     if TEXTS in texts:
         place = table.column_names.index(TEXTS)
         table = table.set_column(place, TEXTS, table.column(TEXTS).cast(pa.string()))
-    # Arrow opens no path that is not UTF-8.
+    # Arrow cannot open a path that is not UTF-8.
     with replacing(path) as beside, open(beside, "wb") as file:
         pq.write_table(table, file, use_dictionary=[*texts, *NUMBERS])
 
 
 def read_footer(path: Path) -> Part:
-    """Read and judge what the end of an index file says; no row is decoded.
+    """Read and check the footer of an index file, without decoding any row.
 
     Raises:
-        ValueError: It is unreadable, of another version, or not an index; says why.
+        ValueError: The file is unreadable, was written by another version, or is not an index.
     """
     with _opened(path) as (raw, size):
         return _footer(raw, size, path)
 
 
 def read_rows(path: Path, fields: Iterable[str] | None = None) -> pa.Table:
-    """Read and judge the rows of an index file.
+    """Read and check the rows of an index file.
 
     Args:
         path: The file.
         fields: Columns of json fields to read. None = all.
 
     Raises:
-        ValueError: As of `read_footer`, or a row is none of that shard.
+        ValueError: As in `read_footer`, or a row does not belong to the shard.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -110,24 +110,26 @@ def read_rows(path: Path, fields: Iterable[str] | None = None) -> pa.Table:
     with _opened(path) as (raw, size):
         footer = _footer(raw, size, path)
         names = [n for n in footer.schema.names if n.startswith(FIELD)]
-        wanted = names if fields is None else [name for name in fields if name in names]
+        selected = names if fields is None else [name for name in fields if name in names]
         texts = [TEXTS] if TEXTS in footer.schema.names else []
-        columns = ["key", *NUMBERS, *texts, *wanted]
-        if footer.rows * len(columns) > max(_MOST_CELLS, _CELLS_PER_BYTE * size):
+        columns = ["key", *NUMBERS, *texts, *selected]
+        if footer.rows * len(columns) > max(_MAX_CELLS, _CELLS_PER_BYTE * size):
             raise ValueError(f"it has {footer.rows} rows of {len(columns)} columns in {size} bytes")
-        packed = _layout(raw, size, footer)  # must not be written out before they are judged
+        # Dictionaries must not be expanded before they are checked.
+        dictionary_columns = _layout(raw, size, footer)
         raw.seek(0)
-        file = pq.ParquetFile(raw, read_dictionary=sorted(packed | {*texts}), **_limits(size))
+        as_dictionary = sorted(dictionary_columns | {*texts})
+        file = pq.ParquetFile(raw, read_dictionary=as_dictionary, **_limits(size))
         table = file.read(columns=columns, use_threads=False)
         table = table.select(columns)  # "json.a" reads "json.a.b" too
         for i, name in enumerate(table.column_names):
-            if name in packed or name in texts:
+            if name in dictionary_columns or name in texts:
                 _check_texts(table.column(i), size)
             if name in texts:
                 for chunk in table.column(i).chunks:
                     for text in chunk.dictionary.to_pylist():
                         parse_text_fields(text)
-            if name in packed and name not in texts:
+            if name in dictionary_columns and name not in texts:
                 table = table.set_column(i, name, table.column(i).cast(pa.string()))
         table.validate(full=True)
         _check_rows(table, footer)
@@ -136,7 +138,7 @@ def read_rows(path: Path, fields: Iterable[str] | None = None) -> pa.Table:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
-    """Open a file, and give its size; whatever is found wrong with it is a ValueError."""
+    """Open a file and yield it with its size; every error of its contents is a ValueError."""
     import pyarrow as pa
 
     with open_regular(path) as (file, size):
@@ -159,7 +161,7 @@ def _footer(file: BinaryIO, size: int, path: Path) -> Part:
     metadata, schema = opened.metadata, opened.schema_arrow
     text = (schema.metadata or {}).get(b"zsnr")
     if text is None:
-        raise ValueError("it is a Parquet file of something else")
+        raise ValueError("it is a Parquet file, but not an index")
     about = parse_object(text, "its description")
     version = about.get("version")
     if type(version) is not int or version != _VERSION:
@@ -170,7 +172,8 @@ def _footer(file: BinaryIO, size: int, path: Path) -> Part:
         raise ValueError(f"its digest is {shown(digest)}")
     if not isinstance(faults, list):
         raise ValueError(f"its faults are {shown(faults)}: wanted a list")
-    if metadata.num_rows > shard_size // _LEAST_BYTES + size:  # a broken row of a cache has no file
+    # A broken row of a cache has no file, hence `+ size`.
+    if metadata.num_rows > shard_size // _MIN_BYTES_PER_ROW + size:
         raise ValueError(
             f"it has {metadata.num_rows} rows in {size} bytes, for a shard of {shard_size} bytes"
         )
@@ -183,67 +186,69 @@ def _footer(file: BinaryIO, size: int, path: Path) -> Part:
 def _count(about: dict[str, Any], name: str) -> int:
     value = about.get(name)
     if type(value) is not int or not 0 <= value < 2**63:
-        raise ValueError(f"its {name} is {shown(value)}: wanted a number of 64 bits")
+        raise ValueError(f"its {name} is {shown(value)}: wanted a 64-bit integer")
     return value
 
 
 def _layout(file: BinaryIO, size: int, footer: Part) -> set[str]:
-    """Refuse ways of packing that an index is not written in, and that could hide any amount.
+    """Refuse encodings that no index uses and that could expand without limit.
 
     Returns:
-        Names of columns of which a row may be a number that stands for any text.
+        Names of dictionary-encoded text columns.
     """
     file.seek(-8, os.SEEK_END)
     length = int.from_bytes(file.read(4), "little")
     file.seek(-8 - length, os.SEEK_END)
     groups = read_struct(file.read(length))[4]
     if sum(group[3] for group in groups) != footer.rows:
-        raise ValueError(f"its parts have other rows than the {footer.rows} it says")
+        raise ValueError(f"its row groups do not have the {footer.rows} rows of its footer")
     unpacked, texts = 0, set()
     for chunk in (column[3] for group in groups for column in group[1]):
-        encodings, path, codec, values, whole = (chunk[field] for field in (2, 3, 4, 5, 6))
+        encodings, path, codec, values, unpacked_size = (chunk[field] for field in (2, 3, 4, 5, 6))
         odd = {*encodings} - _ENCODINGS or {codec} - _CODECS
         if odd:
-            raise ValueError(f"it is packed in a way that no index is ({min(odd)})")
-        if not 0 <= values <= footer.rows or whole < 0:
-            raise ValueError("its parts have more values than rows")
-        unpacked += whole
+            raise ValueError(f"it uses an encoding that no index uses ({min(odd)})")
+        if not 0 <= values <= footer.rows or unpacked_size < 0:
+            raise ValueError("its columns have more values than rows")
+        unpacked += unpacked_size
         if {*encodings} & _DICTIONARY:
             texts.add(b".".join(path).decode())
     if unpacked > _TEXT_PER_BYTE * size:
-        raise ValueError(f"it would take {unpacked} bytes unpacked, of {size}")
+        raise ValueError(f"its {size} bytes would expand to {unpacked}")
     return texts & {field.name for field in footer.schema if str(field.type) == "string"}
 
 
 def _check_types(schema: pa.Schema) -> None:
     import pyarrow as pa
 
-    wanted = {name: pa.type_for_alias(kind) for name, kind in {"key": "string", **NUMBERS}.items()}
+    expected = {
+        name: pa.type_for_alias(kind) for name, kind in {"key": "string", **NUMBERS}.items()
+    }
     if TEXTS in schema.names:  # a cache has none
-        wanted[TEXTS] = pa.string()
+        expected[TEXTS] = pa.string()
     if len({*schema.names}) != len(schema.names):
-        raise ValueError("a column stands in it twice")
-    for name, kind in wanted.items():
-        found = schema.field(name).type if name in schema.names else "missing"
-        if found != kind:
-            raise ValueError(f"its column {name} is {clipped(str(found))}: wanted {kind}")
+        raise ValueError("it holds a column twice")
+    for name, kind in expected.items():
+        type_name = schema.field(name).type if name in schema.names else "missing"
+        if type_name != kind:
+            raise ValueError(f"its column {name} is {clipped(str(type_name))}: wanted {kind}")
     kinds = "floating", "integer", "boolean", "string", "null"
     for field in schema:
         plain = any(getattr(pa.types, f"is_{kind}")(field.type) for kind in kinds)
-        if field.name not in wanted and not (field.name.startswith(FIELD) and plain):
+        if field.name not in expected and not (field.name.startswith(FIELD) and plain):
             raise ValueError(f"its column {clipped(field.name)} is {clipped(str(field.type))}")
 
 
 def _check_texts(column: pa.ChunkedArray, size: int) -> None:
-    """Refuse a dictionary whose texts, written out, are many times the file."""
+    """Refuse a dictionary whose texts, when expanded, are many times larger than the file."""
     import pyarrow.compute as pc
 
     total = 0
     for chunk in column.chunks:
         lengths = pc.binary_length(chunk.dictionary)
         total += pc.sum(lengths.take(chunk.indices)).as_py() or 0
-        if total > max(_MOST_CELLS, _TEXT_PER_BYTE * size):
-            raise ValueError(f"its texts would take {total} bytes, of {size}")
+        if total > max(_MAX_CELLS, _TEXT_PER_BYTE * size):
+            raise ValueError(f"its texts would expand to {total} bytes, from a file of {size}")
 
 
 def _check_rows(table: pa.Table, footer: Part) -> None:
@@ -251,9 +256,9 @@ def _check_rows(table: pa.Table, footer: Part) -> None:
     import numpy as np
 
     if table.num_rows != footer.rows:
-        raise ValueError(f"it has {table.num_rows} rows, its footer says {footer.rows}")
+        raise ValueError(f"it has {table.num_rows} rows, but its footer says {footer.rows}")
     if any(table.column(name).null_count for name in ("key", *NUMBERS)):
-        raise ValueError("a row has no value where every sample has one")
+        raise ValueError("a row lacks a required value")
     if not table.num_rows:
         return
     column = {name: table.column(name).to_numpy() for name in NUMBERS}
@@ -269,6 +274,6 @@ def _check_rows(table: pa.Table, footer: Part) -> None:
         if not (missing | inside).all():
             row = int(np.flatnonzero(~(missing | inside))[0])
             raise ValueError(
-                f"row {row}: {part} at {offset[row]}, {size[row]} bytes, is not in the shard of "
-                f"{footer.size} bytes"
+                f"row {row}: {part} at {offset[row]}, {size[row]} bytes, is outside of the shard "
+                f"of {footer.size} bytes"
             )

@@ -13,26 +13,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-_COPY = r"[0-9a-f]{16}-"  # begins the name of a copy; other files in the folder stay
-_PART = ".part"  # ends the name of a copy that is being written, and locked by its writer
-_GROWTH = 8  # a copy of unknown size gets room for 1 / _GROWTH more than it has
-_POLL = 0.1  # seconds between two looks for room that other writers will free
+_COPY = r"[0-9a-f]{16}-"  # prefix of a copy's name; other files in the folder are not touched
+_PART = ".part"  # suffix of a copy that is being written, and locked by its writer
+_GROWTH = 8  # a copy of unknown size reserves 1 / _GROWTH more than it has
+_POLL = 0.1  # seconds between two checks for space that other writers will free
 
 
 @dataclass(frozen=True)
 class LocalCache:
-    """A folder of local disk that keeps whole shards of remote sources; data.local_cache.
+    """A folder on a local disk that caches whole shards of remote sources; data.local_cache.
 
-    The shards that have not been read for the longest time make room for others. The processes of
-    a node share the folder: one of them downloads a shard while the others wait for it. A copy has
-    its name when it is complete, so a killed process leaves nothing that counts, and an open copy
-    stays readable when it is removed.
+    The least recently read shards are removed to make room for others. The processes of a node
+    share the folder: one of them downloads a shard while the others wait for it. A copy gets its
+    final name once it is complete, so a killed process leaves no partial copy under that name. An
+    open copy stays readable after it is removed.
 
     Args:
-        folder: Where to keep shards, on a local disk of each node.
-        max_gib: Size limit of the folder, in GiB. It should hold the shards of data.window_shards
-            twice. Shards of unknown size (a command that runs for the first time) may exceed it
-            while they are written.
+        folder: Folder of the cached shards, on a local disk of each node.
+        max_gib: Size limit of the folder, in GiB. It should hold twice the shards of
+            data.window_shards. Shards of unknown size (a command that runs for the first time) may
+            exceed it while they are written.
 
     Raises:
         ValueError: The limit is not above 0.
@@ -46,29 +46,29 @@ class LocalCache:
             raise ValueError(f"data.local_cache.max_gib={self.max_gib:g}: wanted more than 0.")
 
     def open(self, url: str, name: str, fill: Callable[[Copy], None]) -> BinaryIO:
-        """Open the copy of a shard, and make it first where there is none.
+        """Open the copy of a shard; make it first if it does not exist.
 
         Args:
-            url: Of the shard; the copy belongs to it.
-            name: A short name of it, without secrets.
+            url: Address of the shard, which identifies the copy.
+            name: A short name of the shard, without secrets.
             fill: Writes the shard's bytes.
 
         Raises:
             ValueError: The shard alone exceeds the limit.
-            OSError: The folder cannot be written to, or what `fill` raises.
+            OSError: The folder cannot be written to, or `fill` failed.
         """
         path = self._path(url, name)
         while True:
             with suppress(FileNotFoundError):
                 file = open(path, "rb")  # noqa: SIM115 - the caller closes it
-                os.utime(file.fileno())  # the time of change is the time of the last use
+                os.utime(file.fileno())  # the modification time records the last use
                 return file
-            made = self._make(path, name, fill)
-            if made is not None:
-                return made
+            copy = self._make(path, name, fill)
+            if copy is not None:
+                return copy
 
     def forget(self, url: str, name: str) -> None:
-        """Remove the copy of a shard; who reads it goes on reading."""
+        """Remove the copy of a shard; processes that have it open can continue to read it."""
         self._path(url, name).unlink(missing_ok=True)
 
     def _path(self, url: str, name: str) -> Path:
@@ -80,54 +80,54 @@ class LocalCache:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + _PART)
         file = open(os.open(part, os.O_RDWR | os.O_CREAT, 0o644), "r+b")  # noqa: SIM115
-        with ExitStack() as left:
-            left.callback(file.close)
-            fcntl.flock(file, fcntl.LOCK_EX)  # released by the end of the process, however it ends
-            left.callback(_remove, file, part)
+        with ExitStack() as cleanup:
+            cleanup.callback(file.close)
+            fcntl.flock(file, fcntl.LOCK_EX)  # released when the process ends, even if killed
+            cleanup.callback(_remove, file, part)
             if not _is_at(file, part) or path.exists():
                 return None
             copy = Copy(self, file, name)
-            copy.restart()  # without what a killed process has left
+            copy.restart()  # drop the bytes of a killed process
             fill(copy)
             copy.finish()
             os.replace(part, path)
-            left.pop_all()
+            cleanup.pop_all()
         fcntl.flock(file, fcntl.LOCK_UN)
         file.seek(0)
         return file
 
     def make_room(self, file: BinaryIO, size: int, name: str, wait: bool) -> None:
-        """Give a copy that is being written room for `size` bytes: remove others, oldest first.
+        """Reserve `size` bytes for a copy that is being written: remove others, oldest first.
 
         Args:
-            file: The copy; it gets that size, which counts from now on.
-            size: In bytes.
-            name: Of the shard, for the message.
-            wait: Wait while only copies under way fill the folder, instead of exceeding the limit.
+            file: The copy, which is extended to that size.
+            size: Size in bytes.
+            name: Name of the shard, for the message.
+            wait: While unfinished copies fill the folder, wait instead of exceeding the limit.
 
         Raises:
             ValueError: The shard alone exceeds the limit.
         """
-        most = int(self.max_gib * 2**30)
-        if size > most:
+        limit = int(self.max_gib * 2**30)
+        if size > limit:
             raise ValueError(
-                f"data.local_cache.max_gib={self.max_gib:g} holds less than one shard of "
+                f"data.local_cache.max_gib={self.max_gib:g} is less than one shard of "
                 f"{size / 2**30:.3g} GiB, {name}: raise it."
             )
         while True:
             with self._locked():
-                if self._free(file, most - size) or not wait:
+                if self._free(file, limit - size) or not wait:
                     file.truncate(size)
                     return
             time.sleep(_POLL)
 
-    def _free(self, file: BinaryIO, most: int) -> bool:
-        """Remove copies until the others have `most` bytes; tell whether that was possible."""
-        own, copies, total = os.fstat(file.fileno()).st_ino, [], 0
+    def _free(self, file: BinaryIO, limit: int) -> bool:
+        """Remove copies until the others take at most `limit` bytes; return whether they do."""
+        inode, copies, total = os.fstat(file.fileno()).st_ino, [], 0
         for entry in os.scandir(Path(self.folder).expanduser()):
             with suppress(FileNotFoundError):  # a process has renamed or removed it
                 stat = entry.stat(follow_symlinks=False)
-                if stat.st_ino == own or not re.match(_COPY, entry.name):
+                if stat.st_ino == inode or not re.match(_COPY, entry.name):
                     continue
                 if entry.name.endswith(_PART) and _remove_left(Path(entry.path)):
                     continue
@@ -135,12 +135,12 @@ class LocalCache:
                 if not entry.name.endswith(_PART):
                     copies.append((stat.st_mtime_ns, entry.path, stat.st_size))
         for _, path, size in sorted(copies):
-            if total <= most:
+            if total <= limit:
                 break
             with suppress(FileNotFoundError):
                 os.unlink(path)
             total -= size
-        return total <= most
+        return total <= limit
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -168,7 +168,7 @@ class Copy:
             self._room = 0
 
     def reserve(self, size: int) -> None:
-        """Make room for a shard whose size is known."""
+        """Reserve space for a shard of known size."""
         self._cache.make_room(self._file, size, self._name, wait=True)
         self._room, self._known = size, True
 
@@ -177,18 +177,18 @@ class Copy:
 
         Raises:
             ValueError: The shard alone exceeds the limit of the folder.
-            OSError: The disk does not take them.
+            OSError: The disk cannot store the bytes.
         """
         self.size += len(data)
         if self.size > self._room:
-            most = int(self._cache.max_gib * 2**30)
-            self._room = max(self.size, min(self.size + self.size // _GROWTH, most))
+            limit = int(self._cache.max_gib * 2**30)
+            self._room = max(self.size, min(self.size + self.size // _GROWTH, limit))
             self._cache.make_room(self._file, self._room, self._name, wait=False)
         self._file.write(data)
         self.tail = (self.tail + data[-512:])[-512:]
 
     def finish(self) -> None:
-        """Cut off the room that was not needed, and see that the copy is on disk."""
+        """Truncate the copy to its size and sync it to disk."""
         self._file.flush()
         self._cache.make_room(self._file, self.size, self._name, wait=False)
         os.fsync(self._file.fileno())
@@ -207,7 +207,7 @@ def _remove(file: BinaryIO, part: Path) -> None:
 
 
 def _remove_left(part: Path) -> bool:
-    """Remove a part that nobody writes any more, because its process was killed."""
+    """Remove a part whose writer was killed; return whether it was removed."""
     with open(part, "rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

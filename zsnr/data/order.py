@@ -1,9 +1,9 @@
-"""Which sample stands where: the global batch of step k is a function of (samples, seed, k) only.
+"""Order of the samples: the global batch of step k is a function of (samples, seed, k) only.
 
-One epoch shuffles the shards, cuts their row into windows of several, and shuffles the
-samples of each window. So reads stay near each other and memory stays small, whatever the size of
-the data. Every bucket is an endless stream of its own that epochs and windows only cut into pieces:
-what does not fill a batch waits for the next window, or the next epoch.
+Each epoch shuffles the shards, groups them into windows of several, and shuffles the samples of
+each window. So reads stay local and memory stays small, whatever the size of the dataset. Every
+bucket is a separate endless stream, divided by epochs and windows: samples that do not fill a batch
+are left for the next window, or the next epoch.
 """
 
 from __future__ import annotations
@@ -35,28 +35,28 @@ _SHARDS, _WINDOW, _RANKS, _REPLACEMENT, _MIX, _SOURCE, _BATCH = range(7)
 _LONGEST_PERIOD = 1 << 14
 
 
-class _Pass(NamedTuple):
+class _Epoch(NamedTuple):
     """One epoch."""
 
-    shards: np.ndarray  # in their order, (S,)
-    counts: np.ndarray  # samples that each bucket has had before each window, (W + 1, K), of all
-    batches: np.ndarray  # batches that were filled before each window, (W + 1,), of all
+    shards: np.ndarray  # shuffled, (S,)
+    counts: np.ndarray  # total samples of each bucket before each window, (W + 1, K)
+    batches: np.ndarray  # total batches before each window, (W + 1,)
 
 
 class TrainingOrder:
     """The endless order of a run's batches; each batch is of one bucket.
 
-    Where sources have ratios, each is an order of its own, with its own epochs, and every batch
-    takes from each. A batch of a bucket holds the sources in the shares that they have in the
-    bucket when each gives its ratio of all samples and shows its own equally often; so the ratios
-    hold in each batch without buckets, and over the batches of all buckets together with them.
+    If the sources have ratios, each source has an order and epochs of its own, and every batch
+    mixes all sources. Without buckets, each batch has the given ratios. With buckets, a batch mixes
+    the sources in the shares that they have in its bucket, if each source contributes its ratio of
+    all samples and repeats its samples equally often; so the ratios hold over all batches together.
 
     Args:
-        samples: What there is.
-        batch_size: Of the global batch.
-        seed: Of the order.
-        window: Shards whose samples are shuffled together.
-        shards: Numbers of the shards that it is of, whatever their ratios. None = all.
+        samples: The samples.
+        batch_size: Size of the global batch.
+        seed: Seed of the order.
+        window: Number of shards whose samples are shuffled together.
+        shards: Numbers of the shards to use, whatever their ratios. None = all shards.
 
     Raises:
         ValueError: An argument is out of range, or a source with a ratio has no samples.
@@ -90,7 +90,7 @@ class TrainingOrder:
             for shard in (samples.shards[n] for n in shards)
         ]
         self._weights = weights
-        # Shards of one weight form a group; of each group and bucket, how many samples there are.
+        # Shards of one weight form a group, with a number of samples in each bucket.
         self._groups = {
             weight: np.array([w == weight for w in weights]) for weight in dict.fromkeys(weights)
         }
@@ -106,28 +106,28 @@ class TrainingOrder:
         step, slot = divmod(position, self.batch_size)
         return self.batch(step)[1][slot]
 
-    @lru_cache(maxsize=4)  # noqa: B019 - an order lives as long as its run
+    @lru_cache(maxsize=4)  # noqa: B019 - an order exists as long as its run
     def batch(self, step: int) -> tuple[int, list[int]]:
         """Return the bucket of step k's global batch, and the rows of its samples."""
         if self._mixture is not None:
             return self._mixture.batch(step)
-        number = self._pass_of(step)
-        this = self._pass(number)
-        window = int(this.batches.searchsorted(step, side="right")) - 1
-        bucket, m = self._mixed(number, window)[step - int(this.batches[window])]
+        number = self._epoch_of(step)
+        epoch = self._epoch(number)
+        window = int(epoch.batches.searchsorted(step, side="right")) - 1
+        bucket, m = self._mixed(number, window)[step - int(epoch.batches[window])]
         return bucket, self.take(bucket, m * self.batch_size, self.batch_size)
 
     def take(self, bucket: int, first: int, number: int) -> list[int]:
-        """Return so many rows from a position of a bucket's stream on."""
+        """Return `number` rows of a bucket's stream, starting at position `first`."""
         rows: list[int] = []
         while len(rows) < number:
-            rows += self._from(bucket, first + len(rows), number - len(rows))
+            rows += self._take_from_window(bucket, first + len(rows), number - len(rows))
         return rows
 
     def replacement(self, position: int, attempt: int) -> int:
-        """Return the row of another sample of the bucket, to stand in for a broken one.
+        """Return the row of another sample of the bucket, to replace a broken one.
 
-        Where sources have ratios it is of the same source.
+        If the sources have ratios, the sample is from the same source.
         """
         step, slot = divmod(position, self.batch_size)
         bucket, rows = self.batch(step)
@@ -138,46 +138,47 @@ class TrainingOrder:
         return self._samples.member(bucket, n, shards)
 
     def prepare(self) -> None:
-        """Write what all processes then map, so that each need not make it."""
+        """Write the files that all processes then map, so that only one process computes them."""
         if self._samples.mapped is not None:
-            self._pass(0)
+            self._epoch(0)
 
     # Counting
 
-    def _seen(self, number: int) -> np.ndarray:
+    def _samples_before(self, number: int) -> np.ndarray:
         """Count the samples of each bucket in all epochs before one, (K,).
 
-        A weight f shows sample i of a group of n floor((e + 1) f + u_i) - floor(e f + u_i) times in
-        epoch e, with u_i = (i + 1/2) / n. So before epoch e, that is the sum of floor(e f + u_i).
+        With weight f, sample i of a group of n occurs floor((e + 1) f + u_i) - floor(e f + u_i)
+        times in epoch e, with u_i = (i + 1/2) / n. So the count before epoch e is the sum of
+        floor(e f + u_i).
         """
         import numpy as np
 
         total = np.zeros(self._table.shape[1], np.int64)
         for weight, n in self._sizes.items():
-            whole, part = divmod(number * weight, 1)
-            total += n * int(whole)
-            if part:  # those with u_i >= 1 - part, one more
+            times, part = divmod(number * weight, 1)
+            total += n * int(times)
+            if part:  # samples with u_i >= 1 - part occur once more
                 p, q = part.numerator, part.denominator
                 total += n - np.maximum(0, -((q - 2 * n * (q - p)) // (2 * q)))
         return total
 
-    def _filled(self, number: int) -> int:
-        """Count the batches filled before an epoch."""
-        return int((self._seen(number) // self.batch_size).sum())
+    def _batches_before(self, number: int) -> int:
+        """Count the batches before an epoch."""
+        return int((self._samples_before(number) // self.batch_size).sum())
 
-    def _pass_of(self, step: int) -> int:
-        """Find the epoch in which the batch of a step is filled."""
+    def _epoch_of(self, step: int) -> int:
+        """Find the epoch that completes the batch of a step."""
         high = 1
-        while self._filled(high) <= step:
+        while self._batches_before(high) <= step:
             high *= 2
         low = high // 2 if high > 1 else 0
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if self._filled(middle) <= step else (low, middle)
+            low, high = (middle, high) if self._batches_before(middle) <= step else (low, middle)
         return low
 
     @lru_cache(maxsize=4)  # noqa: B019
-    def _pass(self, number: int) -> _Pass:
+    def _epoch(self, number: int) -> _Epoch:
         import numpy as np
 
         shards = _permutation(len(self._table), self._seed, _SHARDS, number)
@@ -192,11 +193,13 @@ class TrainingOrder:
         windows = table[shards]
         starts = range(0, len(shards), self._window)
         sums = np.stack([windows[i : i + self._window].sum(0) for i in starts])
-        counts = self._seen(number) + np.concatenate([np.zeros_like(sums[:1]), sums.cumsum(0)])
-        return _Pass(shards, counts, (counts // self.batch_size).sum(1))
+        counts = self._samples_before(number) + np.concatenate(
+            [np.zeros_like(sums[:1]), sums.cumsum(0)]
+        )
+        return _Epoch(shards, counts, (counts // self.batch_size).sum(1))
 
     def _times(self, number: int, shard: int, bucket: int) -> np.ndarray:
-        """How often an epoch shows each sample of one shard and bucket."""
+        """Count how often each sample of one shard and bucket occurs in an epoch."""
         import numpy as np
 
         weight, count = self._weights[shard], int(self._table[shard, bucket])
@@ -205,17 +208,17 @@ class TrainingOrder:
         ranks = self._ranks(weight, bucket)
         before = int(self._before[weight][shard, bucket])
         i, n = ranks[before : before + count], len(ranks)
-        seen = []
+        cumulative = []
         for e in (number, number + 1):
-            whole, part = divmod(e * weight, 1)  # floor(e f + u_i), in integers
+            times_before, part = divmod(e * weight, 1)  # floor(e f + u_i), in integers
             p, q = part.numerator, part.denominator
-            seen.append(int(whole) + (2 * n * p + (2 * i + 1) * q) // (2 * n * q))
-        times: np.ndarray = seen[1] - seen[0]
+            cumulative.append(int(times_before) + (2 * n * p + (2 * i + 1) * q) // (2 * n * q))
+        times: np.ndarray = cumulative[1] - cumulative[0]
         return times
 
     @lru_cache(maxsize=64)  # noqa: B019
     def _ranks(self, weight: Fraction, bucket: int) -> np.ndarray:
-        """The place i of each sample in its group, by chance, so that epochs take turns fairly."""
+        """Return the random rank i of each sample in its group, for an even spread over epochs."""
         n = int(self._sizes[weight][bucket])
         keys = self._seed, _RANKS, weight.numerator, weight.denominator, bucket
         mapped = self._samples.mapped
@@ -228,8 +231,8 @@ class TrainingOrder:
 
     @lru_cache(maxsize=4)  # noqa: B019
     def _mixed(self, number: int, window: int) -> list[tuple[int, int]]:
-        """List the batches that a window fills, (bucket, number in its stream), buckets mixed."""
-        before, after = self._pass(number).counts[window : window + 2] // self.batch_size
+        """List the batches that a window completes, (bucket, number in its stream), interleaved."""
+        before, after = self._epoch(number).counts[window : window + 2] // self.batch_size
         due = []
         for bucket in range(len(before)):
             count = int(after[bucket] - before[bucket])
@@ -237,28 +240,30 @@ class TrainingOrder:
             due += [((i + shift) / count, bucket, int(before[bucket]) + i) for i in range(count)]
         return [(bucket, m) for _, bucket, m in sorted(due)]
 
-    def _from(self, bucket: int, q: int, most: int) -> list[int]:
-        """Take rows from position q of a bucket's stream on, up to the end of a window."""
+    def _take_from_window(self, bucket: int, q: int, limit: int) -> list[int]:
+        """Return rows of a bucket's stream from position q on, at most to the window's end."""
         low, high = 0, 1
-        while self._seen(high)[bucket] <= q:
+        while self._samples_before(high)[bucket] <= q:
             low, high = high, 2 * high
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if self._seen(middle)[bucket] <= q else (low, middle)
-        counts = self._pass(low).counts[:, bucket]
+            low, high = (
+                (middle, high) if self._samples_before(middle)[bucket] <= q else (low, middle)
+            )
+        counts = self._epoch(low).counts[:, bucket]
         window = int(counts.searchsorted(q, side="right")) - 1
         start = q - int(counts[window])
-        rows: list[int] = self._window_rows(low, window, bucket)[start : start + most].tolist()
+        rows: list[int] = self._window_rows(low, window, bucket)[start : start + limit].tolist()
         return rows
 
     @lru_cache(maxsize=8)  # noqa: B019
     def _window_rows(self, number: int, window: int, bucket: int) -> np.ndarray:
-        """The rows of one bucket in a window, shuffled."""
+        """Return the rows of one bucket in a window, shuffled."""
         import numpy as np
 
         first = window * self._window
         parts = []
-        for shard in self._pass(number).shards[first : first + self._window].tolist():
+        for shard in self._epoch(number).shards[first : first + self._window].tolist():
             rows = self._samples.members(int(self._shards[shard]), bucket)
             parts.append(np.repeat(rows, self._times(number, shard, bucket)))
         rows = np.concatenate(parts)
@@ -268,7 +273,7 @@ class TrainingOrder:
 
 
 class _Mixture:
-    """Batches that take from several sources by their ratios."""
+    """Batches that mix several sources by their ratios."""
 
     def __init__(self, samples: Samples, batch_size: int, seed: int, window: int) -> None:
         import numpy as np
@@ -282,17 +287,17 @@ class _Mixture:
             counts = samples.table[shards].sum(0).tolist()
             if not sum(counts):
                 raise ValueError(
-                    f"The source of {first.url} has ratio={first.ratio}, but no sample of it is "
-                    "left: take it away, or mend its filters."
+                    f"The source of {first.url} has ratio={first.ratio}, but none of its samples "
+                    "is left: remove the source, or correct its filters."
                 )
             self._orders.append(
                 TrainingOrder(samples, 1, derive_seed(seed, _SOURCE, number), window, shards)
             )
             ratio = Fraction(first.ratio or 0.0).limit_denominator(1000)
             pulls.append([ratio * count / sum(counts) for count in counts])
-        whole = sum(map(sum, pulls))
+        pull_sum = sum(map(sum, pulls))
         of_bucket = [sum(pull[b] for pull in pulls) for b in range(len(samples.shapes))]
-        self._buckets = Split([part / whole for part in of_bucket], 1)
+        self._buckets = Split([part / pull_sum for part in of_bucket], 1)
         self._splits = [
             Split([pull[b] / part for pull in pulls], batch_size) if part else None
             for b, part in enumerate(of_bucket)
@@ -300,52 +305,59 @@ class _Mixture:
 
     def batch(self, step: int) -> tuple[int, list[int]]:
         """Return the bucket of a step's global batch, and the rows of its samples, mixed."""
-        bucket = self._buckets.at(step).index(1)
-        m = self._buckets.before(step)[bucket]
+        bucket = self._buckets.parts_at(step).index(1)
+        m = self._buckets.sums_before(step)[bucket]
         split = self._splits[bucket]
         assert split is not None
         rows: list[int] = []
-        for order, first, number in zip(self._orders, split.before(m), split.at(m), strict=True):
+        for order, first, number in zip(
+            self._orders, split.sums_before(m), split.parts_at(m), strict=True
+        ):
             rows += order.take(bucket, first, number)
         mixed = _permutation(len(rows), self._seed, _BATCH, step).tolist()
         return bucket, [rows[i] for i in mixed]
 
     def shards_of(self, row: int) -> np.ndarray:
-        """The numbers of the shards of a row's source."""
+        """Return the numbers of the shards of a row's source."""
         shard = self._samples.shard[row]
         return next(shards for shards in self._sources if shard in shards)
 
 
 class Split:
-    """Division of a whole number into parts by shares, step after step.
+    """Division of an integer into integer parts by shares, step after step.
 
-    At each step the parts add up to the number, and each is total s_i rounded down or up. What is
-    left of total s_i is the length e_i of an interval; these lie one behind the other, and the
-    parts whose interval holds one of the points u_k + 0, 1, 2 .. are rounded up. With u_k = a k / D
-    mod 1, where D is the e_i's common denominator and a has no factor in common with it, each part
-    is rounded up in exactly e_i D of any D steps in a row. In between, what a part had so far stays
-    close to its share: within one of it for two parts, about two for more.
+    At each step the parts add up to the total, and each is total s_i rounded down or up. The
+    fractional part of total s_i is the length e_i of an interval; the intervals are adjacent, and
+    the parts whose interval holds one of the points u_k + 0, 1, 2 .. are rounded up. With
+    u_k = a k / D mod 1, where D is the common denominator of the e_i and a is coprime to D, each
+    part is rounded up in exactly e_i D of any D consecutive steps. In between, the running sum of a
+    part stays close to its share: within one for two parts, and about two for more.
 
     Args:
         shares: s_i, which add up to one.
-        total: The number.
+        total: The integer to divide.
     """
 
     def __init__(self, shares: Sequence[Fraction], total: int) -> None:
         exact = [share * total for share in shares]
-        self._whole = [int(part // 1) for part in exact]
-        rests = [part % 1 for part in exact]
-        D = self._D = lcm(*(rest.denominator for rest in rests))
-        lengths = [int(rest * D) for rest in rests]
+        self._floors = [int(part // 1) for part in exact]
+        fractions = [part % 1 for part in exact]
+        D = self._D = lcm(*(fraction.denominator for fraction in fractions))
+        lengths = [int(fraction * D) for fraction in fractions]
         self._ends = [0, *accumulate(lengths)]
         golden = (isqrt(5 * D * D) - D) // 2
-        two = [length for length in lengths if length]
-        tried = [*two[: len(two) == 2], golden, *lengths, *(D * i // 33 for i in range(1, 33))]
+        nonzero = [length for length in lengths if length]
+        tried = [
+            *nonzero[: len(nonzero) == 2],
+            golden,
+            *lengths,
+            *(D * i // 33 for i in range(1, 33)),
+        ]
         steps = [next(a for a in count(first) if gcd(a, D) == 1) for first in tried]
         self._step = steps[0] if D > _LONGEST_PERIOD else min(steps, key=self._deviation)
 
     def _deviation(self, a: int) -> float:
-        """How far from its share a part ever is, with this a."""
+        """Return the maximum deviation of a running sum from its share, with this a."""
         import numpy as np
 
         u = a * np.arange(self._D) % self._D
@@ -354,20 +366,20 @@ class Split:
         due = lengths * np.arange(1, self._D + 1) / self._D
         return float(np.abs(np.diff(points, axis=0).cumsum(1) - due).max())
 
-    def at(self, k: int) -> list[int]:
+    def parts_at(self, k: int) -> list[int]:
         """Return the parts of step k."""
         u = self._step * k % self._D
         return self._parts(1, [-((u - end) // self._D) for end in self._ends])
 
-    def before(self, k: int) -> list[int]:
+    def sums_before(self, k: int) -> list[int]:
         """Return the sums of the parts of all steps before step k."""
         return self._parts(k, [-_floor_sum(k, self._D, self._step, -end) for end in self._ends])
 
     def _parts(self, steps: int, points: list[int]) -> list[int]:
-        """The parts, from the number of points in front of each interval's end."""
+        """Return the parts, from the number of points before each interval's end."""
         return [
-            steps * whole + after - before
-            for whole, before, after in zip(self._whole, points, points[1:], strict=False)
+            steps * base + after - before
+            for base, before, after in zip(self._floors, points, points[1:], strict=False)
         ]
 
 
@@ -385,20 +397,20 @@ def _floor_sum(n: int, m: int, a: int, b: int) -> int:
 
 
 class StepBatches(Sampler[list[int]]):
-    """The positions that one rank loads, batch after batch, from a given step on, endlessly.
+    """An endless stream of one rank's micro-batches of positions, from a given step on.
 
     The global batch of step k holds the positions k batch_size .. (k + 1) batch_size - 1; ranks
-    and accumulation only divide it.
+    and gradient accumulation only divide it.
 
     Args:
-        batch_size: Of the global batch.
-        rank: This process.
-        num_ranks: All processes.
-        accumulate: Micro-batches of a step.
-        first_step: Where to start; a resumed run starts where it stopped.
+        batch_size: Size of the global batch.
+        rank: Rank of this process.
+        num_ranks: Number of processes.
+        accumulate: Micro-batches per step.
+        first_step: First step; a resumed run starts at the step where it stopped.
 
     Raises:
-        ValueError: The numbers do not divide.
+        ValueError: The batch is not divisible by ranks times micro-batches.
     """
 
     def __init__(
@@ -420,24 +432,24 @@ class StepBatches(Sampler[list[int]]):
         self._first = first_step
 
     def __iter__(self) -> Iterator[list[int]]:
-        each, k = self._size // self._parts, self._first
+        share, k = self._size // self._parts, self._first
         while True:
             for micro in range(self._accumulate):
-                start = k * self._size + (micro * self._ranks + self._rank) * each
-                yield list(range(start, start + each))
+                start = k * self._size + (micro * self._ranks + self._rank) * share
+                yield list(range(start, start + share))
             k += 1
 
 
-def accumulation(batch_size: int, num_ranks: int, most: int | None = None) -> int:
-    """Return into how many micro-batches a rank divides its share of the global batch.
+def accumulation(batch_size: int, num_ranks: int, max_per_device: int | None = None) -> int:
+    """Return the number of micro-batches into which a rank divides its part of the global batch.
 
     Args:
-        batch_size: Of the global batch.
-        num_ranks: All processes.
-        most: Samples that a device holds at a time. None = any number.
+        batch_size: Size of the global batch.
+        num_ranks: Number of processes.
+        max_per_device: Maximum number of samples per device at a time. None = no limit.
 
     Raises:
-        ValueError: The batch does not divide by the ranks.
+        ValueError: The batch is not divisible by the number of ranks.
     """
     if batch_size % num_ranks:
         raise ValueError(
@@ -445,7 +457,8 @@ def accumulation(batch_size: int, num_ranks: int, most: int | None = None) -> in
             f"ranks: wanted a multiple of {num_ranks}."
         )
     share = batch_size // num_ranks
-    return next(n for n in range(1, share + 1) if share % n == 0 and share // n <= (most or share))
+    limit = max_per_device or share
+    return next(n for n in range(1, share + 1) if share % n == 0 and share // n <= limit)
 
 
 def _permutation(n: int, *keys: int) -> np.ndarray:
@@ -456,17 +469,17 @@ def _permutation(n: int, *keys: int) -> np.ndarray:
 
 
 def _mapped_permutation(file: Path, n: int, *keys: int) -> np.ndarray:
-    """Map a permutation from a file, which the first process that needs it writes."""
+    """Memory-map a permutation from a file, which the first process that needs it writes."""
     import numpy as np
 
     try:
         if not file.is_file() or file.stat().st_size != 8 * n:
             with replacing(file) as beside:
-                with beside.open("wb") as room:  # a full disk is an error here, later a signal
+                with beside.open("wb") as room:  # a full disk raises here, but kills below
                     os.posix_fallocate(room.fileno(), 0, 8 * n)
-                made = torch.from_numpy(np.memmap(beside, np.int64, "r+"))
-                torch.randperm(n, generator=sample_generator(derive_seed(*keys)), out=made)
+                permutation = torch.from_numpy(np.memmap(beside, np.int64, "r+"))
+                torch.randperm(n, generator=sample_generator(derive_seed(*keys)), out=permutation)
         return np.memmap(file, np.int64, "r")
     except OSError as error:
-        warnings.warn(f"{file} cannot be used: {error}. It stays in memory.", stacklevel=2)
+        warnings.warn(f"{file} cannot be used: {error}. The order is in memory.", stacklevel=2)
         return _permutation(n, *keys)

@@ -1,4 +1,4 @@
-"""Prompts files: one line a prompt, plain text or JSON."""
+"""Prompts files: one prompt per line, as plain text or JSON."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _MAX_SIDE = 2**16  # pixels
 
 @dataclass(frozen=True)
 class PromptRequest:
-    """One image that a prompts file asks for.
+    """One image that a prompts file requests.
 
     Args:
-        prompt: What to show.
-        negative_prompt: What to guide away from; "" = nothing.
+        prompt: Prompt of the image.
+        negative_prompt: Prompt to guide away from; "" = none.
         seed: Seed of the image.
-        height: Pixels. None = the model's own.
-        width: Likewise.
+        height: Height in pixels. None = the model's default.
+        width: Width in pixels. None = the model's default.
         line: Line in the file, from 1.
-        group: What it is compared with: images of a group are averaged.
-        brightness_rank: Place of the group, from dark to bright. None = no matter.
+        group: Group whose images are averaged in comparisons.
+        brightness_rank: Rank of the group, from dark to bright. None = the group is not ranked.
     """
 
     prompt: str
@@ -59,12 +59,13 @@ _DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(PromptRequest)}
 def read_prompts(path: str | Path, seed: int = 0) -> list[PromptRequest]:
     """Read a prompts file.
 
-    In a .txt every line is a prompt; in a .jsonl every line is an object with prompt
-    and, if wanted, negative_prompt, seed, count (seeds s .. s+n-1), height, width, group,
-    brightness_rank. Empty lines are skipped. `seed` is that of lines that name none.
+    In a .txt file, every line is a prompt; in a .jsonl file, every line is an object with prompt
+    and, optionally, negative_prompt, seed, count (seeds s .. s+n-1), height, width, group,
+    brightness_rank. Empty lines are skipped. `seed` is the default seed.
 
     Raises:
-        ValueError: No such file, another suffix, no prompts, or a bad line, with its number.
+        ValueError: The file does not exist, has another suffix, holds no prompts, or has an
+            invalid line, which the message names.
     """
     path = Path(path)
     if path.suffix not in (".txt", ".jsonl"):
@@ -90,12 +91,12 @@ def read_prompts(path: str | Path, seed: int = 0) -> list[PromptRequest]:
 
 
 def parse_prompts(records: Sequence[Any], seed: int = 0) -> list[PromptRequest]:
-    """Read prompts from a list of objects, as a YAML may hold them; `line` is their number.
+    """Read prompts from a list of objects in a YAML file; `line` is the number in the list.
 
-    `seed` is that of objects that name none.
+    `seed` is the default seed.
 
     Raises:
-        ValueError: A bad one, with its number, or none at all.
+        ValueError: The list is empty, or has an invalid entry, which the message names.
     """
     requests: list[PromptRequest] = []
     for number, record in enumerate(records, start=1):
@@ -110,13 +111,13 @@ def parse_prompts(records: Sequence[Any], seed: int = 0) -> list[PromptRequest]:
 
 
 def brightness_suite() -> Path:
-    """Return the shipped prompts file for the paper's claim: groups from solid black to white."""
+    """Return the bundled prompts file for the paper's claim: groups from solid black to white."""
     return Path(resolve_asset("asset:prompts")) / "brightness.jsonl"
 
 
 def _check_total(requests: Sequence[PromptRequest]) -> None:
     if len(requests) > _MAX_IMAGES:
-        raise ValueError(f"The prompts ask for over {_MAX_IMAGES} images: make several files.")
+        raise ValueError(f"The prompts request over {_MAX_IMAGES} images: use several files.")
 
 
 def _parse(record: Any, line: int, default_seed: int) -> list[PromptRequest]:
@@ -127,8 +128,8 @@ def _parse(record: Any, line: int, default_seed: int) -> list[PromptRequest]:
             raise ValueError(f"{shown(name)} is unknown. Known: {', '.join(_TYPES)}.")
         nothing = value is None and name not in ("prompt", "count")
         if not nothing and (not isinstance(value, _TYPES[name]) or isinstance(value, bool)):
-            wanted = "text" if _TYPES[name] is str else "a whole number"
-            raise ValueError(f"{name}={shown(value)}: wanted {wanted}.")
+            type_name = "text" if _TYPES[name] is str else "a whole number"
+            raise ValueError(f"{name}={shown(value)}: wanted {type_name}.")
     if "prompt" not in record:
         raise ValueError("there is no prompt.")
     defaults = {**_DEFAULTS, "seed": default_seed}

@@ -1,4 +1,4 @@
-"""The samples that a run uses: what filters keep of an index, sorted into buckets."""
+"""The samples of a run: rows of an index that pass the filters, assigned to buckets."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _VERSION = 1
-_IN_MEMORY = 100_000  # samples that are too few for a file
+_IN_MEMORY = 100_000  # maximum number of samples for which no file is written
 _BLOCK = 1 << 20  # rows that are counted at a time
 
 
@@ -41,7 +41,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Sample:
-    """Where the parts of one sample are; None = it has no such part."""
+    """The location of each part of a sample; None = the sample has no such part."""
 
     shard: str
     key: str
@@ -52,26 +52,26 @@ class Sample:
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """Samples in the order of their shards; memory is a few arrays, not objects.
+    """Samples in the order of their shards, stored as a few arrays rather than objects.
 
-    The arrays may be views of a file, which all processes share: pickled, they are its name.
+    The arrays may be views of a file, which all processes share; then only its name is pickled.
 
     Args:
-        shards: What they come from.
-        sizes: Of the shards, in bytes.
+        shards: Shards of the samples.
+        sizes: Sizes of the shards, in bytes.
         shapes: (height, width) of each bucket, in pixels.
         rows: Row of each sample in the index, (N,).
         shard: Number of each sample's shard, (N,), ascending.
         bucket: Number of each sample's bucket, (N,).
         size: Height and width of each image, (N, 2).
-        spans: Offset and size of image, text and json, (N, 3, 2); -1 = there is none.
-        keys: Of the samples.
-        removed: How many samples each filter removed.
-        total: Samples before filters.
-        faults: What indexing and selecting found broken.
-        digest: A hash of all that decides which samples stand where.
+        spans: Offset and size of image, text and json, (N, 3, 2); -1 = there is no such part.
+        keys: Keys of the samples.
+        removed: Number of samples that each filter removed.
+        total: Number of samples before filtering.
+        faults: Faults found by indexing and selection.
+        digest: A hash of everything that determines the samples and their order.
         counts: Samples of each shard and bucket, (S, K). None = not counted yet.
-        mapped: What the arrays are views of. None = they are in memory.
+        mapped: File of which the arrays are views. None = they are in memory.
     """
 
     shards: list[Shard]
@@ -109,20 +109,20 @@ class Samples:
     def __getitem__(self, row: int) -> Sample:
         shard = self.shards[self.shard[row]]
         key: str = self.keys[row].as_py()
-        found: dict[str, Span | None] = {}
+        spans: dict[str, Span | None] = {}
         for part, (offset, size) in zip(PARTS, self.spans[row].tolist(), strict=True):
             if offset < 0:
-                found[part] = None
+                spans[part] = None
                 continue
             url = part_file(shard.url, key, part) if shard.kind == "folder" else shard.url
-            found[part] = Span(url, offset, size)
-        image = found.pop("image")
+            spans[part] = Span(url, offset, size)
+        image = spans.pop("image")
         assert image is not None
-        return Sample(shard.url, key, image, **found)
+        return Sample(shard.url, key, image, **spans)
 
     @cached_property
     def table(self) -> np.ndarray:
-        """How many samples each shard and bucket has, (S, K)."""
+        """Number of samples of each shard and bucket, (S, K)."""
         import numpy as np
 
         if self.counts is not None:
@@ -142,18 +142,18 @@ class Samples:
         return starts
 
     def members(self, shard: int, bucket: int) -> np.ndarray:
-        """The rows of one shard that are in a bucket, ascending."""
+        """Return the rows of one shard that are in a bucket, ascending."""
         first, end = self._starts[shard : shard + 2]
         rows: np.ndarray = first + (self.bucket[first:end] == bucket).nonzero()[0]
         return rows
 
     def member(self, bucket: int, n: int, shards: np.ndarray | slice = slice(None)) -> int:
-        """The row of the n-th sample of a bucket; behind the last comes the first again.
+        """Return the row of the n-th sample of a bucket; n wraps around at its end.
 
         Args:
-            bucket: Its number.
+            bucket: Number of the bucket.
             n: Counted from 0.
-            shards: Numbers of the shards that are looked at. None but these count.
+            shards: Numbers of the shards whose samples are counted.
         """
         import numpy as np
 
@@ -161,18 +161,18 @@ class Samples:
         counts = self.table[numbers, bucket]
         ends = counts.cumsum()
         n %= int(ends[-1])
-        at = int(ends.searchsorted(n, side="right"))
-        return int(self.members(int(numbers[at]), bucket)[n - int(ends[at] - counts[at])])
+        i = int(ends.searchsorted(n, side="right"))
+        return int(self.members(int(numbers[i]), bucket)[n - int(ends[i] - counts[i])])
 
     def alike(self, row: int, distance: int) -> int:
-        """The row of the sample of the same bucket so many samples behind one."""
+        """Return the row of the sample that is `distance` samples after `row` in its bucket."""
         shard, bucket = int(self.shard[row]), int(self.bucket[row])
         before = int(self.table[:shard, bucket].sum())
         within = int(self.members(shard, bucket).searchsorted(row))
         return self.member(bucket, before + within + distance)
 
     def shard_size(self, row: int) -> int | None:
-        """Bytes of the sample's shard. None = its parts are files of their own."""
+        """Return the size of the sample's shard. None = its parts are separate files."""
         number = self.shard[row]
         return None if self.shards[number].kind == "folder" else self.sizes[number]
 
@@ -187,25 +187,25 @@ def select(
     captions: Captions = Captions(),
     folder: Path | None = None,
 ) -> Samples:
-    """Decide which samples a run uses, and the bucket of each.
+    """Select the samples of a run, and assign each to a bucket.
 
     Args:
-        index: Of the shards, with the fields that the filters want.
+        index: Index of the shards, with the fields that the filters need.
         image_size: Height and width without buckets, in pixels.
-        filters: In order.
-        aspect: The buckets. None = one square.
+        filters: Filters, in order.
+        aspect: Aspect-ratio buckets. None = one square shape.
         max_pixels: Larger images count as broken.
         captions: Samples without a caption count as broken.
-        folder: Where many samples are written, once, and mapped by all processes. None = each has
-            them in its memory.
+        folder: Folder in which large selections are written once, and memory-mapped by all
+            processes. None = each process holds them in memory.
 
     Raises:
-        ValueError: A filter does not fit, or nothing is kept.
+        ValueError: A filter does not match its field, or no samples are left.
     """
     shapes = [(image_size, image_size)] if aspect is None else aspect.shapes(image_size)
     settings: dict[str, Any] = {
         "weights": [shard.weight for shard in index.shards],
-        "filters": [asdict(each) for each in filters],
+        "filters": [asdict(f) for f in filters],
         "shapes": shapes,
         "max_pixels": max_pixels,
         "captions": asdict(captions),
@@ -224,8 +224,7 @@ def select(
         return _selected(index, settings, filters, captions, folder)
     except OSError as error:
         warnings.warn(
-            f"{file} cannot be written or mapped: {error}. Each process keeps the index in its "
-            "own memory.",
+            f"{file} cannot be written or mapped: {error}. Each process holds the index in memory.",
             stacklevel=2,
         )
         return _selected(index, settings, filters, captions, None)
@@ -238,7 +237,7 @@ def _selected(
     captions: Captions,
     folder: Path | None,
 ) -> Samples:
-    """Read the index shard by shard and keep what a run uses, in a file or in memory."""
+    """Read the index shard by shard and select the samples of a run, in a file or in memory."""
     import numpy as np
     import pyarrow as pa
 
@@ -250,21 +249,21 @@ def _selected(
             columns = {name.removeprefix(FIELD): table.column(name) for name in table.column_names}
             for name, column in zip(PICTURE_FIELDS, ("width", "height", "image_size"), strict=True):
                 columns[name] = table.column(column)
-            kept = sieve.keeps(columns, table.num_rows)
+            keep = sieve.keeps(columns, table.num_rows)
             height, width = (table.column(name).to_numpy() for name in ("height", "width"))
-            large = np.zeros(len(kept), bool)
+            large = np.zeros(len(keep), bool)
             if max_pixels is not None:
                 large = height.astype(np.int64) * width > max_pixels
             huge |= bool(large.any())
-            for row in np.flatnonzero(kept & large).tolist():
+            for row in np.flatnonzero(keep & large).tolist():
                 reason = f"{width[row]} x {height[row]} pixels: wanted at most {max_pixels}"
                 key = table.column("key")[row].as_py()
                 faults.append(Fault("sample", index.shards[number].url, key, reason))
-            bare = kept & ~large & ~captions.usable(table.column(TEXTS))
+            bare = keep & ~large & ~captions.usable(table.column(TEXTS))
             faults += without_caption(index, table, bare, captions)
             lacking |= bool(bare.any())
-            rows = np.flatnonzero(kept & ~large & ~bare)
-            total += len(kept)
+            rows = np.flatnonzero(keep & ~large & ~bare)
+            total += len(keep)
             if not len(rows):
                 continue
             size = np.stack([height[rows], width[rows]], 1)
@@ -276,7 +275,7 @@ def _selected(
             ]
             spool.add(
                 table.column("key").take(rows).combine_chunks().cast(pa.large_string()),
-                rows=rows + total - len(kept),
+                rows=rows + total - len(keep),
                 shard=np.full(len(rows), number, np.int32),
                 bucket=bucket,
                 size=size,
@@ -295,7 +294,9 @@ def _selected(
         digest = _digest(facts)
         about: dict[str, Any] = {"removed": sieve.removed, "total": total, "digest": digest}
         if folder is not None:
-            file = _file_of(index, settings, folder)  # a shard may have been indexed anew meanwhile
+            file = _file_of(
+                index, settings, folder
+            )  # a shard may have been indexed again meanwhile
             about["faults"] = [[fault.shard, fault.key, fault.reason] for fault in faults]
             write_columns(file, spool.batch(), about, counts)
             return _mapped(file, index, shapes)
@@ -303,15 +304,15 @@ def _selected(
 
 
 def _file_of(index: Index, settings: dict[str, Any], folder: Path) -> Path:
-    """Name the file of samples by all that decides what is in it."""
+    """Return the path of the samples' file, which hashes everything that determines it."""
     return folder / f"{_digest([_VERSION, index.state, settings])}.arrow"
 
 
 def _mapped(file: Path, index: Index, shapes: list[tuple[int, int]]) -> Samples:
-    """Map the samples that a process has written.
+    """Memory-map the samples that a process has written.
 
     Raises:
-        ValueError: The file is damaged, or of other shards.
+        ValueError: The file is damaged, or belongs to other shards.
     """
     import numpy as np
 
@@ -320,7 +321,7 @@ def _mapped(file: Path, index: Index, shapes: list[tuple[int, int]]) -> Samples:
     if len(counts) != len(index.shards) * len(shapes) or counts.sum() != len(
         mapped.columns["keys"]
     ):
-        raise ValueError(f"{file} is of other shards")
+        raise ValueError(f"{file} belongs to other shards")
     faults = [Fault("sample", *fault) for fault in mapped.about.pop("faults")]
     counts = counts.reshape(-1, len(shapes))
     return _samples(index, shapes, faults, counts, mapped.about, mapped.columns, mapped)

@@ -1,4 +1,4 @@
-"""The samples of one shard or folder, found from headers alone."""
+"""Scanning of a shard or folder for samples, from headers alone."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ FIELD = "json."
 """Prefix of the columns that hold fields of the json."""
 
 PARTS = ("image", "text", "json")
-"""Of a sample."""
+"""The parts of a sample."""
 
 NUMBERS = {"height": "int32", "width": "int32"} | {
     f"{part}_{number}": "int64" for part in PARTS for number in ("offset", "size")
 }
-"""The type of each column of the index that holds numbers of every sample."""
+"""Data type of each required numeric column of the index."""
 
-_LONGEST = 64  # characters; longer texts, such as captions and addresses, are of no use to filters
-_HEADER = 16 << 10  # bytes of an image that nearly always hold its size
+_LONGEST = 64  # characters; longer texts, such as captions and addresses, are useless for filters
+_HEADER = 16 << 10  # bytes of an image that nearly always contain its size
 _LARGEST = {"image": 1 << 30, "text": 1 << 20, "json": 8 << 20}  # bytes of a part
-_MOST_FIELDS = 256  # columns of a shard, and fields of a json that may add one
-_MOST_ENDINGS = 16  # that are named
-_BLOCK = 512  # bytes; a tar file is made of them
-_RECORDS = 20 * _BLOCK  # that tar programs fill up with zeros
-_MOST_EXTENDED = 1 << 20  # bytes of a tar header that says more than fits into a block
+_MAX_FIELDS = 256  # columns of a shard; a json with more fields adds none
+_MAX_ENDINGS = 16  # distinct endings in a note
+_BLOCK = 512  # bytes of a tar block
+_RECORDS = 20 * _BLOCK  # bytes of a tar record, which is padded with zeros
+_MAX_EXTENDED = 1 << 20  # bytes of an extended tar header
 _LONGEST_NAME = 4096  # bytes
-_PACKED = {  # first bytes of what people have in the place of a tar file
+_PACKED = {  # first bytes of archives that are often mistaken for tar files
     b"\x1f\x8b": "compressed by gzip: unpack it",
     b"BZh": "compressed by bzip2: unpack it",
     b"\xfd7zXZ": "compressed by xz: unpack it",
@@ -60,12 +60,12 @@ class ShardIndex:
     """The samples of one shard.
 
     Args:
-        table: A row a sample, in the shard's order: key, height, width (as seen), and for each of
-            image, text and json its offset and size in bytes (-1 = there is none); `TEXTS`, which
-            fields may be its caption; the fields of the json are columns named "json.FIELD".
-        faults: What is broken in the shard.
-        size: Of the shard, in bytes.
-        changed: When a local shard was last changed, in ns since 1970; 0 = unknown.
+        table: One row per sample, in the shard's order: key, height, width (after EXIF
+            orientation); offset and size in bytes of image, text and json (-1 = there is none);
+            `TEXTS`, the fields that may hold its caption; fields of the json as "json.FIELD".
+        faults: Faults of the shard.
+        size: Size of the shard, in bytes.
+        changed: Modification time of a local shard, in ns since 1970; 0 = unknown.
         digest: A hash of the rows.
     """
 
@@ -77,17 +77,17 @@ class ShardIndex:
 
 
 def make_index(shard: Shard, storage: Storage) -> ShardIndex:
-    """Index one shard or folder; what is broken in its bytes becomes a fault, not an error.
+    """Index one shard or folder; damaged bytes become faults, not errors.
 
     Raises:
-        OSError: It cannot be read, which says nothing about its bytes.
+        OSError: The shard cannot be read, so it is unknown whether it is damaged.
     """
     index = _index_folder if shard.kind == "folder" else _index_tar
     return index(shard, storage)
 
 
 def file_state(url: str) -> tuple[int, int]:
-    """Size and time of change of a local file; zeros = there is none."""
+    """Return size and modification time of a local file; zeros = there is no such file."""
     if is_remote(url) or not os.path.isfile(url):
         return 0, 0
     stat = os.stat(url)
@@ -95,14 +95,14 @@ def file_state(url: str) -> tuple[int, int]:
 
 
 class _Rows:
-    """Rows and faults of a shard, as they are found."""
+    """Collects the rows and faults of a shard."""
 
     def __init__(self, shard: Shard) -> None:
         self.shard = shard
         self.rows: list[dict[str, Any]] = []
         self.faults: list[Fault] = []
         self.notes: list[str] = []
-        """What is said of the shard that is not a fault."""
+        """Remarks on the shard that are not faults."""
         self._others: Counter[str] = Counter()
         self._examples: dict[str, str] = {}
         self._fields: dict[str, None] = {}
@@ -115,10 +115,10 @@ class _Rows:
     def sample_fault(self, key: str, reason: str) -> None:
         self.faults.append(Fault("sample", self.shard.url, key, reason))
 
-    def other(self, name: str) -> None:
-        """Count a file that is not part of a sample."""
+    def count_other(self, name: str) -> None:
+        """Count a file that is not a part of a sample."""
         ending = as_utf8(PurePosixPath(name).suffix.lower()) or "without an ending"
-        if ending not in self._others and len(self._others) >= _MOST_ENDINGS:
+        if ending not in self._others and len(self._others) >= _MAX_ENDINGS:
             ending = "of other endings"
         self._others[ending] += 1
         self._examples.setdefault(ending, as_utf8(name)[:100])
@@ -137,7 +137,7 @@ class _Rows:
         for name in record:
             if name in self._fields:
                 continue
-            if len(record) <= _MOST_FIELDS and len(self._fields) < _MOST_FIELDS:
+            if len(record) <= _MAX_FIELDS and len(self._fields) < _MAX_FIELDS:
                 self._fields[name] = None
             else:
                 self._num_left_out += 1
@@ -153,8 +153,8 @@ class _Rows:
             notes.append(f"files that are not an image of a sample: {', '.join(counts)}")
         if self._left_out:
             notes.append(
-                f"over {_MOST_FIELDS} fields of json: {self._num_left_out} values are left out, "
-                f"such as those of {', '.join(self._left_out)}, and no filter sees them"
+                f"over {_MAX_FIELDS} fields of json: {self._num_left_out} values are left out, "
+                f"such as those of {', '.join(self._left_out)}, and filters cannot use them"
             )
         return [Fault("note", self.shard.url, None, "; ".join(notes))] if notes else []
 
@@ -177,7 +177,7 @@ class _Rows:
 
 
 def part_file(folder: str, key: str, part: str) -> str:
-    """Name the file of a sample's part, in a folder of images."""
+    """Return the path of a sample's part in a folder of images."""
     if part == "json":
         return f"{folder}/{METADATA}"
     if part == "image":
@@ -200,7 +200,7 @@ def _index_tar(shard: Shard, storage: Storage) -> ShardIndex:
         rows.shard_fault(NOT_A_FILE)
     except EOFError as error:
         rows.shard_fault(_line(error))
-        return rows.index(0)  # which is not kept: the next time may go well
+        return rows.index(0)  # not written to a file: the next attempt may succeed
     return rows.index(size, changed)
 
 
@@ -208,15 +208,15 @@ def _read_tar(rows: _Rows, file: BinaryIO, end: int) -> None:
     groups: dict[str, dict[str, tuple[int, int]]] = {}
     twice: set[str] = set()
     head = file.read(_BLOCK)
-    what = next((what for start, what in _PACKED.items() if head.startswith(start)), None)
-    if head and (what := what or disguise(head)):
-        rows.shard_fault(f"not a tar file: {what}")
+    problem = next((problem for start, problem in _PACKED.items() if head.startswith(start)), None)
+    if head and (problem := problem or disguise(head)):
+        rows.shard_fault(f"not a tar file: {problem}")
         return
     try:
         for name, offset, size in _members(rows, file, end):
             key, suffix = _split(name)
             if name.rpartition("/")[2].startswith("."):
-                rows.other(name)
+                rows.count_other(name)
                 continue
             parts = groups.setdefault(key, {})
             if suffix in parts:
@@ -226,78 +226,78 @@ def _read_tar(rows: _Rows, file: BinaryIO, end: int) -> None:
         rows.shard_fault(_line(error))
     for key, parts in groups.items():
         if key in twice:
-            rows.sample_fault(key, "a file of this name stands in the shard twice")
+            rows.sample_fault(key, "the shard has two files of this name")
         elif any(offset + size > end for offset, size in parts.values()):
-            rows.sample_fault(key, "cut short: it goes beyond the shard's end")
+            rows.sample_fault(key, "cut short: it extends beyond the shard's end")
         else:
             _add_member(rows, file, key, parts)
 
 
 def _members(rows: _Rows, file: BinaryIO, end: int) -> Iterator[tuple[str, int, int]]:
-    """Walk the headers of a tar file: name, offset and size of each regular file.
+    """Iterate over the headers of a tar file: name, offset and size of each regular file.
 
-    tarfile's own walk does not end where a size is negative (Python 3.11), and reads what headers
-    say of names and holes however large it is.
+    The iterator of `tarfile` never ends at a negative size (Python 3.11), and reads extended
+    headers of any size.
 
     Raises:
-        ValueError: The file is damaged, or none.
+        ValueError: The file is damaged, or is not a tar file.
     """
-    at, said = 0, dict[str, str]()
+    position, attributes = 0, dict[str, str]()
     while True:
-        if at > end:
+        if position > end:
             raise ValueError("cut short or overwritten: the tar file has no end")
-        file.seek(at)
+        file.seek(position)
         block = file.read(_BLOCK)
-        if block == bytes(_BLOCK) and (at or end <= _RECORDS):
-            _look_behind(rows, file, end - at)
+        if block == bytes(_BLOCK) and (position or end <= _RECORDS):
+            _look_behind(rows, file, end - position)
             return
         try:
             header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
             if header.size < 0:
                 raise tarfile.HeaderError(f"a size of {header.size}")
         except (tarfile.HeaderError, ValueError) as error:
-            if at == 0:
+            if position == 0:
                 raise ValueError(f"not a readable tar file: {_line(error)}") from error
-            reason = f": {_line(error)} at byte {at}" if block else ""
+            reason = f": {_line(error)} at byte {position}" if block else ""
             raise ValueError(
                 f"cut short or overwritten: the tar file has no end{reason}"
             ) from error
-        at += _BLOCK
+        position += _BLOCK
         if header.type in _EXTENDED:
-            if header.size > _MOST_EXTENDED:
+            if header.size > _MAX_EXTENDED:
                 raise ValueError(
-                    f"a tar header of {header.size} bytes: wanted at most {_MOST_EXTENDED}"
+                    f"a tar header of {header.size} bytes: wanted at most {_MAX_EXTENDED}"
                 )
             data = file.read(header.size)
             if header.type == tarfile.GNUTYPE_LONGNAME:
-                said["path"] = data.rstrip(b"\0").decode("utf-8", "surrogateescape")
+                attributes["path"] = data.rstrip(b"\0").decode("utf-8", "surrogateescape")
             elif header.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
-                said |= _extended(data)
-            at += -(-header.size // _BLOCK) * _BLOCK
+                attributes |= _extended(data)
+            position += -(-header.size // _BLOCK) * _BLOCK
             continue
-        name, size = said.get("path", header.name).removeprefix("./"), header.size
-        if "size" in said:
-            size = int(said["size"]) if said["size"].isdecimal() else -1
+        name, size = attributes.get("path", header.name).removeprefix("./"), header.size
+        if "size" in attributes:
+            size = int(attributes["size"]) if attributes["size"].isdecimal() else -1
             if not 0 <= size <= end:
-                raise ValueError(f"a tar header with a size of {said['size'][:20]}")
+                raise ValueError(f"a tar header with a size of {attributes['size'][:20]}")
         sparse = header.type == tarfile.GNUTYPE_SPARSE
-        sparse = sparse or any(key.startswith("GNU.sparse.") for key in said)
-        said = {}
+        sparse = sparse or any(key.startswith("GNU.sparse.") for key in attributes)
+        attributes = {}
         more = block[482:483] if header.type == tarfile.GNUTYPE_SPARSE else b""
-        while more.strip(b"\0"):  # blocks that continue the list of its holes
-            file.seek(at)
+        while more.strip(b"\0"):  # blocks that continue the list of holes
+            file.seek(position)
             more = file.read(_BLOCK)[504:505]
-            at += _BLOCK
+            position += _BLOCK
         if sparse or len(name) > _LONGEST_NAME:
             rows.sample_fault(
                 name[:100], "a sparse file" if sparse else "a name of over 4096 bytes"
             )
         elif header.type in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE):
-            yield name, at, size
+            yield name, position, size
         elif header.type not in (tarfile.DIRTYPE, b"V"):  # V = the label of a volume
-            rows.other(name)
+            rows.count_other(name)
         if header.type not in _WITHOUT_DATA:
-            at += -(-size // _BLOCK) * _BLOCK
+            position += -(-size // _BLOCK) * _BLOCK
 
 
 _EXTENDED = (
@@ -318,30 +318,28 @@ _WITHOUT_DATA = (
 
 
 def _extended(data: bytes) -> dict[str, str]:
-    """Read what matters of a pax header's records, "LENGTH KEY=VALUE" and a newline each."""
-    said, at = {}, 0
-    while found := _RECORD.match(data, at):
-        end = at + int(found[1])
-        if not found.end() < end <= len(data):
+    """Read the relevant records of a pax header, each "LENGTH KEY=VALUE" and a newline."""
+    attributes, position = {}, 0
+    while record := _RECORD.match(data, position):
+        end = position + int(record[1])
+        if not record.end() < end <= len(data):
             break
-        key, value = found[2].decode("utf-8", "replace"), data[found.end() : end - 1]
+        key, value = record[2].decode("utf-8", "replace"), data[record.end() : end - 1]
         if key in ("path", "size") or key.startswith("GNU.sparse."):
-            said[key] = value.decode("utf-8", "surrogateescape")
-        at = end
-    if data[at:].strip(b"\0"):
+            attributes[key] = value.decode("utf-8", "surrogateescape")
+        position = end
+    if data[position:].strip(b"\0"):
         raise ValueError("a damaged pax header in the tar file")
-    return said
+    return attributes
 
 
 _RECORD = re.compile(rb"(\d{1,8}) ([^=]{1,1000})=")
 
 
-def _look_behind(rows: _Rows, file: BinaryIO, left: int) -> None:
-    """Note what follows behind a tar file's end, as where two were joined by cat."""
-    if left > _RECORDS and file.read(1 << 20).strip(b"\0"):
-        rows.notes.append(
-            "what follows behind the tar file's end is not read: join tar files by tar -A"
-        )
+def _look_behind(rows: _Rows, file: BinaryIO, bytes_left: int) -> None:
+    """Note data after a tar file's end, such as where two tar files were joined by cat."""
+    if bytes_left > _RECORDS and file.read(1 << 20).strip(b"\0"):
+        rows.notes.append("data after the tar file's end is not read: join tar files with tar -A")
 
 
 def _add_member(rows: _Rows, file: BinaryIO, key: str, parts: dict[str, tuple[int, int]]) -> None:
@@ -353,25 +351,25 @@ def _add_member(rows: _Rows, file: BinaryIO, key: str, parts: dict[str, tuple[in
         suffix = next((name for name in others if _is_image(file, parts[name])), None)
     if suffix is None and not dotted and text is record is None:
         for name in parts:
-            rows.other(f"{key}.{name}" if name else key)
+            rows.count_other(f"{key}.{name}" if name else key)
         return
     try:
         if suffix is None and dotted:
             names = " and ".join(f"{key}.{name}" for name in list(parts)[:2])
             raise ValueError(
-                f"{len(parts)} files fell together, such as {names}: the first dot of a name ends "
-                "the key"
+                f"{len(parts)} files have the same key, such as {names}: the first dot of a name "
+                "ends the key"
             )
         if suffix is None:
             raise ValueError(f"it has no image, only {', '.join(map(repr, list(parts)[:5]))}")
         spans = {"image": parts[suffix], "text": text, "json": record}
-        found = {part: span for part, span in spans.items() if span is not None}
-        if found.keys() <= {"image"}:
+        spans_present = {part: span for part, span in spans.items() if span is not None}
+        if spans_present.keys() <= {"image"}:
             raise ValueError("it has no caption (txt or json)")
-        size = _measure(file, *_bounded("image", found["image"]))
+        size = _measure(file, *_bounded("image", spans_present["image"]))
         content = {
             part: _read(file, *_bounded(part, span))
-            for part, span in found.items()
+            for part, span in spans_present.items()
             if part != "image"
         }
         fields = parse_record(content["json"]) if "json" in content else {}
@@ -379,7 +377,7 @@ def _add_member(rows: _Rows, file: BinaryIO, key: str, parts: dict[str, tuple[in
     except ValueError as error:
         rows.sample_fault(key, _line(error))
         return
-    rows.add(key, size, found, _filterable(fields), texts)
+    rows.add(key, size, spans_present, _filterable(fields), texts)
 
 
 def _bounded(part: str, span: tuple[int, int]) -> tuple[int, int]:
@@ -442,11 +440,11 @@ def _index_folder(shard: Shard, storage: Storage) -> ShardIndex:
                 rows.sample_fault(key, NOT_A_FILE if strange else _line(error))
     for name in names:
         if name not in used:
-            rows.other(name)
+            rows.count_other(name)
     for key in entries:
         if ".." in PurePosixPath(key).parts or PurePosixPath(key).is_absolute():
-            rows.sample_fault(key, f"{METADATA} names it, which is outside of its folder")
-        elif not (folder / key).is_file():  # else another folder's metadata has it
+            rows.sample_fault(key, f"{METADATA} names it, but it is outside of the folder")
+        elif not (folder / key).is_file():  # else the metadata of another folder lists it
             rows.sample_fault(key, f"{METADATA} names it, but there is no such image")
     if not rows.rows and not rows.faults:
         rows.shard_fault("no image in this folder")
@@ -454,23 +452,23 @@ def _index_folder(shard: Shard, storage: Storage) -> ShardIndex:
 
 
 def _read_metadata(rows: _Rows, storage: Storage, url: str) -> dict[str, tuple[int, int]]:
-    """Read where each image's line is, by the image's name."""
+    """Read offset and size of each image's line, by the image's name."""
     entries: dict[str, tuple[int, int]] = {}
     if not Path(url).is_file():
         return entries
-    offset, most = 0, _LARGEST["json"]
+    offset, limit = 0, _LARGEST["json"]
     with storage.open(url) as lines:
         for number in itertools.count(1):
-            line = lines.readline(most)
+            line = lines.readline(limit)
             span, offset = (offset, len(line)), offset + len(line)
             if not line:
                 break
             try:
-                if len(line) == most:
+                if len(line) == limit:
                     while line and not line.endswith(b"\n"):
-                        line = lines.readline(most)
+                        line = lines.readline(limit)
                         offset += len(line)
-                    raise ValueError(f"it has {most} bytes or more")
+                    raise ValueError(f"it has {limit} bytes or more")
                 if not line.strip():
                     continue
                 name = parse_record(line).get("file_name")
@@ -483,7 +481,7 @@ def _read_metadata(rows: _Rows, storage: Storage, url: str) -> dict[str, tuple[i
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Split a member's name into the sample's key and the suffix."""
+    """Split a member's name into the sample's key and suffix."""
     folder, slash, file = name.rpartition("/")
     stem, _, suffix = file.partition(".")
     return as_utf8(folder + slash + stem), as_utf8(suffix.lower())
@@ -510,7 +508,7 @@ def _measure(file: BinaryIO, offset: int, size: int) -> tuple[int, int]:
     length = min(size, _HEADER)
     while True:
         data = _read(file, offset, length)
-        if data[:4] in (b"II*\0", b"MM\0*"):  # a TIFF keeps its header anywhere
+        if data[:4] in (b"II*\0", b"MM\0*"):  # a TIFF may store its header anywhere
             data += file.read(size - length)
         try:
             return image_size(data)
@@ -526,7 +524,7 @@ def _read(file: BinaryIO, offset: int, size: int) -> bytes:
 
 
 def _column(values: Sequence[Any]) -> pa.Array:
-    """Make a column; of several types it becomes text, of huge integers floats."""
+    """Make a column; values of mixed types become text, integers become floats."""
     import pyarrow as pa
 
     kinds = {type(value) for value in values if value is not None}

@@ -1,4 +1,4 @@
-"""Where data is: tar shards on disk or behind an address, and plain folders of images."""
+"""Sources of data: local or remote tar shards, and plain folders of images."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ IMAGE_SUFFIXES = (
     *("avif", "jp2", "j2k", "jpf", "jpx", "ppm", "pgm", "pbm", "pnm", "qoi", "sgi", "psd", "pcx"),
     "tga",
 )
-"""Endings of images; those of a sample that has several are taken in this order. A file of another
-ending is an image too if its content is."""
+"""Suffixes of images. If a sample has several, the first in this order is used. A file with another
+suffix is an image if its contents are."""
 
 METADATA = "metadata.jsonl"
-"""What holds the captions of a folder of images, one line each."""
+"""File with the captions of a folder of images, one line each."""
 
 _PACKED = (".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
 
 CACHE = "cache.json"
-"""What a folder of cached shards holds."""
+"""File with the description of a cache, in the folder of its shards."""
 
-_MOST_NAMES = 10_000_000  # that one pattern stands for
-_MOST_CACHE = 1 << 28  # bytes of that file; a million shards
+_MAX_NAMES = 10_000_000  # shards that one pattern may match
+_MAX_CACHE = 1 << 28  # bytes of cache.json; a million shards
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,13 @@ class Source:
 
     Args:
         path: A folder of tar shards; a pattern such as "data/{000..099}.tar" or "data/train-*.tar",
-            also behind http://, https://, s3:// or gs://; a list of them; a folder of images with
-            KEY.txt beside each or metadata.jsonl in it or in folders below; or "pipe:COMMAND", a
-            command that prints one shard, which data.local_cache then keeps.
-        weight: How often an epoch has each sample: 2 = twice, 0.5 = every second epoch.
-        ratio: Share of each global batch, relative to the other sources' ratios, however many
-            samples the source has. Each source then has epochs of its own. If one source has a
-            ratio, all must, and none a weight. None = by the number of samples and the weight.
+            also with http://, https://, s3:// or gs://; a list of these; a folder of images with
+            KEY.txt beside each image or metadata.jsonl in it or its subfolders; or "pipe:COMMAND",
+            a command that prints one shard, which data.local_cache then caches.
+        weight: Occurrences of each sample per epoch: 2 = twice, 0.5 = every second epoch.
+        ratio: Share of each global batch, relative to the other sources' ratios, whatever the
+            number of samples. Each source then has epochs of its own. If one source has a ratio,
+            all must, and none may have a weight. None = by the number of samples and the weight.
     """
 
     path: str | list[str]
@@ -69,9 +69,9 @@ class Shard:
 
     Args:
         url: Path or address.
-        weight: Its source's.
-        kind: A tar file, a folder of images, or a tar file of a cache.
-        ratio: Its source's.
+        weight: Weight of its source.
+        kind: "tar" = a tar file, "folder" = a folder of images, "cache" = a tar file of a cache.
+        ratio: Ratio of its source.
         source: Number of its source.
     """
 
@@ -83,31 +83,31 @@ class Shard:
 
     @property
     def name(self) -> str:
-        """The last part of its path, which stays when shards are moved or signed anew."""
+        """The last part of its path, which is the same after shards are moved or signed again."""
         return public_url(self.url).rstrip("/").rpartition("/")[2]
 
 
 Sources = str | Sequence[str | Source]
-"""What data.train and data.val may say."""
+"""Type of data.train and data.val."""
 
 
 def as_sources(sources: Sources) -> list[Source]:
-    """Give every source its full form.
+    """Convert every source to a `Source`.
 
     Raises:
-        ValueError: Some have a ratio and others none, or a weight.
+        ValueError: One source has a ratio, and another has no ratio or has a weight.
     """
     items = [sources] if isinstance(sources, str) else sources
-    found = [item if isinstance(item, Source) else Source(item) for item in items]
-    if any(source.ratio is not None for source in found):
-        for source in found:
+    full = [item if isinstance(item, Source) else Source(item) for item in items]
+    if any(source.ratio is not None for source in full):
+        for source in full:
             if source.ratio is None or source.weight != 1:
                 raise ValueError(
                     f"The source {source.path!r} has ratio={source.ratio} and "
-                    f"weight={source.weight:g}, beside a source with a ratio: wanted a ratio for "
+                    f"weight={source.weight:g}, but another source has a ratio: wanted a ratio for "
                     "every source, and no weights."
                 )
-    return found
+    return full
 
 
 def _is_share(value: float) -> bool:
@@ -120,13 +120,13 @@ def is_cache(path: str) -> bool:
 
 
 def find_shards(sources: Sources) -> list[Shard]:
-    """List the shards of all sources, sorted within each folder or pattern, opening none.
+    """List the shards of all sources, sorted within each folder or pattern, without opening them.
 
-    Local files of a pattern that is spelled out may be missing as long as one is there: indexing
-    tells.
+    Local files of a pattern with braces may be missing as long as one exists: indexing reports
+    them.
 
     Raises:
-        FileNotFoundError: A source matches nothing.
+        FileNotFoundError: A source has no shards.
     """
     shards: list[Shard] = []
     for number, source in enumerate(as_sources(sources)):
@@ -144,37 +144,37 @@ def find_shards(sources: Sources) -> list[Shard]:
 
 
 def folder_files(folder: Path) -> list[Path]:
-    """List the files of a folder and its folders, sorted, without hidden ones.
+    """List the files of a folder and its subfolders, sorted, without hidden ones.
 
-    A folder below that has a metadata file is a source of its own and left out, as
-    `_image_folders` lists it. Links to folders are listed, and not followed.
+    A subfolder with a metadata file is a separate source, listed by `_image_folders`, and left
+    out. Links to folders are listed, but not followed.
 
     Raises:
         OSError: A folder cannot be listed.
     """
-    found = []
+    files_found = []
     for parent, folders, files in os.walk(folder, onerror=_raise):
         if METADATA in files and Path(parent) != folder:
             folders.clear()
             continue
         links = [name for name in folders if os.path.islink(f"{parent}/{name}")]
-        found += [Path(parent, name) for name in files + links if not name.startswith(".")]
-    return sorted(found)
+        files_found += [Path(parent, name) for name in files + links if not name.startswith(".")]
+    return sorted(files_found)
 
 
 def _image_folders(folder: Path) -> list[str]:
-    """List the folder, if it has images, and those below that have metadata files."""
+    """List the folder, if it has images, and the subfolders that have metadata files."""
     below = [
         parent
         for parent, _, files in os.walk(folder, onerror=_raise)
         if METADATA in files and Path(parent) != folder
     ]
-    own = any(_may_be_image(path) for path in folder_files(folder))
-    return [str(folder)] * own + sorted(below)
+    has_images = any(_may_be_image(path) for path in folder_files(folder))
+    return [str(folder)] * has_images + sorted(below)
 
 
 def _may_be_image(path: Path) -> bool:
-    """Whether a file has the ending of an image, or none that says what it is."""
+    """Whether a file has an image suffix, or no suffix."""
     suffix = path.suffix.lower().lstrip(".")
     return suffix in IMAGE_SUFFIXES or (not suffix and path.is_file())
 
@@ -184,12 +184,12 @@ def _raise(error: OSError) -> None:
 
 
 def read_cache(file: Path) -> dict[str, Any]:
-    """Read what a cache was made with, as `zsnr data cache` wrote it.
+    """Read the description of a cache that `zsnr data cache` wrote.
 
     Raises:
-        ValueError: It is not such a file, or names shards elsewhere.
+        ValueError: The file is not a cache description, or lists shards outside of its folder.
     """
-    facts = parse_object(read_small(file, _MOST_CACHE), str(file))
+    facts = parse_object(read_small(file, _MAX_CACHE), str(file))
     shards = facts.get("shards")
     if not isinstance(shards, list) or not all(map(_is_cached_shard, shards)):
         raise ValueError(
@@ -224,8 +224,8 @@ def _cached(cache: Path, weight: float) -> list[Shard]:
         )
         if not _is_share(product):
             raise ValueError(
-                f"{cache.parent} was cached with weight={shard['weight']:g}, which "
-                f"weight={weight:g} makes {product:g}: wanted a number from 0.001 to 1000."
+                f"{cache.parent} was cached with weight={shard['weight']:g}, so weight={weight:g} "
+                f"results in {product:g}: wanted a number from 0.001 to 1000."
             )
         shards.append(Shard(str(cache.parent / shard["file"]), product, "cache", ratio, source))
     return shards
@@ -239,68 +239,68 @@ def _expand(item: str) -> list[str]:
     path = local_path(item)
     if path.is_dir():
         names = sorted(name for name in os.listdir(path) if not name.startswith("."))
-        found = [path / name for name in names if name.lower().endswith(".tar")]
+        shards = [path / name for name in names if name.lower().endswith(".tar")]
         packed = [name for name in names if name.lower().endswith(_PACKED)]
-        if found and packed:
+        if shards and packed:
             warnings.warn(
-                f"{path} holds {len(packed)} compressed shards beside others, such as {packed[0]}, "
-                "which are not read: unpack them.",
+                f"{path} holds {len(packed)} compressed shards, such as {packed[0]}, which are not "
+                "read: unpack them.",
                 stacklevel=2,
             )
-        if not found and not packed:
+        if not shards and not packed:
             folders = _image_folders(path)
             if folders:
                 return folders
     else:
-        found, packed = _local_files(path), []
-    if not any(p.exists() for p in found):
-        tip = f" {packed[0]} is compressed: unpack it." if packed else _what_is_there(path)
+        shards, packed = _local_files(path), []
+    if not any(p.exists() for p in shards):
+        tip = f" {packed[0]} is compressed: unpack it." if packed else _describe_contents(path)
         raise FileNotFoundError(
             f"No shards at {item}: wanted .tar files with images and captions, such as "
             f"`zsnr data openmoji DIR` writes, or a folder of images with captions.{tip}"
         )
-    return [str(p) for p in found]
+    return [str(p) for p in shards]
 
 
 def _local_files(path: Path) -> list[Path]:
-    """List the files that a path or a pattern means; a file of that very name is that file."""
+    """List the files that match a path or a pattern; an existing file matches itself."""
     if os.path.lexists(path):
         return [path]
     name, parent = path.name, path.parent
     while not parent.is_dir():
         name, parent = f"{parent.name}/{name}", parent.parent
-    found: list[Path] = []
-    for each in _expanded(name):
-        if not (parent / each).exists() and any(c in each for c in "*?["):
-            found += sorted(parent.glob(each))
+    files: list[Path] = []
+    for expanded in _expanded(name):
+        if not (parent / expanded).exists() and any(c in expanded for c in "*?["):
+            files += sorted(parent.glob(expanded))
         else:
-            found.append(parent / each)
-    return found
+            files.append(parent / expanded)
+    return files
 
 
 def _expanded(pattern: str) -> list[str]:
-    """List what a pattern with braces names."""
+    """Expand the braces of a pattern."""
     from webdataset.shardlists import expand_urls
 
     spans = re.findall(r"\{(-?\d{1,18})\.\.(-?\d{1,18})", pattern)
     count = math.prod(abs(int(last) - int(first)) + 1 for first, last in spans)
-    if count > _MOST_NAMES:
+    if count > _MAX_NAMES:
         raise ValueError(
-            f"{public_url(pattern)} names {count:.3g} shards: wanted at most {_MOST_NAMES}."
+            f"{public_url(pattern)} lists {count:.3g} shards: wanted at most {_MAX_NAMES}."
         )
     return list(expand_urls(pattern))
 
 
-def _what_is_there(path: Path) -> str:
-    """Name the files of a folder that is not a source, and a folder below that may be one."""
+def _describe_contents(path: Path) -> str:
+    """Describe a folder that is not a source: a subfolder with shards, or its kinds of files."""
     if not path.is_dir():
         return ""
     below = next(path.rglob("*.[tT][aA][rR]"), None)
     if below is not None:
         return f" There are some in {below.parent}."
     endings = Counter(p.suffix or p.name for p in path.iterdir())
-    named = ", ".join(f"{count} x {ending}" for ending, count in endings.most_common(5))
-    return f" It holds {named}." if named else " It is empty."
+    counts = ", ".join(f"{count} x {ending}" for ending, count in endings.most_common(5))
+    return f" It holds {counts}." if counts else " It is empty."
 
 
 def _expand_address(item: str) -> list[str]:
@@ -309,10 +309,10 @@ def _expand_address(item: str) -> list[str]:
         return _expanded(pattern)
     if pattern.startswith(("http://", "https://")):
         raise FileNotFoundError(
-            f"No shards at {public_url(item)}: a web server lists no files. Name them, such as "
-            "{000..099}.tar"
+            f"No shards at {public_url(item)}: a web server cannot list files. List them with a "
+            "pattern such as {000..099}.tar"
         )
-    found = Storage().glob(pattern)
-    if not found:
+    addresses = Storage().glob(pattern)
+    if not addresses:
         raise FileNotFoundError(f"No shards at {public_url(item)}.")
-    return found
+    return addresses

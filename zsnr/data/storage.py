@@ -1,4 +1,4 @@
-"""Bytes of shards, wherever they are: a range of a file or of a server's object, with retries."""
+"""Reading of byte ranges from local files and remote objects, with retries."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
     from urllib3 import BaseHTTPResponse, PoolManager
 
-LONGEST_WAIT = 60.0  # seconds between two tries, unless a server asks for more
+LONGEST_WAIT = 60.0  # seconds between two attempts, unless a server asks for more
 SLOWEST = 16 * 1024  # bytes per second below which a server counts as stalled
-PACKAGES = {  # of fsspec's protocols
+PACKAGES = {  # Python packages of fsspec's protocols
     "s3": "s3fs",
     "s3a": "s3fs",
     "gs": "gcsfs",
@@ -40,10 +40,10 @@ PACKAGES = {  # of fsspec's protocols
     "abfs": "adlfs",
     "hf": "huggingface_hub",
 }
-_SECRET = r"auth|cookie|token|key|secret|password|credential"  # names of headers that hold one
+_SECRET = r"auth|cookie|token|key|secret|password|credential"  # in names of secret headers
 _VARIABLE = r"\$\{(\w+)\}"
-_CHUNK = 8 << 20  # bytes of one request of a whole shard
-_LASTING = (  # errors of files that no waiting mends
+_CHUNK = 8 << 20  # bytes of one request when a whole shard is downloaded
+_LASTING = (  # errors of files that do not pass by waiting
     *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST),
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.ENXIO, errno.EROFS),
 )
@@ -56,16 +56,16 @@ class Retries:
     """Retry policy for transient errors of local disks, servers and object storage.
 
     Args:
-        attempts: Tries of one read in quick succession.
-        backoff: Seconds before the second try; each later wait is twice as long, up to 60. A
-            server that names a time (Retry-After) is asked again then, within `outage`.
+        attempts: Number of attempts of one read in quick succession.
+        backoff: Seconds before the second attempt; each later wait is twice as long, up to 60. A
+            time that the server requests (Retry-After) is respected, within `outage`.
         timeout: Seconds without a byte, or to connect, after which a server counts as stalled.
-            One try of n bytes takes at most so long and n / 16384 seconds.
-        outage: Seconds for which a read that has failed is tried before the run stops, beyond its
-            quick tries. 0 = the run stops after those.
+            One attempt for n bytes takes at most `timeout` + n / 16384 seconds.
+        outage: Seconds for which a failed read is retried, after the quick attempts, before the run
+            stops. 0 = the run stops after the quick attempts.
 
     Raises:
-        ValueError: A number makes no sense.
+        ValueError: A number is out of range.
     """
 
     attempts: int = 5
@@ -76,28 +76,27 @@ class Retries:
     def __post_init__(self) -> None:
         if self.attempts < 1 or self.backoff < 0 or self.timeout <= 0 or self.outage < 0:
             raise ValueError(
-                f"{self}: wanted attempts of 1 or more, a backoff of 0 or more, a timeout above 0 "
-                "and an outage of 0 or more."
+                f"{self}: wanted attempts >= 1, backoff >= 0, timeout > 0 and outage >= 0."
             )
 
 
 class StorageError(OSError):
-    """Storage has failed for good. The data may be whole, so nothing may take their place."""
+    """Storage failed permanently. The data may be intact, so the sample must not be replaced."""
 
 
 class NoRangesError(StorageError):
-    """A source gives its bytes only from the beginning to the end, and has no local cache."""
+    """A source can only be read sequentially, and has no local cache."""
 
 
 NOT_A_FILE = "not a file, but a folder, a pipe, a device or a link to itself"
 
 
 class NotAFileError(StorageError):
-    """Something else has the name of a file."""
+    """The path exists, but is not a file."""
 
 
 class _PassingError(Exception):
-    """What may go well the next time."""
+    """A transient error; the next attempt may succeed."""
 
     def __init__(self, reason: str, detail: str = "", wait: float = 0.0) -> None:
         super().__init__(reason, detail, wait)
@@ -106,34 +105,33 @@ class _PassingError(Exception):
 
 
 def is_remote(url: str) -> bool:
-    """Whether it has a scheme (http, s3, memory, pipe, ...); "file:" and paths are local."""
+    """Whether an address has a scheme (http, s3, memory, pipe, ...); "file:" and paths do not."""
     return not url.startswith("file:") and ("://" in url or url.startswith("pipe:"))
 
 
 def local_path(url: str) -> Path:
-    """Return the path that a local url means: "~" and "file:" resolved."""
+    """Return the path of a local url, with "~" and "file:" resolved."""
     if url.startswith("file:"):
         return Path(unquote(url.removeprefix("file:").removeprefix("//")))
-    return Path(os.path.expanduser(url))  # pathlib's refuses ~x where no user has that name
+    return Path(os.path.expanduser(url))  # pathlib's expanduser fails if no user is named x in ~x
 
 
 class Storage:
-    """Reads files, http servers, what fsspec reads (s3://, gs://, memory://, ...) and `pipe:`.
+    """Reads files, http servers, fsspec's storage (s3://, gs://, memory://, ...) and `pipe:`.
 
-    May be used by several threads, pickled and forked: connections belong to one process and are
-    opened when they are needed. The first size of an object that is seen must stay its size.
+    May be shared by threads, pickled and forked: connections belong to one process and are opened
+    on demand. The size of an object must not change after it is first seen.
 
     Args:
-        retries: Of all reads.
+        retries: Retry policy of all reads.
         on_fault: Called with (url, reason) for each passing fault that will be retried. Reasons
             are short and stable: "HTTP 503", "connection reset", "stalled for 30 s", ...
-        headers: Of requests to http servers. "${NAME}" in a value is the environment's NAME. They
-            are not sent on to another host.
-        local_cache: Keeps whole remote objects on local disk. None = their parts are read where
-            they are.
+        headers: Headers of requests to http servers. "${NAME}" in a value is replaced by the
+            environment variable NAME. Redirects to another host do not carry them.
+        local_cache: Cache of whole remote objects on local disk. None = ranges are read remotely.
 
     Raises:
-        ValueError: A header names no variable of the environment, or holds a secret.
+        ValueError: A header uses an undefined environment variable, or holds a secret.
     """
 
     def __init__(
@@ -155,31 +153,33 @@ class Storage:
         return {**self.__dict__, "_sizes": self._sizes.copy(), "_pools": {}, "_failing": set()}
 
     def reporting(self, on_fault: Callable[[str, str], None] | None) -> Storage:
-        """Return one with the same settings that reports to another listener."""
+        """Return a storage with the same settings that reports to another listener."""
         return Storage(self.retries, on_fault, headers=self.headers, local_cache=self.local_cache)
 
     def check_source(self, url: str) -> None:
-        """Refuse a command where there is no local cache to keep what it prints.
+        """Refuse a command if there is no local cache to store its output.
 
         Raises:
-            NoRangesError: It is one.
+            NoRangesError: The url is a command, and there is no local cache.
         """
         if self.local_cache is None:
             _refuse_pipe(url)
 
     def size(self, url: str) -> int:
-        """Return the bytes of the whole object.
+        """Return the size of the object in bytes.
 
         Raises:
             FileNotFoundError: There is no such object.
-            PermissionError: It may not be read.
-            NoRangesError: Its bytes come only from the beginning to the end: set a local cache.
-            StorageError: It failed for good, or has another size than before.
+            PermissionError: The object may not be read.
+            NoRangesError: The object can only be read sequentially, and there is no local cache.
+            StorageError: Storage failed permanently, or the size has changed.
         """
         if not is_remote(url):
             return self._retrying(url, partial(self._ask_local, url))
         if self.local_cache is not None:
-            return self._retrying(url, partial(self._copy_size, url, self._told_size(url)))
+            return self._retrying(
+                url, partial(self._copy_size, url, self._size_without_download(url))
+            )
         return self._remote_size(url)
 
     def read(self, url: str, offset: int, size: int, expected_size: int | None = None) -> bytes:
@@ -188,11 +188,11 @@ class Storage:
         Args:
             offset: First byte.
             size: Number of bytes.
-            expected_size: Of the whole object. None = what it was at the first read.
+            expected_size: Size of the whole object. None = its size at the first read.
 
         Raises:
-            EOFError: The object ends before.
-            OSError: As `size` raises.
+            EOFError: The object ends before the range does.
+            OSError: As in `size`.
         """
         if not size:
             return b""
@@ -204,7 +204,7 @@ class Storage:
         """List the addresses of object storage that match a pattern, sorted.
 
         Raises:
-            OSError: As `size` raises.
+            OSError: As in `size`.
         """
         return self._retrying(pattern, partial(_matches, pattern))
 
@@ -212,10 +212,10 @@ class Storage:
         """Open for reading and seeking.
 
         Args:
-            block: Bytes of one read at least. None = a mebibyte of what is remote, 16 KiB of files.
+            block: Minimum size of one read. None = 1 MiB for remote objects, 16 KiB for files.
 
         Raises:
-            OSError: As `size` raises.
+            OSError: As in `size`.
         """
         remote = is_remote(url) and self.local_cache is None
         kind = _Ranges if remote else _File
@@ -224,7 +224,7 @@ class Storage:
         )
 
     def _retrying(self, url: str, attempt: Callable[[], T]) -> T:
-        """Try quickly, and then with the longer patience for outages."""
+        """Make quick attempts first, then slower ones until `outage` has passed."""
         wait, tries, began = self.retries.backoff, 0, 0.0
         while True:
             try:
@@ -232,12 +232,12 @@ class Storage:
             except _PassingError as fault:
                 tries += 1
                 began = began or time.monotonic()
-                left = began + self.retries.outage - time.monotonic()
+                time_left = began + self.retries.outage - time.monotonic()
                 pause = min(wait, LONGEST_WAIT)
-                pause = max(pause, min(fault.wait, max(LONGEST_WAIT, left)))
+                pause = max(pause, min(fault.wait, max(LONGEST_WAIT, time_left)))
                 if tries >= self.retries.attempts:
-                    self._bear(url, tries, fault, left)
-                    pause, wait = min(max(pause, 1.0), left), max(wait, 0.5)
+                    self._report_failure(url, tries, fault, time_left)
+                    pause, wait = min(max(pause, 1.0), time_left), max(wait, 0.5)
                 if self.on_fault is not None:
                     self.on_fault(url, fault.reason)
             else:
@@ -247,26 +247,26 @@ class Storage:
             time.sleep(pause)
             wait *= 2
 
-    def _bear(self, url: str, tries: int, fault: _PassingError, left: float) -> None:
-        """Say once that storage does not answer, and give up when the patience is at its end."""
+    def _report_failure(self, url: str, tries: int, fault: _PassingError, time_left: float) -> None:
+        """Warn once that storage does not answer; raise an error when no time is left."""
         name = public_url(url)
         failed = f"{name} failed {tries} times, the last time with {fault.text}".replace(url, name)
-        if left <= 0:
+        if time_left <= 0:
             raise StorageError(
-                f"{failed}: wanted storage that answers. Raise data.retries.outage (now "
+                f"{failed}: the storage does not answer. Raise data.retries.outage (now "
                 f"{self.retries.outage:g} s) to wait longer for it."
             ) from fault
         if (place := name.rpartition("/")[0]) not in self._failing:
             self._failing.add(place)
-            _LOG.warning(f"zsnr: warning: {failed}: trying for another {left:.0f} s.")
+            _LOG.warning(f"zsnr: warning: {failed}: trying for another {time_left:.0f} s.")
 
     def _same_size(self, url: str, total: int, expected: int | None = None) -> int:
         first = self._sizes.setdefault(url, total)
-        wanted = first if expected is None else expected
-        if total != wanted:
+        expected_size = first if expected is None else expected
+        if total != expected_size:
             raise StorageError(
-                f"{public_url(url)} changed size from {wanted} to {total} since it was indexed: "
-                "index it again."
+                f"{public_url(url)} changed size from {expected_size} to {total} since it was "
+                "indexed: index it again."
             )
         return total
 
@@ -298,7 +298,7 @@ class Storage:
     # The local cache
 
     def _copy(self, url: str, size: int | None) -> BinaryIO:
-        """Open the local copy of an object; one of another size than `size` is made again."""
+        """Open the local copy of an object; a copy of another size than `size` is made again."""
         assert self.local_cache is not None
         name = public_url(url).rpartition("/")[2]
         fill = partial(self._download, url, size)
@@ -314,22 +314,22 @@ class Storage:
         with self._copy(url, size) as file:
             return self._same_size(url, os.fstat(file.fileno()).st_size)
 
-    def _told_size(self, url: str) -> int | None:
-        """Return an object's size, if it is told without reading all of it."""
+    def _size_without_download(self, url: str) -> int | None:
+        """Return an object's size, if it is known without reading the whole object."""
         if not url.startswith("pipe:"):
             with suppress(NoRangesError):
                 return self._remote_size(url)
         return None
 
     def _download(self, url: str, size: int | None, copy: Copy) -> None:
-        """Write a whole object; `size` is what it should have."""
+        """Download a whole object; `size` is its expected size."""
         if url.startswith("pipe:"):
-            whole: Callable[[], Generator[bytes]] = partial(_output, url, self.retries.timeout)
+            stream: Callable[[], Generator[bytes]] = partial(_output, url, self.retries.timeout)
         else:
             try:
                 total = self._remote_size(url)
             except NoRangesError:
-                whole = partial(self._body, url)
+                stream = partial(self._body, url)
             else:
                 copy.reserve(self._same_size(url, total, size))
                 for offset in range(0, total, _CHUNK):
@@ -339,7 +339,7 @@ class Storage:
         lengths: list[int] = []
         if size is not None:
             copy.reserve(size)
-        self._retrying(url, partial(_write_whole, copy, whole, size, lengths))
+        self._retrying(url, partial(_write_whole, copy, stream, size, lengths))
 
     # Servers
 
@@ -362,7 +362,7 @@ class Storage:
         return self._pools[process]
 
     def _get(self, url: str, span: str | None = None) -> BaseHTTPResponse:
-        """Ask for the object, or for a span of it; the answer's status is 200, or 206 or 416."""
+        """Request the object (status 200), or a span of it (status 200, 206 or 416)."""
         from urllib3 import Retry, Timeout
         from urllib3.exceptions import LocationValueError
 
@@ -397,10 +397,10 @@ class Storage:
         _drop(response)
         name = public_url(url)
         if status in (404, 410):
-            raise FileNotFoundError(f"{name} is not there (HTTP {status}).")
+            raise FileNotFoundError(f"{name} does not exist (HTTP {status}).")
         if status in (401, 403):
             raise PermissionError(
-                f"{name} may not be read (HTTP {status}): data.headers may hold credentials."
+                f"{name} may not be read (HTTP {status}): set credentials in data.headers."
             )
         if status in (408, 429) or status >= 500:
             raise _PassingError(f"HTTP {status}", wait=_asked_wait(response))
@@ -409,7 +409,7 @@ class Storage:
     def _ask_http(self, url: str) -> int:
         with self._span(url, "0-0") as (response, _, total):
             if total is None:
-                raise NoRangesError(f"{public_url(url)}: the server tells no size. {_WAY_OUT}")
+                raise NoRangesError(f"{public_url(url)}: the server reports no size. {_WAY_OUT}")
             with _passing(url, self.retries.timeout):
                 response.read1(1)
             return self._same_size(url, total)
@@ -421,7 +421,7 @@ class Storage:
             if start != offset:
                 raise StorageError(
                     f"{public_url(url)} answers HTTP {response.status} with bytes from {start} on: "
-                    f"wanted them from {offset} on."
+                    f"wanted bytes from {offset} on."
                 )
             data = b"".join(self._content(url, response, size))
             if len(data) < size:
@@ -429,7 +429,7 @@ class Storage:
             return data
 
     def _body(self, url: str) -> Generator[bytes]:
-        """Give the bytes of an object that comes only as a whole."""
+        """Yield the bytes of an object that can only be read as a whole."""
         response = self._get(url)
         try:
             yield from self._content(url, response)
@@ -439,7 +439,7 @@ class Storage:
     def _content(
         self, url: str, response: BaseHTTPResponse, size: int | None = None
     ) -> Iterator[bytes]:
-        """Give what a server sends, up to a size, unless it is too slow."""
+        """Yield a response's bytes, up to a size, unless the server is too slow."""
         timeout, count = self.retries.timeout, 0
         began = time.monotonic()
         while count != size:
@@ -456,16 +456,16 @@ class Storage:
     def _span(
         self, url: str, span: str
     ) -> Iterator[tuple[BaseHTTPResponse, int | None, int | None]]:
-        """Give the answer, its first byte's place and the object's size, where they are told."""
+        """Yield the response, the offset of its first byte and the object's size, if reported."""
         response = self._get(url, span)
         try:
             if response.status == 200:
                 raise NoRangesError(
-                    f"{public_url(url)}: the server gives no byte ranges. {_WAY_OUT}"
+                    f"{public_url(url)}: the server does not support byte ranges. {_WAY_OUT}"
                 )
-            told = response.headers.get("Content-Range", "")
+            content_range = response.headers.get("Content-Range", "")
             start, total = (
-                int(found[1]) if (found := re.match(pattern, told)) else None
+                int(match[1]) if (match := re.match(pattern, content_range)) else None
                 for pattern in (r"bytes (\d+)-", r"bytes .*/(\d+)$")
             )
             yield response, start, total
@@ -477,7 +477,7 @@ class Storage:
             files, path = _filesystem(url)
             total = files.info(path).get("size")
         if total is None:
-            raise StorageError(f"{public_url(url)} tells no size: wanted a file.")
+            raise StorageError(f"{public_url(url)} has no size: wanted a file.")
         return self._same_size(url, total)
 
     def _read_other(self, url: str, offset: int, size: int, expected_size: int | None) -> bytes:
@@ -494,7 +494,7 @@ class Storage:
 
 
 _WAY_OUT = (
-    "Set data.local_cache to a folder that keeps whole shards, such as "
+    "Set data.local_cache to a folder for whole shards, such as "
     "{folder: /scratch/shards, max_gib: 200}."
 )
 
@@ -504,21 +504,21 @@ def _is_http(url: str) -> bool:
 
 
 def check_headers(headers: Mapping[str, str]) -> None:
-    """Refuse headers that hold a secret which saved configs would show.
+    """Refuse headers with a literal secret, which saved configs would expose.
 
     Raises:
-        ValueError: A header for credentials names no variable of the environment.
+        ValueError: The value of a header for credentials uses no environment variable.
     """
     for name, value in headers.items():
         if re.search(_SECRET, name.lower()) and not re.search(_VARIABLE, value):
             raise ValueError(
-                f"data.headers.{name} holds a secret that saved configs would show: put it into "
-                f"the environment, and write {name}: ${{NAME}}."
+                f"data.headers.{name} holds a secret that saved configs would expose: put it into "
+                f"an environment variable, and write {name}: ${{NAME}}."
             )
 
 
 def _expanded(headers: Mapping[str, str]) -> dict[str, str]:
-    """Put the environment's values into headers."""
+    """Replace environment variables in headers by their values."""
     check_headers(headers)
     sent = {}
     for name, value in headers.items():
@@ -533,7 +533,7 @@ def _expanded(headers: Mapping[str, str]) -> dict[str, str]:
 
 
 def _basic(url: str) -> dict[str, str]:
-    """Return the header of an address with user and password."""
+    """Return the authorization header for the user and password of an address."""
     from urllib3.util import make_headers
 
     user = re.match(r"\w+://([^/?#]*)@", url)
@@ -543,7 +543,7 @@ def _basic(url: str) -> dict[str, str]:
 
 
 def _asked_wait(response: BaseHTTPResponse) -> float:
-    """Return the seconds that a server asks to wait, by Retry-After; 0 = it does not say."""
+    """Return the seconds of a server's Retry-After header; 0 = there is none."""
     from urllib3 import Retry
     from urllib3.exceptions import InvalidHeader
 
@@ -554,14 +554,15 @@ def _asked_wait(response: BaseHTTPResponse) -> float:
 
 
 def _write_whole(
-    copy: Copy, whole: Callable[[], Generator[bytes]], size: int | None, lengths: list[int]
+    copy: Copy, stream: Callable[[], Generator[bytes]], size: int | None, lengths: list[int]
 ) -> None:
-    """Write an object from its beginning to its end, and look whether that was all.
+    """Download an object sequentially, and check whether it is complete.
 
-    Twice the same number of bytes is what there is, also if a tar file should go on.
+    If two attempts give the same number of bytes, the object is complete, even if the tar file is
+    not.
     """
     copy.restart()
-    with closing(whole()) as parts:
+    with closing(stream()) as parts:
         for part in parts:
             copy.write(part)
     complete = copy.tail == bytes(512) if size is None else copy.size == size
@@ -571,10 +572,10 @@ def _write_whole(
 
 
 def _output(url: str, timeout: float) -> Generator[bytes]:
-    """Give what the command of a `pipe:` prints.
+    """Yield the output of a `pipe:` command.
 
     Raises:
-        StorageError: There is no such command.
+        StorageError: The command cannot be started.
     """
     process = subprocess.Popen(
         url.removeprefix("pipe:"),
@@ -605,13 +606,13 @@ def _output(url: str, timeout: float) -> Generator[bytes]:
     finally:
         process.stdout.close()
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # the shell and what it has started
+            os.killpg(process.pid, signal.SIGKILL)  # the shell and its children
         process.wait()
 
 
 @contextmanager
 def _passing_local(place: str = "") -> Iterator[None]:
-    """Name the faults of a disk, and where it is unless the address says it."""
+    """Convert transient errors of a disk; `place` is added to the message."""
     try:
         yield
     except (StorageError, FileNotFoundError, PermissionError):
@@ -636,7 +637,7 @@ def _open_local(url: str) -> BinaryIO:
     except FileNotFoundError as error:
         if _holds_files(path.parent):
             raise
-        raise _PassingError("its folder is empty or missing") from error  # a disk that is not there
+        raise _PassingError("its folder is empty or missing") from error  # a disk is not mounted
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.ENXIO):
             raise
@@ -644,7 +645,7 @@ def _open_local(url: str) -> BinaryIO:
 
 
 def _not_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # else a pipe waits for somebody who writes to it
+    return os.open(path, flags | os.O_NONBLOCK)  # else a named pipe waits for a writer
 
 
 def _holds_files(folder: Path) -> bool:
@@ -656,7 +657,7 @@ def _holds_files(folder: Path) -> bool:
 
 def _refuse_pipe(url: str) -> None:
     if url.startswith("pipe:"):
-        raise NoRangesError(f"{public_url(url)} comes only as a whole. {_WAY_OUT}")
+        raise NoRangesError(f"{public_url(url)} can only be read as a whole. {_WAY_OUT}")
 
 
 def _refuse_end(url: str, offset: int, size: int, total: int) -> None:
@@ -665,14 +666,14 @@ def _refuse_end(url: str, offset: int, size: int, total: int) -> None:
 
 
 def _drop(response: BaseHTTPResponse) -> None:
-    """Give the connection back, closed if there are bytes left that nobody wants to wait for."""
+    """Release the connection, and close it if unread bytes are left."""
     response.close()
     response.release_conn()
 
 
 @contextmanager
 def _passing(url: str, timeout: float) -> Iterator[None]:
-    """Name the faults of a connection."""
+    """Convert the errors of a connection."""
     from urllib3 import exceptions
 
     try:
@@ -697,8 +698,8 @@ def _passing(url: str, timeout: float) -> Iterator[None]:
             ConnectionError: "connection reset",
             IncompleteRead: "body cut short",
         }
-        known = (reason for kind, reason in reasons.items() if isinstance(cause, kind))
-        raise _PassingError(next(known, type(cause).__name__)) from error
+        reasons_by_type = (reason for kind, reason in reasons.items() if isinstance(cause, kind))
+        raise _PassingError(next(reasons_by_type, type(cause).__name__)) from error
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
@@ -713,8 +714,8 @@ def _filesystem(url: str) -> tuple[Any, str]:
         ) from error
     except ValueError as error:
         raise ValueError(
-            f"{public_url(url)}: {error}. Wanted a path, http(s)://, pipe:COMMAND or what fsspec "
-            f"knows, such as {', '.join(f'{name}://' for name in PACKAGES)}."
+            f"{public_url(url)}: {error}. Wanted a path, http(s)://, pipe:COMMAND or a protocol of "
+            f"fsspec, such as {', '.join(f'{name}://' for name in PACKAGES)}."
         ) from error
     return filesystem
 
@@ -722,15 +723,15 @@ def _filesystem(url: str) -> tuple[Any, str]:
 def _matches(pattern: str) -> list[str]:
     with _passing_other():
         files, path = _filesystem(pattern)
-        files.invalidate_cache()  # an empty answer may have been an outage's
-        found = sorted(files.glob(path))
+        files.invalidate_cache()  # an empty listing may have been caused by an outage
+        names = sorted(files.glob(path))
     scheme = pattern.partition("://")[0]
-    return [f"{scheme}://{name.lstrip('/')}" for name in found]
+    return [f"{scheme}://{name.lstrip('/')}" for name in names]
 
 
 @contextmanager
 def _passing_other() -> Iterator[None]:
-    """Name the faults of a file system; its client has exceptions of its own."""
+    """Convert the errors of an fsspec file system, whose client may have its own exceptions."""
     try:
         yield
     except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError):
@@ -742,7 +743,7 @@ def _passing_other() -> Iterator[None]:
 
 
 class _Ranges(io.RawIOBase):
-    """An object read by ranges."""
+    """An object that is read by ranges."""
 
     def __init__(self, storage: Storage, url: str, size: int) -> None:
         self._storage, self._url, self._size, self._position = storage, url, size, 0
@@ -778,7 +779,7 @@ class _Ranges(io.RawIOBase):
 
 
 class _File(_Ranges):
-    """A file, or the local copy of an object, that stays open until a read fails."""
+    """A file, or the local copy of an object, that is held open until a read fails."""
 
     _file: BinaryIO | None = None
 

@@ -1,7 +1,7 @@
 """Thrift's compact protocol, as far as a Parquet footer needs it.
 
-pyarrow reads footers itself, but ends the process (std::terminate) where a column's description is
-damaged and one asks for it. So what must be known of a stranger's columns is read here.
+pyarrow reads footers itself, but terminates the process (std::terminate) when a damaged column
+description is accessed. So the descriptions of untrusted columns are read here.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ _LISTS, _STRUCT = (9, 10), 12  # a footer has no maps
 
 
 def read_struct(data: bytes) -> dict[int, Any]:
-    """Read a structure: values by field number, structures as such dicts, lists as lists.
+    """Read a structure as a dict of values by field number; nested structures are dicts too.
 
     Raises:
-        ValueError: It is damaged.
+        ValueError: The structure is damaged.
     """
     try:
         return _Reader(data).struct(_DEEPEST)
@@ -27,16 +27,16 @@ def read_struct(data: bytes) -> dict[int, Any]:
 
 class _Reader:
     def __init__(self, data: bytes) -> None:
-        self._data, self._at = data, 0
+        self._data, self._position = data, 0
 
     def struct(self, depth: int) -> dict[int, Any]:
-        found: dict[int, Any] = {}
+        values: dict[int, Any] = {}
         field = 0
         while head := self._byte():
             field = field + (head >> 4) if head >> 4 else self._integer()
             kind = head & 15
-            found[field] = kind == 1 if kind in _BOOLEANS else self._value(kind, depth)
-        return found
+            values[field] = kind == 1 if kind in _BOOLEANS else self._value(kind, depth)
+        return values
 
     def _value(self, kind: int, depth: int) -> Any:
         if depth == 0:
@@ -51,21 +51,21 @@ class _Reader:
             head = self._byte()
             size = self._varint() if head >> 4 == 15 else head >> 4
             return [self._value(head & 15, depth - 1) for _ in range(size)]
-        if kind in (*_BOOLEANS, _BYTE):  # in a list, a truth value has a byte of its own
+        if kind in (*_BOOLEANS, _BYTE):  # in a list, a boolean is stored as a byte
             return self._byte()
         if kind == _DOUBLE:
             return self._bytes(8)
         raise ValueError(f"its footer has a value of kind {kind}")
 
     def _byte(self) -> int:
-        self._at += 1
-        return self._data[self._at - 1]
+        self._position += 1
+        return self._data[self._position - 1]
 
     def _bytes(self, size: int) -> bytes:
-        self._at += size
-        if self._at > len(self._data):
+        self._position += size
+        if self._position > len(self._data):
             raise IndexError
-        return self._data[self._at - size : self._at]
+        return self._data[self._position - size : self._position]
 
     def _varint(self) -> int:
         value = shift = 0

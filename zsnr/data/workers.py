@@ -1,4 +1,4 @@
-"""What loading in processes needs of the machine: open files and shared memory."""
+"""Resources of the machine for loading in worker processes: open files and shared memory."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from typing import Any
 from torch import Tensor, multiprocessing
 from torch.utils.data import get_worker_info
 
-_FILES, _FILES_PER_WORKER = 40, 8  # that a process has open, and for each worker
-_PLENTY = 65536  # open files that are asked for
-_ROOMY = 1024  # open files with which batches may be handed over as files
+_FILES, _FILES_PER_WORKER = 40, 8  # open files of a process, and additional ones per worker
+_REQUESTED_FILES = 65536  # limit on open files to request
+_MIN_FILES_FOR_DESCRIPTORS = 1024  # limit above which batches are passed as file descriptors
 
 
 class MachineError(OSError):
-    """The machine does not give what loading in processes needs."""
+    """The machine lacks resources for loading in worker processes."""
 
 
 class Shared:
-    """Collates in a worker's process, and puts the tensors into shared memory there.
+    """Collates in a worker process, and moves the tensors to shared memory there.
 
-    Left to the queue between the processes, a full /dev/shm would lose the batch without a word to
-    the process that waits for it.
+    If the queue between the processes did this, a full /dev/shm would lose the batch without any
+    error in the process that waits for it.
 
     Args:
-        collate: What makes a batch.
-        num_workers: How many processes load.
+        collate: Collates a batch.
+        num_workers: Number of worker processes.
 
     Raises:
-        MachineError: So many processes may not open enough files.
+        MachineError: The limit on open files is too low for this number of processes.
     """
 
     def __init__(self, collate: Callable[[list[Any]], Any], num_workers: int) -> None:
@@ -40,13 +40,13 @@ class Shared:
         now, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
         if resource.RLIM_INFINITY in (now, limit):
             return
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(now, min(limit, _PLENTY)), limit))
-        if limit < _ROOMY:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(now, min(limit, _REQUESTED_FILES)), limit))
+        if limit < _MIN_FILES_FOR_DESCRIPTORS:
             multiprocessing.set_sharing_strategy("file_system")  # type: ignore[no-untyped-call]
-        wanted = _FILES + _FILES_PER_WORKER * num_workers
-        if limit < wanted:
+        required = _FILES + _FILES_PER_WORKER * num_workers
+        if limit < required:
             raise MachineError(
-                f"data.num_workers={num_workers} needs about {wanted} open files, and a process "
+                f"data.num_workers={num_workers} needs about {required} open files, and a process "
                 f"may have {limit} here: raise it (ulimit -n), or set data.num_workers to at most "
                 f"{max(0, (limit - _FILES) // _FILES_PER_WORKER)}."
             )
@@ -58,8 +58,8 @@ class Shared:
                 _share(batch)
             except RuntimeError as error:
                 raise MachineError(
-                    f"{error}: data.num_workers={self._num_workers} processes hand over batches "
-                    "in shared memory. Give it more room (docker run --shm-size=8g), or set "
+                    f"{error}: data.num_workers={self._num_workers} processes pass batches through "
+                    "shared memory. Make it larger (docker run --shm-size=8g), or set "
                     "data.num_workers=0."
                 ) from error
         return batch

@@ -1,4 +1,4 @@
-"""Measures of what samples look like."""
+"""Measures of brightness and quality of images."""
 
 from zsnr.metrics.brightness import (
     brightness,

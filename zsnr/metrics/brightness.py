@@ -1,4 +1,4 @@
-"""Brightness of pictures, and how much of its range a schedule keeps."""
+"""Brightness of images, and how much of its spread is retained by a schedule."""
 
 from __future__ import annotations
 
@@ -11,59 +11,59 @@ from zsnr.schedule import NoiseSchedule
 
 
 def brightness(images: Tensor) -> Tensor:
-    """Mean over channels and pixels of each picture: (B, C, H, W) -> (B,), float32."""
+    """Compute the mean over channels and pixels of each image: (B, C, H, W) -> (B,), float32."""
     return images.float().flatten(1).mean(1)
 
 
 def mean_mode(latents: Tensor) -> float:
-    """Measure how far the mean of a picture stands out of the noise: S of `principal_mean`."""
+    """Measure the signal-to-noise ratio of the mean of an image: S of `principal_mean`."""
     return principal_mean(latents)[0]
 
 
 def principal_mean(latents: Tensor) -> tuple[float, float, Tensor]:
-    """Find the direction along which the means of pictures differ most.
+    """Find the direction of largest variance of the means of images.
 
-    S = sqrt(h w L), with L the largest eigenvalue of the covariance, over pictures, of the
-    channels' means. Noise of unit variance has S = 1 along every direction.
+    S = sqrt(h w L), with L the largest eigenvalue of the covariance, over images, of the channels'
+    means. Noise of unit variance has S = 1 along every direction.
 
     Args:
-        latents: (B, C, h, w) of at least two pictures, scaled as the network sees them.
+        latents: (B, C, h, w) of at least two images, scaled as the network's input.
 
     Returns:
         S; the mean m along the direction, in units of the latents; and the direction, a unit vector
-        (C,) that points to where the mean is not negative.
+        (C,) whose sign makes the mean non-negative.
 
     Raises:
-        ValueError: Fewer than two pictures.
+        ValueError: There are fewer than two images.
     """
     if len(latents) < 2:
-        raise ValueError(f"{len(latents)} pictures: wanted at least 2 to measure a spread.")
+        raise ValueError(f"{len(latents)} images: wanted at least 2 to measure a spread.")
     h, w = latents.shape[-2:]
     means = latents.double().mean((2, 3))
-    centre = means.mean(0)
-    covariance = (means - centre).T @ (means - centre) / (len(means) - 1)
+    center = means.mean(0)
+    covariance = (means - center).T @ (means - center) / (len(means) - 1)
     values, vectors = torch.linalg.eigh(covariance)
     direction = vectors[:, -1]
-    if direction @ centre < 0:
+    if direction @ center < 0:
         direction = -direction
-    return float((h * w * values[-1].clamp(min=0)) ** 0.5), float(direction @ centre), direction
+    return float((h * w * values[-1].clamp(min=0)) ** 0.5), float(direction @ center), direction
 
 
 def kept_fraction(schedule: NoiseSchedule, mode: float) -> float:
-    """Compute which fraction of a mode's spread sampling from pure noise keeps.
+    """Compute the fraction of a mode's spread that is retained when sampling from pure noise.
 
     1 / sqrt(abar_T S^2 + 1 - abar_T), which is 1 at zero terminal SNR.
 
     Args:
         schedule: The schedule a model was trained on.
-        mode: S, such as `mean_mode` measures.
+        mode: S, as measured by `mean_mode`.
     """
     abar_T = float(schedule.alphas_cumprod[-1])
     return float((abar_T * mode**2 + 1 - abar_T) ** -0.5)
 
 
 def moved_mean(schedule: NoiseSchedule, mode: float, mean: float) -> float:
-    """Compute where the mean along a mode comes to lie when sampling starts from pure noise.
+    """Compute the shifted mean along a mode when sampling starts from pure noise.
 
     m (1 - S a / sqrt(a^2 S^2 + 1 - a^2)) with a = sqrt(abar_T): training ends at noise with mean
     a m and variance a^2 S^2 + 1 - a^2, sampling starts at mean 0 and variance 1, and the exact

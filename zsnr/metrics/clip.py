@@ -1,4 +1,4 @@
-"""CLIP score: how well pictures show their captions."""
+"""CLIP score: how well images match their captions."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 
 class CLIPScore:
-    """max(100 cos(picture, caption), 0) of each picture, by a CLIP model.
+    """max(100 cos(image, caption), 0) of each image, by a CLIP model.
 
-    Hessel et al., arXiv:2104.08718, with a weight of 100. Longer captions are cut.
+    Hessel et al., arXiv:2104.08718, with a weight of 100. Longer captions are truncated.
 
     Args:
         model: A folder of transformers with a CLIPModel, its tokenizer and image processor; or
             ARCHITECTURE:FILE of open_clip, such as ViT-B-32:clip.safetensors.
 
     Raises:
-        ValueError: It cannot be loaded.
+        ValueError: The model cannot be loaded.
     """
 
     def __init__(self, model: str) -> None:
@@ -37,9 +37,9 @@ class CLIPScore:
             self._images, self._texts = self._load_open_clip(*model.split(":", 1))
         else:
             raise ValueError(
-                f"{model}: no such folder. Wanted one with a CLIPModel of transformers, such as "
-                "openai/clip-vit-base-patch32 of https://huggingface.co, or ARCHITECTURE:FILE of "
-                "open_clip."
+                f"{model}: no such folder. Wanted a folder with a CLIPModel of transformers, such "
+                "as openai/clip-vit-base-patch32 from https://huggingface.co, or "
+                "ARCHITECTURE:FILE of open_clip."
             )
         self.network.eval().requires_grad_(False)
 
@@ -50,9 +50,9 @@ class CLIPScore:
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Image], captions: Sequence[str]) -> Tensor:
-        """Score each picture, (B,), float32."""
+        """Score each image, (B,), float32."""
         if len(images) != len(captions):
-            raise ValueError(f"{len(captions)} captions for {len(images)} pictures.")
+            raise ValueError(f"{len(captions)} captions for {len(images)} images.")
         a, b = self._images(images).double(), self._texts(captions).double()
         return (100 * torch.cosine_similarity(a, b)).clamp(min=0).float()
 
@@ -61,7 +61,7 @@ class CLIPScore:
 
         from zsnr.pretrained import load_whole
 
-        self.network = load_whole(CLIPModel, folder, None, what="a CLIPModel")
+        self.network = load_whole(CLIPModel, folder, None, label="a CLIPModel")
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder)
             processor = AutoImageProcessor.from_pretrained(folder)
@@ -95,15 +95,15 @@ class CLIPScore:
             raise ValueError(f"open_clip has no model {architecture!r}.")
         path = Path(weights).expanduser()
         if not path.is_file():
-            raise ValueError(f"{weights}: no such file of weights of {architecture}.")
+            raise ValueError(f"{weights}: no such file with weights of {architecture}.")
         try:
-            made = open_clip.create_model_and_transforms(
+            created = open_clip.create_model_and_transforms(
                 architecture, pretrained=str(path), weights_only=True
             )
         except (OSError, RuntimeError, ValueError, UnpicklingError, SafetensorError) as error:
             reason = (str(error).strip() or repr(error)).splitlines()[0]
             raise ValueError(f"Cannot load {architecture} from {weights}: {reason}") from error
-        self.network, _, prepare = made
+        self.network, _, prepare = created
         tokenize = open_clip.get_tokenizer(architecture)
         return (
             lambda images: self.network.encode_image(
@@ -119,7 +119,7 @@ class CLIPScore:
 _Encoders = tuple[Callable[[Sequence["Image"]], Tensor], Callable[[Sequence[str]], Tensor]]
 
 
-def _embedding(found: Any) -> Tensor:
-    """Take the projected embedding; newer versions of transformers wrap it."""
-    embedding: Tensor = found if isinstance(found, Tensor) else found.pooler_output
+def _embedding(output: Any) -> Tensor:
+    """Return the projected embedding, which newer versions of transformers wrap."""
+    embedding: Tensor = output if isinstance(output, Tensor) else output.pooler_output
     return embedding

@@ -1,4 +1,4 @@
-"""Brightness as torchmetrics classes: collected batch by batch, over all ranks."""
+"""Brightness as torchmetrics classes, accumulated over batches and ranks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from zsnr.metrics.luma import luma_percentile, mean_luma, rms_contrast, wasserst
 
 
 class MeanLuma(Metric):
-    """Mean of `mean_luma` over pictures (B, 3, H, W) in [-1, 1]."""
+    """Mean of `mean_luma` over images (B, 3, H, W) in [-1, 1]."""
 
     full_state_update = False
     total: Tensor
@@ -33,7 +33,7 @@ class MeanLuma(Metric):
 
 
 class RMSContrast(Metric):
-    """Mean of `rms_contrast` over pictures (B, 3, H, W) in [-1, 1]."""
+    """Mean of `rms_contrast` over images (B, 3, H, W) in [-1, 1]."""
 
     full_state_update = False
     total: Tensor
@@ -51,11 +51,11 @@ class RMSContrast(Metric):
 
 
 class LumaPercentile(Metric):
-    """Mean of `luma_percentile` over pictures (B, 3, H, W) in [-1, 1].
+    """Mean of `luma_percentile` over images (B, 3, H, W) in [-1, 1].
 
     Args:
-        q: In percent: 1 and 99 say how black the blacks and how white the whites are.
-        **options: Of torchmetrics.Metric.
+        q: Percentage: 1 measures the black level, and 99 the white level.
+        **options: Options of torchmetrics.Metric.
     """
 
     full_state_update = False
@@ -77,11 +77,11 @@ class LumaPercentile(Metric):
 
 
 class LatentMean(Metric):
-    """Mean of each channel of latents (B, C, h, w), over pixels and pictures: (C,).
+    """Mean of each channel of latents (B, C, h, w), over pixels and images: (C,).
 
     Args:
         channels: C.
-        **options: Of torchmetrics.Metric.
+        **options: Options of torchmetrics.Metric.
     """
 
     full_state_update = False
@@ -106,7 +106,7 @@ class LatentMean(Metric):
 
 
 class LumaSpread(Metric):
-    """Standard deviation of `mean_luma` over pictures (B, 3, H, W): the flaw makes it small."""
+    """Standard deviation of `mean_luma` over images (B, 3, H, W), which the flaw reduces."""
 
     full_state_update = False
     values: list[Tensor]
@@ -119,15 +119,15 @@ class LumaSpread(Metric):
         self.values.append(mean_luma(images).float())
 
     def compute(self) -> Tensor:
-        return _seen(self, self.values).double().std(correction=0).float()
+        return _collected(self, self.values).double().std(correction=0).float()
 
 
 class LumaWasserstein(Metric):
-    """1-Wasserstein distance of the pictures' mean luma to that of data.
+    """1-Wasserstein distance between the mean luma of images and that of data.
 
     Args:
-        reference: Mean luma of each picture of the data, (N,).
-        **options: Of torchmetrics.Metric.
+        reference: Mean luma of each image of the data, (N,).
+        **options: Options of torchmetrics.Metric.
     """
 
     full_state_update = False
@@ -136,7 +136,7 @@ class LumaWasserstein(Metric):
 
     def __init__(self, reference: Tensor, **options: Any) -> None:
         super().__init__(**options)
-        wasserstein_1(reference, reference)  # refuses what is no distribution
+        wasserstein_1(reference, reference)  # refuses an invalid distribution
         self.register_buffer("reference", reference.detach().float(), persistent=False)
         self.add_state("values", [], dist_reduce_fx="cat")
 
@@ -144,16 +144,16 @@ class LumaWasserstein(Metric):
         self.values.append(mean_luma(images).float())
 
     def compute(self) -> Tensor:
-        values = _seen(self, self.values)
+        values = _collected(self, self.values)
         return torch.tensor(wasserstein_1(values, self.reference), device=values.device)
 
 
 class PromptGroups(WrapperMetric):
-    """A metric of each group of prompts, such as "dark" and "bright".
+    """A separate metric for each group of prompts, such as "dark" and "bright".
 
     Args:
-        metric: Copied for each group, as it is new.
-        groups: Their names; every rank gives the same ones in the same order.
+        metric: An unused metric, which is copied for each group.
+        groups: Names of the groups, the same and in the same order on every rank.
     """
 
     def __init__(self, metric: Metric, groups: Sequence[str]) -> None:
@@ -167,11 +167,13 @@ class PromptGroups(WrapperMetric):
         """Add a batch.
 
         Args:
-            values: What the metric takes, one row a picture.
-            groups: The group of each.
+            values: Input of the metric, one row per image.
+            groups: The group of each image.
         """
         if len(values) != len(groups):
-            raise ValueError(f"{len(groups)} groups for {len(values)} pictures: wanted one each.")
+            raise ValueError(
+                f"{len(groups)} groups for {len(values)} images: wanted one per image."
+            )
         unknown = set(groups) - set(self.groups)
         if unknown:
             raise ValueError(f"Group {min(unknown)!r} is unknown. Known: {', '.join(self.groups)}.")
@@ -193,9 +195,9 @@ class PromptGroups(WrapperMetric):
 
 
 class InOrder(Metric):
-    """Rows of all ranks, in the order of the pictures: what does not divide into sums.
+    """Collects the rows of all ranks in the order of the images.
 
-    `compute` gives (N, *), one row a picture, the same for every number of ranks.
+    `compute` returns (N, *), one row per image, independent of the number of ranks.
     """
 
     full_state_update = False
@@ -208,14 +210,14 @@ class InOrder(Metric):
         self.add_state("places", [], dist_reduce_fx="cat")
 
     def update(self, rows: Tensor, places: Sequence[int]) -> None:
-        """Add rows (B, *) and the number of each one's picture."""
+        """Add rows (B, *), each with the number of its image."""
         if len(rows) != len(places):
-            raise ValueError(f"{len(places)} places for {len(rows)} rows: wanted one each.")
+            raise ValueError(f"{len(places)} places for {len(rows)} rows: wanted one per row.")
         self.rows.append(rows.detach())
         self.places.append(torch.tensor(list(places), device=rows.device))
 
     def compute(self) -> Tensor:
-        rows, places = _seen(self, self.rows), dim_zero_cat(self.places)
+        rows, places = _collected(self, self.rows), dim_zero_cat(self.places)
         return rows[places.argsort()]
 
 
@@ -236,11 +238,11 @@ def _mean(metric: MeanLuma | RMSContrast | LumaPercentile | LatentMean) -> Tenso
     return (metric.total / metric.count).float()
 
 
-def _seen(metric: Metric, values: list[Tensor]) -> Tensor:
-    found: Tensor = dim_zero_cat(values) if len(values) else torch.empty(0)
-    if not len(found):
+def _collected(metric: Metric, values: list[Tensor]) -> Tensor:
+    rows: Tensor = dim_zero_cat(values) if len(values) else torch.empty(0)
+    if not len(rows):
         raise ValueError(_NONE.format(type(metric).__name__))
-    return found
+    return rows
 
 
-_NONE = "{} has seen no pictures: wanted at least one."
+_NONE = "{} has no images: wanted at least one."

@@ -1,4 +1,4 @@
-"""Networks that turn pictures into features, and the resizing before them."""
+"""Networks that extract features of images, and the resizing of their input."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from zsnr.pretrained import digest
 
 SIZE = 299
 WEIGHTS = (
-    "weights-inception-2015-12-05-6726825d.pth, of "
+    "weights-inception-2015-12-05-6726825d.pth, from "
     "https://github.com/toshas/torch-fidelity/releases/tag/v0.2.0"
 )
 _BLOCKS = (
@@ -28,10 +28,10 @@ _BLOCKS = (
 
 
 def resize_clean(images: Tensor, size: int = SIZE) -> Tensor:
-    """Resize as FID demands: bicubic with antialiasing, without rounding to 8 bits after.
+    """Resize for FID: bicubic with antialiasing, without rounding the result to 8 bits.
 
-    Each channel by Pillow in float32, on the CPU, as Parmar et al. (arXiv:2104.11222) found that
-    only this leaves no aliasing; values may pass 0 and 255 a little.
+    Each channel is resized by Pillow in float32, on the CPU, because Parmar et al.
+    (arXiv:2104.11222) found that only this avoids aliasing; values may slightly exceed 0 and 255.
 
     Args:
         images: (B, 3, H, W) uint8 levels.
@@ -41,7 +41,7 @@ def resize_clean(images: Tensor, size: int = SIZE) -> Tensor:
         (B, 3, size, size) float32 levels.
 
     Raises:
-        ValueError: Another dtype or shape.
+        ValueError: The dtype or shape is wrong.
     """
     from PIL import Image
 
@@ -61,14 +61,15 @@ def resize_clean(images: Tensor, size: int = SIZE) -> Tensor:
 class Inception(nn.Module):
     """The Inception network of FID, KID and IS, from a file of weights.
 
-    `forward` takes levels (B, 3, 299, 299) in 0 .. 255, float32, and returns features (B, 2048) and
-    logits (B, 1008), those without the bias, as IS takes them.
+    `forward` maps levels (B, 3, 299, 299) in 0 .. 255, float32, to features (B, 2048) and logits
+    (B, 1008), which are without bias as IS requires.
 
     Args:
         weights: torch-fidelity's file, or its tensors as .safetensors.
 
     Raises:
-        ValueError: There is none, it holds something else, or torch-fidelity is not installed.
+        ValueError: The file does not exist or holds something else, or torch-fidelity is not
+            installed.
     """
 
     size = SIZE
@@ -78,7 +79,7 @@ class Inception(nn.Module):
         path = check_weights(weights)
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-        # Its class unpickles whatever it is given, so it is given tensors that were read safely.
+        # Its class unpickles any file, so it gets tensors that were read safely.
         safe = io.BytesIO()
         torch.save(_read_tensors(path), safe)
         safe.seek(0)
@@ -86,7 +87,7 @@ class Inception(nn.Module):
             self.network = FeatureExtractorInceptionV3("inception", ["2048"], safe)
         except (RuntimeError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{weights} holds other weights than FID's Inception network has: wanted {WEIGHTS}."
+                f"{weights} does not hold the weights of FID's Inception network: wanted {WEIGHTS}."
             ) from error
         self.fingerprint = f"inception {digest([path])}"
 
@@ -99,10 +100,10 @@ class Inception(nn.Module):
 
 
 def check_weights(weights: str) -> Path:
-    """Refuse a file of Inception's weights that is not there; opens none.
+    """Check that the file of Inception's weights exists, without opening it.
 
     Raises:
-        ValueError: So it is, or torch-fidelity is not installed.
+        ValueError: The file does not exist, or torch-fidelity is not installed.
     """
     path = Path(weights).expanduser()
     if not path.is_file():
@@ -113,12 +114,12 @@ def check_weights(weights: str) -> Path:
 
 
 class FeatureExtractor:
-    """Pictures to features, and logits where the network has some.
+    """Extracts features, and logits if the network has them, from images.
 
     Args:
         network: An Inception, or any module from levels (B, 3, size, size) in 0 .. 255, float32, to
-            features (B, D), or to features and logits (B, K). Its attribute `size` says which; 299
-            if it has none.
+            features (B, D), or to features and logits (B, K). Its attribute `size` is the input
+            size; default 299.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -133,21 +134,21 @@ class FeatureExtractor:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Take uint8 pictures (B, 3, H, W) of any size.
+        """Extract features of uint8 images (B, 3, H, W) of any size.
 
         Raises:
-            ValueError: The network gives something else than features.
+            ValueError: The network's output has the wrong shape.
         """
         self.network.eval()
         tensors = [*self.network.parameters(), *self.network.buffers()]
         device = tensors[0].device if tensors else images.device
-        found: Any = self.network(resize_clean(images, self.size).to(device))
-        features, logits = found if isinstance(found, tuple) else (found, None)
+        output: Any = self.network(resize_clean(images, self.size).to(device))
+        features, logits = output if isinstance(output, tuple) else (output, None)
         for rows in (features, logits):
             if rows is not None and (rows.ndim != 2 or len(rows) != len(images)):
                 raise ValueError(
-                    f"{class_path(self.network)} gave shape {tuple(rows.shape)} for {len(images)} "
-                    "pictures: wanted (B, D)."
+                    f"{class_path(self.network)} returned shape {tuple(rows.shape)} for "
+                    f"{len(images)} images: wanted (B, D)."
                 )
         return features.float(), None if logits is None else logits.float()
 
@@ -172,12 +173,12 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         except SafetensorError as error:
             raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise ValueError(
-            f"{path} is not a plain file of weights (a program or a TorchScript is not opened): "
+            f"{path} is not a plain file of weights (programs and TorchScript are not opened): "
             f"wanted {WEIGHTS}."
         ) from error
-    if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
         raise ValueError(f"{path} holds more than weights: wanted {WEIGHTS}.")
-    return found
+    return content

@@ -1,4 +1,4 @@
-"""FID, KID and IS by torchmetrics, on features that are known; the statistics of real pictures."""
+"""FID, KID and IS by torchmetrics, on precomputed features; the statistics of real images."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 
 @dataclass(frozen=True)
 class RealStatistics:
-    """What measuring pictures against real ones needs of these.
+    """Statistics of real images, with which generated images are compared.
 
     Args:
-        luma: Mean luma of each, (N,).
+        luma: Mean luma of each image, (N,).
         image_size: Height and width they were cropped to, in pixels.
-        source: A digest of which pictures they are.
-        extractor: Fingerprint of the network; "" = luma alone.
-        mean: Of the features, (D,) float64.
-        covariance: (D, D) float64, divided by N - 1.
-        features: Some of the features (M, D), for KID.
+        source: A digest that identifies the images.
+        extractor: Fingerprint of the network; "" = only luma.
+        mean: Mean of the features, (D,) float64.
+        covariance: Covariance of the features, (D, D) float64, divided by N - 1.
+        features: A subset of the features (M, D), for KID.
     """
 
     luma: Tensor
@@ -62,7 +62,7 @@ class RealStatistics:
         """Read a file that `write` wrote.
 
         Raises:
-            ValueError: There is none, or it is something else.
+            ValueError: The file does not exist, or was not written by `write`.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -75,7 +75,7 @@ class RealStatistics:
         except SafetensorError as error:
             raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
         if facts.get("format") != _FORMAT or "luma" not in tensors:
-            raise ValueError(f"{path} holds no statistics of real pictures.")
+            raise ValueError(f"{path} holds no statistics of real images.")
         names = ("luma", "mean", "covariance", "features")
         try:
             return cls(
@@ -86,32 +86,32 @@ class RealStatistics:
             )
         except KeyError as error:
             raise ValueError(
-                f"{path} does not say its {error.args[0]}: measure it again."
+                f"{path} lacks {error.args[0]}: compute the statistics again."
             ) from error
 
     def check(self, where: str, image_size: int, extractor: str, source: str | None) -> None:
-        """Refuse statistics of other pictures, or of another network than is measured with.
+        """Refuse statistics of other images, or of another feature extractor.
 
         Args:
             where: The file, for the error.
-            image_size: Wanted.
-            extractor: Wanted; "" = none is needed.
-            source: Wanted; None = whatever they are of.
+            image_size: Required image size.
+            extractor: Required extractor; "" = no features are needed.
+            source: Required source; None = any.
 
         Raises:
-            ValueError: They differ.
+            ValueError: A value differs.
         """
-        remedy = "Measure them anew: name another file, or remove this one."
+        remedy = "Compute them again: choose another file, or remove this one."
         if self.image_size != image_size:
             raise ValueError(
-                f"{where} is of pictures of {self.image_size} pixels, the model makes "
+                f"{where} describes images of {self.image_size} pixels, but the model generates "
                 f"{image_size}. {remedy}"
             )
         if extractor and self.extractor != extractor:
             has = f"features of {self.extractor!r}" if self.extractor else "no features"
             raise ValueError(f"{where} has {has}, wanted those of {extractor!r}. {remedy}")
         if source is not None and self.source != source:
-            raise ValueError(f"{where} is of other pictures than metrics.real names now. {remedy}")
+            raise ValueError(f"{where} describes other images than metrics.real. {remedy}")
 
 
 def real_statistics(
@@ -122,29 +122,29 @@ def real_statistics(
     source: str,
     extractor: str = "",
 ) -> RealStatistics:
-    """Sum up real pictures.
+    """Compute the statistics of real images.
 
     Args:
-        luma: Mean luma of each, (N,).
-        features: (N, D). None = none were taken.
-        image_size: Of the pictures, in pixels.
-        source: A digest of which they are.
-        extractor: Fingerprint of the network that gave the features.
+        luma: Mean luma of each image, (N,).
+        features: (N, D). None = no features were extracted.
+        image_size: Height and width of the images, in pixels.
+        source: A digest that identifies the images.
+        extractor: Fingerprint of the network that computed the features.
 
     Raises:
-        ValueError: Fewer than two pictures, all the same features, or some that are not finite.
+        ValueError: There are fewer than two images, or features are all equal or not finite.
     """
     facts: dict[str, Any] = {"image_size": image_size, "source": source, "extractor": extractor}
     if features is None:
         return RealStatistics(luma, **facts)
-    check_features(features, "real pictures")
+    check_features(features, "real images")
     rows = features.double()
-    kept = torch.linspace(0, len(rows) - 1, min(len(rows), KEPT_FEATURES)).round().long()
+    chosen = torch.linspace(0, len(rows) - 1, min(len(rows), KEPT_FEATURES)).round().long()
     return RealStatistics(
         luma,
         mean=rows.mean(0),
         covariance=torch.cov(rows.T).reshape(rows.shape[1], -1),
-        features=features[kept.to(features.device)],
+        features=features[chosen.to(features.device)],
         **facts,
     )
 
@@ -153,19 +153,19 @@ def frechet_distance(real: RealStatistics, features: Tensor) -> float:
     """Compute FID = ||m_r - m||^2 + tr(C_r + C - 2 (C_r C)^(1/2)), in float64.
 
     Args:
-        real: With features.
-        features: Of the pictures, (N, D).
+        real: Statistics with features.
+        features: Features of the images, (N, D).
 
     Raises:
-        ValueError: Fewer than two pictures, or others that have no covariance.
+        ValueError: There are fewer than two images, or features are all equal or not finite.
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     mean, covariance, n = real.mean, real.covariance, real.count
     if mean is None or covariance is None:
-        raise ValueError("FID needs the features of real pictures; these statistics have none.")
-    check_features(features, "pictures")
-    metric = FrechetInceptionDistance(_Known(features.shape[1]), sync_on_compute=False)
+        raise ValueError("FID needs the features of real images; these statistics have none.")
+    check_features(features, "images")
+    metric = FrechetInceptionDistance(_Identity(features.shape[1]), sync_on_compute=False)
     metric.real_features_sum = mean * n
     metric.real_features_cov_sum = covariance * (n - 1) + n * mean.outer(mean)
     metric.real_features_num_samples = torch.tensor(n)
@@ -176,24 +176,24 @@ def frechet_distance(real: RealStatistics, features: Tensor) -> float:
 def kernel_distance(real: RealStatistics, features: Tensor, seed: int = 0) -> tuple[float, float]:
     """Compute KID, the squared MMD with kernel (x.y / D + 1)^3, over random subsets.
 
-    100 subsets of 1000 pictures, of all of them where there are fewer; unbiased for each size.
+    100 subsets of 1000 images, or of all images if there are fewer; unbiased for any size.
 
     Returns:
         Mean and standard deviation over the subsets.
 
     Raises:
-        ValueError: As `frechet_distance`.
+        ValueError: As in `frechet_distance`.
     """
     from torchmetrics.image.kid import KernelInceptionDistance
 
     if real.features is None:
-        raise ValueError("KID needs the features of real pictures; these statistics have none.")
-    for rows, what in ((real.features, "real pictures"), (features, "pictures")):
-        check_features(rows, what)
+        raise ValueError("KID needs the features of real images; these statistics have none.")
+    for rows, label in ((real.features, "real images"), (features, "images")):
+        check_features(rows, label)
     size = min(KID_SUBSET_SIZE, len(features), len(real.features))
-    known = _Known(features.shape[1])
+    identity = _Identity(features.shape[1])
     metric = _quietly(
-        KernelInceptionDistance, known, KID_SUBSETS, subset_size=size, sync_on_compute=False
+        KernelInceptionDistance, identity, KID_SUBSETS, subset_size=size, sync_on_compute=False
     )
     metric.update(real.features.double().cpu(), real=True)
     metric.update(features.double().cpu(), real=False)
@@ -201,49 +201,52 @@ def kernel_distance(real: RealStatistics, features: Tensor, seed: int = 0) -> tu
 
 
 def inception_score(logits: Tensor, splits: int = 10, seed: int = 0) -> tuple[float, float]:
-    """Compute IS = exp(E KL(p(y|x) || p(y))), over parts of the pictures at random.
+    """Compute IS = exp(E KL(p(y|x) || p(y))), over random splits of the images.
 
     Args:
         logits: (N, K).
-        splits: Parts, each with its own p(y).
-        seed: Of the parts.
+        splits: Number of splits, each with its own p(y).
+        seed: Seed of the splits.
 
     Returns:
-        Mean and standard deviation over the parts.
+        Mean and standard deviation over the splits.
 
     Raises:
-        ValueError: Fewer than two pictures a part, all the same, or not finite.
+        ValueError: There are fewer than two images per split, or logits are all equal or not
+            finite.
     """
     from torchmetrics.image.inception import InceptionScore
 
-    check_features(logits, "pictures", "logits")
+    check_features(logits, "images", "logits")
     if len(logits) < 2 * splits or splits < 2:
         raise ValueError(
-            f"{len(logits)} pictures in {splits} parts: IS wants at least 2 parts of 2 pictures."
+            f"{len(logits)} images in {splits} splits: IS needs at least 2 splits of 2 images."
         )
-    metric = _quietly(InceptionScore, _Known(logits.shape[1]), splits=splits, sync_on_compute=False)
+    metric = _quietly(
+        InceptionScore, _Identity(logits.shape[1]), splits=splits, sync_on_compute=False
+    )
     metric.update(logits.double().cpu())
     return _seeded(metric, seed)
 
 
-def check_features(rows: Tensor, what: str, kind: str = "features") -> None:
+def check_features(rows: Tensor, label: str, kind: str = "features") -> None:
     """Refuse features that have no distribution.
 
     Raises:
-        ValueError: Fewer than two, all the same, or not finite; says of what.
+        ValueError: There are fewer than two, or they are all equal or not finite.
     """
     if len(rows) < 2:
-        raise ValueError(f"{len(rows)} {what}: wanted at least 2 to compare distributions.")
+        raise ValueError(f"{len(rows)} {label}: wanted at least 2 to compare distributions.")
     if not rows.isfinite().all():
-        raise ValueError(f"The {kind} of {what} are not finite (NaN or inf).")
+        raise ValueError(f"The {kind} of {label} are not finite (NaN or inf).")
     if (rows == rows[:1]).all():
         raise ValueError(
-            f"All {len(rows)} {what} have the same {kind}: they have no distribution to compare."
+            f"All {len(rows)} {label} have the same {kind}: they have no distribution to compare."
         )
 
 
-class _Known(nn.Module):
-    """In the place of a network: what is given are the features."""
+class _Identity(nn.Module):
+    """A network that returns its input, which already holds the features."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -254,7 +257,7 @@ class _Known(nn.Module):
 
 
 def _quietly(cls: Any, *arguments: Any, **options: Any) -> Any:
-    """Make a metric without its warning that it keeps features, which is meant."""
+    """Make a metric without its warning that it stores features, which is intended."""
     import warnings
 
     with warnings.catch_warnings():
@@ -263,7 +266,7 @@ def _quietly(cls: Any, *arguments: Any, **options: Any) -> Any:
 
 
 def _seeded(metric: Any, seed: int) -> tuple[float, float]:
-    """Compute with the random choices of a seed; the global generator stays as it is."""
+    """Compute a metric with a seed; the state of the global generator is not changed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         mean, std = metric.compute()

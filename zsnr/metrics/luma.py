@@ -1,4 +1,4 @@
-"""Luma of pictures, and how far its distributions lie apart."""
+"""Luma of images, and distances between its distributions."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ REC_709 = (0.2126, 0.7152, 0.0722)
 
 
 def luma(images: Tensor) -> Tensor:
-    """Compute Y = 0.2126 R + 0.7152 G + 0.0722 B on the encoded values    (Rec. 709).
+    """Compute Y = 0.2126 R + 0.7152 G + 0.0722 B on the encoded values (Rec. 709).
 
     Args:
         images: (B, 3, H, W), -1 is black and 1 is white.
 
     Returns:
-        (B, H, W), float32 (float64 of float64), in the same range.
+        (B, H, W), float32 (float64 for float64 input), in the same range.
 
     Raises:
-        ValueError: Another shape, no picture, no pixel, or a value that is not finite.
+        ValueError: The shape is wrong or empty, or a value is not finite.
     """
     if images.ndim != 4 or images.shape[1] != 3 or not images.numel():
         raise ValueError(
-            f"Images of shape {tuple(images.shape)}: wanted (B, 3, H, W) with at least one picture "
+            f"Images of shape {tuple(images.shape)}: wanted (B, 3, H, W) with at least one image "
             "and pixel."
         )
     pixels = images if images.dtype == torch.float64 else images.float()
@@ -36,22 +36,22 @@ def luma(images: Tensor) -> Tensor:
 
 
 def mean_luma(images: Tensor) -> Tensor:
-    """Average luma over the pixels of each picture: (B, 3, H, W) -> (B,)."""
+    """Average luma over the pixels of each image: (B, 3, H, W) -> (B,)."""
     return luma(images).flatten(1).mean(1)
 
 
 def rms_contrast(images: Tensor) -> Tensor:
-    """Measure luma's standard deviation over the pixels of each picture: (B, 3, H, W) -> (B,).
+    """Measure luma's standard deviation over the pixels of each image: (B, 3, H, W) -> (B,).
 
-    sqrt(mean((Y - mean(Y))^2)), 0 for a flat picture and at most 1.
+    sqrt(mean((Y - mean(Y))^2)), 0 for a flat image and at most 1.
     """
     return luma(images).flatten(1).std(1, correction=0)
 
 
 def luma_percentile(images: Tensor, q: float) -> Tensor:
-    """Find the luma below which q percent of a picture's pixels lie: (B, 3, H, W) -> (B,).
+    """Find the luma below which q percent of an image's pixels lie: (B, 3, H, W) -> (B,).
 
-    Between two pixels it is interpolated linearly.
+    Values between two pixels are interpolated linearly.
 
     Raises:
         ValueError: q is not in [0, 100].
@@ -62,16 +62,16 @@ def luma_percentile(images: Tensor, q: float) -> Tensor:
 
 
 def wasserstein_1(a: Tensor, b: Tensor) -> float:
-    """Measure the 1-Wasserstein distance of two empirical distributions of numbers.
+    """Measure the 1-Wasserstein distance between two empirical distributions of numbers.
 
     W_1 = integral |F_a(x) - F_b(x)| dx, exact in float64.
 
     Args:
-        a: (N,), one number a sample.
+        a: (N,), one number per sample.
         b: (M,).
 
     Raises:
-        ValueError: Not 1-D, empty, or not finite.
+        ValueError: The values are not 1-D, empty, or not finite.
     """
     a, b = (_numbers(values).sort().values for values in (a, b))
     x = torch.cat([a, b]).sort().values
@@ -80,7 +80,7 @@ def wasserstein_1(a: Tensor, b: Tensor) -> float:
 
 
 class Interval(NamedTuple):
-    """A statistic of the samples as they are, and the bounds between which it lies."""
+    """A statistic of the samples, and the bounds of its confidence interval."""
 
     estimate: float
     low: float
@@ -95,24 +95,25 @@ def bootstrap_interval(
     seed: int = 0,
     paired: int = 0,
 ) -> Interval:
-    """Bound a statistic by the percentile bootstrap.
+    """Compute a confidence interval of a statistic by the percentile bootstrap.
 
-    Each group of samples is drawn anew with replacement. A group in several parts, such as one of
-    each training seed, is nested: parts are drawn first, then samples within each drawn part.
-    The bounds of a distance such as W_1 err upwards where it is near the spread of resamples.
+    Each group of samples is resampled with replacement. A group of several parts, such as one part
+    per training seed, is nested: parts are resampled first, then samples within each drawn part.
+    The bounds of a distance such as W_1 are biased upwards if it is close to the spread of
+    resamples.
 
     Args:
-        statistic: Takes the groups as they were given, tensors or lists of them, to one number:
-            `wasserstein_1`, or `lambda arms, data: wasserstein_1(torch.cat(arms), data)`.
-        *samples: (N, ...) each, or a sequence of such.
-        level: Probability of the interval.
-        num_resamples: How often it is drawn.
-        seed: Of the draws.
-        paired: So many of the groups, the first ones, are drawn by the same indices, as pictures
-            that different models made of the same prompts and seeds.
+        statistic: Maps the groups, tensors or lists of tensors, to one number: `wasserstein_1`, or
+            `lambda arms, data: wasserstein_1(torch.cat(arms), data)`.
+        *samples: Groups, each (N, ...) or a sequence of such tensors.
+        level: Confidence level.
+        num_resamples: Number of resamples.
+        seed: Seed of the resamples.
+        paired: The first `paired` groups are resampled with the same indices, such as images that
+            different models generated from the same prompts and seeds.
 
     Raises:
-        ValueError: No samples, a number out of range, or paired groups of different sizes.
+        ValueError: There are no samples, a number is out of range, or paired groups differ in size.
     """
     if not 0 < level < 1:
         raise ValueError(f"level={level:g}: wanted a number between 0 and 1.")
@@ -122,17 +123,17 @@ def bootstrap_interval(
     if not sizes or not all(counts and all(counts) for counts in sizes):
         raise ValueError("There are no samples: wanted at least one in each group and part.")
     if paired > len(samples) or any(counts != sizes[0] for counts in sizes[1:paired]):
-        raise ValueError(f"paired={paired}, but the groups' sizes are {sizes}: wanted equal ones.")
+        raise ValueError(f"paired={paired}, but the groups' sizes are {sizes}: wanted equal sizes.")
     generator = torch.Generator().manual_seed(seed)
     estimate = float(statistic(*samples))
-    found = []
+    statistics = []
     for _ in range(num_resamples):
         drawn: list[_Draw] = []
         for i, counts in enumerate(sizes):
             drawn.append(drawn[0] if 0 < i < paired else _draw(counts, generator))
-        found.append(float(statistic(*map(_resampled, samples, drawn))))
+        statistics.append(float(statistic(*map(_resampled, samples, drawn))))
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    low, high = torch.tensor(found, dtype=torch.float64).quantile(tails).tolist()
+    low, high = torch.tensor(statistics, dtype=torch.float64).quantile(tails).tolist()
     return Interval(estimate, low, high)
 
 
@@ -140,7 +141,7 @@ def _parts(group: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
     return [group] if isinstance(group, Tensor) else group
 
 
-_Draw = list[tuple[int, Tensor]]  # parts, and which samples of each
+_Draw = list[tuple[int, Tensor]]  # parts, and the indices of the samples drawn from each
 
 
 def _draw(counts: Sequence[int], generator: torch.Generator) -> _Draw:
@@ -159,7 +160,7 @@ def _resampled(group: Tensor | Sequence[Tensor], draw: _Draw) -> Tensor | list[T
 def _numbers(values: Tensor) -> Tensor:
     if values.ndim != 1 or not len(values):
         raise ValueError(
-            f"Values of shape {tuple(values.shape)}: wanted (N,), one number a sample, N >= 1."
+            f"Values of shape {tuple(values.shape)}: wanted (N,), one number per sample, N >= 1."
         )
     values = values.detach().to("cpu", torch.float64)
     if not values.isfinite().all():

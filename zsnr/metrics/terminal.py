@@ -1,4 +1,4 @@
-"""The least loss of the last timestep."""
+"""The lower bound of the loss at the last timestep."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from torch import Tensor
 
 
 class TerminalOptimum:
-    """Variance of latents around their mean picture: the least v loss at zero terminal SNR.
+    """Variance of latents around their mean image: the unconditional lower bound of the v loss.
 
-    At the last timestep v_T = -x_0 and the network sees pure noise (sections 3.1, 5.2). Of all that
-    it can say without a prompt the mean of the data is best, and leaves the squared error
+    At the last timestep v_T = -x_0 and the network's input is pure noise (sections 3.1, 5.2).
+    Without a prompt, the optimal prediction is the mean of the data, with the squared error
 
     L_T = mean_i Var(x_0,i) = mean_i (Var(mu_i) + E[s_i^2]),  x_0 = mu + s z,
 
-    with i over channels and pixels. Prompts tell more, and bring the loss below it. Pictures of
-    several shapes have one mean each, and share the degrees of freedom.
+    with i over channels and pixels. With prompts the loss can be lower. Each shape of images has
+    its own mean; their degrees of freedom are summed.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class TerminalOptimum:
         self._noise += float(std.square().flatten(1).mean(1).sum())
 
     def value(self) -> float | None:
-        """Return L_T without bias; None where no two pictures have one shape."""
+        """Return the unbiased estimate of L_T; None if no two images have the same shape."""
         freedom = sum((count - 1) * shape.numel() for shape, count in self._counts.items())
         if not freedom:
             return None

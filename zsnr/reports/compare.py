@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from zsnr.checkpoints.own import KEY, open_checkpoint
+from zsnr.checkpoints.checkpoint_file import KEY, open_checkpoint
 from zsnr.codecs import LatentCodec, PixelCodec
 from zsnr.data.faults import summarize
 from zsnr.data.index import load_index

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
-from zsnr.checkpoints.own import KEY, open_checkpoint
+from zsnr.checkpoints.checkpoint_file import KEY, open_checkpoint
 from zsnr.codecs import LatentCodec, PixelCodec
 from zsnr.data.sources import Sources
 from zsnr.files import check_new, new_file

@@ -1,4 +1,4 @@
-"""What a sampler is: a plan of network calls, and the one loop that follows it."""
+"""The base class of samplers: a plan of network calls, and the loop that executes it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _ASSUMED = Guidance(3.0)
 class MultistepCoefficients(NamedTuple):
     """Weights of x_s = sum_i a_i x_0^(i) + b x_t + sum_i e_i eps^(i) + c z.
 
-    x_0^(i) and eps^(i) are the predictions of the i-th last network call; the newest comes first.
+    x_0^(i) and eps^(i) are the predictions of the i-th last network call, newest first.
     eps = (x_t - alpha_t x_0) / sigma_t.
     """
 
@@ -39,15 +39,16 @@ class MultistepCoefficients(NamedTuple):
 
 
 class Call(NamedTuple):
-    """One network call, and what follows from its prediction.
+    """One network call, and the step that uses its prediction.
 
     Args:
-        t: The timestep the network is asked at.
+        t: The timestep at which the network is evaluated.
         s: The timestep that the step leads to; -1 is clean data.
-        step: The step from x_t. None = the call only corrects, and the next is at the same t.
-        correct: How to take the step that led here again, from where it began, now that the
-            prediction at its end is known too. None = x_t stays as it is.
-        limited: Whether a sample whose prediction turns back falls to first order, see `agreement`.
+        step: The step from x_t. None = the call only corrects, and the next one is at the same t.
+        correct: Coefficients that repeat the previous step from its start, now that the prediction
+            at its end is known too. None = x_t is not corrected.
+        limited: Whether the step falls back to first order for samples whose prediction reverses
+            direction, see `agreement`.
     """
 
     t: int
@@ -59,14 +60,14 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """All that a sampler does on one grid, known before the first network call.
+    """All steps of a sampler on one grid, computed before the first network call.
 
     Args:
         calls: The network calls, in order.
-        scales: (alpha_t, sigma_t) of each.
+        scales: (alpha_t, sigma_t) of each call.
 
     Attributes:
-        memory: How many predictions of x_0, and of eps, any call uses.
+        memory: Maximum numbers of predictions of x_0, and of eps, that a call uses.
     """
 
     calls: tuple[Call, ...]
@@ -87,20 +88,20 @@ class Plan:
 
 
 class State(NamedTuple):
-    """Where sampling stands, after some of a plan's network calls.
+    """The state of sampling between two network calls of a plan.
 
     Args:
-        x_t: The state the next call sees, (B, *), float32 at least; the sample at the end.
-        t: The next call's timestep; -1 at the end.
-        made: Number of calls so far.
-        before: The state that the last step began from.
-        x_0: Predictions of the calls so far, newest first, as many as are used again.
-        eps: Predictions of the noise, newest first, as many as are used again.
+        x_t: Input of the next call, (B, *), at least float32; at the end, the sample.
+        t: Timestep of the next call; -1 at the end.
+        num_calls: Number of calls so far.
+        before: The state from which the last step started.
+        x_0: Predictions of the calls so far that are still needed, newest first.
+        eps: Predictions of the noise that are still needed, newest first.
     """
 
     x_t: Tensor
     t: int
-    made: int
+    num_calls: int
     before: Tensor
     x_0: tuple[Tensor, ...] = ()
     eps: tuple[Tensor, ...] = ()
@@ -112,13 +113,13 @@ class State(NamedTuple):
 
 
 class Sampler:
-    """A rule from noise to data. A sampler is a frozen value: all that changes is an argument.
+    """A method that turns noise into data. Samplers are frozen values without mutable state.
 
-    A subclass writes `calls`, or overrides `sample` where its loop is no plan.
+    A subclass implements `calls`, or overrides `sample` if its loop cannot be planned.
 
     Attributes:
         keeps_history: Whether a step depends on more than x_t and x_0 of its own timestep, or
-            calls the denoiser more than once. Who drives a sampler step by step asks.
+            calls the denoiser more than once. Used by code that drives a sampler step by step.
     """
 
     keeps_history: ClassVar[bool] = True
@@ -130,8 +131,8 @@ class Sampler:
 
         Args:
             schedule: The noise schedule.
-            grid: Timesteps, descending, checked.
-            guidance: What the denoiser is guided by. None = no guidance.
+            grid: Validated timesteps, descending.
+            guidance: Guidance of the denoiser. None = no guidance.
         """
         raise NotImplementedError(f"{type(self).__name__} has neither `calls` nor `sample`.")
 
@@ -146,21 +147,21 @@ class Sampler:
         Args:
             schedule: The schedule the denoiser was made for.
             timesteps: The grid, 1-D, descending, such as `trailing(25)`.
-            guidance: What the denoiser is guided by, for samplers whose steps depend on it. None =
-                no guidance.
+            guidance: Guidance of the denoiser, for samplers whose steps depend on it. None = no
+                guidance.
 
         Raises:
             ValueError: The grid is not a descending list of the schedule's timesteps, or the
-                guidance method "cfg_pp" meets a step that is not first order and deterministic.
+                guidance method is "cfg_pp" and a step is not first order and deterministic.
         """
         grid = tuple(check_timesteps(timesteps, schedule.num_timesteps))
         calls = tuple(self.calls(schedule, grid, guidance))
         if not calls:
-            raise ValueError(f"{type(self).__name__} planned no network call: wanted one a step.")
+            raise ValueError(f"{type(self).__name__} planned no network call: wanted one per step.")
         if guidance is not None and guidance.method == "cfg_pp" and not all(map(_is_ddim, calls)):
             raise ValueError(
-                f"Guidance method 'cfg_pp' with {type(self).__name__}: its scale follows from "
-                "deterministic steps of first order. Use the sampler 'ddim' or 'euler'."
+                f"Guidance method 'cfg_pp' requires deterministic first-order steps, unlike those "
+                f"of {type(self).__name__}. Use the sampler 'ddim' or 'euler'."
             )
         return Plan(calls, tuple(schedule(call.t) for call in calls))
 
@@ -172,30 +173,30 @@ class Sampler:
     def advance(
         self, plan: Plan, state: State, x_0: Tensor, randn_like: RandnLike = torch.randn_like
     ) -> State:
-        """Go on by one network call.
+        """Advance by one network call.
 
         Args:
-            plan: From `plan`.
-            state: From `begin` or `advance`; it is left as it is.
-            x_0: What the denoiser says at (state.x_t, state.t), (B, *).
-            randn_like: Source of noise, called where the step needs some.
+            plan: Result of `plan`.
+            state: Result of `begin` or `advance`; it is not changed.
+            x_0: The denoiser's prediction at (state.x_t, state.t), (B, *).
+            randn_like: Source of noise, called if the step needs noise.
         """
-        call = plan.calls[state.made]
-        kept_x_0, kept_eps = plan.memory
+        call = plan.calls[state.num_calls]
+        num_x_0, num_eps = plan.memory
         x_0s = (x_0.to(state.x_t.dtype), *state.x_0)
         before, x_t, epses = state.before, state.x_t, state.eps
         if call.correct is not None:
             x_t = multistep(x_0s, before, call.correct, epses)
         if call.step is not None:
-            if kept_eps:
-                alpha_t, sigma_t = plan.scales[state.made]
+            if num_eps:
+                alpha_t, sigma_t = plan.scales[state.num_calls]
                 epses = (x_t.sub(x_0s[0], alpha=alpha_t).div_(sigma_t), *epses)
             z = randn_like(x_t) if call.step.c > 0 else None
             trust = agreement(x_0s) if call.limited and len(x_0s) > 2 else None
             before, x_t = x_t, multistep(x_0s, x_t, call.step, epses, z, trust)
-        made = state.made + 1
-        t = plan.calls[made].t if made < len(plan.calls) else -1
-        return State(x_t, t, made, before, x_0s[:kept_x_0], epses[:kept_eps])
+        num_calls = state.num_calls + 1
+        t = plan.calls[num_calls].t if num_calls < len(plan.calls) else -1
+        return State(x_t, t, num_calls, before, x_0s[:num_x_0], epses[:num_eps])
 
     def sample(
         self,
@@ -216,14 +217,14 @@ class Sampler:
             timesteps: The grid, 1-D, descending, such as `trailing(25)`.
             randn_like: Source of noise, called once for every step that needs it.
             callback: Called after step i with (i, t, x_0, x_s): the step's timestep, the
-                prediction, and the state it led to.
+                prediction, and the resulting state.
 
         Returns:
-            x_0, (B, *), in x_T's dtype; the loop itself runs in float32 at least.
+            x_0, (B, *), in x_T's dtype; the loop itself uses at least float32.
 
         Raises:
             ValueError: The grid is not a descending list of the schedule's timesteps, or the
-                denoiser says it was made for another schedule.
+                denoiser declares another schedule.
         """
         check_schedule(denoiser, schedule)
         plan = self.plan(schedule, timesteps, guidance_of(denoiser))
@@ -236,7 +237,7 @@ class Sampler:
             state = self.advance(plan, state, x_0, randn_like)
             if call.step is not None:
                 begun = call.t, x_0
-            if state.done or plan.calls[state.made].step is not None:  # the step is complete
+            if state.done or plan.calls[state.num_calls].step is not None:  # the step is complete
                 if callback is not None:
                     callback(i, *begun, state.x_t)
                 i += 1
@@ -244,7 +245,7 @@ class Sampler:
 
 
 def step_calls(grid: Sequence[int], steps: Sequence[MultistepCoefficients]) -> list[Call]:
-    """Plan one network call a step."""
+    """Plan one network call per step."""
     pairs = timestep_pairs(grid)
     return [Call(t, s, step) for (t, s), step in zip(pairs, steps, strict=True)]
 
@@ -282,7 +283,7 @@ def log_snr_steps(schedule: NoiseSchedule, grid: Sequence[int]) -> list[float]:
 def step(x_0: Tensor, x_t: Tensor, coefficients: Coefficients, z: Tensor | None = None) -> Tensor:
     """Apply one step: x_s = a x_0 + b x_t + c z; two fused operations, three with noise.
 
-    The coefficients are floats, so a compiler that specialises on floats compiles it once a step:
+    The coefficients are floats, so a compiler that specializes on floats compiles it once per step:
     compile the network instead.
     """
     a, b, c = coefficients
@@ -300,13 +301,13 @@ def multistep(
     """Apply one step: x_s = sum_i a_i x_0^(i) + b x_t + sum_i e_i eps^(i) + c z.
 
     Args:
-        x_0: Predictions, newest first; those beyond the coefficients' are not used.
+        x_0: Predictions, newest first; those without a coefficient are not used.
         x_t: The state.
-        coefficients: Of this step.
+        coefficients: Coefficients of this step.
         eps: Predictions of the noise, newest first.
         z: Noise. None = no noise.
-        trust: The share of each sample, (B, 1, ...), of what goes beyond the first-order step from
-            x_0. None = all of it.
+        trust: Factor for each sample, (B, 1, ...), on the correction beyond the first-order step
+            from x_0. None = 1.
     """
     a, *older = coefficients.a
     used = x_0[: 1 + len(older)]
@@ -325,8 +326,8 @@ def multistep(
 def agreement(x_0: Sequence[Tensor]) -> Tensor:
     """Compute 1 + min(0, cos(x_0 - x_0', x_0' - x_0'')) of each sample, (B, 1, ...).
 
-    It is 1 where the last two changes of the prediction go the same way, and falls to 0 where the
-    last one takes the one before back: there, extrapolation would swing up.
+    It is 1 if the last two changes of the prediction have the same direction, and falls to 0 if the
+    last one reverses the previous one, where extrapolation would oscillate.
     """
     d, d_before = (a.sub(b) for a, b in pairwise(x_0[:3]))
     sizes = (inner(d, d) * inner(d_before, d_before)).sqrt()
@@ -335,7 +336,7 @@ def agreement(x_0: Sequence[Tensor]) -> Tensor:
 
 
 def _is_ddim(call: Call) -> bool:
-    """Whether a call is one deterministic step of first order from its own prediction."""
+    """Whether a call is one deterministic first-order step from its own prediction."""
     step = call.step
     if step is None or call.correct is not None:
         return False
@@ -348,18 +349,19 @@ def check_schedule(denoiser: DenoiserFunction, schedule: NoiseSchedule) -> None:
     Raises:
         ValueError: `denoiser.schedule` differs from `schedule`.
     """
-    theirs = getattr(denoiser, "schedule", schedule)
-    if theirs != schedule:
+    declared = getattr(denoiser, "schedule", schedule)
+    if declared != schedule:
         raise ValueError(
-            f"The denoiser was made for {theirs}, the sampler got {schedule}: wanted one schedule."
+            f"The denoiser was made for {declared}, but the sampler got {schedule}: wanted the "
+            "same schedule."
         )
 
 
 def guidance_of(denoiser: DenoiserFunction) -> Guidance | None:
     """Return the guidance that a denoiser declares as its attribute `guidance`; None = none.
 
-    A function without the attribute may be guided or not. A scale of 3 is assumed: steps that are
-    fitted to it lose little at other scales, where steps for none overshoot under guidance.
+    A function without the attribute may be guided or not. A scale of 3 is assumed: steps for that
+    scale lose little at other scales, while steps for no guidance overshoot under guidance.
     """
     guidance = getattr(denoiser, "guidance", _ASSUMED)
     return guidance if isinstance(guidance, Guidance) else None
@@ -368,8 +370,8 @@ def guidance_of(denoiser: DenoiserFunction) -> Guidance | None:
 def predict(denoiser: DenoiserFunction, x_t: Tensor, call: Call, t_row: Tensor) -> Tensor:
     """Evaluate a denoiser at the timestep of a call, (B, *).
 
-    A `Denoiser` is asked by `at`, with the timestep as an int: it may leave out the unconditional
-    pass without waiting for the device.
+    A `Denoiser` is evaluated by `at`, with the timestep as an int, so that it can skip the
+    unconditional pass without waiting for the device.
     """
-    asked = denoiser.at(call.t, call.s) if isinstance(denoiser, Denoiser) else denoiser
-    return asked(x_t, t_row).to(x_t.dtype)
+    evaluate = denoiser.at(call.t, call.s) if isinstance(denoiser, Denoiser) else denoiser
+    return evaluate(x_t, t_row).to(x_t.dtype)

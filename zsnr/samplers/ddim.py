@@ -17,7 +17,7 @@ class DDIM(Sampler):
     """DDIM (equations 21 and 22).
 
     Args:
-        eta: Share of ancestral noise, in [0, 1]. 0 = deterministic, 1 = DDPM.
+        eta: Fraction of ancestral noise, in [0, 1]. 0 = deterministic, 1 = DDPM.
     """
 
     keeps_history: ClassVar[bool] = False

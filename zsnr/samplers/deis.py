@@ -1,4 +1,4 @@
-"""DEIS, an exponential integrator in eps (Zhang and Chen, arXiv:2204.13902), from zero SNR."""
+"""DEIS, an exponential integrator in eps (Zhang and Chen, arXiv:2204.13902), for zero SNR."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def deis_coefficients(
     x_s = a x_0 + b x_t + sum_i e_i (eps^(i) - eps),    e_i = alpha_s int_t^s L_i(tau) dk(tau)
 
     with (a, b) of the shared transition. k is linear between the schedule's timesteps, so that the
-    integral is exact. The step from SNR 0, where k is infinite, has no
-    history: it is first order, which is exact since x_0 does not depend on x_t there. What it
-    leaves to the next steps is finite, since eps at SNR 0 is x_T itself. The first steps are of
-    lower order, and the step to clean data lands on x_0: extrapolated eps would overshoot there.
+    integral is exact. The step from SNR 0, where k is infinite, has no history: it is first order,
+    which is exact since x_0 does not depend on x_t there. Its eps, which the next steps use, is
+    finite: at SNR 0 it is x_T itself. The first steps are of lower order, and the step to clean
+    data goes to x_0, because extrapolated eps would overshoot there.
 
     Args:
         schedule: The noise schedule.
@@ -74,8 +74,8 @@ def _integral(nodes: Sequence[int], j: int, s: int, k: Sequence[float]) -> float
 class DEIS(Sampler):
     """tAB-DEIS: Adams-Bashforth in eps, a polynomial in t integrated over sigma / alpha.
 
-    See `deis_coefficients`. On "log_snr" grids of 10 steps or fewer, whose gaps in t are unequal,
-    order 3 may amplify errors of the network several times as much as `dpmpp_2m`.
+    See `deis_coefficients`. On "log_snr" grids of 10 steps or fewer, whose steps in t are unequal,
+    order 3 may amplify errors of the network several times more than `dpmpp_2m`.
 
     Args:
         order: Degree of the polynomial, 2 or 3: the r of tAB r. A step uses order + 1 predictions,

@@ -1,4 +1,4 @@
-"""DPM-Solver++ 2M and 3M (Lu et al., arXiv:2211.01095), from zero SNR; 2M stochastic too."""
+"""DPM-Solver++ 2M and 3M (Lu et al., arXiv:2211.01095), for zero SNR; 2M also stochastic."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def dpmpp_2m_coefficients(
 ) -> list[MultistepCoefficients]:
     """Compute the steps of DPM-Solver++ 2M in x_0 form.
 
-    With l = log(alpha / sigma), h = l_s - l_t and h' that of the step before,
+    With l = log(alpha / sigma), h = l_s - l_t and h' that of the previous step,
 
     x_s = a ((1 + h / 2h') x_0 - h / 2h' x_0') + b x_t + c z
 
@@ -50,26 +50,25 @@ def dpmpp_3m_coefficients(
 ) -> list[MultistepCoefficients]:
     """Compute the steps of DPM-Solver++ 3M in x_0 form.
 
-    With l = log(alpha / sigma), h = l_s - l_t, h' and h'' those of the two steps before, and (a, b)
-    of the shared transition,
+    With l = log(alpha / sigma), h = l_s - l_t, h' and h'' those of the two previous steps, and
+    (a, b) of the shared transition,
 
     x_s = a x_0 + alpha_s (p_2 D_1 - p_3 D_2) + b x_t
     p_2 = (e^-h - 1) / h + 1,  p_3 = p_2 / h - 1/2
     D_1 = d + (d - d') h' / (h' + h''),  D_2 = (d - d') h / (h' + h'')
     d = (x_0 - x_0') h / h',  d' = (x_0' - x_0'') h / h''
 
-    D_2 is half of h^2 times the second derivative of x_0, where p_3 wants the whole. As published,
-    the order of convergence is therefore 2; with 2 D_2 it is 3, and the solver is the exponential
-    Adams-Bashforth one, RES 3M (Zhang et al., arXiv:2308.02157).
+    D_2 is half of h^2 times the second derivative of x_0, while p_3 is the coefficient of all of
+    it. As published, the order of convergence is therefore 2; with 2 D_2 it is 3, and the solver is
+    the exponential Adams-Bashforth method, RES 3M (Zhang et al., arXiv:2308.02157).
 
-    Where there is no x_0'', d' = d. At SNR 0 l is minus infinity, so that differences to the
-    prediction there vanish. The steps from SNR 0 and to clean data are first order, as in
-    `dpmpp_2m_coefficients`.
+    Without x_0'', d' = d. At SNR 0 l is minus infinity, so that differences to the prediction there
+    vanish. The steps from SNR 0 and to clean data are first order, as in `dpmpp_2m_coefficients`.
 
     Args:
         schedule: The noise schedule.
         grid: Timesteps, descending.
-        refined: Whether to take 2 D_2.
+        refined: Whether to use 2 D_2.
     """
     h = log_snr_steps(schedule, grid)
     steps = []
@@ -128,8 +127,8 @@ class DPMpp3M(Sampler):
     See `dpmpp_3m_coefficients`.
 
     Args:
-        refined: Whether the weight of the second difference is the one that gives third order, that
-            of RES 3M, instead of the published one.
+        refined: Whether to use the weight of the second difference that gives third order, as in
+            RES 3M, instead of the published one.
     """
 
     refined: bool = False

@@ -1,4 +1,4 @@
-"""ER-SDE, solvers of a reverse-time SDE (Cui et al., arXiv:2309.06169), from zero SNR."""
+"""ER-SDE, solvers of a reverse-time SDE (Cui et al., arXiv:2309.06169), for zero SNR."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def er_sde_coefficients(
     y_s = x_0 + F (y_t - x_0) + sqrt(k_s^2 - k_t^2 F^2) z + A_1 x_0' + A_2 x_0''
     A_n = int_{k_s}^{k_t} (k - k_t)^(n-1) (f(k_s) / f(k) - 1) dk
 
-    where x_0' = dx_0/dk and x_0'' its derivative, by differences of the last predictions. Times
-    alpha_s, with g = (exp(k_s^0.3) + 10) / (exp(k_t^0.3) + 10), F is
+    where x_0' = dx_0/dk and x_0'' its derivative, by differences of the last predictions.
+    Multiplied by alpha_s, with g = (exp(k_s^0.3) + 10) / (exp(k_t^0.3) + 10), this is
 
     x_s = (alpha_s - b alpha_t) x_0 + b x_t + c z + ...,    b = g sigma_s / sigma_t
     c = sigma_s sqrt(1 - g^2)
@@ -101,13 +101,14 @@ def _gauss_legendre() -> tuple[list[float], list[float]]:
 @register_sampler("er_sde")
 @dataclass(frozen=True)
 class ERSDE(Sampler):
-    """ER-SDE-Solver: a reverse SDE with less noise where little is left, in x_0.
+    """ER-SDE-Solver: a reverse SDE with less injected noise at low noise levels, in x_0.
 
     See `er_sde_coefficients`.
 
     Args:
         order: Number of predictions a step uses, 1 to 3. 3 as published. The deterministic part has
-            order of convergence 1, 2 and 2: the slope of x_0 is a difference to the step before.
+            order of convergence 1, 2 and 2, as the slope of x_0 is a difference to the previous
+            step.
     """
 
     order: int = 3

@@ -16,8 +16,8 @@ from zsnr.schedule import NoiseSchedule
 class Euler(Sampler):
     """Euler's method on dy/dk = (y - x_0) / k, with y = x_t / alpha_t and k = sigma_t / alpha_t.
 
-    A step is y_s = x_0 + (k_s / k_t) (y_t - x_0). Times alpha_s that is the shared transition with
-    eta = 0, which has a value at alpha_t = 0, where y and k have none.
+    A step is y_s = x_0 + (k_s / k_t) (y_t - x_0). Multiplied by alpha_s this is the shared
+    transition with eta = 0, which is defined at alpha_t = 0, where y and k are not.
     """
 
     keeps_history: ClassVar[bool] = False
@@ -33,11 +33,11 @@ class Euler(Sampler):
 class EulerAncestral(Sampler):
     """Euler's method to k_down, then noise of size k_up.
 
-    k_up = eta k_s sqrt(1 - k_s^2 / k_t^2),  k_down^2 = k_s^2 - k_up^2; times alpha_s that is the
-    shared transition with this eta.
+    k_up = eta k_s sqrt(1 - k_s^2 / k_t^2),  k_down^2 = k_s^2 - k_up^2; multiplied by alpha_s this
+    is the shared transition with this eta.
 
     Args:
-        eta: Share of ancestral noise, in [0, 1]. 1 = DDPM, 0 = Euler.
+        eta: Fraction of ancestral noise, in [0, 1]. 1 = DDPM, 0 = Euler.
     """
 
     keeps_history: ClassVar[bool] = False

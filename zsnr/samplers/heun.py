@@ -1,4 +1,4 @@
-"""Heun's method (Karras et al., arXiv:2206.00364, Algorithm 1), from zero SNR."""
+"""Heun's method (Karras et al., arXiv:2206.00364, Algorithm 1), for zero SNR."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from zsnr.timesteps import timestep_pairs
 class Heun(Sampler):
     """Heun's method on dy/dk = (y - x_0) / k, with y = x_t / alpha_t and k = sigma_t / alpha_t.
 
-    Euler's step leads to s, where the network is asked again, and the step is taken anew with the
-    mean of both slopes. Times alpha_s, with h = log(k_t / k_s) and (a, b) of the shared transition:
+    After Euler's step to s the network is evaluated again, and the step is repeated with the mean
+    of both slopes. With h = log(k_t / k_s) and (a, b) of the shared transition:
 
     x_s = a ((1 - e^h / 2) x_0(x_t, t) + e^h / 2 x_0(x_s, s)) + b x_t
 

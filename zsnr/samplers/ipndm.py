@@ -1,4 +1,4 @@
-"""iPNDM, the linear multistep of PNDM (Liu et al., arXiv:2202.09778), from zero SNR."""
+"""iPNDM, the linear multistep method of PNDM (Liu et al., arXiv:2202.09778), for zero SNR."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from zsnr.samplers.base import (
 from zsnr.samplers.registry import register_sampler
 from zsnr.schedule import NoiseSchedule
 
-# Adams and Bashforth's weights of order 2 to 4 for equal steps, newest first.
+# Adams-Bashforth weights of order 2 to 4 for equal steps, newest first.
 _WEIGHTS = {
     2: (3 / 2, -1 / 2),
     3: (23 / 12, -16 / 12, 5 / 12),
@@ -30,17 +30,17 @@ def ipndm_coefficients(
 ) -> list[MultistepCoefficients]:
     """Compute the steps of iPNDM.
 
-    With y = x / alpha and k = sigma / alpha the path is dy/dk = eps. A step takes the
-    Adams-Bashforth mean of the last predictions of eps, eps' = sum_i w_i eps^(i), in place of eps:
+    With y = x / alpha and k = sigma / alpha the path is dy/dk = eps. A step replaces eps by the
+    Adams-Bashforth mean of its last predictions, eps' = sum_i w_i eps^(i):
 
     y_s = y_t + (k_s - k_t) eps'
     x_s = a x_0 + b x_t + (sigma_s - alpha_s k_t) (eps' - eps)
 
     with (a, b) of the shared transition. The step from SNR 0, where k is infinite, has no history:
-    it is first order, which is exact since x_0 does not depend on x_t there. What it leaves to the
-    next steps is finite, since eps at SNR 0 is x_T itself. The first steps are of lower order, and
-    the step to clean data lands on x_0, as in the published solvers over sigma: extrapolated eps
-    would overshoot there.
+    it is first order, which is exact since x_0 does not depend on x_t there. Its eps, which the
+    next steps use, is finite: at SNR 0 it is x_T itself. The first steps are of lower order, and
+    the step to clean data goes to x_0, as in the published solvers over sigma, because extrapolated
+    eps would overshoot there.
 
     Args:
         schedule: The noise schedule.
@@ -66,14 +66,14 @@ def ipndm_coefficients(
 class IPNDM(Sampler):
     """iPNDM: Adams-Bashforth in eps over sigma / alpha, with the weights of equal steps.
 
-    PNDM without its Runge-Kutta start (Zhang and Chen, arXiv:2204.13902, section 3.4): orders grow
-    from one while there is no history. The weights take all steps for equal, so that the order of
+    PNDM without its Runge-Kutta start (Zhang and Chen, arXiv:2204.13902, section 3.4): the order
+    grows from one with the history. The weights assume equal steps, so that the order of
     convergence is `order` on grids that divide sigma / alpha evenly, and 2 on other smooth grids.
     See `ipndm_coefficients`.
 
-    Where noise outweighs the data, a step is stable if it takes away at most 1, 0.55 or 0.3 of k,
+    At high noise levels, a step is stable if it reduces k by at most 1, 0.55 or 0.3 of its value,
     for orders 2, 3 and 4. Grids of few steps exceed that for orders 3 and 4; the error stays
-    bounded because few steps are made there.
+    bounded because there are few such steps.
 
     Args:
         order: Number of predictions a step uses, 2 to 4. 4 as published.

@@ -1,4 +1,4 @@
-"""Which sampler and spacing a budget of steps is best spent on, by what was measured."""
+"""Recommended sampler and spacing for a number of steps, based on measurements."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from zsnr.guidance import Guidance
 from zsnr.samplers.multiscale import Multiscale
 from zsnr.timesteps import is_grid_file, read_grid
 
-_Given = TypeVar("_Given")
+_SamplerT = TypeVar("_SamplerT")
 
 AUTO = "auto"
 PAPER = ("ddim", "trailing")
@@ -27,18 +27,19 @@ def recommend_sampling(num_steps: int, guidance: Guidance | float | None = None)
     | 6 to 9 | multiscale, log_snr | multiscale, guided | ddim, guided |
     | up to 5 | multiscale, log_snr | multiscale, guided | ddim, trailing |
 
-    CFG++ is made for first-order steps: ddim, guided below 50 steps. The figures behind each row,
-    for every sampler and spacing that was tried, are in benchmarks/results: guided.md, fidelity.md.
+    CFG++ requires first-order steps: ddim, guided below 50 steps. The measurements behind each row,
+    for every sampler and spacing that was tested, are in benchmarks/results: guided.md,
+    fidelity.md.
 
     Args:
         num_steps: S, at least 1.
         guidance: The guidance, or its scale w with the paper's rescale. None = no guidance.
 
     Returns:
-        Names that `get_sampler` and `get_timesteps` take.
+        Names for `get_sampler` and `get_timesteps`.
 
     Raises:
-        ValueError: num_steps is not a positive int, or the scale not a finite number.
+        ValueError: num_steps is not a positive int, or the scale is not a finite number.
     """
     _check_num_steps(num_steps)
     if isinstance(guidance, Guidance):
@@ -60,24 +61,24 @@ def recommend_sampling(num_steps: int, guidance: Guidance | float | None = None)
 
 
 def resolve_sampling(
-    sampler: _Given | str,
+    sampler: _SamplerT | str,
     spacing: str,
     num_steps: int,
     guidance: Guidance | float | None = None,
-) -> tuple[_Given | str, str]:
-    """Replace "auto" by the sampler and the spacing that it stands for.
+) -> tuple[_SamplerT | str, str]:
+    """Replace "auto" by a sampler and a spacing.
 
-    | sampler | spacing | what is used |
+    | sampler | spacing | result |
     |---|---|---|
     | auto | auto | `recommend_sampling` of the number of steps and the guidance scale |
     | auto | a grid file | the sampler that the file was made for, ddim if it names none |
     | auto | a name | ddim, the paper's |
-    | multiscale | auto | guided, or log_snr where the scale is at most 1 |
+    | multiscale | auto | guided, or log_snr if the scale is at most 1 |
     | another | auto | trailing, the paper's |
 
     Args:
-        sampler: "auto", or a sampler, its name or the path of its class, which is returned as it
-            is.
+        sampler: "auto", or a sampler, its name or the path of its class, which is returned
+            unchanged.
         spacing: "auto", a registered timestep spacing, or the path of a grid file.
         num_steps: S.
         guidance: The guidance, or its scale w. None = no guidance.

@@ -15,23 +15,26 @@ _SAMPLERS: dict[str, type[Sampler]] = {}
 def register_sampler(name: str) -> Callable[[_SamplerClass], _SamplerClass]:
     """Register a Sampler class under a name.
 
-    A reloaded class takes its own place again.
+    A reloaded class replaces its previous version.
 
     Raises:
         ValueError: Another class has the name.
-        TypeError: Not a subclass of Sampler, or one without `calls` and `sample`.
+        TypeError: The class is not a subclass of Sampler, or implements neither `calls` nor
+            `sample`.
     """
 
     def register(sampler: _SamplerClass) -> _SamplerClass:
         if name == "auto":
-            raise ValueError("Sampler 'auto' stands for what is recommended. Choose another name.")
+            raise ValueError(
+                "The name 'auto' selects the recommended sampler. Choose another name."
+            )
         if not (isinstance(sampler, type) and issubclass(sampler, Sampler)):
             raise TypeError(f"{sampler!r} is not a subclass of zsnr.Sampler.")
-        known = _SAMPLERS.get(name)
-        if known is not None and known.__qualname__ != sampler.__qualname__:
-            raise ValueError(f"Sampler {name!r} is registered already. Choose another name.")
+        registered = _SAMPLERS.get(name)
+        if registered is not None and registered.__qualname__ != sampler.__qualname__:
+            raise ValueError(f"Sampler {name!r} is already registered. Choose another name.")
         if sampler.calls is Sampler.calls and sampler.sample is Sampler.sample:
-            raise TypeError(f"{sampler.__name__} has no `calls` and no `sample` method: write one.")
+            raise TypeError(f"{sampler.__name__} must implement `calls` or `sample`.")
         _SAMPLERS[name] = sampler
         return sampler
 
@@ -39,10 +42,10 @@ def register_sampler(name: str) -> Callable[[_SamplerClass], _SamplerClass]:
 
 
 def get_sampler(name: str, **options: Any) -> Sampler:
-    """Build the sampler of a name with its options, such as "ddim" with eta=0.5.
+    """Build a registered sampler with its options, such as "ddim" with eta=0.5.
 
     Raises:
-        ValueError: Unknown name or option; the known ones are listed.
+        ValueError: The name or an option is unknown.
     """
     if name not in _SAMPLERS:
         known = ", ".join(repr(known) for known in available_samplers())
@@ -64,5 +67,5 @@ def available_samplers() -> list[str]:
 def sampler_name(sampler: Sampler) -> str:
     """Return the name a sampler's class is registered under, else its import path."""
     cls = type(sampler)
-    own_path = f"{cls.__module__}.{cls.__qualname__}"
-    return next((name for name, known in _SAMPLERS.items() if known is cls), own_path)
+    import_path = f"{cls.__module__}.{cls.__qualname__}"
+    return next((name for name, registered in _SAMPLERS.items() if registered is cls), import_path)

@@ -34,8 +34,8 @@ def unip_coefficients(
     p - 1, see `_conditions`. Order p = 2 has w_1 = 1/2 as published, which is DPM-Solver++ 2M's
     step.
 
-    The order warms up from one, ends with 2 and 1 as published, and predictions at SNR 0, where l
-    is minus infinity, do not count.
+    The order increases from one, ends with 2 and 1 as published, and predictions at SNR 0, where l
+    is minus infinity, are not used.
     """
     h = log_snr_steps(schedule, grid)
     steps = dpmpp_2m_coefficients(schedule, grid)
@@ -54,34 +54,34 @@ def unic_coefficients(
 ) -> list[MultistepCoefficients | None]:
     """Compute the correctors of UniPC, with B(h) = e^h - 1 ("bh2").
 
-    Once the network was asked at s, the step that led there is taken anew, with the new prediction
-    x_0^s too:
+    After the network is evaluated at s, the step to s is repeated, including the new prediction
+    x_0^s:
 
     x_s = a (x_0 + sum_i w_i (x_0^(i) - x_0) / r_i + w_s (x_0^s - x_0)) + b x_t
 
-    in the terms of `unip_coefficients`, with r_s = 1 among the r and one condition more. Where
-    there is no earlier prediction, w_s = 1/2.
+    in the notation of `unip_coefficients`, with r_s = 1 among the r and one additional condition.
+    Without an earlier prediction, w_s = 1/2.
 
     Returns:
-        One a step, newest prediction first. None = nothing to correct: the step from SNR 0 is
-        exact, and at clean data the network is not asked.
+        Coefficients of each step, newest prediction first. None = no correction: the step from
+        SNR 0 is exact, and the network is not evaluated at clean data.
     """
     h = log_snr_steps(schedule, grid)
-    found: list[MultistepCoefficients | None] = []
+    correctors: list[MultistepCoefficients | None] = []
     for i, (a, b, _) in enumerate(transition_coefficients(schedule, grid, 0.0)):
         r = _earlier(h, i, order)
         if not math.isfinite(h[i]):
-            found.append(None)
+            correctors.append(None)
         elif not r:
-            found.append(MultistepCoefficients((a / 2, a / 2), b))
+            correctors.append(MultistepCoefficients((a / 2, a / 2), b))
         else:
             w_s, *w = _solve([1.0, *r], _conditions(h[i], len(r) + 1))
-            old = 1 - w_s
+            first = 1 - w_s
             for w_i, r_i in zip(w, r, strict=True):
-                old -= w_i / r_i
+                first -= w_i / r_i
             earlier = (a * w_i / r_i for w_i, r_i in zip(w, r, strict=True))
-            found.append(MultistepCoefficients((a * w_s, a * old, *earlier), b))
-    return found
+            correctors.append(MultistepCoefficients((a * w_s, a * first, *earlier), b))
+    return correctors
 
 
 def _earlier(h: Sequence[float], i: int, order: int) -> list[float]:
@@ -126,9 +126,9 @@ def _solve(r: Sequence[float], b: Sequence[float]) -> list[float]:
 class UniPC(Sampler):
     """UniPC in x_0, with B(h) = e^h - 1.
 
-    A predictor, see `unip_coefficients`, and a corrector that costs no network call, see
-    `unic_coefficients`, and gains one order of convergence. What the callback sees as x_s is
-    predicted, not corrected yet.
+    A predictor, see `unip_coefficients`, and a corrector that needs no additional network call, see
+    `unic_coefficients`, and gains one order of convergence. The x_s that is passed to the callback
+    is not corrected yet.
 
     Args:
         order: Number of predictions the predictor uses, 2 or 3.
@@ -144,7 +144,7 @@ class UniPC(Sampler):
         self, schedule: NoiseSchedule, grid: tuple[int, ...], guidance: Guidance | None
     ) -> list[Call]:
         predictors = unip_coefficients(schedule, grid, self.order)
-        # correctors are of the step that led to t
+        # each corrector repeats the step that led to t
         correctors = [None, *unic_coefficients(schedule, grid, self.order)[:-1]]
         return [
             call._replace(correct=correct)

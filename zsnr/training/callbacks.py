@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 
 from zsnr.agreement import on_first_rank
 from zsnr.checkpoints import sharded
-from zsnr.checkpoints.own import describe_model
+from zsnr.checkpoints.checkpoint_file import describe_model
 from zsnr.data.prompts import PromptRequest
 from zsnr.files import HeldFolder, replacing
 from zsnr.locks import LOCK, Lock, remove_leftovers

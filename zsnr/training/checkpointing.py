@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from zsnr.agreement import on_first_rank, raise_on_all
 from zsnr.checkpoints import sharded
-from zsnr.checkpoints.own import open_checkpoint
+from zsnr.checkpoints.checkpoint_file import open_checkpoint
 from zsnr.checkpoints.run_facts import NAME, add_start, read_run_facts, write_run_facts
 from zsnr.files import HeldFolder, side_file
 from zsnr.locks import remove_leftovers, unfinished

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from zsnr.checkpoints.own import MAX_IMAGE_SIZE
+from zsnr.checkpoints.checkpoint_file import MAX_IMAGE_SIZE
 from zsnr.data.buckets import AspectBuckets
 from zsnr.data.cache import (
     Cache,

@@ -20,7 +20,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from zsnr.checkpoints.own import KEY, open_checkpoint
+from zsnr.checkpoints.checkpoint_file import KEY, open_checkpoint
 from zsnr.codecs import LatentCodec
 from zsnr.conditioning import Conditioner, Remembered
 from zsnr.data.order import accumulation

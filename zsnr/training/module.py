@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from zsnr.agreement import raise_on_all
 from zsnr.checkpoints import Model
-from zsnr.checkpoints.own import KEY, describe_model
+from zsnr.checkpoints.checkpoint_file import KEY, describe_model
 from zsnr.codecs import LatentCodec
 from zsnr.conditioning import Conditioner, Remembered
 from zsnr.data.cache import Cache, check_cache

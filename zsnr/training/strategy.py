@@ -97,7 +97,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         if self._save_distributed_checkpoint:
             sharded.write_sharded(checkpoint, path)
             return
-        checkpoint = sharded.whole(checkpoint, keep=self.is_global_zero)
+        checkpoint = sharded.gather(checkpoint, keep=self.is_global_zero)
         if self.is_global_zero:
             self.checkpoint_io.save_checkpoint(checkpoint, path)
 

@@ -1,4 +1,4 @@
-"""This package's checkpoints, as training writes them."""
+"""Reading of the checkpoints that training writes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from zsnr.checkpoints.model import Model
 from zsnr.codecs import LatentCodec
 from zsnr.conditioning import Conditioner
 from zsnr.described import build, describe
-from zsnr.lora import moved
+from zsnr.lora import with_base
 from zsnr.networks import UNet
 from zsnr.prediction import PredictionType
 from zsnr.pretrained import reason
@@ -27,7 +27,7 @@ MAX_IMAGE_SIZE = 2**16  # pixels
 
 
 def describe_model(model: Model) -> dict[str, Any]:
-    """Return plain values that `read_checkpoint` builds the model from."""
+    """Return the plain values from which `read_checkpoint` builds the model."""
     return {
         "codec": describe(model.codec),
         "conditioner": describe(model.conditioner),
@@ -42,10 +42,11 @@ def open_checkpoint(path: str | Path) -> dict[str, Any]:
     """Open a checkpoint that training wrote, a file or a folder of shards.
 
     Returns:
-        Its contents; of a file, weights are left on disk, of a folder, they are left out.
+        Its contents. The weights of a file stay on disk (memory-mapped); those of a folder are
+        left out.
 
     Raises:
-        ValueError: No such file, not a checkpoint, or not one of this package's.
+        ValueError: The path does not exist, or is not a checkpoint of this package.
     """
     path = Path(path)
     shards = sharded.is_sharded(path)
@@ -57,18 +58,18 @@ def open_checkpoint(path: str | Path) -> dict[str, Any]:
     else:
         raise ValueError(
             f"{path} is not a file: wanted a checkpoint (.ckpt) that training wrote, a file or a "
-            "folder of shards."
+            "sharded folder."
         )
     description = checkpoint.get(KEY)
     if not isinstance(description, dict):
         raise ValueError(
             f"{path} was not written by zsnr: it has no {KEY!r} entry. If it is a Stable Diffusion "
-            "in one file, convert it to .safetensors."
+            "model in a single file, convert it to .safetensors."
         )
     if not (shards or _are_weights(checkpoint.get("state_dict"))):
         raise ValueError(f"{path} is damaged: it lacks weights.")
-    wanted = {"codec", "conditioner", "unet", "schedule", "prediction_type", "image_size"}
-    missing = sorted(wanted - description.keys())
+    required = {"codec", "conditioner", "unet", "schedule", "prediction_type", "image_size"}
+    missing = sorted(required - description.keys())
     if missing:
         raise ValueError(f"{path} is damaged: it lacks {', '.join(missing)}.")
     return checkpoint
@@ -86,30 +87,30 @@ def read_checkpoint(
     """Read a checkpoint that training wrote, on the CPU.
 
     Args:
-        path: The .ckpt file, or folder of shards.
-        ema: Take the averaged weights, else the raw ones.
-        base: Where the UNet under trained adapters is now. None = where it was.
+        path: The .ckpt file or sharded folder.
+        ema: Use the averaged weights if there are any, else the raw ones.
+        base: Path of the UNet on which adapters were trained. None = its original path.
         raw_beside: Read the raw UNet too, beside the averaged one.
 
     Returns:
         The model; with adapters in its UNet, if they were trained.
 
     Raises:
-        ValueError: No such file, not a checkpoint, or not one of this package's; or the UNet that
-            adapters were trained on is not there, or has other weights; or the raw UNet is wanted
-            beside the averaged one, and weights were not averaged.
+        ValueError: The path does not exist, or is not a checkpoint of this package; or the UNet
+            that adapters were trained on is missing, or has other weights; or `raw_beside` is set
+            and the checkpoint has no averaged weights.
     """
     path = Path(path)
     checkpoint = open_checkpoint(path)
     description = checkpoint[KEY]
     schedule = _check_description(path, description)
     if base is not None:
-        description = {**description, "unet": moved(description["unet"], base)}
+        description = {**description, "unet": with_base(description["unet"], base)}
     prefix, weights = _weights(path, checkpoint, ema)
     if raw_beside and prefix != "ema":
         raise ValueError(
-            f"{path} has no averaged weights beside the raw ones, between which guidance against "
-            "'raw' is. Use guidance against 'negative', or train with model.ema."
+            f"{path} has no averaged weights, which guidance against 'raw' needs beside the raw "
+            "ones. Use guidance against 'negative', or train with model.ema."
         )
     _check_fits(path, description["unet"], UNet, weights, f"{prefix}.unet.")
     _check_fits(path, description["conditioner"], Conditioner, weights, f"{prefix}.conditioner.")
@@ -132,10 +133,10 @@ def read_checkpoint(
 
 
 def _check_description(path: Path, description: Mapping[str, Any]) -> NoiseSchedule:
-    """Return the schedule; see that prediction type and image size are some.
+    """Return the schedule; check the prediction type and image size.
 
     Raises:
-        ValueError: The file says something else.
+        ValueError: A value is invalid.
     """
     kind, size = description["prediction_type"], description["image_size"]
     if kind not in get_args(PredictionType):
@@ -156,30 +157,30 @@ def _check_fits(
     weights: Mapping[str, Tensor],
     prefix: str,
 ) -> None:
-    """Refuse a network that the checkpoint's weights cannot fill, before it takes memory.
+    """Refuse a network with more weights than the checkpoint, before memory is allocated.
 
     Raises:
-        ValueError: It is larger than they are.
+        ValueError: The network is larger than the stored weights.
     """
     settings = description.get("init_args") if isinstance(description, Mapping) else None
     if not isinstance(settings, Mapping) or not isinstance(settings.get("config"), Mapping):
-        return  # its size is that of a pretrained network, or it has none
-    held = sum(w.numel() for name, w in weights.items() if name.startswith(prefix))
+        return  # a pretrained network determines its size, or it has no weights
+    stored = sum(w.numel() for name, w in weights.items() if name.startswith(prefix))
     with torch.device("meta"):
         needed = sum(weight.numel() for weight in build(description, base).parameters())
-    if needed > held:
+    if needed > stored:
         raise ValueError(
-            f"{path} has {held} weights in {prefix}*, and describes a network of {needed}: it is "
+            f"{path} has {stored} weights in {prefix}*, and describes a network of {needed}: it is "
             "damaged."
         )
 
 
 def _weights(path: Path, checkpoint: dict[str, Any], ema: bool) -> tuple[str, dict[str, Tensor]]:
-    """Return the averaged weights if they are there and wanted, else the raw ones."""
+    """Return the averaged weights if `ema` is set and they exist, else the raw ones."""
     for prefix in ("ema", "trained") if ema else ("trained",):
         if sharded.is_sharded(path):
-            read = sharded.read_tensors(path, f"state_dict/{prefix}.")
-            weights = {name.removeprefix("state_dict/"): tensor for name, tensor in read.items()}
+            tensors = sharded.read_tensors(path, f"state_dict/{prefix}.")
+            weights = {name.removeprefix("state_dict/"): tensor for name, tensor in tensors.items()}
         else:
             weights = checkpoint["state_dict"]
         if any(name.startswith(f"{prefix}.") for name in weights):
@@ -188,9 +189,9 @@ def _weights(path: Path, checkpoint: dict[str, Any], ema: bool) -> tuple[str, di
 
 
 def _load(module: nn.Module, weights: dict[str, Tensor], prefix: str, path: Path) -> None:
-    own = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
+    state = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
     try:
-        module.load_state_dict(own)
+        module.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(
             f"{path}: {prefix}* does not fit its own description: {reason(error)}."
