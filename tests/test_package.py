@@ -20,6 +20,7 @@ FLOORS = (
     (
         "pickled",
         "untrusted",
+        "render",
         "public",
         "locks",
         "agreement",

@@ -28,7 +28,7 @@ from zsnr.oracle import GaussianDenoiser
 from zsnr.pipeline import to_image
 from zsnr.reports.arms import Arm
 from zsnr.reports.flaw import oracle_samples
-from zsnr.reports.pictures import figure_of, picture_grid, save_figure
+from zsnr.reports.images import image_grid, save_figure, stacked_axes
 from zsnr.samplers import get_sampler
 from zsnr.schedule import NoiseSchedule
 from zsnr.timesteps import get_timesteps
@@ -405,7 +405,7 @@ def _plot_counts(counts: Mapping[str, Any], path: Path) -> None:
     """Draw histograms of whole numbers, one below the other, with bins around each or several."""
     import numpy as np
 
-    figure, axes = figure_of(8, 2.3 * len(counts), rows=len(counts), sharex=False)
+    figure, axes = stacked_axes(8, 2.3 * len(counts), rows=len(counts), sharex=False)
     for i, (name, values) in enumerate(counts.items()):
         low, high = int(np.min(values)), int(np.max(values))
         step = -(-(high - low + 1) // 60)
@@ -422,7 +422,7 @@ def _plot_ratios(ratios: np.ndarray, path: Path) -> None:
     """Draw aspect ratios on a logarithmic axis, where tall and wide ones are alike."""
     import numpy as np
 
-    figure, axes = figure_of(8, 2.5)
+    figure, axes = stacked_axes(8, 2.5)
     most = max(2.0, float(np.exp(np.abs(np.log(ratios)).max())))
     bins = np.geomspace(1 / most, most, 62)  # an odd number of bins: one has 1 in its middle
     axes.hist(ratios, bins=bins, color="C2", edgecolor="white", linewidth=0.5)
@@ -437,7 +437,7 @@ def _plot_ratios(ratios: np.ndarray, path: Path) -> None:
 def _plot_brightness(values: Tensor, path: Path) -> None:
     import numpy as np
 
-    figure, axes = figure_of(8, 2.5)
+    figure, axes = stacked_axes(8, 2.5)
     axes.hist(values.clamp(-1, 1).numpy(), bins=np.linspace(-1, 1, 41))
     axes.set(xlabel="brightness of a picture, -1 black to 1 white", ylabel="pictures")
     axes.set(xlim=(-1, 1))
@@ -451,6 +451,6 @@ def _save_extremes(images: Tensor, values: Tensor, path: Path, columns: int = 8)
     number = min(columns, len(order))
     middle = (len(order) - number) // 2
     rows = [order[:number], order[middle : middle + number], order[len(order) - number :]]
-    grid = picture_grid([to_image(images[i]) for row in rows for i in row], number)
+    grid = image_grid([to_image(images[i]) for row in rows for i in row], number)
     with replacing(path) as beside:
         grid.resize((grid.width * 2, grid.height * 2), 0).save(beside, format="PNG")

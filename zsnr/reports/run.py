@@ -24,7 +24,7 @@ from zsnr.files import replacing
 from zsnr.metrics import brightness, kept_fraction, mean_mode
 from zsnr.reports.arms import GUIDANCE, guidance_text
 from zsnr.reports.flaw import oracle_brightness
-from zsnr.reports.pictures import figure_of, picture_grid, picture_pixels, save_figure
+from zsnr.reports.images import image_grid, image_pixels, save_figure, stacked_axes
 from zsnr.schedule import NoiseSchedule
 from zsnr.untrusted import clipped, parse_object, read_small, shown
 
@@ -152,13 +152,13 @@ def _read_data(data: str | Sequence[str], size: int, most: int = 1500) -> tuple[
 
 def _brightness_of(samples: Sequence[Mapping[str, Any]]) -> Tensor:
     return torch.cat(
-        [brightness(picture_pixels([sample["image"]])) for sample in samples] or [torch.empty(0)]
+        [brightness(image_pixels([sample["image"]])) for sample in samples] or [torch.empty(0)]
     )
 
 
 def _save_grid(samples: Sequence[Mapping[str, Any]], path: Path, columns: int = 8) -> None:
     if samples:
-        grid = picture_grid([sample["image"] for sample in samples], columns)
+        grid = image_grid([sample["image"] for sample in samples], columns)
         zoom = max(1, 96 * columns // grid.width)
         with replacing(path) as beside:
             grid.resize((grid.width * zoom, grid.height * zoom), 0).save(beside, format="PNG")
@@ -263,7 +263,7 @@ def read_losses(metrics: Path) -> dict[str, list[tuple[int, float]]]:
 
 def _plot_losses(metrics: Path, path: Path) -> str:
     curves = read_losses(metrics)
-    figure, axes = figure_of(8, 3.5)
+    figure, axes = stacked_axes(8, 3.5)
     for name, points in curves.items():
         steps, values = [step for step, _ in points], [value for _, value in points]
         if name == "train/loss":
@@ -295,7 +295,7 @@ def _plot_histograms(groups: Mapping[str, Tensor], path: Path) -> None:
     import numpy as np
 
     shown = {name: values for name, values in groups.items() if len(values)}
-    figure, axes = figure_of(8, 1.2 * len(shown) + 0.6, rows=len(shown))
+    figure, axes = stacked_axes(8, 1.2 * len(shown) + 0.6, rows=len(shown))
     bins = np.linspace(-1, 1, 41)
     for axis, (name, values) in zip(np.atleast_1d(axes), shown.items(), strict=True):
         colour = "0.5" if name == "data" else "C2" if "fixed" in name else "C0"

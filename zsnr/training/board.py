@@ -19,7 +19,7 @@ from zsnr.files import side_file
 from zsnr.metrics.luma import luma
 from zsnr.metrics.terminal import TerminalOptimum
 from zsnr.public import public
-from zsnr.reports.pictures import figure_image
+from zsnr.reports.images import figure_image
 from zsnr.reports.schedule import schedule_facts, schedule_figure, schedule_title
 from zsnr.training.callbacks import Previews
 from zsnr.training.loggers import (

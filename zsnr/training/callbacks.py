@@ -25,7 +25,7 @@ from zsnr.locks import LOCK, Lock, remove_leftovers
 from zsnr.metrics.luma import luma
 from zsnr.noise import sample_generator
 from zsnr.pipeline import save_png
-from zsnr.reports.pictures import picture_grid
+from zsnr.reports.images import image_grid
 from zsnr.training.loggers import log_luma, log_picture
 from zsnr.training.module import LatentDiffusion
 from zsnr.untrusted import parse_object, read_json, read_text, shown
@@ -101,7 +101,7 @@ class Previews(Callback):
 
     def _write(self, trainer: L.Trainer, pixels: Tensor, step: int) -> None:
         """Write pictures (N, H, W, 3), uint8, to the run's folder and its loggers."""
-        grid = picture_grid([Image.fromarray(p) for p in pixels.numpy()], self.columns)
+        grid = image_grid([Image.fromarray(p) for p in pixels.numpy()], self.columns)
         folder = Path(trainer.default_root_dir) / "previews"
         with side_file(folder):
             folder.mkdir(exist_ok=True)  # not the run's folder, should it be gone
