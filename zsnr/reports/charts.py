@@ -42,7 +42,7 @@ def draw_brightness_histograms(
         axis.set(xlim=(-1, 1))
         axis.locator_params(axis="y", nbins=3)
         axis.tick_params(labelsize=8)
-        axis.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+        axis.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
         axis.spines[["top", "right"]].set_visible(False)
     every[len(every) // 2].set_ylabel("share of images", fontsize=8)
     every[-1].set_xlabel(xlabel, fontsize=9)
