@@ -36,7 +36,7 @@ def render(template: Path, values: Mapping[str, Any]) -> str:
 
 def escape_markdown(text: str) -> str:
     """Escape text for one line of Markdown, such as a title or a cell of a table."""
-    text = printable(" ".join(text.split()))
+    text = printable(re.sub(r"\s+", " ", text))
     text = "".join(_HTML.get(c, c) for c in text)
     return _MARKDOWN.sub(r"\\\g<0>", text)
 
