@@ -35,7 +35,7 @@ from zsnr import EmpiricalDenoiser, GaussianDenoiser, SampleNoise
 from zsnr.data.openmoji import BACKGROUNDS, list_glyphs, render
 from zsnr.metrics import wasserstein_1
 from zsnr.oracle import span
-from zsnr.reports.pictures import save_figure
+from zsnr.reports.images import save_figure
 
 COUNTS = (5, 8, 10, 15, 20, 25, 50)
 STDS = (0.1, 0.2, 0.35, 0.5, 0.7, 1.0)

@@ -34,7 +34,7 @@ from zsnr.codecs import AutoencoderKLCodec
 from zsnr.metrics import kept_fraction, mean_mode
 from zsnr.reports.arms import Arm
 from zsnr.reports.compare import compare_exact, compare_models, encode, read_data
-from zsnr.reports.pictures import panel_figure, save_figure
+from zsnr.reports.images import panel_figure, save_figure
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs" / "ablation"

@@ -53,7 +53,7 @@ from zsnr import (
     get_sampler,
     get_timesteps,
 )
-from zsnr.reports.pictures import save_figure
+from zsnr.reports.images import save_figure
 
 SCALES = (1.25, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0, 25.0)
 LAMBDAS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
@@ -207,10 +207,10 @@ def trained_bias(run: Path) -> dict[str, float]:
     from zsnr.data.openmoji import BACKGROUNDS, list_glyphs, render
     from zsnr.metrics import mean_luma
     from zsnr.pipeline import TextToImage
-    from zsnr.reports.pictures import picture_pixels
+    from zsnr.reports.images import image_pixels
 
     def brightness(images: list[Any]) -> float:
-        return float(mean_luma(picture_pixels(images)).mean()) * 127.5
+        return float(mean_luma(image_pixels(images)).mean()) * 127.5
 
     config = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
     listed = yaml.safe_load(config.read_text())["data"]["prompts"]

@@ -5,12 +5,13 @@ import io
 import json
 import math
 import re
-from html.parser import HTMLParser
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from pages import HOSTILE, Page
 from PIL import Image
 
 from zsnr import Guidance, NoiseSchedule
@@ -26,45 +27,12 @@ from zsnr.networks import UNet
 from zsnr.pipeline import TextToImage
 from zsnr.reports.arms import Arm, guidance_text, make_arms, parse_setting
 from zsnr.reports.compare import compare_models
+from zsnr.reports.compare_page import comparison_page
 from zsnr.reports.outcomes import Outcome, Shots, measure, measure_arms
+from zsnr.untrusted import printable
 
 FIXED = NoiseSchedule()
 ORIGINAL = NoiseSchedule(zero_terminal_snr=False)
-
-
-class Page(HTMLParser):
-    """What a browser would load and show."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.links, self.images, self.texts, self.svgs = [], [], [], [], 0
-        self.rows, self.cell = [], False
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag, attributes):
-        attributes = dict(attributes)
-        self.open.append(tag)
-        assert tag not in ("script", "link", "iframe", "object", "base", "audio", "video")
-        for name in ("src", "href", "xlink:href", "srcset", "data", "action", "poster"):
-            if name in attributes:
-                self.links.append(attributes[name])
-        if tag == "img":
-            self.images.append(attributes)
-        self.svgs += tag == "svg"
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-
-    def handle_endtag(self, tag):
-        while self.open and self.open.pop() != tag:
-            pass
-
-    def handle_data(self, data):
-        self.texts.append(data)
-        if {"td", "th"} & set(self.open):
-            self.rows[-1][-1] += data
 
 
 def checkpoint(path, schedule=FIXED, seed=0, **options):
@@ -288,13 +256,11 @@ def test_numbers_are_those_of_a_hand():
     assert a["w1_minus_first"] is None
     assert b["w1_minus_first"]["estimate"] == pytest.approx(0.25)
     assert b["w1_minus_first"]["low"] <= 0.25 <= b["w1_minus_first"]["high"]
-    assert a["order"] == {"pairs": 1, "in_order": 1, "wrong": [], "range": pytest.approx(1.0)}
-    assert b["order"] == {
-        "pairs": 1,
-        "in_order": 0,
-        "wrong": [["dark", "bright"]],
-        "range": pytest.approx(-0.25),
-    }
+    judged = {"pairs": 1, "equal_ranks": []}
+    order = {"in_order": 1, "wrong": [], "range": pytest.approx(1.0)}
+    assert a["order"] == {**judged, **order}
+    order = {"in_order": 0, "wrong": [["dark", "bright"]], "range": pytest.approx(-0.25)}
+    assert b["order"] == {**judged, **order}
     assert facts["data"]["mean_luma_by_picture"] == pytest.approx([-1, 0, 0, 1])
     assert [p["mean_luma"] for p in b["pictures"]] == pytest.approx([0.25, 0.25, 0, 0])
 
@@ -322,6 +288,32 @@ def test_the_floor_is_what_draws_of_the_data_have():
     floor = facts["data"]["noise_floor"]
     assert floor["mean"] == pytest.approx(0.1875, abs=0.02)
     assert floor["p95"] == pytest.approx(0.5, abs=1e-6)
+
+
+def test_groups_of_equal_rank_are_named_and_not_judged():
+    requests = read_prompts(brightness_suite())
+    groups = list(dict.fromkeys(request.group for request in requests))
+    # in order from rank to rank, and a zigzag within ranks 1 and 3
+    levels = dict(zip(groups, (-0.9, -0.2, -0.6, 0.0, 0.6, 0.3, 0.5, 0.9), strict=True))
+    [arm] = measure_arms([outcome("a", [levels[r.group] for r in requests])], requests, None)[
+        "arms"
+    ]
+    assert (arm["order"]["pairs"], arm["order"]["in_order"]) == (24, 24)
+    assert arm["order"]["equal_ranks"] == [
+        ["night", "dark"],
+        ["bright", "snow", "white background"],
+    ]
+
+
+def test_at_the_floor_is_an_estimate_that_real_images_have():
+    data = flat([-1.0, 0.0, 0.0, 1.0])
+    near, far = measure_arms(
+        [outcome("near", [-1.0, 0.0, 0.0, 1.0]), outcome("far", [0.9] * 4, spacing="leading")],
+        REQUESTS,
+        data,
+    )["arms"]
+    assert near["w1"]["estimate"] < near["noise_floor"]["mean"] == far["noise_floor"]["mean"]
+    assert (near["at_noise_floor"], far["at_noise_floor"]) == (True, False)
 
 
 def test_a_group_has_one_rank():
@@ -384,27 +376,29 @@ def test_a_toy_that_does_as_it_is_told(folder, tmp_path, monkeypatch):
     assert right["kept_fraction"] == 1
     assert facts["arms"][0]["kept_fraction"] == pytest.approx(kept_fraction(ORIGINAL, mode))
 
-    text = (out / "index.html").read_text()
-    page = Page(text)
-    assert "right&wrong" in page.texts  # and so it was escaped
-    assert page.links
-    assert all(link.startswith(("data:image/", "#")) for link in page.links)
-    assert not re.search(r"url\((?!#)", text)
-    assert page.svgs == 2
+    page = Page(out / "index.html")
+    assert page.headings[0] == "Brightness comparison"
+    assert len(page.svgs) == 2
     pictures = [
         Image.open(io.BytesIO(base64.b64decode(image["src"].partition(",")[2])))
         for image in page.images
     ]
     assert [picture.getpixel((0, 0))[0] for picture in pictures] == [40, 100, 0, 60, 240, 200]
     assert all(int(image["width"]) == 128 for image in page.images)
-    numbers = {row[0].partition(",")[0]: row for row in page.rows if row}
-    assert numbers["right&wrong"][1:] != []
-    table = next(row for row in page.rows if row and row[0] == "pale")
-    assert table[1] == f"{pale['mean_luma']:.3f}"
-    assert table[6].startswith(f"{pale['w1']['estimate']:.3f}")
-    assert f"{pale['w1']['low']:.3f} to {pale['w1']['high']:.3f}" in table[6]
-    assert "wrong" in text
-    assert "these prompts ask for a brightness of their own" in text
+    head, numbers = page.rows[0], page.row("pale")
+    assert head[-3:] == [
+        "W1 difference from the first model95 % interval",
+        "pairs in order",
+        "range",
+    ]
+    assert numbers[1] == f"{pale['mean_luma']:.3f}"
+    assert numbers[6].startswith(f"{pale['w1']['estimate']:.3f}")
+    assert f"{pale['w1']['low']:.3f} to {pale['w1']['high']:.3f}" in numbers[6]
+    assert page.row("right&wrong")[8] == "1 of 1"
+    assert "expected W1 of real data (sampling noise)" in page.row("data, 9 images")[6]
+    assert "not in the expected order: pale: none. right&wrong: none." in page.text
+    assert "These prompts ask for a brightness of their own" in page.text
+    assert page.captions[2] == "1. seed 3, luma -0.69"
     saved = sorted(str(p.relative_to(out)) for p in out.rglob("*.png"))
     assert saved == sorted(p["file"] for arm in facts["arms"] for p in arm["pictures"])
     assert len(saved) == 9
@@ -445,7 +439,7 @@ def test_the_page_shows_what_differs_in_guidance(folder, tmp_path):
     with Image.open(out / last["pictures"][0]["file"]) as image:
         made = json.loads(image.info["zsnr"])
     assert (made["guidance_method"], made["guidance_threshold"]) == ("apg", 0.995)
-    page = Page((out / "index.html").read_text())
+    page = Page(out / "index.html")
     [head] = [row for row in page.rows if "sampler" in row]
     assert head[6:-3] == ["guidance", "rescale", "interval", "method", "threshold"]
     row = next(row for row in page.rows if row and row[0] == last["name"] and "apg" in row)
@@ -473,7 +467,7 @@ def test_prompts_of_the_data_are_the_same_each_time(folder, tmp_path):
     [
         ([], "There is nothing to compare"),
         (["nowhere.ckpt"], "is not a file: wanted a checkpoint"),
-        (["x.safetensors"], "x.safetensors is not there"),
+        (["x.safetensors"], "x.safetensors does not exist"),
         (["b.ckpt", "--spacing", "uniform"], "'uniform' is unknown. Known:"),
         (["b.ckpt", "--sampler", "plms"], "'plms' is unknown. Known:"),
         (["b.ckpt", "--vary", "num_steps=5,1001"], "num_steps=1001"),
@@ -496,8 +490,11 @@ def test_prompts_of_the_data_are_the_same_each_time(folder, tmp_path):
         (["b.ckpt", "--seed", "-1"], "seed=-1"),
         (["b.ckpt", "--count", "5000000000"], "seed=4999999999"),
         (["b.ckpt", "--samples", "1"], "--samples 1: wanted at least 2"),
-        (["b.ckpt", "--data", "{0}/shards", "{0}/a.ckpt"], "is a model, and stands among pictures"),
-        (["--oracle", "{0}/shards", "{0}/a.ckpt"], "is a model, and stands among pictures"),
+        (
+            ["b.ckpt", "--data", "{0}/shards", "{0}/a.ckpt"],
+            "is a model, but images were wanted there",
+        ),
+        (["--oracle", "{0}/shards", "{0}/a.ckpt"], "is a model, but images were wanted there"),
         (["--oracle", "{0}/shards", "--codec-subfolder", "vae"], "is of a --codec FOLDER"),
         (["b.ckpt", "--image-size", "8"], "--image-size belongs to --oracle"),
         (["--oracle", "x", "--guidance-scale", "3"], "--guidance-scale belongs to a comparison of"),
@@ -525,17 +522,48 @@ def test_a_device_is_checked_before_anything_is_loaded(folder, tmp_path, capsys)
     assert "argument --device: 'gpu' is not a device here" in capsys.readouterr().err
 
 
+def test_text_of_others_stays_text(tmp_path):
+    hostile = HOSTILE
+    requests = [replace(request, prompt=hostile, group=hostile) for request in REQUESTS[:1]]
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    made = outcome(hostile, [0.5], models=(hostile,))
+    made = replace(made, shots=[replace(made.shots[0], model=hostile, files=["a.png"])])
+    facts = measure_arms([made], requests, flat([0.0, 1.0]))
+    facts |= {"kind": "models", "prompts": hostile, "zsnr_version": "1"}
+    (tmp_path / "index.html").write_text(comparison_page(facts, tmp_path), encoding="utf-8")
+    page = Page(tmp_path / "index.html")  # which refuses scripts and handlers
+    shown = printable(hostile)
+    assert page.headings[0] == f"Brightness: {shown}"
+    assert page.row("model")[0] == "model"
+    assert sum(shown in cell for row in page.rows for cell in row) >= 3
+    assert f"The prompts come from {shown}." in page.text
+    assert shown in page.images[0]["alt"]
+    assert shown in page.svgs[0]
+
+
+def test_the_page_says_for_whom_the_suite_is(folder, tmp_path, capsys):
+    assert compare(folder, "b.ckpt", "--num-steps", "1", "--output", str(tmp_path / "page")) == 0
+    out = capsys.readouterr().out
+    page = Page(tmp_path / "page" / "index.html")
+    assert "written for general text-to-image models" in page.text
+    assert "compare it with --prompts data" in page.text
+    assert "use --prompts data" in out
+    equal = "night = dark; bright = snow = white background"
+    assert f"their order among themselves is not judged: {equal}." in page.text
+    assert f"of equal rank is not judged: {equal}." in out
+    assert "of 24" in page.row("b.ckpt")[-2]
+
+
 def test_names_with_dollars_are_no_formulas(folder, tmp_path):
     name, group = r"costs $5, not $\frac{", r"$x_ $ and $^"
     line = json.dumps({"prompt": r"a $\bill{ of $", "group": group})
     (tmp_path / "p.jsonl").write_text(line + "\n" + json.dumps({"prompt": "a", "group": "b"}))
     options = ["--prompts", f"{tmp_path}/p.jsonl", "--output", f"{tmp_path}/out"]
     assert compare(folder, "--arm", f'model="{folder}/b.ckpt" name="{name}"', *options) == 0
-    page = (tmp_path / "out" / "index.html").read_text()
-    histograms, groups = re.findall("<svg.*?</svg>", page, flags=re.DOTALL)
-    assert f">{name}<" in histograms
-    assert f">{name}<" in groups
-    assert f">{group}<" in groups
+    histograms, groups = Page(tmp_path / "out" / "index.html").svgs
+    assert name in histograms
+    assert name in groups
+    assert group in groups
 
 
 def test_a_folder_is_never_overwritten_nor_half_written(folder, tmp_path, capsys, monkeypatch):
@@ -583,10 +611,10 @@ def test_the_flaw_without_a_model(tmp_path, capsys):
     spread = original["mean_luma_std"] / facts["data"]["mean_luma_std"]
     assert spread == pytest.approx(original["kept_fraction"], abs=0.12)
     assert facts["space"]["shape"] == [3, 32, 32]
-    page = Page((out / "index.html").read_text())
-    assert "No model was trained" in " ".join(page.texts)
+    page = Page(out / "index.html")
+    assert "No model was trained" in page.text
+    assert page.rows[0][0] == "setting"
     assert len(page.images) == 2 * 16
-    assert all(link.startswith(("data:image/", "#")) for link in page.links)
 
 
 def test_without_a_model_the_usual_arms_and_a_codec_s_latents(folder, tmp_path, capsys):

@@ -5,7 +5,7 @@ import json
 import pytest
 import tiny
 import torch
-from PIL import Image
+from pages import HOSTILE, Page
 
 from zsnr import GaussianDenoiser, NoiseSchedule, get_sampler, trailing
 from zsnr.cli import main
@@ -13,6 +13,7 @@ from zsnr.data.filters import Filter, parse_filter
 from zsnr.metrics import kept_fraction, mean_mode, moved_mean, principal_mean
 from zsnr.reports.arms import Arm
 from zsnr.reports.data import gaussian_samples, measure_space
+from zsnr.untrusted import printable
 
 ORIGINAL = NoiseSchedule(zero_terminal_snr=False)
 
@@ -102,13 +103,40 @@ def test_the_report(tmp_path, capsys):
     assert facts["smaller_than_image_size"] == 1
     assert facts["brightness_mean"] == pytest.approx(100 / 127.5 - 1, abs=0.01)
     assert [space["name"].split()[0] for space in facts["spaces"]] == ["64x64", "4x16x16"]
-    text = (out / "report.md").read_text()
-    assert "1 x sample: not a readable image" in text
-    for picture in ("sizes", "ratios", "captions", "brightness", "extremes"):
-        assert f"report/{picture}.png" in text
-        assert Image.open(out / "report" / f"{picture}.png").width > 300
+    page = Page(out / "index.html")
+    assert "1 x sample: not a readable image" in page.text
+    assert "12 samples in 1 shard, of which 11 are used after filtering." in page.text
+    assert page.row("score <= 10") == ["score <= 10", "1"]
+    assert page.row("width")[1:] == ["20", "21", "25", "29", "30"]
+    assert page.row("64x64 pixels, 10 images")[5] == f"{facts['spaces'][0]['moved']:.3f}"
+    assert page.headings[:5] == ["Data report", "Sizes", "Captions", "Brightness", "Darkest images"]
+    assert len(page.svgs) == 4
+    assert len(page.images) == 3 * 8
+    charts = [caption for caption in page.captions if caption.startswith("Number of ")]
+    assert len(charts) == 4
+    darkest = page.captions[page.captions.index(charts[-1]) + 1]
+    assert darkest == "empty caption, brightness -1.00"
+    assert [path.name for path in out.iterdir()] == ["index.html"]
     assert main(command) == 2
     assert "is not empty and is left unchanged" in capsys.readouterr().err
+
+
+def test_text_of_others_stays_text(tmp_path):
+    folder = tmp_path / HOSTILE.replace("/", "")
+    for i in range(2):
+        tiny_image = folder / f"{i}.png"
+        folder.mkdir(exist_ok=True)
+        tiny_image.write_bytes(tiny.png((90 * i,) * 3))
+        tiny_image.with_suffix(".txt").write_text(HOSTILE)
+    index = ["--index", str(tmp_path / "index")]
+    command = ["data", "report", str(folder), "--output", str(tmp_path / "out"), *index]
+    assert main([*command, "--image-size", "16"]) == 0
+    page = Page(tmp_path / "out" / "index.html")  # which refuses scripts and handlers
+    assert printable(HOSTILE.replace("/", "")) in page.text
+    assert any("<script>alert(1)</script>" in caption for caption in page.captions)
+    assert "\x1b" not in page.text
+    assert "\u202e" not in page.text
+    assert "{{ 7 * 7 }}" in page.captions[-1]
 
 
 def test_broken_pictures_have_no_replacement(tmp_path, capsys):
@@ -124,7 +152,7 @@ def test_broken_pictures_have_no_replacement(tmp_path, capsys):
     facts = json.loads(capsys.readouterr().out)
     assert (facts["samples"], facts["looked_at"], facts["faults"]) == (40, 4, 36)
     pixels, latents = facts["spaces"]
-    assert latents["name"] == "48x4x4 latents, 4 pictures"
+    assert latents["name"] == "48x4x4 latents, 4 images"
     assert latents["mode"] == pytest.approx(pixels["mode"], rel=1e-6)
     greys = torch.tensor([5.0 * i / 127.5 - 1 for i in range(36, 40)])
     assert pixels["mode"] == pytest.approx(16 * 3**0.5 * float(greys.std()), rel=1e-5)
@@ -146,7 +174,7 @@ def test_buckets_and_latents_too_large_for_the_exact_denoiser(tmp_path, capsys):
 def test_data_that_cannot_be_reported(tmp_path, capsys):
     one = tiny.write_shard(tmp_path / "x.tar", {"a.png": tiny.png("red"), "a.txt": b""})
     assert main(["data", "report", str(one), "--output", str(tmp_path / "out")]) == 2
-    assert "1 readable pictures: wanted at least 2" in capsys.readouterr().err
+    assert "1 readable images: wanted at least 2" in capsys.readouterr().err
     tiny.write_shards(tmp_path / "grey", [3])
     same = ["data", "report", str(tmp_path / "grey"), "--output", str(tmp_path / "flat")]
     assert main([*same, "--filter", "image_width>=99"]) == 2
@@ -159,7 +187,7 @@ def test_data_that_cannot_be_reported(tmp_path, capsys):
     shards = {"shards": [{"file": "000000.tar", "weight": 1.0}]}
     (tmp_path / "cache" / "cache.json").write_text(json.dumps(shards))
     assert main(["data", "report", str(tmp_path / "cache"), *same[3:]]) == 2
-    assert "holds no pictures: give the shards it was cached from" in capsys.readouterr().err
+    assert "holds no images: give the shards it was cached from" in capsys.readouterr().err
     assert main([*same, "--codec", str(tmp_path)]) == 2
     assert main([*same, "--codec", "pixels", "--image-size", "66"]) == 2
     assert not (tmp_path / "flat").exists()

@@ -21,6 +21,7 @@ FLOORS = (
     (
         "pickled",
         "untrusted",
+        "render",
         "public",
         "locks",
         "agreement",

@@ -345,7 +345,8 @@ def _named(arms: Sequence[Arm]) -> list[Arm]:
             if name in differing(alike):
                 value = short[arm.models] if name == "models" else getattr(arm, name)
                 parts.append(_LABELS[name](value))
-        named.append(replace(arm, name=", ".join(parts) or "arm"))
+        alone = ", ".join(PurePath(model).name for model in arm.models) or "exact denoiser"
+        named.append(replace(arm, name=", ".join(parts) or alone))
     names = [arm.name for arm in named]
     twice = [name for name in names if names.count(name) > 1]
     if twice:

@@ -1,4 +1,7 @@
-"""Arms beside each other: the same prompts and seeds, pictures and numbers."""
+"""Models or sampling settings side by side: the same prompts and seeds, images and numbers.
+
+An arm is one of the sides: a model, or several trained alike, and a way to sample it.
+"""
 
 from __future__ import annotations
 
@@ -36,15 +39,15 @@ from zsnr.reports.arms import Arm
 from zsnr.reports.compare_page import comparison_page
 from zsnr.reports.data import look_at
 from zsnr.reports.flaw import oracle_samples
+from zsnr.reports.images import image_pixels
 from zsnr.reports.outcomes import MEASURES, Outcome, Shots, groups_of, measure, measure_arms
-from zsnr.reports.pictures import picture_pixels
 from zsnr.schedule import NoiseSchedule
 from zsnr.untrusted import printable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_ENCODED = 256  # pictures whose latents tell how far their mean stands out
+_ENCODED = 256  # images whose latents tell the signal-to-noise ratio of their mean
 
 
 def compare_models(
@@ -60,27 +63,27 @@ def compare_models(
     batch_size: int = 8,
     device: str | None = None,
 ) -> dict[str, Any]:
-    """Sample every arm by `TextToImage` and write OUTPUT/index.html, compare.json and pictures.
+    """Sample every arm by `TextToImage`; write OUTPUT/index.html, compare.json and the images.
 
     Args:
-        arms: With the models of each.
+        arms: The models and settings that are compared.
         output: The folder; must not exist.
-        prompts: A prompts file; "data" for captions of the data; "empty" for no prompt. None = the
-            shipped suite.
-        num_prompts: How many captions of the data.
-        count: Pictures of each prompt, seeds s .. s+n-1. None = as the file says; 2 of the suite,
-            1 of a caption, 64 without a prompt.
-        seed: The first.
-        data: What to measure the distance of brightness to.
-        most: Pictures of it that are looked at, by chance.
-        batch_size: Pictures at a time.
+        prompts: A prompts file; "data" for captions of the data; "empty" for the empty prompt.
+            None = the shipped brightness suite, which is for general models.
+        num_prompts: Number of captions that "data" draws.
+        count: Images per prompt, with seeds s .. s+n-1. None = as the file says; 2 for the suite,
+            1 for a caption, 64 for the empty prompt.
+        seed: The first seed.
+        data: The images whose brightness is the target.
+        most: Largest number of images drawn from `data`.
+        batch_size: Images sampled at a time.
         device: Where to sample. None = the GPU if there is one.
 
     Returns:
         What compare.json holds.
 
     Raises:
-        ValueError: Something of it is wrong, before anything slow where that can be known.
+        ValueError: An argument is wrong; before anything slow where that can be known.
     """
     arms = [arm.resolved() for arm in arms]
     check_new(output)
@@ -102,13 +105,13 @@ def compare_models(
     bar: Any = None
     shots: dict[tuple[str, str], Shots] = {}
     schedules: dict[str, NoiseSchedule] = {}
-    kept: dict[str, float | None] = {}
+    retained: dict[str, float | None] = {}
     with new_folder(output) as folder:
         for number, path in enumerate(paths):
-            own = [arm for arm in arms if path in arm.models]
-            raw_beside = any(arm.guidance_against == "raw" for arm in own)
+            arms_of_model = [arm for arm in arms if path in arm.models]
+            raw_beside = any(arm.guidance_against == "raw" for arm in arms_of_model)
             pipe = TextToImage.from_pretrained(path, device=device, raw_beside=raw_beside)
-            for arm in own:
+            for arm in arms_of_model:
                 arm.check(pipe.model.schedule)
                 check_threshold(arm.sampling().guidance, pipe.model.codec)
                 check_prediction_type(
@@ -125,10 +128,12 @@ def compare_models(
             if images is not None:
                 device_of = next(pipe.model.unet.parameters()).device
                 mode = mean_mode(encode(images[:_ENCODED], pipe.model.codec, device_of))
-            for arm in own:
+            for arm in arms_of_model:
                 schedule = arm.schedule_of(pipe.model.schedule)
                 _check_same(arm, schedules.setdefault(arm.name, schedule), schedule)
-                kept.setdefault(arm.name, None if mode is None else kept_fraction(schedule, mode))
+                retained.setdefault(
+                    arm.name, None if mode is None else kept_fraction(schedule, mode)
+                )
                 place = f"pictures/{arms.index(arm) + 1:02d}-{_slug(arm.name)}"
                 if len(arm.models) > 1:
                     place += f"/model-{arm.models.index(path) + 1}"
@@ -147,7 +152,10 @@ def compare_models(
             bar.close()
         outcomes = [
             Outcome(
-                arm, schedules[arm.name], kept[arm.name], [shots[arm.name, p] for p in arm.models]
+                arm,
+                schedules[arm.name],
+                retained[arm.name],
+                [shots[arm.name, path] for path in arm.models],
             )
             for arm in arms
         ]
@@ -175,22 +183,22 @@ def compare_exact(
     schedule: NoiseSchedule = NoiseSchedule(),
     batch_size: int = 64,
 ) -> dict[str, Any]:
-    """Do as `compare_models` with the exact denoiser of the data in the place of a model.
+    """Compare sampling settings as `compare_models` does, with an exact denoiser and no model.
 
     Args:
-        arms: Without models.
+        arms: The settings that are compared, without models.
         output: The folder; must not exist.
-        data: The pictures that the denoiser knows.
+        data: The images whose exact denoiser takes the place of a network.
         image_size: Height and width, in pixels.
-        codec: Its latents are the space, with its scale. None = pixels.
-        most: Pictures of the data that it knows, by chance.
-        count: Samples of each arm.
-        seed: The first.
-        schedule: Whose original and rescaled form the arms name.
-        batch_size: Samples at a time.
+        codec: Defines the space, with its scale. None = pixels.
+        most: Largest number of images drawn from `data`.
+        count: Samples per arm.
+        seed: The first seed.
+        schedule: The schedule whose original and rescaled form the arms name.
+        batch_size: Samples drawn at a time.
 
     Raises:
-        ValueError: Something of it is wrong.
+        ValueError: An argument is wrong.
     """
     arms = [arm.resolved(guided=False) for arm in arms]
     check_new(output)
@@ -207,17 +215,17 @@ def compare_exact(
         latents = encode(images, codec)
         mode = mean_mode(latents)
         seeds = range(seed, seed + count)
-        found = oracle_samples(latents, lambda x: x, arms, seeds, batch_size, schedule)
+        samples = oracle_samples(latents, lambda x: x, arms, seeds, batch_size, schedule)
         requests = [PromptRequest("", seed=s, line=1) for s in seeds]
         outcomes = []
         for number, arm in enumerate(arms, start=1):
-            pixels = (codec.decode(part) for part in torch.split(found[arm.name], batch_size))
-            pictures = [to_image(picture) for part in pixels for picture in part]
+            pixels = (codec.decode(part) for part in torch.split(samples[arm.name], batch_size))
+            generated = [to_image(each) for part in pixels for each in part]
             place = f"pictures/{number:02d}-{_slug(arm.name)}"
-            files = _save(pictures, requests, folder, place)
-            own = arm.schedule_of(schedule)
-            shots = Shots("", files, measure(picture_pixels(pictures)))
-            outcomes.append(Outcome(arm, own, kept_fraction(own, mode), [shots]))
+            files = _save(generated, requests, folder, place)
+            sampled_on = arm.schedule_of(schedule)
+            shots = Shots("", files, measure(image_pixels(generated)))
+            outcomes.append(Outcome(arm, sampled_on, kept_fraction(sampled_on, mode), [shots]))
         facts = {
             "kind": "exact denoiser",
             "prompts": "empty",
@@ -230,7 +238,7 @@ def compare_exact(
 
 
 def read_data(data: Sources, size: int, most: int, seed: int = 0) -> tuple[Tensor, list[str]]:
-    """Read pictures of a data set as squares, by chance but always the same ones.
+    """Read randomly chosen images of a dataset as squares, the same ones each time.
 
     Returns:
         Images (N, 3, size, size) in [-1, 1], and their captions.
@@ -245,33 +253,42 @@ def read_data(data: Sources, size: int, most: int, seed: int = 0) -> tuple[Tenso
     if faults:
         print(printable(f"broken images: {summarize(faults)}"), file=sys.stderr)
     if len(images) < 2:
-        raise ValueError(f"{len(images)} readable pictures: wanted at least 2.")
+        raise ValueError(f"{len(images)} readable images: wanted at least 2.")
     return images, captions
 
 
 def comparison_text(facts: Mapping[str, Any], page: Path) -> str:
     """Write the main numbers as a table for a terminal."""
-    width = max(len("data"), *(len(arm["name"]) for arm in facts["arms"]))
-    lines = [
-        f"{'':{width}}  {'mean luma':>9}  {'contrast':>8}  {'W1 to the data':>22}  {'in order':>8}"
-    ]
-    data = facts["data"]
+    data, arms = facts["data"], facts["arms"]
+    rows = [["", "mean luma", "contrast", "W1 to the data", "pairs in order"]]
     if data is not None:
-        floor = f"(floor {data['noise_floor']['mean']:.3f})"
-        lines.append(
-            f"{'data':{width}}  {data['mean_luma']:9.3f}  {data['rms_contrast']:8.3f}  {floor:>22}"
-        )
-    for arm in facts["arms"]:
+        floor = f"{data['noise_floor']['mean']:.3f} expected of real data"
+        rows.append(["data", f"{data['mean_luma']:.3f}", f"{data['rms_contrast']:.3f}", floor, ""])
+    for arm in arms:
         w1, order = "", ""
         if arm["w1"] is not None:
             w1 = "{estimate:.3f} [{low:.3f}, {high:.3f}]".format(**arm["w1"])
+            w1 += ", at the floor" if arm["at_noise_floor"] else ""
         if arm["order"] is not None:
-            order = f"{arm['order']['in_order']}/{arm['order']['pairs']}"
-        lines.append(
-            f"{arm['name']:{width}}  {arm['mean_luma']:9.3f}  {arm['rms_contrast']:8.3f}  "
-            f"{w1:>22}  {order:>8}"
+            order = f"{arm['order']['in_order']} of {arm['order']['pairs']}"
+        rows.append(
+            [arm["name"], f"{arm['mean_luma']:.3f}", f"{arm['rms_contrast']:.3f}", w1, order]
         )
-    return "\n".join([*lines, str(page)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+        for row in rows
+    ]
+    notes = []
+    if facts["prompts"] == "suite":
+        notes.append(
+            "The prompts are the brightness suite for general models. For a model of one kind of "
+            "image, use --prompts data with --data."
+        )
+    if arms[0]["order"] is not None and arms[0]["order"]["equal_ranks"]:
+        equal = "; ".join(" = ".join(names) for names in arms[0]["order"]["equal_ranks"])
+        notes.append(f"The order of prompt groups of equal rank is not judged: {equal}.")
+    return "\n".join([*lines, *notes, str(page)])
 
 
 def to_json(facts: Mapping[str, Any]) -> str:
@@ -282,7 +299,7 @@ def to_json(facts: Mapping[str, Any]) -> str:
 def _requests(
     prompts: str | None, count: int | None, seed: int, captions: Sequence[str]
 ) -> list[PromptRequest]:
-    """Read or make what is asked for."""
+    """Read or make the requests for images."""
     if prompts == "data":
         count = count or 1
         sample_generator(seed + max(0, len(captions) * count - 1))  # before there are so many
@@ -311,18 +328,18 @@ def _requests(
 
 
 def _choose(captions: Sequence[str], count: int, seed: int) -> list[str]:
-    """Choose captions by chance, always the same ones."""
+    """Choose captions at random, the same ones each time."""
     if len(captions) < count:
         raise ValueError(
-            f"--num-prompts {count}, but only {len(captions)} pictures of the data are looked at: "
-            "give more --samples, or fewer --num-prompts."
+            f"--num-prompts {count}, but only {len(captions)} images of the data are read: raise "
+            "--samples, or lower --num-prompts."
         )
     order = torch.randperm(len(captions), generator=sample_generator(derive_seed(seed, 1)))
     return [captions[i] for i in order[:count].tolist()]
 
 
 def check_numbers(**numbers: int | None) -> None:
-    """Refuse options that are below their least, 2 pictures of the data and 1 of all else."""
+    """Refuse numbers below their lower bound: 2 images of the data, 1 of everything else."""
     for name, value in numbers.items():
         if value is not None and value < (2 if name == "samples" else 1):
             least = 2 if name == "samples" else 1
@@ -330,13 +347,13 @@ def check_numbers(**numbers: int | None) -> None:
 
 
 def check_pictures(data: Sources) -> None:
-    """Refuse data that is not there, or holds no pictures."""
+    """Refuse data that does not exist or holds no images."""
     for shard in find_shards(data):
         if shard.kind == "cache":
-            raise ValueError(f"{shard.url} holds no pictures: give the shards it was cached from.")
+            raise ValueError(f"{shard.url} holds no images: give the shards it was cached from.")
         if shard.url.endswith((".ckpt", ".safetensors")):
             raise ValueError(
-                f"{shard.url} is a model, and stands among pictures: name models before --data "
+                f"{shard.url} is a model, but images were wanted there: name models before --data "
                 "and --oracle."
             )
 
@@ -356,13 +373,13 @@ def check_models(arm: Arm) -> None:
             _check_same(arm, first, schedule)
             arm.check(declared)
         elif not Path(path).expanduser().exists() and path.count("/") != 1:
-            raise ValueError(f"{path} is not there: wanted a checkpoint, folder, file or hub id.")
+            raise ValueError(f"{path} does not exist: wanted a checkpoint, folder, file or hub id.")
         else:
             arm.check(NoiseSchedule())
 
 
 def _check_same(arm: Arm, first: NoiseSchedule, schedule: NoiseSchedule) -> None:
-    """Refuse models of one arm that were not trained alike."""
+    """Refuse models of one arm that have different schedules."""
     if first != schedule:
         raise ValueError(
             f"arm {arm.name!r}: its models have different schedules; wanted models that differ in "
@@ -381,7 +398,7 @@ def _bar(arms: Sequence[Arm], requests: Sequence[PromptRequest], batch_size: int
 def _batches(
     requests: Sequence[PromptRequest], batch_size: int
 ) -> Iterable[list[tuple[int, PromptRequest]]]:
-    """Divide requests into batches of one size of picture."""
+    """Divide requests into batches of images of one size."""
     sizes: dict[tuple[int | None, int | None], list[tuple[int, PromptRequest]]] = {}
     for i, request in enumerate(requests):
         sizes.setdefault((request.height, request.width), []).append((i, request))
@@ -399,14 +416,14 @@ def _shoot(
     batch_size: int,
     bar: Any,
 ) -> Shots:
-    """Sample all requests, and save and measure the pictures."""
+    """Sample all requests, and save and measure the images."""
     sampling = arm.sampling()
     files = [""] * len(requests)
     values = {name: torch.empty(len(requests)) for name in MEASURES}
     bar.set_postfix_str(arm.name)
     for batch in _batches(requests, batch_size):
         rows, asked = [i for i, _ in batch], [request for _, request in batch]
-        pictures = pipe(
+        generated = pipe(
             [request.prompt for request in asked],
             negative_prompts=[request.negative_prompt for request in asked],
             seeds=[request.seed for request in asked],
@@ -420,19 +437,19 @@ def _shoot(
             progress=False,
             callback=lambda *_: bar.update(),
         )
-        for i, file in zip(rows, _save(pictures, asked, folder, place), strict=True):
+        for i, file in zip(rows, _save(generated, asked, folder, place), strict=True):
             files[i] = file
-        for name, found in measure(picture_pixels(pictures)).items():
-            values[name][rows] = found
+        for name, measured in measure(image_pixels(generated)).items():
+            values[name][rows] = measured
     return Shots(pipe.name, files, values)
 
 
 def _save(
-    pictures: Sequence[Image], requests: Sequence[PromptRequest], folder: Path, place: str
+    images: Sequence[Image], requests: Sequence[PromptRequest], folder: Path, place: str
 ) -> list[str]:
     files = [f"{place}/{request.filename}" for request in requests]
-    for picture, file in zip(pictures, files, strict=True):
-        save_png(picture, folder / file)
+    for image, file in zip(images, files, strict=True):
+        save_png(image, folder / file)
     return files
 
 

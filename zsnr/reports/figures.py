@@ -18,7 +18,7 @@ from zsnr.pipeline import TextToImage, to_image
 from zsnr.reports.arms import Arm
 from zsnr.reports.compare import check_models, check_numbers, check_pictures, encode, read_data
 from zsnr.reports.exact import EXTREMES, exact_pipeline, find_groups
-from zsnr.reports.pictures import panel_figure, picture_grid, save_figure
+from zsnr.reports.images import image_grid, panel_figure, save_figure
 from zsnr.reports.schedule import find_schedule, plot_schedule, schedule_facts
 from zsnr.samplers.base import Callback
 from zsnr.schedule import BetaKind, NoiseSchedule
@@ -194,7 +194,7 @@ def make_panels(
             list(SPACINGS),
             [
                 [
-                    picture_grid(
+                    image_grid(
                         _sample(pipe, replace(arm, spacing=spacing, num_steps=S), asked, every),
                         columns,
                         gap=max(2, pipe.model.image_size // 32),

@@ -89,19 +89,19 @@ def measure_arms(
         data: `measure` of the data. None = there is none.
     """
     target = None if data is None else data["mean_luma"]
-    count = len(requests) * len(outcomes[0].shots)
+    arms = [_arm_facts(outcome, outcomes[0], requests, target) for outcome in outcomes]
     facts: dict[str, Any] = {
         "differs": differing([outcome.arm for outcome in outcomes]),
         "groups": groups_of(requests),
         "data": None,
-        "arms": [_arm_facts(outcome, outcomes[0], requests, target) for outcome in outcomes],
+        "arms": arms,
     }
     if data is not None and target is not None:
         facts["data"] = {
             "pictures": len(target),
             **{name: float(data[name].mean()) for name in MEASURES},
             "mean_luma_std": _std(target),
-            "noise_floor": _noise_floor(target, count),
+            "noise_floor": arms[0]["noise_floor"],
             "mean_luma_by_picture": target.tolist(),
         }
     return facts
@@ -121,8 +121,10 @@ def order_of_groups(
         groups: Of `groups_of`.
 
     Returns:
-        pairs; in_order; wrong, pairs of names; range, from the mean of the lowest rank's groups to
-        that of the highest's. None = there are not two ranks.
+        pairs, their number; in_order, how many of them are; wrong, the others as pairs of names,
+        also where both means are equal; equal_ranks, lists of names that share a rank, so that
+        their order is not judged; range, from the mean of the lowest rank's groups to that of the
+        highest's. None = there are not two ranks.
     """
     means = _group_means(values, requests)
     ranked = [g for g in groups if g["brightness_rank"] is not None]
@@ -134,15 +136,15 @@ def order_of_groups(
     if not pairs:
         return None
     wrong = [[a, b] for a, b in pairs if means[a] >= means[b]]
-    ranks = [g["brightness_rank"] for g in ranked]
-    low, high = (
-        [means[g["name"]] for g in ranked if g["brightness_rank"] == rank]
-        for rank in (min(ranks), max(ranks))
-    )
+    by_rank: dict[int, list[str]] = {}
+    for group in ranked:
+        by_rank.setdefault(group["brightness_rank"], []).append(group["name"])
+    low, high = ([means[name] for name in by_rank[end(by_rank)]] for end in (min, max))
     return {
         "pairs": len(pairs),
         "in_order": len(pairs) - len(wrong),
         "wrong": wrong,
+        "equal_ranks": [names for names in by_rank.values() if len(names) > 1],
         "range": sum(high) / len(high) - sum(low) / len(low),
     }
 
@@ -156,9 +158,10 @@ def _arm_facts(
     settings = {name: getattr(arm, name) for name in SETTINGS}
     settings |= describe_guidance(arm.sampling().guidance)  # as JSON has it
     parts = [shots.values["mean_luma"] for shots in outcome.shots]
-    w1 = difference = None
+    w1 = difference = floor = None
     if target is not None:
         w1 = _distance(parts, target)
+        floor = _noise_floor(target, sum(map(len, parts)))
         if outcome is not first:
             theirs = [shots.values["mean_luma"] for shots in first.shots]
             difference = _difference(parts, theirs, target)
@@ -177,6 +180,8 @@ def _arm_facts(
         **{name: float(pooled[name].mean()) for name in MEASURES},
         "mean_luma_std": _std(pooled["mean_luma"]),
         "w1": w1,
+        "noise_floor": floor,
+        "at_noise_floor": None if floor is None or w1 is None else w1["estimate"] <= floor["mean"],
         "w1_minus_first": difference,
         "order": order_of_groups(pooled["mean_luma"], requests, groups),
         "groups": {

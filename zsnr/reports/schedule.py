@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from zsnr.files import new_file
-from zsnr.reports.pictures import figure_of, save_figure
+from zsnr.reports.images import save_figure, stacked_axes
 from zsnr.schedule import BetaKind, NoiseSchedule
 from zsnr.timesteps import available_spacings, get_timesteps
 
@@ -126,7 +126,7 @@ def plot_schedule(facts: dict[str, Any], path: Path) -> None:
 
 def schedule_figure(facts: dict[str, Any], width: float = 7, height: float = 8) -> Any:
     """Make that figure of so many inches: of the facts of `schedule_facts`."""
-    figure, (upper, middle, lower) = figure_of(width, height, rows=3)
+    figure, (upper, middle, lower) = stacked_axes(width, height, rows=3)
     for name, style in (("original", "--"), ("rescaled", "-")):
         curve = facts[name]
         logs = [math.nan if value is None else value for value in curve["log_snr"]]

@@ -19,7 +19,7 @@ from zsnr.files import side_file
 from zsnr.metrics.luma import luma
 from zsnr.metrics.terminal import TerminalOptimum
 from zsnr.public import public
-from zsnr.reports.pictures import figure_image
+from zsnr.reports.images import figure_image
 from zsnr.reports.schedule import schedule_facts, schedule_figure, schedule_title
 from zsnr.training.draws import validation_timesteps
 from zsnr.training.image_metrics import ImageMetrics

@@ -18,7 +18,7 @@ from zsnr.files import side_file
 from zsnr.metrics.luma import luma
 from zsnr.noise import sample_generator
 from zsnr.pipeline import save_png
-from zsnr.reports.pictures import picture_grid
+from zsnr.reports.images import image_grid
 from zsnr.training.loggers import log_image, log_luma
 from zsnr.training.module import LatentDiffusion
 from zsnr.untrusted import printable
@@ -106,7 +106,7 @@ class Previews(Callback):
         """Write images (N, H, W, 3), uint8, to the run's folder and its loggers."""
         images = zip(pixels.numpy(), self.prompts, self.seeds, strict=True)
         tiles = [captioned(Image.fromarray(each), prompt, seed) for each, prompt, seed in images]
-        grid = picture_grid(tiles, self.columns, gap=8)
+        grid = image_grid(tiles, self.columns, gap=8)
         folder = Path(trainer.default_root_dir) / "previews"
         with side_file(folder):
             folder.mkdir(exist_ok=True)  # not the run's folder, should it be gone
