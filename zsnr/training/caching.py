@@ -18,7 +18,8 @@ from zsnr.data.cache import Cache, filter_facts, picture_facts, shard_files, wri
 from zsnr.data.faults import check_budget, summarize
 from zsnr.locks import Lock
 from zsnr.training.data import DataModule, describe_samples
-from zsnr.training.lightning_cli import check_environment, parse_fit, short_message
+from zsnr.training.lightning_cli import check_environment, parse_fit
+from zsnr.training.messages import short_message
 
 
 def run_cache(
