@@ -1,5 +1,6 @@
 """A config that is wrong is one line with its file and its setting."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,12 +8,17 @@ import torch
 import yaml
 
 from zsnr.cli import main
+from zsnr.training.help import help_text
 from zsnr.training.lightning_cli import parse_fit
+from zsnr.training.settings import GROUPS, names
+from zsnr.training.short_options import expand_short_options
 
 BOMB = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
     f"{new}: &{new} [{', '.join(['*' + old] * 10)}]\n"
     for old, new in zip("abcdefgh", "bcdefghi", strict=True)
 )
+ROOT = Path(__file__).parents[1]
+TINY = str(ROOT / "configs/tiny.yaml")
 ORIGINAL = "model:\n  target: ldm.models.LatentDiffusion\n  params: {parameterization: v}\n"
 
 
@@ -22,18 +28,24 @@ ORIGINAL = "model:\n  target: ldm.models.LatentDiffusion\n  params: {parameteriz
         # Words that YAML takes for something else
         (
             "data: {filters: [{field: L, one_of: [en, no]}]}",
-            "one_of[1]: `no` is false in YAML",
+            "one_of: the second item, `no`, is the boolean false in YAML: quote it, as in 'no'",
         ),
         (
             "data: {filters: [{field: yes, min: 1}]}",
-            "filters[0].field: `yes` is true in YAML",
+            "filters[0].field: `yes` is the boolean true in YAML: quote it",
         ),
-        ("data: {train: off}", "data.train: `off` is false in YAML: quote it"),
-        ("data: {train: [a, 2020]}", "data.train[1]: `2020` is a number in YAML: quote it"),
-        ("data: {index: on}", "data.index: `on` is true in YAML: quote it"),
-        ("model: {prediction_type: no}", "model.prediction_type: `no` is false in YAML"),
+        ("data: {train: off}", "data.train: `off` is the boolean false in YAML: quote it"),
+        (
+            "data: {train: [a, 2020]}",
+            "data.train: the second item, `2020`, is a number in YAML: quote it",
+        ),
+        ("data: {index: on}", "data.index: `on` is the boolean true in YAML: quote it"),
+        (
+            "model: {prediction_type: no}",
+            "model.prediction_type: `no` is the boolean false in YAML",
+        ),
         ("model: {sampling: {spacing: 1e3}}", "spacing: `1e3` is a number in YAML: quote it"),
-        ("trainer: {max_steps: 1e3}", "max_steps: `1e3` is not a whole number in YAML"),
+        ("trainer: {max_steps: 1e3}", "max_steps: `1e3` is not a whole number: write its digits"),
         ("data: {image_size: yes}", "data.image_size: `yes` is true: wanted a whole number"),
         ("data: {image_size: big}", "data.image_size: `big` is text: wanted a whole number"),
         # Names that nothing has
@@ -135,3 +147,148 @@ def test_a_class_path_that_names_nothing_is_one_line(tmp_path, path):
     with pytest.raises(ValueError, match="codec") as error:
         parse_fit(["-c", str(tmp_path / "a.yaml")])
     assert "\n" not in str(error.value)
+
+
+# What users type, and what they are told: (settings after -c configs/tiny.yaml, the answer)
+MISTAKES = [
+    ("--lr high", "model.optimizer.lr: `high` is text: wanted a number"),
+    ("--lr nan", "model.optimizer.lr: `nan` is not finite: wanted a number"),
+    ("--model.optimizer.lr nan", "model.optimizer.lr: `nan` is not finite"),
+    ("--lr", "--lr needs a value"),
+    ("--learning-rate 1e-4", "no option --learning-rate. Did you mean --lr"),
+    ("--learning_rate=1e-4", "no option --learning_rate. Did you mean --lr"),
+    ("--model.lr 1e-4", "model has no `lr`. Did you mean --lr"),
+    ("--model.learning_rate 1e-4", "wanted settings by name: warmup_steps, decay, final. The"),
+    ("--batchsize 8", "no option --batchsize. Did you mean --batch-size?"),
+    ("--batch_size 8", "no option --batch_size. Did you mean --batch-size?"),
+    ("--data.batchsize 8", "data has no `batchsize`. Did you mean data.batch_size?"),
+    ("--data.batch_size eight", "data.batch_size: `eight` is text: wanted a whole number"),
+    ("--data.batch_size 2.5", "data.batch_size: `2.5` is not a whole number"),
+    ("--trainer.batch_size 8", "trainer has no `batch_size`. Did you mean data.batch_size?"),
+    ("--max_steps 10", "no option --max_steps. Did you mean --max-steps?"),
+    ("--max-step 10", "no option --max-step. Did you mean --max-steps?"),
+    ("--epochs 3", "no option --epochs. Did you mean --max-steps?"),
+    ("--trainer.max_stepss=3", "trainer has no `max_stepss`. Did you mean trainer.max_steps?"),
+    ("--resolution 256", "no option --resolution. Did you mean --data.image_size?"),
+    ("--gpus 2", "no option --gpus. Did you mean --trainer.devices?"),
+    ("--resume last", "no option --resume. Did you mean --ckpt_path?"),
+    ("--trainer.devices two", "trainer.devices: `two` is unknown: wanted a number"),
+    ("--trainer.precision bf17", "Did you mean 'bf16'?"),
+    ("--trainer.strategy dpp", "trainer.strategy: `dpp` is unknown. Did you mean 'ddp'?"),
+    ("--trainer.accelerator gpuu", "`gpuu` is unknown. Did you mean `gpu`?"),
+    ("--trainer.callbacks Previewz", "no class 'Previewz'. Did you mean Previews?"),
+    ("--trainer.callbacks+=zsnr.training.Previews", "zsnr.training.Previews needs prompts."),
+    (
+        "--model.optimizer AdamWW",
+        "model.optimizer: there is no class 'AdamWW'. Did you mean AdamW?",
+    ),
+    ("--model.optimizer torch.optim.Adamm", "Did you mean Adam?"),
+    ("--model.optimizer torch.nn.Linear", "'torch.nn.Linear' is not a Optimizer"),
+    (
+        "--model.optimizer.beta 3",
+        "model.optimizer has no `beta`. Did you mean model.optimizer.betas",
+    ),
+    ("--model.codec PixelCodecc", "no class 'PixelCodecc'. Did you mean PixelCodec?"),
+    ("--model.codec mine.Codec", "'mine.Codec' cannot be imported: No module named 'mine'"),
+    ("--model.codec.patchsize 2", "Did you mean model.codec.patch_size?"),
+    (
+        "--model.codec.patch_size two",
+        "model.codec.patch_size: `two` is text: wanted a whole number",
+    ),
+    ("--model.ema.decai 0.9", "model.ema has no `decai`. Did you mean model.ema.decay?"),
+    ("--model.ema.decay much", "model.ema.decay: `much` is text: wanted a number"),
+    ("--model.loss.name minsnr", "`minsnr` is unknown: wanted 'uniform', 'min_snr'"),
+    ("--model.prediction_type v", "wanted 'epsilon', 'sample', 'v_prediction'"),
+    ("--model.schedule linear", "model.schedule is `linear`: wanted settings by name: betas"),
+    ("--model.guidance.scale 3", "model has no `guidance`. Did you mean --guidance-scale?"),
+    ("--guidance-scale high", "model.sampling.guidance.scale: `high` is text: wanted a number"),
+    ("--cfg 3", "no option --cfg. Did you mean --guidance-scale?"),
+    ("--model.sampling.sampler ddimm", "Sampler 'ddimm' is unknown. Known: 'ddim'"),
+    ("--spacing trailling", "`trailling` is unknown. Did you mean `trailing`?"),
+    ("--model.unet null", "model.unet is null: wanted text or settings by name"),
+    ("--model.image_size 64", "model.image_size follows data.image_size: set that instead"),
+    ("--model.lora.rank big", "model.lora.rank: `big` is text: wanted a whole number"),
+    ("--data.pixels.flip maybe", "data.pixels.flip: `maybe` is unknown: wanted true or false"),
+    ("--data.train", "--data.train needs a value"),
+    (
+        "--data.train=[{path: a, weights: 2}]",
+        "data.train[0] has no `weights`. Did you mean `weight`?",
+    ),
+    ("--data.train=[{path: a, weight: heavy}]", "data.train[0].weight: `heavy` is text: wanted"),
+    (
+        "--data.filters=[{field: L, one_of: [en, no]}]",
+        "the second item, `no`, is the boolean false",
+    ),
+    ("--data.caption.fields x", "data has no `caption`. Did you mean data.captions?"),
+    ("--chekpoint.keep 3", "no option --chekpoint.keep. Did you mean checkpoint.keep?"),
+    ("data/train", "'data/train' belongs to no option"),
+    ("-c", "-c names no file"),
+    ("--nonsense 3", "There is no option --nonsense. `zsnr fit --help` shows the options."),
+]
+INTERNALS = ("Parser key", "Union", "Namespace", "Traceback", "<class", "typing.", "class_path '")
+
+
+@pytest.mark.parametrize(("typed", "answer"), MISTAKES)
+def test_a_typical_mistake_names_the_setting_and_the_way_out(typed, answer):
+    words = [typed] if "=" in typed else typed.split(" ")
+    with pytest.raises(ValueError, match=re.escape(answer)) as error:
+        parse_fit(["-c", TINY, *words])
+    assert not [word for word in INTERNALS if word in str(error.value)]
+    assert "\n" not in str(error.value)
+
+
+def test_short_options_stand_for_settings():
+    config = parse_fit(["-c", TINY, "--lr=3e-4", "--max-steps", "7", "--batch-size=8", "-oruns/x"])
+    assert config.model.optimizer.init_args.lr == 3e-4
+    assert (config.trainer.max_steps, config.data.batch_size) == (7, 8)
+    assert config.trainer.default_root_dir == "runs/x"
+    assert expand_short_options(["predict", "-o", "x"]) == ["predict", "--output.folder=x"]
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+def test_the_help_is_short_and_explains_every_option(command, capsys):
+    assert main([command, "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) < 150
+    assert max(map(len, lines)) <= 110
+    text = "\n".join(lines)
+    assert "torch.nn" not in text
+    for group in GROUPS:
+        assert re.search(rf"^  {group}\b", text, re.MULTILINE)
+    for line in lines:
+        if line.startswith("  -") and not line.startswith(("  -c", "  --help", "  --print")):
+            name = line.split()[0]
+            entry = text[text.index(f"  {name}") :].partition("\n  -")[0]
+            assert re.search(r"default:|required|`last`", entry), line
+
+
+def test_the_help_of_a_group_has_every_setting(capsys):
+    for group in GROUPS:
+        assert main(["fit", "--help", group]) == 0
+        text = capsys.readouterr().out
+        for name in names():
+            if name.startswith(f"{group}."):
+                assert re.search(rf"--{re.escape(name)} .*", text), name
+    assert "init_args.patch_size" in help_text("fit", "model")
+    assert main(["fit", "--help", "modle"]) == 2
+    assert "Did you mean model?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/trainer").glob("*.yaml")))
+def test_overlays_say_where_to_train_and_not_what(path):
+    values = yaml.safe_load(path.read_text())
+    settings = {f"{group}.{name}" for group, names in values.items() for name in names}
+    allowed = {"model.lora", "model.gradient_checkpointing", "data.max_batch_size_per_device"}
+    machine = {"accelerator", "devices", "num_nodes", "strategy", "precision", "benchmark"}
+    assert settings <= allowed | {f"trainer.{name}" for name in machine}
+
+
+def test_what_a_later_file_replaces_is_listed(tmp_path, capsys):
+    (tmp_path / "a.yaml").write_text("trainer: {precision: bf16-mixed, devices: 1, max_steps: 9}")
+    (tmp_path / "b.yaml").write_text(
+        "trainer: {precision: bf16-mixed, strategy: {class_path: DDPStrategy}}\n"
+        "model: {optimizer: {class_path: SGD, init_args: {lr: 0.1}}}"
+    )
+    parse_fit([*("-c", TINY), *("-c", f"{tmp_path}/a.yaml"), f"--config={tmp_path}/b.yaml"])
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"{tmp_path}/a.yaml overrides trainer.max_steps: 4 -> 9"]

@@ -50,6 +50,29 @@ def build(description: Mapping[str, Any], base: type[T]) -> T:
         ValueError: The class is not installed, belongs to a module outside this package that has
             not been imported, is not a `base`, or refuses the arguments.
     """
+    cls = class_of(description, base)
+    try:
+        return cls(**description.get("init_args", {}))
+    except (OSError, ImportError):
+        raise
+    except Exception as error:  # of arguments that somebody else wrote, in any way
+        if isinstance(error, ValueError) and is_ours(error):
+            raise
+        path = description["class_path"]
+        raise ValueError(f"{path}: {clipped(str(error) or repr(error), 300)}.") from error
+
+
+def class_of(description: Mapping[str, Any], base: type[T]) -> type[T]:
+    """Return the class that a description names, without building it.
+
+    Args:
+        description: What `describe` returned.
+        base: The class it must be derived from.
+
+    Raises:
+        ValueError: The class is not installed, is of a module outside this package that has not
+            been imported, or is no `base`.
+    """
     if not isinstance(description, Mapping):
         raise ValueError(f"A {base.__name__} is described by {shown(description)}: wanted a class.")
     path = description.get("class_path", "")
@@ -71,11 +94,4 @@ def build(description: Mapping[str, Any], base: type[T]) -> T:
         ) from error
     if not (isinstance(cls, type) and issubclass(cls, base)):
         raise ValueError(f"{path!r} is not a {base.__name__}.")
-    try:
-        return cls(**description.get("init_args", {}))
-    except (OSError, ImportError):
-        raise
-    except Exception as error:  # untrusted arguments may fail in any way
-        if isinstance(error, ValueError) and is_ours(error):
-            raise
-        raise ValueError(f"{path}: {clipped(str(error) or repr(error), 300)}.") from error
+    return cls

@@ -1,49 +1,115 @@
-"""The YAML of `zsnr fit` checked against the settings that it is for, before anything reads it."""
+"""Checks of YAML files and command-line settings against the classes that they are for.
+
+They run before jsonargparse reads anything, and say in words which setting is wrong, which value it
+has and what was wanted.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import importlib
-import inspect
-import types
+import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 from jsonargparse import get_loader, set_loader
+from torch import Tensor
 
-from zsnr.untrusted import compose_yaml, parse_yaml, read_yaml_text, shown
+from zsnr.public import public_text
+from zsnr.training.settings import (
+    CLASSES,
+    GROUPS,
+    LINKED,
+    LOOSE,
+    choices_of,
+    dataclass_of,
+    default_optimizer,
+    is_scalar,
+    item_of,
+    known_classes,
+    names,
+    options_of,
+    settings_of,
+    words_for,
+)
+from zsnr.training.short_options import SHORT_OPTIONS, option_values
+from zsnr.untrusted import clipped, compose_yaml, parse_yaml, read_yaml_text, shown
 
 _TAG = "tag:yaml.org,2002:"
 _NUMBERS = (int, float)
+_ORDINALS = ("first", "second", "third", "fourth", "fifth")
+# What people call settings elsewhere
+_ELSEWHERE = {
+    **dict.fromkeys(
+        ("lr", "learning_rate"), "--lr, or model.optimizer.init_args.lr in a YAML file"
+    ),
+    **dict.fromkeys(("steps", "epochs", "max_train_steps", "num_epochs"), "--max-steps"),
+    **dict.fromkeys(("train_batch_size", "batch", "bs"), "--batch-size"),
+    **dict.fromkeys(("resolution", "size"), "--data.image_size"),
+    **dict.fromkeys(("gpus", "num_gpus"), "--trainer.devices"),
+    **dict.fromkeys(("resume", "resume_from_checkpoint", "checkpoint"), "--ckpt_path"),
+    **dict.fromkeys(("train_data_dir", "dataset", "train"), "--data.train"),
+    **dict.fromkeys(("cfg", "cfg_scale", "guidance", "guidance_scale"), "--guidance-scale"),
+    **dict.fromkeys(("output_dir", "out", "root"), "--trainer.default_root_dir"),
+    **dict.fromkeys(("mixed_precision", "precision", "fp16", "bf16"), "--trainer.precision"),
+    "optimizer": "--model.optimizer",
+    "lr_scheduler": "--model.learning_rate.decay",
+}
+_LEARNING_RATE = "The learning rate itself is --lr, or model.optimizer.init_args.lr in a YAML file."
 
 
-def check_configs(
-    arguments: Sequence[str], groups: Mapping[str, Any], bases: Sequence[type[Any]]
-) -> None:
-    """Check the files that follow -c and --config.
+def check_configs(arguments: Sequence[str]) -> None:
+    """Check the files that follow -c and --config, and the other settings of a command line.
 
     Args:
-        arguments: The command line.
-        groups: What takes the settings of each group, such as {"data": DataModule}.
-        bases: Classes whose subclasses a config may name without their module.
+        arguments: The command line, with short options.
 
     Raises:
-        ValueError: A file is not readable, has a setting that does not exist, or has a value of
-            another type; names the file and the setting.
+        ValueError: A file is not readable, or a setting does not exist or has a value of another
+            type; names the file, the setting and the value.
     """
-    for path in _config_files(arguments):
-        text = read_yaml_text(path)
+    check = _Check()
+    for path in config_files(arguments):
+        node = _read(path)
         try:
-            node = compose_yaml(text)
-        except ValueError as error:
-            raise ValueError(f"{path} is not readable YAML: {error}.") from error
-        try:
-            _Check(groups, bases).document(node)
+            check.document(node)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+    for name, value in option_values(arguments):
+        check.option(name, value)
+
+
+def list_overrides(arguments: Sequence[str]) -> list[str]:
+    """List what a config file replaces of the files before it, one line for each setting."""
+    before: dict[str, str] = {}
+    lines: list[str] = []
+    for path in config_files(arguments):
+        values = dict(_leaves(_read(path)))
+        for name, value in values.items():
+            if name in before and before[name] != value:
+                change = f"{clipped(before[name], 60)} -> {clipped(value, 60)}"
+                lines.append(public_text(f"{path} overrides {name}: {change}"))
+        before |= values
+    return lines
+
+
+def _leaves(node: Any, where: str = "") -> Iterator[tuple[str, str]]:
+    """List settings of a document with their values as text; a class stands for its setting."""
+    if isinstance(node, yaml.MappingNode):
+        entries = _entries(node)
+        for name, value in entries.items():
+            if name == "class_path":
+                yield where, getattr(value, "value", "")
+            else:
+                inside = where if name == "init_args" else f"{where}.{name}".lstrip(".")
+                yield from _leaves(value, inside)
+    elif isinstance(node, yaml.SequenceNode):
+        yield where, " ".join(yaml.serialize(node).split())
+    elif node is not None:
+        yield where, node.value or "null"
 
 
 def read_safely() -> None:
@@ -62,7 +128,8 @@ def read_safely() -> None:
     set_loader("yaml", load_checked, exceptions=(yaml.YAMLError,))
 
 
-def _config_files(arguments: Sequence[str]) -> Iterator[Path]:
+def config_files(arguments: Sequence[str]) -> Iterator[Path]:
+    """List the files that follow -c and --config."""
     for i, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         if name in ("-c", "--config"):
@@ -76,11 +143,20 @@ def _config_files(arguments: Sequence[str]) -> Iterator[Path]:
         yield Path(value).expanduser()
 
 
-class _Check:
-    """One document against the settings of all groups."""
+def _read(path: Path) -> Any:
+    text = read_yaml_text(path)
+    try:
+        return compose_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is not readable YAML: {error}.") from error
 
-    def __init__(self, groups: Mapping[str, Any], bases: Sequence[type[Any]]) -> None:
-        self.groups, self.bases = groups, bases
+
+class _Check:
+    """Documents and options, in their order, against the settings of all groups."""
+
+    def __init__(self) -> None:
+        self.classes: dict[str, Any] = {"model.optimizer": default_optimizer()}
+        self.shell = False  # whether a value stands on the command line, where text is not quoted
 
     def document(self, node: Any) -> None:
         if node is None:
@@ -97,12 +173,89 @@ class _Check:
                 "that file, or a YAML of `zsnr fit`."
             )
         for name, value in _entries(node).items():
-            near = difflib.get_close_matches(name, self.groups, n=1)
-            if name not in self.groups and near and isinstance(value, yaml.MappingNode):
-                raise ValueError(f"there is no `{_said(name)}`. Did you mean `{near[0]}`?")
-            if name in self.groups and not isinstance(value, yaml.MappingNode):
+            group = name.partition(".")[0]
+            if group not in (*GROUPS, *LOOSE):
+                hint = _suggest(name, [*GROUPS, *LOOSE], name, "`")
+                raise ValueError(f"there is no `{_said(name)}`. {hint}")
+            if name in GROUPS and not isinstance(value, yaml.MappingNode):
                 raise ValueError(f"{name} is {_kind(value)}: wanted settings by name.")
-            self._settings(value, self.groups.get(name), name)
+            if name in GROUPS:
+                self._settings(value, GROUPS[name], name)
+            elif group in GROUPS:
+                self._key(name, value)
+
+    def option(self, name: str, text: str | None) -> None:
+        """Check a setting of the command line.
+
+        Args:
+            name: Its name without dashes; in dots, where it is nested.
+            text: Its value. None = it has none.
+        """
+        if name in LOOSE or name in GROUPS:
+            if text is None:
+                raise ValueError(f"--{name} needs a value.")
+            return
+        group, dot, _ = name.partition(".")
+        if not dot or group not in GROUPS:
+            known = [short for short in SHORT_OPTIONS if short.startswith("--")]
+            known += [f"--{setting}" for setting in (*LOOSE, "config", "help", "print_config")]
+            hint = _suggest(f"--{name}", known, name)
+            raise ValueError(f"There is no option --{_said(name)}. {hint}")
+        if text is None:
+            raise ValueError(f"--{name} needs a value.")
+        try:
+            node = compose_yaml(text)
+        except ValueError:
+            node = yaml.ScalarNode(f"{_TAG}str", text)
+        self.shell = not isinstance(node, yaml.CollectionNode)
+        try:
+            self._key(name.removesuffix("+"), node or yaml.ScalarNode(f"{_TAG}null", ""))
+        finally:
+            self.shell = False
+
+    def _key(self, name: str, node: Any) -> None:
+        """Check a value of a setting whose name has dots."""
+        group, *parts = name.split(".")
+        cls, hint, where = GROUPS[group], None, group
+        for i, part in enumerate(parts):
+            if part in ("init_args", "dict_kwargs"):
+                continue
+            if part == "class_path":
+                self._class(node, where)
+                return
+            if cls is None:
+                return  # a class that is not known here
+            hint = self._hint(cls, part, where, dotted=True)
+            if hint is None:
+                return
+            where = f"{where}.{part}"
+            if i + 1 < len(parts):
+                cls = self.classes.get(where) if where in CLASSES else dataclass_of(hint)
+        if hint is not None:
+            self._value(node, hint, where)
+
+    def _hint(self, cls: Any, name: str, where: str, dotted: bool = False) -> Any:
+        """Return the type of a setting; None if the class takes any.
+
+        Raises:
+            ValueError: The class has no such setting.
+        """
+        settings, takes_any = settings_of(cls)
+        hints = {setting.name: setting.hint for setting in settings}
+        if f"{where}.{name}" in LINKED:
+            other = LINKED[f"{where}.{name}"]
+            raise ValueError(f"{where}.{name} follows {other}: set that instead.")
+        if name in hints:
+            return hints[name]
+        if takes_any:
+            return None
+        if dotted:  # named in full, as on a command line
+            listed = [f"{where}.{hint}" for hint in hints]
+            hint = _suggest(f"{where}.{name}", listed, name)
+        else:
+            where = f"{where}.init_args" if where in self.classes else where
+            hint = _suggest(name, hints, name, "`")
+        raise ValueError(f"{where} has no `{_said(name)}`. {hint}")
 
     def _settings(self, node: Any, cls: Any, where: str) -> None:
         """Check the arguments of a class or of a dataclass."""
@@ -110,104 +263,242 @@ class _Check:
             return
         entries = _entries(node)
         if "class_path" in entries:
-            self._named(entries, cls, where)
+            self._class(entries["class_path"], where)
+            cls = self.classes.get(where) if where in CLASSES else self._find(entries, cls, where)
+            if cls is not None and "init_args" in entries:
+                self._arguments(entries["init_args"], cls, where)
             return
-        hints, takes_any = _hints(cls)
-        for name, value in entries.items():
-            inside, here = name.partition(".")[0], f"{where}.{_said(name)}"
-            if inside in hints:
-                if inside == name:
-                    self._value(value, hints[name], here)
-            elif not takes_any:
-                near = difflib.get_close_matches(inside, hints, n=1)
-                hint = f"Did you mean `{near[0]}`?" if near else f"Known: {', '.join(hints)}."
-                raise ValueError(f"{where} has no `{_said(name)}`. {hint}")
+        self._arguments(node, cls, where)
 
-    def _named(self, entries: Mapping[str, Any], cls: Any, where: str) -> None:
-        """Check {class_path, init_args}, if the class is found."""
-        found = self._find(entries["class_path"].value)
-        if found is not None and "init_args" in entries:
-            self._settings(entries["init_args"], found, f"{where}.init_args")
+    def _arguments(self, node: Any, cls: Any, where: str) -> None:
+        for name, value in _entries(node).items() if isinstance(node, yaml.MappingNode) else ():
+            inside = name.partition(".")[0]
+            hint = self._hint(cls, inside, where)
+            if inside == name and hint is not None:
+                self._value(value, hint, f"{where}.{name}")
 
-    def _find(self, path: Any) -> Any:
-        module, _, name = path.rpartition(".") if isinstance(path, str) else ("", "", "")
-        if module:
-            try:
-                return getattr(importlib.import_module(module), name, None)
-            except (ImportError, TypeError, ValueError):
-                return None  # jsonargparse says so
-        subclasses = (cls for base in self.bases for cls in base.__subclasses__())
-        return next((cls for cls in subclasses if cls.__name__ == name), None)
+    def _find(self, entries: Mapping[str, Any], cls: Any, where: str) -> Any:
+        """Return the class that a class_path names, where any class may stand."""
+        base = CLASSES.get(re.sub(r"\[\d+\]$", "", where))
+        return find_class(entries["class_path"].value, base or cls or object, where)
+
+    def _class(self, node: Any, where: str) -> None:
+        """Check the name of a class, and remember it for settings of its arguments."""
+        base = CLASSES.get(re.sub(r"\[\d+\]$", "", where))
+        if base is not None:
+            path = node.value if isinstance(node, yaml.ScalarNode) else node
+            self.classes[where] = find_class(path, base, where)
 
     def _value(self, node: Any, hint: Any, where: str) -> None:
-        options = _options(hint)
-        if isinstance(node, yaml.ScalarNode):
-            _check_scalar(node, options, where)
+        options = [option for option in options_of(hint) if option is not Tensor]
+        if isinstance(node, yaml.ScalarNode) and where in CLASSES:
+            self._named(node, options, where)
+        elif isinstance(node, yaml.ScalarNode):
+            self._scalar(node, options, where)
+        elif where in CLASSES and isinstance(node, yaml.MappingNode):
+            if "class_path" in _entries(node):
+                self._settings(node, None, where)
+            elif self.classes.get(where) is not None:
+                inside = _entries(node).get("init_args", node)
+                self._arguments(inside, self.classes[where], where)
         elif _are_simple(options, isinstance(node, yaml.SequenceNode)):
             raise ValueError(f"{where} is {_kind(node)}: wanted {_wanted(options)}.")
         elif isinstance(node, yaml.SequenceNode):
-            items = [_item(option) for option in options]
-            known = [item for item in items if item is not None]
-            if len(known) == 1:
+            if where in CLASSES:
                 for i, part in enumerate(node.value):
-                    self._value(part, known[0], f"{where}[{i}]")
-        else:
-            classes = [option for option in options if dataclasses.is_dataclass(option)]
-            if "class_path" in _entries(node) or len(classes) == 1:
-                self._settings(node, classes[0] if classes else None, where)
+                    self._settings(part, None, f"{where}[{i}]")
+                return
+            items = [item for item in map(item_of, options) if item is not None]
+            if len(items) == 1:
+                for i, part in enumerate(node.value):
+                    self._value(part, items[0], f"{where}[{i}]")
+        elif "class_path" in _entries(node) or dataclass_of(hint) is not None:
+            self._settings(node, dataclass_of(hint), where)
+
+    def _named(self, node: Any, options: Sequence[Any], where: str) -> None:
+        """Check one word in the place of a class: its name, or what else the setting takes."""
+        kind, word = node.tag.removeprefix(_TAG), node.value
+        known = words_for(where)
+        if kind != "str":
+            if (type(None) in options and kind == "null") or (bool in options and kind == "bool"):
+                return
+            raise ValueError(_no_class(where, word, CLASSES[where]))
+        if word in known:
+            self.classes.pop(where, None)
+            return
+        if known and "." not in word and word not in known_classes(CLASSES[where]):
+            near = difflib.get_close_matches(word, known, n=1)
+            hint = f" Did you mean '{near[0]}'?" if near else ""
+            if where == "model.sampling.sampler":
+                listed = ", ".join(map(repr, known))
+                raise ValueError(
+                    f"{where}: Sampler {shown(word)} is unknown. Known: {listed}.{hint}"
+                )
+            if near:
+                raise ValueError(f"{where}: `{_said(word)}` is unknown.{hint}")
+            return  # registered by somebody else
+        self._class(node, where)
+
+    def _scalar(self, node: Any, options: Sequence[Any], where: str) -> None:
+        """Refuse a word of YAML that is not of the type that is wanted."""
+        kind, word = node.tag.removeprefix(_TAG), node.value
+        said, subject = _said(word), _subject(where)
+        text, number = str in options, any(option in options for option in _NUMBERS)
+        choices = choices_of(options)
+        group = dataclass_of(options[0] if len(options) == 1 else None)
+        if group is not None and not (kind == "str" and Path(word).expanduser().is_file()):
+            inside = ", ".join(setting.name for setting in settings_of(group)[0])
+            hint = f" {_LEARNING_RATE}" if where == "model.learning_rate" else ""
+            raise ValueError(f"{where} is {_kind(node)}: wanted settings by name: {inside}.{hint}")
+        if kind == "null" and Any not in options:
+            if type(None) in options:
+                return
+            raise ValueError(f"{where} is null: wanted {_wanted(options)}.")
+        if kind == "str" and word not in (known := words_for(where)):
+            near = difflib.get_close_matches(word, known, n=1)
+            if near:
+                listed = ", ".join(map(repr, known))
+                raise ValueError(
+                    f"{where}: `{said}` is unknown. Did you mean `{near[0]}`? Known: {listed}."
+                )
+        if not all(is_scalar(o) or item_of(o) or dataclass_of(o) for o in options):
+            return  # jsonargparse knows more of it
+        if kind == "bool" and bool not in options and (text or choices or number):
+            if self.shell and text:
+                return
+            value = "true" if word.lower() in ("yes", "on", "true", "y") else "false"
+            if text or choices:
+                what = f"{subject}`{said}`{_comma(where)} is the boolean {value} in YAML"
+                raise ValueError(f"{what}: quote it, as in '{said}'.")
+            raise ValueError(f"{subject}`{said}` is {value}: wanted {_wanted(options)}.")
+        if choices and not text and not number and word not in map(str, choices):
+            near = difflib.get_close_matches(word, map(str, choices), n=1, cutoff=0.5)
+            hint = f" Did you mean '{near[0]}'?" if near else ""
+            raise ValueError(f"{subject}`{said}` is unknown: wanted {_wanted(options)}.{hint}")
+        if kind in ("int", "float") and text and not number and not self.shell:
+            raise ValueError(f"{subject}`{said}`{_comma(where)} is a number in YAML: quote it.")
+        if kind == "float" and options in ([int], [int, type(None)]):
+            raise ValueError(f"{subject}`{said}` is not a whole number: write its digits.")
+        if number and not text and where[-1:] != "]" and not _is_finite(word, kind):
+            raise ValueError(f"{subject}`{said}` is not finite: wanted {_wanted(options)}.")
+        if kind == "str" and number and not text and bool not in options and word not in choices:
+            raise ValueError(f"{subject}`{said}` is text: wanted {_wanted(options)}.")
+        if kind != "bool" and set(options) <= {bool, type(None)}:
+            raise ValueError(f"{subject}`{said}` is unknown: wanted {_wanted(options)}.")
+        if where == "trainer.devices" and not re.fullmatch(r"auto|-?\d+(,\d*)*", word):
+            raise ValueError(f"{where}: `{said}` is unknown: wanted a number, a list or auto.")
+
+
+def find_class(path: Any, base: type[Any], where: str) -> Any:
+    """Return the class that a config names.
+
+    Args:
+        path: Its name or import path.
+        base: What it must be derived from, unless it is a function.
+        where: The setting, for the message.
+
+    Raises:
+        ValueError: There is no such class; suggests one.
+    """
+    if not isinstance(path, str):
+        raise ValueError(_no_class(where, "", base))
+    module, _, name = path.rpartition(".")
+    if not module:
+        cls = known_classes(base).get(name)
+        if cls is None and base is not object:
+            raise ValueError(_no_class(where, path, base))
+        return cls
+    try:
+        cls = getattr(importlib.import_module(module), name)
+    except AttributeError:
+        raise ValueError(_no_class(where, path, base)) from None
+    except Exception as error:
+        raise ValueError(
+            f"{where}: {shown(path)} cannot be imported: {clipped(str(error))}."
+        ) from error
+    if isinstance(cls, type) and not issubclass(cls, base):
+        raise ValueError(f"{where}: {shown(path)} is not a {base.__name__}.")
+    return cls
+
+
+def _no_class(where: str, path: str, base: type[Any]) -> str:
+    known = known_classes(base)
+    near = difflib.get_close_matches(path.rpartition(".")[2], known, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    listed = ", ".join(known) if len(known) < 25 else f"the names of {base.__name__} classes"
+    setting = where.removeprefix("--")
+    return (
+        f"{setting}: there is no class {shown(path)}.{hint} Known: {listed}, or the import path of "
+        "your own."
+    )
+
+
+def _suggest(name: str, siblings: Any, called: str, quote: str = "") -> str:
+    """Say what setting was probably meant.
+
+    Args:
+        name: What was given, in the form of `siblings`.
+        siblings: Settings that exist at the same place.
+        called: The last part of the name.
+        quote: What stands around the suggestion.
+    """
+    plain = called.replace("-", "_").lower()
+    last = plain.rpartition(".")[2]
+    if last in _ELSEWHERE:
+        return f"Did you mean {_ELSEWHERE[last]}?"
+    near = difflib.get_close_matches(name, siblings, n=1, cutoff=0.75)
+    same = [each for each in names() if each.rpartition(".")[2] == last]
+    near = near or same[:1]
+    near = near or difflib.get_close_matches(name, siblings, n=1, cutoff=0.65)
+    if near:
+        return f"Did you mean {quote}{near[0]}{quote}?"
+    dotted = {each.rpartition(".")[2]: each for each in reversed(names())}
+    near = difflib.get_close_matches(last, dotted, n=1, cutoff=0.75)
+    if near:
+        return f"Did you mean {quote}{dotted[near[0]]}{quote}?"
+    if name.startswith("--"):
+        return "`zsnr fit --help` shows the options."
+    return f"Known: {', '.join(siblings)}."
 
 
 def _entries(node: Any) -> dict[str, Any]:
     return {key.value: value for key, value in node.value}
 
 
-def _hints(cls: Any) -> tuple[dict[str, Any], bool]:
-    """Return the types of a class's settings, and whether it takes others too."""
-    if cls is None:
-        return {}, True
-    if dataclasses.is_dataclass(cls):
-        types_of = get_type_hints(cls)
-        return {f.name: types_of[f.name] for f in dataclasses.fields(cls) if f.init}, False
-    try:
-        parameters = inspect.signature(cls).parameters.values()
-        constructor = cls.__init__
-        types_of = get_type_hints(constructor if isinstance(cls, type) else cls)
-    except (NameError, TypeError, ValueError):  # somebody else's class may hide its types
-        return {}, True
-    known = {p.name: types_of.get(p.name, Any) for p in parameters}
-    return known, any(p.kind is p.VAR_KEYWORD for p in parameters)
-
-
-def _options(hint: Any) -> list[Any]:
-    if get_origin(hint) in (Union, types.UnionType):
-        return [option for part in get_args(hint) for option in _options(part)]
-    return [hint]
-
-
 def _are_simple(options: Sequence[Any], is_list: bool) -> bool:
     """Whether a list, or else a mapping, is none of the options."""
     return all(
-        _is_scalar(option)
-        or (dataclasses.is_dataclass(option) if is_list else _item(option) is not None)
+        is_scalar(option)
+        or (dataclass_of(option) is not None if is_list else item_of(option) is not None)
         for option in options
     )
 
 
-def _is_scalar(option: Any) -> bool:
-    return option in (str, bool, type(None), *_NUMBERS) or get_origin(option) is Literal
-
-
-def _item(option: Any) -> Any:
-    """Return what a list's items are; None = it is no list, or has items of several kinds."""
-    parts = get_args(option)
-    origin = get_origin(option)
-    if isinstance(origin, type) and issubclass(origin, Sequence) and parts:
-        return parts[0] if len(parts) == 1 or parts[1:] == (Ellipsis,) else None
-    return None
-
-
 def _said(name: str) -> str:
     return shown(name)[1:-1]
+
+
+def _subject(where: str) -> str:
+    """Begin a sentence on a value: with the setting's name, and the item's number in a list."""
+    item = re.fullmatch(r"(.*)\[(\d+)\]", where)
+    if item is None:
+        return f"{where}: "
+    number = int(item[2])
+    ordinal = _ORDINALS[number] if number < len(_ORDINALS) else f"{number + 1}th"
+    return f"{item[1]}: the {ordinal} item, "
+
+
+def _comma(where: str) -> str:
+    return "," if where.endswith("]") else ""
+
+
+def _is_finite(word: str, kind: str) -> bool:
+    if kind == "float":
+        return word.strip("+-.").lower() not in ("nan", "inf")
+    try:
+        return kind != "str" or math.isfinite(float(word))
+    except ValueError:
+        return True  # other text
 
 
 def _kind(node: Any) -> str:
@@ -216,29 +507,11 @@ def _kind(node: Any) -> str:
     return "a list" if isinstance(node, yaml.SequenceNode) else "a group of settings"
 
 
-def _check_scalar(node: Any, options: Sequence[Any], where: str) -> None:
-    """Refuse a word of YAML that is no text where text is wanted, and the like."""
-    kind, said = node.tag.removeprefix(_TAG), _said(node.value)
-    text = str in options or any(get_origin(option) is Literal for option in options)
-    number = any(option in options for option in _NUMBERS)
-    if not all(_is_scalar(o) or _item(o) or dataclasses.is_dataclass(o) for o in options):
-        return  # a class's name is text too, and jsonargparse lists the known ones
-    if kind == "bool" and bool not in options and (text or number):
-        value = node.value.lower() in ("yes", "on", "true", "y")
-        if text:
-            word = "true" if value else "false"
-            raise ValueError(f"{where}: `{said}` is {word} in YAML: quote it.")
-        raise ValueError(f"{where}: `{said}` is {str(value).lower()}: wanted {_wanted(options)}.")
-    if kind in ("int", "float") and text and not number:
-        raise ValueError(f"{where}: `{said}` is a number in YAML: quote it.")
-    if kind == "float" and options in ([int], [int, type(None)]):
-        raise ValueError(f"{where}: `{said}` is not a whole number in YAML: write its digits.")
-    if kind == "str" and number and not text and bool not in options:
-        raise ValueError(f"{where}: `{said}` is text: wanted {_wanted(options)}.")
-
-
 def _wanted(options: Sequence[Any]) -> str:
-    names = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
-    wanted = [names[option] for option in options if option in names]
-    wanted += [", ".join(map(repr, get_args(o))) for o in options if get_origin(o) is Literal]
-    return " or ".join([*wanted, *["a list" for o in options if _item(o) is not None]])
+    kinds = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
+    wanted = [kinds[option] for option in options if option in kinds]
+    choices = [choice for choice in choices_of(options) if not str(choice).isdigit()]
+    wanted += [", ".join(map(repr, choices))] if choices else []
+    wanted += ["a list"] * any(item_of(option) is not None for option in options)
+    wanted += ["settings by name"] * any(dataclass_of(option) is not None for option in options)
+    return " or ".join(dict.fromkeys(wanted))

@@ -1,28 +1,22 @@
-"""LightningCLI with this package's defaults, links, short options and short errors."""
+"""The commands fit, validate, test and predict: LightningCLI with this package's defaults."""
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import inspect
-import logging
 import os
-import re
 import signal
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml  # type: ignore[import-untyped]
 from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zsnr.checkpoints.checkpoint_file import KEY, open_checkpoint
-from zsnr.codecs import LatentCodec
-from zsnr.conditioning import Conditioner, Remembered
 from zsnr.data.order import accumulation
 from zsnr.data.sources import Source
 from zsnr.files import replacing, side_file
@@ -31,11 +25,9 @@ from zsnr.lora import LoRA
 from zsnr.loss import LossWeighting
 from zsnr.pipeline import Sampling, check_steps
 from zsnr.public import MARK, left_out
-from zsnr.samplers import Sampler, get_sampler
-from zsnr.samplers.recommend import AUTO, resolve_sampling
+from zsnr.samplers.recommend import resolve_sampling
 from zsnr.schedule import NoiseSchedule
 from zsnr.training.board import TrainingBoard
-from zsnr.training.callbacks import PredictionWriter
 from zsnr.training.checkpointing import CheckpointFiles, Checkpoints, find_last
 from zsnr.training.checks import (
     check_guidance,
@@ -44,54 +36,24 @@ from zsnr.training.checks import (
     check_settings,
     check_unsharded,
 )
-from zsnr.training.configs import check_configs, read_safely
+from zsnr.training.configs import check_configs, config_files, list_overrides, read_safely
+from zsnr.training.console import print_summary, progress_callbacks, quiet_lightning
 from zsnr.training.data import DataModule, check_shards, read_requests
 from zsnr.training.facts import public_config
-from zsnr.training.image_metrics import ImageMetrics, check_files
+from zsnr.training.from_checkpoint import checkpoint_config, resolve_checkpoint
+from zsnr.training.help import help_text
+from zsnr.training.image_metrics import check_files
 from zsnr.training.loggers import begin_loggers, continue_loggers, default_loggers
+from zsnr.training.messages import short_message
 from zsnr.training.module import LatentDiffusion
-from zsnr.training.preemption import EXIT_CODE, Preemption, listen, restarted, stopped_early
+from zsnr.training.preemption import EXIT_CODE, listen, restarted, stopped_early
 from zsnr.training.run_lock import RunLock
+from zsnr.training.settings import DEFAULTS, GROUPS, LINKED
+from zsnr.training.short_options import expand_short_options, option_values
 from zsnr.training.strategy import FullyShardedStrategy, check_strategy
-from zsnr.training.watchdog import Watchdog
-from zsnr.untrusted import shown
+from zsnr.untrusted import read_yaml, shown
 
-# Short options of every command that samples; --sampler and --seed need more than a name.
-SHORT_OPTIONS = {
-    "--num-steps": "--model.sampling.num_steps",
-    "--spacing": "--model.sampling.spacing",
-    **{
-        f"--guidance-{option.name.replace('_', '-')}": f"--model.sampling.guidance.{option.name}"
-        for option in dataclasses.fields(Guidance)
-    },
-    "--prompts": "--data.prompts",
-    "--output": "--output.folder",
-}
-
-DEFAULTS = {
-    # The train loader is endless: a step counts, an epoch does not.
-    "trainer.max_epochs": -1,
-    "trainer.check_val_every_n_epoch": None,
-    "trainer.val_check_interval": 1000,
-    "trainer.use_distributed_sampler": False,
-    "trainer.num_sanity_val_steps": 0,
-    # The default of LatentDiffusion is resolved for its own number of steps.
-    "model.sampling.sampler": AUTO,
-    "model.sampling.spacing": AUTO,
-}
-
-
-_PREDICT_HELP = (
-    "Short options: --prompts FILE, --output FOLDER, --sampler NAME|auto, --num-steps N, "
-    "--spacing NAME|auto, --guidance-scale W, --guidance-rescale PHI, --guidance-interval "
-    "[LOW,HIGH] (of sigma / alpha), --guidance-method cfg|apg|cfg_zero_star|cfg_pp, "
-    "--guidance-curve [[LOG_SNR,W],...], --guidance-at-zero-snr false, --guidance-threshold "
-    "PERCENTILE, "
-    "--guidance-apg-parallel ETA, --guidance-apg-norm R, --guidance-against negative|raw, "
-    "--seed SEED (of prompts that name none). The number of steps alone is enough: where sampler "
-    "and spacing are auto, which is the default, both are chosen for the number of steps and the "
-    "guidance scale. If only one of them is given, the other is the paper's: ddim, trailing."
-)
+_LIGHTNING_ADDS = ("model", "data", "trainer")  # groups that LightningCLI adds by itself
 
 
 class SaveConfigOfFit(SaveConfigCallback):
@@ -122,15 +84,15 @@ class ZsnrCLI(LightningCLI):
     """fit, validate, test and predict from YAML."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_lightning_class_args(PredictionWriter, "output")
-        parser.add_lightning_class_args(Checkpoints, "checkpoint")
-        parser.add_lightning_class_args(ImageMetrics, "metrics")
-        parser.add_lightning_class_args(TrainingBoard, "board")
-        parser.add_lightning_class_args(Watchdog, "watchdog")
-        parser.add_lightning_class_args(Preemption, "preemption")
-        parser.link_arguments("data.image_size", "model.image_size")
-        parser.link_arguments("data.seed", "model.seed")
+        for group, cls in GROUPS.items():
+            if group not in _LIGHTNING_ADDS:
+                parser.add_lightning_class_args(cls, group)
+        for target, source in LINKED.items():
+            parser.link_arguments(source, target)
         parser.set_defaults(DEFAULTS)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(args)
 
     def _parse_ckpt_path(self) -> None:
         """Let no checkpoint's hyper_parameters name classes that the config does not."""
@@ -146,6 +108,14 @@ class ZsnrCLI(LightningCLI):
         trainer = self._get(self.config_init, "trainer")
         if trainer.logger is None:
             kwargs["logger"] = default_loggers(trainer.default_root_dir or ".")
+        callbacks = trainer.callbacks or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        bar = trainer.enable_progress_bar is not False
+        custom = any(isinstance(callback, ProgressBar) for callback in callbacks)
+        shown = progress_callbacks(bar and not custom)
+        if not any(isinstance(callback, ProgressBar) for callback in [*callbacks, *shown]):
+            kwargs["enable_progress_bar"] = False
+        self.trainer_defaults["callbacks"] = shown
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
@@ -189,7 +159,10 @@ class ZsnrCLI(LightningCLI):
         if self.subcommand == "fit" and is_sharded(config.trainer):
             check_unsharded(model.lora is not None)
         if self.subcommand == "fit" and config.trainer.max_steps < 1:
-            raise ValueError("trainer.max_steps is not set: say how many steps to train.")
+            raise ValueError(
+                "trainer.max_steps is not set: give the number of steps to train, as in "
+                "--max-steps 1000."
+            )
         folder = checkpoint_folder(config)
         if self.subcommand == "fit":
             config.ckpt_path = _resumed(config.ckpt_path, folder)
@@ -220,7 +193,10 @@ class ZsnrCLI(LightningCLI):
                     train = _sources(data.train) if self.subcommand == "fit" else None
                     check_shards(train, _sources(data.val))
                 elif name == "train" or self.subcommand != "fit":
-                    raise ValueError(f"{self.subcommand} needs data.{name}: a folder of shards.")
+                    raise ValueError(
+                        f"{self.subcommand} needs data.{name}, a folder of images or shards: give "
+                        f"--data.{name} FOLDER."
+                    )
 
 
 def _sources(parsed: Any) -> Any:
@@ -289,32 +265,6 @@ def _resumed(asked: str | None, folder: Path) -> str | None:
     return asked
 
 
-def expand_short_options(arguments: Sequence[str]) -> list[str]:
-    """Replace short options by the settings they stand for.
-
-    Raises:
-        ValueError: --sampler is neither a registered name nor "auto".
-    """
-    expanded: list[str] = []
-    rest = iter(arguments)
-    for argument in rest:
-        name, equals, value = argument.partition("=")
-        if name == "--sampler":
-            value = value if equals else next(rest, "")
-            if value != AUTO:
-                cls = type(get_sampler(value))
-                value = f"{cls.__module__}.{cls.__qualname__}"
-            expanded.append(f"--model.sampling.sampler={value}")
-        elif name == "--seed":
-            seed = "--data.prompt_seed" if "predict" in arguments[:1] else "--data.seed"
-            expanded.append(seed + equals + value)
-        elif name in SHORT_OPTIONS:
-            expanded.append(SHORT_OPTIONS[name] + equals + value)
-        else:
-            expanded.append(argument)
-    return expanded
-
-
 def run(arguments: Sequence[str]) -> None:
     """Run one of fit, validate, test, predict.
 
@@ -322,19 +272,61 @@ def run(arguments: Sequence[str]) -> None:
         ValueError: The command line or a YAML is wrong; one line.
         SystemExit: A signal has stopped training before its end; the code is 143.
     """
+    command = arguments[0]
+    asked, topic = _help_topic(arguments[1:])
+    if asked:
+        print(help_text(command, topic))
+        return
     check_environment()
-    _prepare(arguments)
+    settings = _prepare(arguments)
     listen(signal.SIGUSR1)
-    # argv[0] stays: Lightning's launcher starts the other ranks with it.
-    sys.argv[1:] = expand_short_options(arguments)
+    if command != "fit":
+        settings = _with_checkpoint(command, settings)
+    # Lightning's launcher starts the other ranks with sys.argv.
+    sys.argv[1:] = arguments
     cli = _parsed(
         ZsnrCLI,
+        args=[command, *settings],
         save_config_callback=SaveConfigOfFit,
         save_config_kwargs={"overwrite": True, "config_filename": "run_config.yaml"},
-        parser_kwargs={"exit_on_error": False, "predict": {"epilog": _PREDICT_HELP}},
+        parser_kwargs={"exit_on_error": False},
     )
-    if stopped_early(cli.trainer, cli.model):
+    stopped = stopped_early(cli.trainer, cli.model)
+    if command == "fit":
+        print_summary(cli.trainer, stopped)
+    if stopped:
         raise SystemExit(EXIT_CODE)
+
+
+def _help_topic(settings: Sequence[str]) -> tuple[bool, str | None]:
+    """Return whether help is wanted, and the group that it is wanted of."""
+    for i, setting in enumerate(settings):
+        name, equals, topic = setting.partition("=")
+        if name in ("-h", "--help"):
+            following = settings[i + 1 : i + 2]
+            if not equals and following and not following[0].startswith("-"):
+                topic = following[0]
+            return True, topic or None
+    return False, None
+
+
+def _with_checkpoint(command: str, settings: list[str]) -> list[str]:
+    """Put what the checkpoint says before all other settings, which override it.
+
+    Raises:
+        ValueError: No checkpoint is given, or it cannot be read.
+    """
+    files = list(config_files(settings))
+    given = [value for name, value in option_values(settings) if name == "ckpt_path"]
+    given = given or [read_yaml(path).get("ckpt_path") for path in files]
+    path = next((str(each) for each in reversed(given) if each), None)
+    if path is None and not files:
+        raise ValueError(f"{command} needs a checkpoint: --ckpt_path CHECKPOINT.")
+    if path is None or path == "last":
+        return settings  # the files say what the model is, and where its checkpoints are
+    checkpoint = resolve_checkpoint(path)
+    config = yaml.safe_dump(checkpoint_config(checkpoint), sort_keys=False)
+    return [f"--config={config}", *settings, f"--ckpt_path={checkpoint}"]
 
 
 class _ParseOnly(ZsnrCLI):
@@ -353,11 +345,10 @@ def parse_fit(arguments: Sequence[str]) -> Any:
     Raises:
         ValueError: Something in them is wrong; one line.
     """
-    _prepare(arguments)
     cli = _parsed(
         _ParseOnly,
         run=False,
-        args=list(arguments),
+        args=_prepare(["fit", *arguments]),
         save_config_callback=None,
         parser_kwargs={"exit_on_error": False},
     )
@@ -366,7 +357,13 @@ def parse_fit(arguments: Sequence[str]) -> Any:
 
 def _parsed(cls: type[ZsnrCLI], **options: Any) -> ZsnrCLI:
     try:
-        return cls(LatentDiffusion, DataModule, seed_everything_default=0, **options)
+        return cls(
+            LatentDiffusion,
+            DataModule,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,  # model.optimizer and model.learning_rate are there
+            **options,
+        )
     except ArgumentError as error:
         raise ValueError(short_message(str(error))) from error
 
@@ -394,49 +391,6 @@ def check_environment() -> None:
         )
 
 
-def _prepare(arguments: Sequence[str]) -> None:
-    """Look at what a config says, before jsonargparse and Lightning do."""
-    _quieten()
-    read_safely()
-    check_configs(arguments, _GROUPS, [*_BASES.values()])
-
-
-def _quieten() -> None:
-    """Hide what Lightning says of things that are meant."""
-    warnings.filterwarnings("ignore", message=".*in eval mode at the start of training")  # EMA
-    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec")
-    warnings.filterwarnings("ignore", message=".*does not have many workers")
-    warnings.filterwarnings("ignore", message=".*infer the batch indices fetched")
-    warnings.filterwarnings("ignore", message=".*sync_dist=True")  # they are reduced already
-    warnings.filterwarnings("ignore", message=".*across ranks is zero")  # no validation data
-    warnings.filterwarnings("ignore", message=".*broadcast_buffers. is deprecated")
-    warnings.filterwarnings("ignore", message=".*dirpath has changed from")
-    warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "Tip:" not in record.getMessage()
-    )
-
-
-def short_message(message: str) -> str:
-    """Make one line of jsonargparse's message, with the known names where a name is wrong."""
-    key = re.search(r"Parser key \"([\w.]+)\"", message)
-    for suffix, base in _BASES.items():
-        wrong = "import path" in message or "Not a valid subclass" in message
-        if key and key[1].endswith(suffix) and wrong:
-            usable = set(base.__subclasses__()) - {Remembered}
-            known = ", ".join(sorted(cls.__name__ for cls in usable))
-            return f"{key[1]}: no such class. Known: {known}, or the import path of your own."
-    union = re.search(r"Errors:\s+- (.*?)(?:\n *- |\nGiven |$)", message, re.DOTALL)
-    if union and "Does not validate against" in message:
-        return " ".join(union[1].split())
-    unknown = re.search(r"(?:accept option '|arguments: --)([\w.]+)", message)
-    line = " ".join(message.split())
-    if unknown:
-        near = difflib.get_close_matches(unknown[1], _option_names(), n=1)
-        line += f". Did you mean {near[0]}?" if near else ". `zsnr fit --help` lists them all."
-    return line
-
-
 _COUNTS = {
     **dict.fromkeys(("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"), 2**20),
     **dict.fromkeys(("NODE_RANK", "GROUP_RANK", "SLURM_NTASKS", "SLURM_PROCID"), 2**20),
@@ -445,31 +399,25 @@ _COUNTS = {
     "GROUP_WORLD_SIZE": 2**20,
     "MASTER_PORT": 2**16 - 1,
 }
-_GROUPS: dict[str, Any] = {
-    "model": LatentDiffusion,
-    "data": DataModule,
-    "trainer": Trainer,
-    "output": PredictionWriter,
-    "checkpoint": Checkpoints,
-    "metrics": ImageMetrics,
-    "board": TrainingBoard,
-    "watchdog": Watchdog,
-    "preemption": Preemption,
-}
-_BASES: dict[str, type[Any]] = {
-    "codec": LatentCodec,
-    "conditioner": Conditioner,
-    "sampler": Sampler,
-}
 
 
-def _option_names() -> list[str]:
-    """List the settings of model, data and trainer, down to the fields of dataclasses."""
-    names: list[str] = []
-    for group, cls in _GROUPS.items():
-        for name, parameter in inspect.signature(cls).parameters.items():
-            names.append(f"{group}.{name}")
-            default = parameter.default
-            if dataclasses.is_dataclass(default):
-                names += [f"{group}.{name}.{f.name}" for f in dataclasses.fields(default) if f.init]
-    return names
+def _prepare(arguments: Sequence[str]) -> list[str]:
+    """Check a command line and its configs before jsonargparse and Lightning read them.
+
+    Args:
+        arguments: The command's name and what follows it.
+
+    Returns:
+        The settings, with short options expanded.
+
+    Raises:
+        ValueError: One of them is wrong.
+    """
+    quiet_lightning()
+    read_safely()
+    settings = expand_short_options(arguments)[1:]
+    check_configs(settings)
+    if all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID")):
+        for line in list_overrides(settings):
+            print(line, file=sys.stderr)
+    return settings

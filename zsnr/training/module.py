@@ -74,7 +74,8 @@ class LatentDiffusion(L.LightningModule):
     Args:
         codec: Images to latents; frozen.
         conditioner: Prompts to conditioning; frozen, or trained along.
-        unet: Size of a new UNet, or a folder of diffusers or hub id whose `unet` to start from.
+        unet: Size of a new UNet; a folder of diffusers or hub id whose `unet` to start from; or a
+            UNet.
         schedule: The noise schedule; loss, previews and predict all use this one.
         prediction_type: What the network predicts.
         loss: The weight lambda_t.
@@ -103,7 +104,7 @@ class LatentDiffusion(L.LightningModule):
         self,
         codec: LatentCodec,
         conditioner: Conditioner,
-        unet: UNetConfig | str,
+        unet: UNetConfig | UNet | str,
         schedule: NoiseSchedule = NoiseSchedule(),
         prediction_type: PredictionType = "v_prediction",
         loss: LossWeighting = LossWeighting(),
@@ -687,8 +688,10 @@ def _conditioning(conditioner: Conditioner, batch: dict[str, Any], keep: Tensor)
 
 
 def _new_unet(
-    unet: UNetConfig | str, codec: LatentCodec, conditioner: Conditioner, lora: LoRA | None
+    unet: UNetConfig | UNet | str, codec: LatentCodec, conditioner: Conditioner, lora: LoRA | None
 ) -> UNet:
+    if isinstance(unet, UNet):
+        return unet
     wanted: dict[str, Any] = {
         "channels": codec.channels,
         "context_dim": conditioner.context_dim,

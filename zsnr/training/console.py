@@ -1,0 +1,349 @@
+"""What fit, validate, test and predict say while they run: progress, and what a run has come to."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import shutil
+import sys
+import time
+import warnings
+from datetime import UTC, datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback, ProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+from tqdm import tqdm
+
+from zsnr.files import side_file
+from zsnr.training.checkpointing import Checkpoints, find_last
+
+LOG = "fit.log"
+"""Name of the file in a run's folder that holds its lines of progress."""
+
+_SECONDS_BETWEEN_LINES = 10.0  # of predict, which has no logging interval
+_NOISE = (
+    *("Tip:", "GPU available:", "TPU available:", "HPU available:", "Seed set to"),
+    *("`Trainer.fit` stopped:", "`Trainer` was configured", "Restoring states from"),
+    *("Restored all states", "Loaded model weights", "Loading `train_dataloader`"),
+    *("distributed_backend=", "Initializing distributed:", "All distributed processes"),
+    *("LOCAL_RANK:", "You are using a CUDA device", "Using 16bit", "Using bfloat16"),
+)
+_WARNINGS = (
+    ".*in eval mode at the start of training",  # the averaged weights
+    ".*isinstance.treespec, LeafSpec",
+    ".*does not have many workers",
+    ".*infer the batch indices fetched",
+    ".*sync_dist=True",  # values are reduced already
+    ".*across ranks is zero",  # no validation data
+    ".*broadcast_buffers. is deprecated",
+    ".*dirpath has changed from",
+    ".*args parameter is intended to run from within",
+    ".*`srun` command is available on your system but is not used",
+    ".*TensorBoardLogger. directory .* exists",
+    ".*Experiment logs directory .* exists",
+    ".*The number of training batches .* is smaller than the logging interval",
+)
+
+
+def quiet_lightning() -> None:
+    """Hide messages and warnings of Lightning that concern what this package does on purpose."""
+    for message in _WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities"):
+        for logger in (name, f"{name}.rank_zero", f"{name}.seed", f"{name}.distributed"):
+            logging.getLogger(logger).addFilter(_is_of_use)
+
+
+def _is_of_use(record: logging.LogRecord) -> bool:
+    """Whether a message of Lightning's log tells the user something."""
+    message = record.getMessage()
+    return bool(message.strip("- \n")) and not any(noise in message for noise in _NOISE)
+
+
+def on_terminal() -> bool:
+    """Whether a person watches, so that bars can be drawn."""
+    return sys.stdout.isatty() and sys.stderr.isatty()
+
+
+class ProgressLines(Callback):
+    """Prints one line for each logging interval, to stderr and to fit.log in the run's folder.
+
+    A line has the step and the number of steps, the loss, images per second over all devices and
+    the time left. It also says at the end what the run has come to.
+
+    Args:
+        printing: Whether to print lines; the file is written in any case.
+    """
+
+    def __init__(self, printing: bool = True) -> None:
+        self.printing = printing
+        self._last = -1
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self._pace = Pace(trainer)
+        self._start, self._first = time.monotonic(), trainer.global_step
+        trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
+        begin = "begins" if trainer.global_step == 0 else f"resumes at step {trainer.global_step}"
+        ranks = trainer.world_size
+        self._say(
+            trainer,
+            f"training {begin}: {trainer.max_steps} steps, {trained / 1e6:.1f} M trained "
+            f"parameters on {ranks} {trainer.strategy.root_device.type} "
+            f"device{'s' if ranks > 1 else ''}, precision {trainer.precision}",
+        )
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        last = step == trainer.max_steps
+        interval = max(1, trainer.log_every_n_steps)
+        if step == self._last or (step % interval and not last) or not trainer.is_global_zero:
+            return
+        self._last = step
+        self._say(trainer, self._pace.line(trainer, batch["global_batch_size"]))
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        loss = trainer.callback_metrics.get("val/loss")
+        if trainer.state.fn == "fit" and loss is not None and not trainer.sanity_checking:
+            step = trainer.global_step
+            self._say(
+                trainer, f"step {step} of {trainer.max_steps}, validation loss {float(loss):.4g}"
+            )
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if not trainer.is_global_zero:
+            return
+        steps = trainer.global_step - self._first
+        seconds = time.monotonic() - self._start
+        size = getattr(trainer.datamodule, "batch_size", 0)
+        rate = f", {steps * size / seconds:.3g} images/s" if seconds > 0 and steps else ""
+        self.summary = f"{counted(steps, 'step')} in {duration(seconds)}{rate}"
+        self._write(trainer, f"trained {self.summary}")
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self._start = self._shown = time.monotonic()
+        self._done = 0
+
+    def on_predict_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: Any,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        now = time.monotonic()
+        self._done += len(batch)
+        total = _images(trainer)
+        if now - self._shown < _SECONDS_BETWEEN_LINES and self._done < total:
+            return
+        self._shown = now
+        rate = self._done / max(now - self._start, 1e-9)
+        left = duration((total - self._done) / rate) if rate else "unknown time"
+        if trainer.is_global_zero and self.printing and self._done:
+            each = f" of rank 0, one of {trainer.world_size}" if trainer.world_size > 1 else ""
+            _print(f"{self._done} of {total} images{each}, {rate:.3g} images/s, {left} left")
+
+    def _say(self, trainer: L.Trainer, line: str) -> None:
+        if trainer.is_global_zero:
+            self._write(trainer, line)
+            if self.printing:
+                _print(line)
+
+    def _write(self, trainer: L.Trainer, line: str) -> None:
+        folder = Path(trainer.default_root_dir)
+        with side_file(folder / LOG), open(folder / LOG, "a", encoding="utf-8") as file:
+            file.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC  {line}\n")
+
+
+class Pace:
+    """Speed of training since its start and since the last line.
+
+    Args:
+        trainer: What trains.
+    """
+
+    def __init__(self, trainer: L.Trainer) -> None:
+        self._began = self._since = time.monotonic()
+        self._first = self._step = trainer.global_step
+
+    def line(self, trainer: L.Trainer, batch_size: int) -> str:
+        """Say the step, the loss, images per second since the last line, and the time left."""
+        now, step, total = time.monotonic(), trainer.global_step, trainer.max_steps
+        rate = (step - self._step) * batch_size / max(now - self._since, 1e-9)
+        left = (total - step) * (now - self._began) / max(1, step - self._first)
+        self._since, self._step = now, step
+        loss = trainer.callback_metrics.get("train/loss")
+        said = "" if loss is None else f", loss {float(loss):.4g}"
+        return f"step {step} of {total}{said}, {rate:.3g} images/s, {duration(left)} left"
+
+
+class StepBar(ProgressBar):
+    """A bar on the terminal: steps of training, batches of validation, images of predict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bar: tqdm[Any] | None = None
+        self._shown = True
+
+    def disable(self) -> None:
+        self._shown = False
+
+    def enable(self) -> None:
+        self._shown = True
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        tqdm.write(" ".join(map(str, args)))
+
+    def _open(self, what: str, total: int | None, unit: str, initial: int = 0) -> tqdm[Any]:
+        return tqdm(
+            desc=what,
+            total=total,
+            unit=unit,
+            initial=initial,
+            ncols=shutil.get_terminal_size().columns,  # 80 where a terminal has no size
+            disable=not self._shown,
+        )
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self._bar = self._open("training", trainer.max_steps, "step", trainer.global_step)
+        self._since, self._step = time.monotonic(), trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert self._bar is not None
+        self._bar.update(trainer.global_step - self._bar.n)
+        steps = trainer.global_step - self._step
+        if steps >= max(1, trainer.log_every_n_steps):
+            now = time.monotonic()
+            rate = steps * batch["global_batch_size"] / max(now - self._since, 1e-9)
+            self._since, self._step = now, trainer.global_step
+            loss = trainer.callback_metrics.get("train/loss")
+            said = "" if loss is None else f"loss {float(loss):.4g}, "
+            self._bar.set_postfix_str(f"{said}{rate:.3g} images/s")
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self._close()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        self._close()
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        count = sum(n for n in trainer.num_val_batches if n != float("inf"))
+        self._inner = self._open("validating", int(count) or None, "batch")
+        self._inner.leave = trainer.state.fn != "fit"
+
+    def on_validation_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        self._inner.update()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self._inner.close()
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self._inner = self._open("testing", int(sum(trainer.num_test_batches)) or None, "batch")
+
+    def on_test_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        self._inner.update()
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self._inner.close()
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self._inner = self._open("generating", _images(trainer), "image")
+
+    def on_predict_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, *args: Any
+    ) -> None:
+        self._inner.update(len(batch))
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self._inner.close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def progress_callbacks(bar: bool) -> list[Callback]:
+    """Return what shows progress: a bar on a terminal, else lines; lines go to fit.log always.
+
+    Args:
+        bar: Whether progress is to be shown at all, as trainer.enable_progress_bar says.
+    """
+    terminal = on_terminal()
+    lines: list[Callback] = [ProgressLines(printing=bar and not terminal)]
+    return [*lines, StepBar()] if bar and terminal else lines
+
+
+def print_summary(trainer: L.Trainer, stopped: bool) -> None:
+    """Print to stdout what fit has come to: time, checkpoint, and what to do next.
+
+    Args:
+        trainer: What has trained.
+        stopped: Whether a signal stopped it before its end.
+    """
+    if not trainer.is_global_zero:
+        return
+    folder = Path(trainer.default_root_dir)
+    lines = [each for each in trainer.callbacks if isinstance(each, ProgressLines)]
+    took = getattr(lines[0], "summary", "") if lines else ""
+    what = f"stopped at step {trainer.global_step} of {trainer.max_steps}" if stopped else "done"
+    print(f"{what}: trained {took}" if took else what)
+    [checkpoints] = [each for each in trainer.callbacks if isinstance(each, Checkpoints)][:1] or [
+        None
+    ]
+    last = None if checkpoints is None else find_last(Path(checkpoints.dirpath or "checkpoints"))
+    if last is not None:
+        print(f"checkpoint: {_near(last)}")
+        usual = last.parent.parent == folder
+        model = shlex.quote(_near(folder if usual else last))
+        print(f'next: zsnr sample {model} "a prompt"')
+    if stopped:
+        print("resume: run the same command with --ckpt_path last")
+    if any(isinstance(each, TensorBoardLogger) for each in trainer.loggers):
+        print(f"      tensorboard --logdir {shlex.quote(_near(folder))}")
+    sys.stdout.flush()
+
+
+def duration(seconds: float) -> str:
+    """Say a time in the two largest of its units."""
+    whole = max(0, round(seconds))
+    units = (("day", 86400), ("h", 3600), ("min", 60), ("s", 1))
+    for (unit, size), (smaller, part) in pairwise(units):
+        if whole >= size:
+            count = whole // size
+            days = f"{count} {unit}{'s' if unit == 'day' and count > 1 else ''}"
+            return f"{days} {whole % size // part} {smaller}"
+    return f"{whole} s"
+
+
+def counted(number: int, noun: str) -> str:
+    """Say a number of things."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _images(trainer: L.Trainer) -> int:
+    """Count the images that this rank generates in a predict."""
+    data: Any = trainer.datamodule
+    left = [request for request in data.requests if request.filename not in data.done]
+    return len(left[trainer.global_rank :: trainer.world_size])
+
+
+def _near(path: Path) -> str:
+    """Say a path from here, where it lies here."""
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except (ValueError, OSError):
+        return str(path)
+
+
+def _print(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

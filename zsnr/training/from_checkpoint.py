@@ -1,0 +1,213 @@
+"""The settings that a checkpoint holds, for validate, test and predict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from zsnr.checkpoints.checkpoint_file import KEY, open_checkpoint
+from zsnr.checkpoints.sharded import is_sharded
+from zsnr.codecs import LatentCodec
+from zsnr.conditioning import Conditioner
+from zsnr.described import class_of
+from zsnr.guidance import Guidance
+from zsnr.lora import AdaptedUNet
+from zsnr.loss import LossWeighting
+from zsnr.networks import UNet
+from zsnr.samplers import get_sampler
+from zsnr.samplers.recommend import AUTO, resolve_sampling
+from zsnr.schedule import NoiseSchedule
+from zsnr.timesteps import is_grid_file, read_grid
+from zsnr.training.checkpointing import find_last
+from zsnr.training.settings import known_classes
+from zsnr.untrusted import shown
+
+_PLAIN = (str, int, float, bool, type(None))
+_BATCHES = ("image_size", "seed", "batch_size", "captions", "pixels")  # of the data module's state
+
+
+def resolve_checkpoint(path: str) -> Path:
+    """Return the checkpoint that a path stands for: itself, or the newest of a run's folder.
+
+    Raises:
+        ValueError: The checkpoints of the folder cannot be read.
+    """
+    given = Path(path).expanduser()
+    if not given.is_dir() or is_sharded(given):
+        return given
+    for folder in (given / "checkpoints", given):
+        last = find_last(folder) if folder.is_dir() else None
+        if last is not None:
+            return last
+    return given
+
+
+def checkpoint_config(path: Path) -> dict[str, Any]:
+    """Return what a checkpoint says of its model and data, as a config of plain values.
+
+    The classes that it names are those of this package, or already imported by the user: the same
+    reading that `TextToImage.from_pretrained` builds a model by.
+
+    Args:
+        path: The checkpoint, a file or a folder of shards.
+
+    Returns:
+        Settings by group. What the checkpoint does not say is left out.
+
+    Raises:
+        ValueError: It is no checkpoint of this package, or describes what this package does not
+            build.
+    """
+    checkpoint = open_checkpoint(path)
+    description, facts = checkpoint[KEY], _mapping(checkpoint.get("run"))
+    data = _mapping(checkpoint.get("DataModule"))
+    model: dict[str, Any] = {
+        "codec": _component(path, description["codec"], LatentCodec),
+        "conditioner": _component(path, description["conditioner"], Conditioner),
+        "schedule": _schedule(path, description["schedule"]),
+        "prediction_type": description["prediction_type"],
+        "ema": facts.get("ema") if "ema" in facts else _averages(checkpoint),
+    }
+    unet = description["unet"]
+    if class_of(unet, UNet) is AdaptedUNet:
+        settings = unet["init_args"]
+        model |= {"unet": settings.get("pretrained"), "lora": settings.get("lora")}
+    else:
+        model["unet"] = _component(path, unet, UNet)
+    loss = _mapping(facts.get("loss"))
+    model["loss"] = {f.name: loss[f.name] for f in fields(LossWeighting) if f.name in loss}
+    model |= {name: facts[name] for name in ("offset_noise", "caption_dropout") if name in facts}
+    sampling = facts.get("sampling")
+    if sampling is not None:
+        model["sampling"] = sampling_config(path, sampling)
+    batches = {name: data[name] for name in _BATCHES if name in data}
+    config: dict[str, Any] = {
+        "model": {name: value for name, value in model.items() if value != {}},
+        "data": {**batches, "image_size": description["image_size"]},
+    }
+    if path.parent.name == "checkpoints":
+        config["trainer"] = {"default_root_dir": str(path.parent.parent)}
+    _check_plain(path, config)
+    return config
+
+
+def sampling_config(path: Path, sampling: Any) -> dict[str, Any]:
+    """Return the settings of model.sampling for what a checkpoint says of its sampling.
+
+    Sampler and spacing that "auto" stands for are "auto" again, so that another number of steps
+    chooses others.
+
+    Raises:
+        ValueError: It is not what training writes, or needs a grid file that is not here.
+    """
+    where = f"{path}: sampling"
+    if not isinstance(sampling, Mapping):
+        raise ValueError(f"{where} is {shown(sampling)}: wanted settings by name.")
+    guidance = {
+        f.name: sampling[f"guidance_{f.name}"]
+        for f in fields(Guidance)
+        if f"guidance_{f.name}" in sampling
+    }
+    interval = guidance.get("interval")
+    if isinstance(interval, list) and len(interval) == 2:
+        ends = (0.0, float("inf"))
+        guidance["interval"] = [e if x is None else x for x, e in zip(interval, ends, strict=True)]
+    sampler, spacing = sampling.get("sampler", AUTO), sampling.get("spacing", AUTO)
+    num_steps = sampling.get("num_steps")
+    if not isinstance(sampler, str) or not isinstance(spacing, str) or type(num_steps) is not int:
+        raise ValueError(f"{where}: wanted a sampler, a spacing and a number of steps.")
+    chosen = resolve_sampling(AUTO, AUTO, num_steps, Guidance(**guidance))
+    config: dict[str, Any] = {"num_steps": num_steps, "guidance": guidance}
+    if (sampler, spacing) == chosen:
+        return config
+    if is_grid_file(spacing):
+        _check_grid(path, Path(spacing), sampling.get("timesteps"))
+    if "." in sampler:
+        raise ValueError(
+            f"{where}: the sampler {shown(sampler)} is not one of this package: give --sampler, or "
+            "a config with -c that names it."
+        )
+    cls = type(get_sampler(sampler))
+    given = _mapping(sampling.get("sampler_options"))
+    options = {name: value for name, value in given.items() if name != "guidance"}
+    class_path = f"{cls.__module__}.{cls.__qualname__}"
+    return {**config, "sampler": {"class_path": class_path, "init_args": options}} | {
+        "spacing": spacing
+    }
+
+
+def _check_grid(path: Path, file: Path, timesteps: Any) -> None:
+    """Refuse a grid file that is not here, or has changed since.
+
+    Raises:
+        ValueError: So it is.
+    """
+    try:
+        same = list(read_grid(file).timesteps) == timesteps
+    except (OSError, ValueError):
+        same = False
+    if not same:
+        raise ValueError(
+            f"{path} was sampled with the timesteps of {shown(str(file))}, which is not here or "
+            "has changed: give --spacing."
+        )
+
+
+def _component(path: Path, description: Any, base: type[Any]) -> dict[str, Any]:
+    """Return {class_path, init_args} of a component whose class is known to be harmless.
+
+    Raises:
+        ValueError: See `class_of`; or the arguments hold a component of their own.
+    """
+    cls = class_of(description, base)
+    arguments = dict(description.get("init_args", {}))
+    if _names_a_class(arguments):
+        raise ValueError(
+            f"{path}: the arguments of {cls.__name__} name a class, which no checkpoint of this "
+            "package does."
+        )
+    known = known_classes(base).get(cls.__name__) is cls
+    name = cls.__name__ if known else f"{cls.__module__}.{cls.__qualname__}"
+    return {"class_path": name, "init_args": arguments}
+
+
+def _names_a_class(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return "class_path" in value or any(map(_names_a_class, value.values()))
+    return isinstance(value, list | tuple) and any(map(_names_a_class, value))
+
+
+def _schedule(path: Path, settings: Any) -> dict[str, Any]:
+    try:
+        return NoiseSchedule.from_settings(settings).settings()
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _averages(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return what makes averaged weights, if an older checkpoint has some."""
+    weights = checkpoint.get("state_dict", {})
+    return {"decay": 0.9999} if any(name.startswith("ema.") for name in weights) else None
+
+
+def _check_plain(path: Path, value: Any) -> None:
+    """Refuse objects in the place of plain values.
+
+    Raises:
+        ValueError: There is one.
+    """
+    if isinstance(value, Mapping):
+        for name, part in value.items():
+            _check_plain(path, name)
+            _check_plain(path, part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            _check_plain(path, part)
+    elif type(value) not in _PLAIN:
+        raise ValueError(f"{path} holds {shown(value)} in its settings: wanted plain values.")
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
