@@ -740,7 +740,20 @@ def _data_cache(options: argparse.Namespace) -> None:
     check_temporary()
     from zsnr.training.caching import run_cache
 
-    _print(run_cache(options, options.settings))
+    _print(
+        run_cache(
+            options.config,
+            options.settings,
+            output=options.output,
+            source=options.source,
+            text=options.text,
+            dtype=options.dtype,
+            batch_size=options.batch_size,
+            device=options.device,
+            rank=options.rank,
+            ranks=options.ranks,
+        )
+    )
 
 
 def _data_report(options: argparse.Namespace) -> None:
@@ -969,7 +982,16 @@ def _plan(options: argparse.Namespace) -> int:
     check_temporary()
     from zsnr.training.planning import run_plan
 
-    text, fits = run_plan(options, options.settings)
+    text, fits = run_plan(
+        [*options.configs, *options.config],
+        options.settings,
+        ranks=options.ranks,
+        ranks_per_node=options.ranks_per_node,
+        memory=options.memory,
+        images_per_second=options.images_per_second,
+        measure=options.measure,
+        as_json=options.json,
+    )
     _print(text)
     return 0 if fits else 1
 

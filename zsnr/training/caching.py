@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jsonargparse import ArgumentParser
@@ -17,92 +16,100 @@ from zsnr.codecs import LatentCodec
 from zsnr.conditioning import Conditioner
 from zsnr.data.cache import Cache, filter_facts, picture_facts, shard_files, write_cache
 from zsnr.data.faults import check_budget, summarize
-from zsnr.data.sources import Sources
 from zsnr.locks import Lock
 from zsnr.training.data import DataModule, describe_samples
 from zsnr.training.lightning_cli import check_environment, parse_fit, short_message
 
 
-def run_cache(options: argparse.Namespace, settings: Sequence[str]) -> Path:
-    """Write this process's share of a cache; return its folder.
+def run_cache(
+    configs: Sequence[str],
+    settings: Sequence[str] = (),
+    *,
+    output: str | Path,
+    source: Literal["train", "val"] = "train",
+    text: bool = False,
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16",
+    batch_size: int = 8,
+    device: str | None = None,
+    rank: int | None = None,
+    ranks: int | None = None,
+) -> Path:
+    """Write one process's share of a cache of encoded images.
 
     Args:
-        options: Of the command.
-        settings: Other arguments, as fit takes them.
+        configs: YAML files of `zsnr fit`; later files override earlier ones.
+        settings: Further arguments of fit, such as ["--data.train", "FOLDER"].
+        output: Folder of the cache. An interrupted cache is continued.
+        source: Which dataset to encode.
+        text: Cache text embeddings too.
+        dtype: Data type of the cached values.
+        batch_size: Number of images encoded at a time.
+        device: Where to encode. None = the GPU if there is one.
+        rank: Index of this process. None = RANK of the environment, else 0.
+        ranks: Number of processes. None = WORLD_SIZE of the environment, else 1.
+
+    Returns:
+        The folder of the cache.
 
     Raises:
         ValueError: The config or the data is wrong, or the folder holds something else.
     """
     check_environment()
-    rank = int(os.environ.get("RANK", 0)) if options.rank is None else options.rank
-    ranks = int(os.environ.get("WORLD_SIZE", 1)) if options.ranks is None else options.ranks
+    rank = int(os.environ.get("RANK", 0)) if rank is None else rank
+    ranks = int(os.environ.get("WORLD_SIZE", 1)) if ranks is None else ranks
     if not 0 <= rank < ranks:
         raise ValueError(f"--rank {rank} --ranks {ranks}: wanted 0 <= rank < ranks.")
-    if options.batch_size < 1:
-        raise ValueError(f"--batch-size {options.batch_size}: wanted at least 1.")
-    configs = [part for path in options.config for part in ("-c", path)]
-    config = parse_fit([*configs, *settings])
+    if batch_size < 1:
+        raise ValueError(f"--batch-size {batch_size}: wanted at least 1.")
+    config = parse_fit([*(part for path in configs for part in ("-c", path)), *settings])
     data: Any = build("data", DataModule, config.data)
-    sources = getattr(data, options.source)
+    sources = getattr(data, source)
     if sources is None:
-        raise ValueError(f"data.{options.source} is not set: there is nothing to cache.")
+        raise ValueError(f"data.{source} is not set: there is nothing to cache.")
     codec: Any = build("codec", LatentCodec, config.model.codec)
     codec.latent_shape(data.image_size, data.image_size)
     conditioner: Any = None
-    if options.text:
+    if text:
         conditioner = build("conditioner", Conditioner, config.model.conditioner)
-    folder = Path(options.output).expanduser()
+    folder = Path(output).expanduser()
     with Lock(folder / f".share-{rank:05d}-of-{ranks:05d}.lock", folder):
-        _write_share(options, folder, data, sources, codec, conditioner, rank, ranks)
-    return folder
-
-
-def _write_share(
-    options: argparse.Namespace,
-    folder: Path,
-    data: DataModule,
-    sources: Sources,
-    codec: LatentCodec,
-    conditioner: Conditioner | None,
-    rank: int,
-    ranks: int,
-) -> None:
-    index, samples = data.select(sources)
-    if rank == 0:
-        rank_zero_info(describe_samples(samples, f"data.{options.source}"))
-    check_budget(samples.faults, samples.total, len(samples.shards), data.error_budget)
-    cache = Cache(
-        folder=folder,
-        codec=codec.fingerprint(),
-        conditioner=None if conditioner is None else conditioner.fingerprint(),
-        captions=None if conditioner is None else asdict(data.captions),
-        picture=picture_facts(data.image_size, data.aspect, data.pixels),
-        filters=filter_facts(data.filters),
-        samples=samples.digest,
-        dtype=options.dtype,
-        shards=shard_files(samples.shards),
-    )
-    faults = write_cache(
-        folder,
-        samples,
-        codec,
-        conditioner,
-        index,
-        cache=cache,
-        pixels=data.pixels,
-        captions=data.captions,
-        **data.reading(),
-        batch_size=options.batch_size,
-        num_workers=data.num_workers,
-        rank=rank,
-        num_ranks=ranks,
-        device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        on_shard=lambda broken, done: check_budget(
-            broken, done, len(samples.shards), data.error_budget
-        ),
-    )
+        index, samples = data.select(sources)
+        if rank == 0:
+            rank_zero_info(describe_samples(samples, f"data.{source}"))
+        check_budget(samples.faults, samples.total, len(samples.shards), data.error_budget)
+        cache = Cache(
+            folder=folder,
+            codec=codec.fingerprint(),
+            conditioner=None if conditioner is None else conditioner.fingerprint(),
+            captions=None if conditioner is None else asdict(data.captions),
+            picture=picture_facts(data.image_size, data.aspect, data.pixels),
+            filters=filter_facts(data.filters),
+            samples=samples.digest,
+            dtype=dtype,
+            shards=shard_files(samples.shards),
+        )
+        faults = write_cache(
+            folder,
+            samples,
+            codec,
+            conditioner,
+            index,
+            cache=cache,
+            pixels=data.pixels,
+            captions=data.captions,
+            **data.reading(),
+            batch_size=batch_size,
+            num_workers=data.num_workers,
+            rank=rank,
+            num_ranks=ranks,
+            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            on_shard=lambda broken, done: check_budget(
+                broken, done, len(samples.shards), data.error_budget
+            ),
+        )
     if faults:
-        rank_zero_info(f"broken pictures, kept as gaps: {summarize(faults)}")
+        rank_zero_info(f"Broken images, which the cache leaves out: {summarize(faults)}")
+    return folder
 
 
 def build(name: str, cls: type[Any], values: Any) -> Any:

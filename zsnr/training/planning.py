@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -48,36 +47,50 @@ _PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
 }
 
 
-def run_plan(options: argparse.Namespace, settings: Sequence[str]) -> tuple[str, bool]:
-    """Plan a training config.
+def run_plan(
+    configs: Sequence[str],
+    settings: Sequence[str] = (),
+    *,
+    ranks: int | None = None,
+    ranks_per_node: int | None = None,
+    memory: float | None = None,
+    images_per_second: float | None = None,
+    measure: bool = False,
+    as_json: bool = False,
+) -> tuple[str, bool]:
+    """Plan what `zsnr fit` with the same configs and settings needs.
 
     Args:
-        options: Of the command.
-        settings: Other arguments, as fit takes them.
+        configs: YAML files; later files override earlier ones.
+        settings: Further arguments of fit, such as ["--data.batch_size", "64"].
+        ranks: Number of processes. None = as the trainer says.
+        ranks_per_node: Number of processes on one node. None = as the trainer says.
+        memory: GiB that one rank may use. None = unlimited.
+        images_per_second: Throughput summed over all ranks, from which the hours follow.
+        measure: Measure the throughput with a few steps on this machine.
+        as_json: Return JSON instead of a table.
 
     Returns:
-        What to print, and whether the memory suffices or is not said.
+        The text to print, and False if the run does not fit into the memory.
 
     Raises:
-        ValueError: The config is wrong, or is one that cannot be planned.
+        ValueError: The config is wrong, or cannot be planned.
     """
-    for name in ("memory", "images_per_second"):
-        value = getattr(options, name)
+    for name, value in (("memory", memory), ("images-per-second", images_per_second)):
         if value is not None and not value > 0:
-            raise ValueError(f"--{name.replace('_', '-')} {value:g}: wanted more than 0.")
-    files = [*options.configs, *options.config]
-    if not files:
+            raise ValueError(f"--{name} {value:g}: wanted more than 0.")
+    if not configs:
         raise ValueError("plan needs a config: zsnr plan CONFIG.")
-    config = parse_fit([*(part for path in files for part in ("-c", path)), *settings])
+    config = parse_fit([*(part for path in configs for part in ("-c", path)), *settings])
     plan = make_plan(
         config,
-        ranks=options.ranks,
-        ranks_per_node=options.ranks_per_node,
-        memory=None if options.memory is None else round(options.memory * GIB),
-        images_per_second=options.images_per_second,
-        measure=options.measure,
+        ranks=ranks,
+        ranks_per_node=ranks_per_node,
+        memory=None if memory is None else round(memory * GIB),
+        images_per_second=images_per_second,
+        measure=measure,
     )
-    return json.dumps(plan.facts()) if options.json else plan.table(), plan.fits is not False
+    return json.dumps(plan.facts()) if as_json else plan.table(), plan.fits is not False
 
 
 def make_plan(
