@@ -280,7 +280,7 @@ def test_tensorboard_tags_are_those_of_a_run(run):
         if line.startswith("| `")
     ]
     patterns = {
-        re.escape(tag).replace("NNNN", r"\d{4}").replace("GROUP", r"\w+"): "needs" in cells[-1]
+        re.escape(tag).replace("NNNN", r"\d{4}").replace("GROUP", r"\w+").replace("CC", r"\d\d"): "needs" in cells[-1]
         for cells in rows
         for tag in re.findall(r"`([^`]+)`", cells[0])
     }
