@@ -42,9 +42,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Replace markers, and turn links to benchmarks/results into links to pages of the site."""
     up = "../" * page.file.src_uri.count("/")
     markdown = re.sub(r"\]\((?:\.\./)+benchmarks/results/", f"]({up}benchmarks/", markdown)
-    return re.sub(
-        r"<!-- generated: (\w+) -->", lambda marker: GENERATORS[marker[1]](), markdown
-    )
+    return re.sub(r"<!-- generated: (\w+) -->", lambda marker: GENERATORS[marker[1]](), markdown)
 
 
 def command_names() -> list[str]:
@@ -60,7 +58,7 @@ def subcommands(text: str) -> list[str]:
     """Find the names under the heading of subcommands in a help text."""
     lines = iter(text.splitlines())
     for line in lines:
-        if line.strip().split(" ")[0] in ("COMMAND", "{") or line.strip() == "Available subcommands:":
+        if line.strip() in ("COMMAND", "Available subcommands:"):
             break
     names = (re.match(r" {4}([a-z][\w-]*)(?: |$)", line) for line in lines)
     return [name[1] for name in names if name]

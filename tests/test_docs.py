@@ -1,9 +1,9 @@
 """README and docs: every block of code runs or is parsed, every link and tag exists.
 
-`python` blocks run, page by page, in a folder that holds a small run and small data under the names
-that the pages use. Every `zsnr` line of a `bash` block is parsed by the command itself, `yaml`
-blocks are read as configs laid over configs/tiny.yaml, and `text` blocks are output. A block below a
-line that begins with `*Not run by the tests` is counted instead.
+`python` blocks run, page by page, in a folder that holds a small run and small data under the
+names that the pages use. Every `zsnr` line of a `bash` block is parsed by the command itself, `yaml`
+blocks are read as configs over configs/tiny.yaml, and `text` blocks are output. A block below a line
+that begins with `*Not run by the tests` is counted instead.
 """
 
 import importlib.util
@@ -23,6 +23,8 @@ import yaml
 from PIL import Image
 
 from zsnr.cli import main
+from zsnr.training.caching import build
+from zsnr.training.data import DataModule
 from zsnr.training.lightning_cli import parse_fit
 
 ROOT = Path(__file__).parents[1]
@@ -156,7 +158,8 @@ def refusal(words):
 def wrong_in(words):
     """Return what is wrong with a command line. Parsing it must fail at the last word alone."""
     code, said = refusal(words)
-    options = re.findall(r"(?<![\w-])--[a-z][\w.-]*", said.partition("error:")[2].partition(". ")[0])
+    message = said.partition("error:")[2].partition(". ")[0]
+    options = re.findall(r"(?<![\w-])--[a-z][\w.-]*", message)
     if code in (2, 3) and [option.rstrip(".") for option in options] == [PROBE]:
         return ""
     return said or f"exit code {code}"
@@ -212,8 +215,11 @@ def test_commands_named_in_the_text_exist():
     for page in PAGES:
         prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
         for code in re.findall(r"`zsnr ([a-z][^`]*)`", " ".join(prose.split())):
-            command = re.match(r"[a-z]+(?: (?:openmoji|index|cache|report|consolidate|optimize|"
-                               r"models|oracle|list|show|copy))?", code)[0]
+            command = re.match(
+                r"[a-z]+(?: (?:openmoji|index|cache|report|consolidate|optimize|"
+                r"models|oracle|list|show|copy))?",
+                code,
+            )[0]
             if command not in helps:
                 printed = io.StringIO()
                 with redirect_stdout(printed), pytest.raises(SystemExit) as stop:
@@ -230,6 +236,19 @@ def test_yaml_blocks_are_configs(block, run, monkeypatch):
     monkeypatch.setenv("TOKEN", "secret")
     Path("block.yaml").write_text(block.code)
     parse_fit(["-c", "configs/tiny.yaml", "-c", "block.yaml"])
+
+
+def test_the_example_of_data_means_what_it_says(run, monkeypatch):
+    monkeypatch.chdir(run)
+    monkeypatch.setenv("TOKEN", "secret")
+    example = next(block for block in blocks("yaml") if block.page.name == "data.md")
+    Path("block.yaml").write_text(example.code)
+    config = parse_fit(["-c", "configs/tiny.yaml", "-c", "block.yaml"])
+    data = build("data", DataModule, config.data)
+    assert data.train[1].weight == 20
+    assert data.filters[2].one_of == ("en",)
+    assert data.captions.fields == {"txt": 0.7, "blip_caption": 0.3}
+    assert len(data.aspect.shapes(data.image_size)) == 5
 
 
 def test_a_wrong_yaml_block_is_seen(run, monkeypatch):
@@ -279,11 +298,11 @@ def test_tensorboard_tags_are_those_of_a_run(run):
         for line in (ROOT / "docs/reference/tensorboard.md").read_text().splitlines()
         if line.startswith("| `")
     ]
-    patterns = {
-        re.escape(tag).replace("NNNN", r"\d{4}").replace("GROUP", r"\w+").replace("CC", r"\d\d"): "needs" in cells[-1]
-        for cells in rows
-        for tag in re.findall(r"`([^`]+)`", cells[0])
-    }
+    patterns = {}  # and whether its row says that it needs something that this run has not
+    for cells in rows:
+        for tag in re.findall(r"`([^`]+)`", cells[0]):
+            pattern = tag.replace("NNNN", r"\d{4}").replace("GROUP", r"\w+").replace("CC", r"\d\d")
+            patterns[pattern] = "needs" in cells[-1]
     unknown = {tag for tag in written if not any(re.fullmatch(p, tag) for p in patterns)}
     assert unknown == set()
     absent = {p for p, needs in patterns.items() if not any(re.fullmatch(p, t) for t in written)}
