@@ -9,12 +9,15 @@ from __future__ import annotations
 import contextlib
 import html
 import io
+import logging
 import os
 import re
+import subprocess
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -48,20 +51,16 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 def command_names() -> list[str]:
     """List every command, with its subcommand where it has some, as the command line says."""
     names = []
-    for name in subcommands(command_help()):
-        inner = subcommands(command_help(name))
-        names += [f"{name} {second}" for second in inner] or [name]
+    for name in listed(command_help()):
+        text = command_help(*name.split())
+        has_commands = "COMMAND" in text.splitlines()[0]
+        names += [f"{name} {second}" for second in listed(text)] if has_commands else [name]
     return names
 
 
-def subcommands(text: str) -> list[str]:
-    """Find the names under the heading of subcommands in a help text."""
-    lines = iter(text.splitlines())
-    for line in lines:
-        if line.strip() in ("COMMAND", "Available subcommands:"):
-            break
-    names = (re.match(r" {4}([a-z][\w-]*)(?: |$)", line) for line in lines)
-    return [name[1] for name in names if name]
+def listed(text: str) -> list[str]:
+    """Find the names of commands in a help text: indented, and followed by what they do."""
+    return re.findall(r"^ {2,4}([a-z][\w-]*(?: [a-z][\w-]*)?)(?: {2,}|$)", text, re.MULTILINE)
 
 
 def command_help(*words: str) -> str:
@@ -113,6 +112,7 @@ def fit_settings() -> list[Any]:
         def instantiate_classes(self) -> None:
             """Make nothing."""
 
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # "Seed set to 0"
     tiny = str(ROOT / "configs/tiny.yaml")
     cli = OnlyParser(
         LatentDiffusion, DataModule, run=False, args=["-c", tiny], save_config_callback=None
@@ -120,32 +120,40 @@ def fit_settings() -> list[Any]:
     return [action for action in cli.parser._actions if type(action).__name__ == "ActionTypeHint"]
 
 
-def type_name(action: Any) -> str:
-    """Write a setting's type as a reader would: names without modules, choices as they are."""
-    text = str(getattr(action, "_typehint", "") or "")
-    text = re.sub(r"<class '(.*)'>", r"\1", text)
-    text = re.sub(r"(?:typing|collections\.abc)\.", "", text)
-    if choices := re.findall(r"'([^']+)'", text):
-        return " or ".join(f"`{choice}`" for choice in choices)
-    return f"`{re.sub(r'[a-z_]+[.](?=[A-Za-z_])', '', text)}`"
+def type_name(annotation: Any) -> str:
+    """Write a type as a reader would: names without modules, choices as they are."""
+    if annotation is type(None):
+        return "`null`"
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return " or ".join(f"`{choice}`" for choice in arguments)
+    if origin in (Union, UnionType):
+        return " or ".join(dict.fromkeys(type_name(one) for one in arguments))
+    if origin is not None and origin is not Annotated:
+        if getattr(origin, "__name__", "") == "Callable":
+            return "class"
+        inner = ", ".join(type_name(one) for one in arguments if one is not ...)
+        return f"{getattr(origin, '__name__', origin)} of {inner}"
+    name = f"`{getattr(annotation, '__name__', annotation)}`"
+    module = str(getattr(annotation, "__module__", ""))
+    described = module.startswith("zsnr.")  # in reference/python.md, or the strict build fails
+    return f"[{name}][{module}.{annotation.__qualname__}]" if described else name
 
 
 def configuration() -> str:
-    """Write one table a group of settings of `zsnr fit`: name, type, default and help."""
+    """Write the settings of `zsnr fit` by group: name, type and default, then the help."""
     groups: dict[str, list[str]] = {}
     for action in fit_settings():
         group, _, rest = action.dest.partition(".")
-        default = action.default
-        if not rest or default == "==SUPPRESS==" or "SUPPRESS" in str(action.help):
+        if not rest or "SUPPRESS" in f"{action.default} {action.help}":
             continue
-        shown = "required" if action.required else f"`{default_text(default)}`"
+        shown = "required" if action.required else f"default `{default_text(action.default)}`"
         text = " ".join(str(action.help or "").split()).replace("%%", "%")
-        cells = f"`{action.dest}`", type_name(action), shown, html.escape(text, quote=False)
-        groups.setdefault(group, []).append(row(*cells))
-    head = row("setting", "type", "default", "what it does") + "\n|---|---|---|---|"
-    return "\n\n".join(
-        f"## {group}\n\n{head}\n" + "\n".join(rows) for group, rows in groups.items()
-    )
+        groups.setdefault(group, []).append(
+            f"`{action.dest}` · {type_name(getattr(action, '_typehint', None))} · {shown}\n"
+            f":   {html.escape(text, quote=False) or 'See the class.'}\n"
+        )
+    return "\n".join(f"## {group}\n\n" + "\n".join(rows) for group, rows in groups.items())
 
 
 def default_text(value: Any) -> str:
@@ -172,7 +180,7 @@ def benchmarks() -> str:
     Raises:
         ValueError: A file of results does not say its date or the command that made it.
     """
-    rows = [row("results", "date", "commit", "made by"), "|---|---|---|---|"]
+    rows = [row("results", "date", "commit", "command"), "|---|---|---|---|"]
     for path in sorted(RESULTS.glob("*.md")):
         text = path.read_text(encoding="utf-8")
         title = re.search(r"^# (.+)", text)
@@ -185,15 +193,35 @@ def benchmarks() -> str:
             row(
                 f"[{title[1]}](../benchmarks/{path.name})",
                 day[1],
-                commit[1] if commit else "not recorded",
+                commit[1] if commit else added_by(path),
                 f"`{command[1]}`",
             )
         )
     return "\n".join(rows)
 
 
+def added_by(path: Path) -> str:
+    """Name the commit that last changed a file; "-" outside of a clone."""
+    git = ["git", "-C", str(ROOT), "log", "-1", "--format=%h", "--", str(path)]
+    try:
+        answer = subprocess.run(git, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "-"
+    return answer.stdout.strip() or "-"
+
+
+def functions() -> str:
+    """Name the function behind every command that is a file of zsnr/commands/."""
+    public = []
+    for path in sorted((ROOT / "zsnr/commands").glob("*.py")):
+        if path.stem in {name.replace(" ", "_") for name in command_names()}:
+            public.append(f"::: zsnr.commands.{path.stem}.{path.stem}\n")
+    return "\n".join(public)
+
+
 GENERATORS: dict[str, Callable[[], str]] = {
     "commands": commands,
     "configuration": configuration,
     "benchmarks": benchmarks,
+    "functions": functions,
 }
