@@ -1,4 +1,5 @@
-# make quickstart: install, train on real pictures, sample, report.  make test: install, run the tests.
+# make quickstart: install, train on real images, sample, report.  make test: install, run the tests.
+# make docs: build the documentation site, site/index.html.
 # make test-cluster: two nodes, SLURM and kills; half an hour, as root, in a container best.
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,14 +8,16 @@ READY := $(VENV)/.ready
 
 RUN := runs/quickstart
 CONFIG := configs/quickstart.yaml
-# An interrupted quickstart goes on where it stopped; `rm -r runs/quickstart` starts anew.
+# An interrupted quickstart resumes; after `rm -r runs/quickstart` it starts from scratch.
 
-.PHONY: quickstart test test-cluster check format lint types bench clean
+.PHONY: install quickstart test test-cluster docs check format lint types bench clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
+
+install: $(READY)
 
 quickstart: $(READY)
 	test -d $(RUN)/data || $(BIN)/zsnr data openmoji $(RUN)/data --glyphs demo
@@ -31,7 +34,10 @@ test-cluster: $(READY)
 	  apt-get update --quiet && apt-get install --yes --quiet iproute2 slurm-wlm munge; fi
 	$(BIN)/python -m pytest tests/cluster -m cluster --write-results benchmarks/results/cluster.md
 
-check: lint types test
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+check: lint types docs test
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
@@ -53,4 +59,4 @@ bench: $(READY)
 	$(BIN)/python benchmarks/train_step.py --write
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site

@@ -1,58 +1,262 @@
-"""The commands that README and docs show exist, with their options."""
+"""README and docs: every block of code runs or is parsed, every link and tag exists.
 
+`python` blocks run, page by page, in a folder that holds a small run and small data under the
+names that the pages use. Every `zsnr` line of a `bash` block is parsed by the command itself,
+`yaml` blocks are read as configs over configs/tiny.yaml, and `text` blocks are output. A block
+below a line that begins with `*Not run by the tests` is counted instead.
+"""
+
+import importlib.util
+import io
 import re
 import shlex
+import shutil
+import tomllib
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+import tiny
+import torch
+import yaml
+from PIL import Image
 
 from zsnr.cli import main
-from zsnr.training.lightning_cli import SHORT_OPTIONS
+from zsnr.training.caching import build
+from zsnr.training.data import DataModule
+from zsnr.training.lightning_cli import parse_fit
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-LIGHTNING = ("fit", "validate", "test", "predict")
-GROUPS = ("data", "configs", "checkpoint", "timesteps")
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
+NOT_RUN = "*Not run by the tests"
+COUNT_NOT_RUN = 0
+PROBE = "--option-that-no-command-has"
+OTHER_PROGRAMS = {"cd", "docker", "export", "git", "tensorboard"}
 
 
-def commands():
-    """Every `zsnr ...` in a block of code or between backticks, without the first word."""
-    found = set()
+class Block(NamedTuple):
+    page: Path
+    line: int
+    language: str
+    code: str
+    runs: bool
+
+    @property
+    def place(self):
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+def blocks(*languages):
+    """List the fenced blocks of all pages; those of the languages that are asked for."""
+    listed = []
     for page in PAGES:
-        parts = re.split(r"^```", page.read_text().replace("\\\n", " "), flags=re.MULTILINE)
-        lines = [line.partition(" #")[0] for block in parts[1::2] for line in block.splitlines()]
-        lines += [code for prose in parts[::2] for code in re.findall(r"`([^`]+)`", prose)]
-        for line in lines:
-            command = re.match(r"(?:[A-Z_]+=\S+ )?zsnr ([a-z].*)", " ".join(line.split()))
-            if command:
-                found.add(command[1])
-    return sorted(found)
+        lines = page.read_text().splitlines()
+        fences = [i for i, line in enumerate(lines) if line.startswith("```")]
+        assert len(fences) % 2 == 0, f"{page}: a block has no end"
+        for begin, end in zip(fences[::2], fences[1::2], strict=True):
+            before = next((line for line in reversed(lines[:begin]) if line), "")
+            language = lines[begin].removeprefix("```")
+            code = "\n".join(lines[begin + 1 : end]) + "\n"
+            listed.append(Block(page, begin + 1, language, code, NOT_RUN not in before))
+    return [block for block in listed if not languages or block.language in languages]
 
 
-def help_of(capsys, *command):
-    with pytest.raises(SystemExit) as end:
-        main([*command, "--help"])
-    assert end.value.code == 0
-    return capsys.readouterr().out
+def test_every_block_has_a_kind_and_few_are_not_run():
+    assert {block.language for block in blocks()} == {"bash", "python", "text", "yaml"}
+    assert sum(not block.runs for block in blocks()) == COUNT_NOT_RUN
+    for block in blocks("text"):
+        shown = [line for line in block.code.splitlines() if re.match(r"\$|zsnr [a-z]|>>>", line)]
+        assert not shown, f"{block.place}: commands belong into a bash block"
 
 
-def test_commands_and_options_exist(capsys):
-    shown = commands()
-    assert len(shown) > 40
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A folder of a tiny run with all that a board shows, photos, and a Stable Diffusion."""
+    root = tmp_path_factory.mktemp("docs")
+    tiny.write_shards(root / "data", [4])
+    tiny.write_shards(root / "data", [4], "val")
+    (root / "photos").mkdir()
+    for number in range(8):
+        Image.new("RGB", (32, 24), (30 * number,) * 3).save(root / f"photos/{number}.jpg")
+        (root / f"photos/{number}.txt").write_text(f"a photo of {number}")
+    (root / "captions.jsonl").write_text('{"caption": "snow", "group": "white"}\n' * 2)
+    shutil.copytree(ROOT / "configs", root / "configs")
+    tiny.sdxl_folder(root / "my-diffusers-model")
+    overlay = {
+        "trainer": {
+            "default_root_dir": str(root / "runs/quickstart"),
+            "max_steps": 2,
+            "val_check_interval": 2,
+            "enable_progress_bar": False,
+            "callbacks": [
+                {
+                    "class_path": "zsnr.training.Previews",
+                    "init_args": {"prompts": ["", "snow"], "every_n_steps": 1},
+                }
+            ],
+        },
+        "data": {"train": str(root / "data/train-*.tar"), "val": str(root / "data/val-*.tar")},
+        "metrics": {"captions": str(root / "captions.jsonl"), "num_images": 2},
+    }
+    (root / "overlay.yaml").write_text(yaml.safe_dump(overlay))
+    arguments = ["fit", "-c", str(ROOT / "configs/tiny.yaml"), "-c", str(root / "overlay.yaml")]
+    with pytest.MonkeyPatch.context() as patch, redirect_stderr(io.StringIO()):
+        patch.chdir(root)
+        patch.setattr("sys.argv", ["zsnr", *arguments])
+        assert main(arguments) == 0
+    return root
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_python_blocks_run(page, run, monkeypatch):
+    monkeypatch.chdir(run)
+    torch.manual_seed(0)
+    names = {"__name__": "__main__"}
+    for block in blocks("python"):
+        if block.page == page and block.runs:
+            code = compile("\n" * block.line + block.code, str(page), "exec")
+            with redirect_stdout(io.StringIO()):
+                exec(code, names)
+
+
+def shell_lines():
+    """List (place, words) of every line of the bash blocks."""
+    listed = []
+    for block in blocks("bash"):
+        for line in block.code.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            while words and re.match(r"[A-Z_]+=", words[0]):
+                words = words[1:]
+            if words:
+                listed.append((block.place, words))
+    return listed
+
+
+def zsnr_lines():
+    """List (place, words) of every `zsnr` command, also of those that torchrun starts."""
+    listed = []
+    for place, words in shell_lines():
+        if words[0] == "torchrun":
+            words = ["zsnr", *words[words.index("zsnr.cli") + 1 :]]
+        if words[0] == "zsnr":
+            listed.append((place, words[1:]))
+    return listed
+
+
+def refusal(words):
+    """Return what a command answers to its line and one option that no command has."""
+    said = io.StringIO()
+    with redirect_stderr(said), redirect_stdout(io.StringIO()):
+        try:
+            code = main([*words, PROBE])
+        except SystemExit as stop:
+            code = stop.code
+    return code, " ".join(said.getvalue().split())
+
+
+def wrong_in(words):
+    """Return what is wrong with a command line. Parsing it must fail at the last word alone."""
+    code, said = refusal(words)
+    message = re.sub(r"`[^`]*`", "", said.partition("error:")[2]).partition(". ")[0]
+    options = re.findall(r"(?<![\w-])--[a-z][\w.-]*", message)
+    if code in (2, 3) and [option.rstrip(".") for option in options] == [PROBE]:
+        return ""
+    return said or f"exit code {code}"
+
+
+def test_a_wrong_command_line_is_seen(run, monkeypatch):
+    monkeypatch.chdir(run)
+    assert wrong_in(["doctor", "model"]) == ""
+    assert "--stepz" in wrong_in(["doctor", "model", "--stepz", "3"])
+    assert "trainer" in wrong_in(["fit", "-c", "configs/tiny.yaml", "--trainer.max_stepz", "3"])
+    assert wrong_in(["diagnose", "model"])
+
+
+@pytest.mark.parametrize(
+    "words", sorted({tuple(words) for _, words in zsnr_lines()}), ids=lambda w: " ".join(w)[:70]
+)
+def test_commands_are_parsed(words, run, monkeypatch):
+    monkeypatch.chdir(run)
+    for word in words:  # a file of the reader's own, such as mine.yaml
+        if word.endswith(".yaml") and not Path(word).exists():
+            shutil.copy("configs/tiny.yaml", word)
+    places = {place for place, line in zsnr_lines() if tuple(line) == words}
+    assert wrong_in(words) == "", f"{places}: zsnr {shlex.join(words)}"
+
+
+def test_other_commands_exist():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for place, words in shell_lines():
+        line = f"{place}: {shlex.join(words)}"
+        program, *rest = words
+        match program:
+            case "make":
+                assert set(rest) <= set(targets), line
+            case "pip":
+                asked = re.findall(r"(?:\.|zsnr)\[([\w,]+)\]", line)
+                assert {extra for group in asked for extra in group.split(",")} <= set(extras), line
+            case "python" | "mkdocs" | "sbatch":
+                files = [word for word in rest if word.endswith((".py", ".sbatch"))]
+                assert all((ROOT / file).is_file() for file in files), line
+                for option in (word for word in rest if word.startswith("--") and files):
+                    known = option.partition("=")[0] in (ROOT / files[0]).read_text()
+                    assert known or program == "sbatch", line
+            case _:
+                assert program in OTHER_PROGRAMS | {"zsnr", "torchrun"}, line
+
+
+def test_commands_named_in_the_text_exist():
+    """`zsnr ...` between backticks: the command and its options, which may be incomplete."""
     helps = {}
-    for line in shown:
-        words = shlex.split(line)
-        command = tuple(words[: 2 if words[0] in GROUPS and len(words) > 1 else 1])
-        if command not in helps:
-            helps[command] = help_of(capsys, *command)
-        for word in words:
-            name = word.partition("=")[0]
-            if not name.startswith("--"):
-                continue
-            if "." in name and command[0] not in LIGHTNING:  # a setting, as fit takes it
-                continue
-            short = command[0] in LIGHTNING and name in {*SHORT_OPTIONS, "--sampler", "--seed"}
-            assert short or re.search(rf"{re.escape(name)}\b", helps[command]), line
+    for page in PAGES:
+        prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+        for code in re.findall(r"`zsnr ([a-z][^`]*)`", " ".join(prose.split())):
+            command = re.match(
+                r"[a-z]+(?: (?:openmoji|index|cache|report|consolidate|optimize|"
+                r"models|oracle|list|show|copy))?",
+                code,
+            )[0]
+            if command not in helps:
+                printed = io.StringIO()
+                with redirect_stdout(printed), pytest.raises(SystemExit) as stop:
+                    main([*command.split(), "--help"])
+                assert stop.value.code == 0, f"{page.name}: zsnr {code}"
+                helps[command] = printed.getvalue()
+            for option in re.findall(r"(?<!\S)--[a-z][a-z-]*", code):
+                assert option in helps[command] or command == "fit", f"{page.name}: zsnr {code}"
+
+
+@pytest.mark.parametrize("block", blocks("yaml"), ids=lambda block: block.place)
+def test_yaml_blocks_are_configs(block, run, monkeypatch):
+    monkeypatch.chdir(run)
+    monkeypatch.setenv("TOKEN", "secret")
+    Path("block.yaml").write_text(block.code)
+    parse_fit(["-c", "configs/tiny.yaml", "-c", "block.yaml"])
+
+
+def test_the_example_of_data_means_what_it_says(run, monkeypatch):
+    monkeypatch.chdir(run)
+    monkeypatch.setenv("TOKEN", "secret")
+    example = next(block for block in blocks("yaml") if block.page.name == "data.md")
+    Path("block.yaml").write_text(example.code)
+    config = parse_fit(["-c", "configs/tiny.yaml", "-c", "block.yaml"])
+    data = build("data", DataModule, config.data)
+    assert data.train[1].weight == 20
+    assert data.filters[2].one_of == ("en",)
+    assert data.captions.fields == {"txt": 0.7, "blip_caption": 0.3}
+    assert len(data.aspect.shapes(data.image_size)) == 5
+
+
+def test_a_wrong_yaml_block_is_seen(run, monkeypatch):
+    monkeypatch.chdir(run)
+    Path("block.yaml").write_text("model: {schedule: {zero_snr: true}}")
+    with pytest.raises(ValueError, match="zero_snr"):
+        parse_fit(["-c", "configs/tiny.yaml", "-c", "block.yaml"])
 
 
 def test_configs_that_are_named_exist():
@@ -63,6 +267,62 @@ def test_configs_that_are_named_exist():
 
 def test_links_lead_to_files():
     for page in PAGES:
-        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+        for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
             if not link.startswith("http"):
                 assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_readme_is_short():
+    assert len(README.read_text().splitlines()) <= 130
+
+
+def test_every_page_is_in_the_navigation():
+    named = set(re.findall(r": ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    assert named == {str(page.relative_to(ROOT / "docs")) for page in PAGES[1:]}
+
+
+def test_tensorboard_tags_are_those_of_a_run(run):
+    """Every tag that is written is in the table, and every tag of the table is written."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    [folder] = {path.parent for path in run.rglob("events.out.tfevents.*")}
+    board = EventAccumulator(str(folder)).Reload().Tags()
+    written = {
+        tag
+        for kind in ("scalars", "images", "histograms", "tensors")
+        for tag in board[kind]
+        if not tag.startswith(("_hparams_", "custom_scalars__"))
+    }
+    rows = [
+        line.split("|")[1:-1]
+        for line in (ROOT / "docs/reference/tensorboard.md").read_text().splitlines()
+        if line.startswith("| `")
+    ]
+    patterns = {}  # and whether its row says that it needs something that this run has not
+    for cells in rows:
+        for tag in re.findall(r"`([^`]+)`", cells[0]):
+            pattern = tag.replace("NNNN", r"\d{4}").replace("GROUP", r"\w+").replace("CC", r"\d\d")
+            patterns[pattern] = "needs" in cells[-1]
+    unknown = {tag for tag in written if not any(re.fullmatch(p, tag) for p in patterns)}
+    assert unknown == set()
+    absent = {p for p, needs in patterns.items() if not any(re.fullmatch(p, t) for t in written)}
+    assert {p for p in absent if not patterns[p]} == set()
+
+
+def test_generated_pages_hold_every_command_setting_and_result():
+    """What the site's reference is made from, without building the site."""
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs/generate.py")
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    names = generate.command_names()
+    assert {"fit", "doctor", "data cache", "configs list", "timesteps optimize"} <= set(names)
+    settings = generate.configuration()
+    for name in ("data.batch_size", "model.schedule.zero_terminal_snr", "trainer.max_steps"):
+        assert f"\n`{name}` · " in settings
+    results = generate.benchmarks()
+    for path in (ROOT / "benchmarks/results").glob("*.md"):
+        assert path.name in results
+    for page in PAGES:
+        for marker in re.findall(r"<!-- generated: (\w+) -->", page.read_text()):
+            assert marker in generate.GENERATORS, f"{page.name}: {marker}"

@@ -1,7 +1,6 @@
-"""The floors, the cost of `import zsnr`, and the README."""
+"""The floors, and the cost of `import zsnr`."""
 
 import ast
-import re
 import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
@@ -120,28 +119,3 @@ def test_the_pipeline_needs_no_lightning():
         "sys.exit(bool(heavy & {*sys.modules}))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_readme_blocks_run(tmp_path, monkeypatch):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert blocks
-    monkeypatch.chdir(tmp_path)
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})
-
-
-def test_readme_yaml_is_a_config(tmp_path):
-    from zsnr.training.caching import build
-    from zsnr.training.data import DataModule
-    from zsnr.training.lightning_cli import parse_fit
-
-    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert blocks
-    for i, block in enumerate(blocks):
-        (tmp_path / f"{i}.yaml").write_text(block)
-        config = parse_fit(["-c", str(ROOT / "configs/tiny.yaml"), "-c", f"{tmp_path}/{i}.yaml"])
-        data = build("data", DataModule, config.data)
-        assert data.train[1].weight == 20
-        assert data.filters[2].one_of == ("en",)
-        assert data.captions.fields == {"txt": 0.7, "blip_caption": 0.3}
-        assert len(data.aspect.shapes(data.image_size)) == 5
