@@ -12,10 +12,10 @@ from test_training import data, module, trainer
 from zsnr import NoiseSchedule, diffusion_loss
 from zsnr.checkpoints.checkpoint_file import open_checkpoint
 from zsnr.checkpoints.run_facts import read_run_facts
+from zsnr.draws import validation_draws
 from zsnr.networks import UNet
 from zsnr.training import Checkpoints, LatentDiffusion
 from zsnr.training.adaptation import Start, read_start
-from zsnr.training.draws import validation_draws
 from zsnr.training.facts import public_sources
 from zsnr.training.watchdog import Watchdog
 

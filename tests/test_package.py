@@ -16,7 +16,7 @@ FLOORS = (
         *("schedule", "prediction", "loss", "timesteps"),
         *("guidance_methods", "guidance", "transition", "noise"),
     ),
-    ("denoiser", "oracle", "samplers"),
+    ("denoiser", "draws", "objective", "oracle", "samplers"),
     (
         "pickled",
         "untrusted",

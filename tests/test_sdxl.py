@@ -24,11 +24,11 @@ from zsnr.data.filters import Filter
 from zsnr.data.images import decode_image, size_facts
 from zsnr.denoiser import Conditioning
 from zsnr.described import build, describe
+from zsnr.draws import Draws, training_draws
 from zsnr.networks import UNet
 from zsnr.pipeline import TextToImage
 from zsnr.prediction import prediction_target
 from zsnr.training import DataModule, LatentDiffusion
-from zsnr.training.draws import Draws, training_draws
 
 PROMPTS = ["a cat", "dog b"]
 

@@ -12,9 +12,9 @@ from torch import nn
 
 from zsnr import EmpiricalDenoiser, Guidance, LossWeighting, NoiseSchedule
 from zsnr.codecs import AutoencoderKLCodec, PixelCodec
+from zsnr.draws import training_draws, validation_draws
 from zsnr.pipeline import Sampling, TextToImage
 from zsnr.training import DataModule, EMAConfig, LatentDiffusion, LearningRate
-from zsnr.training.draws import training_draws, validation_draws
 from zsnr.training.ema import averaged_copy, update_average
 
 SHAPE, T = (12, 8, 8), 1000
@@ -109,7 +109,7 @@ def test_dropout_and_noise_have_their_distributions():
 def test_the_largest_random_number_is_the_last_timestep(batch_size, monkeypatch):
     below_1 = math.nextafter(1, 0)  # what torch.rand may give
     strata = [*range(batch_size)], [below_1] * batch_size
-    monkeypatch.setattr("zsnr.training.draws._strata", lambda *args: strata)
+    monkeypatch.setattr("zsnr.draws._strata", lambda *args: strata)
     assert draws([0, batch_size - 1], batch_size).t.tolist() == [(T - 1) // batch_size, T - 1]
 
 

@@ -5,6 +5,7 @@ namespace needs only torch; networks, training and the command line are in submo
 """
 
 from zsnr.denoiser import Conditioning, Denoiser
+from zsnr.draws import Draws, training_draws
 from zsnr.guidance import Guidance
 from zsnr.guidance_methods import (
     adaptive_projected_guidance,
@@ -15,6 +16,7 @@ from zsnr.guidance_methods import (
 )
 from zsnr.loss import LossWeighting, diffusion_loss
 from zsnr.noise import SampleNoise, derive_seed, offset_noise
+from zsnr.objective import Objective
 from zsnr.oracle import EmpiricalDenoiser, GaussianDenoiser
 from zsnr.prediction import PredictionType, prediction_target, to_eps, to_v, to_x0
 from zsnr.samplers import (
@@ -68,6 +70,7 @@ __all__ = [
     "DPMpp2MSDE",
     "DPMpp3M",
     "Denoiser",
+    "Draws",
     "EmpiricalDenoiser",
     "Euler",
     "EulerAncestral",
@@ -77,6 +80,7 @@ __all__ = [
     "LossWeighting",
     "Multiscale",
     "NoiseSchedule",
+    "Objective",
     "PredictionType",
     "SampleNoise",
     "Sampler",
@@ -111,5 +115,6 @@ __all__ = [
     "to_v",
     "to_x0",
     "trailing",
+    "training_draws",
     "zero_star_guidance",
 ]

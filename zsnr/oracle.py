@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -39,6 +40,22 @@ class GaussianDenoiser:
         variance = s**2
         gain = alpha_t * variance / (alpha_t**2 * variance + sigma_t**2)
         return m + gain * (x_t - alpha_t * m)
+
+
+@dataclass(frozen=True, eq=False)
+class _Members:
+    """A data set and its spreads on one device, in float64: rows (N, D), (N,), () or (N,)."""
+
+    images: Tensor
+    half_norms: Tensor
+    variance: Tensor
+
+    def to(self, device: torch.device) -> _Members:
+        return _Members(*(part.to(device) for part in vars(self).values()))
+
+    def noisy_variance(self, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
+        """Compute v_i of the Gaussian around each member, (B, 1 or N)."""
+        return alpha_t**2 * self.variance + sigma_t**2
 
 
 class EmpiricalDenoiser:
@@ -82,16 +99,16 @@ class EmpiricalDenoiser:
             raise ValueError("EmpiricalDenoiser got no images: wanted at least one.")
         self.schedule = schedule
         self._shape = images.shape[1:]
-        self._images = images.flatten(1).to(torch.float64)
+        rows = images.flatten(1).to(torch.float64)
         self._product = _rows_matmul if batch_invariant else torch.matmul
-        self._half_norms = self._images.square().sum(1) / 2
         self.classes = None if classes is None else _check_classes(classes, len(images))
         variance = torch.as_tensor(std, dtype=torch.float64, device=images.device).square()
         if variance.ndim and variance.shape != (len(images),):
             raise ValueError(
                 f"std has shape {tuple(variance.shape)}: wanted a number, or ({len(images)},)."
             )
-        self._variance, self._spreads = variance, bool(variance.any())
+        self._spreads, self._covers = bool(variance.any()), bool(variance.all())
+        self._members = {images.device: _Members(rows, rows.square().sum(1) / 2, variance)}
 
     @property
     def num_classes(self) -> int:
@@ -112,16 +129,16 @@ class EmpiricalDenoiser:
         Raises:
             ValueError: The shapes do not match, or a class does not exist.
         """
-        x = self._rows(x_t)
+        x, members = self._rows(x_t), self._members_on(x_t.device)
         alpha_t, sigma_t = (scale.to(torch.float64).view(-1, 1) for scale in self.schedule(t))
         weights = self._logits(x, alpha_t, sigma_t, of).softmax(1)
         weights[weights < torch.finfo(torch.float64).tiny] = 0  # subnormals are negligible but slow
         if self._spreads:
-            gain = alpha_t * self._variance / self._noisy_variance(alpha_t, sigma_t)
-            x_0 = self._product(weights * (1 - alpha_t * gain), self._images)
+            gain = alpha_t * members.variance / members.noisy_variance(alpha_t, sigma_t)
+            x_0 = self._product(weights * (1 - alpha_t * gain), members.images)
             x_0 = x_0 + (weights * gain).sum(1, keepdim=True) * x
         else:
-            x_0 = self._product(weights, self._images)
+            x_0 = self._product(weights, members.images)
         return x_0.view(x_t.shape).to(torch.promote_types(x_t.dtype, torch.float32))
 
     def posterior(self, x_0: Tensor, t: int) -> Tensor:
@@ -140,12 +157,12 @@ class EmpiricalDenoiser:
         if self.classes is None:
             raise ValueError("EmpiricalDenoiser has no classes: pass classes=.")
         alpha_t, sigma_t = self.schedule(t)
-        if alpha_t == 0 or (sigma_t == 0 and not self._variance.all()):
+        if alpha_t == 0 or (sigma_t == 0 and not self._covers):
             raise ValueError(f"t={t}: wanted a timestep with signal and noise, such as 100.")
         rows = self._rows(x_0)
         alpha, sigma = (rows.new_full((1, 1), scale) for scale in (alpha_t, sigma_t))
         weights = self._logits(alpha_t * rows, alpha, sigma, None).softmax(1)
-        classes = torch.nn.functional.one_hot(self.classes, self.num_classes)
+        classes = torch.nn.functional.one_hot(self.classes.to(rows.device), self.num_classes)
         return weights @ classes.to(weights)
 
     def network(self, x_t: Tensor, t: Tensor, conditioning: Conditioning | None) -> Tensor:
@@ -170,18 +187,26 @@ class EmpiricalDenoiser:
             )
         return x.flatten(1).to(torch.float64)
 
-    def _noisy_variance(self, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
-        """Compute v_i of the Gaussian around each member, (B, 1 or N)."""
-        return alpha_t**2 * self._variance + sigma_t**2
+    def _members_on(self, device: torch.device) -> _Members:
+        """Return the data set on a device; it is copied there once."""
+        members = self._members.get(device)
+        if members is None:
+            [first] = list(self._members.values())[:1]
+            members = first.to(device)
+            if type(members.images) is Tensor:  # a fake tensor must not outlive its mode
+                self._members[device] = members
+        return members
 
     def _has(self, of: Tensor) -> bool:
         return bool(((of >= -1) & (of < self.num_classes)).all())
 
     def _logits(self, x: Tensor, alpha_t: Tensor, sigma_t: Tensor, of: Tensor | None) -> Tensor:
         """Compute log w_i up to a constant, (B, N)."""
-        v = self._noisy_variance(alpha_t, sigma_t)
-        logits = (alpha_t * self._product(x, self._images.T) - alpha_t**2 * self._half_norms) / v
-        if self._variance.ndim:
+        members = self._members_on(x.device)
+        v = members.noisy_variance(alpha_t, sigma_t)
+        products = self._product(x, members.images.T)
+        logits = (alpha_t * products - alpha_t**2 * members.half_norms) / v
+        if members.variance.ndim:
             logits = logits - x.square().sum(1, keepdim=True) / (2 * v) - x.shape[1] / 2 * v.log()
         if of is None:
             return logits
@@ -190,7 +215,7 @@ class EmpiricalDenoiser:
                 f"Classes {of[:8].tolist()} of {len(x)} samples: wanted one per sample, -1 to "
                 f"{self.num_classes - 1}."
             )
-        other_class = (of.view(-1, 1) >= 0) & (of.view(-1, 1) != self.classes)
+        other_class = (of.view(-1, 1) >= 0) & (of.view(-1, 1) != self.classes.to(of.device))
         return logits.masked_fill(other_class, -torch.inf)
 
 

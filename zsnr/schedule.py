@@ -25,6 +25,43 @@ USUAL_BETAS = {"linear": (0.0001, 0.02), "scaled_linear": (0.00085, 0.012)}
 MAX_TIMESTEPS = 100_000  # the tables are Python floats, and published schedules have 1000
 
 
+class DeviceTables:
+    """Tables of numbers that are looked up where the index is, copied to each device once.
+
+    Args:
+        values: Tables of equal length N.
+    """
+
+    def __init__(self, *values: Sequence[float]) -> None:
+        self.values = tuple(map(tuple, values))
+        self._on_device: dict[torch.device, tuple[Tensor, ...]] = {}
+
+    def __call__(self, index: Tensor) -> tuple[Tensor, ...]:
+        """Look up each table at `index`, integers of any shape in {0, ..., N-1}; no host sync.
+
+        Returns:
+            Tensors of index's shape on its device: float64, or float32 where the device has no
+            float64.
+
+        Raises:
+            IndexError: An index is out of range (on an accelerator: its own device-side assertion).
+        """
+        rows = index.flatten()  # index_select refuses what is negative
+        return tuple(
+            table.index_select(0, rows).view(index.shape) for table in self._tables_for(index)
+        )
+
+    def _tables_for(self, index: Tensor) -> tuple[Tensor, ...]:
+        tables = self._on_device.get(index.device)
+        if tables is not None and type(index) is Tensor:
+            return tables
+        dtype = torch.float32 if index.device.type == "mps" else torch.float64
+        tables = tuple(torch.tensor(v, dtype=dtype, device=index.device) for v in self.values)
+        if type(tables[0]) is Tensor:  # a fake tensor must not outlive its mode
+            self._on_device[index.device] = tables
+        return tables
+
+
 @dataclass(frozen=True)
 class NoiseSchedule:
     """A variance-preserving noise schedule.
@@ -66,12 +103,7 @@ class NoiseSchedule:
     snr: Tensor = field(init=False, repr=False, compare=False)
     log_snr: Tensor = field(init=False, repr=False, compare=False)
     beta_table: Tensor = field(init=False, repr=False, compare=False)
-    _scales: tuple[tuple[float, ...], tuple[float, ...]] = field(
-        init=False, repr=False, compare=False
-    )
-    _device_scales: dict[torch.device, tuple[Tensor, Tensor]] = field(
-        init=False, repr=False, compare=False
-    )
+    _scales: DeviceTables = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.alphas_cumprod_table is not None:
@@ -95,8 +127,7 @@ class NoiseSchedule:
             object.__setattr__(self, name, tensor)
         alpha = (1.0, *(math.sqrt(a) for a in abar))
         sigma = (0.0, *(math.sqrt(1 - a) for a in abar))
-        object.__setattr__(self, "_scales", (alpha, sigma))
-        object.__setattr__(self, "_device_scales", {})
+        object.__setattr__(self, "_scales", DeviceTables(alpha, sigma))
 
     @overload
     def __call__(self, t: int) -> tuple[float, float]: ...
@@ -125,29 +156,14 @@ class NoiseSchedule:
             t = operator.index(t)
             if not -1 <= t < self.num_timesteps:
                 raise IndexError(_out_of_range(self.num_timesteps))
-            return self._scales[0][t + 1], self._scales[1][t + 1]
+            return self._scales.values[0][t + 1], self._scales.values[1][t + 1]
         if t.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"t has dtype {t.dtype}: wanted int64, timesteps are indices.")
-        alpha, sigma = self._scales_for(t)
-        index = (t + 1).flatten()  # index_select refuses negative indices, and so t = -2
         try:
-            return (
-                alpha.index_select(0, index).view(t.shape),
-                sigma.index_select(0, index).view(t.shape),
-            )
+            alpha_t, sigma_t = self._scales(t + 1)
         except IndexError as error:
             raise IndexError(_out_of_range(self.num_timesteps)) from error
-
-    def _scales_for(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return both tables (T + 1,) on t's device, clean data first."""
-        cached = self._device_scales.get(t.device)
-        if cached is not None and type(t) is Tensor:
-            return cached
-        dtype = torch.float32 if t.device.type == "mps" else torch.float64
-        alpha, sigma = (torch.tensor(v, dtype=dtype, device=t.device) for v in self._scales)
-        if type(alpha) is Tensor:  # a fake tensor must not outlive its mode
-            self._device_scales[t.device] = (alpha, sigma)
-        return alpha, sigma
+        return alpha_t, sigma_t
 
     def add_noise(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """Noise clean data: x_t = alpha_t x_0 + sigma_t eps    (equation 4).

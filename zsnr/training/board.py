@@ -15,13 +15,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from tqdm import tqdm
 
+from zsnr.draws import validation_timesteps
 from zsnr.files import side_file
 from zsnr.metrics.luma import luma
 from zsnr.metrics.terminal import TerminalOptimum
 from zsnr.public import public
 from zsnr.reports.images import figure_image
 from zsnr.reports.schedule import schedule_facts, schedule_figure, schedule_title
-from zsnr.training.draws import validation_timesteps
 from zsnr.training.image_metrics import ImageMetrics
 from zsnr.training.loggers import log_image, log_layout, log_luma, log_settings, log_text
 from zsnr.training.module import LatentDiffusion

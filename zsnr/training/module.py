@@ -27,10 +27,11 @@ from zsnr.data.cache import Cache, check_cache
 from zsnr.data.prompts import PromptRequest
 from zsnr.denoiser import Conditioning
 from zsnr.described import class_path
+from zsnr.draws import Draws, training_draws, validation_draws, validation_timesteps
 from zsnr.lora import AdaptedUNet, LoRA
-from zsnr.loss import LossWeighting, diffusion_loss
+from zsnr.loss import LossWeighting
 from zsnr.networks import UNet, UNetConfig
-from zsnr.noise import offset_noise
+from zsnr.objective import Objective
 from zsnr.pipeline import (
     Sampling,
     TextToImage,
@@ -38,7 +39,7 @@ from zsnr.pipeline import (
     check_threshold,
     describe_sampling,
 )
-from zsnr.prediction import PredictionType, prediction_target
+from zsnr.prediction import PredictionType
 from zsnr.pretrained import is_weightless
 from zsnr.schedule import NoiseSchedule
 from zsnr.training.adaptation import Start, read_start
@@ -49,7 +50,6 @@ from zsnr.training.checks import (
     check_settings,
     check_unsharded,
 )
-from zsnr.training.draws import Draws, training_draws, validation_draws, validation_timesteps
 from zsnr.training.ema import EMAConfig, averaged_copy, update_average
 from zsnr.training.global_batch import GlobalBatch
 from zsnr.training.learning_rate import LearningRate
@@ -146,9 +146,7 @@ class LatentDiffusion(L.LightningModule):
         self.make_optimizer, self.learning_rate = optimizer, learning_rate
         self.sampling, self.image_size, self.seed = sampling, image_size, seed
         codec.latent_shape(image_size, image_size)  # refuses sizes it cannot encode
-        self.register_buffer(
-            "lambda_table", loss.table(schedule, prediction_type).float(), persistent=False
-        )
+        self.objective = Objective(schedule, prediction_type, loss, offset_noise)
         self.trained = nn.ModuleDict({"unet": _new_unet(unet, codec, conditioner, lora)})
         # Frozen parts stay out of state dict, optimizer, EMA and any sharding: a plain container.
         self._frozen: dict[str, Any] = {"codec": codec}
@@ -621,16 +619,13 @@ class LatentDiffusion(L.LightningModule):
 
     # The loss
 
-    def _noised(self, batch: dict[str, Any], draws: Draws) -> tuple[Tensor, Tensor]:
-        """Return x_t (B, C, h, w) of a batch and the target the network is to predict."""
-        t, z, eps = (part.to(self.device) for part in (draws.t, draws.z, draws.eps))
-        if self.offset_strength:
-            eps = offset_noise(eps, draws.d.to(self.device), self.offset_strength)
+    def _noised(self, batch: dict[str, Any], draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
+        """Return x_t (B, C, h, w) of a batch, the network's target, and t (B,), on the device."""
+        z = draws.z.to(self.device, non_blocking=True)
         with torch.no_grad():
             moments = batch["moments"] if "moments" in batch else self.codec.encode(batch["image"])
             x_0 = self.codec.latents(moments, z)
-        x_t = self.schedule.add_noise(x_0, eps, t)
-        return x_t, prediction_target(x_0, eps, *self.schedule(t), self.prediction_type)
+        return self.objective.noised(x_0, draws)
 
     def _losses(
         self,
@@ -639,7 +634,7 @@ class LatentDiffusion(L.LightningModule):
         *,
         ema: bool,
         start: Start | None = None,
-        noised: tuple[Tensor, Tensor] | None = None,
+        noised: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Compute lambda_t ||v - v~||^2 for each sample, (B,).
 
@@ -650,8 +645,8 @@ class LatentDiffusion(L.LightningModule):
             start: Take the network for what it was before this run, and convert.
             noised: What `_noised` gives of both, where it is known.
         """
-        model, t = self.model(ema=ema), draws.t.to(self.device)
-        x_t, target = self._noised(batch, draws) if noised is None else noised
+        model = self.model(ema=ema)
+        x_t, target, t = self._noised(batch, draws) if noised is None else noised
         # Text encoders may be kept in half precision.
         dtype = next(model.unet.parameters()).dtype
         cond = _conditioning(model.conditioner, batch, draws.keep).to(self.device, dtype)
@@ -662,9 +657,7 @@ class LatentDiffusion(L.LightningModule):
         else:
             own = (self.schedule, self.prediction_type)
             output = start.output(model.unet, x_t, t, cond, *own)
-        weights = self.lambda_table
-        assert isinstance(weights, Tensor)
-        return diffusion_loss(output, target, weights[t], reduction="none")
+        return self.objective.losses(output, target, t)
 
     def _latent_shape(self, batch: dict[str, Any]) -> tuple[int, int, int]:
         """Return (C, h, w) of a batch's latents; batches of other buckets have others."""

@@ -15,6 +15,7 @@ from zsnr.codecs import LatentCodec
 from zsnr.conditioning import Conditioner
 from zsnr.data.cache import Cache, find_cache
 from zsnr.data.order import accumulation
+from zsnr.draws import training_draws
 from zsnr.lora import AdaptedUNet, LoRA
 from zsnr.networks import UNet, UNetConfig
 from zsnr.pretrained import without_weights
@@ -33,7 +34,6 @@ from zsnr.reports.plan import (
 from zsnr.training.caching import build
 from zsnr.training.checks import check_unsharded
 from zsnr.training.data import DataModule
-from zsnr.training.draws import training_draws
 from zsnr.training.ema import update_average
 from zsnr.training.lightning_cli import check_model, is_sharded, parse_fit
 from zsnr.training.module import LatentDiffusion

@@ -26,8 +26,8 @@ class Draws:
     Args:
         t: Timesteps, (B,).
         keep: Whether each caption is kept, (B,).
-        z: Noise of the codec's posterior, (B, C, h, w).
-        eps: Noise of the diffusion, (B, C, h, w).
+        z: Noise of the codec's posterior, (B, C, *).
+        eps: Noise of the diffusion, (B, C, *).
         d: One number a channel, for offset noise, (B, C).
     """
 
@@ -42,11 +42,20 @@ def training_draws(
     seed: int,
     positions: Sequence[int],
     global_batch_size: int,
-    shape: tuple[int, int, int],
+    shape: Sequence[int],
     num_timesteps: int,
-    caption_dropout: float,
+    caption_dropout: float = 0.0,
 ) -> Draws:
-    """Draw timesteps stratified over the global batch, and everything else per sample."""
+    """Draw timesteps stratified over the global batch, and everything else per sample.
+
+    Args:
+        seed: The run's.
+        positions: Places of the samples in the run, (B,): sample j of step k has k B' + j.
+        global_batch_size: B', the number of samples of a step on all devices.
+        shape: One sample's, (C, *).
+        num_timesteps: T.
+        caption_dropout: Probability that `keep` is False.
+    """
     B, T = global_batch_size, num_timesteps
     t = torch.tensor([_timestep(seed, *divmod(p, B), B, T) for p in positions])
     return _draws(seed, _SAMPLES, positions, t, shape, caption_dropout)
@@ -58,7 +67,7 @@ def validation_timesteps(num_timesteps: int) -> Tensor:
 
 
 def validation_draws(
-    seed: int, positions: Sequence[int], strata: Tensor, shape: tuple[int, int, int]
+    seed: int, positions: Sequence[int], strata: Tensor, shape: Sequence[int]
 ) -> Draws:
     """Draw fixed noise; sample p gets timestep p modulo their number of `strata`."""
     t = strata[torch.tensor(positions) % len(strata)]
@@ -70,15 +79,15 @@ def _draws(
     stream: int,
     positions: Sequence[int],
     t: Tensor,
-    shape: tuple[int, int, int],
+    shape: Sequence[int],
     caption_dropout: float,
 ) -> Draws:
     keep, z, eps, d = [], [], [], []
     for position in positions:
         generator = sample_generator(derive_seed(seed, stream, position))
         keep.append(torch.rand((), generator=generator, dtype=torch.float32) >= caption_dropout)
-        z.append(torch.randn(shape, generator=generator, dtype=torch.float32))
-        eps.append(torch.randn(shape, generator=generator, dtype=torch.float32))
+        z.append(torch.randn(tuple(shape), generator=generator, dtype=torch.float32))
+        eps.append(torch.randn(tuple(shape), generator=generator, dtype=torch.float32))
         d.append(torch.randn(shape[0], generator=generator, dtype=torch.float32))
     return Draws(t, *(torch.stack(rows) for rows in (keep, z, eps, d)))
 

@@ -1,0 +1,88 @@
+"""The training objective: clean data to the loss of each sample (equations 4 and 12)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from zsnr.denoiser import Conditioning, Network
+from zsnr.draws import Draws
+from zsnr.loss import LossWeighting, diffusion_loss
+from zsnr.noise import offset_noise
+from zsnr.prediction import PredictionType, prediction_target
+from zsnr.schedule import DeviceTables, NoiseSchedule
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss of a diffusion network, for any training loop.
+
+    x_t = alpha_t x_0 + sigma_t eps,  loss = lambda_t ||network(x_t, t) - target||^2
+
+    with the target of the prediction type, such as v = alpha_t eps - sigma_t x_0.
+
+    Args:
+        schedule: The noise schedule.
+        prediction_type: What the network predicts.
+        loss: The weight lambda_t.
+        offset_noise: Strength of offset noise (section 5.4), for comparison; 0 = none.
+
+    Raises:
+        ValueError: epsilon at zero SNR, or a weighting that never trains the last timestep.
+    """
+
+    schedule: NoiseSchedule = NoiseSchedule()
+    prediction_type: PredictionType = "v_prediction"
+    loss: LossWeighting = LossWeighting()
+    offset_noise: float = 0.0
+
+    _weights: DeviceTables = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        table = self.loss.table(self.schedule, self.prediction_type)
+        object.__setattr__(self, "_weights", DeviceTables(table.tolist()))
+
+    def __call__(
+        self, network: Network, x_0: Tensor, conditioning: Conditioning | None, draws: Draws
+    ) -> Tensor:
+        """Compute the loss of each sample; no host sync.
+
+        Args:
+            network: (x_t (B, *), t (B,), conditioning) -> (B, *), the raw prediction.
+            x_0: Clean data, (B, *).
+            conditioning: B rows, passed to the network as they are. None = none.
+            draws: The batch's timesteps and noise, from `training_draws`.
+
+        Returns:
+            lambda_t times the mean squared error of each sample, (B,), at least float32.
+
+        Raises:
+            ValueError: Shapes do not fit each other.
+        """
+        x_t, target, t = self.noised(x_0, draws)
+        return self.losses(network(x_t, t, conditioning), target, t)
+
+    def noised(self, x_0: Tensor, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
+        """Noise a batch of clean data (B, *).
+
+        Returns:
+            x_t (B, *), the target of the network (B, *), and t (B,), on x_0's device.
+        """
+        t, eps = (part.to(x_0.device, non_blocking=True) for part in (draws.t, draws.eps))
+        if self.offset_noise:
+            shift = draws.d.to(x_0.device, non_blocking=True)
+            eps = offset_noise(eps, shift, self.offset_noise)
+        x_t = self.schedule.add_noise(x_0, eps, t)
+        return x_t, prediction_target(x_0, eps, *self.schedule(t), self.prediction_type), t
+
+    def losses(self, output: Tensor, target: Tensor, t: Tensor) -> Tensor:
+        """Compute lambda_t ||output - target||^2 for each sample, (B,).
+
+        Args:
+            output: The network's, (B, *).
+            target: As `noised` gives it, (B, *).
+            t: Timesteps, (B,).
+        """
+        [weights] = self._weights(t)
+        return diffusion_loss(output, target, weights, reduction="none")
