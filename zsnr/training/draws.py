@@ -1,7 +1,7 @@
 """Every random number of training, as a function of (seed, position) only.
 
-A position counts samples over the whole run: sample j of the global batch of step k stands at
-k B + j. So neither the batch's division over ranks nor a restart changes what is drawn.
+A position counts samples over the whole run: sample j of the global batch of step k has position
+k B + j. Therefore neither the division of a batch over ranks nor a restart changes the draws.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ _TIMESTEPS, _SAMPLES, _VALIDATION = 0, 1, 2  # independent streams of one seed
 
 @dataclass(frozen=True, eq=False)
 class Draws:
-    """What one batch of training is made with; all on the CPU.
+    """The random numbers of one batch, on the CPU.
 
     Args:
         t: Timesteps, (B,).
-        keep: Whether each caption is kept, (B,).
+        keep: Whether the caption of each sample is used and not dropped, (B,).
         z: Noise of the codec's posterior, (B, C, h, w).
         eps: Noise of the diffusion, (B, C, h, w).
-        d: One number a channel, for offset noise, (B, C).
+        d: Offset noise of each channel, (B, C).
     """
 
     t: Tensor
@@ -46,7 +46,7 @@ def training_draws(
     num_timesteps: int,
     caption_dropout: float,
 ) -> Draws:
-    """Draw timesteps stratified over the global batch, and everything else per sample."""
+    """Draw timesteps stratified over the global batch, and all other numbers for each sample."""
     B, T = global_batch_size, num_timesteps
     t = torch.tensor([_timestep(seed, *divmod(p, B), B, T) for p in positions])
     return _draws(seed, _SAMPLES, positions, t, shape, caption_dropout)
@@ -60,7 +60,7 @@ def validation_timesteps(num_timesteps: int) -> Tensor:
 def validation_draws(
     seed: int, positions: Sequence[int], strata: Tensor, shape: tuple[int, int, int]
 ) -> Draws:
-    """Draw fixed noise; sample p gets timestep p modulo their number of `strata`."""
+    """Draw fixed noise; the sample at position p gets timestep strata[p modulo len(strata)]."""
     t = strata[torch.tensor(positions) % len(strata)]
     return _draws(seed, _VALIDATION, positions, t, shape, 0.0)
 
@@ -84,7 +84,7 @@ def _draws(
 
 
 def _timestep(seed: int, step: int, slot: int, batch_size: int, num_timesteps: int) -> int:
-    """One of the batch's equal slices of [0, T), a random one for each slot, and a place in it."""
+    """Return a random timestep of one of B equal slices of [0, T), another one for each slot."""
     permutation, offsets = _strata(seed, step, batch_size)
     T = num_timesteps
     return (permutation[slot] * T + int(offsets[slot] * T)) // batch_size
