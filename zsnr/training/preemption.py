@@ -143,7 +143,7 @@ def restarted() -> bool:
     torchrun counts restarts on each node, and all nodes must come to the same result: on several
     nodes, a run that may be restarted counts as restarted.
     """
-    slurm, torchrun, most, nodes = (
+    slurm, torchrun, max_restarts, nodes = (
         int(os.environ.get(name) or 0)
         for name in (
             "SLURM_RESTART_COUNT",
@@ -152,4 +152,4 @@ def restarted() -> bool:
             "GROUP_WORLD_SIZE",
         )
     )
-    return slurm > 0 or torchrun > 0 or (most > 0 and nodes > 1)
+    return slurm > 0 or torchrun > 0 or (max_restarts > 0 and nodes > 1)
