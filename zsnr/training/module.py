@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from itertools import islice
 from typing import Any
 
 import lightning as L
@@ -16,7 +15,6 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import AdamW
-from tqdm import tqdm
 
 from zsnr.agreement import raise_on_all
 from zsnr.checkpoints import Model
@@ -64,8 +62,7 @@ from zsnr.training.strategy import (
     squared_norm,
     without_gradient,
 )
-from zsnr.training.tags import at_timestep
-from zsnr.training.watchdog import Watchdog
+from zsnr.training.validation import ValidationLosses, measure_before_training
 
 
 class LatentDiffusion(L.LightningModule):
@@ -491,42 +488,23 @@ class LatentDiffusion(L.LightningModule):
 
     def _measure_start(self) -> None:
         """Measure the validation losses of the pretrained model, converted, before training."""
-        start, data = self.converted_start, getattr(self.trainer, "datamodule", None)
-        if start is None or data is None:
+        start = self.converted_start
+        if start is None:
             return
-        batches = data.val_dataloader()
-        limit = self.trainer.limit_val_batches
-        count = min(len(batches), limit) if isinstance(limit, int) else int(len(batches) * limit)
-        if not count:
-            return
-        rank_zero_info(
-            f"{start.source} predicts {start.prediction_type} on a schedule that ends at SNR "
-            f"{start.schedule.snr[-1]:.2g}. It is measured now: adaptation/t* is the validation "
-            "loss divided by that of the pretrained model, converted. 1 = as good as that model."
-        )
-        bar = self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None
-        watchdogs = [each for each in self.trainer.callbacks if isinstance(each, Watchdog)]
         self.on_validation_epoch_start()
-        modes = [(part, part.training) for part in self.modules()]
-        self.eval()
-        self.trainer.validating = True  # the data module counts these batches as not trained on
-        with torch.no_grad(), self.trainer.precision_plugin.val_step_context():
-            limited = islice(batches, count)
-            for batch in tqdm(limited, "measuring the start", total=count, disable=not bar):
-                for watchdog in watchdogs:
-                    watchdog.note(self.trainer, "measures the start")
-                batch = self._on_before_batch_transfer(batch)
-                self._add_validation(self.trainer.strategy.batch_to_device(batch), start)
-        self.trainer.training = True
-        for part, mode in modes:
-            part.training = mode
-        reshard(self)
-        sums, _, counts = self.trainer.strategy.reduce(self._val_sums, reduce_op="sum")
-        self._start_losses = (sums / counts).tolist()
+        if measure_before_training(
+            self.trainer, self, lambda batch: self._add_validation(batch, start)
+        ):
+            self._validation.reduce(self.trainer.strategy)
+            self._start_losses = self._validation.means().tolist()
+            rank_zero_info(
+                f"{start.source} predicts {start.prediction_type} on a schedule that ends at SNR "
+                f"{start.schedule.snr[-1]:.2g}. adaptation/t* is the validation loss divided by "
+                "that of this model, converted. 1 = as good as it is."
+            )
 
     def on_validation_epoch_start(self) -> None:
-        # sums of losses with the weights that sample, of losses with the raw weights, and counts
-        self._val_sums = torch.zeros(3, len(self._val_strata), device=self.device)
+        self._validation = ValidationLosses(self._val_strata, self.device)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         self._add_validation(batch)
@@ -539,35 +517,20 @@ class LatentDiffusion(L.LightningModule):
         losses = [self._losses(batch, draws, ema=start is None, start=start, noised=noised)]
         if self.ema is not None and start is None:
             losses.append(self._losses(batch, draws, ema=False, noised=noised))
-        counts = (batch["position"] >= 0).to(losses[0])  # negative ones only keep the ranks in step
-        stratum = batch["position"] % len(self._val_strata)
-        for sums, values in zip(self._val_sums, losses, strict=False):
-            sums.index_add_(0, stratum, values * counts)
-        self._val_sums[2].index_add_(0, stratum, counts)
+        self._validation.add(batch["position"], losses)
 
     def on_validation_epoch_end(self) -> None:
         reshard(self)
         failure = getattr(self.trainer.datamodule, "failure", None)
-        failed = self._val_sums.new_tensor(failure is not None)
+        failed = torch.tensor(float(failure is not None), device=self.device)
         if self.trainer.strategy.reduce(failed, reduce_op="sum"):
             raise_on_all(failure)
         if self.validation_cut:
             return
-        sums, raw, counts = self.trainer.strategy.reduce(self._val_sums, reduce_op="sum")
-        self.log_agreed("val/loss", sums.sum() / counts.sum(), prog_bar=True)
-        both = [("val_by_timestep", sums)]
-        if self.ema is not None:
-            self.log_agreed("val/loss_raw", raw.sum() / counts.sum())
-            both.append(("val_by_timestep_raw", raw))
-        for group, losses in both:
-            for t, total, count in zip(self._val_strata.tolist(), losses, counts, strict=True):
-                if count > 0:
-                    self.log_agreed(f"{group}/{at_timestep(t)}", total / count)
-        if self.trainer.state.fn == "fit":
-            ratios = sums / counts / torch.tensor(self._start_losses or math.nan).to(sums)
-            for t, ratio in zip(self._val_strata.tolist(), ratios.tolist(), strict=True):
-                if ratio > 0:  # not so at zero SNR, where epsilon does not determine v
-                    self.log_agreed(f"adaptation/{at_timestep(t)}", ratio)
+        self._validation.reduce(self.trainer.strategy)
+        start = self._start_losses if self.trainer.state.fn == "fit" else []
+        for tag, value in self._validation.metrics(raw=self.ema is not None, start=start).items():
+            self.log_agreed(tag, value, prog_bar=tag == "val/loss")
 
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step
