@@ -123,7 +123,7 @@ def test_a_config_and_a_board_that_cannot_be_written_do_not_end_a_run(
         warnings.simplefilter("always")
         assert main([*config(tmp_path, shards), "-c", str(settings)]) == 0
     lines = [str(each.message) for each in told]
-    for part in ("run_config.yaml", "settings in the logs", "What the data are"):
+    for part in ("run_config.yaml", "settings in the logs", "constants of the data"):
         assert sum(part in line and "continues without it" in line for line in lines) == 1
     assert steps(tmp_path / "run/checkpoints")[-1].name == "step-00000004.ckpt"
 

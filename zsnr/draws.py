@@ -1,7 +1,7 @@
 """Every random number of training, as a function of (seed, position) only.
 
-A position counts samples over the whole run: sample j of the global batch of step k stands at
-k B + j. So neither the batch's division over ranks nor a restart changes what is drawn.
+A position counts samples over the whole run: sample j of the global batch of step k has position
+k B + j. Therefore neither the division of a batch over ranks nor a restart changes the draws.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ _TIMESTEPS, _SAMPLES, _VALIDATION = 0, 1, 2  # independent streams of one seed
 
 @dataclass(frozen=True, eq=False)
 class Draws:
-    """What one batch of training is made with; all on the CPU.
+    """The random numbers of one batch, on the CPU.
 
     Args:
         t: Timesteps, (B,).
-        keep: Whether each caption is kept, (B,).
+        keep: Whether the caption of each sample is used and not dropped, (B,).
         z: Noise of the codec's posterior, (B, C, *).
         eps: Noise of the diffusion, (B, C, *).
-        d: One number a channel, for offset noise, (B, C).
+        d: Offset noise of each channel, (B, C).
     """
 
     t: Tensor
@@ -46,13 +46,13 @@ def training_draws(
     num_timesteps: int,
     caption_dropout: float = 0.0,
 ) -> Draws:
-    """Draw timesteps stratified over the global batch, and everything else per sample.
+    """Draw timesteps stratified over the global batch, and all other numbers for each sample.
 
     Args:
-        seed: The run's.
+        seed: Seed of the run.
         positions: Places of the samples in the run, (B,): sample j of step k has k B' + j.
         global_batch_size: B', the number of samples of a step on all devices.
-        shape: One sample's, (C, *).
+        shape: Shape of one sample, (C, *).
         num_timesteps: T.
         caption_dropout: Probability that `keep` is False.
     """
@@ -69,7 +69,7 @@ def validation_timesteps(num_timesteps: int) -> Tensor:
 def validation_draws(
     seed: int, positions: Sequence[int], strata: Tensor, shape: Sequence[int]
 ) -> Draws:
-    """Draw fixed noise; sample p gets timestep p modulo their number of `strata`."""
+    """Draw fixed noise; the sample at position p gets timestep strata[p modulo len(strata)]."""
     t = strata[torch.tensor(positions) % len(strata)]
     return _draws(seed, _VALIDATION, positions, t, shape, 0.0)
 
@@ -93,7 +93,7 @@ def _draws(
 
 
 def _timestep(seed: int, step: int, slot: int, batch_size: int, num_timesteps: int) -> int:
-    """One of the batch's equal slices of [0, T), a random one for each slot, and a place in it."""
+    """Return a random timestep of one of B equal slices of [0, T), another one for each slot."""
     permutation, offsets = _strata(seed, step, batch_size)
     T = num_timesteps
     return (permutation[slot] * T + int(offsets[slot] * T)) // batch_size

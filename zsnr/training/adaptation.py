@@ -1,8 +1,8 @@
-"""What a run started from, and how far it has come from there.
+"""The pretrained model that a run starts from, and how far the run has adapted it.
 
-A run from Stable Diffusion's weights changes what the network predicts and on which schedule. Its
-errors are then measured against those of the model it started from, converted: at first they are
-many times as large, and training brings them down.
+A run from Stable Diffusion's weights changes the prediction type and the schedule of the network.
+Its errors are then measured against those of the pretrained model, converted: at first they are
+many times as large, and training reduces them.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _CONVERT = {"v_prediction": to_v, "sample": to_x0, "epsilon": to_eps}
 
 @dataclass(frozen=True)
 class Start:
-    """What the weights were trained for before this run.
+    """The prediction type and schedule of the pretrained weights.
 
     Args:
-        source: Where they came from.
-        schedule: Their schedule.
-        prediction_type: What the network predicted.
+        source: Folder, file or hub id of the pretrained model.
+        schedule: Noise schedule of the pretrained model.
+        prediction_type: Quantity that the pretrained model predicts.
     """
 
     source: str
@@ -42,7 +42,7 @@ class Start:
     prediction_type: PredictionType
 
     def facts(self) -> dict[str, Any]:
-        """Return it as plain values."""
+        """Return these settings as plain values."""
         return {
             "unet": self.source,
             "schedule": self.schedule.settings(),
@@ -58,38 +58,38 @@ class Start:
         schedule: NoiseSchedule,
         prediction_type: PredictionType,
     ) -> Tensor:
-        """Ask the unchanged network at noise of another schedule, and convert what it says.
+        """Convert the prediction of the pretrained network to the schedule and type of the run.
 
-        It is told the timestep at which its own schedule has the nearest log SNR.
+        The network is given the timestep at which its own schedule has the nearest log SNR.
 
         Args:
-            network: With the weights of the start.
+            network: Network with the pretrained weights.
             x_t: Noisy data on `schedule`, (B, *).
             t: Timesteps of `schedule`, (B,).
-            conditioning: As the network takes it.
-            schedule: The run's.
-            prediction_type: The run's: what to convert to.
+            conditioning: Conditioning of the network.
+            schedule: Noise schedule of the run.
+            prediction_type: Prediction type of the run.
 
         Returns:
-            (B, *), float32; not finite where there is no such conversion, as from epsilon at zero
+            (B, *), float32; not finite where there is no conversion, such as from epsilon at zero
             SNR.
         """
         table = self.schedule.log_snr.to(x_t.device)
-        wanted = schedule.log_snr.to(x_t.device)[t]
-        own_t = (table[None] - wanted[:, None]).abs().argmin(dim=1)
-        own_t = torch.where(wanted.isneginf(), len(table) - 1, own_t)
-        output = network(x_t, own_t, conditioning)
+        log_snr = schedule.log_snr.to(x_t.device)[t]
+        nearest = (table[None] - log_snr[:, None]).abs().argmin(dim=1)
+        nearest = torch.where(log_snr.isneginf(), len(table) - 1, nearest)
+        output = network(x_t, nearest, conditioning)
         convert = _CONVERT[prediction_type]
         return convert(output.float(), x_t, *schedule(t), self.prediction_type)
 
 
 def read_start(source: str) -> Start | None:
-    """Read what a pretrained model was trained for; None where nothing says so.
+    """Read the prediction type and schedule of a pretrained model; None if they are unknown.
 
-    A scheduler that this package has no schedule for, such as flow matching, is warned of.
+    A scheduler that this package has no schedule for, such as flow matching, causes a warning.
 
     Raises:
-        ValueError: Its scheduler's config cannot be read.
+        ValueError: The config of the scheduler cannot be read.
     """
     if is_single_file(source):
         return Start(source, *read_marks(source))
@@ -99,7 +99,7 @@ def read_start(source: str) -> Start | None:
     try:
         schedule = schedule_from_diffusers(config)
     except ValueError as error:
-        rank_zero_warn(f"How far the run is from {source} is not logged: {error}")
+        rank_zero_warn(f"The adaptation from {source} is not logged: {error}")
         return None
     prediction_type = cast(PredictionType, config.get("prediction_type", "epsilon"))
     return Start(source, schedule, prediction_type)

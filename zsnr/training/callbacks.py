@@ -21,17 +21,17 @@ from zsnr.pipeline import save_png
 from zsnr.training.module import LatentDiffusion
 from zsnr.untrusted import parse_object, read_json, read_text, shown
 
-_MOST_TEXT = 1 << 30  # bytes of a manifest
+_MAX_BYTES = 1 << 30  # of a manifest
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Writes the images of predict and one manifest.jsonl; an interrupted run goes on.
+    """Writes the images of predict and a manifest.jsonl; an interrupted command resumes.
 
-    A folder belongs to one run: the same checkpoint, prompts and settings. Another run's folder is
+    A folder belongs to one checkpoint with the same prompts and settings. With others, it is
     refused.
 
     Args:
-        folder: Where to write. None = only allowed where nothing is predicted.
+        folder: Folder to write the images to. None = not set, which predict refuses.
     """
 
     MANIFEST, RUN = "manifest.jsonl", "run.json"
@@ -46,7 +46,7 @@ class PredictionWriter(BasePredictionWriter):
         if stage != "predict":
             return
         if self.folder is None:
-            raise ValueError("--output is not set: say which folder predict shall write to.")
+            raise ValueError("--output is not set: name the folder that predict is to write to.")
         data: Any = trainer.datamodule
         for request in data.requests:
             try:
@@ -108,12 +108,12 @@ class PredictionWriter(BasePredictionWriter):
             self._lock.release()
 
     def _manifest(self, rank: int) -> Path:
-        """Name a rank's list of what it has written; several cannot safely append to one file."""
+        """Return a rank's manifest: several ranks cannot safely append to one file."""
         assert self.folder is not None
         return self.folder / (f".{self.MANIFEST}.{rank:05d}" if rank else self.MANIFEST)
 
     def _join(self) -> set[str]:
-        """Make one manifest of all ranks', and return which files are done."""
+        """Join the manifests of all ranks, and return the names of the files that are done."""
         assert self.folder is not None
         parts = sorted(self.folder.glob(f".{self.MANIFEST}.*[0-9]"))
         lines: dict[str, str] = {}
@@ -127,7 +127,7 @@ class PredictionWriter(BasePredictionWriter):
         return set(lines)
 
     def _open(self, identity: str) -> set[str]:
-        """Make the folder, or find out what an interrupted run has written into it."""
+        """Make the folder, or read which files an interrupted run has written into it."""
         assert self.folder is not None
         run = self.folder / self.RUN
         remove_leftovers(self.folder)
@@ -148,7 +148,7 @@ class PredictionWriter(BasePredictionWriter):
 def run_identity(
     module: LatentDiffusion, requests: Sequence[PromptRequest], checkpoint: Any
 ) -> str:
-    """Hash what decides the images: model, checkpoint, prompts and sampling settings."""
+    """Hash all that determines the images: model, checkpoint, prompts and sampling settings."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(repr(requests).encode())
     with module.pipeline() as pipe:
@@ -162,14 +162,14 @@ def run_identity(
 
 
 def _finished(manifest: Path) -> dict[str, str]:
-    """Read the lines of files that are done; not one cut short by a crash, or without its file.
+    """Read the lines of the files that are done: whole lines whose file exists, by its name.
 
     Raises:
-        ValueError: A line is not what predict writes.
+        ValueError: A line is not in the format that predict writes.
     """
     if not manifest.is_file():
         return {}
-    lines = read_text(manifest, _MOST_TEXT).split("\n")[:-1]
+    lines = read_text(manifest, _MAX_BYTES).split("\n")[:-1]
     done: dict[str, str] = {}
     for number, line in enumerate(lines, start=1):
         where = f"{manifest}, line {number}"

@@ -1,4 +1,4 @@
-"""When checkpoints are written, what they are called, and which one a run resumes from."""
+"""Writing checkpoints, naming them, and finding the one that a run resumes from."""
 
 from __future__ import annotations
 
@@ -27,21 +27,23 @@ from zsnr.training.strategy import meet
 
 
 class Checkpoints(Checkpoint):
-    """Writes step-00001000.ckpt every so many steps and at the end; last.ckpt links to the newest.
+    """Writes checkpoints step-00001000.ckpt and their facts, run.json; last.ckpt links the newest.
 
-    A checkpoint has its name when it is complete, and not before: a run that is killed while it
-    saves resumes from the one before. A run that goes back to an earlier one renames those behind
-    it to step-00001000.ckpt.abandoned; they stay until somebody removes them.
+    A checkpoint gets its name when it is complete: a run that is killed while it saves resumes from
+    the previous one. A run that resumes from an earlier checkpoint renames later ones to
+    step-00001000.ckpt.abandoned; they are never removed.
 
-    A checkpoint is written before whatever else follows the same step and may fail: callbacks with
-    a state of their own in the checkpoint come before this one, all others after it.
+    A checkpoint is written before anything else that follows the same step and may fail: callbacks
+    with state in the checkpoint run before this one, all others after it.
 
     Args:
-        dirpath: Folder; all nodes must see it. None = `checkpoints` in trainer.default_root_dir.
-        every_n_train_steps: Optimizer steps between two. 0 = only at the end.
-        every_n_minutes: Also when so much time has passed since the last. None = by steps alone.
-        keep: How many of the newest to keep.
-        keep_every_n_steps: Keep those of multiples of this for good. None = none.
+        dirpath: Folder of the checkpoints, which all nodes must see. None = `checkpoints` in
+            trainer.default_root_dir.
+        every_n_train_steps: Number of optimizer steps between two checkpoints. 0 = only at the end.
+        every_n_minutes: Minutes after which a checkpoint is also written. None = by steps only.
+        keep: Number of the newest checkpoints to keep.
+        keep_every_n_steps: Checkpoints at multiples of this number of steps are kept forever. None
+            = none of them.
 
     Raises:
         ValueError: A number is out of range, or the folder is an address.
@@ -56,25 +58,29 @@ class Checkpoints(Checkpoint):
         keep_every_n_steps: int | None = None,
     ) -> None:
         if every_n_train_steps < 0:
-            raise ValueError(f"checkpoint.every_n_train_steps={every_n_train_steps}: wanted >= 0.")
+            raise ValueError(
+                f"checkpoint.every_n_train_steps={every_n_train_steps}: wanted 0 or more."
+            )
         if every_n_minutes is not None and not every_n_minutes > 0:
             raise ValueError(f"checkpoint.every_n_minutes={every_n_minutes:g}: wanted more than 0.")
         if keep < 1:
             raise ValueError(f"checkpoint.keep={keep}: wanted at least 1.")
         if keep_every_n_steps is not None and keep_every_n_steps < 1:
-            raise ValueError(f"checkpoint.keep_every_n_steps={keep_every_n_steps}: wanted >= 1.")
+            raise ValueError(
+                f"checkpoint.keep_every_n_steps={keep_every_n_steps}: wanted at least 1."
+            )
         if dirpath is not None and "://" in dirpath:
             raise ValueError(
-                f"checkpoint.dirpath={dirpath}: wanted a folder; mount the bucket, or copy "
-                "checkpoints there afterwards."
+                f"checkpoint.dirpath={dirpath}: wanted a local folder; mount the bucket, or copy "
+                "the checkpoints there afterwards."
             )
         self.dirpath, self.keep = dirpath, keep
         self.every_n_train_steps, self.every_n_minutes = every_n_train_steps, every_n_minutes
         self.keep_every_n_steps = keep_every_n_steps
         self.resumed_from = ""  # name of a checkpoint
         self._saved, self._seen, self._since = -1, -1, time.monotonic()
-        self._history: list[Any] = []  # of the run's starts
-        self._held: list[HeldFolder] = []  # on the first rank
+        self._history: list[Any] = []  # one entry for each start of the run
+        self._held: list[HeldFolder] = []  # on rank 0
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         if self.dirpath is None:
@@ -89,9 +95,7 @@ class Checkpoints(Checkpoint):
         trainer.callbacks = sorted(trainer.callbacks, key=self._order)
 
     def _prepare(self, folder: Path, root: Path) -> None:
-        """Make the run's folders, see that checkpoints can be written, and remove what killed saves
-        have left.
-        """
+        """Make the folders of the run, check that they can be written, and remove leftovers."""
         try:
             self._held = [HeldFolder(root), HeldFolder(folder)]
             remove_leftovers(folder)
@@ -110,7 +114,7 @@ class Checkpoints(Checkpoint):
         return 0 if stateful else 2
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """See that all ranks resume from the same step.
+        """Check that all ranks resume from the same step, and record this start in run.json.
 
         Raises:
             ValueError: They do not.
@@ -134,7 +138,7 @@ class Checkpoints(Checkpoint):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
         step = trainer.global_step
-        if step == self._seen:  # one more micro-batch of the step after it
+        if step == self._seen:  # another micro-batch of the next step
             return
         self._seen = step
         due = self.every_n_train_steps and step % self.every_n_train_steps == 0
@@ -158,7 +162,7 @@ class Checkpoints(Checkpoint):
         self._history = checkpoint.get("run", {}).get("history", [])
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Write down the metrics of a validation that follows a checkpoint of the same step."""
+        """Add the metrics of a validation at the step of the last checkpoint to run.json."""
         if trainer.state.fn == "fit" and trainer.global_step == self._saved:
             self._write_facts(trainer)
 
@@ -176,8 +180,8 @@ class Checkpoints(Checkpoint):
         """Write a checkpoint of this step, unless there is one; every rank calls it.
 
         Raises:
-            OSError: It cannot be written, or the run's folder is gone.
-            NonFiniteError: A tensor in it is not finite.
+            OSError: The checkpoint cannot be written, or the folder of the run is gone.
+            NonFiniteError: A tensor of the checkpoint is not finite.
         """
         on_first_rank(self._check_folders)
         step = trainer.global_step
@@ -187,13 +191,13 @@ class Checkpoints(Checkpoint):
         folder = Path(self.dirpath)
         meet(f"the checkpoint of step {step}")
         path = folder / f"step-{step:08d}.ckpt"
-        bad = first_not_finite(trainer.lightning_module, trainer.optimizers)
+        broken = first_not_finite(trainer.lightning_module, trainer.optimizers)
         message = (
-            f"{path} is not written: {bad} is not finite. Resume from the checkpoint before it "
-            "with trainer.gradient_clip_val or bf16 in the place of fp16, or start from scratch "
-            "with a lower learning rate."
+            f"{path} is not written: {broken} is not finite. Resume from the checkpoint before "
+            "it with trainer.gradient_clip_val or bf16 instead of fp16, or start from scratch with "
+            "a lower learning rate."
         )
-        raise_on_all(None if bad is None else NonFiniteError(message))
+        raise_on_all(None if broken is None else NonFiniteError(message))
         files = trainer.strategy.checkpoint_io
         files = files if isinstance(files, CheckpointFiles) else CheckpointFiles()
         with files.deferring():
@@ -210,22 +214,22 @@ class Checkpoints(Checkpoint):
                         sharded.remove(old)
 
     def _check_folders(self) -> None:
-        """See on the first rank that the run's folder is the one it began in."""
+        """Check on rank 0 that the folder of the run is still the one that it began in."""
         for folder in self._held:
             folder.check()
 
     def _write_facts(self, trainer: L.Trainer) -> None:
-        """Write run.json on the first rank; a run continues without it."""
+        """Write run.json on rank 0; a run continues without it."""
         if trainer.is_global_zero:
             assert self.dirpath is not None
             module: Any = trainer.lightning_module
             with side_file(Path(self.dirpath) / NAME):
-                self._check_folders()  # it must not be made again
+                self._check_folders()  # a deleted folder must not be made again
                 write_run_facts(Path(self.dirpath), run_facts(trainer, module, self._history))
 
 
 class CheckpointFiles(TorchCheckpointIO):
-    """Reads and writes a checkpoint's file; reads folders of shards as well."""
+    """Reads and writes checkpoint files, and reads folders of shards."""
 
     _defer = False
     problem: Exception | None = None
@@ -238,14 +242,14 @@ class CheckpointFiles(TorchCheckpointIO):
             if path.is_dir():
                 sharded.remove(path)
             sharded.save_file(checkpoint, path)
-        except Exception as error:  # whatever it is, the other ranks must not wait
+        except Exception as error:  # of any kind: the other ranks must not wait
             if not self._defer:
                 raise
             self.problem = error
 
     @contextmanager
     def deferring(self) -> Iterator[None]:
-        """Keep what goes wrong as `problem`: rank 0 saves alone, and the others wait for it."""
+        """Keep an error as `problem`, because rank 0 saves alone while the others wait for it."""
         self._defer, self.problem = True, None
         try:
             yield
@@ -268,10 +272,10 @@ def steps(folder: Path) -> list[Path]:
 
 
 def find_last(folder: Path) -> Path | None:
-    """Find the newest checkpoint that can be read; None if there is none at all.
+    """Find the newest checkpoint that can be read; None if the folder has no checkpoints.
 
     Raises:
-        ValueError: There are some, but none can be read.
+        ValueError: The folder has checkpoints, but none can be read.
     """
     candidates = steps(folder)
     last = folder / "last.ckpt"
@@ -292,7 +296,7 @@ def find_last(folder: Path) -> Path | None:
 
 
 def _set_aside(folder: Path, step: int) -> None:
-    """Rename checkpoints of steps that this run has not come to: they are not of its past."""
+    """Rename checkpoints of later steps than the one that the run resumes from."""
     for path in steps(folder):
         if _step(path) > step:
             aside = path.with_name(f"{path.name}.abandoned")
@@ -313,7 +317,7 @@ def _link(link: Path, name: str) -> None:
     beside = unfinished(link)
     try:
         beside.symlink_to(name)
-    except OSError:  # a file system without links: `last` is found all the same
+    except OSError:  # a file system without links: `last` is found without it
         return
     if link.is_dir() and not link.is_symlink():
         sharded.remove(link)

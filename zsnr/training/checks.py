@@ -22,7 +22,8 @@ def check_settings(
     """Refuse settings that contradict each other, before anything is loaded.
 
     Raises:
-        ValueError: epsilon at zero SNR, a terminal step without weight, or a grid that cannot be.
+        ValueError: The network predicts epsilon at zero SNR, the loss has no weight at the last
+            timestep, or the schedule has no such grid of sampling timesteps.
     """
     check_prediction_type(prediction_type, schedule)
     loss.table(schedule, prediction_type)
@@ -30,41 +31,50 @@ def check_settings(
 
 
 def check_guidance(guidance: Guidance, averaged: bool) -> None:
-    """Refuse guidance away from raw weights where there are no averaged ones.
+    """Refuse guidance by the difference of raw and averaged weights where none are averaged.
 
     Raises:
-        ValueError: guidance.against is "raw", and weights are not averaged.
+        ValueError: guidance.against is "raw", and the weights are not averaged.
     """
     if guidance.against == "raw" and not averaged:
         raise ValueError(
-            "model.sampling.guidance.against: raw leads from the raw weights to the averaged ones, "
-            "but model.ema is null: average weights, or guide against negative."
+            "model.sampling.guidance.against: raw guides from the raw weights to the averaged "
+            "ones, but model.ema is null: set model.ema, or guide against negative."
         )
 
 
 def check_lora(unet: Any, trains_text: bool) -> None:
-    """Refuse adapters that have nothing to adapt, or more beside them; loads nothing.
+    """Refuse LoRA without a pretrained UNet, or with a text encoder that is trained.
+
+    Nothing is loaded.
+
+    Args:
+        unet: The setting model.unet.
+        trains_text: Whether the text encoder is trained.
 
     Raises:
-        ValueError: So it is, or peft is not installed.
+        ValueError: One of them is so, or peft is not installed.
     """
     if not isinstance(unet, str):
         raise ValueError(
-            "model.lora adapts a pretrained UNet, but model.unet is the size of a new one: give "
-            "the folder or hub id of a model, or train without model.lora."
+            "model.lora adapts a pretrained UNet, but model.unet is the size of a new one: set "
+            "model.unet to the folder or hub id of a model, or train without model.lora."
         )
     if trains_text:
         raise ValueError(
-            "model.lora trains adapters of the UNet alone: set the conditioner's trainable: false."
+            "model.lora trains adapters of the UNet only: set the conditioner's trainable: false."
         )
     require_peft()
 
 
 def check_unsharded(adapters: bool) -> None:
-    """Refuse to shard adapters.
+    """Refuse LoRA with a strategy that shards weights.
+
+    Args:
+        adapters: Whether the model trains LoRA adapters.
 
     Raises:
-        ValueError: There are some.
+        ValueError: It does.
     """
     if adapters:
         raise ValueError(
@@ -73,16 +83,20 @@ def check_unsharded(adapters: bool) -> None:
         )
 
 
-def check_resumed(theirs: dict[str, Any], own: dict[str, Any]) -> None:
-    """Refuse a checkpoint that was made with other settings than these.
+def check_resumed(saved: dict[str, Any], configured: dict[str, Any]) -> None:
+    """Refuse a checkpoint that was written with other settings.
+
+    Args:
+        saved: Description of the model in the checkpoint, as `describe_model` returns it.
+        configured: The parts of such a description that are to be the same.
 
     Raises:
-        ValueError: One differs; says how.
+        ValueError: A setting differs; the message names both values.
     """
-    for name, value in own.items():
-        if theirs[name] == value:
+    for name, now in configured.items():
+        was = saved[name]
+        if was == now:
             continue
-        was, now = theirs[name], value
         if name == "unet":
             was, now = _decisive(was), _decisive(now)
             if ("lora" in was) != ("lora" in now):
@@ -94,7 +108,7 @@ def check_resumed(theirs: dict[str, Any], own: dict[str, Any]) -> None:
                 raise ValueError(
                     f"The checkpoint's adapters were trained on a UNet with other weights (digest "
                     f"{was['weights']}) than model.unet has (digest {now['weights']}): give them "
-                    "the same base."
+                    "the same base model."
                 )
             if was == now:  # a moved folder is another name of the same weights
                 continue
@@ -102,13 +116,13 @@ def check_resumed(theirs: dict[str, Any], own: dict[str, Any]) -> None:
             keys = [key for key in now if was.get(key) != now[key]]
             was, now = {k: was.get(k) for k in keys}, {k: now[k] for k in keys}
         raise ValueError(
-            f"The checkpoint's {name} has {was}, the config has {now}: a checkpoint goes on with "
-            "the settings it was made with."
+            f"The checkpoint's {name} has {was}, the config has {now}: a checkpoint resumes with "
+            "the settings it was written with."
         )
 
 
 def _decisive(unet: dict[str, Any]) -> dict[str, Any]:
-    """Take from a UNet's description what a resumed run must share."""
+    """Return the part of a UNet's description that a resumed run must share."""
     settings = dict(unet["init_args"])
     if "lora" in settings:
         return {name: settings[name] for name in ("weights", "lora")}

@@ -1,4 +1,4 @@
-"""The data module: shards in, batches out."""
+"""The data module: batches of images and captions from shards and folders."""
 
 from __future__ import annotations
 
@@ -48,46 +48,51 @@ _INDEX_AT_MOST = 100  # shards behind an address that training indexes by itself
 
 
 class DataModule(L.LightningDataModule):
-    """Pictures and captions from webdataset shards, or from folders of pictures.
+    """Images and captions from webdataset shards or from folders of images.
 
     A batch holds image (B, 3, H, W) in [-1, 1], or from a cache moments (B, 2 C, h, w) and
     text_embedding (Conditioning or None); caption and key (lists), sizes (B, 6) as Conditioning's,
     position (B,), the sample's place in the run, and global_batch_size.
 
     Args:
-        train: What to train on: a folder of shards or of pictures, a pattern such as
-            "data/{000..099}.tar" or "https://host/{000..099}.tar", "pipe:COMMAND", a list of them,
-            or a list of objects with path and weight or ratio. A cache is a folder of shards. A
-            command, or a server without byte ranges, needs local_cache.
-        val: What to validate on, likewise. None = no validation.
-        image_size: Height and width, in pixels; pictures are resized and cropped to it.
-        batch_size: Of the global batch: all devices and accumulated batches together.
-        max_batch_size_per_device: Samples that a device holds at a time; what is more of its share
-            is accumulated. None = the whole share.
-        num_workers: Processes that load, per device. 0 = load in the main process.
-        val_samples: Use only the first so many validation samples. None = all.
-        filters: Which samples to keep, by the fields of their json.
-        aspect: Aspect-ratio buckets instead of squares. None = squares.
-        pixels: How training pictures are cropped and mirrored.
-        captions: Which text of a sample is its caption.
-        window_shards: Shards whose samples are shuffled together.
-        index: Folder of index files, as `zsnr data index --output` writes. None = beside the
-            shards.
+        train: Training data: a folder of shards or of images, a pattern such as
+            "data/{000..099}.tar" or "https://host/{000..099}.tar", "pipe:COMMAND", a list of these,
+            or a list of objects with path and weight or ratio. A cache of latents is a folder of
+            shards. A command, or a server without byte ranges, needs local_cache.
+        val: Validation data, given in the same ways. None = no validation.
+        image_size: Height and width of the images, in pixels, to which they are resized and
+            cropped.
+        batch_size: Global batch size, summed over all devices and accumulation steps.
+        max_batch_size_per_device: Maximum number of samples that a device processes at a time. The
+            remainder of its share is handled by gradient accumulation. None = the whole share.
+        num_workers: Number of processes per device that load samples. 0 = load in the main process.
+        val_samples: Number of validation samples to use, the first ones. None = all.
+        filters: Conditions on the fields of a sample's json, all of which it must meet to be used.
+            None = all samples are used.
+        aspect: Aspect-ratio buckets. None = all images are cropped to squares.
+        pixels: Cropping, mirroring and size limit of the training images.
+        captions: Text of a sample that is used as its caption.
+        window_shards: Number of shards whose samples are shuffled together.
+        index: Folder of index files, as `zsnr data index --output` writes them. None = they lie
+            beside the shards.
         retries: Retry policy for transient errors of local disks, servers and object storage.
-        headers: Of requests to http servers, such as {Authorization: "Bearer ${TOKEN}"}: "${NAME}"
-            is the value of NAME in the environment, so that no secret stands in a config. They are
-            not sent on to another host.
-        local_cache: Keeps whole remote shards on a local disk of each node, up to a size limit, so
-            that samples are read there. None = they are read where they are.
-        error_budget: Share of the samples, or of the shards, that may be broken before the run
-            stops. Ten samples are always free.
-        accept_changed_data: Resume although the data, its filters or buckets are others than those
-            the run began with.
-        seed: Of the order of the training data.
-        prompts: What predict makes: a prompts file, .txt or .jsonl, or a list of objects with
-            prompt and, if wanted, negative_prompt, seed, count, height, width.
-        prompt_seed: Seed of the prompts that name none.
-        predict_batch_size: Images that predict makes at a time, per device.
+        headers: HTTP headers of requests, such as {Authorization: "Bearer ${TOKEN}"}; "${NAME}"
+            stands for the environment variable NAME, so that a config holds no secret. They are not
+            forwarded to another host.
+        local_cache: Cache of whole remote shards on a local disk of each node, up to a size limit.
+            None = samples are read from the remote shards.
+        error_budget: Fraction of the samples, or of the shards, that may be broken before the run
+            stops. Ten broken samples are always allowed.
+        accept_changed_data: Whether a run may resume with other data, filters or buckets than it
+            began with.
+        seed: Seed of every random number in training, such as the order of the data.
+        prompts: Prompts of predict: a .txt or .jsonl file, or a list of objects with prompt and
+            optionally negative_prompt, seed, count, height and width.
+        prompt_seed: Seed of the prompts that have none of their own.
+        predict_batch_size: Number of images per device that predict samples at a time.
+
+    Raises:
+        ValueError: A number is out of range, or the headers are malformed.
     """
 
     def __init__(
@@ -124,9 +129,9 @@ class DataModule(L.LightningDataModule):
             "predict_batch_size": predict_batch_size,
         }
         for name, value in at_least_1.items():
-            most = MAX_IMAGE_SIZE if name == "image_size" else 2**31
-            if value is not None and not 1 <= value <= most:
-                raise ValueError(f"data.{name}={shown(value)}: wanted at least 1, at most {most}.")
+            limit = MAX_IMAGE_SIZE if name == "image_size" else 2**31
+            if value is not None and not 1 <= value <= limit:
+                raise ValueError(f"data.{name}={shown(value)}: wanted at least 1, at most {limit}.")
         if num_workers < 0:
             raise ValueError(f"data.num_workers={num_workers}: wanted 0 or more.")
         if not 0 <= error_budget <= 1:
@@ -148,25 +153,25 @@ class DataModule(L.LightningDataModule):
         self.predict_batch_size = predict_batch_size
         self.done: set[str] = set()  # files that an interrupted predict has written already
         self.caches: dict[str, Cache] = {}  # by the setting that names them
-        self.failure: OSError | ValueError | None = None  # what stops the run, on this rank
-        self._last: dict[str, Any] | None = None  # stands in for a batch that could not be read
+        self.failure: OSError | ValueError | None = None  # of this rank; it stops the run
+        self._last: dict[str, Any] | None = None  # replaces a batch that could not be read
         self._train: Samples | None = None
         self._val: Samples | None = None
         self._indices: dict[str, Index] = {}
-        self._passing: list[Fault] = []  # what indexing met
+        self._passing: list[Fault] = []  # transient errors while indexing
         self._ledger = Ledger(None)
         self._seen = 0
 
-    # What there is
+    # Selection of samples
 
     def prepare_data(self) -> None:
-        """Index what has no index yet, on one process of a node."""
+        """Index the shards that have no index yet, in one process of each node."""
         stage = None if self.trainer is None else self.trainer.state.fn
         for sources in ([self.train, self.val], [self.val])[stage in ("validate", "test")]:
             if sources is not None and stage != "predict":
-                find_cache(sources)  # refuses one that is not finished
+                find_cache(sources)  # refuses an unfinished cache
                 self._check_indexed(find_shards(sources))
-                with suppress(ValueError):  # setup says what that means
+                with suppress(ValueError):  # setup raises it again
                     samples = self._selection(sources, progress=True)
                     if sources is self.train:
                         TrainingOrder(
@@ -174,17 +179,17 @@ class DataModule(L.LightningDataModule):
                         ).prepare()
 
     def setup(self, stage: str) -> None:
-        """Read the index and decide what the stage uses of it."""
+        """Read the index and select the samples of the stage."""
         if stage == "fit":
             self._train = self._select("data.train", _wanted(self.train, "data.train"))
         if stage in ("fit", "validate", "test") and self.val is not None:
             self._val = self._select("data.val", self.val)
         if stage == "predict":
             self.requests = read_requests(self.prompts, self.prompt_seed)
-        self._indices.clear()  # what is used of it stays
+        self._indices.clear()  # the selected samples stay
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what decides the batches of all steps."""
+        """Return the settings that determine the batches of all steps."""
         return {
             "samples": None if self._train is None else self._train.digest,
             "seed": self.seed,
@@ -196,25 +201,28 @@ class DataModule(L.LightningDataModule):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse to go on with other batches.
+        """Refuse to resume with other batches.
 
         Raises:
-            ValueError: Data or settings have changed.
+            ValueError: The data or their settings have changed.
         """
         if self._train is None:
-            return  # validate and predict go on with nothing
+            return  # validate and predict resume nothing
         changed = changes(flat(state_dict), flat(self.state_dict()))
         if not changed:
             return
-        said = "; ".join(f"{name} was {was}, is {now} now" for name, (was, now) in changed.items())
+        differences = "; ".join(
+            f"{name} was {was}, is {now} now" for name, (was, now) in changed.items()
+        )
         names = dict.fromkeys(name.partition(".")[0] for name in changed)
         if not self.accept_changed_data:
             raise ValueError(
-                f"The run began with other training data: {', '.join(names)} changed ({said}; "
-                "samples = a digest of the shards' contents, weights, filters and buckets). Put it "
-                "back, or resume with other batches by --data.accept_changed_data true."
+                f"The run began with other training data: {', '.join(names)} changed ("
+                f"{differences}; samples = a digest of the shards' contents, weights, filters and "
+                "buckets). Restore it, or resume with other batches by "
+                "--data.accept_changed_data true."
             )
-        rank_zero_warn(f"The run resumes with other training data: {said}.")
+        rank_zero_warn(f"The run resumes with other training data: {differences}.")
 
     def _load_index(self, sources: Sources, progress: bool = False) -> Index:
         name = repr(sources)
@@ -229,14 +237,14 @@ class DataModule(L.LightningDataModule):
         return self._indices[name]
 
     def storage(self) -> Storage:
-        """Return what reads shards; it notes transient errors."""
+        """Return the storage that shards are read from; it records transient errors."""
         return Storage(
             on_fault=lambda url, reason: self._passing.append(Fault("passing", url, None, reason)),
             **self.reading(),
         )
 
     def reading(self) -> dict[str, Any]:
-        """Return how shards are read: options of Storage, of data sets and of write_cache."""
+        """Return the options of reading, for Storage, datasets and write_cache."""
         return {
             "retries": self.retries,
             "headers": self.headers,
@@ -255,7 +263,7 @@ class DataModule(L.LightningDataModule):
             )
 
     def select(self, sources: Sources) -> tuple[Index, Samples]:
-        """Index shards, with all fields, and decide which samples are used."""
+        """Index shards, with all fields, and select the samples that are used."""
         index = load_index(sources, self.storage(), folder=self.index_folder, fields=None)
         return index, self._selected(index)
 
@@ -271,7 +279,7 @@ class DataModule(L.LightningDataModule):
         )
 
     def _selection(self, sources: Sources, progress: bool = False) -> Samples:
-        """Decide which samples are used; many are a file that the processes of a node share."""
+        """Select the samples that are used; the processes of a node share a file of many."""
         index, cache = self._load_index(sources, progress), find_cache(sources)
         folder = None if self.trainer is None else Path(self.trainer.default_root_dir) / "index"
         if cache is None:
@@ -291,7 +299,7 @@ class DataModule(L.LightningDataModule):
         return samples
 
     def _check_room(self, samples: Samples) -> None:
-        """Warn of a local cache in which the shards of a window displace each other."""
+        """Warn of a local cache that is too small for the shards of a window."""
         if self.local_cache is None:
             return
         sizes = sorted(
@@ -344,9 +352,9 @@ class DataModule(L.LightningDataModule):
         assert trainer is not None
         number = min(len(self._val), self.val_samples or len(self._val))
         batches = batches_by_bucket(self._val, range(number), self._share())
-        mine = dealt(batches, trainer.global_rank, trainer.world_size)
+        share = share_of_batches(batches, trainer.global_rank, trainer.world_size)
         dataset = self._as_indexed("data.val", self._val)
-        return self._loader(_Guarded(dataset), batch_sampler=mine)
+        return self._loader(_Guarded(dataset), batch_sampler=share)
 
     def spread(self, count: int) -> DataLoader[dict[str, Any]] | list[Any]:
         """Load up to `count` samples spread evenly over the training data, the same on all ranks.
@@ -362,16 +370,16 @@ class DataModule(L.LightningDataModule):
         return self._loader(self._as_indexed("data.train", samples), batch_sampler=batches)
 
     def _share(self) -> int:
-        """Samples that a device holds at a time, at most."""
+        """Return the maximum number of samples that a device processes at a time."""
         assert self.trainer is not None
         share: int = max(1, self.batch_size // self.trainer.world_size)
         return min(share, self.max_batch_size_per_device or share)
 
     def _as_indexed(self, name: str, samples: Samples) -> ShardDataset:
-        """Read samples in the order of the index, without chance."""
+        """Return samples in the order of the index, without random crops or mirroring."""
         cls, crop = ShardDataset, Pixels.crop
         if name in self.caches:
-            cls, crop = CacheDataset, self.pixels.crop  # those that it was made with
+            cls, crop = CacheDataset, self.pixels.crop  # those that the cache was made with
         return cls(
             samples,
             pixels=Pixels(crop=crop, max_pixels=self.pixels.max_pixels),
@@ -384,11 +392,11 @@ class DataModule(L.LightningDataModule):
         return self.val_dataloader()
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Write down what was broken, when a batch is used; one that only waits is not.
+        """Record the broken samples of a batch when it is used, not while it waits.
 
         Raises:
-            BudgetError: Too much is.
-            StorageError: A batch could not be read.
+            BudgetError: More samples or shards are broken than data.error_budget allows.
+            StorageError: The batch could not be read.
         """
         if isinstance(batch, _Failure):
             return self._stop(batch.error)
@@ -413,15 +421,15 @@ class DataModule(L.LightningDataModule):
         return batch
 
     def _note(self, faults: list[Fault]) -> None:
-        """Write down faults; a ledger that cannot be written is no fault of the data."""
+        """Record faults; a ledger that cannot be written does not stop the run."""
         with side_file(self._ledger.path or ""):
             self._ledger.write(faults)
 
     def _stop(self, error: OSError | ValueError) -> dict[str, Any]:
-        """Stop the run: of several ranks all together, before they take a step.
+        """Stop the run, on all ranks together before their next step.
 
         Returns:
-            A batch for the rank to go on with until all meet.
+            A batch that the rank uses until all ranks meet.
         """
         assert self.trainer is not None
         if self.trainer.world_size == 1 or self._last is None:
@@ -446,7 +454,7 @@ class DataModule(L.LightningDataModule):
         same = (list(group) for _, group in groupby(mine, lambda r: (r.height, r.width)))
         size = self.predict_batch_size
         batches = [group[i : i + size] for group in same for i in range(0, len(group), size)]
-        batches = batches or [[]]  # Lightning wants a batch on every rank
+        batches = batches or [[]]  # Lightning needs a batch on every rank
         return DataLoader(batches, batch_size=None, collate_fn=_as_it_is)  # type: ignore[arg-type]
 
     def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
@@ -467,7 +475,7 @@ class DataModule(L.LightningDataModule):
 
 
 def batches_by_bucket(samples: Samples, rows: Iterable[int], size: int) -> list[list[int]]:
-    """Divide rows into batches of one shape each, in order; the last of a bucket is smaller."""
+    """Divide rows into batches of one shape each, in order; a bucket's last may be smaller."""
     by_bucket: dict[int, list[int]] = {}
     for row in rows:
         by_bucket.setdefault(int(samples.bucket[row]), []).append(row)
@@ -478,10 +486,11 @@ def batches_by_bucket(samples: Samples, rows: Iterable[int], size: int) -> list[
     ]
 
 
-def dealt(batches: list[list[int]], rank: int, ranks: int) -> list[list[int]]:
-    """Deal out batches, as many to each rank: those that lack one get a sample that counts nothing.
+def share_of_batches(batches: list[list[int]], rank: int, ranks: int) -> list[list[int]]:
+    """Return a rank's share of the batches, as many as every other rank has.
 
-    A sharded network's forward pass waits for all ranks.
+    A rank that would lack a batch gets a sample that is not counted, because the forward pass of a
+    sharded network waits for all ranks.
     """
     mine = batches[rank::ranks]
     full = len(mine) == -(-len(batches) // ranks)
@@ -489,7 +498,7 @@ def dealt(batches: list[list[int]], rank: int, ranks: int) -> list[list[int]]:
 
 
 def describe_samples(samples: Samples, what: str) -> str:
-    """Say what there is, what the filters removed and what is broken, in a few lines."""
+    """Describe in a few lines which samples are used, removed by filters, and broken."""
     lines = [f"{what}: {len(samples)} samples in {counted(samples.shards)}"]
     lines += [f"  removed by {name}: {count}" for name, count in samples.removed.items()]
     if len(samples.shapes) > 1:
@@ -507,7 +516,7 @@ def read_requests(prompts: str | list[dict[str, Any]] | None, seed: int = 0) -> 
     """Read data.prompts, a file or a list.
 
     Raises:
-        ValueError: It is not set, or wrong.
+        ValueError: The setting is missing or malformed.
     """
     prompts = _wanted(prompts, "data.prompts (--prompts)")
     read: Any = read_prompts if isinstance(prompts, str) else parse_prompts
@@ -516,10 +525,10 @@ def read_requests(prompts: str | list[dict[str, Any]] | None, seed: int = 0) -> 
 
 
 def check_shards(train: Sources | None, val: Sources | None) -> None:
-    """Refuse shards that are not there, or that stand in both data.train and data.val.
+    """Refuse missing shards, and shards that are in both data.train and data.val.
 
     Raises:
-        FileNotFoundError: There are none.
+        FileNotFoundError: A source has no shards.
         ValueError: A shard is in both.
     """
     both = [
@@ -535,7 +544,7 @@ def check_shards(train: Sources | None, val: Sources | None) -> None:
 
 
 def _open_ledger(folder: Path, rank: int, ranks: int, position: int) -> Ledger:
-    """Open this rank's ledger, and cut back those of ranks that there are no more."""
+    """Open this rank's ledger, and cut back those of ranks that no longer exist."""
     for file in folder.glob("rank-*.jsonl"):
         number = file.stem.removeprefix("rank-")
         if number.isdecimal() and int(number) >= ranks and int(number) % ranks == rank:
@@ -562,14 +571,14 @@ def _collate(
 
 
 class _Failure:
-    """In the place of a batch: why it could not be read."""
+    """The error of a batch that could not be read, in place of the batch."""
 
     def __init__(self, error: OSError | ValueError) -> None:
         self.error = error
 
 
 class _Guarded(Dataset[Any]):
-    """A data set whose errors reach the training process as they are, and at the batch's turn."""
+    """A dataset whose errors reach the training process unchanged, at the batch's turn."""
 
     def __init__(self, dataset: ShardDataset) -> None:
         self.dataset = dataset
@@ -578,7 +587,7 @@ class _Guarded(Dataset[Any]):
         return len(self.dataset)
 
     def __getitems__(self, positions: list[int]) -> list[dict[str, Any]] | _Failure:
-        """Load a batch, or say why it cannot be read."""
+        """Load a batch, or return the error that prevents it."""
         try:
             return self.dataset.__getitems__(positions)
         except (OSError, BudgetError) as error:

@@ -17,14 +17,18 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 @dataclass(frozen=True)
 class EMAConfig:
-    """How weights are averaged: ema <- decay ema + (1 - decay) weights, every optimizer step.
+    """Moving average of the weights: ema <- decay ema + (1 - decay) weights, every optimizer step.
 
     Args:
-        decay: Of the average; 0 = the weights themselves, 0.9999 is the paper's.
-        warmup: Start with a smaller decay, (1 + n) / (10 + n) after n steps, so that the first,
-            random weights are forgotten.
-        every_n_steps: Average every n-th step only, by the product of n steps' decays: cheaper, and
-            as long a memory.
+        decay: Decay of the average at each optimizer step; 0.9999 in the paper. 0 = the weights
+            themselves.
+        warmup: Whether the decay is at most (1 + n) / (10 + n) after n steps, so that the random
+            weights of the start are forgotten.
+        every_n_steps: Number of optimizer steps between two updates of the average, each by the
+            product of that many decays: cheaper, with the same memory of the past.
+
+    Raises:
+        ValueError: A number is out of range.
     """
 
     decay: float = 0.9999
@@ -44,7 +48,7 @@ class EMAConfig:
         return min(self.decay, (1 + num_steps) / (10 + num_steps))
 
     def decay_after(self, step: int) -> float | None:
-        """Return the decay of the update after optimizer step `step`, from 0. None = no update."""
+        """Return the decay after optimizer step `step`, counted from 0; None = no update."""
         if (step + 1) % self.every_n_steps:
             return None
         return math.prod(self.decay_at(n) for n in range(step + 1 - self.every_n_steps, step + 1))
@@ -67,10 +71,10 @@ def averaged_copy(module: ModuleT) -> ModuleT:
 def update_average(average: nn.Module, module: nn.Module, decay: float) -> None:
     """Move the average towards the weights, in place; buffers are copied.
 
-    Of sharded modules each rank moves its shards, without communication.
+    Each rank moves its own shards of a sharded module, without communication.
     """
     pairs = zip(average.parameters(), module.parameters(), strict=True)
-    moved = [(mine, theirs) for mine, theirs in pairs if mine is not theirs]  # else frozen
+    moved = [(mine, theirs) for mine, theirs in pairs if mine is not theirs]  # frozen are shared
     torch._foreach_lerp_(
         [local(mine) for mine, _ in moved],
         [local(theirs).float() for _, theirs in moved],

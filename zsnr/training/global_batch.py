@@ -1,4 +1,4 @@
-"""One global batch size, whatever the number of devices."""
+"""The same global batch size on any number of devices."""
 
 from __future__ import annotations
 
@@ -11,66 +11,68 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from zsnr.data.order import accumulation
 
-# What trainers were asked for, in optimizer steps; a trainer may fit more than once.
+# Validation intervals that trainers were given, in optimizer steps; one may fit more than once.
 _INTERVALS: WeakKeyDictionary[L.Trainer, Any] = WeakKeyDictionary()
 
 
 class GlobalBatch(L.Callback):
-    """Sets the accumulation that data.batch_size, data.max_batch_size_per_device and ranks give.
+    """Sets gradient accumulation by data.batch_size, data.max_batch_size_per_device and the ranks.
 
-    trainer.val_check_interval then counts optimizer steps, as everything else does.
+    trainer.val_check_interval then counts optimizer steps, as all other intervals do.
     """
 
     _limit: int | float | None = None  # of validation batches, as the trainer was asked for
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        """Set it, before training starts.
+        """Set the accumulation before training starts.
 
         Raises:
-            ValueError: The batch does not divide by the ranks, or the trainer asks for another
-                accumulation.
+            ValueError: The number of ranks does not divide the batch size, or the trainer has
+                settings that contradict it.
         """
         data: Any = trainer.datamodule
         if stage != "fit" or not hasattr(data, "max_batch_size_per_device"):
             return
-        most = data.max_batch_size_per_device
-        wanted = accumulation(data.batch_size, trainer.world_size, most)
-        asked = trainer.accumulate_grad_batches
-        if asked not in (1, wanted):
+        maximum = data.max_batch_size_per_device
+        steps = accumulation(data.batch_size, trainer.world_size, maximum)
+        configured = trainer.accumulate_grad_batches
+        if configured not in (1, steps):
             raise ValueError(
-                f"trainer.accumulate_grad_batches={asked}, but data.batch_size={data.batch_size} "
-                f"on {trainer.world_size} ranks with data.max_batch_size_per_device={most} is "
-                f"{wanted}: leave it out, and set data.max_batch_size_per_device."
+                f"trainer.accumulate_grad_batches={configured}, but data.batch_size="
+                f"{data.batch_size} on {trainer.world_size} ranks with "
+                f"data.max_batch_size_per_device={maximum} needs {steps}: leave it out, and set "
+                "data.max_batch_size_per_device."
             )
         if any(isinstance(each, GradientAccumulationScheduler) for each in trainer.callbacks):
             raise ValueError(
-                "GradientAccumulationScheduler would take other steps than data.batch_size says: "
-                "leave it out of trainer.callbacks, and set data.max_batch_size_per_device."
+                "GradientAccumulationScheduler would change the global batch size that "
+                "data.batch_size sets: leave it out of trainer.callbacks, and set "
+                "data.max_batch_size_per_device."
             )
         if trainer.limit_train_batches != 1.0 and not (
             trainer.fast_dev_run or trainer.overfit_batches
         ):
             raise ValueError(
                 f"trainer.limit_train_batches={trainer.limit_train_batches} would train on the "
-                "same batches again and again: set trainer.max_steps."
+                "same batches repeatedly: set trainer.max_steps."
             )
         self._limit = trainer.limit_val_batches
         if getattr(data, "val", None) is None:
-            trainer.limit_val_batches = 0  # Lightning would wonder at a loader without batches
+            trainer.limit_val_batches = 0  # Lightning warns of a loader without batches
         interval = _INTERVALS.setdefault(trainer, trainer.val_check_interval)
         if isinstance(interval, int):
-            trainer.val_check_interval = interval * wanted
-        trainer.accumulate_grad_batches = wanted
-        each = data.batch_size // trainer.world_size // wanted
+            trainer.val_check_interval = interval * steps
+        trainer.accumulate_grad_batches = steps
+        each = data.batch_size // trainer.world_size // steps
         rank_zero_info(
-            f"Global batch {data.batch_size} = {trainer.world_size} ranks x {wanted} accumulated "
-            f"x {each} samples."
+            f"Global batch of {data.batch_size} = {trainer.world_size} ranks x {steps} "
+            f"accumulation steps x {each} samples."
         )
-        if most is not None and wanted > 1 and 2 * each <= most:
+        if maximum is not None and steps > 1 and 2 * each <= maximum:
             rank_zero_warn(
-                f"A device could hold {most} samples but gets {each} at a time: "
+                f"A device could process {maximum} samples but gets {each} at a time: "
                 f"{data.batch_size // trainer.world_size}, its share of data.batch_size, has no "
-                "larger divisor. Choose a batch size that has."
+                "larger divisor. Choose a batch size that has one."
             )
 
     def teardown(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
@@ -80,7 +82,7 @@ class GlobalBatch(L.Callback):
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]
     ) -> None:
-        """Count the batches of a run that had another accumulation as this one would have."""
+        """Convert the batch counts of a run with another accumulation to those of this one."""
         loop = checkpoint.get("loops", {}).get("fit_loop")
         if loop is None:
             return
@@ -93,5 +95,5 @@ class GlobalBatch(L.Callback):
                 counts[name] += shift
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
-        # what loggers call a step; Lightning counts one too many after some resumes
+        # the step of the loggers, of which Lightning counts one too many after some resumes
         trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step

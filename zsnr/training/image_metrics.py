@@ -1,4 +1,4 @@
-"""Measures pictures in validation: FID, KID, IS, CLIP score and brightness."""
+"""Metrics of images generated in validation: FID, KID, IS, CLIP score and brightness."""
 
 from __future__ import annotations
 
@@ -54,41 +54,47 @@ from zsnr.training.module import LatentDiffusion
 from zsnr.training.preemption import stops
 from zsnr.training.watchdog import Watchdog
 
-_ASKED = ("real", "statistics", "inception", "features", "clip", "save_images", "output")
+_NEED_CAPTIONS = ("real", "statistics", "inception", "features", "clip", "save_images", "output")
 _CHANNELS = "latent_mean_by_channel"
-_MOST_CHANNELS = 16  # whose latent means are logged; the json has all
+_LOGGED_CHANNELS = 16  # whose latent means are logged; the json has all
+_OF_DATA = "metrics_of_data"  # constants, which are no curves in training
 
 
 class ImageMetrics(Callback):
-    """Makes pictures of captions, by model.sampling, in validation, and measures them.
+    """Generates images from captions in validation, by model.sampling, and measures them.
 
-    Logged as metrics/luma_mean, luma_std (over pictures), luma_contrast, luma_p01, luma_p99;
-    luma_w1, the distance to the real pictures; fid and kid, inception_score, clip_score; and
-    luma_mean_by_group, luma_contrast_by_group, latent_mean_by_channel (the first 16).
+    Logged as metrics/luma_mean, luma_std (over images), luma_contrast, luma_p01, luma_p99; luma_w1,
+    the distance to real images; fid and kid, inception_score, clip_score; and luma_mean_by_group,
+    luma_contrast_by_group, latent_mean_by_channel (the first 16 channels).
 
     Args:
-        captions: COCO's captions (.json), one a line (.txt), or objects with caption and, if
-            wanted, group (.jsonl). None = no pictures are measured.
-        num_images: How many, all ranks together. They are chosen by a hash of the seed and COCO's
-            image id or the line; of an image of COCO the caption with the smallest id is taken.
-        seed: Of that choice, of the noise, and of the parts of KID and IS.
-        batch_size: Pictures at a time, per device.
-        every_n_validations: In training, measure in every n-th validation.
-        real: Pictures to compare with, as data.train names them; cropped as validation's are.
-        num_real: Use at most so many of them, evenly spread.
-        statistics: File (.safetensors) of what is measured of the real pictures: read if it is
-            there, else written.
-        inception: File of the weights of FID's Inception network.
-        features: Another network in its place, by class_path: levels (B, 3, s, s) in 0 .. 255 to
-            features (B, D), or to features and logits; its attribute `size` is s, else 299.
-        inception_splits: Parts of the pictures that IS is computed on.
-        clip: CLIP model: a folder of transformers, or ARCHITECTURE:FILE of open_clip.
-        save_images: Folder to write the pictures to. None = they are not kept.
-        output: File (.json) to write the numbers to; in training one each time, with the step in
-            its name. None = they are logged alone.
+        captions: File of captions: COCO's annotations (.json), one caption in each line (.txt), or
+            objects with caption and optionally group (.jsonl). None = no images are generated.
+        num_images: Number of images, summed over all ranks. Captions are chosen by a hash of the
+            seed and of COCO's image id or the line number; for an image of COCO, the caption with
+            the smallest id is used.
+        seed: Seed of the choice of captions, of the noise, and of the subsets of KID and IS.
+        batch_size: Number of images per device that are sampled at a time.
+        every_n_validations: Number of validations in training from one measurement to the next.
+        real: Real images to compare with, given as data.train is, and cropped as in validation.
+            None = no comparison, or the one with `statistics`.
+        num_real: Maximum number of real images, evenly spread over all of them.
+        statistics: File (.safetensors) of the statistics of the real images. It is read if it
+            exists, and otherwise written. None = they are measured in every run.
+        inception: File with the weights of the Inception network of FID. None = no FID, KID and IS,
+            unless `features` is set.
+        features: Custom network instead of Inception, by class_path: from levels (B, 3, s, s) in
+            0 .. 255 to features (B, D), or to features and logits. Its attribute `size` is s; 299
+            without it.
+        inception_splits: Number of parts of the images that the Inception score is computed on.
+        clip: CLIP model: a folder of transformers, or ARCHITECTURE:FILE of open_clip. None = no
+            CLIP score.
+        save_images: Folder to write the images to. None = they are not written.
+        output: File (.json) to write the metrics to; in training one for each measurement, with the
+            step in its name. None = they are only logged.
 
     Raises:
-        ValueError: A number is out of range, or there are two networks.
+        ValueError: A number is out of range, or both `inception` and `features` are set.
     """
 
     def __init__(
@@ -115,9 +121,9 @@ class ImageMetrics(Callback):
             "num_real": (num_real, 2),
             "inception_splits": (inception_splits, 2),
         }
-        for name, (value, least) in at_least.items():
-            if value < least:
-                raise ValueError(f"metrics.{name}={value}: wanted at least {least}.")
+        for name, (value, minimum) in at_least.items():
+            if value < minimum:
+                raise ValueError(f"metrics.{name}={value}: wanted at least {minimum}.")
         if inception is not None and features is not None:
             raise ValueError("metrics.inception and metrics.features are both set: choose one.")
         self.captions, self.num_images, self.seed = captions, num_images, seed
@@ -126,7 +132,7 @@ class ImageMetrics(Callback):
         self.inception, self.features, self.clip = inception, features, clip
         self.inception_splits = inception_splits
         self.save_images, self.output = save_images, output
-        self._validations = 0  # of this run
+        self._validations = 0  # in this run
         self._loaded_step: int | None = None
         self._requests: list[Captioned] = []
         self._extractor: FeatureExtractor | None = None
@@ -146,17 +152,17 @@ class ImageMetrics(Callback):
         self._loaded_step = checkpoint["global_step"]
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        """Read, load, measure and check all that is needed, before anything is sampled."""
+        """Read and check all inputs, load the networks and measure the real images."""
         if self.captions is None or stage == "predict":
             return
-        # not on others, which may come when it has begun to write
+        # only there: other ranks may arrive when it has begun to write
         check = partial(check_files, self, writes_once=stage != "fit")
         on_first_rank(check)
         self._requests = read_captions(self.captions, self.num_images, self.seed)
         if self.num_images < trainer.world_size:
             raise ValueError(
                 f"metrics.num_images={self.num_images} on {trainer.world_size} ranks: wanted at "
-                "least one picture each."
+                "least one image for each rank."
             )
         network = self.features if self.inception is None else Inception(self.inception)
         self._extractor = None if network is None else FeatureExtractor(network)
@@ -165,14 +171,14 @@ class ImageMetrics(Callback):
         pl_module.codec.load()
         conditioner = pl_module.model().conditioner.load()
         if trainer.datamodule is not None and getattr(trainer.datamodule, "caches", {}):
-            conditioner.release()  # it was only to be seen that it is there
+            conditioner.release()  # it was loaded only to check that it can be
         if self._real is None and self._samples is not None:
             with torch.no_grad(), self._on(trainer.strategy.root_device):
                 self._real = self._measure_real(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.state.fn != "fit" and self._loaded_step is not None:
-            # Lightning takes this for the step it logs at, which would else be 0.
+            # Lightning logs at this step, which would otherwise be 0
             pl_module.log_agreed("step", float(self._loaded_step))
         if self.captions is None or trainer.sanity_checking:
             return
@@ -188,35 +194,36 @@ class ImageMetrics(Callback):
     # Measuring
 
     def measure(self, trainer: L.Trainer, module: LatentDiffusion) -> dict[str, float]:
-        """Make the pictures, measure and log them; every rank calls it."""
+        """Generate the images, measure them and log the metrics; every rank calls it."""
         device = trainer.strategy.root_device
-        # What a frozen part remembers here is used in training, where inference tensors are not.
+        # frozen parts remember tensors for training, which cannot use inference tensors
         conditioner = module.model().conditioner
         encoding = conditioner.passing() if isinstance(conditioner, Remembered) else nullcontext()
         with torch.inference_mode(False), torch.no_grad(), self._on(device), encoding:
-            measured = self._measure_pictures(trainer, module)
+            measured = self._measure_images(trainer, module)
         if measured is None:
             return {}
-        found, rows = measured
-        found, left_out = on_first_rank(partial(self._with_distances, rows, found))
+        metrics, rows = measured
+        metrics, left_out = on_first_rank(partial(self._with_distances, rows, metrics))
         for name, reason in left_out.items():
             rank_zero_warn(f"{name} is left out: {reason}")
-        for name, value in found.items():
+        for name, value in metrics.items():
             group, _, channel = name.partition("/c")
-            if group != _CHANNELS or int(channel) < _MOST_CHANNELS:
+            constant = name.startswith(_OF_DATA) and trainer.state.fn == "fit"
+            if not constant and (group != _CHANNELS or int(channel) < _LOGGED_CHANNELS):
                 module.log_agreed(name, value)
         if self.output is not None:
-            self._write(trainer, module, found, left_out)
-        return dict(found)
+            self._write(trainer, module, metrics, left_out)
+        return dict(metrics)
 
-    def _measure_pictures(
+    def _measure_images(
         self, trainer: L.Trainer, module: LatentDiffusion
     ) -> tuple[dict[str, float], dict[str, Tensor]] | None:
-        """Share the pictures among the ranks, each as many: sharded networks wait for all.
+        """Generate and measure as many images on each rank: sharded networks wait for all ranks.
 
         Returns:
-            The numbers that add up over ranks; features, logits and CLIP scores in the order of the
-            pictures. None = the run is to stop before it is done.
+            The metrics that are collected over the ranks; features, logits and CLIP scores in the
+            order of the images. None = a signal has stopped the run.
         """
         rank, ranks, N = trainer.global_rank, trainer.world_size, len(self._requests)
         device = trainer.strategy.root_device
@@ -245,7 +252,7 @@ class ImageMetrics(Callback):
         problem: Exception | None = None
         for start in tqdm(starts, "image metrics", unit="batch", disable=not bar):
             if stops(trainer):
-                rank_zero_warn("The pictures are not measured: the run stops.")
+                rank_zero_warn("The images are not measured: the run stops.")
                 return None
             batch = numbers[start : start + self.batch_size]
             counted = [i for i, number in enumerate(batch) if number < N]
@@ -276,18 +283,18 @@ class ImageMetrics(Callback):
             if self.save_images is not None and problem is None:
                 try:
                     self._save(trainer, Path(self.save_images).expanduser(), images, places)
-                except Exception as error:  # whatever it is, the other ranks must not wait
+                except Exception as error:  # of any kind: the other ranks must not wait
                     problem = error
         raise_on_all(problem)
 
-        found = {f"metrics/{name}": float(m.compute()) for name, m in brightness.items()}
+        metrics = {f"metrics/{name}": float(m.compute()) for name, m in brightness.items()}
         for name, metric in by_group.items():
             for group, value in metric.compute().items():
-                found[f"{name}_by_group/{group.replace(' ', '_')}"] = float(value)
+                metrics[f"{name}_by_group/{group.replace(' ', '_')}"] = float(value)
         for channel, value in enumerate(latent_mean.compute().tolist()):
-            found[f"{_CHANNELS}/c{channel:02d}"] = value
+            metrics[f"{_CHANNELS}/c{channel:02d}"] = value
         used = {name: metric for name, metric in rows.items() if metric.rows}
-        return found, {name: metric.compute().cpu() for name, metric in used.items()}
+        return metrics, {name: metric.compute().cpu() for name, metric in used.items()}
 
     def _sample(
         self,
@@ -295,7 +302,7 @@ class ImageMetrics(Callback):
         module: LatentDiffusion,
         requests: Sequence[Captioned],
     ) -> tuple[list[Any], Tensor]:
-        """Make pictures, and return them with their latents."""
+        """Generate images, and return them with their latents."""
         sampling, states = module.sampling, deque[Tensor](maxlen=1)
         with module.pipeline() as pipe, trainer.precision_plugin.predict_step_context():
             images = pipe(
@@ -312,37 +319,37 @@ class ImageMetrics(Callback):
         return images, states[0]
 
     def _with_distances(
-        self, rows: dict[str, Tensor], found: dict[str, float]
+        self, rows: dict[str, Tensor], metrics: dict[str, float]
     ) -> tuple[dict[str, float], dict[str, str]]:
-        """Add what does not add up over ranks; a collapsed model has none, and trains on."""
+        """Add the metrics of all images together; those of a collapsed model are left out."""
         left_out: dict[str, str] = {}
         features, logits = rows.get("features"), rows.get("logits")
         if "clip" in rows:
-            found["metrics/clip_score"] = float(rows["clip"].double().mean())
+            metrics["metrics/clip_score"] = float(rows["clip"].double().mean())
         real = self._real
         if features is not None and real is not None:
             try:
-                found["metrics/fid"] = frechet_distance(real, features)
+                metrics["metrics/fid"] = frechet_distance(real, features)
                 kid = kernel_distance(real, features, self.seed)
-                found["metrics/kid"], found["metrics/kid_std"] = kid
+                metrics["metrics/kid"], metrics["metrics/kid_std"] = kid
             except ValueError as error:
                 left_out["metrics/fid"] = left_out["metrics/kid"] = str(error)
         if logits is not None:
             name = "metrics/inception_score"
             try:
                 score = inception_score(logits, self.inception_splits, self.seed)
-                found[name], found[f"{name}_std"] = score
+                metrics[name], metrics[f"{name}_std"] = score
             except ValueError as error:
                 left_out[name] = str(error)
         if real is not None:
-            found["metrics_of_data/luma_mean"] = float(real.luma.double().mean())
-            found["metrics_of_data/luma_std"] = float(real.luma.double().std(correction=0))
-        return found, left_out
+            metrics[f"{_OF_DATA}/luma_mean"] = float(real.luma.double().mean())
+            metrics[f"{_OF_DATA}/luma_std"] = float(real.luma.double().std(correction=0))
+        return metrics, left_out
 
-    # Real pictures
+    # Real images
 
     def _find_real(self, trainer: L.Trainer, module: LatentDiffusion) -> None:
-        """Read the statistics, or find the pictures they are to be measured of."""
+        """Read the statistics, or find the real images that they are measured of."""
         extractor = "" if self._extractor is None else self._extractor.fingerprint
         source = None
         if self.real is not None:
@@ -358,7 +365,7 @@ class ImageMetrics(Callback):
                     max_pixels=data.pixels.max_pixels,
                     folder=Path(trainer.default_root_dir) / "index",
                 )
-            except Exception as error:  # whatever it is, the other ranks must not wait
+            except Exception as error:  # of any kind: the other ranks must not wait
                 problem = error
             if not trainer.local_rank:
                 trainer.strategy.barrier()
@@ -367,12 +374,12 @@ class ImageMetrics(Callback):
             source = f"{self._samples.digest} {min(self.num_real, len(self._samples))}"
             if len(self._samples) < max(2, trainer.world_size):
                 raise ValueError(
-                    f"metrics.real={self.real} holds {len(self._samples)} pictures: wanted at "
+                    f"metrics.real={self.real} holds {len(self._samples)} images: wanted at "
                     f"least {max(2, trainer.world_size)}."
                 )
         path = None if self.statistics is None else Path(self.statistics).expanduser()
-        there = trainer.strategy.broadcast(path is not None and path.is_file())
-        if path is not None and there:
+        exists = trainer.strategy.broadcast(path is not None and path.is_file())
+        if path is not None and exists:
             self._real = RealStatistics.read(path)
             self._real.check(str(path), module.image_size, extractor, source)
 
@@ -381,12 +388,12 @@ class ImageMetrics(Callback):
         data: Any = trainer.datamodule
         rank, ranks, device = trainer.global_rank, trainer.world_size, trainer.strategy.root_device
         N = min(self.num_real, len(self._samples))
-        chosen = torch.linspace(0, len(self._samples) - 1, N, dtype=torch.float64).round().long()
+        rows = torch.linspace(0, len(self._samples) - 1, N, dtype=torch.float64).round().long()
         mine = range(rank, N, ranks)
         loader = DataLoader(
             ShardDataset(self._samples, **data.reading()),
             batch_sampler=[
-                chosen[list(mine[i : i + self.batch_size])].tolist()
+                rows[list(mine[i : i + self.batch_size])].tolist()
                 for i in range(0, len(mine), self.batch_size)
             ],
             num_workers=data.num_workers,
@@ -395,7 +402,7 @@ class ImageMetrics(Callback):
         luma, features = InOrder().to(device), InOrder().to(device)
         broken = 0
         bar = trainer.is_global_zero and trainer.progress_bar_callback is not None
-        for i, batch in enumerate(tqdm(loader, "real pictures", unit="batch", disable=not bar)):
+        for i, batch in enumerate(tqdm(loader, "real images", unit="batch", disable=not bar)):
             _note(trainer)
             levels = batch["image"].to(device)
             places = list(mine[i * self.batch_size : (i + 1) * self.batch_size])
@@ -404,9 +411,9 @@ class ImageMetrics(Callback):
                 features.update(self._extractor(levels)[0].to(device), places)
             broken += len(batch.get("faults", ()))
         if broken:
-            rank_zero_warn(f"{broken} real pictures are broken: their neighbours were taken.")
+            rank_zero_warn(f"{broken} real images are broken: the next ones replace them.")
         source = f"{self._samples.digest} {N}"
-        found = real_statistics(
+        statistics = real_statistics(
             luma.compute().cpu(),
             None if self._extractor is None else features.compute().cpu(),
             image_size=module.image_size,
@@ -415,14 +422,14 @@ class ImageMetrics(Callback):
         )
         if self.statistics is not None:
             path = Path(self.statistics).expanduser()
-            _put(trainer, path, partial(found.write, path))
-        return found
+            _put(trainer, path, partial(statistics.write, path))
+        return statistics
 
     # Files and devices
 
     @contextmanager
     def _on(self, device: torch.device) -> Iterator[None]:
-        """Keep the networks that measure on a device for as long as they are needed."""
+        """Move the networks that measure to a device for as long as this is open."""
         networks: list[Any] = [part for part in (self._extractor, self._clip) if part is not None]
         try:
             for network in networks:
@@ -438,7 +445,7 @@ class ImageMetrics(Callback):
     def _save(
         self, trainer: L.Trainer, folder: Path, images: Sequence[Any], places: Sequence[int]
     ) -> None:
-        """Write images: side files in training."""
+        """Write images; in training, a run continues where they cannot be written."""
         fits = trainer.state.fn == "fit"
         folder = folder / f"step-{trainer.global_step:08d}" if fits else folder
         with side_file(folder) if fits else nullcontext():
@@ -449,7 +456,7 @@ class ImageMetrics(Callback):
         self,
         trainer: L.Trainer,
         module: LatentDiffusion,
-        found: dict[str, float],
+        metrics: dict[str, float],
         left_out: dict[str, str],
     ) -> None:
         assert self.output is not None
@@ -469,7 +476,7 @@ class ImageMetrics(Callback):
             "real": None if real is None else {"count": real.count, "source": real.source},
             "features": None if self._extractor is None else self._extractor.fingerprint,
             "clip": self.clip,
-            "metrics": found,
+            "metrics": metrics,
             "left_out": left_out,
         }
 
@@ -481,7 +488,7 @@ class ImageMetrics(Callback):
 
 
 def _put(trainer: L.Trainer, path: Path, write: Callable[[], None]) -> None:
-    """Write on rank 0: a side file in training, else what the command was run for."""
+    """Write a file on rank 0; in training, a run continues where it cannot be written."""
     if trainer.state.fn != "fit":
         on_first_rank(write)
     elif trainer.is_global_zero:
@@ -490,28 +497,28 @@ def _put(trainer: L.Trainer, path: Path, write: Callable[[], None]) -> None:
 
 
 def _note(trainer: L.Trainer) -> None:
-    """Tell the watchdog that this rank goes on."""
+    """Tell the watchdog that this rank makes progress."""
     for callback in trainer.callbacks:
         if isinstance(callback, Watchdog):
-            callback.note(trainer, "measures pictures")
+            callback.note(trainer, "measures images")
 
 
 def check_files(options: Any, *, writes_once: bool) -> None:
-    """Refuse files that are not there, or are in the way; loads no network.
+    """Refuse inputs that are missing or malformed, and outputs that exist; loads no network.
 
     Args:
-        options: What ImageMetrics takes, as attributes: of a parsed config, or the callback itself.
-        writes_once: Pictures and numbers go to new files, not to those of training's steps.
+        options: Settings of ImageMetrics as attributes: a parsed config, or the callback itself.
+        writes_once: Whether images and metrics go to new files, not to one for each step.
 
     Raises:
-        ValueError: Something is wrong with one.
-        FileNotFoundError: There are no real pictures.
+        ValueError: A file is missing, malformed, or exists where a new one is to be written.
+        FileNotFoundError: There are no real images.
     """
     if options.captions is None:
-        asked = [name for name in _ASKED if getattr(options, name) is not None]
-        if asked and writes_once:
+        unused = [name for name in _NEED_CAPTIONS if getattr(options, name) is not None]
+        if unused and writes_once:
             raise ValueError(
-                f"metrics.{asked[0]} is set, but nothing is measured without metrics.captions."
+                f"metrics.{unused[0]} is set, but nothing is measured without metrics.captions."
             )
         return
     read_captions(options.captions, options.num_images, options.seed)
@@ -519,8 +526,8 @@ def check_files(options: Any, *, writes_once: bool) -> None:
         check_weights(options.inception)
         if options.num_images < 2 * options.inception_splits:
             raise ValueError(
-                f"metrics.num_images={options.num_images} in {options.inception_splits} parts: IS "
-                "wants at least two pictures each; set metrics.inception_splits."
+                f"metrics.num_images={options.num_images} in {options.inception_splits} parts: the "
+                "Inception score needs at least two images in each; lower metrics.inception_splits."
             )
     if options.real is not None:
         find_shards(options.real)
@@ -531,7 +538,9 @@ def check_files(options: Any, *, writes_once: bool) -> None:
         if path.exists():
             RealStatistics.read(path)
         elif options.real is None:
-            raise ValueError(f"{path} is not there, and metrics.real names no pictures to make it.")
+            raise ValueError(
+                f"{path} is not there, and metrics.real names no images to measure for it."
+            )
         else:
             check_new(path)  # so that it can be written
     if options.output is not None and Path(options.output).suffix != ".json":

@@ -9,12 +9,14 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class LearningRate:
-    """The optimizer's learning rate over the run, as a factor of its own.
+    """Warm-up and decay of the learning rate, as a factor of the optimizer's.
 
     Args:
-        warmup_steps: Steps of linear growth from 0.
-        decay: After it: "constant", or "cosine" or "linear" down to `final` at trainer.max_steps.
-        final: Factor at the end of a decay.
+        warmup_steps: Number of optimizer steps over which the factor grows linearly from 0 to 1.
+            0 = no warm-up.
+        decay: Course of the factor after the warm-up: "constant", or "cosine" or "linear" down to
+            `final` at trainer.max_steps.
+        final: Factor at the end of a decay. 0 = the learning rate decays to 0.
     """
 
     warmup_steps: int = 0
@@ -22,7 +24,7 @@ class LearningRate:
     final: float = 0.0
 
     def factor(self, step: int, max_steps: int) -> float:
-        """Return the factor of optimizer step `step`, from 0."""
+        """Return the factor at optimizer step `step`, counted from 0."""
         if step < self.warmup_steps:
             return (step + 1) / (self.warmup_steps + 1)
         if self.decay == "constant":

@@ -1,5 +1,5 @@
-"""What loggers show besides scalars, how a resumed run continues their files, and how a run goes on
-where they cannot be written.
+"""What loggers show besides scalars, how a resumed run continues their files, and how a run
+continues where they cannot be written.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from zsnr.untrusted import clipped, read_small
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_MOST_TEXT, _MOST_HEADER = 1 << 26, 1 << 20  # bytes of metrics.csv, and of its first line
-_BINS = 30  # of a histogram: what TensorBoard draws, so it moves nothing
+_MAX_TEXT, _MAX_HEADER = 1 << 26, 1 << 20  # bytes of metrics.csv, and of its first line
+_BINS = 30  # of a histogram; as many as TensorBoard draws, which then moves no counts
 _RECORD = 16  # bytes of an event's length and checksums
 
 
 def default_loggers(folder: str | Path) -> list[TensorBoardLogger | CSVLogger]:
-    """Return what logs where nothing is said: `tensorboard` and `metrics` of a run's folder."""
+    """Return the loggers by default: `tensorboard` and `metrics` (CSV) in the folder of a run."""
     return [
         TensorBoardLogger(folder, name="tensorboard", version=""),
         CSVLogger(folder, name="metrics"),
@@ -40,7 +40,7 @@ def default_loggers(folder: str | Path) -> list[TensorBoardLogger | CSVLogger]:
 
 
 class _SideFiles(Logger):
-    """Mixed into a logger's class: what it cannot write is warned of, and does not end a run."""
+    """Mixin for the class of a logger: a run continues, with a warning, where it cannot write."""
 
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
         """Log scalars; Lightning's `epoch`, which is no curve, only where each is a column."""
@@ -59,7 +59,7 @@ class _SideFiles(Logger):
 
 
 class _SideExperiment(_SideFiles):
-    """The same for a logger that opens something when it is first asked for it."""
+    """The same for a logger that opens its files at the first use."""
 
     @property
     def experiment(self) -> Any:
@@ -74,14 +74,15 @@ def guard_loggers(loggers: Iterable[Logger]) -> None:
         cls = type(logger)
         if not isinstance(logger, _SideFiles):
             mixed = _SideExperiment if hasattr(cls, "experiment") else _SideFiles
-            name = f"guard_loggers.<locals>.Guarded{cls.__name__}"  # local: no choice of a config
+            # the name of a local class, which no config can name
+            name = f"guard_loggers.<locals>.Guarded{cls.__name__}"
             logger.__class__ = type(name, (mixed, cls), {"__module__": __name__})
         if isinstance(logger, TensorBoardLogger):
             _guard_events()
 
 
 def _guard_events() -> None:
-    """Let TensorBoard's thread that writes events go on after one that could not be written."""
+    """Let TensorBoard's writing thread continue after an event that could not be written."""
     from tensorboard.summary.writer import event_file_writer  # type: ignore[import-untyped]
 
     base: Any = event_file_writer.RecordWriter
@@ -97,7 +98,7 @@ def _guard_events() -> None:
                 try:
                     super().write(data)
                 except BaseException:
-                    with suppress(OSError):  # half an event hides all that follow it
+                    with suppress(OSError):  # half an event would hide all later ones
                         os.truncate(path, self.size)
                     raise
                 self.size += _RECORD + len(data)
@@ -197,7 +198,7 @@ def log_settings(
 
 
 def log_layout(loggers: Iterable[Any], layout: Mapping[str, Any]) -> None:
-    """Lay out TensorBoard's tab of charts with several curves: {group: {chart: [kind, tags]}}."""
+    """Lay out TensorBoard's dashboard "Custom Scalars": {group: {chart: [kind, tags]}}."""
     for logger in loggers:
         if isinstance(logger, TensorBoardLogger):
             with _side(logger):
@@ -205,19 +206,19 @@ def log_layout(loggers: Iterable[Any], layout: Mapping[str, Any]) -> None:
 
 
 def begin_loggers(loggers: Iterable[Any]) -> None:
-    """Make TensorBoard forget what a run in the same folder logged that left no checkpoint."""
+    """Make TensorBoard forget the logs of an earlier run in the folder that left no checkpoint."""
     for logger in loggers:
         if isinstance(logger, TensorBoardLogger):
             _purge(logger, 0)
 
 
 def continue_loggers(loggers: Iterable[Any], step: int) -> None:
-    """Make loggers go on in the folder of the run before, without what it logged after `step`.
+    """Make loggers continue the files of the resumed run, without what it logged after `step`.
 
     Args:
-        loggers: Of the trainer, before they have logged anything; others than TensorBoard's and CSV
-            are left alone.
-        step: Optimizer steps done.
+        loggers: Loggers of the trainer, before they have logged anything. Only those of TensorBoard
+            and CSV continue files.
+        step: Number of optimizer steps that the checkpoint has.
     """
     for logger in loggers:
         if isinstance(logger, TensorBoardLogger | CSVLogger):
@@ -241,27 +242,27 @@ def _continue(logger: TensorBoardLogger | CSVLogger, step: int) -> None:
 
 
 def _purge(logger: TensorBoardLogger, step: int) -> None:
-    """Make TensorBoard forget what older files hold of this step and those behind it."""
+    """Make TensorBoard forget this step and later ones in older files."""
     if logger._kwargs.get("purge_step") is None:  # the command line sets it, to None
         logger._kwargs["purge_step"] = step
 
 
 def _is_of_fit(folder: Path) -> bool:
-    """Whether training has logged here, and not a validation of its own."""
+    """Whether training has logged into this folder, and not a separate validation."""
     metrics = folder / "metrics.csv"
     if not metrics.is_file():
         return (folder / "run_config.yaml").is_file()
     with open(metrics, "rb") as file:
-        return b"train/loss" in file.readline(_MOST_HEADER)
+        return b"train/loss" in file.readline(_MAX_HEADER)
 
 
 def _continue_csv(logger: CSVLogger, step: int) -> None:
-    """Keep the rows before a step; a file that cannot be read stays, and another one is begun."""
+    """Keep the rows before a step; if the file cannot be read, it stays and a new one is begun."""
     path = Path(logger.log_dir) / "metrics.csv"
     if not path.is_file():
         return
     try:
-        names, kept = _rows_before(path, step)
+        names, rows = _rows_before(path, step)
     except ValueError as error:
         rank_zero_warn(f"{error} It stays as it is, and another file is begun.")
         logger._version = None
@@ -270,10 +271,10 @@ def _continue_csv(logger: CSVLogger, step: int) -> None:
         with open(beside, "w", newline="") as file:
             copy = csv.DictWriter(file, fieldnames=names, extrasaction="ignore")
             copy.writeheader()
-            copy.writerows(kept)
+            copy.writerows(rows)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            writer = logger.experiment  # removes the file, and says so
+            writer = logger.experiment  # removes the file, with a warning
     writer.metrics_keys = names
 
 
@@ -281,10 +282,10 @@ def _rows_before(path: Path, step: int) -> tuple[list[str], list[dict[str, str]]
     """Read the columns of a metrics.csv, and its rows before a step.
 
     Raises:
-        ValueError: It is damaged.
+        ValueError: The file is damaged.
     """
     try:
-        rows = csv.DictReader(io.StringIO(read_small(path, _MOST_TEXT).decode(), newline=""))
+        rows = csv.DictReader(io.StringIO(read_small(path, _MAX_TEXT).decode(), newline=""))
         names = list(rows.fieldnames or [])
         numbered = (row for row in rows if re.fullmatch("[0-9]{1,18}", row["step"] or ""))
         return names, [row for row in numbered if int(row["step"]) < step]

@@ -1,4 +1,4 @@
-"""The LightningModule: UNet, schedule and v loss."""
+"""The LightningModule: network, schedule and v loss in training."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from itertools import islice
 from typing import Any
 
 import lightning as L
@@ -16,7 +15,6 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import AdamW
-from tqdm import tqdm
 
 from zsnr.agreement import raise_on_all
 from zsnr.checkpoints import Model
@@ -64,40 +62,47 @@ from zsnr.training.strategy import (
     squared_norm,
     without_gradient,
 )
-from zsnr.training.tags import at_timestep
-from zsnr.training.watchdog import Watchdog
+from zsnr.training.validation import ValidationLosses, measure_before_training
 
 
 class LatentDiffusion(L.LightningModule):
     """A latent diffusion model in training.
 
     Args:
-        codec: Images to latents; frozen.
-        conditioner: Prompts to conditioning; frozen, or trained along.
-        unet: Size of a new UNet; a folder of diffusers or hub id whose `unet` to start from; or a
-            UNet.
-        schedule: The noise schedule; loss, previews and predict all use this one.
-        prediction_type: What the network predicts.
-        loss: The weight lambda_t.
-        caption_dropout: Probability that a caption is replaced by null in training.
-        offset_noise: Strength of offset noise (section 5.4), to compare with; 0 = none.
-        optimizer: AdamW by default.
-        learning_rate: Its warm-up and decay.
-        ema: Averaged weights. None = no averaging.
-        sampling: How previews and predict sample.
-        gradient_checkpointing: Trade time for memory in the UNet.
-        compile: Backend of torch.compile for the UNet's blocks, such as "inductor". None = eager.
-        max_skipped_steps: A step whose loss or gradient is not finite is skipped on all ranks; more
-            of them in a row than this stop the run.
-        image_size: Height and width, in pixels. Set by data.image_size.
-        seed: Of every random number in training. Set by data.seed.
-        lora: Train adapters on a frozen, pretrained `unet`. None = train all of it.
+        codec: Encoder and decoder between images and latents. It is frozen.
+        conditioner: Text encoder of the prompts: frozen, or trained jointly where its own setting
+            `trainable` is true.
+        unet: Size of a new UNet; the folder, single file or hub id of a pretrained model, from
+            whose UNet training starts; or a UNet.
+        schedule: Noise schedule of training, previews, validation and predict alike.
+        prediction_type: Quantity that the network predicts: "v_prediction", "epsilon" or "sample".
+        loss: Weight lambda_t of the loss at each timestep.
+        caption_dropout: Probability that a training caption is replaced by the empty prompt, for
+            classifier-free guidance.
+        offset_noise: Strength of offset noise (section 5.4 of the paper), for comparison only. 0 =
+            no offset noise.
+        optimizer: Optimizer of the trained weights, by class_path. AdamW with learning rate 1e-4 by
+            default.
+        learning_rate: Warm-up and decay of the optimizer's learning rate.
+        ema: Exponential moving average of the weights, which sampling and validation then use. None
+            = no averaging.
+        sampling: Sampler, number of steps and guidance of previews, validation images and predict.
+        gradient_checkpointing: Recompute the UNet's activations in the backward pass, which takes
+            less memory and more time.
+        compile: Backend of torch.compile for the UNet's blocks, such as "inductor". None = the
+            blocks are not compiled.
+        max_skipped_steps: Number of optimizer steps in a row that may be skipped because their loss
+            or gradient is not finite. One more stops the run.
+        image_size: Height and width of the images, in pixels. Set by data.image_size.
+        seed: Seed of every random number in training. Set by data.seed.
+        lora: LoRA adapters to train on a frozen, pretrained `unet`. None = the whole UNet is
+            trained.
         terminal_window: Number of exposures of the last timestep (training samples that drew
             t = T - 1) over which its logged training loss is averaged: the most recent ones. It
             changes what is logged and not what is trained.
 
     Raises:
-        ValueError: Parts that do not fit each other.
+        ValueError: A number is out of range, or two settings contradict each other.
     """
 
     def __init__(
@@ -126,14 +131,14 @@ class LatentDiffusion(L.LightningModule):
         if terminal_window < 1:
             raise ValueError(f"model.terminal_window={terminal_window}: wanted at least 1.")
         if max_skipped_steps < 0:
-            raise ValueError(f"max_skipped_steps={max_skipped_steps}: wanted 0 or more.")
+            raise ValueError(f"model.max_skipped_steps={max_skipped_steps}: wanted 0 or more.")
         check_settings(schedule, prediction_type, loss, sampling.spacing, sampling.num_steps)
         if not 0 <= caption_dropout <= 1:
-            raise ValueError(f"caption_dropout={caption_dropout}: wanted a number in [0, 1].")
+            raise ValueError(f"model.caption_dropout={caption_dropout}: wanted a number in [0, 1].")
         if not conditioner.trainable and not conditioner.pretrained:
             raise ValueError(
-                "The text encoder has random weights and is frozen: set trainable: true, or give "
-                "it pretrained weights."
+                "The text encoder has random weights and is frozen: set the conditioner's "
+                "trainable: true, or give it pretrained weights."
             )
         if lora is not None:
             check_lora(unet, conditioner.trainable)
@@ -160,21 +165,21 @@ class LatentDiffusion(L.LightningModule):
         self.ema = None if ema is None else averaged_copy(self.trained)
         if compile is not None and compile not in torch._dynamo.list_backends(None):
             known = ", ".join(torch._dynamo.list_backends(None))
-            raise ValueError(f"model.compile={compile!r}: no such backend. Known: {known}.")
+            raise ValueError(f"model.compile={compile!r}: unknown backend. Known: {known}.")
         self.lora = lora
         self.compile_backend, self.max_skipped_steps = compile, max_skipped_steps
         self._ready = False  # compiled, and sharded if the strategy does
-        self.stop_requested, self.requeue_requested = False, False  # of this process
-        self.stop_agreed, self.requeue_agreed = False, False  # by all
-        self.validation_cut = False  # by a signal
+        self.stop_requested, self.requeue_requested = False, False  # by a signal to this process
+        self.stop_agreed, self.requeue_agreed = False, False  # by all ranks
+        self.validation_cut = False  # cut short by a signal
         self._micro_batches: list[tuple[list[str], Tensor, Tensor]] = []  # keys, losses, t
         self._progress = Progress(schedule.num_timesteps, terminal_window)
-        self._skip = False
-        self._first_step = 0  # of this start
+        self._skip = False  # whether the current step is not finite
+        self._first_step = 0  # of this start of the run
         self.changed_settings: dict[str, list[Any]] = {}  # since the checkpoint, by name
         self._val_strata = validation_timesteps(schedule.num_timesteps)
         self.start = read_start(unet) if isinstance(unet, str) and not is_weightless() else None
-        self._start_losses: list[float] = []  # of the start, converted, by stratum
+        self._start_losses: list[float] = []  # of the converted start, by stratum
 
     # Parts
 
@@ -184,7 +189,7 @@ class LatentDiffusion(L.LightningModule):
         return codec
 
     def model(self, *, ema: bool = True) -> Model:
-        """Return the parts, with averaged weights if there are any and `ema` asks for them."""
+        """Return the model's parts, with averaged weights where there are any and `ema` is true."""
         weights: Any = self.ema if ema and self.ema is not None else self.trained
         return Model(
             codec=self.codec,
@@ -208,7 +213,7 @@ class LatentDiffusion(L.LightningModule):
 
     @contextmanager
     def pipeline(self) -> Iterator[TextToImage]:
-        """Give the model as a sampling pipeline, in evaluation mode while it is open."""
+        """Lend the model as a sampling pipeline, in evaluation mode for as long as it is open."""
         model = self.model()
         unets = [model.unet]
         if self.sampling.guidance.against == "raw":
@@ -227,7 +232,7 @@ class LatentDiffusion(L.LightningModule):
                 reshard(unet)
 
     def facts(self) -> dict[str, Any]:
-        """Return the settings that decide what the model is, as plain values."""
+        """Return the settings that define the model, as plain values."""
         return {
             "schedule": self.schedule.settings(),
             "prediction_type": self.prediction_type,
@@ -242,9 +247,9 @@ class LatentDiffusion(L.LightningModule):
         }
 
     def run_settings(self) -> dict[str, Any]:
-        """Return what a resumed run is compared by besides the parts and the data; see `RULES`."""
+        """Return what a resumed run is compared by, besides model and data; see `RULES`."""
         trainer = self.trainer
-        # before a resumed run has its optimizer, this is one like it
+        # a resumed run is compared before its optimizer exists
         optimizer = next(iter(trainer.optimizers), None) or self._new_optimizer()
         decays = self.learning_rate.decay != "constant"
         settings: dict[str, Any] = {
@@ -275,7 +280,7 @@ class LatentDiffusion(L.LightningModule):
         return [GlobalBatch()]
 
     def configure_model(self) -> None:
-        """Compile and shard what is trained and averaged."""
+        """Compile and shard the trained and the averaged weights."""
         if self._ready:
             return
         self._ready = True
@@ -316,7 +321,7 @@ class LatentDiffusion(L.LightningModule):
         if self.ema is not None and precision in ("bf16-true", "16-true"):
             raise ValueError(
                 f"trainer.precision={precision} would keep averaged weights in half precision, "
-                "where small updates are lost: use bf16-mixed, FullyShardedStrategy's param_dtype, "
+                "which loses small updates: use bf16-mixed, FullyShardedStrategy's param_dtype, "
                 "or model.ema null."
             )
         if (self.trainer.gradient_clip_val or 0) < 0:
@@ -327,20 +332,20 @@ class LatentDiffusion(L.LightningModule):
         for name, cache in caches.items():
             self._use_cache(name, cache)
         if stage != "predict" and not caches:
-            for part in self._frozen.values():  # what cannot be loaded is found now, not later
+            for part in self._frozen.values():  # one that cannot be loaded fails now, not later
                 part.load()
-        for part in self._frozen.values():  # Lightning moves what is registered, and later
+        for part in self._frozen.values():  # Lightning moves only registered modules, and later
             part.to(self.trainer.strategy.root_device)
 
     def _use_cache(self, name: str, cache: Cache) -> None:
-        """See that a cache fits, and encode only those prompts that it does not hold."""
+        """Check that a cache fits the model, and take its embedding of the empty prompt."""
         check_cache(name, cache, codec=self.codec.fingerprint())
         if cache.conditioner is None:
             return
         if "conditioner" not in self._frozen:
             raise ValueError(
                 f"{name}={cache.folder} holds text embeddings, but model.conditioner is trained "
-                "along: cache without --text, or freeze it."
+                "jointly: cache without --text, or set the conditioner's trainable: false."
             )
         conditioner = self._frozen["conditioner"]
         check_cache(name, cache, conditioner=conditioner.fingerprint())
@@ -382,30 +387,31 @@ class LatentDiffusion(L.LightningModule):
         super().optimizer_step(*args, **kwargs)
         if self.ema is not None and self.ema_config is not None:
             if self._skip and self.ema_config.every_n_steps == 1:
-                return  # else it is a step in which the weights stood still
-            # counts this step only after this hook
+                return  # several steps are averaged with a skipped one among them
+            # Lightning counts this step after this hook
             decay = self.ema_config.decay_after(self.trainer.global_step)
             if decay is not None:
                 update_average(self.ema, self.trained, decay)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Agree with all ranks, by one reduction: on the loss, on the gradient, and on stopping.
+        """Agree with all ranks on loss, gradient norm and stopping, in a single reduction.
 
         Raises:
             StorageError, BudgetError: A rank could not read its batch.
+            NonFiniteError: Too many steps in a row were not finite.
         """
         micro_batches, self._micro_batches = self._micro_batches, []
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
-            scaler.unscale_(optimizer)  # a fused one would do it later, by itself
+            scaler.unscale_(optimizer)  # a fused optimizer would unscale later, by itself
         grads = [p.grad for p in self.trained.parameters() if p.grad is not None]
         losses = torch.cat([losses for _, losses, _ in micro_batches])
         t = torch.cat([t for _, _, t in micro_batches])
         failure = getattr(self.trainer.datamodule, "failure", None)
-        asked = torch.tensor([self.stop_requested, self.requeue_requested, failure is not None])
+        requests = torch.tensor([self.stop_requested, self.requeue_requested, failure is not None])
         sums = self._progress.sums(losses, t)
-        found = [asked.to(sums[0]), squared_norm(grads)[None].to(sums[0]), *sums]
-        reduced = self.trainer.strategy.reduce(torch.cat(found), reduce_op="sum")
+        parts = [requests.to(sums[0]), squared_norm(grads)[None].to(sums[0]), *sums]
+        reduced = self.trainer.strategy.reduce(torch.cat(parts), reduce_op="sum")
         stop, requeue, failed, squared, *by_group = reduced.tolist()
         if failed:
             raise_on_all(failure)
@@ -421,7 +427,7 @@ class LatentDiffusion(L.LightningModule):
                 self.trainer, self._progress, loss, norm, samples, self.max_skipped_steps
             )
             for p in self.trained.parameters():
-                p.grad = None  # an optimizer changes nothing that has no gradient
+                p.grad = None  # an optimizer leaves weights without a gradient alone
         else:
             self._progress.skipped_in_a_row = 0
             self._progress.add(totals, counts)
@@ -445,7 +451,7 @@ class LatentDiffusion(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the norm that is known already."""
+        """Clip the gradient by the norm that all ranks have agreed on."""
         if not gradient_clip_val or self._skip:
             return
         if gradient_clip_algorithm not in (None, "norm"):
@@ -465,57 +471,38 @@ class LatentDiffusion(L.LightningModule):
             check_last_steps(self.trainer, self._progress, steps)
 
     def on_train_start(self) -> None:
-        """Say so where a resumed run keeps its learning rate, and the config has another."""
+        """Warn where a resumed run keeps another learning rate than the config has."""
         self._first_step = self.trainer.global_step
-        asked = self.trainer.optimizers[0].defaults.get("lr")
+        configured = self.trainer.optimizers[0].defaults.get("lr")
         [scheduler] = self.trainer.lr_scheduler_configs
-        own = getattr(scheduler.scheduler, "base_lrs", [asked])[0]
-        if asked != own:
+        resumed = getattr(scheduler.scheduler, "base_lrs", [configured])[0]
+        if configured != resumed:
             rank_zero_warn(
-                f"The run resumes with its checkpoint's learning rate, {own:g}; the config's, "
-                f"{asked:g}, is not used."
+                f"The run resumes with its checkpoint's learning rate, {resumed:g}; the config's, "
+                f"{configured:g}, is not used."
             )
         if self.trainer.global_step == 0:
             self._measure_start()
 
     def _measure_start(self) -> None:
-        """Measure the validation losses of what the run starts from, converted."""
-        start, data = self.converted_start, getattr(self.trainer, "datamodule", None)
-        if start is None or data is None:
+        """Measure the validation losses of the pretrained model, converted, before training."""
+        start = self.converted_start
+        if start is None:
             return
-        batches = data.val_dataloader()
-        limit = self.trainer.limit_val_batches
-        count = min(len(batches), limit) if isinstance(limit, int) else int(len(batches) * limit)
-        if not count:
-            return
-        rank_zero_info(
-            f"{start.source} predicts {start.prediction_type} on a schedule that ends at SNR "
-            f"{start.schedule.snr[-1]:.2g}. It is measured now: adaptation/t* is the validation "
-            "loss over that of the start, converted. 1 = as good as the start was."
-        )
-        bar = self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None
-        watchdogs = [each for each in self.trainer.callbacks if isinstance(each, Watchdog)]
         self.on_validation_epoch_start()
-        modes = [(part, part.training) for part in self.modules()]
-        self.eval()
-        self.trainer.validating = True  # as Lightning says it: the data are not trained on
-        with torch.no_grad(), self.trainer.precision_plugin.val_step_context():
-            some = islice(batches, count)
-            for batch in tqdm(some, "measuring the start", total=count, disable=not bar):
-                for watchdog in watchdogs:
-                    watchdog.note(self.trainer, "measures the start")
-                batch = self._on_before_batch_transfer(batch)
-                self._add_validation(self.trainer.strategy.batch_to_device(batch), start)
-        self.trainer.training = True
-        for part, mode in modes:
-            part.training = mode
-        reshard(self)
-        sums, _, counts = self.trainer.strategy.reduce(self._val_sums, reduce_op="sum")
-        self._start_losses = (sums / counts).tolist()
+        if measure_before_training(
+            self.trainer, self, lambda batch: self._add_validation(batch, start)
+        ):
+            self._validation.reduce(self.trainer.strategy)
+            self._start_losses = self._validation.means().tolist()
+            rank_zero_info(
+                f"{start.source} predicts {start.prediction_type} on a schedule that ends at SNR "
+                f"{start.schedule.snr[-1]:.2g}. adaptation/t* is the validation loss divided by "
+                "that of this model, converted. 1 = as good as it is."
+            )
 
     def on_validation_epoch_start(self) -> None:
-        # Losses with the weights that sample, and with the raw ones beside averaged; counts.
-        self._val_sums = torch.zeros(3, len(self._val_strata), device=self.device)
+        self._validation = ValidationLosses(self._val_strata, self.device)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         self._add_validation(batch)
@@ -528,35 +515,20 @@ class LatentDiffusion(L.LightningModule):
         losses = [self._losses(batch, draws, ema=start is None, start=start, noised=noised)]
         if self.ema is not None and start is None:
             losses.append(self._losses(batch, draws, ema=False, noised=noised))
-        counts = (batch["position"] >= 0).to(losses[0])  # others only keep the ranks in step
-        stratum = batch["position"] % len(self._val_strata)
-        for sums, values in zip(self._val_sums, losses, strict=False):
-            sums.index_add_(0, stratum, values * counts)
-        self._val_sums[2].index_add_(0, stratum, counts)
+        self._validation.add(batch["position"], losses)
 
     def on_validation_epoch_end(self) -> None:
         reshard(self)
         failure = getattr(self.trainer.datamodule, "failure", None)
-        failed = self._val_sums.new_tensor(failure is not None)
+        failed = torch.tensor(float(failure is not None), device=self.device)
         if self.trainer.strategy.reduce(failed, reduce_op="sum"):
             raise_on_all(failure)
         if self.validation_cut:
             return
-        sums, raw, counts = self.trainer.strategy.reduce(self._val_sums, reduce_op="sum")
-        self.log_agreed("val/loss", sums.sum() / counts.sum(), prog_bar=True)
-        both = [("val_by_timestep", sums)]
-        if self.ema is not None:
-            self.log_agreed("val/loss_raw", raw.sum() / counts.sum())
-            both.append(("val_by_timestep_raw", raw))
-        for group, losses in both:
-            for t, total, count in zip(self._val_strata.tolist(), losses, counts, strict=True):
-                if count > 0:
-                    self.log_agreed(f"{group}/{at_timestep(t)}", total / count)
-        if self.trainer.state.fn == "fit":
-            ratios = sums / counts / torch.tensor(self._start_losses or math.nan).to(sums)
-            for t, ratio in zip(self._val_strata.tolist(), ratios.tolist(), strict=True):
-                if ratio > 0:  # it is not where epsilon says nothing of v, at zero SNR
-                    self.log_agreed(f"adaptation/{at_timestep(t)}", ratio)
+        self._validation.reduce(self.trainer.strategy)
+        start = self._start_losses if self.trainer.state.fn == "fit" else []
+        for tag, value in self._validation.metrics(raw=self.ema is not None, start=start).items():
+            self.log_agreed(tag, value, prog_bar=tag == "val/loss")
 
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step
@@ -591,30 +563,29 @@ class LatentDiffusion(L.LightningModule):
             self.schedule.num_timesteps, self.terminal_window, **checkpoint.get("progress", {})
         )
         self._start_losses = checkpoint.get("start_losses", [])
-        own = describe_model(self.model())
-        check_resumed(
-            checkpoint[KEY], {name: own[name] for name in ("schedule", "prediction_type", "unet")}
-        )
+        described = describe_model(self.model())
+        decisive = ("schedule", "prediction_type", "unet")
+        check_resumed(checkpoint[KEY], {name: described[name] for name in decisive})
         averaged = any(name.startswith("ema.") for name in checkpoint.get("state_dict", ()))
         if "state_dict" in checkpoint and averaged != (self.ema is not None):
-            has, do = ("has", "set") if averaged else ("has no", "unset")
+            has, remedy = ("has", "set") if averaged else ("has no", "unset")
             raise ValueError(
-                f"The checkpoint {has} averaged weights: {do} model.ema, as the run that wrote it "
-                "did."
+                f"The checkpoint {has} averaged weights: {remedy} model.ema, as the run that wrote "
+                "it did."
             )
         self.changed_settings = {}
         if self.trainer.state.fn == "fit":
-            told: str | None = "The checkpoint is older and holds no settings to compare."
+            message: str | None = "The checkpoint is older and holds no settings to compare."
             if "settings" in checkpoint:
                 self.changed_settings = changes(checkpoint["settings"], self.run_settings())
-                told = check_changes(self.changed_settings)
-            if told is not None:
-                rank_zero_warn(told)
+                message = check_changes(self.changed_settings)
+            if message is not None:
+                rank_zero_warn(message)
         for name in ("codec", "conditioner"):  # a moved folder is another name of the same weights
-            if checkpoint[KEY][name] != own[name]:
+            if checkpoint[KEY][name] != described[name]:
                 rank_zero_warn(
                     f"The checkpoint's {name} was {checkpoint[KEY][name]}, the config has "
-                    f"{own[name]}: make sure that they are the same."
+                    f"{described[name]}: make sure that they are the same."
                 )
 
     # The loss
@@ -639,11 +610,12 @@ class LatentDiffusion(L.LightningModule):
         """Compute lambda_t ||v - v~||^2 for each sample, (B,).
 
         Args:
-            batch: Pictures or moments, captions or embeddings.
-            draws: Its random numbers.
-            ema: Whose weights.
-            start: Take the network for what it was before this run, and convert.
-            noised: What `_noised` gives of both, where it is known.
+            batch: Images or moments, and captions or embeddings, of B samples.
+            draws: Random numbers of these samples.
+            ema: Whether to use the averaged weights.
+            start: Pretrained model that the network still is, whose prediction is converted. None =
+                the network predicts as this run trains it.
+            noised: Result of `_noised` for this batch. None = it is computed.
         """
         model = self.model(ema=ema)
         x_t, target, t = self._noised(batch, draws) if noised is None else noised
@@ -655,12 +627,12 @@ class LatentDiffusion(L.LightningModule):
         if start is None:
             output = model.unet(x_t, t, cond)
         else:
-            own = (self.schedule, self.prediction_type)
-            output = start.output(model.unet, x_t, t, cond, *own)
+            run = (self.schedule, self.prediction_type)
+            output = start.output(model.unet, x_t, t, cond, *run)
         return self.objective.losses(output, target, t)
 
     def _latent_shape(self, batch: dict[str, Any]) -> tuple[int, int, int]:
-        """Return (C, h, w) of a batch's latents; batches of other buckets have others."""
+        """Return the shape (C, h, w) of a batch's latents, which depends on its bucket."""
         if "moments" in batch:
             _, channels, h, w = batch["moments"].shape
             return channels // 2, h, w
@@ -668,15 +640,15 @@ class LatentDiffusion(L.LightningModule):
 
 
 def _conditioning(conditioner: Conditioner, batch: dict[str, Any], keep: Tensor) -> Conditioning:
-    """Take captions' embeddings from the batch or the encoder, null's where they are dropped.
+    """Return the embeddings of captions, and of the empty prompt where a caption is dropped.
 
-    The encoder is called once whatever is dropped: a sharded one waits for all ranks.
+    The encoder is called once, however many are dropped: a sharded one waits for all ranks.
     """
     cond: Conditioning | None = batch.get("text_embedding")
     if cond is not None:
         return cond if keep.all() else cond.where(keep, conditioner.null())
-    kept = zip(batch["caption"], keep.tolist(), strict=True)
-    encoded: Conditioning = conditioner([caption if keeps else "" for caption, keeps in kept])
+    captions = zip(batch["caption"], keep.tolist(), strict=True)
+    encoded: Conditioning = conditioner([text if keeps else "" for text, keeps in captions])
     return encoded
 
 

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: it saves at the next step, on all ranks together, and goes."""
+"""Signals that ask a run to stop: all ranks save at the next step together, and exit."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from zsnr.stops import stop_on
 from zsnr.training.checkpointing import Checkpoints
 
 EXIT_CODE = 143
-"""Of a run that a signal has stopped before its end: what follows in a script must not begin."""
+"""Exit code of a run that a signal has stopped before its end, so that a script stops with it."""
 
 _received: set[int] = set()
 
 
 def listen(*signals: signal.Signals) -> None:
-    """Note signals from now on, and do nothing else about them."""
+    """Only note these signals from now on."""
     if threading.current_thread() is threading.main_thread():
         for number in signals:
             signal.signal(number, lambda number, frame: _received.add(number))
@@ -34,15 +34,15 @@ def asked() -> bool:
 
 
 class Preemption(L.Callback):
-    """Saves and stops when a signal asks for it; SIGUSR1 under SLURM puts the job back in line.
+    """Saves a checkpoint and stops on SIGTERM or SIGUSR1; under SLURM, SIGUSR1 requeues the job.
 
-    A handler that saved by itself would interrupt a communication of the ranks and wait for them
-    forever. So the signal is noted, and all ranks learn of it in the reduction that every optimizer
-    step makes anyway.
+    A signal handler that saved a checkpoint would interrupt the communication of the ranks and wait
+    for them forever. The signal is therefore noted, and all ranks learn of it in the reduction that
+    every optimizer step makes anyway.
     """
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        # Lightning has set its own, which save in the handler
+        # replaces Lightning's handlers, which save at once
         listen(signal.SIGTERM, signal.SIGUSR1)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
@@ -50,7 +50,7 @@ class Preemption(L.Callback):
         pl_module.requeue_requested = signal.SIGUSR1 in _received
 
     def on_validation_batch_start(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
-        """Cut a validation within training short; its losses are not logged."""
+        """Cut short a validation within training; its losses are not logged."""
         if stops(trainer):
             pl_module.validation_cut = True
             raise StopIteration
@@ -67,7 +67,7 @@ class Preemption(L.Callback):
         _stop_at_once()
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Stop the processes that Lightning has started, too."""
+        """Stop the processes that Lightning has started."""
         launcher = trainer.strategy.launcher
         if isinstance(exception, SystemExit) and isinstance(launcher, _SubprocessScriptLauncher):
             fits = trainer.state.fn == "fit"  # where SIGTERM would only be noted
@@ -81,7 +81,7 @@ class Preemption(L.Callback):
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, Checkpoints):
                 callback.save(trainer)
-        rank_zero_info(f"Asked to stop by a signal: saved at step {step}.")
+        rank_zero_info(f"Stopped by a signal: a checkpoint of step {step} is saved.")
         trainer.strategy.barrier()
         if pl_module.requeue_agreed and trainer.is_global_zero:
             requeue()
@@ -102,23 +102,24 @@ def stops(trainer: L.Trainer) -> bool:
 
 
 def _stop_at_once() -> None:
-    """Let SIGTERM stop what saves nothing; Lightning ignores it there, or waits for all ranks.
+    """Let SIGTERM end a command that saves no checkpoint at once.
 
-    SIGUSR1, which SLURM sends before its time is up, does nothing: SIGTERM follows it.
+    Lightning would ignore it there, or wait for all ranks. SIGUSR1, which SLURM sends before the
+    time limit, does nothing: SIGTERM follows it.
     """
     listen(signal.SIGUSR1)
     stop_on(signal.SIGTERM)
 
 
 def stopped_early(trainer: L.Trainer, module: Any) -> bool:
-    """Whether a signal has stopped the run before its end, and SLURM does not start it again."""
+    """Whether a signal has stopped the run before its end, and SLURM does not restart it."""
     requeued = module.requeue_agreed and "SLURM_JOB_ID" in os.environ
     ended = 0 <= trainer.max_steps <= trainer.global_step
     return module.stop_agreed and not requeued and not ended
 
 
 def requeue() -> None:
-    """Put this SLURM job back in line; does nothing elsewhere."""
+    """Requeue this SLURM job; outside of SLURM this does nothing."""
     job = os.environ.get("SLURM_ARRAY_JOB_ID")
     if job is not None:
         job += "_" + os.environ["SLURM_ARRAY_TASK_ID"]
@@ -128,21 +129,21 @@ def requeue() -> None:
         return
     try:
         subprocess.run(["scontrol", "requeue", job], check=True, timeout=60)
-        rank_zero_info(f"Job {job} is back in line.")
+        rank_zero_info(f"Job {job} is requeued.")
     except (OSError, subprocess.SubprocessError) as error:
         rank_zero_warn(
             f"`scontrol requeue {job}` failed ({error}): the checkpoint is written; submit the job "
-            "again and it resumes."
+            "again to resume."
         )
 
 
 def restarted() -> bool:
     """Whether SLURM or torchrun may have started this run before.
 
-    torchrun counts on each node, and the nodes must not differ: on several, a run that may be
-    restarted counts as one that was.
+    torchrun counts restarts on each node, and all nodes must come to the same result: on several
+    nodes, a run that may be restarted counts as restarted.
     """
-    slurm, torchrun, most, nodes = (
+    slurm, torchrun, max_restarts, nodes = (
         int(os.environ.get(name) or 0)
         for name in (
             "SLURM_RESTART_COUNT",
@@ -151,4 +152,4 @@ def restarted() -> bool:
             "GROUP_WORLD_SIZE",
         )
     )
-    return slurm > 0 or torchrun > 0 or (most > 0 and nodes > 1)
+    return slurm > 0 or torchrun > 0 or (max_restarts > 0 and nodes > 1)

@@ -81,7 +81,7 @@ class Previews(Callback):
             self._show(trainer, pl_module, step)
 
     def _show(self, trainer: L.Trainer, module: LatentDiffusion, step: int) -> None:
-        """Sample on all ranks, each as many pictures: a sharded network waits for all of them."""
+        """Sample as many images on each rank: a sharded network waits for all ranks."""
         rank, ranks = trainer.global_rank, trainer.world_size
         each = -(-len(self.prompts) // ranks)
         mine = [(rank + i * ranks) % len(self.prompts) for i in range(each)]

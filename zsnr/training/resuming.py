@@ -1,8 +1,8 @@
-"""Which settings a resumed run may change: one table, and what is said of a change.
+"""The table of settings that a resumed run may change, and the messages about changes.
 
-A checkpoint holds the settings of the run that wrote it. When a run resumes, its own are compared:
-a change is refused, warned of with the value that counts from now on, or free because it changes no
-weight but by rounding.
+A checkpoint holds the settings of the run that wrote it, and a run that resumes from it compares
+them with those of its config. A change is refused; or causes a warning with the value that is used
+from now on; or is free, because it changes no weight except by rounding.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _GUIDANCE = (
     "scale rescale interval method curve at_zero_snr threshold apg_parallel apg_norm against"
 )
 _GROUPS: tuple[tuple[Verdict, Sequence[str]], ...] = (
-    (  # it decides what the network's output means, or which weights there are
+    (  # they determine the meaning of the network's output, or which weights there are
         Verdict.REFUSED,
         [
             *_under("model", "unet schedule prediction_type ema lora image_size"),
@@ -41,7 +41,7 @@ _GROUPS: tuple[tuple[Verdict, Sequence[str]], ...] = (
             "optimizer",  # its class: the state of another one would be misread
         ],
     ),
-    (  # it decides which samples and draws a step has; data.accept_changed_data allows it
+    (  # they determine the samples and draws of a step; data.accept_changed_data allows changes
         Verdict.REFUSED,
         [
             "model.seed",
@@ -51,7 +51,7 @@ _GROUPS: tuple[tuple[Verdict, Sequence[str]], ...] = (
             *_under("data", "captions captions.fields captions.empty"),
         ],
     ),
-    (  # it changes what is learned from here on, and people change it on purpose
+    (  # they change what is learned from now on, and are changed on purpose
         Verdict.NEW,
         [
             *_under("model", "loss loss.name loss.gamma loss.allow_zero_terminal_weight"),
@@ -63,16 +63,16 @@ _GROUPS: tuple[tuple[Verdict, Sequence[str]], ...] = (
             *_under("trainer", "strategy.param_dtype strategy.reduce_dtype"),
         ],
     ),
-    (  # it may be another name of the same weights
+    (  # another name may stand for the same weights
         Verdict.NEW,
         ["model.codec", "model.conditioner"],
     ),
-    (Verdict.NEW, ["data.val_samples"]),  # validation losses do not compare any more
+    (Verdict.NEW, ["data.val_samples"]),  # validation losses can no longer be compared
     (  # an optimizer's state holds its settings, which replace those of the config
         Verdict.KEPT,
         _under("optimizer", "lr betas eps weight_decay amsgrad maximize"),
     ),
-    (  # the same numbers, by other means or up to rounding
+    (  # the same numbers by other means, or up to rounding
         Verdict.FREE,
         [
             *_under("optimizer", "foreach capturable differentiable fused"),
@@ -85,7 +85,7 @@ _GROUPS: tuple[tuple[Verdict, Sequence[str]], ...] = (
             *_under("trainer", "plugins sync_batchnorm reload_dataloaders_every_n_epochs"),
         ],
     ),
-    (  # it decides when the run stops, what it shows or what predict makes, and no step of it
+    (  # they determine when a run stops, what it shows or what predict makes, but no step
         Verdict.FREE,
         [
             *_under("model", "max_skipped_steps terminal_window sampling"),
@@ -104,13 +104,13 @@ _GROUPS: tuple[tuple[Verdict, Sequence[str]], ...] = (
     ),
 )
 RULES = {name: verdict for verdict, names in _GROUPS for name in names}
-"""The table: a verdict on each setting by its name on the command line."""
+"""The verdict on each setting, by its name on the command line."""
 
-_ELSEWHERE = ("optimizer.lr",)  # said by LatentDiffusion.on_train_start, with the schedule's
+_ELSEWHERE = ("optimizer.lr",)  # LatentDiffusion.on_train_start compares it
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten settings to plain values by names with dots."""
+    """Flatten nested settings to plain values by names with dots."""
     values: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping):
@@ -121,19 +121,22 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Return the settings that differ: {name: [old, new]}; None stands for one that is not set."""
+    """Return the settings that differ as {name: [old, new]}; None = not set."""
     names = sorted(was.keys() | now.keys())
     return {n: [was.get(n), now.get(n)] for n in names if was.get(n) != now.get(n)}
 
 
 def check_changes(changed: Mapping[str, Sequence[Any]]) -> str | None:
-    """Refuse changes that the table refuses; return what to warn of, if anything.
+    """Refuse the changes that the table refuses, and return a warning about the others.
 
     Args:
-        changed: As `changes` returns it.
+        changed: Settings that differ, as `changes` returns them.
+
+    Returns:
+        The warning, or None if the changes need none.
 
     Raises:
-        ValueError: A setting is refused; names each with its old and its new value.
+        ValueError: A change is refused; the message names each with its old and new value.
     """
     by_verdict: dict[Verdict, list[str]] = {verdict: [] for verdict in Verdict}
     for name, values in changed.items():
@@ -143,34 +146,34 @@ def check_changes(changed: Mapping[str, Sequence[Any]]) -> str | None:
     if by_verdict[Verdict.REFUSED]:
         raise ValueError(
             f"A run does not resume with other settings: {'; '.join(by_verdict[Verdict.REFUSED])}. "
-            "Put them back; or export the checkpoint, and start another run from its weights in "
+            "Restore them; or export the checkpoint, and start a new run from its weights in "
             "another folder."
         )
-    said = []
+    warnings = []
     if by_verdict[Verdict.NEW]:
-        said.append(f"{'; '.join(by_verdict[Verdict.NEW])}: the new values are used")
+        warnings.append(f"{'; '.join(by_verdict[Verdict.NEW])}: the new values are used")
     if by_verdict[Verdict.KEPT]:
-        said.append(
+        warnings.append(
             f"{'; '.join(by_verdict[Verdict.KEPT])}: the checkpoint's values are used, because "
-            "they are a part of the optimizer's state; for the config's, start another run from "
+            "they are a part of the optimizer's state; to use the config's, start a new run from "
             "exported weights"
         )
-    if not said:
+    if not warnings:
         return None
-    return f"The run resumes with other settings than its checkpoint had. {'. '.join(said)}."
+    return f"The run resumes with other settings than its checkpoint had. {'. '.join(warnings)}."
 
 
 def verdict_on(name: str) -> Verdict:
-    """Return the verdict on a setting, or on what it is a part of.
+    """Return the verdict on a setting, or on the setting that it is a part of.
 
     Raises:
-        ValueError: The table does not have it.
+        ValueError: The table has neither.
     """
     parts = name.split(".")
     for end in range(len(parts), 0, -1):
         known = RULES.get(".".join(parts[:end]))
         if known is not None:
-            # of optimizers that are not listed, settings are a part of their states too
+            # settings of optimizers that are not listed are a part of their states too
             return Verdict.KEPT if end == 1 < len(parts) else known
     raise ValueError(f"No rule says whether a resumed run may change {name}.")
 

@@ -1,4 +1,4 @@
-"""One run at a time in a folder of checkpoints."""
+"""The lock that lets only one run at a time use a folder of checkpoints."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from zsnr.training.strategy import meet
 
 
 class RunLock(L.Callback):
-    """Holds a folder of checkpoints against other runs.
+    """Locks a folder of checkpoints against other runs.
 
     Args:
-        folder: Of the checkpoints; all nodes must see it.
+        folder: Folder of checkpoints, which all nodes must see.
     """
 
     def __init__(self, folder: Path) -> None:
-        # A run that is started again waits until its former owner is surely dead.
+        # a restarted run waits until its former owner is certainly dead
         patience = SILENCE + 30.0 if restarted() else 0.0
         self._lock = Lock(folder / LOCK, folder, patience)
 
     def take(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Take the lock on rank 0 and tell the others, before anything is written.
+        """Take the lock on rank 0 before anything is written; all ranks learn of a failure.
 
         Args:
-            trainer: What will train.
-            module: What it will train: a sharding strategy gives it the mesh of its ranks.
+            trainer: Trainer of the run.
+            module: Model in training, to which a sharding strategy gives the mesh of its ranks.
 
         Raises:
-            LockedError: Another run is in the folder.
+            LockedError: Another run uses the folder.
             OSError: The folder cannot be written.
         """
         strategy = trainer.strategy
@@ -45,7 +45,7 @@ class RunLock(L.Callback):
             and trainer.world_size > 1
         ):
             strategy.connect(module)
-            strategy.setup_environment()  # Lightning finds the process group made
+            strategy.setup_environment()  # Lightning will use this process group
             on_first_rank(self._lock.take)
         elif trainer.is_global_zero:
             self._lock.take()

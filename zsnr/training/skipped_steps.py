@@ -30,7 +30,7 @@ def record_skipped(
     loss: float,
     norm: float,
     batches: Sequence[tuple[list[str], Tensor]],
-    most: int,
+    max_in_a_row: int,
 ) -> None:
     """Record a step that is not finite; every rank calls it.
 
@@ -40,10 +40,10 @@ def record_skipped(
         loss: Mean loss of the global batch.
         norm: Norm of the gradient.
         batches: Keys and losses of the samples of this rank, by micro-batch.
-        most: Number of skipped steps in a row that are allowed.
+        max_in_a_row: Number of skipped steps in a row that are allowed.
 
     Raises:
-        NonFiniteError: More steps in a row than `most` were not finite.
+        NonFiniteError: More than `max_in_a_row` steps in a row were not finite.
     """
     progress.skipped_in_a_row += 1
     progress.skipped += 1
@@ -72,7 +72,7 @@ def record_skipped(
             f"{', '.join(keys[:4])}{' ...' if len(keys) > 4 else ''}; {path} lists all of them.",
             stacklevel=2,
         )
-    if progress.skipped_in_a_row > most:
+    if progress.skipped_in_a_row > max_in_a_row:
         raise NonFiniteError(
             f"{progress.skipped_in_a_row} steps in a row had a loss or gradient that is not "
             f"finite, the last with samples {', '.join(keys[:4])}; see {path}. {_CURE}"

@@ -35,19 +35,21 @@ class FullyShardedStrategy(ModelParallelStrategy):
     have unequal work.
 
     Args:
-        shard_ranks: Over how many ranks one copy of the weights is divided: "all", "node" (hybrid:
-            divided within a node, one copy a node), or a number that divides the ranks.
-        param_dtype: What the network computes in while it trains; weights are kept in float32.
-            None = float32, or what trainer.precision says, as validate and predict always do.
-        reduce_dtype: What gradients are averaged in. None = as they are computed.
-        reshard_after_forward: Free gathered weights between forward and backward pass: less memory,
-            more communication.
-        save_distributed_checkpoint: Each rank writes its shard, into a folder. Else rank 0 writes
-            one file, which needs memory for all.
-        timeout: How long a rank waits for another before it gives up.
+        shard_ranks: Number of ranks over which one copy of the weights is divided: "all", "node"
+            (hybrid sharding: divided within a node, one copy for each node), or a number that
+            divides the number of ranks.
+        param_dtype: Dtype that the network computes in during training; its weights stay float32.
+            None = float32, or the dtype of trainer.precision, as in validate and predict.
+        reduce_dtype: Dtype in which gradients are averaged over the ranks. None = the dtype that
+            they are computed in.
+        reshard_after_forward: Whether gathered weights are freed between forward and backward pass,
+            which takes less memory and more communication.
+        save_distributed_checkpoint: Whether each rank writes its shard into a folder. false = rank
+            0 writes a single file, for which it needs memory for the whole checkpoint.
+        timeout: Time that a rank waits for another one before it gives up.
 
     Raises:
-        ValueError: shard_ranks is no such number.
+        ValueError: shard_ranks is less than 1.
     """
 
     def __init__(
@@ -70,7 +72,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         self.shard_ranks, self.reshard_after_forward = shard_ranks, reshard_after_forward
         self.param_dtype, self.reduce_dtype = param_dtype, reduce_dtype
 
-    # What Lightning asks for
+    # Lightning's hooks
 
     def setup_environment(self) -> None:
         # the data-parallel size is known now: nodes may be more or fewer than the last time
@@ -108,20 +110,20 @@ class FullyShardedStrategy(ModelParallelStrategy):
         path = Path(self.broadcast(str(checkpoint_path)))
         return sharded.restore(path, self.lightning_module, self.optimizers)
 
-    # What a module asks for in configure_model
+    # Called by configure_model
 
     def shard(self, parts: Iterable[nn.Module], blocks: Iterable[nn.Module], ema: bool) -> None:
-        """Shard modules, each with those of `blocks` that it holds as units of their own.
+        """Shard modules, with `blocks` as the units that are gathered and freed at a time.
 
-        Does nothing unless the trainer fits.
+        Outside of training this does nothing.
 
         Args:
-            parts: The modules.
-            blocks: What is gathered and freed at a time, in the order of the forward pass.
-            ema: They hold averaged weights, which have no backward pass.
+            parts: Modules to shard.
+            blocks: Submodules of them, in the order of the forward pass.
+            ema: Whether the modules hold averaged weights, which have no backward pass.
 
         Raises:
-            ValueError: The ranks do not divide by shard_ranks.
+            ValueError: shard_ranks does not divide the number of ranks.
         """
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -145,10 +147,10 @@ class FullyShardedStrategy(ModelParallelStrategy):
             fully_shard(part, mp_policy=to_float, **options)
 
     def shard_size(self) -> int:
-        """Return over how many ranks one copy is divided.
+        """Return the number of ranks over which one copy of the weights is divided.
 
         Raises:
-            ValueError: The ranks do not divide by it.
+            ValueError: It does not divide the number of ranks.
         """
         world, size = self.num_nodes * self.num_processes, self.shard_ranks
         if not isinstance(size, int):
@@ -170,10 +172,10 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
 
 def check_strategy(strategy: Strategy) -> None:
-    """Refuse to train with a strategy that is not one of those this package knows.
+    """Refuse to train with a strategy that this package does not support.
 
     Raises:
-        ValueError: Averages, guards or checkpoints would be wrong with it.
+        ValueError: Averaged weights, gradient norms or checkpoints would be wrong with it.
     """
     known = (SingleDeviceStrategy, DDPStrategy, FullyShardedStrategy)
     if not isinstance(strategy, known):
@@ -184,16 +186,16 @@ def check_strategy(strategy: Strategy) -> None:
 
 
 def meet(place: str, timeout: timedelta | None = None) -> None:
-    """Wait for all ranks, and name those that do not come.
+    """Wait for all ranks, and name those that do not arrive.
 
-    With gloo alone: a rank that waits on a GPU is named by the watchdog.
+    Only with gloo: the watchdog names a rank that waits on a GPU.
 
     Args:
-        place: Where in the run this is, for the message.
-        timeout: How long to wait. None = the process group's.
+        place: Place in the run, for the message.
+        timeout: Time to wait. None = the timeout of the process group.
 
     Raises:
-        TimeoutError: A rank has not come, or has ended.
+        TimeoutError: A rank has not arrived, or has ended.
     """
     if not dist.is_initialized() or dist.get_backend() != "gloo":
         return
@@ -204,7 +206,7 @@ def meet(place: str, timeout: timedelta | None = None) -> None:
 
 
 def reshard(module: nn.Module) -> None:
-    """Free what FSDP modules have gathered, after a pass without a backward pass."""
+    """Free the gathered weights of FSDP modules after a forward pass without a backward pass."""
     from torch.distributed.fsdp import FSDPModule
 
     for part in module.modules():
@@ -218,26 +220,26 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def without_gradient(conditioner: nn.Module) -> list[str]:
-    """Name the parameters that no embedding depends on, such as those of layers behind it.
+    """Return the names of parameters that no embedding depends on, such as those of later layers.
 
-    DDP waits for the gradient of every parameter that it is not told to leave alone.
+    DDP waits for the gradient of every parameter that it is not told to ignore.
 
     Args:
-        conditioner: A text encoder that is trained.
+        conditioner: Text encoder that is trained.
     """
     named = [(name, p) for name, p in conditioner.named_parameters() if p.requires_grad]
     with torch.enable_grad():
         null = conditioner([""])
         outputs = [x.sum() for x in (null.context, null.pooled) if x is not None]
-        found = torch.autograd.grad(outputs, [p for _, p in named], allow_unused=True)
-    return [name for (name, _), gradient in zip(named, found, strict=True) if gradient is None]
+        gradients = torch.autograd.grad(outputs, [p for _, p in named], allow_unused=True)
+    return [name for (name, _), gradient in zip(named, gradients, strict=True) if gradient is None]
 
 
 def squared_norm(tensors: Iterable[Tensor]) -> Tensor:
-    """Return this rank's share of the sum of squares: summed over all ranks, it is whole.
+    """Return this rank's share of the sum of squares; the shares of all ranks add up to the sum.
 
     Args:
-        tensors: Gradients, after they have been averaged: alike on all ranks, or DTensors.
+        tensors: Gradients after they have been averaged: equal on all ranks, or DTensors.
     """
     from torch.distributed.tensor import DTensor
 

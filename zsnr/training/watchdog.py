@@ -23,15 +23,19 @@ _BEAT = {"host": str, "pid": int, "step": int, "doing": str, "waited": float, "w
 
 
 class Watchdog(L.Callback):
-    """Watches that training goes on, and ends the process if it does not.
+    """Ends a training process that makes no progress, and reports which ranks are behind.
 
-    Each rank writes what it does to `heartbeats/rank-00000.json` of the run's folder. A rank that
-    has made no progress for so long prints where it stands, and which ranks are behind, and exits,
-    so that torchrun or SLURM can start the run again.
+    Each rank writes its current activity to `heartbeats/rank-00000.json` in the folder of the run.
+    A rank that has made no progress for too long prints its stack and the state of all ranks and
+    exits, so that torchrun or SLURM can restart the run.
 
     Args:
-        minutes: How long a start, a batch, a validation batch or a checkpoint may take; less than
-            the strategy's timeout, which ends a run without a word of who is behind. 0 = forever.
+        minutes: Minutes that a start, a batch, a validation batch or a checkpoint may take. Choose
+            less than the strategy's timeout, which ends a run without naming the rank that is
+            behind. 0 = no limit.
+
+    Raises:
+        ValueError: The number of minutes is negative.
     """
 
     def __init__(self, minutes: float = 20.0) -> None:
@@ -62,7 +66,7 @@ class Watchdog(L.Callback):
         self.note(trainer, "waits for data")
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
-        self.note(trainer, "trains on a batch, or waits for the others there")
+        self.note(trainer, "trains on a batch, or waits for other ranks")
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
         self.note(trainer, "saves, makes previews, or waits for data")
@@ -81,7 +85,7 @@ class Watchdog(L.Callback):
         self.teardown(trainer, pl_module, "fit")
 
     def note(self, trainer: L.Trainer, doing: str) -> None:
-        """Note that there is progress, and what this rank begins to do."""
+        """Note that this rank makes progress, and what it begins to do."""
         self._state = {
             "rank": trainer.global_rank,
             "host": socket.gethostname(),
@@ -99,7 +103,7 @@ class Watchdog(L.Callback):
         waited, before = 0.0, time.monotonic()
         while True:
             now, state = time.monotonic(), self._state
-            # Time in which this thread did not run either, as in a suspend, says nothing.
+            # Time in which this thread did not run either, as in a suspend, does not count.
             waited = waited + min(now - before, 2 * interval) if state is seen else 0.0
             seen, before = state, now
             written = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"  # for people
@@ -120,21 +124,21 @@ class Watchdog(L.Callback):
             if stop.wait(interval):
                 return
 
-    def report(self, own: dict[str, Any], earlier: list[dict[str, Any] | None]) -> str:
-        """Say what this rank waits for, and which ranks are behind it.
+    def report(self, beat: dict[str, Any], earlier: list[dict[str, Any] | None]) -> str:
+        """Report what this rank waits for, and which ranks are behind it.
 
-        A rank is silent if its heartbeat is the earlier one: hosts' clocks differ, and are set.
+        A rank is silent if its heartbeat has not changed: the clocks of hosts cannot be compared.
         """
         lines = [
-            f"zsnr: error: rank {own['rank']} ({own['host']}, pid {own['pid']}) has made no "
-            f"progress for {own['waited']:.0f} s at step {own['step']}; it {own['doing']}. "
+            f"zsnr: error: rank {beat['rank']} ({beat['host']}, pid {beat['pid']}) has made no "
+            f"progress for {beat['waited']:.0f} s at step {beat['step']}; it {beat['doing']}. "
             "All ranks:"
         ]
         for rank, (then, now) in enumerate(zip(earlier, self._heartbeats(), strict=True)):
             if now is None:
                 lines.append(f"  rank {rank}: has written nothing")
                 continue
-            silent = now == then and rank != own["rank"]
+            silent = now == then and rank != beat["rank"]
             line = (
                 f"  rank {rank} ({now['host']}, pid {now['pid']}): step {now['step']}, "
                 f"{now['doing']}, for {now['waited']:.0f} s"
@@ -142,13 +146,13 @@ class Watchdog(L.Callback):
             )
             lines.append(printable(clipped(line, 300)))
         lines.append(
-            "The one behind the others, or silent, is where to look. trainer.default_root_dir "
-            "holds these heartbeats; watchdog.minutes sets the patience."
+            "Look at the rank that is behind the others, or silent. trainer.default_root_dir holds "
+            "these heartbeats; watchdog.minutes sets the limit."
         )
         return "\n".join(lines)
 
     def _heartbeats(self) -> list[dict[str, Any] | None]:
-        """Read every rank's heartbeat; None = it has written none that can be read."""
+        """Read the heartbeat of every rank; None = there is none that can be read."""
         return [_read(self._folder / f"rank-{rank:05d}.json") for rank in range(self._ranks)]
 
 
