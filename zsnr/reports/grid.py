@@ -26,9 +26,9 @@ from zsnr.schedule import NoiseSchedule
 from zsnr.timesteps import get_timesteps
 
 STARTS = {
-    "log_snr": "start: steps of equal log SNR",
-    "karras": "start: the steps of Karras et al., rho = 7",
-    "trailing": "start: steps of equal length in t",
+    "log_snr": "start: equal steps in log SNR",
+    "karras": "start: equal steps in (sigma / alpha)^(1/7)",
+    "trailing": "start: equal steps in t",
 }
 _FINE = 200  # steps of the solution that grids are measured by
 _MODES = 64  # principal components of the images whose spread is compared
