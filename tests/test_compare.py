@@ -28,7 +28,7 @@ from zsnr.pipeline import TextToImage
 from zsnr.reports.arms import Arm, guidance_text, make_arms, parse_setting
 from zsnr.reports.compare import compare_models
 from zsnr.reports.compare_page import comparison_page
-from zsnr.reports.outcomes import Outcome, Shots, measure, measure_arms
+from zsnr.reports.outcomes import ModelImages, Outcome, measure, measure_arms
 from zsnr.untrusted import printable
 
 FIXED = NoiseSchedule()
@@ -158,9 +158,15 @@ def test_guidance_is_a_setting_like_any_other():
         ([], ["guidance_method=apg"], [], True, "no guidance"),
         ([], [], [], False, "There is nothing to compare"),
         ([], ["spacing=leading"], [], False, "has no model"),
-        (["a"], ["steps=5"], [], False, "'steps=5' is no setting. Known: name, model, schedule"),
-        (["a"], ["spacing"], [], False, "'spacing' is no setting"),
-        (["a"], ["num_steps=5 num_steps=6"], [], False, "num_steps is there twice"),
+        (
+            ["a"],
+            ["steps=5"],
+            [],
+            False,
+            "unknown setting 'steps', did you mean 'num_steps'?",
+        ),
+        (["a"], ["spacing"], [], False, "'spacing' has no value: wanted spacing=VALUE"),
+        (["a"], ["num_steps=5 num_steps=6"], [], False, "num_steps is given twice"),
         (["a"], ["num_steps=five"], [], False, "num_steps='five': wanted an integer"),
         (["a"], ["name='x"], [], False, "No closing quotation"),
         (["a"], ["schedule=cosine"], [], False, "'cosine' is unknown. Known: original, rescaled"),
@@ -193,7 +199,7 @@ def test_the_schedule_of_an_arm():
     assert Arm(schedule="rescaled").schedule_of(ORIGINAL) == FIXED
     assert Arm(schedule="original").schedule_of(FIXED) == ORIGINAL
     table = NoiseSchedule.from_alphas_cumprod(FIXED.alphas_cumprod)
-    with pytest.raises(ValueError, match="what it was before is not known"):
+    with pytest.raises(ValueError, match="the table before the rescale is not known"):
         Arm(schedule="original").schedule_of(table)
 
 
@@ -223,8 +229,10 @@ def flat(levels):
 
 
 def outcome(name, *levels, **settings):
-    shots = [Shots(f"{name}{i}", [""] * len(row), flat(row)) for i, row in enumerate(levels)]
-    return Outcome(Arm(name, **settings).resolved(), FIXED, 1.0, shots)
+    images_of = [
+        ModelImages(f"{name}{i}", [""] * len(row), flat(row)) for i, row in enumerate(levels)
+    ]
+    return Outcome(Arm(name, **settings).resolved(), FIXED, 1.0, images_of)
 
 
 REQUESTS = [
@@ -318,7 +326,7 @@ def test_at_the_floor_is_an_estimate_that_real_images_have():
 
 def test_a_group_has_one_rank():
     wrong = [PromptRequest("a", group="x", brightness_rank=i) for i in range(2)]
-    with pytest.raises(ValueError, match="brightness_rank 0 and 1: wanted one"):
+    with pytest.raises(ValueError, match="brightness_rank 0 and 1: wanted the same"):
         measure_arms([outcome("a", [0.0, 0.0])], wrong, None)
 
 
@@ -527,7 +535,7 @@ def test_text_of_others_stays_text(tmp_path):
     requests = [replace(request, prompt=hostile, group=hostile) for request in REQUESTS[:1]]
     Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
     made = outcome(hostile, [0.5], models=(hostile,))
-    made = replace(made, shots=[replace(made.shots[0], model=hostile, files=["a.png"])])
+    made = replace(made, images=[replace(made.images[0], model=hostile, files=["a.png"])])
     facts = measure_arms([made], requests, flat([0.0, 1.0]))
     facts |= {"kind": "models", "prompts": hostile, "zsnr_version": "1"}
     (tmp_path / "index.html").write_text(comparison_page(facts, tmp_path), encoding="utf-8")

@@ -71,7 +71,7 @@ def test_groups_are_words_of_captions_or_the_extremes():
     captions = [f"{i} on a {'Black' if i < 3 else 'white'} background" for i in range(8)]
     found = find_groups(images(), captions, ["black", *EXTREMES])
     assert found == {"black": [0, 1, 2], EXTREMES[0]: [0, 1], EXTREMES[1]: [6, 7]}
-    with pytest.raises(ValueError, match="No caption of 8 pictures holds 'green'"):
+    with pytest.raises(ValueError, match="No caption of 8 images contains 'green'"):
         find_groups(images(), captions, ["green"])
     pipe, _ = exact()
     with pytest.raises(ValueError, match="'green' is not a group. Known: dark, bright"):
@@ -81,8 +81,9 @@ def test_groups_are_words_of_captions_or_the_extremes():
 def test_figure_4_has_a_panel_of_each_spacing_and_step_count():
     pipe, _ = exact()
     panels = make_panels(4, pipe, Arm(guidance_scale=1.0), ["dark", "bright"], [0, 1])
-    assert panels.title == "Timesteps: ddim, no guidance"
-    assert (panels.rows, panels.columns) == (["S = 5", "S = 25"], list(SPACINGS))
+    assert panels.title == "Timestep spacings: ddim, no guidance"
+    assert (panels.rows, panels.columns) == (["5 steps", "25 steps"], list(SPACINGS))
+    assert panels.inner == (["dark", "bright"], ["seed 0", "seed 1"])
     for S, row in zip((5, 25), panels.images, strict=True):
         for spacing, panel in zip(SPACINGS, row, strict=True):
             guidance = {"guidance": Guidance(1.0, 0.7), "progress": False}
@@ -99,7 +100,7 @@ def test_figure_5_starts_at_one_picture_where_the_snr_is_zero(schedule, same):
     arm = Arm(spacing="trailing", num_steps=5, guidance_scale=1.0)
     panels = make_panels(5, pipe, arm, [""], [0, 1, 2])
     assert panels.columns == ["t = 999", "t = 799", "t = 599", "t = 399", "t = 199"]
-    assert panels.rows == [f"no prompt\nseed {seed}" for seed in range(3)]
+    assert panels.rows == [f"empty prompt\nseed {seed}" for seed in range(3)]
     columns = [pixels(column) for column in zip(*panels.images, strict=True)]
     assert (np.ptp(columns[0], axis=0).max() <= 1) == same
     if same:
@@ -111,7 +112,9 @@ def test_figure_5_starts_at_one_picture_where_the_snr_is_zero(schedule, same):
 def test_figure_6_sweeps_the_rescale():
     pipe, _ = exact()
     panels = make_panels(6, pipe, Arm(num_steps=8), ["dark", "bright"], [3])
-    assert panels.title == "Guidance rescale: multiscale, S = 8, guided, w = 7.5"
+    assert panels.title == (
+        "Guidance rescale phi: multiscale, 8 steps, guided timesteps, guidance scale 7.5"
+    )
     assert panels.columns == [f"phi = {phi}" for phi in ("0", "0.25", "0.5", "0.75", "1")]
     assert panels.rows == ["dark", "bright"]
     for prompt, row in zip(panels.rows, panels.images, strict=True):
@@ -177,11 +180,11 @@ def test_a_prompt_with_dollars_is_no_formula(folder, tmp_path):
         (5, ["--model", "{0}/a.ckpt", "--num-steps", "1001"], "num_steps=1001"),
         (5, ["--model", "nowhere.ckpt"], "is not a file: wanted a checkpoint"),
         (5, ["--oracle", "nowhere"], "No shards at nowhere"),
-        (5, ["--oracle", "{0}/shards", "--prompt", "green"], "holds 'green'"),
+        (5, ["--oracle", "{0}/shards", "--prompt", "green"], "contains 'green'"),
         (5, ["--oracle", "{0}/shards", "--sampler", "plms"], "'plms' is unknown"),
         (5, ["--oracle", "{0}/shards", "--count", "0"], "--count 0: wanted at least 1"),
         (5, ["--model", "{0}/a.ckpt", "--count", "5000000000"], "seed=4999999999"),
-        (5, ["--oracle", "{0}/a.ckpt"], "is a model, and stands among pictures"),
+        (5, ["--oracle", "{0}/a.ckpt"], "is a model, but images were wanted there"),
     ],
 )
 def test_wrong_commands(folder, tmp_path, capsys, monkeypatch, number, arguments, message):

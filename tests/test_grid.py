@@ -14,7 +14,7 @@ from zsnr.checkpoints.run_facts import published, write_run_facts
 from zsnr.cli import main
 from zsnr.oracle import EmpiricalDenoiser, span
 from zsnr.pipeline import Sampling, describe_sampling
-from zsnr.reports.grid import GridLoss
+from zsnr.reports.grid import STARTS, GridLoss, grid_text
 
 SCHEDULE = NoiseSchedule()
 
@@ -62,12 +62,26 @@ def test_the_same_settings_give_the_same_file(optimized, folder, tmp_path, capsy
     settings = ("--num-steps", "4", "--image-size", "8", "--samples", "64", "--sampler", "ddim")
     code, out, err = run(capsys, folder, "--output", tmp_path / "again.json", *settings, "--json")
     assert code == 0
-    assert "grids" in err  # the bar
+    assert "12/12" in err  # the bar: three starts, four rounds each
     assert (tmp_path / "again.json").read_text() == path.read_text()
     assert json.loads(out) == json.loads(path.read_text())
     code, _, err = run(capsys, folder, "--output", path, *settings)
     assert code == 2
     assert "exists" in err
+
+
+def test_every_row_and_column_is_explained(optimized, tmp_path):
+    _, facts = optimized
+    text = grid_text(facts, tmp_path / "grid.json")
+    table = text.partition("W1 to data\n")[2].partition("\n\n")[0].splitlines()
+    assert [line[:12].strip() for line in table] == [*STARTS, "this grid", "many steps"]
+    assert all(len(line[46:].split()) > 1 for line in table)
+    assert "images that the grid was not chosen on" in text
+    assert all(f"\n{name}:" in text for name in ("brightness", "spread", "W1 to data"))
+    assert "no better" not in text
+    worse = {"brightness": 9.0, "spread": 9.0, "to_data": 9.0}
+    facts = {**facts, "held_out": {**facts["held_out"], "this": worse}}
+    assert "no better than" in grid_text(facts, tmp_path / "grid.json")
 
 
 @pytest.mark.parametrize(
@@ -191,7 +205,7 @@ def test_directions_without_spread_do_not_count():
     pictures = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     loss = GridLoss(pictures, SCHEDULE, get_sampler("multiscale"), 64, 100)
     assert loss(log_snr(40)).spread < 1e-12  # each sample ends at the picture of the exact solution
-    with pytest.raises(ValueError, match="all of one brightness"):
+    with pytest.raises(ValueError, match="all have the same brightness"):
         GridLoss(torch.zeros(4, 3, 8, 8), SCHEDULE, get_sampler("multiscale"), 64, 0)
 
 

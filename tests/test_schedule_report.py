@@ -93,7 +93,7 @@ def test_targets_are_those_of_the_doctor(capsys, tmp_path):
     )
     code, out, _ = run(capsys, path, "--num-steps", 3)
     assert code == 0
-    assert "an own table, 100 timesteps, rescaled to zero terminal SNR" in out
+    assert "a custom table, 100 timesteps, rescaled to zero terminal SNR" in out
     code, out, _ = run(capsys, path, "--num-steps", 3, "--json")
     assert json.loads(out)["original"]["sqrt_abar"] == pytest.approx([x**0.5 for x in table])
 

@@ -1,10 +1,11 @@
-"""Arms: ways to sample that are compared with each other."""
+"""Arms: models and sampling settings that are compared side by side."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
 from itertools import product
 from pathlib import Path, PurePath
 from typing import Any, Literal, get_args
@@ -21,20 +22,20 @@ ScheduleKind = Literal["original", "rescaled"]
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to sample. The number of steps alone is enough; guidance is the paper's by default.
+    """A model, or several trained alike, and how it is sampled.
 
     Args:
-        name: What to call it.
+        name: Name of the arm.
         schedule: The schedule as it was published, or rescaled to zero terminal SNR. None = as the
             model declares it; rescaled, for an exact denoiser.
         spacing: The timestep spacing, or "auto", see `resolved`.
         sampler: The sampler, by its registered name, or "auto".
         num_steps: S.
-        guidance_scale: w. An exact denoiser of one data set has no guidance.
+        guidance_scale: w. An exact denoiser of one dataset has no guidance.
         guidance_rescale: phi.
-        models: Paths or hub ids; several are one arm, such as trainings of several seeds. Empty =
-            an exact denoiser.
-        guidance_interval: Noise levels sigma / alpha that are guided; this and what follows are
+        models: Paths or hub ids; several are pooled in one arm, such as trainings of several seeds.
+            Empty = an exact denoiser.
+        guidance_interval: Noise levels sigma / alpha that are guided; this and the following are
             options of `Guidance`.
         guidance_method: How w acts.
         guidance_curve: Knots (log SNR, w), instead of guidance_scale.
@@ -66,26 +67,27 @@ class Arm:
         """Return the schedule to sample on.
 
         Raises:
-            ValueError: The original is asked for, but only the rescaled table is known.
+            ValueError: `schedule` is "original", but only the rescaled table is known.
         """
         if self.schedule is None:
             return declared
-        found = both(declared)[self.schedule]
-        if self.schedule == "original" and found.snr[-1] == 0:
+        schedule = both(declared)[self.schedule]
+        if self.schedule == "original" and schedule.snr[-1] == 0:
             raise ValueError(
-                f"arm {self.name!r}: schedule=original, but the model's own table ends at SNR 0, "
-                "and what it was before is not known. Leave schedule out."
+                f"arm {self.name!r}: schedule=original, but the model's table ends at SNR 0, "
+                "and the table before the rescale is not known. Leave schedule out."
             )
-        return found
+        return schedule
 
     def resolved(self, *, guided: bool = True) -> Arm:
-        """Return the arm with the sampler and the spacing that "auto" stands for.
+        """Return the arm with the sampler and the spacing that "auto" resolves to.
 
         Args:
-            guided: Whether its guidance counts. An exact denoiser of one data set has none.
+            guided: Whether its guidance counts. An exact denoiser of one dataset has none.
 
         Raises:
-            ValueError: Guidance or the number of steps is out of range, or a grid file holds none.
+            ValueError: Guidance or the number of steps is out of range, or a grid file cannot be
+                read.
         """
         guidance = self._guidance() if guided else None
         sampler, spacing = resolve_sampling(self.sampler, self.spacing, self.num_steps, guidance)
@@ -97,18 +99,18 @@ class Arm:
         )
 
     def sampling(self) -> Sampling:
-        """Return how it samples.
+        """Return its sampling settings.
 
         Raises:
-            ValueError: An unknown sampler, or guidance out of range.
+            ValueError: The sampler is unknown, or guidance is out of range.
         """
         return Sampling(self.sampler, self.num_steps, self.spacing, self._guidance())
 
     def check(self, declared: NoiseSchedule) -> None:
-        """Refuse what cannot be sampled.
+        """Refuse settings that cannot be sampled.
 
         Raises:
-            ValueError: It is so.
+            ValueError: The sampler, the spacing, the number of steps and the schedule do not fit.
         """
         schedule, sampling = self.schedule_of(declared), self.sampling()
         check_steps(sampling, schedule)
@@ -140,7 +142,7 @@ def _pairs_or_none(text: str) -> Curve | None:
 
 
 GUIDANCE = tuple(f"guidance_{option.name}" for option in fields(Guidance))
-"""The settings of guidance, as the options of commands call them."""
+"""The settings of guidance, by the names of the command-line options."""
 
 _PARSED: Mapping[str, Callable[[str], Any]] = {
     "schedule": str,
@@ -166,11 +168,11 @@ _WANTED: Mapping[Callable[[str], Any], str] = {
     int: "an integer",
 }
 SETTINGS = tuple(_PARSED)
-"""What a comparison may vary, by the words of the sampling options."""
+"""The settings that a comparison may vary, by the names of the sampling options."""
 
 _LABELS: Mapping[str, Callable[[Any], str]] = {
     "models": lambda models: ", ".join(models),
-    "schedule": lambda kind: f"{kind} schedule" if kind else "own schedule",
+    "schedule": lambda kind: f"{kind} schedule" if kind else "declared schedule",
     "spacing": str,
     "sampler": str,
     "num_steps": lambda S: f"S = {S}",
@@ -213,21 +215,21 @@ def make_arms(
     *,
     exact: bool = False,
 ) -> list[Arm]:
-    """Make the arms that a command line asks for.
+    """Make the arms that a command line specifies.
 
     Each of `texts` is an arm; one that names no model is an arm of each of `models`. Without texts,
     each of `models` is an arm. Each variation multiplies them by its values. In the end "auto" is
-    replaced by the sampler and the spacing that it stands for in each arm.
+    replaced by the sampler and the spacing that it resolves to in each arm.
 
     Args:
         models: Paths or hub ids; "a,b" is one arm of two models.
         texts: Such as "name=fixed model=a.ckpt,b.ckpt spacing=trailing num_steps=25".
         variations: Such as "guidance_rescale=0,0.5,1" or "guidance_curve=none,-6:1/0:7.5".
-        defaults: The settings that are not named.
-        exact: The arms are of an exact denoiser: no models, no guidance.
+        defaults: Settings of an arm that does not name them.
+        exact: Whether the arms are of an exact denoiser: no models, no guidance.
 
     Raises:
-        ValueError: A text is wrong, an arm has no model, or two arms are the same.
+        ValueError: A text cannot be read, an arm has no model, or two arms are the same.
     """
     if not (models or texts or exact):
         raise ValueError("There is nothing to compare: name models, or --oracle SHARDS.")
@@ -256,7 +258,7 @@ def make_arms(
     ]
     for arm in arms:
         if exact and any(getattr(arm, name) != getattr(defaults, name) for name in GUIDANCE):
-            raise ValueError("An exact denoiser of one data set has no guidance: leave it out.")
+            raise ValueError("An exact denoiser of one dataset has no guidance: leave it out.")
         if arm.schedule not in (None, *get_args(ScheduleKind)):
             known = ", ".join(get_args(ScheduleKind))
             raise ValueError(f"schedule={arm.schedule!r} is unknown. Known: {known}.")
@@ -267,9 +269,9 @@ def parse_arm(text: str, defaults: Arm) -> Arm:
     """Read an arm from words such as "name=fixed spacing=trailing num_steps=25".
 
     Raises:
-        ValueError: A word is no setting, or its value is none.
+        ValueError: A setting is unknown or given twice, or its value cannot be read.
     """
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     try:
         words = shlex.split(text)
     except ValueError as error:
@@ -280,14 +282,21 @@ def parse_arm(text: str, defaults: Arm) -> Arm:
         if name == "model":
             name = "models"
         if not equals or not value or name not in (*_PARSED, "name", "models"):
-            known = ", ".join(("name", "model", *_PARSED))
-            raise ValueError(
-                f"arm {text!r}: {word!r} is no setting. Known: {known}, as NAME=VALUE."
-            )
-        if name in found:
-            raise ValueError(f"arm {text!r}: {word.partition('=')[0]} is there twice.")
-        found[name] = _paths(value) if name == "models" else parse_setting(name, value)
-    return replace(defaults, **found)
+            raise ValueError(f"arm {text!r}: {_unknown(name, word)}")
+        if name in settings:
+            raise ValueError(f"arm {text!r}: {word.partition('=')[0]} is given twice.")
+        settings[name] = _paths(value) if name == "models" else parse_setting(name, value)
+    return replace(defaults, **settings)
+
+
+def _unknown(name: str, word: str) -> str:
+    """Say what is wrong with a word that is not a known setting and its value."""
+    known = ("name", "model", *_PARSED)
+    if name in (*known, "models"):
+        return f"{word!r} has no value: wanted {name}=VALUE."
+    alike = get_close_matches(name, known, 1, 0.5)
+    guess = f", did you mean {alike[0]!r}?" if alike else "."
+    return f"unknown setting {name!r}{guess} Known: {', '.join(known)}, as NAME=VALUE."
 
 
 def differing(arms: Sequence[Arm]) -> list[str]:
@@ -313,7 +322,7 @@ def parse_setting(name: str, text: str) -> Any:
     as -6:1/0:7.5; "none" is no interval, curve, threshold or bound.
 
     Raises:
-        ValueError: It cannot be read. What it says is judged later.
+        ValueError: The text cannot be read. Whether the value is in range is checked later.
     """
     parse = _PARSED.get(name, str)
     try:
@@ -335,7 +344,7 @@ def _paths(text: str) -> tuple[str, ...]:
 
 
 def _named(arms: Sequence[Arm]) -> list[Arm]:
-    """Give arms without a name one that says in what they differ."""
+    """Name each arm after the settings in which it differs from the others."""
     short = _short(arms)
     named: list[Arm] = []
     for arm in arms:
@@ -354,13 +363,13 @@ def _named(arms: Sequence[Arm]) -> list[Arm]:
         of = f" of {', '.join(arm.models)}" if arm.models else ""
         raise ValueError(
             f"Two arms{of} are the same: {twice[0]!r}, sampler {arm.sampler}, spacing "
-            f"{arm.spacing}, which is also what 'auto' may stand for. Wanted arms that differ."
+            f"{arm.spacing}, which 'auto' may also resolve to. Wanted arms that differ."
         )
     return named
 
 
 def _short(arms: Sequence[Arm]) -> dict[tuple[str, ...], tuple[str, ...]]:
-    """Cut from paths what all have in common, at both ends."""
+    """Remove from paths the parts that all have in common, at both ends."""
     every = list(dict.fromkeys(path for arm in arms for path in arm.models))
     parts = {path: list(PurePath(path).parts) for path in every}
     if len(every) > 1:

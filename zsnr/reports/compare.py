@@ -40,7 +40,7 @@ from zsnr.reports.compare_page import comparison_page
 from zsnr.reports.data import look_at
 from zsnr.reports.flaw import oracle_samples
 from zsnr.reports.images import image_pixels
-from zsnr.reports.outcomes import MEASURES, Outcome, Shots, groups_of, measure, measure_arms
+from zsnr.reports.outcomes import MEASURES, ModelImages, Outcome, groups_of, measure, measure_arms
 from zsnr.schedule import NoiseSchedule
 from zsnr.untrusted import printable
 
@@ -103,7 +103,7 @@ def compare_models(
     captions: list[str] = []
     requests: list[PromptRequest] = []
     bar: Any = None
-    shots: dict[tuple[str, str], Shots] = {}
+    images_of: dict[tuple[str, str], ModelImages] = {}
     schedules: dict[str, NoiseSchedule] = {}
     retained: dict[str, float | None] = {}
     with new_folder(output) as folder:
@@ -138,7 +138,7 @@ def compare_models(
                 if len(arm.models) > 1:
                     place += f"/model-{arm.models.index(path) + 1}"
                 model = replace(pipe.model, schedule=schedule)
-                shots[arm.name, path] = _shoot(
+                images_of[arm.name, path] = _sample_arm(
                     TextToImage(model, pipe.network, path),
                     arm,
                     requests,
@@ -155,7 +155,7 @@ def compare_models(
                 arm,
                 schedules[arm.name],
                 retained[arm.name],
-                [shots[arm.name, path] for path in arm.models],
+                [images_of[arm.name, path] for path in arm.models],
             )
             for arm in arms
         ]
@@ -224,8 +224,8 @@ def compare_exact(
             place = f"pictures/{number:02d}-{_slug(arm.name)}"
             files = _save(generated, requests, folder, place)
             sampled_on = arm.schedule_of(schedule)
-            shots = Shots("", files, measure(image_pixels(generated)))
-            outcomes.append(Outcome(arm, sampled_on, kept_fraction(sampled_on, mode), [shots]))
+            images_of = ModelImages("", files, measure(image_pixels(generated)))
+            outcomes.append(Outcome(arm, sampled_on, kept_fraction(sampled_on, mode), [images_of]))
         facts = {
             "kind": "exact denoiser",
             "prompts": "empty",
@@ -237,7 +237,7 @@ def compare_exact(
     return facts
 
 
-def read_data(data: Sources, size: int, most: int, seed: int = 0) -> tuple[Tensor, list[str]]:
+def read_data(data: Sources, size: int, max_images: int, seed: int = 0) -> tuple[Tensor, list[str]]:
     """Read randomly chosen images of a dataset as squares, the same ones each time.
 
     Returns:
@@ -248,7 +248,7 @@ def read_data(data: Sources, size: int, most: int, seed: int = 0) -> tuple[Tenso
     """
     samples = select(load_index(data, Storage()), size)
     generator = sample_generator(derive_seed(seed, 0))
-    rows = torch.randperm(len(samples), generator=generator)[:most].sort().values.tolist()
+    rows = torch.randperm(len(samples), generator=generator)[:max_images].sort().values.tolist()
     images, captions, faults = look_at(samples, size, rows)
     if faults:
         print(printable(f"broken images: {summarize(faults)}"), file=sys.stderr)
@@ -407,7 +407,7 @@ def _batches(
             yield alike[start : start + batch_size]
 
 
-def _shoot(
+def _sample_arm(
     pipe: TextToImage,
     arm: Arm,
     requests: Sequence[PromptRequest],
@@ -415,7 +415,7 @@ def _shoot(
     place: str,
     batch_size: int,
     bar: Any,
-) -> Shots:
+) -> ModelImages:
     """Sample all requests, and save and measure the images."""
     sampling = arm.sampling()
     files = [""] * len(requests)
@@ -441,7 +441,7 @@ def _shoot(
             files[i] = file
         for name, measured in measure(image_pixels(generated)).items():
             values[name][rows] = measured
-    return Shots(pipe.name, files, values)
+    return ModelImages(pipe.name, files, values)
 
 
 def _save(
@@ -455,7 +455,7 @@ def _save(
 
 @torch.no_grad()
 def encode(images: Tensor, codec: LatentCodec, device: torch.device | str = "cpu") -> Tensor:
-    """Encode pictures (N, 3, H, W) to latents (N, C, h, w) on the CPU, without noise."""
+    """Encode images (N, 3, H, W) to latents (N, C, h, w) on the CPU, without noise."""
     parts = (codec.encode(part.to(device)) for part in torch.split(images, 8))
     return torch.cat([codec.latents(moments).cpu() for moments in parts])
 

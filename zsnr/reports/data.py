@@ -59,7 +59,7 @@ _ARMS = (
 
 @dataclass(frozen=True)
 class SpaceReport:
-    """What the original schedule does along the direction in which means differ most.
+    """Effect of the original schedule along the direction in which means differ most.
 
     Args:
         name: Name of the space.
@@ -153,7 +153,10 @@ def write_data_report(
             [
                 space.name,
                 f"{space.mode:.1f}",
-                *(f"{x:.3f}" for x in (space.std, space.kept * space.std, space.mean, space.moved)),
+                f"{space.std:.3f}",
+                f"{space.kept:.2f}",
+                f"{space.mean:.3f}",
+                f"{space.moved:.3f}",
             ]
             for space in spaces
         ],

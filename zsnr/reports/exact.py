@@ -1,4 +1,4 @@
-"""The exact denoiser of a data set in the place of a network, with groups of it as prompts."""
+"""The exact denoiser of a dataset in the place of a network, with groups of it as prompts."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from zsnr.prediction import to_v
 from zsnr.schedule import NoiseSchedule
 
 EXTREMES = ("the darkest quarter", "the brightest quarter")
-"""Groups that every data set has, by mean luma."""
+"""Groups that every dataset has, by mean luma."""
 
 
 class GroupConditioner(Conditioner):
-    """A group's number as its only token; no prompt is the whole data set, number 0.
+    """A group's number as its only token; the empty prompt is the whole dataset, number 0.
 
     Args:
-        names: What to call the groups.
+        names: Names of the groups.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -39,7 +39,7 @@ class GroupConditioner(Conditioner):
         """Look up groups.
 
         Raises:
-            ValueError: A name is unknown.
+            ValueError: A prompt is not the name of a group.
         """
         known = ("", *self.names)
         for prompt in prompts:
@@ -53,14 +53,14 @@ class GroupConditioner(Conditioner):
 
 
 class GroupNetwork:
-    """The optimal v of a data set, or of the group that the conditioning names.
+    """The optimal v of a dataset, or of the group that the conditioning names.
 
     v = (alpha_t x_t - E[x_0 | x_t, group]) / sigma_t
 
     Args:
         schedule: The noise schedule.
-        latents: The data set, (N, C, h, w).
-        groups: Rows of it, by group.
+        latents: The dataset, (N, C, h, w).
+        groups: The rows of each group.
     """
 
     def __init__(
@@ -93,16 +93,16 @@ def exact_pipeline(
     schedule: NoiseSchedule,
     image_size: int,
 ) -> TextToImage:
-    """Make a pipeline whose prompts are the names of groups, and "" the whole data set.
+    """Make a pipeline whose prompts are the names of groups, and "" the whole dataset.
 
     Guidance between a group and the whole acts on v, as it does with a network.
 
     Args:
-        latents: Of the data set, (N, C, h, w).
-        groups: Rows by name.
-        codec: What decodes them.
-        schedule: To sample on.
-        image_size: Height and width of the pictures, in pixels.
+        latents: The latents of the dataset, (N, C, h, w).
+        groups: The rows of each group, by name.
+        codec: Decodes the samples.
+        schedule: The schedule to sample on.
+        image_size: Height and width of the images, in pixels.
     """
     model = Model(
         codec=codec,
@@ -113,13 +113,13 @@ def exact_pipeline(
         image_size=image_size,
     )
     network = GroupNetwork(schedule, latents, list(groups.values()))
-    return TextToImage(model, network, f"exact denoiser of {len(latents)} pictures")
+    return TextToImage(model, network, f"exact denoiser of {len(latents)} images")
 
 
 def find_groups(
     images: Tensor, captions: Sequence[str], names: Sequence[str]
 ) -> dict[str, list[int]]:
-    """Find the rows of groups: of `EXTREMES`, or those whose caption holds the name.
+    """Find the rows of groups: of `EXTREMES`, or those whose caption contains the name.
 
     Raises:
         ValueError: A group is empty.
@@ -127,12 +127,13 @@ def find_groups(
     order = mean_luma(images).argsort().tolist()
     quarter = max(1, len(order) // 4)
     extremes = dict(zip(EXTREMES, (order[:quarter], order[-quarter:]), strict=True))
-    found = {}
+    groups: dict[str, list[int]] = {}
     for name in names:
-        own = [i for i, text in enumerate(captions) if name.lower() in text.lower()]
-        found[name] = extremes.get(name, own)
-        if not found[name]:
+        captioned = [i for i, text in enumerate(captions) if name.lower() in text.lower()]
+        groups[name] = extremes.get(name, captioned)
+        if not groups[name]:
             raise ValueError(
-                f"No caption of {len(captions)} pictures holds {name!r}: choose words that some do."
+                f"No caption of {len(captions)} images contains {name!r}: choose words that one "
+                "does contain."
             )
-    return found
+    return groups

@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 SPACINGS = ("leading", "linspace", "trailing")
 STEPS = (5, 25)
 RESCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
-_ACROSS = 4  # pictures of a prompt that is the only one
+_ACROSS = 4  # images side by side of a prompt that is the only one
 
 DEFAULTS: Mapping[int, Mapping[str, Any]] = {
     4: {},
     5: {"num_steps": 10},
     6: {"num_steps": 25, "guidance_scale": 7.5},
 }
-"""What a figure samples with where the paper's text says other than for its pictures at large."""
+"""Settings of a figure that differ from those of the paper's other images, by its text."""
 
 PROMPTS = (
     "solid black background",
@@ -47,26 +47,28 @@ PROMPTS = (
 
 @dataclass(frozen=True, eq=False)
 class Panels:
-    """Pictures in rows and columns with labels.
+    """Images in rows and columns with labels.
 
     Args:
         title: Above them.
         rows: Labels of the rows.
         columns: Labels of the columns.
-        images: One list a row.
+        images: One list per row.
+        inner: If each image is a grid, the labels of its rows and of its columns.
     """
 
     title: str
     rows: list[str]
     columns: list[str]
     images: list[list[Image]]
+    inner: tuple[list[str], list[str]] = ([], [])
 
 
 def draw_schedule(target: str, num_steps: int, output: Path) -> None:
     """Draw Figure 2 of what `find_schedule` finds.
 
     Raises:
-        ValueError: There is no schedule, or OUTPUT is no new .png.
+        ValueError: There is no schedule, or OUTPUT exists or does not end in .png.
     """
     _check_png(output)
     if target.endswith(".ckpt"):
@@ -97,22 +99,23 @@ def draw_figure(
     """Sample and draw Figure 4, 5 or 6.
 
     Args:
-        number: Which one.
-        arm: How to sample, but for what the figure varies.
+        number: Number of the figure in the paper.
+        arm: How to sample, except for what the figure varies.
         output: A new .png.
-        model: What samples. None = the exact denoiser of `data`.
-        data: Its pictures.
-        prompts: What to show; with `data`, groups as `find_groups` finds. None = the usual ones.
-        count: Seeds of each prompt. None = 2; of one alone 4, and 8 in Figure 4.
-        seed: The first.
-        image_size: Of the exact denoiser's pictures.
-        codec: Of its space. None = pixels.
+        model: The model that samples. None = the exact denoiser of `data`.
+        data: The images that the exact denoiser knows.
+        prompts: The prompts; with `data`, names of groups, see `find_groups`. None = the default
+            ones.
+        count: Seeds per prompt. None = 2; for a single prompt 4, and 8 in Figure 4.
+        seed: The first seed.
+        image_size: Height and width of the exact denoiser's images, in pixels.
+        codec: Codec of its space. None = pixels.
         betas: Kind of its schedule.
-        most: Pictures of the data that it knows.
+        most: Largest number of images that it knows.
         device: Where a model samples.
 
     Raises:
-        ValueError: Something of it is wrong.
+        ValueError: An argument is wrong.
     """
     _check_png(output)
     check_numbers(count=count, samples=most, image_size=image_size)
@@ -123,14 +126,14 @@ def draw_figure(
             replace(arm, num_steps=S).check(schedule)
         pipe, prompts = _exact(number, arm, data, prompts, image_size, codec, schedule, most, seed)
         if prompts == [""]:
-            arm = replace(arm, guidance_scale=1.0)  # between the whole and itself there is none
+            arm = replace(arm, guidance_scale=1.0)  # nothing to guide away from
     else:
         check_models(replace(arm, models=(model,)))
         prompts = list(prompts or PROMPTS)
         pipe = TextToImage.from_pretrained(model, device=device)
         arm.check(pipe.model.schedule)
-        own = replace(pipe.model, schedule=arm.schedule_of(pipe.model.schedule))
-        pipe = TextToImage(own, pipe.network, pipe.name)
+        rescheduled = replace(pipe.model, schedule=arm.schedule_of(pipe.model.schedule))
+        pipe = TextToImage(rescheduled, pipe.network, pipe.name)
     count = count or (2 if len(prompts) > 1 else 2 * _ACROSS if number == 4 else _ACROSS)
     panels = make_panels(number, pipe, arm, prompts, range(seed, seed + count))
     terminal = float(pipe.model.schedule.snr[-1])
@@ -151,15 +154,15 @@ def _exact(
 ) -> tuple[TextToImage, list[str]]:
     """Make the exact denoiser's pipeline, and its prompts."""
     if data is None:
-        raise ValueError(f"Figure {number} needs a model or pictures.")
+        raise ValueError(f"Figure {number} needs a model or images.")
     codec = codec or PixelCodec(1)
     codec.latent_shape(image_size, image_size)
     check_pictures(data)
     images, captions = read_data(data, image_size, most, seed)
     prompts = list(prompts or (EXTREMES if number == 6 else [""]))
     groups = find_groups(images, captions, [prompt for prompt in prompts if prompt])
-    own = arm.schedule_of(schedule)
-    return exact_pipeline(encode(images, codec), groups, codec, own, image_size), prompts
+    latents = encode(images, codec)
+    return exact_pipeline(latents, groups, codec, arm.schedule_of(schedule), image_size), prompts
 
 
 def _check_png(output: Path) -> None:
@@ -171,62 +174,74 @@ def _check_png(output: Path) -> None:
 def make_panels(
     number: int, pipe: TextToImage, arm: Arm, prompts: Sequence[str], seeds: Sequence[int]
 ) -> Panels:
-    """Sample what a figure shows.
+    """Sample the images of a figure.
 
     Args:
         number: 4: timestep spacings, at S = 5 and 25. 5: the prediction of x_0 after each step.
             6: guidance rescale from 0 to 1.
-        pipe: What samples.
-        arm: How, but for what the figure varies. Where its sampler is "auto", Figure 4 takes ddim
-            on all of its timesteps.
-        prompts: What to show.
-        seeds: Of each prompt.
+        pipe: The model, or an exact denoiser.
+        arm: How to sample, except for what the figure varies. Where its sampler is "auto", Figure 4
+            takes ddim on all of its timesteps.
+        prompts: The prompts.
+        seeds: The seeds of each prompt.
     """
     asked = [prompt for prompt in prompts for _ in seeds]
     every = [seed for _ in prompts for seed in seeds]
     rows = [_row(prompt, seed, len(seeds)) for prompt, seed in zip(asked, every, strict=True)]
     arm = (replace(arm, spacing="trailing") if number == 4 else arm).resolved()
     if number == 4:
-        columns = len(seeds) if len(prompts) > 1 else _ACROSS
+        inner = _inner_labels(prompts, seeds)
+        gap = max(2, pipe.model.image_size // 32)
+        columns = len(seeds) if len(prompts) > 1 else min(_ACROSS, len(seeds))
+
+        def grid(S: int, spacing: str) -> Image:
+            sampled = _sample(pipe, replace(arm, spacing=spacing, num_steps=S), asked, every)
+            return image_grid(sampled, columns, gap=gap)
+
         return Panels(
-            f"Timesteps: {_settings(arm, 'sampler', 'guidance')}",
-            [f"S = {S}" for S in STEPS],
+            f"Timestep spacings: {_settings(arm, 'sampler', 'guidance')}",
+            [f"{S} steps" for S in STEPS],
             list(SPACINGS),
-            [
-                [
-                    image_grid(
-                        _sample(pipe, replace(arm, spacing=spacing, num_steps=S), asked, every),
-                        columns,
-                        gap=max(2, pipe.model.image_size // 32),
-                    )
-                    for spacing in SPACINGS
-                ]
-                for S in STEPS
-            ],
+            [[grid(S, spacing) for spacing in SPACINGS] for S in STEPS],
+            inner,
         )
     if number == 5:
-        found: list[tuple[int, Tensor]] = []
-        _sample(pipe, arm, asked, every, lambda i, t, x_0, x_s: found.append((t, x_0)))
-        decoded = [pipe.model.codec.decode(x_0) for _, x_0 in found]
+        predictions: list[tuple[int, Tensor]] = []
+        _sample(pipe, arm, asked, every, lambda i, t, x_0, x_s: predictions.append((t, x_0)))
+        decoded = [pipe.model.codec.decode(x_0) for _, x_0 in predictions]
         return Panels(
-            f"x_0 as predicted at each step: {_settings(arm, 'sampler', 'spacing', 'guidance')}",
+            "Prediction of x_0 at each timestep, in sampling order: "
+            f"{_settings(arm, 'sampler', 'spacing', 'guidance')}",
             rows,
-            [f"t = {t}" for t, _ in found],
+            [f"t = {t}" for t, _ in predictions],
             [[to_image(pixels[i]) for pixels in decoded] for i in range(len(asked))],
         )
     by_phi = [_sample(pipe, replace(arm, guidance_rescale=phi), asked, every) for phi in RESCALES]
     return Panels(
-        f"Guidance rescale: {_settings(arm, 'sampler', 'num_steps', 'spacing', 'scale')}",
+        f"Guidance rescale phi: {_settings(arm, 'sampler', 'num_steps', 'spacing', 'scale')}",
         rows,
         [f"phi = {phi:g}" for phi in RESCALES],
         [list(row) for row in zip(*by_phi, strict=True)],
     )
 
 
+def _inner_labels(prompts: Sequence[str], seeds: Sequence[int]) -> tuple[list[str], list[str]]:
+    """Label the rows and the columns of a grid: prompts by seeds, or one prompt's seeds."""
+    if len(prompts) > 1:
+        columns = [f"seed {seed}" for seed in seeds] if len(seeds) > 1 else []
+        return [prompt or "empty prompt" for prompt in prompts], columns
+    rows = [seeds[i : i + _ACROSS] for i in range(0, len(seeds), _ACROSS)]
+    prompt = prompts[0] or "empty prompt"
+    return [
+        f"{prompt}\n" + (f"seeds {row[0]} to {row[-1]}" if len(row) > 1 else f"seed {row[0]}")
+        for row in rows
+    ], []
+
+
 def save_panels(panels: Panels, path: Path, note: str = "") -> None:
     """Write panels as PNG, with a line below the title."""
     title = f"{panels.title}\n{note}" if note else panels.title
-    figure = panel_figure(panels.images, panels.rows, panels.columns, title)
+    figure = panel_figure(panels.images, panels.rows, panels.columns, title, panels.inner)
     with new_file(path) as beside:
         save_figure(figure, beside)
 
@@ -252,17 +267,17 @@ def _sample(
 
 
 def _row(prompt: str, seed: int, count: int) -> str:
-    text = prompt or "no prompt"
+    text = prompt or "empty prompt"
     return f"{text}\nseed {seed}" if count > 1 else text
 
 
 def _settings(arm: Arm, *names: str) -> str:
     words = {
         "sampler": arm.sampler,
-        "num_steps": f"S = {arm.num_steps}",
-        "spacing": arm.spacing,
-        "scale": f"w = {arm.guidance_scale:g}",
-        "guidance": f"w = {arm.guidance_scale:g}, phi = {arm.guidance_rescale:g}",
+        "num_steps": f"{arm.num_steps} steps",
+        "spacing": f"{arm.spacing} timesteps",
+        "scale": f"guidance scale {arm.guidance_scale:g}",
+        "guidance": (f"guidance scale {arm.guidance_scale:g}, rescale {arm.guidance_rescale:g}"),
     }
     if arm.guidance_scale == 1:
         words["guidance"] = "no guidance"

@@ -1,4 +1,4 @@
-"""The flaw and its fix on the user's own pictures, without training."""
+"""The flaw and its fix on the user's images, without training."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def oracle_brightness(
 
     Args:
         images: (N, 3, H, W) in [-1, 1].
-        num_samples: Samples of each arm, seeds 0, 1, 2, ...
+        num_samples: Samples per arm, with seeds 0, 1, 2, ...
         num_steps: S.
-        batch_size: Samples at a time.
+        batch_size: Samples drawn at a time.
 
     Returns:
         Brightness of the samples, (num_samples,), by the arm's name.
@@ -54,36 +54,38 @@ def oracle_samples(
 
     Args:
         images: (N, C, h, w), in pixels or latents.
-        measure: (B, C, h, w) of samples to (B, *), what is kept of them.
-        arms: The ways to sample; guidance does not count.
-        seeds: One a sample.
-        batch_size: Samples at a time.
-        schedule: Whose original and rescaled form the arms name.
+        measure: Maps samples (B, C, h, w) to the values (B, *) that are returned.
+        arms: The ways to sample; their guidance is ignored.
+        seeds: One per sample.
+        batch_size: Samples drawn at a time.
+        schedule: The schedule whose original and rescaled form the arms name.
 
     Returns:
         (len(seeds), *), by the arm's name.
     """
     from tqdm import tqdm
 
-    found: dict[str, Tensor] = {}
+    by_arm: dict[str, Tensor] = {}
     starts = range(0, len(seeds), batch_size)
     steps = len(starts) * sum(arm.num_steps for arm in arms)
     with tqdm(total=steps, desc="exact denoiser", unit="step") as bar:
         for arm in (arm.resolved(guided=False) for arm in arms):
-            own = arm.schedule_of(schedule)
-            denoiser = EmpiricalDenoiser(own, images)
-            grid = get_timesteps(arm.spacing, arm.num_steps, own.num_timesteps, schedule=own)
+            arm_schedule = arm.schedule_of(schedule)
+            denoiser = EmpiricalDenoiser(arm_schedule, images)
+            grid = get_timesteps(
+                arm.spacing, arm.num_steps, arm_schedule.num_timesteps, schedule=arm_schedule
+            )
             sampler, rows = get_sampler(arm.sampler), []
             for start in starts:
                 noise = SampleNoise(seeds[start : start + batch_size])
                 samples = sampler.sample(
                     denoiser,
-                    own,
+                    arm_schedule,
                     noise.randn(images.shape[1:]),
                     grid,
                     randn_like=noise.randn_like,
                     callback=lambda *_: bar.update(),
                 )
                 rows.append(measure(samples))
-            found[arm.name] = torch.cat(rows)
-    return found
+            by_arm[arm.name] = torch.cat(rows)
+    return by_arm

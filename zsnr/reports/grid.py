@@ -1,9 +1,9 @@
-"""A grid of timesteps optimised for a data set, by its exact denoiser and without training."""
+"""A grid of timesteps optimized for a dataset, by its exact denoiser and without training."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,22 +25,27 @@ from zsnr.samplers import Sampler, get_sampler
 from zsnr.schedule import NoiseSchedule
 from zsnr.timesteps import get_timesteps
 
-STARTS = ("log_snr", "karras", "trailing")
+STARTS = {
+    "log_snr": "start: equal steps in log SNR",
+    "karras": "start: equal steps in (sigma / alpha)^(1/7)",
+    "trailing": "start: equal steps in t",
+}
 _FINE = 200  # steps of the solution that grids are measured by
-_MODES = 64  # principal components of the pictures whose spread is compared
-_MOVES = (0.5, 0.25, 0.125, 0.0625)  # of the gap to the neighbour
+_MODES = 64  # principal components of the images whose spread is compared
+_MOVES = (0.5, 0.25, 0.125, 0.0625)  # of the gap to the neighbor
+_REPORT_EVERY = 20  # grids
 
 
 @dataclass(frozen=True)
 class Loss:
-    """How far samples of a grid are from those of many steps, from the same noise.
+    """Distance of the samples of a grid from those of many steps, from the same noise.
 
     Args:
-        brightness: 1-Wasserstein distance of brightness, over the spread of the data's.
+        brightness: 1-Wasserstein distance of brightness, over the standard deviation of the data's.
         spread: Mean relative error of the standard deviation along the principal components of the
             data.
         to_data: 1-Wasserstein distance of brightness to the data, in units of brightness; that of
-            many steps is not 0 either, since samples are few.
+            many steps is not 0 either, since there are few samples.
     """
 
     brightness: float
@@ -53,17 +58,17 @@ class Loss:
 
 
 class GridLoss:
-    """`Loss` of a grid on a set of pictures.
+    """`Loss` of a grid on a set of images.
 
     Args:
         images: (N, 3, h, w) in [-1, 1].
         schedule: The noise schedule.
         sampler: The sampler.
-        num_samples: Samples of each grid.
+        num_samples: Samples per grid.
         seed: The first of their seeds.
 
     Raises:
-        ValueError: The pictures are all of one brightness.
+        ValueError: The images all have the same brightness.
     """
 
     def __init__(
@@ -77,7 +82,8 @@ class GridLoss:
         self._data = images.flatten(1).double().mean(1)
         if self._data.std() < 1e-6:
             raise ValueError(
-                "The pictures are all of one brightness, which a grid is chosen by: wanted others."
+                "The images all have the same brightness, but a grid is chosen by its spread: use "
+                "images that differ in brightness."
             )
         coordinates, basis = span(images)
         self._schedule, self._sampler = schedule, sampler
@@ -121,28 +127,35 @@ def optimize_grid(loss: GridLoss, start: Sequence[int], bar: Any) -> tuple[list[
     """Move one timestep at a time as long as that lowers the loss; the first stays at T-1.
 
     Args:
-        loss: Of a grid.
+        loss: The loss to minimize.
         start: The grid to begin with.
-        bar: Progress, one for each move that is tried.
+        bar: Progress, of `_MOVES` rounds.
     """
-    grid, best = [int(t) for t in start], loss(start)
+    grid, best, tried = [int(t) for t in start], loss(start), 0
     for share in _MOVES:
         before = None
         while before != grid:
             before = grid
             for i in range(1, len(grid)):
-                below = grid[i + 1] if i + 1 < len(grid) else -1
-                for gap in (below - grid[i], grid[i - 1] - grid[i]):
-                    moved = grid[i] + (1 if gap > 0 else -1) * max(1, round(abs(gap) * share))
-                    if not below < moved < grid[i - 1]:
-                        continue
-                    tried = [*grid[:i], moved, *grid[i + 1 :]]
-                    found = loss(tried)
-                    bar.update()
-                    if found.total < best.total:
-                        grid, best = tried, found
+                for candidate in _moves(grid, i, share):
+                    candidate_loss = loss(candidate)
+                    tried += 1
+                    if tried % _REPORT_EVERY == 0:
+                        bar.set_postfix_str(f"{tried} grids tried, loss {best.total:.4f}")
+                    if candidate_loss.total < best.total:
+                        grid, best = candidate, candidate_loss
                         break
+        bar.update()
     return grid, best
+
+
+def _moves(grid: list[int], i: int, share: float) -> Iterator[list[int]]:
+    """Move timestep i by a share of the gap to its neighbors, where that keeps the order."""
+    below = grid[i + 1] if i + 1 < len(grid) else -1
+    for gap in (below - grid[i], grid[i - 1] - grid[i]):
+        moved = grid[i] + (1 if gap > 0 else -1) * max(1, round(abs(gap) * share))
+        if below < moved < grid[i - 1]:
+            yield [*grid[:i], moved, *grid[i + 1 :]]
 
 
 def write_grid(
@@ -157,26 +170,26 @@ def write_grid(
     samples: int = 256,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Optimise a grid for a data set and write it as a spacing: `spacing: grid.json`.
+    """Optimize a grid for a dataset and write it as a spacing: `spacing: grid.json`.
 
-    Half of the pictures choose the grid, the other half judges it.
+    Half of the images choose the grid; the other half evaluates it.
 
     Args:
-        sources: Shards, or folders of pictures.
+        sources: Shards, or folders of images.
         output: The file; must not exist.
         num_steps: S, at least 2.
         sampler: Name of the sampler that the grid is for.
         schedule: The noise schedule.
-        image_size: Pixels a side of the pictures that the denoiser knows.
-        pictures: How many of them, evenly from the set.
-        samples: Samples of each grid that is tried.
+        image_size: Height and width of the images that the denoiser knows, in pixels.
+        pictures: Largest number of them, evenly spaced in the dataset.
+        samples: Samples per grid that is tried.
         seed: The first of their seeds.
 
     Returns:
         What the file holds.
 
     Raises:
-        ValueError: Settings out of range, or no pictures.
+        ValueError: A setting is out of range, or there are too few images.
     """
     from tqdm import tqdm
 
@@ -203,7 +216,8 @@ def write_grid(
     starts = {
         name: get_timesteps(name, num_steps, T, schedule=schedule).tolist() for name in STARTS
     }
-    with tqdm(desc="grids", unit="grid") as bar:
+    rounds = len(starts) * len(_MOVES)
+    with tqdm(total=rounds, desc="optimizing timesteps", unit="round") as bar:
         ends = [optimize_grid(chosen, start, bar) for start in starts.values()]
     grid, best = min(ends, key=lambda end: end[1].total)
     judged = {name: held_out(start) for name, start in starts.items()} | {"this": held_out(grid)}
@@ -218,6 +232,7 @@ def write_grid(
         "loss": vars(best),
         "held_out": {name: vars(loss) for name, loss in judged.items()},
         "held_out_many_steps": held_out.fine_to_data,
+        "many_steps": min(_FINE, T),
         "zsnr_version": __version__,
     }
     with new_file(output) as beside:
@@ -226,35 +241,48 @@ def write_grid(
 
 
 def grid_text(facts: dict[str, Any], output: Path) -> str:
-    """Say what was found, for a terminal."""
+    """Write the result as a table for a terminal, with a word on each row and column."""
+    many = facts["many_steps"]
+    errors = {name: tuple(loss.values()) for name, loss in facts["held_out"].items()}
+    rows = [
+        *((name, *errors[name], note) for name, note in STARTS.items()),
+        ("this grid", *errors["this"], "the optimized timesteps"),
+        ("many steps", 0.0, 0.0, facts["held_out_many_steps"], f"{many} steps, the target"),
+    ]
     lines = [
         f"{output}: {' '.join(map(str, facts['timesteps']))}",
         "",
-        f"on {facts['pictures'] // 2} pictures it was not chosen on, {facts['sampler']}, "
-        f"{len(facts['timesteps'])} steps",
-        f"{'':14}{'brightness':>12}{'spread':>10}{'W1 to data':>12}",
+        f"Errors on the {facts['pictures'] // 2} images that the grid was not chosen on, with "
+        f"{facts['sampler']} in {len(facts['timesteps'])} steps; lower is better:",
+        f"{'':12}{'brightness':>12}{'spread':>10}{'W1 to data':>12}",
+        *(f"{a:12}{b:12.4f}{c:10.4f}{d:12.4f}   {note}" for a, b, c, d, note in rows),
+        "",
+        f"brightness: 1-Wasserstein distance of the samples' brightness from that of {many} steps,",
+        "            in standard deviations of the data's brightness",
+        "spread:     mean relative error of the samples' standard deviations along the principal",
+        f"            components of the data, also against {many} steps",
+        f"W1 to data: 1-Wasserstein distance of the brightness of {facts['samples']} samples from",
+        "            the data's; sampling noise keeps it above 0",
     ]
-    for name, loss in facts["held_out"].items():
-        lines.append(
-            f"{'this grid' if name == 'this' else name:14}{loss['brightness']:12.4f}"
-            f"{loss['spread']:10.4f}{loss['to_data']:12.4f}"
-        )
-    lines.append(f"{'many steps':14}{0:12.4f}{0:10.4f}{facts['held_out_many_steps']:12.4f}")
-    totals = {name: loss["brightness"] + loss["spread"] for name, loss in facts["held_out"].items()}
+    totals = {name: brightness + spread for name, (brightness, spread, _) in errors.items()}
     best = min(totals, key=lambda name: totals[name])
     if best != "this":
-        lines += ["", f"no better than {best} on those: use that one, or more pictures"]
+        lines += [
+            "",
+            f"The optimized grid is no better than {best} on these images: use --spacing {best}, "
+            "or optimize on more --pictures.",
+        ]
     return "\n".join(lines)
 
 
-def _read(sources: Sources, size: int, most: int) -> Tensor:
-    """Read pictures evenly from the set, (N, 3, size, size) in [-1, 1]."""
+def _read(sources: Sources, size: int, max_images: int) -> Tensor:
+    """Read evenly spaced images of a dataset, (N, 3, size, size) in [-1, 1]."""
     cached = [shard.url for shard in find_shards(sources) if shard.kind == "cache"]
     if cached:
-        raise ValueError(f"{cached[0]} holds no pictures: give the shards it was cached from.")
+        raise ValueError(f"{cached[0]} holds no images: give the shards it was cached from.")
     dataset = ShardDataset(select(load_index(sources, Storage()), size))
-    count = min(most, len(dataset))
+    count = min(max_images, len(dataset))
     if count < 8:
-        raise ValueError(f"{count} pictures: wanted at least 8.")
+        raise ValueError(f"{count} images: wanted at least 8.")
     rows = [i * (len(dataset) - 1) // (count - 1) for i in range(count)]
     return to_unit_range(collate([dataset[row] for row in rows])["image"])

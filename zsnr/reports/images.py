@@ -64,7 +64,7 @@ def panel_figure(
     rows: Sequence[str],
     columns: Sequence[str],
     title: str,
-    inner: Sequence[Sequence[str]] = (),
+    inner: tuple[Sequence[str], Sequence[str]] = ((), ()),
 ) -> Any:
     """Make a figure of images in rows and columns, with labels beside and above them.
 
@@ -79,7 +79,7 @@ def panel_figure(
 
     from matplotlib.figure import Figure
 
-    inner_rows, inner_columns = inner or ((), ())
+    inner_rows, inner_columns = inner
     side = min(3.0, 12 / len(columns))
     shape = max(image.height / image.width for row in images for image in row)
     labels = [["\n".join(fill(line, 22) for line in label.split("\n")) for label in group]

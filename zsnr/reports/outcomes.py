@@ -1,4 +1,4 @@
-"""What came of each arm: luma of its pictures, its distance to the data, its order of groups."""
+"""Results of each arm: luma of its images, its distance to the data, its order of groups."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from zsnr.schedule import NoiseSchedule
 from zsnr.timesteps import get_timesteps
 
 MEASURES = ("mean_luma", "rms_contrast", "p1", "p99")
-_DRAWS = 500  # of the data itself, for the noise floor
+_DRAWS = 500  # draws of the data for the noise floor
 
 
 @dataclass(frozen=True, eq=False)
-class Shots:
-    """Pictures that one model made in one arm.
+class ModelImages:
+    """The images of one model in one arm.
 
     Args:
-        model: Its path; "" = an exact denoiser.
-        files: Their names in the folder, one a request.
+        model: Path of the model; "" = an exact denoiser.
+        files: Names of the images in the folder, one per request.
         values: Each of `MEASURES`, (N,).
     """
 
@@ -47,27 +47,28 @@ class Shots:
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What came of one arm.
+    """The results of one arm.
 
     Args:
         arm: The arm.
-        schedule: That it was sampled on.
-        kept: Fraction of the brightness range that this schedule keeps. None = not known.
-        shots: One of each model.
+        schedule: The schedule that it was sampled on.
+        retained: Fraction of the data's spread of brightness that this schedule retains. None = not
+            known.
+        images: The images of each model.
     """
 
     arm: Arm
     schedule: NoiseSchedule
-    kept: float | None
-    shots: list[Shots]
+    retained: float | None
+    images: list[ModelImages]
 
     def pooled(self, measure: str) -> Tensor:
-        """Join a measure of all models' pictures, (N,)."""
-        return torch.cat([shots.values[measure] for shots in self.shots])
+        """Join a measure of all models' images, (N,)."""
+        return torch.cat([each.values[measure] for each in self.images])
 
 
 def measure(images: Tensor) -> dict[str, Tensor]:
-    """Measure pictures (N, 3, H, W) in [-1, 1]: each of `MEASURES`, (N,)."""
+    """Measure images (N, 3, H, W) in [-1, 1]: each of `MEASURES`, (N,)."""
     return {
         "mean_luma": mean_luma(images),
         "rms_contrast": rms_contrast(images),
@@ -84,9 +85,9 @@ def measure_arms(
     """Collect all numbers of a comparison, as plain values.
 
     Args:
-        outcomes: The arms, with one row of values a request and model.
-        requests: What was asked for.
-        data: `measure` of the data. None = there is none.
+        outcomes: The arms, with one value per request and model.
+        requests: The requests that each model sampled.
+        data: `measure` of the data. None = there is no data to compare with.
     """
     target = None if data is None else data["mean_luma"]
     arms = [_arm_facts(outcome, outcomes[0], requests, target) for outcome in outcomes]
@@ -112,19 +113,19 @@ def order_of_groups(
 ) -> dict[str, Any] | None:
     """Compare the order of groups' mean luma with the expected one.
 
-    A pair counts where the expected ranks differ; it is in order where the group that should be
-    darker is.
+    A pair counts if its expected ranks differ; it is in order if the group of the lower rank is
+    darker.
 
     Args:
-        values: Mean luma, (k N,), k rows of one value a request.
-        requests: N.
-        groups: Of `groups_of`.
+        values: Mean luma, (k N,): k rows of one value per request.
+        requests: The N requests.
+        groups: The groups, as `groups_of` lists them.
 
     Returns:
         pairs, their number; in_order, how many of them are; wrong, the others as pairs of names,
         also where both means are equal; equal_ranks, lists of names that share a rank, so that
         their order is not judged; range, from the mean of the lowest rank's groups to that of the
-        highest's. None = there are not two ranks.
+        highest's. None = there are fewer than two ranks.
     """
     means = _group_means(values, requests)
     ranked = [g for g in groups if g["brightness_rank"] is not None]
@@ -157,13 +158,13 @@ def _arm_facts(
     grid = get_timesteps(arm.spacing, arm.num_steps, schedule.num_timesteps, schedule=schedule)
     settings = {name: getattr(arm, name) for name in SETTINGS}
     settings |= describe_guidance(arm.sampling().guidance)  # as JSON has it
-    parts = [shots.values["mean_luma"] for shots in outcome.shots]
+    parts = [each.values["mean_luma"] for each in outcome.images]
     w1 = difference = floor = None
     if target is not None:
         w1 = _distance(parts, target)
         floor = _noise_floor(target, sum(map(len, parts)))
         if outcome is not first:
-            theirs = [shots.values["mean_luma"] for shots in first.shots]
+            theirs = [each.values["mean_luma"] for each in first.images]
             difference = _difference(parts, theirs, target)
     pooled = {name: outcome.pooled(name) for name in MEASURES}
     by_group = {name: _group_means(pooled[name], requests) for name in MEASURES}
@@ -174,7 +175,7 @@ def _arm_facts(
         "schedule": schedule.settings(),
         "snr_T": float(schedule.snr[-1]),
         "sqrt_abar_T": float(schedule.alphas_cumprod[-1].sqrt()),
-        "kept_fraction": outcome.kept,
+        "kept_fraction": outcome.retained,
         "first_timestep": int(grid[0]),
         "timesteps": grid.tolist(),
         **{name: float(pooled[name].mean()) for name in MEASURES},
@@ -190,40 +191,40 @@ def _arm_facts(
         },
         "by_model": [
             {
-                "model": shots.model,
-                **{name: float(shots.values[name].mean()) for name in MEASURES},
-                "mean_luma_std": _std(shots.values["mean_luma"]),
-                "w1": None if target is None else _distance([shots.values["mean_luma"]], target),
-                "order": order_of_groups(shots.values["mean_luma"], requests, groups),
+                "model": made.model,
+                **{name: float(made.values[name].mean()) for name in MEASURES},
+                "mean_luma_std": _std(made.values["mean_luma"]),
+                "w1": None if target is None else _distance([made.values["mean_luma"]], target),
+                "order": order_of_groups(made.values["mean_luma"], requests, groups),
             }
-            for shots in outcome.shots
+            for made in outcome.images
         ],
         "pictures": [
             {
                 "file": file,
-                "model": shots.model,
+                "model": made.model,
                 "prompt": request.prompt,
                 "seed": request.seed,
                 "group": request.group,
-                **{name: float(shots.values[name][i]) for name in MEASURES},
+                **{name: float(made.values[name][i]) for name in MEASURES},
             }
-            for shots in outcome.shots
-            for i, (file, request) in enumerate(zip(shots.files, requests, strict=True))
+            for made in outcome.images
+            for i, (file, request) in enumerate(zip(made.files, requests, strict=True))
         ],
     }
 
 
 def _distance(parts: Sequence[Tensor], target: Tensor) -> dict[str, float]:
-    """Measure W_1 of pooled pictures to the data; models are drawn first, then pictures of each."""
+    """Measure W_1 of pooled images to the data; models are drawn first, then images of each."""
     return _plain(
-        bootstrap_interval(lambda own: wasserstein_1(_joined(own), target), _group(parts))
+        bootstrap_interval(lambda draw: wasserstein_1(_joined(draw), target), _group(parts))
     )
 
 
 def _difference(
     parts: Sequence[Tensor], theirs: Sequence[Tensor], target: Tensor
 ) -> dict[str, float]:
-    """Measure W_1 less another arm's, from the same draws of models and pictures."""
+    """Measure W_1 minus another arm's, from the same draws of models and images."""
     alike = [len(part) for part in parts] == [len(part) for part in theirs]
     return _plain(
         bootstrap_interval(
@@ -243,46 +244,50 @@ def _group(parts: Sequence[Tensor]) -> Tensor | Sequence[Tensor]:
     return parts[0] if len(parts) == 1 else parts
 
 
-def _joined(own: Tensor | Sequence[Tensor]) -> Tensor:
-    return own if isinstance(own, Tensor) else torch.cat(list(own))
+def _joined(parts: Tensor | Sequence[Tensor]) -> Tensor:
+    return parts if isinstance(parts, Tensor) else torch.cat(list(parts))
 
 
 def _noise_floor(target: Tensor, count: int) -> dict[str, float]:
-    """Measure W_1 between the data and so many draws of it: what a perfect sampler has."""
+    """Measure W_1 between the data and `count` draws of it, which a perfect sampler reaches."""
     generator = sample_generator(0)
-    found = torch.tensor(
+    distances = torch.tensor(
         [
             wasserstein_1(target[torch.randint(len(target), (count,), generator=generator)], target)
             for _ in range(_DRAWS)
         ],
         dtype=torch.float64,
     )
-    return {"pictures": count, "mean": float(found.mean()), "p95": float(found.quantile(0.95))}
+    return {
+        "pictures": count,
+        "mean": float(distances.mean()),
+        "p95": float(distances.quantile(0.95)),
+    }
 
 
 def groups_of(requests: Sequence[PromptRequest]) -> list[dict[str, Any]]:
     """List the groups by rank, those without one last.
 
     Raises:
-        ValueError: A group has two ranks.
+        ValueError: Two prompts of a group have different ranks.
     """
-    found: dict[str, dict[str, Any]] = {}
+    groups: dict[str, dict[str, Any]] = {}
     for request in requests:
         if not request.group:
             continue
         rank = request.brightness_rank
-        group = found.setdefault(
+        group = groups.setdefault(
             request.group, {"name": request.group, "brightness_rank": rank, "pictures": 0}
         )
         group["pictures"] += 1
         if group["brightness_rank"] != rank:
             raise ValueError(
                 f"Prompts of group {request.group!r} have brightness_rank "
-                f"{group['brightness_rank']} and {rank}: wanted one of a group."
+                f"{group['brightness_rank']} and {rank}: wanted the same rank throughout a group."
             )
     infinite = math.inf
     return sorted(
-        found.values(),
+        groups.values(),
         key=lambda g: infinite if g["brightness_rank"] is None else g["brightness_rank"],
     )
 

@@ -14,46 +14,46 @@ from zsnr.reports.images import save_figure, stacked_axes
 from zsnr.schedule import BetaKind, NoiseSchedule
 from zsnr.timesteps import available_spacings, get_timesteps
 
-_ROWS = 11  # timesteps of the printed table
+_ROWS = 11  # timesteps in the printed table
 
 
 def find_schedule(target: str, *, open_pickle: bool = False) -> NoiseSchedule:
     """Find a schedule by its kind, or in what `zsnr doctor` reads.
 
     Args:
-        target: One of these.
+        target: A kind such as "scaled_linear", or a file, folder or hub id.
         open_pickle: Open a checkpoint that has no run.json, tensors and plain values only.
 
     Raises:
-        ValueError: It is neither.
+        ValueError: The target is neither, or declares no schedule.
     """
     if target in get_args(BetaKind):
         return NoiseSchedule(cast(BetaKind, target))
     from zsnr.checkpoints.doctor import examine
 
-    found = examine(target, open_pickle=open_pickle)
-    if "schedule" not in found.facts:
+    diagnosis = examine(target, open_pickle=open_pickle)
+    if "schedule" not in diagnosis.facts:
         known = ", ".join(get_args(BetaKind))
-        raise ValueError(f"{found.reason} Known kinds: {known}.")
-    return NoiseSchedule.from_settings(found.facts["schedule"])
+        raise ValueError(f"{diagnosis.reason} Known kinds: {known}.")
+    return NoiseSchedule.from_settings(diagnosis.facts["schedule"])
 
 
 def schedule_facts(
     schedule: NoiseSchedule, num_steps: int = 10, spacings: Sequence[str] | None = None
 ) -> dict[str, Any]:
-    """Collect what a schedule is, beside its counterpart, and its grids.
+    """Collect the values of a schedule, of its counterpart, and of its grids of timesteps.
 
     Args:
         schedule: The schedule.
-        num_steps: S of the grids.
-        spacings: Registered names. None = all.
+        num_steps: S, the length of the grids.
+        spacings: Registered names. None = all of them.
 
     Returns:
         Plain values: settings; "original" and "rescaled", each with snr_T, sqrt_abar_T, log_snr
         (None where it is minus infinity) and sqrt_abar, lists over t; and timesteps by spacing.
 
     Raises:
-        ValueError: An unknown spacing, or S out of range.
+        ValueError: A spacing is unknown, or S is out of range.
     """
     T = schedule.num_timesteps
     grids = {
@@ -94,7 +94,7 @@ def schedule_text(schedule: NoiseSchedule, facts: dict[str, Any], name: str) -> 
         logs = (_number(curve["log_snr"][t]) for curve in (original, rescaled))
         scales = (f"{curve['sqrt_abar'][t]:12.6f}" for curve in (original, rescaled))
         lines.append(f"{t:6}" + "".join(logs) + "".join(scales))
-    lines += ["", f"timesteps of {facts['num_steps']} steps, in the order of sampling"]
+    lines += ["", f"timesteps of {facts['num_steps']} sampling steps, in sampling order"]
     for spacing, grid in facts["timesteps"].items():
         shown = grid if len(grid) <= 12 else [*grid[:6], "...", *grid[-5:]]
         misses = "" if grid[0] == T - 1 else f"   (never sees t={T - 1})"
@@ -103,7 +103,7 @@ def schedule_text(schedule: NoiseSchedule, facts: dict[str, Any], name: str) -> 
 
 
 def schedule_title(schedule: NoiseSchedule) -> str:
-    """Say in a line what a schedule is."""
+    """Describe a schedule in one line."""
     kind = "rescaled to zero terminal SNR" if schedule.snr[-1] == 0 else "keeps signal at the end"
     return f"{_describe(schedule)}, {schedule.num_timesteps} timesteps, {kind}"
 
@@ -116,8 +116,8 @@ def plot_schedule(facts: dict[str, Any], path: Path) -> None:
         path: The PNG to write.
 
     Raises:
-        ValueError: There is something of that name.
-        OSError: It cannot be written.
+        ValueError: A file of that name exists.
+        OSError: The file cannot be written.
     """
     figure = schedule_figure(facts)
     with new_file(path) as beside:
@@ -125,23 +125,31 @@ def plot_schedule(facts: dict[str, Any], path: Path) -> None:
 
 
 def schedule_figure(facts: dict[str, Any], width: float = 7, height: float = 8) -> Any:
-    """Make that figure of so many inches: of the facts of `schedule_facts`."""
+    """Draw that figure.
+
+    Args:
+        facts: Of `schedule_facts`.
+        width: In inches.
+        height: In inches.
+    """
     figure, (upper, middle, lower) = stacked_axes(width, height, rows=3)
     for name, style in (("original", "--"), ("rescaled", "-")):
         curve = facts[name]
         logs = [math.nan if value is None else value for value in curve["log_snr"]]
-        upper.plot(logs, style, label=name)
-        middle.plot(curve["sqrt_abar"], style, label=name)
-    upper.set_ylabel("log SNR(t)")
-    upper.legend()
-    middle.set_ylabel("sqrt(abar_t)")
+        label = f"{name}, SNR(T) = {curve['snr_T']:.3g}"
+        upper.plot(logs, style, label=label)
+        middle.plot(curve["sqrt_abar"], style, label=label)
+    upper.set_ylabel("log SNR(t), natural log")
+    upper.legend(fontsize=8)
+    middle.set_ylabel("signal scale sqrt(abar_t)")
     spacings = list(facts["timesteps"])
     for row, grid in enumerate(facts["timesteps"].values()):
         lower.plot(grid, [row] * len(grid), "|", markersize=14)
     lower.set_yticks(range(len(spacings)), spacings)
     lower.set_ylim(-0.6, len(spacings) - 0.4)
     lower.invert_yaxis()
-    lower.set_xlabel(f"t, and the timesteps of {facts['num_steps']} steps")
+    lower.set_title(f"timesteps of {facts['num_steps']} sampling steps, by spacing", fontsize=9)
+    lower.set_xlabel("timestep t, from clean data (left) to noise (right)")
     return figure
 
 
@@ -161,7 +169,7 @@ def _curves(schedule: NoiseSchedule) -> dict[str, Any]:
 
 def _describe(schedule: NoiseSchedule) -> str:
     if schedule.alphas_cumprod_table is not None:
-        return "an own table"
+        return "a custom table"
     if schedule.betas == "cosine":
         return "cosine"
     plain = replace(schedule, zero_terminal_snr=False).beta_table
