@@ -1,4 +1,4 @@
-"""The samplers and grids that the fidelity benchmarks compare: this package's and diffusers'."""
+"""Samplers and grids of this package and of diffusers, compared by the fidelity benchmarks."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Contender:
     """A sampler and a grid.
 
     Args:
-        name: In the table.
+        name: Name in the table.
         sample: (denoiser, x_T (B, *), S) -> x_0.
-        random: Whether it draws noise, and so has no path of its own.
+        random: Whether it draws noise, so that its path cannot be compared.
     """
 
     name: str
@@ -39,8 +39,8 @@ class Contender:
     random: bool = False
 
 
-def ours(sampler: str, spacing: str, *, random: bool = False, **options: Any) -> Contender:
-    """One of this package's samplers on one of its grids; heun on as many steps as it may have."""
+def zsnr_sampler(sampler: str, spacing: str, *, random: bool = False, **options: Any) -> Contender:
+    """One of this package's samplers on one of its grids; heun with S network calls."""
 
     def sample(denoiser: Denoise, x_T: Tensor, S: int) -> Tensor:
         steps = (S + 2) // 2 if sampler == "heun" else S
@@ -54,25 +54,25 @@ def ours(sampler: str, spacing: str, *, random: bool = False, **options: Any) ->
             randn_like=lambda x: torch.randn(x.shape, generator=noise, dtype=x.dtype),
         )
 
-    told = "".join(f" {name}={value}" for name, value in options.items())
-    return Contender(f"{sampler}{told}, {spacing}", sample, random)
+    settings = "".join(f" {name}={value}" for name, value in options.items())
+    return Contender(f"{sampler}{settings}, {spacing}", sample, random)
 
 
 def recommended() -> Contender:
-    """What `recommend_sampling` says for the number of steps and the denoiser's guidance."""
+    """The result of `recommend_sampling` for the number of steps and the denoiser's guidance."""
 
     def sample(denoiser: Denoise, x_T: Tensor, S: int) -> Tensor:
         sampler, spacing = recommend_sampling(S, guidance_of(denoiser))
-        return ours(sampler, spacing).sample(denoiser, x_T, S)
+        return zsnr_sampler(sampler, spacing).sample(denoiser, x_T, S)
 
     return Contender("recommended", sample)
 
 
-def theirs(name: str, cls: str, **options: Any) -> Contender:
-    """A scheduler of diffusers, on its own grid; the denoiser answers at the timestep it asks for.
+def diffusers_sampler(name: str, cls: str, **options: Any) -> Contender:
+    """A scheduler of diffusers, on its own grid, with the exact denoiser at its timesteps.
 
     Raises:
-        IndexError: On sampling: it makes another number of steps.
+        IndexError: When sampling, if the scheduler uses another number of steps.
     """
 
     def sample(denoiser: Denoise, x_T: Tensor, S: int) -> Tensor:
@@ -93,41 +93,44 @@ def theirs(name: str, cls: str, **options: Any) -> Contender:
     return Contender(f"diffusers {name}", sample)
 
 
-PAPER = ours("ddim", "trailing")
-OURS = (
+PAPER = zsnr_sampler("ddim", "trailing")
+FOUR_SPACINGS = ("trailing", "log_snr", "karras", "guided")
+ZSNR = (
     recommended(),
     PAPER,
-    *(ours("ddim", spacing) for spacing in ("log_snr", "karras", "guided", "beta")),
-    ours("ddim", "ays"),
-    ours("ddim", "kl_optimal"),
-    *(ours("multiscale", spacing) for spacing in ("trailing", "log_snr", "karras", "guided")),
-    *(ours("dpmpp_2m", spacing) for spacing in ("trailing", "log_snr", "karras", "guided")),
-    ours("dpmpp_2m", "ays"),
-    ours("dpmpp_2m", "kl_optimal"),
-    *(ours("dpmpp_3m", spacing) for spacing in ("log_snr", "karras", "guided")),
-    *(ours("unipc", spacing) for spacing in ("trailing", "log_snr", "karras", "guided")),
-    *(ours("unipc", spacing, order=3) for spacing in ("log_snr", "karras")),
-    *(ours("ipndm", spacing, order=3) for spacing in ("log_snr", "karras", "guided")),
-    *(ours("deis", spacing, order=order) for spacing in ("log_snr", "karras") for order in (2, 3)),
-    ours("heun", "log_snr"),
-    ours("heun", "guided"),
-    ours("er_sde", "log_snr", random=True),
-    ours("dpmpp_2m_sde", "log_snr", random=True),
+    *(zsnr_sampler("ddim", spacing) for spacing in ("log_snr", "karras", "guided", "beta")),
+    zsnr_sampler("ddim", "ays"),
+    zsnr_sampler("ddim", "kl_optimal"),
+    *(zsnr_sampler("multiscale", spacing) for spacing in FOUR_SPACINGS),
+    *(zsnr_sampler("dpmpp_2m", spacing) for spacing in FOUR_SPACINGS),
+    zsnr_sampler("dpmpp_2m", "ays"),
+    zsnr_sampler("dpmpp_2m", "kl_optimal"),
+    *(zsnr_sampler("dpmpp_3m", spacing) for spacing in ("log_snr", "karras", "guided")),
+    *(zsnr_sampler("unipc", spacing) for spacing in FOUR_SPACINGS),
+    *(zsnr_sampler("unipc", spacing, order=3) for spacing in ("log_snr", "karras")),
+    *(zsnr_sampler("ipndm", spacing, order=3) for spacing in ("log_snr", "karras", "guided")),
+    *(zsnr_sampler("deis", s, order=order) for s in ("log_snr", "karras") for order in (2, 3)),
+    zsnr_sampler("heun", "log_snr"),
+    zsnr_sampler("heun", "guided"),
+    zsnr_sampler("er_sde", "log_snr", random=True),
+    zsnr_sampler("dpmpp_2m_sde", "log_snr", random=True),
 )
-THEIRS = (
-    theirs("DDIM, trailing", "DDIMScheduler", clip_sample=False),
-    theirs("Euler, trailing", "EulerDiscreteScheduler"),
-    theirs("Euler, beta sigmas", "EulerDiscreteScheduler", use_beta_sigmas=True),
-    theirs("DPM++ 2M, trailing", "DPMSolverMultistepScheduler"),
-    theirs("DPM++ 2M, Karras", "DPMSolverMultistepScheduler", use_karras_sigmas=True),
-    theirs("DPM++ 2M, uniform log SNR", "DPMSolverMultistepScheduler", use_lu_lambdas=True),
-    theirs("DPM++ 3M, trailing", "DPMSolverMultistepScheduler", solver_order=3),
-    theirs("UniPC, trailing", "UniPCMultistepScheduler", final_sigmas_type="zero"),
-    theirs(
+DIFFUSERS = (
+    diffusers_sampler("DDIM, trailing", "DDIMScheduler", clip_sample=False),
+    diffusers_sampler("Euler, trailing", "EulerDiscreteScheduler"),
+    diffusers_sampler("Euler, beta sigmas", "EulerDiscreteScheduler", use_beta_sigmas=True),
+    diffusers_sampler("DPM++ 2M, trailing", "DPMSolverMultistepScheduler"),
+    diffusers_sampler("DPM++ 2M, Karras", "DPMSolverMultistepScheduler", use_karras_sigmas=True),
+    diffusers_sampler(
+        "DPM++ 2M, uniform log SNR", "DPMSolverMultistepScheduler", use_lu_lambdas=True
+    ),
+    diffusers_sampler("DPM++ 3M, trailing", "DPMSolverMultistepScheduler", solver_order=3),
+    diffusers_sampler("UniPC, trailing", "UniPCMultistepScheduler", final_sigmas_type="zero"),
+    diffusers_sampler(
         "UniPC, Karras",
         "UniPCMultistepScheduler",
         use_karras_sigmas=True,
         final_sigmas_type="zero",
     ),
 )
-ALL = (*OURS, *THEIRS)
+ALL = (*ZSNR, *DIFFUSERS)

@@ -1,13 +1,13 @@
-"""Pictures a second that one core loads, beside webdataset with torchvision's transforms.
+"""Images per second that one core loads, compared with webdataset and torchvision's transforms.
 
     python benchmarks/data_throughput.py [--write]
 
-All contenders run in one process on one thread, interleaved; the tables quote medians. Both sides
-read shards from disk and end with float32 in [-1, 1] and the caption. Theirs is what the packages'
-documentation shows: WebDataset(path).decode("pil") with Resize, CenterCrop, ToTensor, Normalize.
-Ours is the data set that training uses, with the conversion that training does on the device.
-Pictures are JPEGs of quality 90, pieced together from parts of a photograph, so that a pixel costs
-as many bits in large ones as in small ones.
+All contenders run in one process on one thread, interleaved; the tables show medians. Both read
+shards from disk and return float32 in [-1, 1] and the caption. The reference is the pipeline in the
+packages' documentation: WebDataset(path).decode("pil") with Resize, CenterCrop, ToTensor,
+Normalize. zsnr is measured with the dataset that training uses, including the conversion that
+training does on the device. Images are JPEGs of quality 90, composed of parts of a photograph, so
+that large and small images have the same number of bits per pixel.
 """
 
 from __future__ import annotations
@@ -54,23 +54,23 @@ from zsnr.denoiser import Conditioning
 
 TARGET = 512
 COUNTS = {512: 64, 1024: 32, 2048: 12}
-"""Pictures in the shard of each size (pixels a side)."""
+"""Number of images in the shard of each size (side in pixels)."""
 
 
 def write_shard(path: Path, side: int, count: int) -> float:
-    """Write square JPEGs with captions and return their bits a pixel."""
+    """Write square JPEGs with captions and return their bits per pixel."""
     with Image.open(get_sample_data("grace_hopper.jpg", asfileobj=False)) as opened:
         photograph = opened.convert("RGB")
     size = 0
     with tarfile.open(path, "w") as tar:
         for number in range(count):
-            picture = Image.new("RGB", (side, side))
+            image = Image.new("RGB", (side, side))
             for i, x in enumerate(range(0, side, TARGET)):
                 for j, y in enumerate(range(0, side, TARGET)):
                     top = (number + 37 * i + 61 * j) % (photograph.height - TARGET + 1)
-                    picture.paste(photograph.crop((0, top, TARGET, top + TARGET)), (x, y))
+                    image.paste(photograph.crop((0, top, TARGET, top + TARGET)), (x, y))
             jpeg = io.BytesIO()
-            picture.save(jpeg, "JPEG", quality=90)
+            image.save(jpeg, "JPEG", quality=90)
             size += len(jpeg.getvalue())
             caption = f"photograph {number}".encode()
             for suffix, content in (("jpg", jpeg.getvalue()), ("txt", caption)):
@@ -100,12 +100,12 @@ def plain(path: Path) -> Iterable[tuple[torch.Tensor, str]]:
 
 
 def dataset(path: Path) -> ShardDataset:
-    """Return the data set of a shard or folder, as training makes it."""
+    """Return the dataset of a shard or folder, as in training."""
     return ShardDataset(select(load_index(str(path), Storage(), progress=False), TARGET))
 
 
 class Floats:
-    """The items of a data set as float32 in [-1, 1], with their captions."""
+    """The items of a dataset as float32 in [-1, 1], with their captions."""
 
     def __init__(self, items: ShardDataset) -> None:
         self._items = items
@@ -129,7 +129,7 @@ class Cached:
 
 
 def median_rates(loaders: Sequence[Iterable[object]], rounds: int, warm: int = 1) -> list[float]:
-    """Return each loader's median of items a second, over interleaved rounds."""
+    """Return each loader's median items per second, over interleaved rounds."""
     rates: list[list[float]] = [[] for _ in loaders]
     for number in range(warm + rounds):
         for loader, samples in zip(loaders, rates, strict=True):
@@ -151,9 +151,9 @@ def decoding(folder: Path, rounds: int) -> str:
         path = folder / f"{side}.tar"
         bits = write_shard(path, side, count)
         loaders = [plain(path), Floats(dataset(path))]
-        for (theirs, caption), (ours, text) in zip(*loaders, strict=True):
-            assert theirs.shape == ours.shape == (3, TARGET, TARGET)
-            assert theirs.dtype == ours.dtype == torch.float32
+        for (reference, caption), (tensor, text) in zip(*loaders, strict=True):
+            assert reference.shape == tensor.shape == (3, TARGET, TARGET)
+            assert reference.dtype == tensor.dtype == torch.float32
             assert caption == text
         plain_rate, rate = median_rates(loaders, rounds)
         lines.append(
@@ -163,7 +163,7 @@ def decoding(folder: Path, rounds: int) -> str:
 
 
 class Text(Conditioner):
-    """Embeddings of Stable Diffusion's size that cost nothing."""
+    """Constant embeddings of Stable Diffusion's size."""
 
     context_dim = 768
 
@@ -178,7 +178,7 @@ class Text(Conditioner):
 
 
 def make_cache(folder: Path, shards: Path, *, text: bool) -> CacheDataset:
-    """Cache shards with an autoencoder of Stable Diffusion's latent shape, but few channels."""
+    """Cache shards with an autoencoder of Stable Diffusion's latent shape, but fewer channels."""
     from diffusers import AutoencoderKL
 
     AutoencoderKL(
@@ -214,14 +214,14 @@ def make_cache(folder: Path, shards: Path, *, text: bool) -> CacheDataset:
         retries=Retries(),
         progress=False,
     )
-    found = find_cache(str(out))
-    assert found is not None
-    return CacheDataset(select_cached(found, load_index(str(out), Storage()), ()))
+    loaded = find_cache(str(out))
+    assert loaded is not None
+    return CacheDataset(select_cached(loaded, load_index(str(out), Storage()), ()))
 
 
 def caching(folder: Path, rounds: int) -> str:
-    """Tabulate moments (and text embeddings) from a cache beside pictures of the same size."""
-    path = folder / "pictures.tar"
+    """Compare moments (and text embeddings) from a cache with images of the same size."""
+    path = folder / "images.tar"
     write_shard(path, TARGET, COUNTS[TARGET])
     caches = [make_cache(folder, path, text=text) for text in (False, True)]
     loaders = [Floats(dataset(path)), *(Cached(cache) for cache in caches)]
@@ -234,7 +234,7 @@ def caching(folder: Path, rounds: int) -> str:
 
 
 def many_samples(count: int, num_shards: int, num_buckets: int) -> Samples:
-    """Make the table of a large data set, without its shards."""
+    """Make the samples of a large dataset, without its shards."""
     draw = np.random.default_rng(0)
     return Samples(
         shards=[Shard(f"{i:05d}.tar") for i in range(num_shards)],
@@ -254,50 +254,50 @@ def many_samples(count: int, num_shards: int, num_buckets: int) -> Samples:
 
 
 def seeking(folder: Path, rounds: int) -> str:
-    """Tabulate how long a resumed run looks for its place."""
+    """Tabulate the time that a resumed run needs to find its position."""
     count, shards, buckets, size = 10_000_000, 1000, 9, 2048
     samples = many_samples(count, shards, buckets)
     start = time.perf_counter()
     TrainingOrder(samples, size, 0)
-    made = time.perf_counter() - start
-    path = folder / "pictures.tar"
+    seconds = time.perf_counter() - start
+    path = folder / "images.tar"
     write_shard(path, TARGET, COUNTS[TARGET])
     real = dataset(path)
     lines = [
-        "| samples seen | rows of the next batch of 2048, ms | first batch of 8 pictures, ms |",
+        "| samples seen | rows of the next batch of 2048, ms | first batch of 8 images, ms |",
         "|---|---|---|",
     ]
-    for seen in (0, 1000, 1_000_000, 1_000_000_000):
+    for num_seen in (0, 1000, 1_000_000, 1_000_000_000):
         times: list[list[float]] = [[], []]
         for _ in range(rounds):
             order = TrainingOrder(samples, size, 0)
             start = time.perf_counter()
-            order.batch(seen // size)
+            order.batch(num_seen // size)
             times[0].append(time.perf_counter() - start)
             start = time.perf_counter()
             small = TrainingOrder(real.samples, 8, 0)
-            batch = next(iter(StepBatches(8, first_step=seen // 8)))
+            batch = next(iter(StepBatches(8, first_step=num_seen // 8)))
             ShardDataset(real.samples, small).__getitems__(batch)
             times[1].append(time.perf_counter() - start)
         rows, first = (1000 * statistics.median(part) for part in times)
-        lines.append(f"| {seen:,} | {rows:.0f} | {first:.0f} |")
+        lines.append(f"| {num_seen:,} | {rows:.0f} | {first:.0f} |")
     lines += [
         "",
         f"Rows: {count:,} samples in {shards} shards and {buckets} buckets; making the order, once "
-        f"a process, takes {made:.1f} s.",
+        f"per process, takes {seconds:.1f} s.",
     ]
     return "\n".join(lines)
 
 
 def memory(folder: Path, rounds: int) -> str:
-    """Tabulate the resident memory of a process that loads and loads."""
+    """Tabulate the resident memory of a process that loads continuously."""
     write_shard(folder / "0.tar", TARGET, COUNTS[TARGET])
     for number in range(1, 20):
         (folder / f"{number}.tar").write_bytes((folder / "0.tar").read_bytes())
     cached = make_cache(folder / "made", folder, text=False)
-    pictures = dataset(folder)
+    images = dataset(folder)
     kinds: dict[str, tuple[ShardDataset, int]] = {
-        "pictures": (ShardDataset(pictures.samples, TrainingOrder(pictures.samples, 8, 0)), 400),
+        "images": (ShardDataset(images.samples, TrainingOrder(images.samples, 8, 0)), 400),
         "cache": (CacheDataset(cached.samples, TrainingOrder(cached.samples, 8, 0)), 4000),
     }
     lines = ["| loading | samples | resident memory, MiB |", "|---|---|---|"]
@@ -316,13 +316,13 @@ def resident() -> float:
 
 
 SECTIONS = {"Memory": memory, "Decoding": decoding, "Cache": caching, "Seeking": seeking}
-"""What is measured: each takes a folder for its files and the rounds, and returns a table."""
+"""Measurements by title: each takes a folder for its files and the rounds, and returns a table."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/")
-    parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds of each table")
+    parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds per table")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     tables = []

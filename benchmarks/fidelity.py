@@ -1,15 +1,15 @@
-"""What samplers and timestep grids lose at few steps without guidance, by exact denoisers.
+"""Errors of samplers and timestep grids at few steps without guidance, with exact denoisers.
 
     python benchmarks/fidelity.py [--quick] [--write]
 
 Three measures at equal network calls S. std: the worst relative error of the standard deviation on
 Gaussian data N(-0.8, s^2) over six s from 0.1 to 1, without sampling error. W1: the 1-Wasserstein
-distance of brightness between samples and data, on OpenMoji pictures; what as many draws from the
-data have is printed as the floor. path: the root mean square distance of a pixel to the solution
-in 1000 steps from the same noise. The pictures are every third glyph of one half of the glyphs, on
-five backgrounds, 32 x 32; grids and weights were chosen on the other half. All contenders start
-from the same noise; diffusers' schedulers get the same exact v, at the timestep that they ask for.
-With guidance the order is another: benchmarks/guided.py.
+distance of brightness between samples and data, on OpenMoji images; the floor is the expected W1 of
+the same number of draws from the data. path: the root mean square distance of pixels to the
+solution in 1000 steps from the same noise. The images are every third glyph of one half of the
+glyphs, on five backgrounds, 32 x 32; grids and weights were chosen on the other half. All
+contenders start from the same noise; diffusers' schedulers get the same exact v, at their
+timesteps. With guidance the ranking differs: benchmarks/guided.py.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from contenders import ALL, SCHEDULE, Contender, ours
+from contenders import ALL, SCHEDULE, Contender, zsnr_sampler
 from torch import Tensor
 from tqdm import tqdm
 
@@ -57,21 +57,21 @@ PLOTTED = (
     "diffusers DPM++ 2M, uniform log SNR",
     "diffusers UniPC, trailing",
 )
-"""The lines of the figure; the tables have all."""
+"""Contenders in the figure; the tables list all."""
 
 
-def pictures(half: int) -> Tensor:
-    """Every third glyph of the even (0) or odd (1) ones on each background, (N, 3, 32, 32)."""
-    found = [
+def glyph_images(half: int) -> Tensor:
+    """Return every third of the even (0) or odd (1) glyphs on all backgrounds, (N, 3, 32, 32)."""
+    images = [
         np.asarray(render(glyph, SIZE, rgb), dtype=np.float64).transpose(2, 0, 1) / 127.5 - 1
         for glyph in list_glyphs()[half::2][::3]
         for rgb in BACKGROUNDS.values()
     ]
-    return torch.from_numpy(np.stack(found))
+    return torch.from_numpy(np.stack(images))
 
 
 def std_error(contender: Contender, S: int) -> float:
-    """The worst |std / s - 1|, by the response to x_T = 1 beside x_T = 0: samplers are affine."""
+    """Return the worst |std / s - 1|, from the outputs for x_T = 1 and 0 (samplers are affine)."""
     s = torch.tensor(STDS, dtype=torch.float64)
     ends = torch.stack([torch.zeros_like(s), torch.ones_like(s)])
     low, high = contender.sample(GaussianDenoiser(SCHEDULE, MEAN, s), ends, S)
@@ -84,14 +84,14 @@ def measure(
     """Measure every contender at every S.
 
     Args:
-        samples: Of each, seeds 0, 1, 2, ...
-        paths: How many of them are compared with the solution in 1000 steps.
-        batch_size: At a time.
+        samples: Samples of each contender, with seeds 0, 1, 2, ...
+        paths: Number of samples that are compared with the solution in 1000 steps.
+        batch_size: Batch size.
 
     Returns:
-        The floor of W1; and (std, W1, path) by contender and S, None where it fails.
+        The floor of W1; and (std, W1, path) by contender and S, None if the contender fails.
     """
-    images = pictures(half=1)
+    images = glyph_images(half=1)
     coordinates, basis = span(images)
     denoiser = EmpiricalDenoiser(SCHEDULE, coordinates, batch_invariant=False)
     data, brightness = images.flatten(1).mean(1), basis.mean(1)
@@ -113,7 +113,7 @@ def measure(
 
     x_Ts = list(noises())
     calls = len(CONTENDERS) * sum(COUNTS) * len(x_Ts) + 1000
-    found: dict[str, dict[int, tuple[float, float, float] | None]] = {}
+    results: dict[str, dict[int, tuple[float, float, float] | None]] = {}
     with tqdm(total=calls, unit="call", desc="exact denoiser", mininterval=5) as bar:
 
         def counted(x_t: Tensor, t: Tensor) -> Tensor:
@@ -121,75 +121,77 @@ def measure(
             return denoiser(x_t, t)
 
         counted.guidance = None  # type: ignore[attr-defined]
-        exact = ours("dpmpp_2m", "trailing").sample(counted, torch.cat(x_Ts)[:paths], 1000)
+        exact = zsnr_sampler("dpmpp_2m", "trailing").sample(counted, torch.cat(x_Ts)[:paths], 1000)
         for contender in CONTENDERS:
-            found[contender.name] = {}
+            results[contender.name] = {}
             for S in COUNTS:
                 try:
                     error = std_error(contender, S)
                     x_0 = torch.cat([contender.sample(counted, x_T, S) for x_T in x_Ts])
-                except (IndexError, AssertionError):  # theirs, for some S
-                    found[contender.name][S] = None
+                except (IndexError, AssertionError):  # diffusers' schedulers, for some S
+                    results[contender.name][S] = None
                     continue
                 apart = (x_0[:paths] - exact).square().sum() / (paths * basis.shape[1])
-                found[contender.name][S] = (
+                results[contender.name][S] = (
                     error,
                     wasserstein_1(x_0 @ brightness, data),
                     float(apart.sqrt()),
                 )
-    return floor, found
+    return floor, results
 
 
-def table(found: dict[str, dict[int, tuple[float, float, float] | None]], which: int) -> str:
+def table(results: dict[str, dict[int, tuple[float, float, float] | None]], measure: int) -> str:
     """Format one measure; the best of each column is bold."""
-    scale, digits = ((100, 1), (1, 4), (1, 3))[which]
+    scale, digits = ((100, 1), (1, 4), (1, 3))[measure]
     best = {
-        S: min(row[S][which] for row in found.values() if row[S] is not None)  # type: ignore[index]
+        S: min(row[S][measure] for row in results.values() if row[S] is not None)  # type: ignore[index]
         for S in COUNTS
     }
     lines = [
         "| | " + " | ".join(f"S = {S}" for S in COUNTS) + " |",
         "|---" * (len(COUNTS) + 1) + "|",
     ]
-    for name, row in found.items():
+    for name, row in results.items():
         cells = []
         for S in COUNTS:
             values = row[S]
             if values is None:
                 cells.append("fails")
                 continue
-            text = f"{values[which] * scale:.{digits}f}" if np.isfinite(values[which]) else "NaN"
-            cells.append(f"**{text}**" if values[which] == best[S] else text)
+            text = (
+                f"{values[measure] * scale:.{digits}f}" if np.isfinite(values[measure]) else "NaN"
+            )
+            cells.append(f"**{text}**" if values[measure] == best[S] else text)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def plot(
-    found: dict[str, dict[int, tuple[float, float, float] | None]], floor: float, path: Path
+    results: dict[str, dict[int, tuple[float, float, float] | None]], floor: float, path: Path
 ) -> None:
     """Draw the measures against S, and both oracles against each other at S = 5, 10 and 25."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    found = {name: found[name] for name in PLOTTED}
+    results = {name: results[name] for name in PLOTTED}
     figure = Figure(figsize=(13, 8), layout="constrained")
     (upper, lower) = figure.subplots(2, 3)
     names = ("worst error of std", "W1 of brightness", "distance to 1000 steps")
-    for axes, which, title in zip(upper, range(3), names, strict=True):
-        for name, row in found.items():
-            points = [(S, row[S][which]) for S in COUNTS if row[S] is not None]  # type: ignore[index]
+    for axes, measure, title in zip(upper, range(3), names, strict=True):
+        for name, row in results.items():
+            points = [(S, row[S][measure]) for S in COUNTS if row[S] is not None]  # type: ignore[index]
             axes.plot(*zip(*points, strict=True), **_style(name))
         axes.set(title=title, xlabel="network calls S", xscale="log", yscale="log")
         axes.set_xticks(COUNTS, map(str, COUNTS))
         axes.minorticks_off()
     upper[2].set_ylim(bottom=0.01)
-    upper[1].axhline(floor, color="grey", linestyle=":", label="floor")
+    upper[1].axhline(floor, color="gray", linestyle=":", label="floor")
     for axes, S in zip(lower, (5, 10, 25), strict=True):
-        for name, row in found.items():
+        for name, row in results.items():
             values = row[S]
             if values is not None:
                 axes.plot(values[0], values[1], **{**_style(name), "linestyle": ""})
-        axes.axhline(floor, color="grey", linestyle=":")
+        axes.axhline(floor, color="gray", linestyle=":")
         axes.set(title=f"both oracles at S = {S}", xscale="log", yscale="log")
         axes.set(xlabel="worst error of std, Gaussians", ylabel="W1 of brightness, OpenMoji")
         for axis in (axes.xaxis, axes.yaxis):
@@ -214,7 +216,7 @@ def _style(name: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="512 samples in the place of 4096")
+    parser.add_argument("--quick", action="store_true", help="512 samples instead of 4096")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     arguments = parser.parse_args()
@@ -222,31 +224,31 @@ def main() -> None:
     samples, paths = (512, 64) if arguments.quick else (4096, 512)
     start = time.process_time()
     with torch.no_grad():
-        floor, found = measure(samples, paths)
+        floor, measures = measure(samples, paths)
     minutes = (time.process_time() - start) / 60
     if arguments.json:
-        print(json.dumps({"samples": samples, "floor": floor, "found": found}))
+        print(json.dumps({"samples": samples, "floor": floor, "found": measures}))
     text = (
         "Worst relative error of std over s in "
-        f"{', '.join(map(str, STDS))}, percent:\n\n{table(found, 0)}\n\n"
-        f"W1 of brightness, {samples} samples (floor {floor:.4f}):\n\n{table(found, 1)}\n\n"
+        f"{', '.join(map(str, STDS))}, percent:\n\n{table(measures, 0)}\n\n"
+        f"W1 of brightness, {samples} samples (floor {floor:.4f}):\n\n{table(measures, 1)}\n\n"
         f"Root mean square distance to the solution in 1000 steps, {paths} samples:\n\n"
-        f"{table(found, 2)}\n"
+        f"{table(measures, 2)}\n"
     )
     if not arguments.json:
         print(text)
     if arguments.write:
         results = Path(__file__).parent / "results"
         versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers"))
-        plot(found, floor, results / "fidelity.png")
+        plot(measures, floor, results / "fidelity.png")
         (results / "fidelity.md").write_text(
             "# Samplers and grids at few steps, without guidance\n\n"
-            "With guidance the order is another: [guided.md](guided.md).\n\n"
+            "With guidance the ranking differs: [guided.md](guided.md).\n\n"
             f"{date.today()}, {versions}, Python {platform.python_version()}, "
             f"{platform.machine()}, threads: {torch.get_num_threads()}, {minutes:.0f} processor "
             "minutes.\n"
             f"Made by `python benchmarks/fidelity.py{' --quick' * arguments.quick} --write`; its "
-            "first lines say what is measured.\n\n"
+            "docstring describes the measures.\n\n"
             f"{text}\n![the measures against S](fidelity.png)\n"
         )
 

@@ -1,11 +1,11 @@
-"""The same small model, trained and sampled with and without the fixes: whose brightness is right?
+"""Brightness of the same small model, trained and sampled with and without the fixes.
 
     python benchmarks/flawed_against_fixed.py [--folder runs/ablation] [--jobs 2] [--write]
 
 Trains configs/ablation/openmoji.yaml with all fixes, on the original schedule, and on the original
 schedule with offset noise, on the same data with the same seeds, steps and learning rate; the model
-of the original schedule is sampled with leading and with trailing timesteps. `zsnr compare` makes
-the pictures and measures. Interrupted, it goes on where it stopped.
+of the original schedule is sampled with leading and with trailing timesteps. `zsnr compare`
+generates the images and measures them. An interrupted benchmark resumes.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ CONFIGS = ROOT / "configs" / "ablation"
 TRAINED = ("fixed", "original", "offset_noise")
 STEPS = 500
 SCALE = 3.73263
-"""Of the latents, as in the config: three times the shipped autoencoder's own."""
+"""Scale of the latents, as in the config: three times that of the bundled autoencoder."""
 
 
 def zsnr(*arguments: str | Path, log: Path | None = None) -> None:
-    """Run a command of zsnr on one thread; its output goes to `log` if there is one."""
+    """Run a zsnr command on one thread, with its output written to `log` if set."""
     command = [sys.executable, "-m", "zsnr.cli", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if log is None:
@@ -56,7 +56,7 @@ def zsnr(*arguments: str | Path, log: Path | None = None) -> None:
 
 
 def train(folder: Path, arm: str, seed: int) -> Path:
-    """Train one model, or find that it is trained; return its checkpoint."""
+    """Train one model unless it is trained; return its checkpoint."""
     run = folder / f"{arm}-{seed}"
     if not (run / "checkpoints" / f"step-{STEPS:08d}.ckpt").exists():
         overlay = () if arm == "fixed" else ("-c", CONFIGS / f"{arm}.yaml")
@@ -73,9 +73,9 @@ def train(folder: Path, arm: str, seed: int) -> Path:
 
 
 def arms_of(checkpoints: dict[str, tuple[str, ...]], steps: int) -> list[Arm]:
-    """List what is compared: the fixed arm first, each with the models of all seeds."""
+    """List the arms, the fixed one first, each with the models of all seeds."""
     plain = Arm(num_steps=steps, guidance_scale=1.0)
-    named = {
+    settings_by_name = {
         "all fixes": ("fixed", "trailing"),
         "original + leading": ("original", "leading"),
         "original + trailing": ("original", "trailing"),
@@ -84,12 +84,12 @@ def arms_of(checkpoints: dict[str, tuple[str, ...]], steps: int) -> list[Arm]:
     }
     return [
         replace(plain, name=name, models=checkpoints[trained], spacing=spacing)
-        for name, (trained, spacing) in named.items()
+        for name, (trained, spacing) in settings_by_name.items()
     ]
 
 
 def exact_arms(steps: int) -> list[Arm]:
-    """List the same ways to sample, for the exact denoiser."""
+    """List the same sampling settings, for the exact denoiser."""
     return [
         Arm("all fixes", "rescaled", "trailing", num_steps=steps),
         Arm("original + leading", "original", "leading", num_steps=steps),
@@ -98,7 +98,7 @@ def exact_arms(steps: int) -> list[Arm]:
 
 
 def compared(output: Path, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-    """Make a comparison, or read the one that is there."""
+    """Make a comparison, or read an existing one."""
     if not output.exists():
         make(output)
     facts: dict[str, Any] = json.loads((output / "compare.json").read_text())
@@ -106,22 +106,22 @@ def compared(output: Path, make: Callable[[Path], dict[str, Any]]) -> dict[str, 
 
 
 def table(facts: dict[str, Any], exact: dict[str, Any]) -> str:
-    """Tell the brightness of each arm, and its distance to the data."""
+    """Tabulate the brightness of each arm, and its distance to the data."""
     ceiling = {arm["name"]: arm["w1"]["estimate"] for arm in exact["arms"]}
     fixed = facts["arms"][0]["w1"]["estimate"]
     lines = [
-        "| arm | mean luma | its spread | W1 to the data, 95 % interval | less that of all fixes "
-        "| over it | W1 by seed | exact denoiser's W1 |",
+        "| arm | mean luma | spread | W1 to the data, 95 % interval | difference from all fixes "
+        "| ratio to all fixes | W1 by seed | exact denoiser's W1 |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for arm in facts["arms"]:
         by_seed = ", ".join(f"{model['w1']['estimate']:.3f}" for model in arm["by_model"])
-        less = "" if arm["w1_minus_first"] is None else interval(arm["w1_minus_first"])
+        difference = "" if arm["w1_minus_first"] is None else interval(arm["w1_minus_first"])
         exactly = f"{ceiling[arm['name']]:.3f}" if arm["name"] in ceiling else ""
         lines.append(
             f"| {arm['name']} | {arm['mean_luma']:.3f} | {arm['mean_luma_std']:.3f} "
-            f"| {interval(arm['w1'])} | {less} | {arm['w1']['estimate'] / fixed:.1f} | {by_seed} "
-            f"| {exactly} |"
+            f"| {interval(arm['w1'])} | {difference} | {arm['w1']['estimate'] / fixed:.1f} "
+            f"| {by_seed} | {exactly} |"
         )
     data = facts["data"]
     floor = data["noise_floor"]
@@ -130,34 +130,35 @@ def table(facts: dict[str, Any], exact: dict[str, Any]) -> str:
         [
             *lines,
             "",
-            f"{floor['pictures']} pictures of each arm. So many drawn from the data itself have a "
-            f"W1 of {floor['mean']:.3f} (95 % are below {floor['p95']:.3f}); of one seed, more.",
+            f"{floor['pictures']} images of each arm. The same number drawn from the data has an "
+            f"expected W1 of {floor['mean']:.3f} (95 % are below {floor['p95']:.3f}); for a single "
+            "seed it is higher.",
         ]
     )
 
 
-def interval(found: dict[str, float]) -> str:
-    return "{estimate:.3f} [{low:.3f}, {high:.3f}]".format(**found)
+def interval(values: dict[str, float]) -> str:
+    return "{estimate:.3f} [{low:.3f}, {high:.3f}]".format(**values)
 
 
 def draw(facts: dict[str, Any], folder: Path, output: Path, count: int = 10) -> None:
-    """Draw the first pictures of each arm's first model, nothing chosen."""
+    """Draw the first images of each arm's first model, without selection."""
     rows, names = [], []
     for arm in facts["arms"]:
         files = [folder / picture["file"] for picture in arm["pictures"][:count]]
         rows.append([Image.open(file).convert("RGB") for file in files])
         names.append(f"{arm['name']}\nW1 {arm['w1']['estimate']:.2f}")
     columns = [f"seed {picture['seed']}" for picture in facts["arms"][0]["pictures"][:count]]
-    title = "Pictures without a prompt: the same data, steps, learning rate and seeds"
+    title = "Images without a prompt: the same data, steps, learning rate and seeds"
     save_figure(panel_figure(rows, names, columns, title), output)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=Path("runs/ablation"), help="of the runs")
-    parser.add_argument("--jobs", type=int, default=2, help="trainings at once, a thread each")
-    parser.add_argument("--seeds", type=int, default=3, help="trainings of each arm")
-    parser.add_argument("--num-steps", type=int, default=25, help="S")
+    parser.add_argument("--folder", type=Path, default=Path("runs/ablation"), help="of runs")
+    parser.add_argument("--jobs", type=int, default=2, help="concurrent runs, one thread each")
+    parser.add_argument("--seeds", type=int, default=3, help="training runs of each arm")
+    parser.add_argument("--num-steps", type=int, default=25, help="number of sampling steps")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/")
     options = parser.parse_args()
     folder, S = options.folder.resolve(), options.num_steps
@@ -168,20 +169,20 @@ def main() -> None:
     codec = AutoencoderKLCodec("asset:openmoji_vae", scale=SCALE)
     images, _ = read_data(shards, 64, 1000)
     mode = mean_mode(encode(images, codec))
-    kept = kept_fraction(NoiseSchedule(zero_terminal_snr=False), mode)
+    retained = kept_fraction(NoiseSchedule(zero_terminal_snr=False), mode)
     pixels = mean_mode(images)
     space = (
-        f"Latents 16x16x4 of the shipped autoencoder, times three: S = {mode:.1f}, of which the "
-        f"original schedule keeps {kept:.2f} (64x64 pixels: S = {pixels:.1f})."
+        f"Latents 16x16x4 of the bundled autoencoder, times three: S = {mode:.1f}, of which the "
+        f"original schedule retains {retained:.2f} (64x64 pixels: S = {pixels:.1f})."
     )
     print(space, flush=True)
-    if kept >= 0.4:
-        raise SystemExit("The flaw does not show in this space.")
+    if retained >= 0.4:
+        raise SystemExit("The flaw is not visible in this space.")
 
     jobs = [(arm, seed) for seed in range(options.seeds) for arm in TRAINED]
     with ThreadPoolExecutor(options.jobs) as pool:
-        done = tqdm(pool.map(lambda job: train(folder, *job), jobs), "training", len(jobs))
-        checkpoints = dict(zip(jobs, map(str, done), strict=True))
+        paths = tqdm(pool.map(lambda job: train(folder, *job), jobs), "training", len(jobs))
+        checkpoints = dict(zip(jobs, map(str, paths), strict=True))
     models = {arm: tuple(checkpoints[arm, s] for s in range(options.seeds)) for arm in TRAINED}
     exact = compared(
         folder / f"exact-{S}",
@@ -218,13 +219,13 @@ def main() -> None:
             f"# Flawed against fixed, trained\n\n{date.today()}, {versions}, Python "
             f"{platform.python_version()}, {platform.machine()}. Made by `python benchmarks/"
             "flawed_against_fixed.py --write`.\n\nconfigs/ablation/openmoji.yaml, trained three "
-            f"ways, {options.seeds} seeds each: the same 108 pictures, {STEPS} steps of 32, "
-            "learning rate and seeds; every model is here. The two arms of a schedule are the same "
-            f"models, sampled from other timesteps. DDIM, S = {S}, no guidance, the same prompts "
-            f"and seeds in all arms. Luma is from -1 (black) to 1 "
-            "(white). W1 is the 1-Wasserstein distance between the mean luma of pictures and that "
-            "of the data; intervals draw seeds, then pictures, anew. The exact denoiser knows the "
-            "same latents and has no prompt: it is the best that schedule and steps allow.\n\n"
+            f"ways, {options.seeds} seeds each: the same 108 images, {STEPS} steps with batch size "
+            "32, learning rate and seeds; all models are included. The two arms of a schedule are "
+            f"the same models with different timesteps. DDIM, S = {S}, no guidance, the same "
+            "prompts and seeds in all arms. Luma is from -1 (black) to 1 (white). W1 is the "
+            "1-Wasserstein distance between the mean luma of images and that of the data; "
+            "intervals resample seeds, then images. The exact denoiser of the same latents, "
+            "without prompts, is the lower bound for a schedule and its steps.\n\n"
             f"{text}\n"
         )
 

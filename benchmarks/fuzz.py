@@ -1,20 +1,20 @@
-"""Damaged and hostile files for every reader of files that somebody else wrote.
+"""Damaged and hostile files for every reader of untrusted files.
 
     python benchmarks/fuzz.py [--inputs N] [--seed S] [--reader NAME] [--input NUMBER] [--write]
 
-Each input is a function of (seed, reader, number): `--reader NAME --input NUMBER` makes it again,
-keeps it, and shows the whole traceback. Every eighth input is valid and must be accepted. Inputs
+Each input is a function of (seed, reader, number): `--reader NAME --input NUMBER` recreates it,
+saves it, and shows the full traceback. Every eighth input is valid and must be accepted. Inputs
 are read by forked processes, two at a time, and an outcome is one of:
 
-- accepted: the reader has returned;
-- refused: it has raised a ValueError or OSError of one line, or a command has ended so;
+- accepted: the reader returned;
+- refused: it raised a ValueError or OSError of one line, or a command ended with such a message;
 - traceback: another exception, a crash of the process, or a message that is not one line, is
-  longer than 2,000 characters or would send control characters to a terminal;
-- hang: more than 10 s, of computing or of waiting;
-- blow: more than 2 GiB beyond what the process had before, or an allocation that failed;
-- outside: it has written outside of its folder, started a program, opened a connection, or changed
-  a class, the environment or the working directory;
-- lost: a valid input is refused, so that what is damaged would be refused blindly too.
+  longer than 2,000 characters or contains control characters;
+- hang: more than 10 s of computing or waiting;
+- blow: more than 2 GiB of additional memory, or a failed allocation;
+- outside: it wrote outside of its folder, started a program, opened a connection, or changed a
+  class, the environment or the working directory;
+- lost: a valid input was refused, so that refusing damaged ones would prove nothing.
 
 The last five must be zero; the exit code is 1 if they are not.
 """
@@ -50,7 +50,7 @@ from typing import Any
 
 import torch
 from fuzz_inputs import Draw
-from fuzz_readers import READERS, Reader, said
+from fuzz_readers import READERS, Reader, as_printed
 from torch.distributed.checkpoint import filesystem, metadata
 
 from zsnr.failures import tame_output
@@ -58,14 +58,14 @@ from zsnr.failures import tame_output
 LONGEST = 2000  # characters of a message
 SECONDS = 10.0
 MEMORY = 2 << 30
-EVERY = 8  # of so many inputs one is valid
+EVERY = 8  # one of this many inputs is valid
 OUTCOMES = ("accepted", "refused", "traceback", "hang", "blow", "outside", "lost")
 FAULTS = OUTCOMES[2:]
-_ADDRESSES = 2 << 30  # of threads' stacks and memory maps, beside what is allocated
-_BROKEN = 99  # exit code of a process whose classes no longer let it tell its outcome
+_ADDRESSES = 2 << 30  # address space of stacks and memory maps, in addition to allocations
+_BROKEN = 99  # exit code of a process whose classes are too broken to report an outcome
 _RECYCLE = 1 << 30  # growth after which a process is replaced
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-# Events of Python that name what is written: the places of the paths among their arguments.
+# Python's audit events for writes, with the positions of paths among their arguments.
 _EVENTS = {
     "os.remove": (0,),
     "os.rmdir": (0,),
@@ -88,17 +88,17 @@ _NEVER = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one input.
+    """The outcome of one input.
 
     Args:
-        reader: Its name.
-        number: The input's.
+        reader: Name of the reader.
+        number: Number of the input.
         outcome: One of `OUTCOMES`.
-        seconds: From the clock.
-        mib: How far the peak of memory was above what there was before.
-        error: Type of the exception, or what else was wrong.
+        seconds: Wall-clock time.
+        mib: Peak of additional memory.
+        error: Type of the exception, or another problem.
         message: The first characters of its text.
-        where: The last line of the package that was reached, as file:function.
+        where: The innermost line of the package, as file:line:function.
     """
 
     reader: str
@@ -112,14 +112,14 @@ class Outcome:
 
 
 def make_input(reader: Reader, seed: int, name: str, number: int, folder: Path) -> bool:
-    """Write an input into an empty folder; returns whether it is valid."""
+    """Write an input to an empty folder; return whether it is valid."""
     valid = number % EVERY == 0
     reader.make(Draw(f"{seed} {name} {number}"), folder, valid)
     return valid
 
 
 def plan(readers: Mapping[str, Reader], inputs: int) -> list[tuple[str, int]]:
-    """Divide inputs over readers by their shares, at least two each, mixed evenly."""
+    """Divide inputs among readers by their shares, at least two each, evenly interleaved."""
     total = sum(reader.share for reader in readers.values())
     tasks = []
     for name, reader in readers.items():
@@ -138,23 +138,23 @@ def run(
     memory: int = MEMORY,
     on_outcome: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:
-    """Read inputs, each in a forked process that ends with the first fault.
+    """Read inputs in forked processes, which are replaced after a fault.
 
     Args:
-        readers: By name.
+        readers: Readers by name.
         tasks: Names of readers and numbers of inputs.
-        seed: Of the inputs.
-        processes: How many read at a time.
-        seconds: What one may take.
-        memory: Bytes that one may take.
-        on_outcome: Hears of each.
+        seed: Seed of the inputs.
+        processes: Number of processes.
+        seconds: Time limit of one input.
+        memory: Memory limit of one input, in bytes.
+        on_outcome: Called with each outcome.
     """
     for name in dict.fromkeys(name for name, _ in tasks):
         readers[name].prepare()
     gc.collect()
     gc.freeze()
     queue, outcomes = list(reversed(tasks)), []
-    memory_disk = Path("/dev/shm")  # on a busy disk one fsync takes seconds
+    memory_disk = Path("/dev/shm")  # on a busy disk, an fsync takes seconds
     roomy = memory_disk.is_dir() and shutil.disk_usage(memory_disk).free > memory
     with tempfile.TemporaryDirectory(
         prefix="fuzz-", dir=memory_disk if roomy else None, ignore_cleanup_errors=True
@@ -186,42 +186,42 @@ def run(
 
 
 class _Worker:
-    """A forked process that reads, as its parent sees it."""
+    """The parent's handle of a forked process that reads inputs."""
 
     def __init__(self, readers: Mapping[str, Reader], seed: int, place: Path, memory: int) -> None:
-        self.pipe, theirs = Pipe()
+        self.pipe, child_pipe = Pipe()
         self.task: tuple[str, int] | None = None
         self.ended = False
         self._stack = place.with_name(f"{place.name}.stack")
         sys.stdout.flush()
         sys.stderr.flush()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Python warns of threads, which wait here
+            warnings.simplefilter("ignore")  # Python warns about threads, which are idle here
             self.pid = os.fork()
         if not self.pid:
             self.pipe.close()
             code = _BROKEN
             try:
-                _work(theirs, readers, seed, place, memory, self._stack)
+                _work(child_pipe, readers, seed, place, memory, self._stack)
                 code = 0
             finally:
                 os._exit(code)
-        theirs.close()
+        child_pipe.close()
 
     def give(self, task: tuple[str, int]) -> None:
         self.task, self._since, self._cpu = task, time.monotonic(), self._cpu_time()
         self._size = _memory("VmRSS", self.pid)
-        with contextlib.suppress(BrokenPipeError):  # it has died, which `outcome` will tell
+        with contextlib.suppress(BrokenPipeError):  # it has died, which `outcome` will report
             self.pipe.send(task)
 
     def outcome(self, seconds: float) -> Outcome | None:
-        """Return what came of the task, once that is known."""
+        """Return the outcome of the task, once it is known."""
         assert self.task is not None
         name, number = self.task
         spent = time.monotonic() - self._since
         if self.pipe.poll():
             try:
-                told, self.ended = self.pipe.recv()
+                result, self.ended = self.pipe.recv()
             except EOFError:
                 _, status = os.waitpid(self.pid, 0)
                 self.pid, self.ended, self.task = 0, True, None
@@ -230,9 +230,9 @@ class _Worker:
                 where = _of_stack(self._stack.read_text())
                 return Outcome(name, number, kind, spent, 0.0, f"ended with {code}", where=where)
             self.task = None
-            return Outcome(name, number, **told)
+            return Outcome(name, number, **result)
         used = self._cpu_time() - self._cpu
-        # Others may use the machine: what waits for a processor or a disk does not hang.
+        # On a busy machine, waiting for a processor or a disk is not a hang.
         waits = used < spent / 20 and self._stat()[0] == "S"
         hangs = used > seconds or (spent > seconds and waits) or spent > 30 * seconds
         if not hangs:
@@ -256,7 +256,7 @@ class _Worker:
         return sum(map(int, self._stat()[11:13])) / os.sysconf("SC_CLK_TCK")
 
     def _stat(self) -> list[str]:
-        """Return the process's state and what follows it in /proc."""
+        """Return the process's state and the following fields of /proc/PID/stat."""
         return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
 
 
@@ -268,7 +268,7 @@ def _work(
     memory: int,
     stack: Path,
 ) -> None:
-    """Read what the parent names, until there is a fault or the pipe ends."""
+    """Read the inputs that the parent requests, until there is a fault or the pipe ends."""
     home, inputs = place / "home", place / "in"
     home.mkdir(parents=True, exist_ok=True)
     os.environ |= {"HOME": str(home), "TMPDIR": str(home), "HF_HUB_OFFLINE": "1"}
@@ -298,15 +298,15 @@ def _work(
             try:
                 valid = make_input(readers[name], seed, name, number, inputs)
             except Exception as error:
-                told = {
+                result = {
                     "outcome": "traceback",
                     "seconds": 0.0,
                     "error": f"no input: {error!r:.200}",
                 }
             else:
-                told = _outcome(readers[name], inputs, valid, watch, memory, printed)
+                result = _outcome(readers[name], inputs, valid, watch, memory, printed)
             gc.collect()
-            pipe.send((told, _memory("VmRSS") - start > _RECYCLE))
+            pipe.send((result, _memory("VmRSS") - start > _RECYCLE))
 
 
 def _outcome(
@@ -318,7 +318,7 @@ def _outcome(
     resource.setrlimit(
         resource.RLIMIT_AS, (_memory("VmSize") + memory + _ADDRESSES, resource.RLIM_INFINITY)
     )
-    # An endless loop ends too where the parent was killed.
+    # Ends an endless loop even if the parent was killed.
     cpu = round(time.process_time()) + 600
     resource.setrlimit(resource.RLIMIT_CPU, (cpu, resource.RLIM_INFINITY))
     error: BaseException | None = None
@@ -332,29 +332,30 @@ def _outcome(
     resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     wrong = watch.end()
     grown = max(0, _memory("VmHWM") - before)
-    told = {"outcome": "accepted", "seconds": seconds, "mib": grown / 2**20}
+    result = {"outcome": "accepted", "seconds": seconds, "mib": grown / 2**20}
     if error is not None:
-        told |= {"error": type(error).__name__, "message": str(error)[:300], "where": _where(error)}
-        told["outcome"] = "refused" if isinstance(error, (ValueError, OSError)) else "traceback"
-        if told["outcome"] == "refused" and (bad := _bad_message(said(str(error)))):
-            told |= {"outcome": "traceback", "error": f"{told['error']}: {bad}"}
-        elif told["outcome"] == "refused" and valid:
-            told["outcome"] = "lost"
+        result |= {"error": type(error).__name__, "message": str(error)[:300]}
+        result["where"] = _where(error)
+        result["outcome"] = "refused" if isinstance(error, (ValueError, OSError)) else "traceback"
+        if result["outcome"] == "refused" and (bad := _bad_message(as_printed(str(error)))):
+            result |= {"outcome": "traceback", "error": f"{result['error']}: {bad}"}
+        elif result["outcome"] == "refused" and valid:
+            result["outcome"] = "lost"
     sys.stdout.flush()
     sys.stderr.flush()
     printed.seek(0)
     text = printed.read(1 << 20).decode("utf-8", "replace").replace("\n", "").replace("\r", "")
-    if told["outcome"] in ("accepted", "refused") and (bad := _bad_message(text, longest=None)):
-        told |= {"outcome": "traceback", "error": f"printed: {bad}", "message": text[:300]}
+    if result["outcome"] in ("accepted", "refused") and (bad := _bad_message(text, longest=None)):
+        result |= {"outcome": "traceback", "error": f"printed: {bad}", "message": text[:300]}
     if grown > memory or _is_of_memory(error):
-        told["outcome"] = "blow"
+        result["outcome"] = "blow"
     if wrong:
-        told |= {"outcome": "outside", "error": "outside", "message": wrong}
-    return told
+        result |= {"outcome": "outside", "error": "outside", "message": wrong}
+    return result
 
 
 def _bad_message(text: str, longest: int | None = LONGEST) -> str:
-    """Say what is wrong with a message; "" = nothing."""
+    """Return the problem of a message; "" = none."""
     if longest is not None and len(text) > longest:
         return f"{len(text)} characters"
     bad = next((c for c in text if not (c.isprintable() or c in "\t\ufffd")), None)
@@ -362,7 +363,7 @@ def _bad_message(text: str, longest: int | None = LONGEST) -> str:
 
 
 def _is_of_memory(error: BaseException | None) -> bool:
-    """Whether an allocation failed, also where another error was made of that."""
+    """Whether an allocation failed, also if it is the cause of another error."""
     while error is not None:
         text = str(error) if isinstance(error, (RuntimeError, OSError)) else ""
         if isinstance(error, MemoryError) or "allocate memory" in text:
@@ -372,18 +373,18 @@ def _is_of_memory(error: BaseException | None) -> bool:
 
 
 def _where(error: BaseException) -> str:
-    """Name the innermost line of the package that an exception, or what caused it, came through."""
+    """Return the innermost line of the package in the traceback of an exception or its cause."""
     inner: BaseException = error
     while inner.__cause__ is not None:
         inner = inner.__cause__
     frames = traceback.extract_tb(error.__traceback__) or traceback.extract_tb(inner.__traceback__)
-    ours = [f for f in frames if "/zsnr/" in f.filename and "site-packages" not in f.filename]
-    last = (ours or frames)[-1:]
+    own_frames = [f for f in frames if "/zsnr/" in f.filename and "site-packages" not in f.filename]
+    last = (own_frames or frames)[-1:]
     return "".join(f"{Path(f.filename).name}:{f.lineno}:{f.name}" for f in last)
 
 
 def _of_stack(stack: str) -> str:
-    """Name the innermost line of the package in what faulthandler wrote of the main thread."""
+    """Return the innermost line of the package in faulthandler's stack of the main thread."""
     lines = [line.strip() for line in stack.splitlines() if "/zsnr/" in line]
     if not lines:
         return ""
@@ -393,7 +394,7 @@ def _of_stack(stack: str) -> str:
 
 
 def _memory(name: str, pid: int | str = "self") -> int:
-    """Read a size of a process from /proc, in bytes; 0 = it has ended."""
+    """Read a memory size of a process from /proc, in bytes; 0 = it has ended."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next((int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:")), 0)
 
@@ -402,11 +403,11 @@ def _reset_peak() -> None:
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError as error:
-        raise OSError("The peak of memory cannot be reset: wanted Linux.") from error
+        raise OSError("The peak memory cannot be reset: this needs Linux.") from error
 
 
 class _Watch:
-    """Sees what is written outside of a folder, and what changes in the process."""
+    """Detects writes outside of a folder, and changes of the process."""
 
     def __init__(self, place: Path) -> None:
         self._place = f"{os.path.realpath(place)}/"
@@ -420,7 +421,7 @@ class _Watch:
         self._active = True
 
     def end(self) -> str:
-        """Return what was wrong; "" = nothing."""
+        """Return the problems; "" = none."""
         self._active = False
         now = _state()
         for name, was in self._state.items():
@@ -448,7 +449,7 @@ class _Watch:
 
 
 def _real(path: str, follows: bool) -> str:
-    """Resolve the links of a path; of its last part only where an event follows that one too."""
+    """Resolve the links of a path, and of its last part only if the event follows it."""
     if follows:
         return os.path.realpath(path)
     folder, name = os.path.split(path)
@@ -456,7 +457,7 @@ def _real(path: str, follows: bool) -> str:
 
 
 def _state() -> dict[str, dict[Any, Any]]:
-    """Describe what no input may change."""
+    """Describe the state that no input may change."""
     modules = (filesystem, metadata)
     classes = {
         *(pathlib.Path, pathlib.PosixPath, pathlib.PurePath, pathlib.PurePosixPath),
@@ -472,7 +473,7 @@ def _state() -> dict[str, dict[Any, Any]]:
         cls.__qualname__: {name: id(value) for name, value in vars(cls).items()} for cls in classes
     }
     return state | {
-        # A config of fit may name a seed, which Lightning keeps there.
+        # A config of fit may set a seed, which Lightning stores there.
         "os.environ": {k: v for k, v in os.environ.items() if not k.startswith("PL_")},
         "process": {
             "cwd": os.getcwd(),
@@ -491,16 +492,18 @@ def table(outcomes: Sequence[Outcome]) -> str:
     ]
     names = sorted({outcome.reader for outcome in outcomes})
     for name in [*names, "all"]:
-        own = [o for o in outcomes if name in (o.reader, "all")]
-        counts = Counter(o.outcome for o in own)
+        selected = [o for o in outcomes if name in (o.reader, "all")]
+        counts = Counter(o.outcome for o in selected)
         cells = [str(counts[kind]) for kind in OUTCOMES]
-        longest, most = max(o.seconds for o in own), max(o.mib for o in own)
-        lines.append(f"| {name} | {len(own)} | {' | '.join(cells)} | {longest:.1f} | {most:.0f} |")
+        longest, largest = max(o.seconds for o in selected), max(o.mib for o in selected)
+        lines.append(
+            f"| {name} | {len(selected)} | {' | '.join(cells)} | {longest:.1f} | {largest:.0f} |"
+        )
     return "\n".join(lines)
 
 
 def distinct(outcomes: Iterable[Outcome]) -> list[list[Outcome]]:
-    """Group faults by kind, reader, error and place; the worst kinds first."""
+    """Group faults by kind, reader, error and place, the worst kinds first."""
     groups: dict[tuple[str, ...], list[Outcome]] = {}
     for o in outcomes:
         if o.outcome in FAULTS:
@@ -512,9 +515,9 @@ def distinct(outcomes: Iterable[Outcome]) -> list[list[Outcome]]:
 
 
 def fault_text(group: Sequence[Outcome]) -> str:
-    """Say what a group of faults has in common, and how to make one of them again."""
+    """Describe a group of faults, with the numbers that recreate some of them."""
     o = group[0]
-    numbers = ", ".join(str(one.number) for one in group[:4]) + ", ..." * (len(group) > 4)
+    numbers = ", ".join(str(outcome.number) for outcome in group[:4]) + ", ..." * (len(group) > 4)
     message = ascii(" ".join(o.message.split()))[1:-1]
     return (
         f"{o.outcome} {o.reader} [{numbers}] x{len(group)}: {ascii(o.error)[1:-1]} at {o.where}, "
@@ -523,7 +526,7 @@ def fault_text(group: Sequence[Outcome]) -> str:
 
 
 def show_one(readers: Mapping[str, Reader], name: str, number: int, seed: int) -> int:
-    """Make one input and keep it, read it here without limits, and show all of the traceback."""
+    """Make and save one input, read it here without limits, and show the full traceback."""
     readers[name].prepare()
     folder = Path(tempfile.mkdtemp(prefix=f"fuzz-{name.replace(' ', '-')}-{number}-"))
     valid = make_input(readers[name], seed, name, number, folder)
@@ -538,12 +541,14 @@ def show_one(readers: Mapping[str, Reader], name: str, number: int, seed: int) -
 
 
 def main() -> int:
-    """Run it; return the exit code."""
+    """Run the benchmark; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--inputs", type=int, default=10_000, help="how many (default 10000)")
-    parser.add_argument("--seed", type=int, default=0, help="of the inputs (default 0)")
+    parser.add_argument(
+        "--inputs", type=int, default=10_000, help="number of inputs (default 10000)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the inputs (default 0)")
     parser.add_argument("--reader", action="append", choices=sorted(READERS), help="only this one")
-    parser.add_argument("--input", type=int, help="make and show this input of --reader alone")
+    parser.add_argument("--input", type=int, help="make and show only this input of --reader")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/")
     arguments = parser.parse_args()
     if arguments.input is not None:
@@ -578,13 +583,14 @@ def _write(
     results = Path(__file__).parent / "results"
     packages = ("torch", "pillow", "pyarrow", "safetensors")
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
-    found = "\n".join(f"- {ascii(fault_text(group))[1:-1]}" for group in distinct(faults))
+    faults_text = "\n".join(f"- {ascii(fault_text(group))[1:-1]}" for group in distinct(faults))
     (results / "fuzz.md").write_text(
         f"# Damaged and hostile files\n\n{date.today()}, {versions}, Python "
         f"{platform.python_version()}, {platform.machine()}; {len(outcomes)} inputs of seed {seed} "
         f"in {minutes:.1f} minutes, two processes; limits of {SECONDS:g} s and "
-        f"{MEMORY >> 30} GiB an input.\nMade by `python benchmarks/fuzz.py --write`, which says "
-        f"what the columns mean.\n\n{text}\n" + (f"\n{found}\n" if found else "")
+        f"{MEMORY >> 30} GiB per input.\nMade by `python benchmarks/fuzz.py --write`, whose "
+        f"docstring describes the columns.\n\n{text}\n"
+        + (f"\n{faults_text}\n" if faults_text else "")
     )
     lines = results / "fuzz.jsonl"
     lines.unlink(missing_ok=True)

@@ -1,8 +1,9 @@
-"""Inputs for benchmarks/fuzz.py: small valid files of each format, and damage that keeps structure.
+"""Inputs for benchmarks/fuzz.py: small valid files of each format, and structured damage.
 
-Everything is a function of a `Draw`, whose seed is (seed, reader, number). Damage is of two kinds:
-in a format's own terms (a value of a JSON, an opcode of a pickle, a member of a tar, a chunk of a
-PNG with its right checksum) and in bytes (flips, cuts, splices, interesting integers, repeats).
+Everything is a function of a `Draw`, whose seed is (seed, reader, number). There are two kinds of
+damage: to the format's structure (a value of a JSON, an opcode of a pickle, a member of a tar, a
+chunk of a PNG with a correct checksum) and to bytes (flips, truncation, splices, special integers,
+repeats).
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ TEXTS = (
 
 
 class Raw(str):
-    """Text that stands in a JSON or YAML file as it is."""
+    """Text that is written to a JSON or YAML file verbatim."""
 
     __slots__ = ()
 
@@ -93,7 +94,7 @@ _YAML_RAW: tuple[Callable[[], str], ...] = (
 
 
 class Draw(random.Random):
-    """What one input is made by."""
+    """The random source of one input."""
 
     def chance(self, probability: float) -> bool:
         return self.random() < probability
@@ -105,7 +106,7 @@ class Draw(random.Random):
         return self.choice(TEXTS)
 
     def odd(self, raw: Sequence[Callable[[], str]] = ()) -> Any:
-        """Draw a value that nobody expects."""
+        """Draw an unexpected value."""
         kind = self.randrange(10)
         if raw and kind < 3:
             return Raw(self.choice(raw)())
@@ -176,7 +177,7 @@ def _circular(value: Any, above: tuple[int, ...] = ()) -> bool:
 
 
 def to_json(draw: Draw | None, value: Any) -> bytes:
-    """Write a value as JSON; with a draw, some keys stand twice."""
+    """Write a value as JSON; with a draw, some keys are repeated."""
     text = _json(draw, value)
     return text.encode("utf-8", "surrogatepass")
 
@@ -197,7 +198,7 @@ def _json(draw: Draw | None, value: Any) -> str:
 
 
 def json_bytes(draw: Draw, value: Any, valid: bool) -> bytes:
-    """Write a JSON file, damaged unless it is to be valid."""
+    """Write a JSON file, damaged unless `valid`."""
     if valid:
         return to_json(None, value)
     data = to_json(draw, damaged(draw, value, _JSON_RAW))
@@ -207,7 +208,7 @@ def json_bytes(draw: Draw, value: Any, valid: bool) -> bytes:
 
 
 def json_lines(draw: Draw, values: Sequence[Any], valid: bool) -> bytes:
-    """Write a JSON a line, some of them damaged unless they are to be valid."""
+    """Write one JSON per line, some of them damaged unless `valid`."""
     hurt = set() if valid else {draw.randrange(len(values)) for _ in range(draw.randint(1, 3))}
     lines = [json_bytes(draw, value, i not in hurt) for i, value in enumerate(values)]
     data = (b"\n" if valid else draw.choice((b"\n", b"\n", b"\r\n", b"\n\n"))).join(lines) + b"\n"
@@ -215,7 +216,7 @@ def json_lines(draw: Draw, values: Sequence[Any], valid: bool) -> bytes:
 
 
 def yaml_bytes(draw: Draw, value: Any, valid: bool) -> bytes:
-    """Write a YAML file, damaged unless it is to be valid."""
+    """Write a YAML file, damaged unless `valid`."""
     import yaml
 
     if valid:
@@ -261,7 +262,7 @@ def write(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def damaged_place(draw: Draw, path: Path) -> None:
-    """Put something else in the place of a file: a pipe, a folder, a link, a sparse giant."""
+    """Replace a file by something else: a pipe, a folder, a link, a huge sparse file."""
     data = path.read_bytes()
     path.unlink()
     match draw.randrange(7):
@@ -342,7 +343,7 @@ IMAGE_KINDS = {
 
 
 def image_bytes(draw: Draw, suffix: str, valid: bool) -> bytes:
-    """Draw an encoded image; damaged unless it is to be valid."""
+    """Draw an encoded image, damaged unless `valid`."""
     kind = IMAGE_KINDS[suffix]
     if not valid and draw.chance(0.1):
         kind = draw.choice(("TIFF", "BMP", *IMAGE_KINDS.values()))
@@ -394,7 +395,7 @@ def _png(draw: Draw, data: bytes) -> bytes:
     chunks = png_chunks(data)
     head = bytearray(chunks[0][1])
     match draw.randrange(10):
-        case 0 | 1:  # another size than the pixels have
+        case 0 | 1:  # a size that does not match the pixels
             side = draw.choice((0, 1, 3, 8000, 65535, 2**24, 2**31 - 1, 2**32 - 1))
             place = draw.choice((0, 4))
             head[place : place + 4] = struct.pack(">I", side)
@@ -410,7 +411,7 @@ def _png(draw: Draw, data: bytes) -> bytes:
             chunks[1:1] = [(b"tEXt", b"Comment\0" + b"x" * draw.choice((10, 10**6)))] * draw.choice(
                 (1, 90)
             )
-        case 5 if draw.chance(0.2):  # large and honest
+        case 5 if draw.chance(0.2):  # large and valid
             head = bytearray(struct.pack(">IIBBBBB", 7900, 8000, 16, draw.choice((0, 2)), 0, 0, 0))
             wide = 1 + 7900 * (2 if head[9] == 0 else 6)
             chunks = [chunks[0], (b"IDAT", _zeros(8000 * wide)), (b"IEND", b"")]
@@ -434,7 +435,7 @@ def _png(draw: Draw, data: bytes) -> bytes:
 
 
 def _jpeg(draw: Draw, data: bytes) -> bytes:
-    """Change a JPEG by its segments; what follows a start of scan belongs to it."""
+    """Change the segments of a JPEG; a start of scan includes the data after it."""
     segments, place = [], 2
     while place + 4 <= len(data) and data[place] == 0xFF and data[place + 1] != 0xD9:
         (length,) = struct.unpack(">H", data[place + 2 : place + 4])
@@ -456,7 +457,7 @@ def _jpeg(draw: Draw, data: bytes) -> bytes:
             body += damaged_bytes(draw, b"II*\0\x08\0\0\0\x01\0\x12\x01\3\0\1\0\0\0\6\0\0\0" * 3)
             mark = bytes([0xFF, draw.choice((0xE0, 0xE1, 0xE2, 0xED, 0xEE, 0xFE))])
             segments.insert(0, mark + struct.pack(">H", len(body) + 2) + body)
-        case 3 if draw.chance(0.3):  # scans cost time each, and bytes hardly
+        case 3 if draw.chance(0.3):  # each scan takes time, but few bytes
             large = _many_scans()
             return large[:-2] + (large[large.rindex(b"\xff\xda") : -2]) * 4000 + b"\xff\xd9"
         case 4:
@@ -500,9 +501,11 @@ def _webp(draw: Draw, data: bytes) -> bytes:
 
 
 def tar_member(name: bytes, data: bytes, *, kind: bytes = b"0", size: bytes | None = None) -> bytes:
-    """Write a member with its right checksum, whatever its header says."""
-    said = b"%011o\0" % len(data) if size is None else size
-    header = name[:100].ljust(100, b"\0") + b"0000644\0" + b"0000000\0" * 2 + said.ljust(12, b"\0")
+    """Write a member with a correct checksum, whatever its header contains."""
+    size_field = b"%011o\0" % len(data) if size is None else size
+    header = (
+        name[:100].ljust(100, b"\0") + b"0000644\0" + b"0000000\0" * 2 + size_field.ljust(12, b"\0")
+    )
     header += (
         b"00000000000\0" + b" " * 8 + kind + bytes(100) + b"ustar\00000" + bytes(32 + 32 + 16 + 155)
     )
@@ -577,7 +580,9 @@ def shard(draw: Draw, valid: bool, count: int = 3, image: str | None = None) -> 
             ),
         )
     )
-    back = [b"-%010o\0" % n for n in (512, 1024, 1536, 2048)]  # to a header that was read already
+    back = [
+        b"-%010o\0" % n for n in (512, 1024, 1536, 2048)
+    ]  # back to a header that was already read
     huge = [
         b"77777777777\0",
         b"\x80" + (2**62).to_bytes(11, "big"),
@@ -659,7 +664,7 @@ def shard(draw: Draw, valid: bool, count: int = 3, image: str | None = None) -> 
 
 
 def _with_own_fields(image: bytes) -> Iterator[bytes]:
-    """Write samples whose json have fields that no other sample has."""
+    """Write samples whose json files have different fields."""
     for i in range(2500):
         record = {f"field {i} {j}": j for j in range(4)}
         yield tar_member(b"%06d.png" % i, image)
@@ -703,18 +708,18 @@ def safetensors_bytes(
 
 
 def opcodes(data: bytes) -> list[bytes]:
-    """Cut a pickle into its opcodes, each with its argument."""
+    """Split a pickle into its opcodes, each with its argument."""
     places = [place for _, _, place in pickletools.genops(data)] + [len(data)]
     return [data[a:b] for a, b in pairwise(places)]
 
 
 def damaged_pickle(draw: Draw, data: bytes, names: Sequence[tuple[str, str]]) -> bytes:
-    """Change a pickle by its opcodes.
+    """Change the opcodes of a pickle.
 
     Args:
         draw: The draw.
-        data: A valid one.
-        names: Module and name of classes that readers may allow, which are built and built upon.
+        data: A valid pickle.
+        names: Module and name of classes that readers may allow, which are called and modified.
     """
     codes = opcodes(data)
     for _ in range(draw.choice((1, 1, 2, 5))):
@@ -737,7 +742,7 @@ def damaged_pickle(draw: Draw, data: bytes, names: Sequence[tuple[str, str]]) ->
                     place,
                     _class(draw, names) + draw.choice((b"", b")R", b")\x81", b"N\x85R", b"0")),
                 )
-            case 6:  # lists that share lists: small here, endless when they are shown
+            case 6:  # lists that share lists: small here, exponential when printed
                 codes.insert(
                     place, b"]" + b"(22e2" * draw.choice((3, 30)) + draw.choice((b"0", b""))
                 )

@@ -1,4 +1,4 @@
-"""The readers that benchmarks/fuzz.py feeds: what a valid input of each is, and how it is read."""
+"""The readers of benchmarks/fuzz.py: how valid inputs of each are made, and how they are read."""
 
 from __future__ import annotations
 
@@ -85,19 +85,19 @@ RETRIES = Retries(attempts=1)
 
 
 class RefusedError(ValueError):
-    """A command has said that its input is wrong; the text is what it printed."""
+    """A command refused its input; the text is the message that it printed."""
 
 
 @dataclass(frozen=True)
 class Reader:
-    """One way in which a stranger's files are read.
+    """One way of reading untrusted files.
 
     Args:
-        make: Writes input files into an empty folder; the last argument says whether they must be
+        make: Writes input files to an empty folder; the last argument says whether they must be
             valid.
         read: Reads them.
-        share: How many inputs it gets beside others.
-        prepare: Makes what `make` starts from, once, before processes are forked.
+        share: Relative number of inputs.
+        prepare: Prepares the data that `make` starts from, once, before processes are forked.
     """
 
     make: Callable[[Draw, Path, bool], None]
@@ -106,8 +106,8 @@ class Reader:
     prepare: Callable[[], object] = field(default=lambda: None)
 
 
-def said(text: str) -> str:
-    """Return what a terminal is sent of the text of an error or a report."""
+def as_printed(text: str) -> str:
+    """Return the text of an error or a report as it is printed to a terminal."""
     return printable(text, one_line=True)
 
 
@@ -115,7 +115,7 @@ def command(*arguments: str) -> None:
     """Run a command of the package; a refusal becomes an error with the line that it printed.
 
     Raises:
-        RefusedError: Its exit code says that the input is wrong.
+        RefusedError: The exit code is that of a wrong input.
     """
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -130,14 +130,14 @@ def command(*arguments: str) -> None:
 
 
 def doctor(folder: Path) -> None:
-    """Ask the doctor about the first of a folder's files, in both forms, and for its schedule."""
+    """Run the doctor on the first of a folder's files, in both forms, and print its schedule."""
     target = str(min(folder.iterdir()))
     command("doctor", target, "--open")
     command("doctor", target, "--open", "--json", "--num-steps", "7")
     find_schedule(target, open_pickle=True)
 
 
-# What says which schedule a model has
+# Files that declare a model's schedule
 
 _CLASSES = (
     "DDIMScheduler",
@@ -175,7 +175,7 @@ def make_scheduler(draw: Draw, folder: Path, valid: bool) -> None:
 
 def read_scheduler(folder: Path) -> None:
     doctor(folder)
-    with contextlib.suppress(ValueError):  # there is often nothing to fix
+    with contextlib.suppress(ValueError):  # often there is nothing to fix
         fix(folder / "scheduler_config.json")
 
 
@@ -336,7 +336,7 @@ def make_config(draw: Draw, folder: Path, valid: bool, *, fit: bool = True) -> N
         damaged_place(draw, folder / "config.yaml")
 
 
-# Our own checkpoints
+# Checkpoints of this package
 
 _HARMLESS = (
     ("pathlib", "PosixPath"),
@@ -358,13 +358,13 @@ _HARMLESS = (
 
 @cache
 def _bases() -> Path:
-    """Return a folder for what valid inputs are copied from; it is removed at the end."""
-    made = tempfile.TemporaryDirectory(prefix="fuzz-bases-")
-    _KEPT.append(made)
-    return Path(made.name)
+    """Return a folder for the originals of valid inputs; it is removed at the end."""
+    directory = tempfile.TemporaryDirectory(prefix="fuzz-bases-")
+    _DIRECTORIES.append(directory)
+    return Path(directory.name)
 
 
-_KEPT: list[Any] = []
+_DIRECTORIES: list[Any] = []
 
 
 @cache
@@ -423,7 +423,7 @@ def make_checkpoint(draw: Draw, folder: Path, valid: bool, *, name: str = "last.
 
 
 def make_foreign(draw: Draw, folder: Path, valid: bool) -> None:
-    """Write a pickle that is not this package's, or one under another name."""
+    """Write a pickle of another program, or another file with such a name."""
     name = (
         "model.ckpt" if valid else draw.choice(("model.ckpt", "model.pt", "model.bin", "model.pth"))
     )
@@ -443,7 +443,7 @@ def read_own(folder: Path) -> None:
 
 @cache
 def sharded() -> Path:
-    """Write a checkpoint in shards."""
+    """Write a sharded checkpoint."""
     folder = _bases() / "sharded.ckpt"
     write_sharded(dict(checkpoint()), folder)
     return folder
@@ -482,12 +482,12 @@ def read_sharded(folder: Path) -> None:
     doctor(folder)
 
 
-# Others' models
+# Models of other programs
 
 
 @cache
 def diffusers_model() -> Path:
-    """Write a small Stable Diffusion 1 of diffusers, with random weights."""
+    """Write a small Stable Diffusion 1 folder of diffusers, with random weights."""
     import open_clip
     from diffusers import (
         AutoencoderKL,
@@ -499,8 +499,8 @@ def diffusers_model() -> Path:
 
     torch.manual_seed(0)
     bpe = open_clip.SimpleTokenizer()
-    named = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
-    vocabulary = {named.get(token, token): i for token, i in bpe.encoder.items()}
+    renamed = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    vocabulary = {renamed.get(token, token): i for token, i in bpe.encoder.items()}
     merges = sorted(bpe.bpe_ranks, key=bpe.bpe_ranks.__getitem__)
     text = CLIPTextConfig(
         hidden_size=8,
@@ -548,7 +548,7 @@ def diffusers_model() -> Path:
 
 @cache
 def single_file() -> Path:
-    """Write the same in one file."""
+    """Write the same model as a single file."""
     path = _bases() / "single.safetensors"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it is smaller than any public model
@@ -617,14 +617,14 @@ def make_statistics(draw: Draw, folder: Path, valid: bool) -> None:
 def _items(
     index: Any, dataset_of: Callable[[Any], Any] = ShardDataset, samples: Any = None
 ) -> None:
-    """Read the first samples as training does; what indexing found broken is a refusal."""
+    """Read the first samples as training does; faults of indexing count as a refusal."""
     samples = select(index, SIDE) if samples is None else samples
     dataset = dataset_of(samples)
-    found = [*index.faults]
+    faults = [*index.faults]
     for position in range(min(len(dataset), 6)):
-        found += dataset[position]["faults"]
-    if found:
-        raise RefusedError(summarize(found))
+        faults += dataset[position]["faults"]
+    if faults:
+        raise RefusedError(summarize(faults))
 
 
 def _dataset(samples: Any) -> ShardDataset:
@@ -722,14 +722,14 @@ def read_parts(folder: Path) -> None:
 def make_index_file(draw: Draw, folder: Path, valid: bool) -> None:
     tar = folder / "train-000.tar"
     tar.write_bytes(shard(draw, True))
-    os.utime(tar, (1, 1))  # an index knows when its shard was changed
+    os.utime(tar, (1, 1))  # an index stores its shard's modification time
     load_index(str(folder), _storage(), fields=None, progress=False)
     if not valid:
         damage_index(draw, folder / "train-000.tar.index")
 
 
 def damage_index(draw: Draw, path: Path) -> None:
-    """Change the table of an index, or what it says of itself, or its bytes."""
+    """Change the table of an index, its description, or its bytes."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -764,10 +764,10 @@ def damage_index(draw: Draw, path: Path) -> None:
             about = damaged(draw, about)
         case 6:
             table = table.slice(0, draw.randrange(len(table)))
-        case 7 if draw.chance(0.4):  # small here, gigabytes where it is read
+        case 7 if draw.chance(0.4):  # small here, gigabytes when read
             row = pa.repeat(pa.scalar(0, pa.int32()), 30_000)
-            many = pa.DictionaryArray.from_arrays(row, pa.array(["k" * 100_000]))
-            table = pa.concat_tables([table.slice(0, 1)] * 30_000).set_column(0, "key", many)
+            keys = pa.DictionaryArray.from_arrays(row, pa.array(["k" * 100_000]))
+            table = pa.concat_tables([table.slice(0, 1)] * 30_000).set_column(0, "key", keys)
             options["store_schema"] = False
         case 8:
             table = pa.concat_tables([table] * draw.choice((2, 5000)))
@@ -776,7 +776,7 @@ def damage_index(draw: Draw, path: Path) -> None:
         case _:
             path.write_bytes(damaged_bytes(draw, path.read_bytes()))
             return
-    with contextlib.suppress(pa.ArrowException):  # some tables have no form in Parquet
+    with contextlib.suppress(pa.ArrowException):  # Parquet cannot store some tables
         pq.write_table(table.replace_schema_metadata({"zsnr": json.dumps(about)}), path, **options)
     if draw.chance(0.05):
         damaged_place(draw, path)
@@ -840,12 +840,12 @@ def make_cache(draw: Draw, folder: Path, valid: bool) -> None:
 
 
 def read_cache(folder: Path) -> None:
-    found = find_cache(str(folder / "cache"))
-    if found is None:
+    loaded = find_cache(str(folder / "cache"))
+    if loaded is None:
         raise RefusedError("no cache")
-    found.null()
+    loaded.null()
     index = load_index(str(folder / "cache"), _storage(), fields=None, progress=False)
-    samples = select_cached(found, index, ())
+    samples = select_cached(loaded, index, ())
     _items(index, lambda chosen: CacheDataset(chosen, retries=RETRIES), samples)
 
 
@@ -859,7 +859,7 @@ def make_ledger(draw: Draw, folder: Path, valid: bool) -> None:
 
 def read_faults(folder: Path) -> None:
     path = folder / "faults.jsonl"
-    print(said(summarize(read_ledger(path))))
+    print(as_printed(summarize(read_ledger(path))))
     Ledger(path, 5).write([Fault("sample", "a.tar", "x", "broken", 7)])
 
 
@@ -891,7 +891,7 @@ def read_prompt_list(folder: Path) -> None:
     data = (folder / "prompts.json").read_bytes()
     try:
         records = json.loads(data)
-    except (ValueError, RecursionError) as error:  # a YAML's reader would have refused it
+    except (ValueError, RecursionError) as error:  # the YAML reader would have refused it
         raise RefusedError("no JSON") from error
     parse_prompts(records if isinstance(records, list) else [records])
 
@@ -932,7 +932,7 @@ def read_grid_file(folder: Path) -> None:
     get_timesteps(str(folder / "grid.json"), 4, 1000, schedule=NoiseSchedule())
 
 
-# What a run has written
+# Files that a run writes
 
 
 def make_metrics(draw: Draw, folder: Path, valid: bool) -> None:
@@ -1020,9 +1020,9 @@ def read_heartbeats(folder: Path) -> None:
     )
     dog.setup(trainer, None, "fit")
     dog.teardown(trainer, None, "fit")
-    own = {"rank": 0, "host": "node", "pid": 7, "step": 3, "doing": "trains", "waited": 1.0}
-    for line in dog.report(own, [None] * 3).splitlines():
-        print(said(line))
+    state = {"rank": 0, "host": "node", "pid": 7, "step": 3, "doing": "trains", "waited": 1.0}
+    for line in dog.report(state, [None] * 3).splitlines():
+        print(as_printed(line))
 
 
 READERS: Mapping[str, Reader] = {

@@ -1,26 +1,26 @@
-"""What ways to guide cost in brightness and spread at equal adherence, by exact denoisers.
+"""Errors of guidance methods in brightness and spread at equal adherence, with exact denoisers.
 
     python benchmarks/guidance.py [--models RUN ...] [--write]
 
-Classes of the data overlap, so that samples of the exact conditional denoiser are of their class
-only most of the time, and guidance buys adherence: the mean posterior p(class | sample) of the
-class that was asked for, by Bayes' rule. It costs
+Classes of the data overlap, so that samples of the exact conditional denoiser do not always belong
+to their class, and guidance increases adherence: the mean posterior p(class | sample) of the
+requested class, by Bayes' rule. Its costs are
 
 bias: the distance between the mean brightness of a class's samples and of its data, averaged over
     classes, in units of the data's standard deviation of brightness;
 loss of spread: 1 - (standard deviation of a class's samples / of its data), averaged over classes
-    and components; below 0 where spread grows.
+    and components; negative if spread grows.
 
-Each method is swept over its scale; at the adherence that the paper's 7.5 with rescale 0.7 reaches,
-its bias and loss are interpolated linearly. Two kinds of data: a mixture of Gaussians in 16
-dimensions, and crops of five textures of scikit-image, 2 x 2, each with a Gaussian around it. The
-intervals were chosen on another mixture and on crops of its color photographs.
-Autoguidance leads away from the conditional denoiser of the same data, smoothed. 100 steps of
-`multiscale` on `guided`; for CFG++, whose strength depends on the steps, of `ddim` on `trailing`.
+Each method is swept over its scale; at the adherence of the paper's 7.5 with rescale 0.7, its bias
+and loss are interpolated linearly. Two kinds of data: a mixture of Gaussians in 16 dimensions, and
+2 x 2 crops of five textures of scikit-image, each with a Gaussian around it. The intervals were
+chosen on another mixture and on crops of its color photographs. Autoguidance guides away from the
+conditional denoiser of the same, smoothed data. 100 steps of `multiscale` on `guided`; for CFG++,
+whose strength depends on the steps, of `ddim` on `trailing`.
 
 Trained models are runs of configs/quickstart.yaml: there the bias is the distance between the mean
 luma of samples whose prompt names a background and of the data with that background, averaged over
-the five backgrounds, in levels of 255, at the scales that are usual, without an adherence.
+the five backgrounds, in levels of 255, at common scales, without adherence.
 """
 
 from __future__ import annotations
@@ -62,13 +62,13 @@ STEPS = 100
 
 @dataclass(frozen=True)
 class Method:
-    """A way to guide.
+    """A guidance method.
 
     Args:
-        name: In the table.
-        guidance: From the scale to guidance.
-        scales: What is swept.
-        weak: Whether it leads away from a weaker network.
+        name: Name in the table.
+        guidance: Maps the scale to guidance.
+        scales: Scales of the sweep.
+        weak: Whether it guides away from a weaker network.
     """
 
     name: str
@@ -78,12 +78,12 @@ class Method:
 
 
 def plain(name: str, rescale: float = 0.0, **options: Any) -> Method:
-    """A method that differs from classifier-free guidance in options."""
+    """Classifier-free guidance with other options."""
     return Method(name, lambda w: Guidance(w, rescale, **options))
 
 
 def curve(w: float) -> Guidance:
-    """Full scale at middle noise levels, none at both ends."""
+    """Full scale at medium noise levels, none at both ends."""
     return Guidance(rescale=0.0, curve=((-8.0, 1.0), (-3.0, w), (1.0, w), (4.0, 1.0)))
 
 
@@ -110,7 +110,7 @@ PAPER = METHODS[1].name
 
 @dataclass(frozen=True)
 class Data:
-    """Members of the data with a Gaussian around each."""
+    """Members of a dataset, with a Gaussian around each."""
 
     name: str
     members: Tensor
@@ -120,7 +120,7 @@ class Data:
 
 
 def kinds() -> list[Data]:
-    """Make both kinds of data; std and centers give a posterior of about 0.8 without guidance."""
+    """Make both datasets; std and centers result in a posterior of about 0.8 without guidance."""
     generator = torch.Generator().manual_seed(23)
     center = torch.randn(4, 1, 16, generator=generator, dtype=torch.float64) * 0.05
     center += torch.linspace(-0.15, 0.15, 4, dtype=torch.float64).view(4, 1, 1)
@@ -149,35 +149,35 @@ def sweep(data: Data, method: Method, samples: int) -> list[dict[str, float]]:
         )
         for std in (data.std, data.weaker)
     )
-    of = torch.arange(samples) % oracle.num_classes
+    labels = torch.arange(samples) % oracle.num_classes
     x_T = SampleNoise(range(samples)).randn(data.members.shape[1:], dtype=torch.float64)
-    found = []
+    rows = []
     for scale in method.scales:
         guidance = method.guidance(scale)
-        denoiser: Denoise = oracle.guided(of, guidance)
+        denoiser: Denoise = oracle.guided(labels, guidance)
         if method.weak:
-            cond = Conditioning(of.to(torch.float64).view(-1, 1, 1))
+            cond = Conditioning(labels.to(torch.float64).view(-1, 1, 1))
             denoiser = Denoiser(
                 oracle.network, SCHEDULE, cond=cond, guidance=guidance, weak_network=weak.network
             )
         pair = ("ddim", "trailing") if guidance.method == "cfg_pp" else ("multiscale", "guided")
         grid = get_timesteps(pair[1], STEPS, schedule=SCHEDULE)
         x_0 = get_sampler(pair[0]).sample(denoiser, SCHEDULE, x_T, grid)
-        found.append({"scale": scale, **measure(oracle, data, x_0, of)})
-    return found
+        rows.append({"scale": scale, **measure(oracle, data, x_0, labels)})
+    return rows
 
 
-def measure(oracle: EmpiricalDenoiser, data: Data, x_0: Tensor, of: Tensor) -> dict[str, float]:
+def measure(oracle: EmpiricalDenoiser, data: Data, x_0: Tensor, labels: Tensor) -> dict[str, float]:
     """Compute adherence, bias and loss of spread of samples (B, D)."""
-    p = oracle.posterior(x_0, -1)[torch.arange(len(of)), of]
+    p = oracle.posterior(x_0, -1)[torch.arange(len(labels)), labels]
     bias, loss = [], []
     brightness = data.members.mean(1)
     unit = float((brightness.var(correction=0) + data.std**2 / data.members.shape[1]).sqrt())
     for k in range(oracle.num_classes):
-        members, own = data.members[data.classes == k], x_0[of == k]
-        bias.append(abs(float(own.mean() - members.mean())) / unit)
-        wanted = (members.var(0, correction=0) + data.std**2).mean().sqrt()
-        loss.append(1 - float(own.var(0, correction=0).mean().sqrt() / wanted))
+        members, samples = data.members[data.classes == k], x_0[labels == k]
+        bias.append(abs(float(samples.mean() - members.mean())) / unit)
+        spread = (members.var(0, correction=0) + data.std**2).mean().sqrt()
+        loss.append(1 - float(samples.var(0, correction=0).mean().sqrt() / spread))
     return {
         "adherence": float(p.mean()),
         "bias": float(np.mean(bias)),
@@ -218,40 +218,40 @@ def trained_bias(run: Path) -> dict[str, float]:
     pipe = TextToImage.from_pretrained(
         run / "checkpoints" / "last.ckpt", device="cpu", raw_beside=True
     )
-    found = {}
+    biases = {}
     for name, guidance in TRAINED.items():
         images = pipe(prompts, num_steps=25, guidance=guidance, batch_size=40, progress=False)
         apart = []
         for background, rgb in BACKGROUNDS.items():
-            own = [
+            generated = [
                 image
                 for image, prompt in zip(images, prompts, strict=True)
                 if prompt.endswith(f"on a {background} background")
             ]
             shown = {prompt.partition(" on a ")[0] for prompt in prompts}
             data = [render(g, 64, rgb) for g in list_glyphs("demo") if g.name in shown]
-            apart.append(abs(brightness(own) - brightness(data)))
-        found[name] = float(np.mean(apart))
-    return found
+            apart.append(abs(brightness(generated) - brightness(data)))
+        biases[name] = float(np.mean(apart))
+    return biases
 
 
-def at_adherence(rows: Sequence[dict[str, float]], wanted: float) -> dict[str, float] | None:
-    """Interpolate linearly at the first crossing of an adherence; None where it is not reached."""
+def at_adherence(rows: Sequence[dict[str, float]], adherence: float) -> dict[str, float] | None:
+    """Interpolate linearly at the first crossing of an adherence; None if it is not reached."""
     for low, high in pairwise(rows):
-        if low["adherence"] <= wanted <= high["adherence"]:
+        if low["adherence"] <= adherence <= high["adherence"]:
             width = high["adherence"] - low["adherence"]
-            share = (wanted - low["adherence"]) / width if width else 0.0
+            share = (adherence - low["adherence"]) / width if width else 0.0
             return {key: low[key] + share * (high[key] - low[key]) for key in low}
     return None
 
 
-def plot(found: dict[str, dict[str, list[dict[str, float]]]], path: Path) -> None:
+def plot(results: dict[str, dict[str, list[dict[str, float]]]], path: Path) -> None:
     """Draw bias and loss of spread against adherence."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 10), layout="constrained")
     for row, (kind, methods) in zip(
-        figure.subplots(len(found), 2, squeeze=False), found.items(), strict=True
+        figure.subplots(len(results), 2, squeeze=False), results.items(), strict=True
     ):
         for axes, key in zip(row, ("bias", "loss"), strict=True):
             for i, (name, rows) in enumerate(methods.items()):
@@ -274,7 +274,7 @@ AXES = {"bias": "bias of brightness", "loss": "loss of spread"}
 
 
 def table(methods: dict[str, list[dict[str, float]]], free: dict[str, float]) -> str:
-    """Write each method at the adherence of the paper's default."""
+    """Tabulate each method at the adherence of the paper's default."""
     paper = next(row for row in methods[PAPER] if row["scale"] == 7.5)
     lines = [
         f"Without guidance: adherence {free['adherence']:.3f}, bias {free['bias']:.3f}, loss "
@@ -284,14 +284,14 @@ def table(methods: dict[str, list[dict[str, float]]], free: dict[str, float]) ->
         "|---" * 6 + "|",
     ]
     for name, rows in methods.items():
-        at = at_adherence(rows, paper["adherence"])
-        if at is None:
-            most = max(row["adherence"] for row in rows)
-            lines.append(f"| {name} | not reached: {most:.3f} at most | - | - | - | - |")
+        row = at_adherence(rows, paper["adherence"])
+        if row is None:
+            highest = max(row["adherence"] for row in rows)
+            lines.append(f"| {name} | not reached: at most {highest:.3f} | - | - | - | - |")
             continue
-        ratios = (abs(at[key] / paper[key]) for key in ("bias", "loss"))
+        ratios = (abs(row[key] / paper[key]) for key in ("bias", "loss"))
         lines.append(
-            f"| {name} | {at['scale']:.2f} | {at['bias']:.3f} | {at['loss']:.3f} | "
+            f"| {name} | {row['scale']:.2f} | {row['bias']:.3f} | {row['loss']:.3f} | "
             + " | ".join(f"{ratio:.2f}" for ratio in ratios)
             + " |"
         )
@@ -301,10 +301,10 @@ def table(methods: dict[str, list[dict[str, float]]], free: dict[str, float]) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="*", type=Path, default=[], help="run folders")
-    parser.add_argument("--samples", type=int, default=1000, help="of each method and scale")
+    parser.add_argument("--samples", type=int, default=1000, help="samples per method and scale")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/")
     arguments = parser.parse_args()
-    start, found, parts = time.perf_counter(), {}, []
+    start, measured, parts = time.perf_counter(), {}, []
     for data in kinds():
         methods = {}
         free = sweep(data, Method("none", lambda w: Guidance(w, 0.0), (1.0,)), arguments.samples)
@@ -312,7 +312,7 @@ def main() -> None:
             if method.name.startswith("dynamic") and data.name == "Gaussians":
                 continue  # for pixels in [-1, 1]
             methods[method.name] = sweep(data, method, arguments.samples)
-        found[data.name] = methods
+        measured[data.name] = methods
         every = "\n".join(
             f"| {name} | {row['scale']:g} | {row['adherence']:.3f} | {row['bias']:.3f} | "
             f"{row['loss']:.3f} |"
@@ -345,13 +345,13 @@ def main() -> None:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()
-    plot(found, results / "guidance.png")
+    plot(measured, results / "guidance.png")
     (results / "guidance.md").write_text(
-        f"# Ways to guide, at equal adherence\n\n{date.today()}, commit {commit}, torch "
+        f"# Guidance methods at equal adherence\n\n{date.today()}, commit {commit}, torch "
         f"{version('torch')}, Python {platform.python_version()}, {platform.machine()}, "
         f"{(time.perf_counter() - start) / 60:.0f} minutes.\nMade by `python "
-        f"benchmarks/guidance.py --write`, {arguments.samples} samples of each row; its first "
-        f"lines say what is measured.\n\n![adherence against bias and loss](guidance.png)\n\n{text}"
+        f"benchmarks/guidance.py --write`, {arguments.samples} samples per row; its docstring "
+        f"describes the measures.\n\n![adherence against bias and loss](guidance.png)\n\n{text}"
     )
 
 

@@ -1,4 +1,4 @@
-"""What few steps lose under guidance: exact guided denoisers and trained models, all contenders.
+"""Errors at few steps under guidance, for exact guided denoisers and trained models.
 
     python benchmarks/guided.py [--models RUN ...] [--write]
 
@@ -8,11 +8,11 @@ path: the root mean square distance from the converged solution of the same guid
     the same noise; in data units for the exact denoisers, in levels of 255 for trained models.
 W1: the 1-Wasserstein distance between the brightness of samples of a class and of the class's
     data, averaged over classes.
-adherence: the mean posterior p(class | sample) of the class that was asked for, by Bayes' rule.
+adherence: the mean posterior p(class | sample) of the requested class, by Bayes' rule.
 range: the largest |x| of the samples over the largest of the data.
 
 Three kinds of data, whose denoisers are known exactly with and without a class: OpenMoji glyphs by
-background, 32 x 32 (60 glyphs of the half that nothing was chosen on), crops of the
+background, 32 x 32 (60 glyphs of the half that was not used for any choice), crops of the
 photographs of scikit-image by photograph, 32 x 32, and a mixture of Gaussians in 16 dimensions.
 Trained models are runs of configs/quickstart.yaml with other seeds; their prompts are the config's.
 """
@@ -54,21 +54,21 @@ FIRST_ORDER = ("ddim, trailing", "ddim, log_snr")
 EXACT = ("OpenMoji", "photographs", "Gaussians")
 MEASURES = ("path", "w1", "adherence", "range")
 SMOOTHING = 250
-"""The timestep whose noise smooths the posterior: sigma / alpha = 0.35."""
+"""The timestep of the noise that smooths the posterior: sigma / alpha = 0.35."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One kind of data, or one model.
+    """One dataset, or one model.
 
     Args:
-        name: In the table.
+        name: Name in the table.
         noise: x_T, (B, *).
-        denoiser: From guidance to the denoiser.
-        show: From samples to what is compared, (B, *).
-        measure: From shown samples to W1, adherence and range; None = only path.
-        steps: Of the converged solution.
-        guidance: What is measured.
+        denoiser: Maps guidance to the denoiser.
+        show: Maps samples to the compared values, (B, *).
+        measure: Maps shown samples to W1, adherence and range; None = only path.
+        steps: Number of steps of the converged solution.
+        guidance: Guidance settings to measure.
     """
 
     name: str
@@ -81,7 +81,7 @@ class Case:
 
 
 def glyphs(count: int = 60) -> tuple[Tensor, Tensor]:
-    """Glyphs of the held-out half on each background, (N, 3, 32, 32), and the backgrounds."""
+    """Return glyphs of the held-out half on each background, (N, 3, 32, 32), and backgrounds."""
     from zsnr.data.openmoji import BACKGROUNDS, list_glyphs, render
 
     chosen = list_glyphs()[1::2]
@@ -102,25 +102,25 @@ TEXTURES = ("brick", "grass", "gravel", "moon", "coins")
 def photographs(
     count: int = 60, names: Sequence[str] = PHOTOGRAPHS, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Crops of photographs, (N, 3, 32, 32), and which photograph each is of."""
+    """Return crops of photographs, (N, 3, 32, 32), and the photograph of each."""
     import skimage.data
     from skimage.transform import resize
 
     generator, images = np.random.default_rng(seed), []
     for name in names:
-        picture = getattr(skimage.data, name)().astype(np.float64) / 127.5 - 1
-        if picture.ndim == 2:
-            picture = np.stack([picture] * 3, axis=2)
+        photo = getattr(skimage.data, name)().astype(np.float64) / 127.5 - 1
+        if photo.ndim == 2:
+            photo = np.stack([photo] * 3, axis=2)
         for _ in range(count):
             size = int(generator.integers(48, 160))
-            y, x = (int(generator.integers(0, side - size)) for side in picture.shape[:2])
-            crop = resize(picture[y : y + size, x : x + size], (32, 32), anti_aliasing=True)
+            y, x = (int(generator.integers(0, side - size)) for side in photo.shape[:2])
+            crop = resize(photo[y : y + size, x : x + size], (32, 32), anti_aliasing=True)
             images.append(crop.transpose(2, 0, 1))
     return torch.from_numpy(np.stack(images)), torch.arange(len(names)).repeat_interleave(count)
 
 
 def gaussians(members: int = 12, seed: int = 7) -> tuple[Tensor, Tensor, float]:
-    """Centers of four classes that differ in brightness and spread, (N, 16), and the std."""
+    """Return members of four classes of different brightness and spread, classes, and the std."""
     generator = torch.Generator().manual_seed(seed)
     spread = torch.tensor([0.1, 0.2, 0.35, 0.5], dtype=torch.float64).view(4, 1, 1)
     shift = torch.linspace(-0.4, 0.4, 4, dtype=torch.float64).view(4, 1, 1)
@@ -131,7 +131,7 @@ def gaussians(members: int = 12, seed: int = 7) -> tuple[Tensor, Tensor, float]:
 
 
 def exact(name: str, samples: int) -> Case:
-    """An exact guided denoiser of one kind of data."""
+    """Make the case of an exact guided denoiser of one dataset."""
     std = 0.0
     if name == "Gaussians":
         images, classes, std = gaussians()
@@ -149,25 +149,25 @@ def exact(name: str, samples: int) -> Case:
         rows = data.repeat(64, 1)
         data = rows + std * torch.randn(rows.shape, generator=generator, dtype=rows.dtype)
         classes = classes.repeat(64)
-    of = torch.arange(samples) % oracle.num_classes
+    labels = torch.arange(samples) % oracle.num_classes
     noise = SampleNoise(range(samples)).randn(images.shape[1:], dtype=torch.float64)
 
     def measure(x: Tensor) -> dict[str, float]:
         p = oracle.posterior(x @ basis.T, -1 if std else SMOOTHING)
         w1 = [
-            wasserstein_1(x[of == k].mean(1), data[classes == k].mean(1))
+            wasserstein_1(x[labels == k].mean(1), data[classes == k].mean(1))
             for k in range(oracle.num_classes)
         ]
         return {
             "w1": float(np.mean(w1)),
-            "adherence": float(p[torch.arange(samples), of].mean()),
+            "adherence": float(p[torch.arange(samples), labels].mean()),
             "range": float(x.abs().max() / data.abs().max()),
         }
 
     return Case(
         name,
         noise.flatten(1) @ basis.T,
-        lambda guidance: oracle.guided(of, None if guidance.scale == 1 else guidance),
+        lambda guidance: oracle.guided(labels, None if guidance.scale == 1 else guidance),
         lambda x: x @ basis,
         measure,
         500,
@@ -175,7 +175,7 @@ def exact(name: str, samples: int) -> Case:
 
 
 def trained(run: Path, prompts: int) -> Case:
-    """A model that was trained, by its checkpoint."""
+    """Make the case of a trained model."""
     import yaml
 
     from zsnr.pipeline import TextToImage
@@ -199,12 +199,12 @@ def trained(run: Path, prompts: int) -> Case:
 
 
 def name_of(kind: object) -> str:
-    """Name a case by what it is made from."""
+    """Return the name of a case."""
     return kind.name if isinstance(kind, Path) else str(kind)
 
 
 def converged(case: Case, denoiser: Denoise) -> Tensor:
-    """Solve with many steps of second order, where guidance is no longer stiff."""
+    """Solve with many second-order steps, so that guidance is no longer stiff."""
     grid = get_timesteps("log_snr", case.steps, schedule=SCHEDULE)
     return get_sampler("dpmpp_2m").sample(denoiser, SCHEDULE, case.noise, grid)
 
@@ -213,7 +213,7 @@ def converged(case: Case, denoiser: Denoise) -> Tensor:
 def measure_case(
     make: tuple[Callable[..., Case], tuple[object, ...]], contenders: Sequence[str]
 ) -> list[Row]:
-    """Measure every contender with every guidance and S; a row each."""
+    """Measure every contender with every guidance and S, one row each."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     case = make[0](*make[1])
@@ -221,11 +221,11 @@ def measure_case(
     rows: list[Row] = []
     for guidance in case.guidance:
         denoiser = case.denoiser(guidance)
-        wanted = case.show(converged(case, denoiser))
+        solution = case.show(converged(case, denoiser))
         facts = {"case": case.name, "scale": guidance.scale, "rescale": guidance.rescale}
         if case.measure is not None:
             end = {**facts, "contender": "converged", "S": case.steps, "path": 0.0}
-            rows.append(end | case.measure(wanted))
+            rows.append(end | case.measure(solution))
         start = time.perf_counter()
         for name in contenders:
             for S in COUNTS:
@@ -236,18 +236,18 @@ def measure_case(
                     rows.append(row)
                     continue
                 if not by_name[name].random:
-                    row["path"] = float((shown - wanted).square().mean().sqrt())
+                    row["path"] = float((shown - solution).square().mean().sqrt())
                 if case.measure is not None and bool(shown.isfinite().all()):
                     row |= case.measure(shown)
                 rows.append(row)
         seconds = time.perf_counter() - start
-        told = f"{case.name}, {guidance.scale:g}, {guidance.rescale:g}: {seconds:.0f} s"
-        print(told, file=sys.stderr, flush=True)
+        line = f"{case.name}, {guidance.scale:g}, {guidance.rescale:g}: {seconds:.0f} s"
+        print(line, file=sys.stderr, flush=True)
     return rows
 
 
 def cell(rows: Sequence[Row], measure: str, **wanted: object) -> float | None:
-    """Find one figure; None where it was not measured."""
+    """Find one value; None if it was not measured."""
     for row in rows:
         if all(row.get(key) == value for key, value in wanted.items()):
             value = row.get(measure)
@@ -256,51 +256,53 @@ def cell(rows: Sequence[Row], measure: str, **wanted: object) -> float | None:
 
 
 def summary(rows: Sequence[Row], case: str) -> str:
-    """Write the recommended sampling beside the best of all others and beside DDIM."""
+    """Compare the recommended sampling with DDIM and with the best other contender."""
     lines = [
         "| w, rescale | | " + " | ".join(f"S = {S}" for S in COUNTS) + " |",
         "|---" * (len(COUNTS) + 2) + "|",
     ]
     for guidance in GUIDANCE:
-        at = {"case": case, "scale": guidance.scale, "rescale": guidance.rescale}
-        if not any(all(row[key] == value for key, value in at.items()) for row in rows):
+        setting = {"case": case, "scale": guidance.scale, "rescale": guidance.rescale}
+        if not any(all(row[key] == value for key, value in setting.items()) for row in rows):
             continue
-        named: dict[str, list[str]] = {"recommended": [], "DDIM": [], "best other": []}
+        cells_by_name: dict[str, list[str]] = {"recommended": [], "DDIM": [], "best other": []}
         for S in COUNTS:
-            found = {
+            errors = {
                 str(row["contender"]): float(row["path"])  # type: ignore[arg-type]
                 for row in rows
                 if row.get("S") == S
-                and all(row[key] == value for key, value in at.items())
+                and all(row[key] == value for key, value in setting.items())
                 and isinstance(row.get("path"), float)
                 and math.isfinite(row["path"])  # type: ignore[arg-type]
             }
-            own = found.pop("recommended", math.nan)
-            best = min(found, key=lambda name: found[name])
-            ddim = min(found[name] for name in FIRST_ORDER if name in found)
-            named["recommended"].append(f"**{own:.3g}**" if own <= found[best] else f"{own:.3g}")
-            named["DDIM"].append(f"{ddim:.3g}")
-            named["best other"].append(f"{found[best]:.3g} ({best})")
+            error = errors.pop("recommended", math.nan)
+            best = min(errors, key=lambda name: errors[name])
+            ddim = min(errors[name] for name in FIRST_ORDER if name in errors)
+            cells_by_name["recommended"].append(
+                f"**{error:.3g}**" if error <= errors[best] else f"{error:.3g}"
+            )
+            cells_by_name["DDIM"].append(f"{ddim:.3g}")
+            cells_by_name["best other"].append(f"{errors[best]:.3g} ({best})")
         title = f"{guidance.scale:g}" + ("" if guidance.scale == 1 else f", {guidance.rescale:g}")
         lines += [
             f"| {title if name == 'recommended' else ''} | {name} | " + " | ".join(cells) + " |"
-            for name, cells in named.items()
+            for name, cells in cells_by_name.items()
         ]
     return "\n".join(lines)
 
 
 def full(rows: Sequence[Row], case: str, guidance: Guidance, measure: str) -> str:
-    """Write one measure of every contender with one guidance."""
-    at = {"case": case, "scale": guidance.scale, "rescale": guidance.rescale}
-    known = {row["contender"] for row in rows if row["case"] == case}
+    """Tabulate one measure of every contender with one guidance."""
+    setting = {"case": case, "scale": guidance.scale, "rescale": guidance.rescale}
+    measured = {row["contender"] for row in rows if row["case"] == case}
     lines = [
         "| | " + " | ".join(f"S = {S}" for S in COUNTS) + " |",
         "|---" * (len(COUNTS) + 1) + "|",
     ]
     for contender in ALL:
-        if contender.name not in known:
+        if contender.name not in measured:
             continue
-        values = [cell(rows, measure, **at, contender=contender.name, S=S) for S in COUNTS]
+        values = [cell(rows, measure, **setting, contender=contender.name, S=S) for S in COUNTS]
         cells = ("-" if value is None else f"{value:.3g}" for value in values)
         lines.append(f"| {contender.name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -321,10 +323,10 @@ def report(rows: Sequence[Row]) -> str:
     parts.append("# Every contender at the default guidance, 7.5 with rescale 0.7\n")
     for case in cases:
         for measure in MEASURES if case in EXACT else MEASURES[:1]:
-            at = {"case": case, "scale": 7.5, "rescale": 0.7, "contender": "converged"}
-            end = cell(rows, measure, **at)
-            told = "" if end is None or measure == "path" else f"; converged: {end:.3g}"
-            parts.append(f"## {case}: {measure}{told}\n\n{full(rows, case, default, measure)}\n")
+            setting = {"case": case, "scale": 7.5, "rescale": 0.7, "contender": "converged"}
+            end = cell(rows, measure, **setting)
+            note = "" if end is None or measure == "path" else f"; converged: {end:.3g}"
+            parts.append(f"## {case}: {measure}{note}\n\n{full(rows, case, default, measure)}\n")
     return "\n".join(parts)
 
 
@@ -332,10 +334,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="*", type=Path, default=[], help="run folders")
     parser.add_argument("--exact", nargs="*", default=list(EXACT), help="kinds of data")
-    parser.add_argument("--samples", type=int, default=100, help="of exact denoisers")
-    parser.add_argument("--prompts", type=int, default=8, help="of each trained model")
-    parser.add_argument("--jobs", type=int, default=2, help="processes")
-    parser.add_argument("--rows", type=Path, help="keep figures in this file, and use those in it")
+    parser.add_argument("--samples", type=int, default=100, help="samples of exact denoisers")
+    parser.add_argument("--prompts", type=int, default=8, help="prompts of each trained model")
+    parser.add_argument("--jobs", type=int, default=2, help="number of processes")
+    parser.add_argument("--rows", type=Path, help="file of results, which are reused and added")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/")
     arguments = parser.parse_args()
     names = [contender.name for contender in ALL]
@@ -348,8 +350,8 @@ def main() -> None:
     rows: list[Row] = []
     if arguments.rows and arguments.rows.exists():
         rows = [json.loads(line) for line in arguments.rows.read_text().splitlines()]
-    known = {row["case"] for row in rows}
-    jobs = [(make, given) for make, given in jobs if name_of(given[0]) not in known]
+    measured = {row["case"] for row in rows}
+    jobs = [(make, args) for make, args in jobs if name_of(args[0]) not in measured]
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
         for future in as_completed([pool.submit(measure_case, job, names) for job in jobs]):
             rows += future.result()
@@ -371,9 +373,9 @@ def main() -> None:
         f"{platform.python_version()}, {platform.machine()}, "
         f"{(time.perf_counter() - start) / 60:.0f} minutes in {arguments.jobs} processes.\n"
         f"Made by `python benchmarks/guided.py --write` with {arguments.samples} samples of each "
-        f"exact denoiser and {arguments.prompts} prompts of each trained model; its first lines "
-        "say what is measured. Every figure is a row of [guided.jsonl](guided.jsonl). Nothing was "
-        "tuned on these data or models; what was is named in zsnr/samplers/multiscale.py.\n\n"
+        f"exact denoiser and {arguments.prompts} prompts of each trained model; its docstring "
+        "describes the measures. Every value is a row of [guided.jsonl](guided.jsonl). Nothing was "
+        "tuned on these data or models; zsnr/samplers/multiscale.py lists what was tuned.\n\n"
         f"{report(rows)}"
     )
 

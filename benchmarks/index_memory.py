@@ -1,11 +1,11 @@
-"""Memory that the index of a large data set costs one rank, by number of samples.
+"""Memory of one rank for the index of a large dataset, by number of samples.
 
     python benchmarks/index_memory.py [--samples 1000000 5000000] [--write]
 
-Index files of shards of 10,000 samples are made up; the shards themselves are empty files of the
-right size. Each measurement is a process of its own. "Own memory" is what the process has for
-itself (RssAnon), less what it had after its imports; pages of the mapped file belong to the system,
-which has them once a node and takes them back when it needs them.
+Index files of shards of 10,000 samples are synthetic; the shards themselves are sparse files of the
+right size. Each measurement has a separate process. "Own memory" is the private memory of the
+process (RssAnon), minus that after its imports; pages of the mapped file belong to the page cache,
+which holds them once per node and can reclaim them.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ TARGET = 100_000_000
 
 
 def write_data(folder: Path, samples: int) -> None:
-    """Write index files of so many samples, beside shards that hold nothing but holes."""
+    """Write index files of this number of samples, beside sparse shards."""
     draw = np.random.default_rng(0)
     for number in range(samples // PER_SHARD):
         sizes = draw.integers(20_000, 200_000, PER_SHARD)
@@ -70,8 +70,8 @@ def write_data(folder: Path, samples: int) -> None:
         )
         status = shard.stat()
         faults = [Fault("sample", str(shard), f"{number}-{i}", "0 bytes") for i in range(10)]
-        found = ShardIndex(table, faults, status.st_size, status.st_mtime_ns, f"{number:032d}")
-        write_index(found, Path(f"{shard}.index"))
+        index = ShardIndex(table, faults, status.st_size, status.st_mtime_ns, f"{number:032d}")
+        write_index(index, Path(f"{shard}.index"))
 
 
 SETTINGS = {
@@ -85,22 +85,22 @@ SETTINGS = {
 
 
 def own_memory() -> int:
-    """Bytes that no other process and no file has."""
+    """Return the private memory of this process, in bytes."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.partition("RssAnon:")[2].split()[0])
 
 
 def measure(folder: Path, name: str) -> dict[str, float]:
-    """Load, select and walk through some steps, as a rank does."""
+    """Load, select and iterate over some steps, as a rank does."""
     options, first, second = SETTINGS[name]
     half = len(list(folder.glob("*.tar"))) // 2
     paths = sorted(map(str, folder.glob("*.tar")))
     sources = [Source(paths[:half], first), Source(paths[half:], second)]
-    fields = [each.field for each in options.get("filters", [])]
-    base, peak, done = own_memory(), [0], threading.Event()
+    fields = [f.field for f in options.get("filters", [])]
+    base, peak, finished = own_memory(), [0], threading.Event()
 
     def watch() -> None:
-        while not done.wait(0.01):
+        while not finished.wait(0.01):
             peak[0] = max(peak[0], own_memory())
 
     watcher = threading.Thread(target=watch)
@@ -117,7 +117,7 @@ def measure(folder: Path, name: str) -> dict[str, float]:
         for row in order.batch(step * 37)[1][::64]:
             _ = samples[row]
     steady = own_memory() - base
-    done.set()
+    finished.set()
     watcher.join()
     return {
         "samples": samples.total,
@@ -131,8 +131,8 @@ def measure(folder: Path, name: str) -> dict[str, float]:
 def in_process(folder: Path, name: str) -> dict[str, float]:
     """Measure in a new process."""
     command = [sys.executable, __file__, "--measure", str(folder), name]
-    found: dict[str, float] = json.loads(subprocess.check_output(command))
-    return found
+    result: dict[str, float] = json.loads(subprocess.check_output(command))
+    return result
 
 
 def main() -> None:
@@ -149,7 +149,7 @@ def main() -> None:
         "",
         f"{date.today()}, pyarrow {version('pyarrow')}, numpy {version('numpy')}, torch "
         f"{version('torch')}, Python {platform.python_version()}, {os.cpu_count()} CPUs. Shards of "
-        f"{PER_SHARD:,} samples. Own memory of a process in MB, without what its imports take; "
+        f"{PER_SHARD:,} samples. Own memory of a process in MB, without that of its imports; "
         "CPU seconds until the index is read, and until the first batch. "
         "The first process of a node writes the file; each further rank maps it.",
         f"Made by `python benchmarks/index_memory.py --samples {' '.join(map(str, args.samples))} "
@@ -164,26 +164,26 @@ def main() -> None:
             write_data(Path(folder), samples)
             for name in SETTINGS:
                 for process in ("first", "further"):
-                    found = in_process(Path(folder), name)
-                    slopes.setdefault((name, process), []).append(found)
+                    result = in_process(Path(folder), name)
+                    slopes.setdefault((name, process), []).append(result)
                     lines.append(
-                        f"| {name} | {samples:,} | {process} | {found['peak'] / 1e6:.1f} | "
-                        f"{found['steady'] / 1e6:.1f} | {found['footers']:.1f} | "
-                        f"{found['ready']:.1f} |"
+                        f"| {name} | {samples:,} | {process} | {result['peak'] / 1e6:.1f} | "
+                        f"{result['steady'] / 1e6:.1f} | {result['footers']:.1f} | "
+                        f"{result['ready']:.1f} |"
                     )
                     print(lines[-1], file=sys.stderr)
     if len(args.samples) > 1:
-        lines += ["", f"Growth from the smallest to the largest, and what it makes of {TARGET:,}:"]
-        lines += ["", "| settings | process | bytes a sample, peak | steady | peak | steady |"]
+        lines += ["", f"Growth from the smallest to the largest, extrapolated to {TARGET:,}:"]
+        lines += ["", "| settings | process | bytes per sample, peak | steady | peak | steady |"]
         lines += ["|---|---|---|---|---|---|"]
         for (name, process), found_all in slopes.items():
             low, high = found_all[0], found_all[-1]
             span = high["samples"] - low["samples"]
             cells = []
-            for what in ("peak", "steady"):
-                slope = (high[what] - low[what]) / span
-                whole = low[what] + slope * (TARGET - low["samples"])
-                cells.append((f"{slope:.2f}", f"{whole / 1e6:.0f} MB"))
+            for kind in ("peak", "steady"):
+                slope = (high[kind] - low[kind]) / span
+                total = low[kind] + slope * (TARGET - low["samples"])
+                cells.append((f"{slope:.2f}", f"{total / 1e6:.0f} MB"))
             (peak, peak_all), (steady, steady_all) = cells
             lines.append(f"| {name} | {process} | {peak} | {steady} | {peak_all} | {steady_all} |")
     text = "\n".join(lines) + "\n"

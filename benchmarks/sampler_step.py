@@ -1,13 +1,13 @@
-"""Cost of one sampler step beside diffusers' schedulers, on a (4, 4, 64, 64) float32 CPU latent.
+"""Cost of one sampler step compared with diffusers' schedulers, on a (4, 4, 64, 64) CPU latent.
 
     python benchmarks/sampler_step.py [--write]
 
-All contenders run in one process on one thread, interleaved; the table quotes medians. "step" is
-the update alone, x_0 given; "loop" is `Sampler.sample` over 50 steps with a denoiser that costs
-nothing, everything included, divided by 50; "from v" is the update and the denoiser's conversion of
-the network's v to x_0. diffusers' step always converts: from v, or, where it says "from x_0", with
-prediction_type="sample". The floor is the bare update of two operations, and a randn where a step
-needs noise.
+All contenders run in one process on one thread, interleaved, in float32; the table shows medians.
+"step" is the update alone, with x_0 given; "loop" is all of `Sampler.sample` over 50 steps with a
+constant denoiser, divided by 50; "from v" is the update and the denoiser's conversion of the
+network's v to x_0. diffusers' step always converts: from v, or, for "from x_0", with
+prediction_type="sample". The lower bound is the bare update of two operations, and a randn if a
+step needs noise.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SHAPE, STEPS = (4, 4, 64, 64), 50
 
 
 def contenders() -> dict[str, Callable[[], object]]:
-    """One call of each value is one step."""
+    """Return functions by name; one call is one step."""
     schedule = NoiseSchedule()
     grid = trailing(STEPS)
     x_t, x_0 = torch.randn(2, *SHAPE)
@@ -83,7 +83,7 @@ def contenders() -> dict[str, Callable[[], object]]:
 
 
 def measure(rounds: int = 40, calls: int = 40) -> dict[str, float]:
-    """Return the median microseconds a step, over interleaved rounds."""
+    """Return the median microseconds per step, over interleaved rounds."""
     runs = contenders()
     times: dict[str, list[float]] = {name: [] for name in runs}
     for round_number in range(rounds + 3):
@@ -99,9 +99,9 @@ def measure(rounds: int = 40, calls: int = 40) -> dict[str, float]:
 
 
 def table(medians: dict[str, float]) -> str:
-    """Format the medians with their ratios to the floors and to diffusers' DDIM."""
+    """Format the medians with their ratios to the lower bounds and to diffusers' schedulers."""
     lines = [
-        "| step | us | / its floor | diffusers DDIM / it | diffusers Euler / it |",
+        "| step | us | / lower bound | diffusers DDIM / it | diffusers Euler / it |",
         "|---|---|---|---|---|",
     ]
     for name, us in medians.items():

@@ -4,10 +4,10 @@
 
     loss = |e| + e^2 + kl_weight KL + a |z_rgb - pool(x)|^2,    a from 1 to 0 by mid-training
 
-Yellow and red dominate the set, and a plain loss left greens and purples grey. Here the first
-three channels start as the local mean colour, and half of the pictures have their RGB permuted.
-1600 steps of batch 8: about 11 minutes on one CPU core, memory 1.6 GB. Writes a diffusers folder
-with figures.json and prints one table.
+Yellow and red dominate the dataset, and with a plain loss greens and purples became gray. So the
+first three channels start as the local mean color, and half of the images have permuted RGB
+channels. 1600 steps with batch size 8: about 11 minutes on one CPU core, memory 1.6 GB. Writes a
+diffusers folder with figures.json and prints one table.
 
     python benchmarks/train_openmoji_vae.py OUT
 """
@@ -38,23 +38,22 @@ from zsnr.metrics import kept_fraction, mean_mode
 
 SIZE = 64
 LATENT_CHANNELS = 4
-GREYS = torch.tensor(list(BACKGROUNDS.values())) / 127.5 - 1  # (5, 3) in [-1, 1]
+GRAYS = torch.tensor(list(BACKGROUNDS.values())) / 127.5 - 1  # (5, 3) in [-1, 1]
 ORIGINAL = NoiseSchedule(zero_terminal_snr=False)
 
 README = """\
 # OpenMoji autoencoder
 
-A small AutoencoderKL for demonstrations: 64x64 RGB pictures to 16x16 latents with 4 channels.
-Made by benchmarks/train_openmoji_vae.py from OpenMoji pictures alone; it knows nothing else.
-Channel means are folded into the weights, so the latents need one scale (scaling_factor) and no
-shift.
+A small AutoencoderKL for demonstrations: 64x64 RGB images to 16x16 latents with 4 channels.
+Trained by benchmarks/train_openmoji_vae.py on OpenMoji images only. Channel means are folded into
+the weights, so the latents need one scale (scaling_factor) and no shift.
 
 """
 
 
 LICENSE = f"""\
-These weights were trained on OpenMoji pictures only (https://openmoji.org, CC BY-SA 4.0) and are
-shared under the same licence, Creative Commons Attribution-ShareAlike 4.0 International.
+These weights were trained on OpenMoji images only (https://openmoji.org, CC BY-SA 4.0) and are
+shared under the same license, Creative Commons Attribution-ShareAlike 4.0 International.
 
 License summary: {LICENSE_URL}
 License text:    {LICENSE_URL}legalcode
@@ -62,7 +61,7 @@ License text:    {LICENSE_URL}legalcode
 
 
 @dataclass(frozen=True)
-class GlyphPictures:
+class GlyphImages:
     """All glyphs on any background: image = on_black + coverage (background + 1).
 
     on_black: (N, 3, 64, 64) in [-1, 1]; coverage: how much background shows, (N, 3, 64, 64).
@@ -72,11 +71,11 @@ class GlyphPictures:
     coverage: Tensor
 
     @classmethod
-    def draw(cls, glyphs: list[Glyph]) -> GlyphPictures:
+    def draw(cls, glyphs: list[Glyph]) -> GlyphImages:
         layers = []
         for level in (0, 255):
-            pictures = [render(glyph, SIZE, (level, level, level)) for glyph in glyphs]
-            pixels = torch.stack([_to_tensor(p.tobytes()) for p in pictures])
+            images = [render(glyph, SIZE, (level, level, level)) for glyph in glyphs]
+            pixels = torch.stack([_to_tensor(p.tobytes()) for p in images])
             layers.append(pixels)
         return cls(layers[0] / 127.5 - 1, (layers[1] - layers[0]) / 255)
 
@@ -84,31 +83,31 @@ class GlyphPictures:
         return len(self.on_black)
 
     def __call__(self, index: Tensor, background: Tensor) -> Tensor:
-        """Compose glyphs `index` (B,) on colours `background` (B, 3) in [-1, 1]."""
+        """Compose glyphs `index` (B,) on colors `background` (B, 3) in [-1, 1]."""
         return self.on_black[index] + self.coverage[index] * (background[:, :, None, None] + 1)
 
-    def on_greys(self, index: Tensor) -> Tensor:
-        """Return each glyph on its five named greys, (len(index) * 5, 3, 64, 64)."""
-        pairs = torch.cartesian_prod(index, torch.arange(len(GREYS)))
-        return self(pairs[:, 0], GREYS[pairs[:, 1]])
+    def on_grays(self, index: Tensor) -> Tensor:
+        """Return each glyph on its five named grays, (len(index) * 5, 3, 64, 64)."""
+        pairs = torch.cartesian_prod(index, torch.arange(len(GRAYS)))
+        return self(pairs[:, 0], GRAYS[pairs[:, 1]])
 
 
 def draw_backgrounds(index: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw a colour per glyph: half named greys, a fifth other greys, the rest any RGB.
+    """Draw a color per glyph: half named grays, a fifth other grays, the rest any RGB.
 
-    Glyph i never gets named grey i mod 5, which is what reconstruction is measured on.
+    Glyph i never gets named gray i mod 5, on which reconstruction is measured.
     """
     n = len(index)
-    skip = torch.randint(1, len(GREYS), (n,), generator=generator)
-    named = GREYS[(index + skip) % len(GREYS)]
-    grey = (2 * torch.rand(n, 1, generator=generator) - 1).expand(n, 3)
-    colour = 2 * torch.rand(n, 3, generator=generator) - 1
+    skip = torch.randint(1, len(GRAYS), (n,), generator=generator)
+    named = GRAYS[(index + skip) % len(GRAYS)]
+    gray = (2 * torch.rand(n, 1, generator=generator) - 1).expand(n, 3)
+    color = 2 * torch.rand(n, 3, generator=generator) - 1
     kind = torch.rand(n, 1, generator=generator)
-    return torch.where(kind < 0.5, named, torch.where(kind < 0.7, grey, colour))
+    return torch.where(kind < 0.5, named, torch.where(kind < 0.7, gray, color))
 
 
 def permute_channels(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Permute RGB at random, one order a picture."""
+    """Permute RGB at random, with one order per image."""
     order = torch.rand(len(x), 3, generator=generator).argsort(dim=1)
     return x.gather(1, order[:, :, None, None].expand_as(x))
 
@@ -126,14 +125,14 @@ def build_vae() -> AutoencoderKL:
         sample_size=SIZE,
         mid_block_add_attention=False,
     )
-    # A posterior that starts with std 1 would drown the latents before they carry anything.
+    # An initial posterior std of 1 would drown the latents in noise.
     torch.nn.init.constant_(vae.quant_conv.bias[LATENT_CHANNELS:], -5.0)
     return vae
 
 
 def train(
     vae: AutoencoderKL,
-    data: GlyphPictures,
+    data: GlyphImages,
     *,
     steps: int,
     batch_size: int,
@@ -179,7 +178,7 @@ def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def normalise(vae: AutoencoderKL, latents: Tensor) -> None:
+def normalize(vae: AutoencoderKL, latents: Tensor) -> None:
     """Fold the channels' means into the 1x1 convolutions and store scaling_factor = 1/std."""
     mean = latents.mean(dim=(0, 2, 3))
     vae.quant_conv.bias[: len(mean)] -= mean
@@ -190,17 +189,17 @@ def normalise(vae: AutoencoderKL, latents: Tensor) -> None:
 
 @torch.no_grad()
 def measure(
-    vae: AutoencoderKL, data: GlyphPictures, latents: Tensor, demo: Tensor
+    vae: AutoencoderKL, data: GlyphImages, latents: Tensor, demo: Tensor
 ) -> dict[str, float]:
-    """Measure held-out reconstruction, and the latents of all glyphs on the five greys."""
+    """Measure held-out reconstruction, and the latents of all glyphs on the five grays."""
     index = torch.arange(len(data))
-    x = data(index, GREYS[index % len(GREYS)])
+    x = data(index, GRAYS[index % len(GRAYS)])
     y = torch.cat([vae(batch).sample.clamp(-1, 1) for batch in x.split(64)])
     error = y - x
     psnr = -10 * torch.log10((error / 2).square().mean(dim=(1, 2, 3)))
     background = (data.coverage.amin(dim=1, keepdim=True) == 1).expand_as(error)
     scaled = latents * vae.config.scaling_factor
-    demo_latents = scaled.unflatten(0, (len(data), len(GREYS)))[demo].flatten(0, 1)
+    demo_latents = scaled.unflatten(0, (len(data), len(GRAYS)))[demo].flatten(0, 1)
     s, demo_s = mean_mode(scaled), mean_mode(demo_latents)
     return {
         "parameters": sum(p.numel() for p in vae.parameters()),
@@ -227,7 +226,7 @@ def _to_tensor(pixels: bytes) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("out", type=Path, help="folder to make; must not exist")
+    parser.add_argument("out", type=Path, help="output folder, which must not exist")
     parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
@@ -236,17 +235,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     if args.out.exists():
-        parser.error(f"{args.out} exists already. Name a folder that does not exist.")
+        parser.error(f"{args.out} exists. Choose a folder that does not exist.")
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     glyphs = list_glyphs()
-    data = GlyphPictures.draw(glyphs)
+    data = GlyphImages.draw(glyphs)
     demo_codepoints = {glyph.codepoint for glyph in list_glyphs("demo")}
     demo = torch.tensor([i for i, g in enumerate(glyphs) if g.codepoint in demo_codepoints])
 
     vae = build_vae()
-    images = data.on_greys(torch.arange(len(data)))
+    images = data.on_grays(torch.arange(len(data)))
     start = time.monotonic()
     train(
         vae,
@@ -260,7 +259,7 @@ def main() -> None:
     seconds = time.monotonic() - start
 
     vae.eval()
-    normalise(vae, encode(vae, images))
+    normalize(vae, encode(vae, images))
     figures = measure(vae, data, encode(vae, images), demo)
     figures["training seconds"] = seconds
     vae.save_pretrained(args.out)

@@ -1,18 +1,18 @@
-"""What a training step costs: beside a bare PyTorch loop, beside a diffusers recipe, and in memory.
+"""Time and memory of a training step, compared with a bare PyTorch loop and a diffusers recipe.
 
     python benchmarks/train_step.py [--write] [--quick] [--only overhead|memory|recipe]
 
 overhead: after every step of the Lightning run, one step of a bare loop (forward, mean squared
-    error, backward, AdamW) with the same network, batch size and optimizer, in the same process; so
-    both meet the same machine. The Lightning step holds all: data from shards, noise, targets,
-    guards, logging, the average. Medians.
-memory: bytes of parameters, gradients, optimizer state and average on one rank, from the tensors it
-    holds after a step on 1, 2 and 4 ranks (gloo), and of what the forward pass keeps for the
-    backward pass, by hooks on saved tensors; beside them what `zsnr plan` says before the run.
-recipe: images a second of the training recipe that comes with diffusers (its Accelerator, DDPM
-    scheduler, EMAModel, gradient clipping; pictures by PIL and torchvision), written as a plain
-    loop, after every step of ours, same model, pictures and batch: from pictures, and from cached
-    latents and text embeddings, which the recipe gets from memory. Needs `pip install zsnr[bench]`.
+    error, backward, AdamW) with the same network, batch size and optimizer, in the same process, so
+    that both run under the same conditions. The Lightning step includes data from shards, noise,
+    targets, guards, logging and the average. Medians.
+memory: bytes of parameters, gradients, optimizer state and average on one rank, from its tensors
+    after a step on 1, 2 and 4 ranks (gloo), and of the activations saved for the backward pass, by
+    hooks on saved tensors; compared with the estimate of `zsnr plan`.
+recipe: images per second of diffusers' training recipe (its Accelerator, DDPM scheduler, EMAModel,
+    gradient clipping; images by PIL and torchvision), written as a plain loop, after every step of
+    zsnr, with the same model, images and batch size: from images, and from cached latents and text
+    embeddings, which the recipe reads from memory. Needs `pip install zsnr[bench]`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 RESULT = Path(__file__).parent / "results" / "train_step.md"
 ROOT = Path(__file__).parents[1]
-WARMUP = 3  # steps that are not counted
+WARMUP = 3  # steps that are not measured
 BIG = {  # 43 M parameters: a step of half a second on two cores
     "block_out_channels": [128, 256, 384],
     "attention": [False, True, True],
@@ -68,7 +68,7 @@ OVERHEAD = (  # average, batch, pixels
 LR = {"lr": 1e-4, "weight_decay": 0.01}
 
 
-def pictures(folder: Path) -> Path:
+def openmoji(folder: Path) -> Path:
     """Write OpenMoji shards once."""
     from zsnr.data.openmoji import write_openmoji_shards
 
@@ -78,25 +78,25 @@ def pictures(folder: Path) -> Path:
 
 
 class Race:
-    """A callback that runs other contenders' steps after each of Lightning's, and keeps the times.
+    """A callback that runs contenders' steps after each Lightning step, and records the times.
 
     Args:
-        others: Contenders by name; a call is a step.
+        contenders: Contenders by name; a call is a step.
     """
 
-    def __new__(cls, others: dict[str, Callable[[], object]]) -> Any:
+    def __new__(cls, contenders: dict[str, Callable[[], object]]) -> Any:
         from lightning.pytorch.callbacks import Callback
 
         class Racing(Callback):
             def __init__(self) -> None:
-                self.times: dict[str, list[float]] = {name: [] for name in ["zsnr", *others]}
+                self.times: dict[str, list[float]] = {name: [] for name in ["zsnr", *contenders]}
 
             def on_train_start(self, trainer: Any, module: Any) -> None:
                 self.since = time.perf_counter()
 
             def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
                 self.times["zsnr"].append(time.perf_counter() - self.since)
-                for name, step in others.items():
+                for name, step in contenders.items():
                     start = time.perf_counter()
                     step()
                     self.times[name].append(time.perf_counter() - start)
@@ -108,7 +108,7 @@ class Race:
 def train(
     module: Any, data: Any, steps: int, callbacks: list[Any], root: Path, **options: Any
 ) -> None:
-    """Fit for some steps, without bars and checkpoints."""
+    """Train for some steps, without progress bars and checkpoints."""
     import logging
     import warnings
 
@@ -135,7 +135,7 @@ def train(
 
 
 def big_module(ema: bool, image_size: int = 64) -> Any:
-    """The network of the overhead and memory tables, on latents of 48 x 16 x 16, or larger."""
+    """Make the model of the overhead and memory tables, on latents of 48 x 16 x 16, or larger."""
     from zsnr.codecs import PixelCodec
     from zsnr.conditioning import NullConditioner
     from zsnr.networks import UNetConfig
@@ -153,7 +153,7 @@ def big_module(ema: bool, image_size: int = 64) -> Any:
 
 
 def bare_loop(network: nn.Module, batch_size: int, image_size: int) -> Callable[[], object]:
-    """The floor: the same network and optimizer, and nothing else."""
+    """Make the lower bound: only the same network and optimizer."""
     from zsnr.denoiser import Conditioning
 
     network = copy.deepcopy(network).train()
@@ -210,29 +210,29 @@ def overhead(folder: Path, steps: int) -> list[str]:
     return [
         *lines,
         "",
-        f"Averaging reads and writes 12 bytes a parameter, {12e-9 * parameters:.2f} GB here, "
-        f"whatever the batch: {1000 * statistics.median(updates):.1f} ms. One `lerp_` of two "
+        f"Averaging reads and writes 12 bytes per parameter, {12e-9 * parameters:.2f} GB here, "
+        f"for any batch size: {1000 * statistics.median(updates):.1f} ms. One `lerp_` of two "
         f"tensors of that size takes {1000 * flat_lerp(parameters):.1f} ms. Stable Diffusion's "
         "latents are 32x32 at 256 pixels, 64x64 at 512.",
     ]
 
 
 def flat_lerp(size: int, times: int = 20) -> float:
-    """Time the least that averaging can take: so many floats in one tensor. Median, seconds."""
+    """Time the lower bound of averaging: `lerp_` of one tensor of this size. Median, seconds."""
     average, weights = torch.randn(2, size)
-    found = []
+    times_found = []
     for _ in range(times):
         start = time.perf_counter()
         average.lerp_(weights, 1e-4)
-        found.append(time.perf_counter() - start)
-    return statistics.median(found)
+        times_found.append(time.perf_counter() - start)
+    return statistics.median(times_found)
 
 
 # Memory
 
 
 def bytes_held(folder: str, root: str, checkpointing: bool) -> dict[str, int]:
-    """Train two steps on this rank of several, and count the bytes of what it holds."""
+    """Train two steps on this rank of several, and count the bytes of its tensors."""
     from lightning.pytorch import Trainer
     from lightning.pytorch.callbacks import Callback
 
@@ -241,34 +241,34 @@ def bytes_held(folder: str, root: str, checkpointing: bool) -> dict[str, int]:
     net = big_module(ema=True)
     if checkpointing:
         net.trained["unet"].enable_gradient_checkpointing()
-    found: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     forward = net._losses
 
     def counted(*args: Any, **kwargs: Any) -> Tensor:
-        kept: dict[int, int] = {}
+        saved: dict[int, int] = {}
 
         def pack(tensor: Tensor) -> Tensor:
-            # at this moment, as FSDP gathers weights block by block: those are no activations
-            own = {storage(t) for t in (*net.trained.parameters(), *net.buffers())}
-            if storage(tensor) not in own:
-                kept[storage(tensor)] = tensor.untyped_storage().nbytes()
+            # Evaluated now, as FSDP gathers weights block by block, which are not activations.
+            parameters = {storage(t) for t in (*net.trained.parameters(), *net.buffers())}
+            if storage(tensor) not in parameters:
+                saved[storage(tensor)] = tensor.untyped_storage().nbytes()
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             losses = forward(*args, **kwargs)
-        found["activations"] = sum(kept.values())
+        sizes["activations"] = sum(saved.values())
         return losses
 
     class Count(Callback):
         def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
-            found["gradients"] = sum(local_bytes(p.grad) for p in module.trained.parameters())
+            sizes["gradients"] = sum(local_bytes(p.grad) for p in module.trained.parameters())
 
         def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
             state = trainer.optimizers[0].state.values()
             tensors = [v for values in state for v in values.values() if isinstance(v, Tensor)]
-            found["optimizer"] = sum(map(local_bytes, tensors))
-            found["parameters"] = sum(local_bytes(p) for p in module.trained.parameters())
-            found["average"] = sum(local_bytes(p) for p in module.ema.parameters())
+            sizes["optimizer"] = sum(map(local_bytes, tensors))
+            sizes["parameters"] = sum(local_bytes(p) for p in module.trained.parameters())
+            sizes["average"] = sum(local_bytes(p) for p in module.ema.parameters())
 
     def local_bytes(tensor: Any) -> int:
         local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
@@ -297,11 +297,11 @@ def bytes_held(folder: str, root: str, checkpointing: bool) -> dict[str, int]:
         net,
         datamodule=DataModule(f"{folder}/train-*.tar", image_size=64, batch_size=8, num_workers=0),
     )
-    return found
+    return sizes
 
 
 def planned(folder: Path, ranks: int, checkpointing: bool) -> dict[str, Any]:
-    """Ask `zsnr plan` for the same run."""
+    """Return the estimate of `zsnr plan` for the same run."""
     import yaml
 
     config = {
@@ -322,9 +322,9 @@ def planned(folder: Path, ranks: int, checkpointing: bool) -> dict[str, Any]:
         path = Path(root) / "config.yaml"
         path.write_text(yaml.safe_dump(config))
         command = [sys.executable, "-m", "zsnr.cli", "plan", str(path), "--ranks", str(ranks)]
-        done = subprocess.run([*command, "--json"], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    plan: dict[str, Any] = json.loads(done.stdout)
+        process = subprocess.run([*command, "--json"], capture_output=True, text=True, cwd=ROOT)
+    assert process.returncode == 0, process.stderr
+    plan: dict[str, Any] = json.loads(process.stdout)
     return plan
 
 
@@ -332,7 +332,7 @@ KINDS = ("parameters", "gradients", "optimizer", "average", "activations")
 
 
 def memory(folder: Path) -> list[str]:
-    """Tabulate bytes a rank, measured and planned."""
+    """Tabulate bytes per rank, measured and estimated."""
     from ranks import groups
 
     lines = [
@@ -342,12 +342,12 @@ def memory(folder: Path) -> list[str]:
     lines[0] += " | all but activations x ranks / 1 rank's |"
     lines[1] += "---|"
     alone = 0.0
-    with groups() as made, tempfile.TemporaryDirectory() as root:
+    with groups() as runners, tempfile.TemporaryDirectory() as root:
         for ranks, checkpointing in ((1, False), (1, True), (2, False), (4, False)):
-            held = made[ranks](bytes_held, str(folder), root, checkpointing)[-1]
+            measured = runners[ranks](bytes_held, str(folder), root, checkpointing)[-1]
             plan = planned(folder, ranks, checkpointing)["bytes_per_rank"]
-            cells = [f"{held[kind] / 2**20:.1f} ({plan[kind] / 2**20:.1f})" for kind in KINDS]
-            state = sum(held[kind] for kind in KINDS[:4])
+            cells = [f"{measured[kind] / 2**20:.1f} ({plan[kind] / 2**20:.1f})" for kind in KINDS]
+            state = sum(measured[kind] for kind in KINDS[:4])
             alone = alone or state
             lines.append(
                 f"| {ranks} | {'on' if checkpointing else 'off'} | "
@@ -361,7 +361,7 @@ def memory(folder: Path) -> list[str]:
 
 
 def recipe(folder: Path, steps: int) -> list[str]:
-    """Compare images a second with the recipe of diffusers."""
+    """Compare images per second with diffusers' recipe."""
     from zsnr.training import DataModule
 
     lines = ["| data | batch | zsnr, images/s | diffusers recipe, images/s | zsnr / recipe |"]
@@ -373,20 +373,22 @@ def recipe(folder: Path, steps: int) -> list[str]:
             source: Path | str = f"{folder}/train-*.tar"
             if cached:
                 source = cache(folder, Path(root) / "text", Path(root) / "cache")
-            other = recipe_steps(net, folder, batch_size, cached)
-            race = Race({"recipe": lambda other=other: next(other)})
+            loop = recipe_steps(net, folder, batch_size, cached)
+            race = Race({"recipe": lambda loop=loop: next(loop)})
             data = DataModule(str(source), image_size=64, batch_size=batch_size, num_workers=0)
             train(net, data, steps + WARMUP, [race], Path(root), gradient_clip_val=1.0)
-        zsnr, theirs = (
+        zsnr, recipe_rate = (
             batch_size / statistics.median(times[WARMUP:]) for times in race.times.values()
         )
-        name = "cached latents and text" if cached else "pictures"
-        lines.append(f"| {name} | {batch_size} | {zsnr:.1f} | {theirs:.1f} | {zsnr / theirs:.2f} |")
+        name = "cached latents and text" if cached else "images"
+        lines.append(
+            f"| {name} | {batch_size} | {zsnr:.1f} | {recipe_rate:.1f} | {zsnr / recipe_rate:.2f} |"
+        )
     return lines
 
 
 def small_module(text: Path) -> Any:
-    """The quickstart's UNet and VAE, and a frozen CLIP text encoder of its size."""
+    """Make the quickstart's UNet and VAE, and a frozen CLIP text encoder of its size."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     from zsnr.codecs import AutoencoderKLCodec
@@ -407,7 +409,7 @@ def small_module(text: Path) -> Any:
 
 
 def cache(folder: Path, text: Path, output: Path) -> Path:
-    """Encode pictures and captions once."""
+    """Encode images and captions once."""
     import yaml
 
     from zsnr.cli import main
@@ -431,7 +433,7 @@ def cache(folder: Path, text: Path, output: Path) -> Path:
 
 
 def recipe_steps(net: Any, folder: Path, batch_size: int, cached: bool) -> Iterator[float]:
-    """The recipe: each `next` is an optimizer step, and gives its loss."""
+    """Run the recipe: each `next` makes an optimizer step and returns its loss."""
     from accelerate import Accelerator
     from diffusers import DDPMScheduler, UNet2DConditionModel
     from diffusers.optimization import get_scheduler
@@ -459,18 +461,18 @@ def recipe_steps(net: Any, folder: Path, batch_size: int, cached: bool) -> Itera
     def encode(pixels: Tensor) -> Any:
         return vae.encode(pixels).latent_dist
 
-    class Pictures(Dataset[dict[str, Any]]):
+    class Images(Dataset[dict[str, Any]]):
         def __len__(self) -> int:
             return len(samples)
 
         def __getitem__(self, i: int) -> dict[str, Any]:
             data, caption = samples[i]
-            picture = Image.open(io.BytesIO(data)).convert("RGB")
-            return {"pixels": transform(picture), "caption": caption}
+            image = Image.open(io.BytesIO(data)).convert("RGB")
+            return {"pixels": transform(image), "caption": caption}
 
-    class Cached(Pictures):
+    class Cached(Images):
         def __init__(self) -> None:
-            rows = [Pictures.__getitem__(self, i) for i in range(len(samples))]
+            rows = [Images.__getitem__(self, i) for i in range(len(samples))]
             with torch.no_grad():
                 self.moments = torch.cat([encode(row["pixels"][None]).parameters for row in rows])
                 self.context = torch.cat([text([row["caption"]]).context for row in rows])
@@ -490,7 +492,7 @@ def recipe_steps(net: Any, folder: Path, batch_size: int, cached: bool) -> Itera
     )
     optimizer = torch.optim.AdamW(unet.parameters(), **LR)
     rate = get_scheduler("constant", optimizer=optimizer)
-    dataset = Cached() if cached else Pictures()
+    dataset = Cached() if cached else Images()
     loader = DataLoader(dataset, batch_size=batch_size, shuffle=True, drop_last=True)
     accelerator = Accelerator(cpu=True)
     unet, optimizer, loader, rate = accelerator.prepare(unet, optimizer, loader, rate)
@@ -513,7 +515,7 @@ def recipe_steps(net: Any, folder: Path, batch_size: int, cached: bool) -> Itera
                 target = scheduler.get_velocity(latents, noise, t)
                 output = unet(noisy, t, context, return_dict=False)[0]
                 loss = nn.functional.mse_loss(output.float(), target.float(), reduction="mean")
-                seen = accelerator.gather(loss.repeat(batch_size)).mean().item()
+                gathered_loss = accelerator.gather(loss.repeat(batch_size)).mean().item()
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(unet.parameters(), 1.0)
@@ -522,7 +524,7 @@ def recipe_steps(net: Any, folder: Path, batch_size: int, cached: bool) -> Itera
                 optimizer.zero_grad()
             if accelerator.sync_gradients:
                 ema_unet.step(unet.parameters())
-            yield seen
+            yield gathered_loss
 
 
 def main() -> None:
@@ -544,7 +546,7 @@ def main() -> None:
         "Made by `python benchmarks/train_step.py --write`.",
     ]
     with tempfile.TemporaryDirectory() as root:
-        folder = pictures(Path(root) / "openmoji")
+        folder = openmoji(Path(root) / "openmoji")
         tables: dict[str, Callable[[], list[str]]] = {
             "overhead": lambda: overhead(folder, steps),
             "memory": lambda: memory(folder),

@@ -58,9 +58,9 @@ def _as_message(error: Exception) -> _Failure:
     return kind, str(error) or type(error).__name__
 
 
-def _raise(own: Exception | None, failure: _Failure | None) -> None:
-    if own is not None:
-        raise own
+def _raise(this_failure: Exception | None, failure: _Failure | None) -> None:
+    if this_failure is not None:
+        raise this_failure
     if failure is not None:
         kind, message = failure
         raise kind(message)

@@ -550,8 +550,8 @@ def _convert(
         return cast(dict[str, Tensor], converted)
     # Releases of transformers differ in this prefix; files may hold unused tensors.
     plain = {name.removeprefix("text_model."): tensor for name, tensor in converted.items()}
-    named = {name: plain.get(name.removeprefix("text_model.")) for name in expected}
-    return {name: tensor for name, tensor in named.items() if tensor is not None}
+    renamed = {name: plain.get(name.removeprefix("text_model.")) for name in expected}
+    return {name: tensor for name, tensor in renamed.items() if tensor is not None}
 
 
 def _compare(

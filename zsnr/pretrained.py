@@ -179,7 +179,7 @@ def _check_filled(
         ValueError: The files have too few weights, or are not safetensors.
     """
     stems = ("diffusion_pytorch_model", "model")
-    files = next((found for stem in stems if (found := find_weights(source, subfolder, stem))), [])
+    files = next((paths for stem in stems if (paths := find_weights(source, subfolder, stem))), [])
     if not files:
         return  # the library reports what is missing, and allocates nothing
     stored = sum(math.prod(shape) for path in files for shape in read_shapes(path).values())

@@ -152,12 +152,12 @@ def _check_storages(path: Path, value: Any) -> None:
     Raises:
         ValueError: A tensor is larger than its data, or not dense.
     """
-    waiting, seen = [value], set()
+    waiting, checked = [value], set()
     while waiting:
         current = waiting.pop()
-        if id(current) in seen:
+        if id(current) in checked:
             continue
-        seen.add(id(current))
+        checked.add(id(current))
         if isinstance(current, torch.Tensor):
             if current.is_sparse or current.is_quantized or current.is_nested:
                 raise ValueError(f"{path} holds a tensor that is not dense.")
@@ -402,7 +402,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     mapping = dict(pairs)
     if len(mapping) < len(pairs):
         repeated = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"{shown(repeated)} stands in it twice")
+        raise ValueError(f"{shown(repeated)} appears twice")
     return mapping
 
 
@@ -426,7 +426,7 @@ def _expanded(node: Any, sizes: dict[int, float]) -> float:
         if isinstance(key.value, str) and key.value != "<<":
             if key.value in keys:
                 line = key.start_mark.line + 1
-                raise ValueError(f"line {line}: {shown(key.value)} stands in it twice")
+                raise ValueError(f"line {line}: {shown(key.value)} appears twice")
             keys.add(key.value)
     flat = (child for part in parts for child in (part if isinstance(part, tuple) else (part,)))
     sizes[id(node)] = 1 + sum(_expanded(child, sizes) for child in flat)
