@@ -42,7 +42,7 @@ FLOORS = (
         "data",
         "reports",
     ),
-    ("training", "cli"),
+    ("training", "commands", "cli"),
 )
 ROOMS = [name for floor in FLOORS for name in floor]
 

@@ -185,6 +185,16 @@ class Lock:
                 os.utime(self.path)
 
 
+def lock_owner(path: Path) -> tuple[Owner, bool] | None:
+    """Return who holds a lock, and whether that process lives; None if nobody holds it."""
+    with suppress(OSError):
+        owner = _read(path)
+        if owner is not None:
+            silence = time.time() - path.stat().st_mtime
+            return owner, not _is_dead(owner, silence)
+    return None
+
+
 def unfinished(path: Path) -> Path:
     """Return the path of an unfinished file or folder beside `path`, whose name has its owner."""
     pid = os.getpid()

@@ -202,12 +202,14 @@ class StepBar(ProgressBar):
         tqdm.write(" ".join(map(str, args)))
 
     def _open(self, what: str, total: int | None, unit: str, initial: int = 0) -> tqdm[Any]:
+        size = shutil.get_terminal_size()  # with its own idea of a terminal that has no size
         return tqdm(
             desc=what,
             total=total,
             unit=unit,
             initial=initial,
-            ncols=shutil.get_terminal_size().columns,  # 80 where a terminal has no size
+            ncols=size.columns,
+            nrows=size.lines,
             disable=not self._shown,
         )
 

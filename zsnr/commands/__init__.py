@@ -1,0 +1,1 @@
+"""The commands of `zsnr`, one file each: a typed function whose docstring is its help."""
