@@ -16,7 +16,7 @@ FLOORS = (
         *("schedule", "prediction", "loss", "timesteps"),
         *("guidance_methods", "guidance", "transition", "noise"),
     ),
-    ("denoiser", "oracle", "samplers"),
+    ("denoiser", "oracle", "samplers", "sampling"),
     (
         "pickled",
         "untrusted",
@@ -27,6 +27,7 @@ FLOORS = (
         "elastic",
         "files",
         "failures",
+        "progress",
         "assets",
         "ldm_file",
         "pretrained",
@@ -41,7 +42,7 @@ FLOORS = (
         "data",
         "reports",
     ),
-    ("training", "cli"),
+    ("training", "commands", "cli"),
 )
 ROOMS = [name for floor in FLOORS for name in floor]
 

@@ -27,6 +27,7 @@ from zsnr.loss import LossWeighting
 from zsnr.prediction import PredictionType
 from zsnr.samplers import get_sampler, recommend_sampling
 from zsnr.samplers.recommend import AUTO, resolve_sampling
+from zsnr.sampling import recorded_guidance
 from zsnr.schedule import MAX_TIMESTEPS, NoiseSchedule
 from zsnr.timesteps import check_timesteps, get_timesteps, is_grid_file
 from zsnr.untrusted import clipped, open_regular, read_json, read_yaml, shown
@@ -504,7 +505,7 @@ def _examine_run(
     if run.get("sampling") is None:
         notes.append("it does not say how it is sampled: the package's defaults are assumed")
     sampling = _block(path, "sampling", run.get("sampling"))
-    _check_guidance(f"{path}: sampling", _recorded_guidance(sampling))
+    _check_guidance(f"{path}: sampling", recorded_guidance(sampling))
     found = _examine_own(
         target,
         "zsnr checkpoint",
@@ -627,7 +628,7 @@ def _examine_own(
             raise ValueError(f"{key}={shown(value)}: wanted a number.")
         facts[key] = value
     facts |= {key: told[key] for key in _SHOWN_GUIDANCE if told.get(key) is not None}
-    guidance = _check_guidance(f"{where}guidance", _recorded_guidance(told))
+    guidance = _check_guidance(f"{where}guidance", recorded_guidance(told))
     unanswered = guidance.method == "cfg" and guidance.threshold is None
     if zero and unanswered and guidance.rescale == 0 and max(guidance.scales) > 1:
         warnings.append("guidance without rescale over-exposes at zero SNR: rescale 0.7 is usual")
@@ -674,15 +675,6 @@ def _check_guidance(where: str, settings: Mapping[str, Any]) -> Guidance:
         return Guidance(**settings)
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{where}: {clipped(str(error), 300)}") from error
-
-
-def _recorded_guidance(sampling: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the guidance of a run.json, in which null ends an interval at infinity."""
-    names = [option.name for option in fields(Guidance)]
-    guidance = {n: sampling[f"guidance_{n}"] for n in names if f"guidance_{n}" in sampling}
-    if isinstance(guidance.get("interval"), list):
-        guidance["interval"] = [math.inf if x is None else x for x in guidance["interval"]]
-    return guidance
 
 
 def _is_plain_number(value: Any) -> bool:

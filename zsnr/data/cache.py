@@ -328,7 +328,7 @@ def write_cache(
     Raises:
         ValueError: The folder holds something else, or a cache of other settings.
     """
-    from tqdm import tqdm
+    from zsnr.progress import progress_bar
 
     _claim(folder, cache, conditioner)
     starts = samples.shard.searchsorted(range(len(samples.shards) + 1)).tolist()
@@ -352,7 +352,7 @@ def write_cache(
     )
     faults: list[Fault] = []
     total, done = sum(starts[n + 1] - starts[n] for n in mine), 0
-    with tqdm(total=total, desc="cache", unit="sample", disable=not progress) as bar:
+    with progress_bar(total, "cache", "sample", show=progress) as bar:
         for n in mine:
             rows = range(starts[n], starts[n + 1])
             items = DataLoader(

@@ -178,9 +178,8 @@ def write_grid(
     Raises:
         ValueError: Settings out of range, or no pictures.
     """
-    from tqdm import tqdm
-
     from zsnr import __version__
+    from zsnr.progress import progress_bar
 
     check_new(output)
     if output.suffix != ".json":
@@ -203,7 +202,7 @@ def write_grid(
     starts = {
         name: get_timesteps(name, num_steps, T, schedule=schedule).tolist() for name in STARTS
     }
-    with tqdm(desc="grids", unit="grid") as bar:
+    with progress_bar(None, "grids", "grid") as bar:
         ends = [optimize_grid(chosen, start, bar) for start in starts.values()]
     grid, best = min(ends, key=lambda end: end[1].total)
     judged = {name: held_out(start) for name, start in starts.items()} | {"this": held_out(grid)}

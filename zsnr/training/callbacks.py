@@ -24,7 +24,7 @@ from zsnr.files import HeldFolder, replacing, side_file
 from zsnr.locks import LOCK, Lock, remove_leftovers
 from zsnr.metrics.luma import luma
 from zsnr.noise import sample_generator
-from zsnr.pipeline import save_png
+from zsnr.pipeline import save_png, write_sample
 from zsnr.reports.pictures import picture_grid
 from zsnr.training.loggers import log_luma, log_picture
 from zsnr.training.module import LatentDiffusion
@@ -167,10 +167,7 @@ class PredictionWriter(BasePredictionWriter):
         assert self._held is not None
         self._held.check()
         for request, image in zip(batch, prediction, strict=True):
-            save_png(image, self.folder / request.filename)
-            entry = {"file": request.filename, **json.loads(image.info["zsnr"])}
-            with open(self._manifest(self._rank), "a", encoding="utf-8") as manifest:
-                manifest.write(json.dumps(entry) + "\n")
+            write_sample(image, self.folder / request.filename, self._manifest(self._rank))
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         trainer.strategy.barrier()
