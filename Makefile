@@ -23,7 +23,7 @@ quickstart: $(READY)
 	test -d $(RUN)/data || $(BIN)/zsnr data openmoji $(RUN)/data --glyphs demo
 	$(BIN)/zsnr fit -c $(CONFIG) --ckpt_path last
 	$(BIN)/zsnr predict -c $(CONFIG) --ckpt_path $(RUN)/checkpoints/last.ckpt --output $(RUN)/samples
-	$(BIN)/zsnr report $(RUN) --data $(RUN)/data
+	$(BIN)/python -m zsnr.reports.run $(RUN) --data $(RUN)/data
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile

@@ -1,12 +1,14 @@
 """The command line, in one process: imports are paid once."""
 
 import csv
+import inspect
 import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import pytest
@@ -15,8 +17,18 @@ import torch
 import yaml
 from PIL import Image
 
-from zsnr.cli import main
-from zsnr.samplers import registry
+from zsnr.checkpoints.checkpoint_file import sampling_of
+from zsnr.cli import COMMANDS, GROUPS, TRAINING, find_function, main
+from zsnr.commands.parsing import make_parser, parse_arguments
+from zsnr.commands.result import Result
+from zsnr.commands.sample import sample
+from zsnr.guidance import Guidance
+from zsnr.pipeline import TextToImage
+from zsnr.progress import progress_bar
+from zsnr.reports.arms import declared_arm
+from zsnr.samplers import DDIM, registry
+from zsnr.sampling import Sampling, choose_sampling, describe_sampling
+from zsnr.schedule import NoiseSchedule
 from zsnr.training.lightning_cli import parse_fit
 
 ROOT = Path(__file__).parents[1]
@@ -266,18 +278,6 @@ def test_predict_with_options_of_guidance(run, folder, tmp_path):
             assert facts[name[2:].replace("-", "_")] == yaml.safe_load(value), name
 
 
-def test_report(run, folder):
-    if not (run / "samples").exists():
-        assert predict(folder, "--output", str(run / "samples")) == 0
-    assert main(["report", str(run), "--data", str(folder / "shards")]) == 0
-    text = (run / "report.md").read_text()
-    for picture in re.findall(r"!\[.*?\]\((.*?)\)", text):
-        with Image.open(run / picture) as image:
-            assert min(image.size) > 8
-    assert "rescaled schedule, trailing (fixed)" in text
-    assert "kept fraction" in text
-
-
 @pytest.mark.parametrize(
     ("yaml_text", "options", "wanted"),
     [
@@ -422,8 +422,35 @@ def test_wrong_input_is_one_line_and_exit_code_2(folder, tmp_path, capsys, optio
     [
         (["predict", "-c", "CONFIG"], "predict needs a checkpoint"),
         (["validate", "-c", "CONFIG"], "validate needs a checkpoint"),
-        (["report", "/nowhere", "--data", "/nowhere"], "manifest.jsonl is missing"),
+        (["report", "RUN", "--data", "DATA"], "`python -m zsnr.reports.run RUN --data DATA`"),
+        (["compare", "a.ckpt", "b.ckpt"], "write `zsnr compare models MODEL MODEL -o PAGE`"),
+        (["compare", "--oracle", "x"], "write `zsnr compare oracle DATA -o PAGE`"),
+        (["compare", "modles", "x"], "unknown command compare modles; did you mean models?"),
+        (["compare"], "`zsnr compare` needs one of: models, oracle"),
+        ([], "a command is missing"),
+        (["dcotor", "x"], "unknown command dcotor; did you mean doctor?"),
+        (["frobnicate"], "unknown command frobnicate; `zsnr --help` lists the commands"),
         (["configs", "show", "nothing"], "Known: "),
+        (["configs", "show", "quikstart"], "did you mean quickstart?"),
+        (["export", "a.ckpt"], "`zsnr export` needs --output"),
+        (["sample", "a.ckpt"], "`zsnr sample` needs PROMPT"),
+        (["schedule", "cosine", "linear"], "unexpected argument linear"),
+        (["schedule", "--num-steps"], "--num-steps needs a value"),
+        (["schedule", "--num-steps", "many"], "--num-steps many: wanted a whole number"),
+        (
+            ["sample", "a", "b", "--guidance-scale", "high"],
+            "--guidance-scale high: wanted a number",
+        ),
+        (["figure", "3", "-o", "x.png"], "NUMBER 3: wanted one of 2, 4, 5, 6"),
+        (["export", "a", "-o", "b", "--dtype", "int8"], "--dtype int8: wanted one of float32, "),
+        (["schedule", "-plot", "x.png"], "unknown option -plot; did you mean --plot?"),
+        (["schedule", "--num_steps=4"], "unknown option --num_steps; did you mean --num-steps?"),
+        (["plan", "CONFIG", "--memry", "8"], "unknown option --memry; did you mean --memory?"),
+        (["plan", "CONFIG", "--data.batch_sise", "8"], "data.batch_size"),
+        (["sample", "nowhere", "a"], "nowhere is not there: wanted a checkpoint, folder"),
+        (["sample", "CONFIG", "a", "--device", "gpu"], "--device 'gpu' is not a device here"),
+        (["sample", "CONFIG", "a", "-o", "FULL"], "exists: choose another name"),
+        (["sample", "CONFIG", "a", "--num-images", "0"], "--num-images"),
         (["data", "openmoji", "FULL"], "not empty"),
     ],
 )
@@ -431,6 +458,236 @@ def test_other_wrong_input(folder, capsys, arguments, message):
     names = {"CONFIG": str(folder / "config.yaml"), "FULL": str(folder)}
     assert main([names.get(argument, argument) for argument in arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+# --- every command ------------------------------------------------------------------------------
+
+FUNCTIONS = [name for name in COMMANDS if name not in TRAINING]
+
+
+@pytest.mark.parametrize("command", FUNCTIONS)
+def test_the_help_of_a_command_describes_every_parameter_of_its_function(command, capsys):
+    function = find_function(command)
+    hints = get_type_hints(function)
+    parameters = inspect.signature(function).parameters
+    assert hints.keys() == {*parameters, "return"}
+    with pytest.raises(SystemExit) as end:
+        main([*command.split(), "--help"])
+    assert end.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.startswith(f"usage: zsnr {command} ")
+    assert " ".join(inspect.getdoc(function).partition("\n")[0].split()) in text
+    described = {action.dest: action.help for action in make_parser(command, function)._actions}
+    for name, parameter in parameters.items():
+        if name == "settings":
+            assert "Settings of `zsnr fit`" in text
+            continue
+        assert len(described[name]) > 10, name
+        assert not re.search(r"None|Likewise|\btype:", described[name]), name
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            assert f"--{name.replace('_', '-')}" in text
+    assert ("--json" in text) == (hints["return"] is Result)
+    if "output" in parameters:
+        assert "-o PATH, --output PATH" in text
+
+
+@pytest.mark.parametrize("command", FUNCTIONS)
+def test_every_mistyped_option_gets_a_suggestion(command, capsys):
+    flags = [
+        flag
+        for action in make_parser(command, find_function(command))._actions
+        for flag in action.option_strings
+        if flag.startswith("--")
+    ]
+    for flag in flags:
+        for wrong in (flag[:-1], f"{flag[:3]}{flag[4]}{flag[3]}{flag[5:]}", f"{flag}{flag[-1]}"):
+            if wrong in flags:
+                continue
+            assert main([*command.split(), wrong, "1"]) == (3 if command == "doctor" else 2)
+            error = capsys.readouterr().err.splitlines()
+            assert len(error) == 1
+            assert error[0].startswith(f"zsnr: error: unknown option {wrong}; did you mean --")
+
+
+def test_commands_are_listed_in_groups_a_line_each(capsys):
+    assert main(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for title, commands in GROUPS.items():
+        start = lines.index(f"{title}:")
+        for line, name in zip(lines[start + 1 :], commands, strict=False):
+            assert re.match(rf"  {name}  +[A-Z].*\.$", line)
+            assert len(line) <= 100
+    for group in ("data", "compare", "configs"):
+        assert main([group, "--help"]) == 0
+        text = capsys.readouterr().out
+        listed = [name for name in COMMANDS if f"  {name} " in text]
+        assert listed == [name for name in COMMANDS if name.split()[0] == group]
+
+
+def test_values_may_begin_with_a_minus_sign():
+    values, as_json = parse_arguments(
+        "sample",
+        find_function("sample"),
+        ["m", "a", "--guidance-curve", "-6:1/0:7.5", "-oout", "--json", "--", "-b"],
+    )
+    assert (values["guidance_curve"], values["output"], as_json) == ("-6:1/0:7.5", "out", True)
+    assert values["prompts"] == ["a", "-b"]
+
+
+# --- sample, and one default of all ------------------------------------------------------------
+
+
+def png_facts(path):
+    with Image.open(path) as image:
+        return json.loads(image.info["zsnr"])
+
+
+def test_sample_takes_everything_from_the_checkpoint(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    last = run / "checkpoints" / "last.ckpt"
+    prompt = "grey 1 on a black background"
+    assert main(["sample", str(last), prompt, "", "--num-images", "2"]) == 0
+    printed = capsys.readouterr()
+    files = [f"0000{line}-{seed}.png" for line in (1, 2) for seed in (0, 1)]
+    assert printed.out.split() == [f"samples/{file}" for file in files]
+    assert printed.err == ""  # progress is shown where it takes long
+    lines = (tmp_path / "samples" / "manifest.jsonl").read_text().splitlines()
+    assert [json.loads(line)["file"] for line in lines] == files
+    assert [(json.loads(line)["prompt"], json.loads(line)["seed"]) for line in lines] == [
+        (prompt, 0), (prompt, 1), ("", 0), ("", 1),
+    ]  # fmt: skip
+    facts = png_facts("samples/00001-1.png")
+    assert {"file": files[1], **facts} == json.loads(lines[1])
+    wanted = {"num_steps": 3, "sampler": "multiscale", "spacing": "guided", "guidance_scale": 7.5}
+    assert {name: facts[name] for name in wanted} == wanted
+    # the folder of the run is its last checkpoint, and nothing is overwritten
+    assert main(["sample", str(run), prompt]) == 0
+    assert capsys.readouterr().out.split() == ["samples-2/00001-0.png"]
+    assert Image.open("samples-2/00001-0.png") == Image.open("samples/00001-0.png")
+    assert main(["sample", str(run), prompt, "-o", "samples"]) == 2
+
+
+def test_sample_with_options(run, tmp_path, capsys):
+    options = [
+        *("--num-steps=2", "--sampler", "ddim", "--guidance-scale", "2", "--seed", "9"),
+        *("--guidance-interval", "0.3:inf", "--negative-prompt", "grey 3", "--height", "8"),
+    ]
+    out = tmp_path / "made"
+    assert main(["sample", str(run), "grey 2", *options, "-o", str(out), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["images"] == [str(out / "00001-9.png")]
+    with Image.open(out / "00001-9.png") as image:
+        assert image.size == (16, 8)
+        facts = json.loads(image.info["zsnr"])
+    wanted = {
+        "negative_prompt": "grey 3",
+        "num_steps": 2,
+        "sampler": "ddim",
+        "spacing": "trailing",
+        "guidance_scale": 2.0,
+        "guidance_interval": [0.3, None],
+    }
+    assert {name: facts[name] for name in wanted} == wanted
+    same = ["--guidance-interval", "[0.3,.inf]", "--guidance-curve", "[[-6,1],[0,7.5]]"]
+    assert main(["sample", str(run), "a", *same, "-o", str(tmp_path / "b")]) == 0
+    facts = png_facts(tmp_path / "b" / "00001-0.png")
+    assert facts["guidance_interval"] == [0.3, None]
+    assert facts["guidance_curve"] == [[-6, 1], [0, 7.5]]
+
+
+def test_sample_of_a_diffusers_folder_is_the_papers(tmp_path, capsys):
+    tiny.sdxl_folder(tmp_path / "model")
+    result = sample(str(tmp_path / "model"), ["a"], output=tmp_path / "out", num_steps=None)
+    facts = png_facts(result.facts["images"][0])
+    wanted = {
+        "num_steps": 50,
+        "sampler": "ddim",
+        "spacing": "trailing",
+        "guidance_scale": 7.5,
+        "guidance_rescale": 0.7,
+    }
+    assert {name: facts[name] for name in wanted} == wanted
+
+
+def test_every_entry_point_samples_as_the_checkpoint_declares(
+    run, folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    prompt = "grey 1 on a black background"
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": prompt}) + "\n")
+    assert main(["sample", str(run), prompt, "-o", "sample"]) == 0
+    made = Image.open("sample/00001-0.png")
+    wanted = describe_sampling(choose_sampling(sampling_of(str(run))))
+    assert wanted["num_steps"] == 3
+
+    [image] = TextToImage.from_pretrained(run)([prompt], progress=False)
+    assert np.array_equal(image, made)
+    assert wanted.items() <= json.loads(image.info["zsnr"]).items()
+
+    assert predict(folder, "--prompts", "prompts.jsonl", "--output", "predict") == 0
+    assert np.array_equal(Image.open("predict/00001-0.png"), made)
+
+    compare = ["compare", "models", str(run), "--vary", "guidance_rescale=0.7,0"]
+    options = ["--prompts", "prompts.jsonl", "--count", "1", "-o", "compare", "--json"]
+    capsys.readouterr()
+    assert main([*compare, *options]) == 0
+    arm, other = json.loads(capsys.readouterr().out)["arms"]
+    assert (arm["num_steps"], other["num_steps"]) == (3, 3)
+    assert np.array_equal(Image.open(next(Path("compare").glob("images/01*/*.png"))), made)
+
+    arms = []
+    monkeypatch.setattr(
+        "zsnr.reports.figures.draw_figure", lambda _, arm, *a, **k: arms.append(arm)
+    )
+    assert main(["figure", "5", "--model", str(run), "-o", "figure.png"]) == 0
+    assert describe_sampling(arms[0].sampling()) == wanted
+
+
+@pytest.mark.parametrize(
+    ("declared", "asked", "wanted"),
+    [
+        ({}, {}, ("ddim", 50, "trailing", 7.5, 0.7)),
+        ({}, {"num_steps": 8}, ("multiscale", 8, "guided", 7.5, 0.7)),
+        ({"num_steps": 3}, {}, ("multiscale", 3, "guided", 7.5, 0.7)),
+        ({"num_steps": 3}, {"num_steps": 50}, ("ddim", 50, "trailing", 7.5, 0.7)),
+        ({"num_steps": 8}, {"guidance": {"scale": 1.0}}, ("multiscale", 8, "log_snr", 1.0, 0.7)),
+        ({"sampler": "heun", "num_steps": 8}, {"num_steps": 9}, ("heun", 9, "trailing", 7.5, 0.7)),
+        ({"spacing": "leading"}, {"sampler": "euler"}, ("euler", 50, "leading", 7.5, 0.7)),
+        ({"spacing": "leading"}, {"spacing": "auto"}, ("ddim", 50, "trailing", 7.5, 0.7)),
+        ({"num_steps": 8}, {"sampler": "ddim"}, ("ddim", 8, "trailing", 7.5, 0.7)),
+    ],
+)
+def test_what_is_not_asked_for_is_as_declared(declared, asked, wanted):
+    told = json.loads(json.dumps(describe_sampling(Sampling(**declared)))) if declared else {}
+    found = describe_sampling(choose_sampling(told, **asked))
+    names = ("sampler", "num_steps", "spacing", "guidance_scale", "guidance_rescale")
+    assert tuple(found[name] for name in names) == wanted
+
+
+def test_declared_options_and_timesteps_are_kept(tmp_path):
+    (tmp_path / "grid.json").write_text('{"timesteps": [999, 300]}')
+    guidance = Guidance(interval=(0.3, np.inf), method="apg", apg_norm=2.0)
+    sampling = Sampling(DDIM(eta=0.5), 2, str(tmp_path / "grid.json"), guidance)
+    told = json.loads(json.dumps(describe_sampling(sampling)))
+    (tmp_path / "grid.json").unlink()  # as on another machine
+    found = choose_sampling(told)
+    assert describe_sampling(found) == describe_sampling(sampling)
+    assert found.timesteps(NoiseSchedule()).tolist() == [999, 300]
+    assert choose_sampling(told, num_steps=3).spacing == "trailing"
+    assert declared_arm({**told, "spacing": "trailing"}).sampling().sampler == DDIM(eta=0.5)
+    for wrong in ({"num_steps": "3"}, {"timesteps": [5]}, {"sampler": 3}, {"guidance_scale": []}):
+        with pytest.raises(ValueError, match="sampling that the model declares is unreadable"):
+            choose_sampling({**told, **wrong})
+
+
+def test_progress_is_lines_where_stderr_is_no_terminal(capsys, monkeypatch):
+    monkeypatch.setattr("zsnr.progress.INTERVAL", 0.0)
+    with progress_bar(3, "sampling", "step") as bar:
+        for _ in range(3):
+            bar.update()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("sampling: 3/3 steps, 00:00")
+    assert all(re.fullmatch(r"sampling: \d/3 steps, [\d:]+, [\d:?]+ left", line) for line in lines)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)

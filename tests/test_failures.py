@@ -14,7 +14,6 @@ import pytest
 import torch
 from lightning.fabric.utilities.seed import seed_everything
 
-from zsnr import cli
 from zsnr.cli import main
 from zsnr.failures import told
 from zsnr.files import replacing
@@ -28,10 +27,10 @@ STEERING = "\x1b[31m\x1b]0;title\x07\r\x9b\u202e\u2066\u200b\ufeff\u2028"
 def fail(monkeypatch, error):
     """Let a command raise an error."""
 
-    def run(options):
+    def run() -> None:
         raise error
 
-    monkeypatch.setattr(cli, "_schedule", run)
+    monkeypatch.setattr("zsnr.commands.schedule.schedule", run)
 
 
 def raised_by(call, *arguments):

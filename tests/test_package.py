@@ -16,7 +16,7 @@ FLOORS = (
         *("schedule", "prediction", "loss", "timesteps"),
         *("guidance_methods", "guidance", "transition", "noise"),
     ),
-    ("denoiser", "draws", "objective", "oracle", "samplers"),
+    ("denoiser", "draws", "objective", "oracle", "samplers", "sampling"),
     (
         "pickled",
         "untrusted",
@@ -28,6 +28,7 @@ FLOORS = (
         "elastic",
         "files",
         "failures",
+        "progress",
         "assets",
         "ldm_file",
         "pretrained",

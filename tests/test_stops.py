@@ -452,11 +452,15 @@ def test_all_ranks_cut_a_validation_short(ranks, shards, tmp_path):
 def test_a_command_that_is_stopped_resumes(shards, tmp_path, monkeypatch, what):
     output = tmp_path / ("made.png" if what == "figure" else "made")
     many = f"{shards}/train-*.tar"
-    oracle = ["--oracle", many, "--image-size", "8", "--num-steps", "2", "--count", "2"]
+    oracle = [many, "--image-size", "8", "--num-steps", "2", "--count", "2"]
     command, owner, name = {
-        "compare": (["compare", *oracle, "--output"], "zsnr.reports.compare", "measure_arms"),
+        "compare": (
+            ["compare", "oracle", *oracle, "--output"],
+            "zsnr.reports.compare",
+            "measure_arms",
+        ),
         "figure": (
-            ["figure", "5", *oracle, "--output"],
+            ["figure", "5", "--oracle", *oracle, "--output"],
             "zsnr.reports.figures",
             "make_panels",
         ),
@@ -558,13 +562,14 @@ FAILS = """
 import sys
 from pathlib import Path
 from zsnr import cli, files
+from zsnr.commands import schedule
 
-def fail(options):
+def fail() -> None:
     with open(sys.argv[1], "a") as file:
         file.write("tried\\n")
     files.check_new(Path("/"))
 
-cli._schedule = fail
+schedule.schedule = fail
 sys.exit(cli.main(["schedule"]))
 """
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import operator
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from zsnr.checkpoints import (
     read_diffusers_folder,
     read_single_file,
 )
+from zsnr.checkpoints.run_folder import resolve_model
 from zsnr.codecs import LatentCodec, PixelCodec
 from zsnr.denoiser import Conditioning, Denoiser, Network
 from zsnr.files import replacing
@@ -26,94 +26,17 @@ from zsnr.guidance import Guidance
 from zsnr.ldm_file import is_single_file
 from zsnr.noise import SampleNoise, sample_generator
 from zsnr.prediction import PredictionType, check_prediction_type
-from zsnr.samplers import Sampler, get_sampler
+from zsnr.progress import progress_bar
+from zsnr.samplers import Sampler
 from zsnr.samplers.base import Callback
-from zsnr.samplers.recommend import AUTO, resolve_sampling
-from zsnr.samplers.registry import sampler_name
+from zsnr.sampling import Sampling as Sampling
+from zsnr.sampling import choose_sampling
+from zsnr.sampling import describe_guidance as describe_guidance
+from zsnr.sampling import describe_sampling as describe_sampling
 from zsnr.schedule import NoiseSchedule
-from zsnr.timesteps import get_timesteps, is_grid_file, read_grid
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How images are sampled. The number of steps alone is enough.
-
-    "auto" is replaced by what it stands for when this is made, see `resolve_sampling`: with 50
-    steps and more it is the paper's DDIM and trailing timesteps, with fewer steps what the
-    measurements favor at this guidance scale. So `dataclasses.replace` keeps what was chosen.
-
-    Args:
-        sampler: The sampler, its registered name, or "auto". "auto" chooses the sampler for the
-            number of steps and the guidance scale, or takes DDIM where a spacing is given.
-        num_steps: S, from which sampler and spacing follow where they are "auto". The network is
-            called as often, by Heun's method nearly twice as often.
-        spacing: A registered timestep spacing; the path of a grid that `zsnr timesteps optimize`
-            wrote, seen from the folder where the command runs; or "auto". "auto" chooses the
-            spacing with the sampler, or takes trailing timesteps where a sampler is given.
-        guidance: Guidance scale, rescale, interval and method.
-
-    Attributes:
-        grid: What that file held; None where the spacing is none.
-
-    Raises:
-        ValueError: The sampler's name is unknown, the number of steps is not positive, or the file
-            holds no grid.
-        OSError: The file cannot be read.
-    """
-
-    sampler: Sampler | str = AUTO
-    num_steps: int = 50
-    spacing: str = AUTO
-    guidance: Guidance = field(default_factory=Guidance)
-
-    grid: tuple[int, ...] | None = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.guidance, Guidance):
-            raise ValueError(f"guidance={self.guidance!r}: wanted a Guidance.")
-        sampler, spacing = resolve_sampling(
-            self.sampler, self.spacing, self.num_steps, self.guidance
-        )
-        steps = read_grid(Path(spacing)).timesteps if is_grid_file(spacing) else None
-        object.__setattr__(self, "grid", None if steps is None else tuple(steps))
-        object.__setattr__(self, "spacing", spacing)
-        sampler = get_sampler(sampler) if isinstance(sampler, str) else sampler
-        if not isinstance(sampler, Sampler):
-            raise ValueError(f"sampler={sampler!r}: wanted a sampler, the name of one, or 'auto'.")
-        object.__setattr__(self, "sampler", sampler)
-
-
-def describe_sampling(sampling: Sampling) -> dict[str, Any]:
-    """Return how images are sampled, as plain values.
-
-    A grid of a file is written out as `timesteps`: the file may change, or be on another machine.
-    """
-    sampler: Any = sampling.sampler
-    return {
-        "sampler": sampler_name(sampler),
-        "sampler_options": asdict(sampler) if is_dataclass(type(sampler)) else {},
-        "num_steps": sampling.num_steps,
-        "spacing": sampling.spacing,
-        **({} if sampling.grid is None else {"timesteps": list(sampling.grid)}),
-        **describe_guidance(sampling.guidance),
-    }
-
-
-def describe_guidance(guidance: Guidance) -> dict[str, Any]:
-    """Return guidance as plain values: scale, rescale and interval, and what is not the default."""
-    described: dict[str, Any] = {
-        "guidance_scale": guidance.scale,
-        "guidance_rescale": guidance.rescale,
-        "guidance_interval": _ends(guidance.interval),
-    }
-    for option in fields(Guidance):
-        value, name = getattr(guidance, option.name), f"guidance_{option.name}"
-        if name not in described and value != option.default:
-            described[name] = [list(knot) for knot in value] if option.name == "curve" else value
-    return described
 
 
 def check_threshold(guidance: Guidance, codec: LatentCodec) -> None:
@@ -140,9 +63,7 @@ def check_steps(sampling: Sampling, schedule: NoiseSchedule) -> None:
     sampler = sampling.sampler
     assert isinstance(sampler, Sampler)
     if sampling.guidance.method == "cfg_pp" and type(sampler).sample is Sampler.sample:
-        T = schedule.num_timesteps
-        timesteps = get_timesteps(sampling.spacing, sampling.num_steps, T, schedule=schedule)
-        sampler.plan(schedule, timesteps, sampling.guidance)
+        sampler.plan(schedule, sampling.timesteps(schedule), sampling.guidance)
 
 
 class TextToImage:
@@ -174,8 +95,9 @@ class TextToImage:
         """Load a model.
 
         Args:
-            path_or_hub: A folder of diffusers, a hub id, a single .safetensors file in the ldm
-                layout, or a .ckpt file of this package.
+            path_or_hub: A diffusers folder, a hub id, a single .safetensors file in the ldm layout,
+                a .ckpt file of this package, or the folder of a run, whose last checkpoint is
+                taken.
             schedule: Instead of the one the model declares.
             prediction_type: Likewise.
             device: Where to run. None = the GPU if there is one.
@@ -186,9 +108,7 @@ class TextToImage:
         Raises:
             ValueError: Nothing readable is there, or no raw weights where they are asked for.
         """
-        source = str(path_or_hub)
-        if source.startswith("~"):
-            source = str(Path(source).expanduser())
+        source = resolve_model(path_or_hub)
         if raw_beside:
             check_raw_beside(source)
         if source.endswith(".ckpt"):
@@ -228,9 +148,10 @@ class TextToImage:
         height: int | None = None,
         width: int | None = None,
         sampler: Sampler | str | None = None,
-        num_steps: int = Sampling.num_steps,
+        num_steps: int | None = None,
         spacing: str | None = None,
         guidance: Guidance | None = None,
+        sampling: Sampling | None = None,
         batch_size: int = 8,
         max_rows: int | None = None,
         progress: bool = True,
@@ -246,16 +167,18 @@ class TextToImage:
             seeds: One a prompt. None = 0, 1, 2, ...
             height: Pixels. None = the size the model was trained at.
             width: Likewise.
-            sampler: A sampler, or the name of a registered one. None = "auto", see `Sampling`.
-            num_steps: S, see `Sampling`.
-            spacing: A registered timestep spacing, or the path of a grid file. None = "auto".
-            guidance: None = the paper's, scale 7.5 and rescale 0.7. Against "raw" it needs a model
-                with `raw_unet`, and takes no negative prompts.
+            sampler: A sampler, or the name of a registered one. This and the next three are by
+                default what the model declares, see `choose_sampling`.
+            num_steps: S, see `Sampling`. A model that declares nothing is sampled in 50 steps.
+            spacing: A registered timestep spacing, or the path of a grid file.
+            guidance: Scale 7.5 and rescale 0.7, the paper's, if the model declares nothing.
+                Against "raw" it needs a model with `raw_unet`, and takes no negative prompts.
+            sampling: All of these four at once.
             batch_size: Images at a time.
             max_rows: Rows of one network call, to bound memory; see `Denoiser`, also for what
                 that means where the network is sharded. None = with guidance two an image, else
                 one.
-            progress: Show a bar on stderr.
+            progress: Show the progress on stderr.
             callback: Called after each step of each batch, as by `Sampler.sample`: with the step's
                 number, its timestep, the predicted x_0 and the state it led to, both latents.
 
@@ -265,8 +188,6 @@ class TextToImage:
         Raises:
             ValueError: Lists of different lengths, or settings out of range.
         """
-        from tqdm import tqdm
-
         prompts, negatives = _prompts(prompts, negative_prompts)
         seeds = range(len(prompts)) if seeds is None else seeds
         seeds = [operator.index(seed) for seed in seeds]
@@ -274,16 +195,21 @@ class TextToImage:
         for name, most in (("batch_size", batch_size), ("max_rows", max_rows)):
             if most is not None and most < 1:
                 raise ValueError(f"{name}={most}: wanted at least 1.")
-        sampling = Sampling(
-            AUTO if sampler is None else sampler,
-            num_steps,
-            AUTO if spacing is None else spacing,
-            guidance or Guidance(),
-        )
+        if sampling is None:
+            sampling = choose_sampling(
+                self.model.sampling,
+                sampler=sampler,
+                num_steps=num_steps,
+                spacing=spacing,
+                guidance=guidance,
+            )
+        elif (sampler, num_steps, spacing, guidance) != (None,) * 4:
+            raise ValueError(
+                "sampling holds sampler, num_steps, spacing and guidance: give it alone."
+            )
+        num_steps = sampling.num_steps
         self._check_guidance(sampling.guidance, negatives)
-        schedule = self.model.schedule
-        T = schedule.num_timesteps
-        timesteps = get_timesteps(sampling.spacing, num_steps, T, schedule=schedule)
+        timesteps = sampling.timesteps(self.model.schedule)
         height = self.model.image_size if height is None else height
         width = self.model.image_size if width is None else width
         shape = self.model.codec.latent_shape(height, width)
@@ -293,9 +219,7 @@ class TextToImage:
         facts = self.describe(sampling)
         images: list[Image] = []
         batches = range(0, len(prompts), batch_size)
-        bar = tqdm(
-            total=len(batches) * num_steps, desc="sampling", unit="step", disable=not progress
-        )
+        bar = progress_bar(len(batches) * num_steps, "sampling", "step", show=progress)
 
         def after_step(i: int, t: int, x_0: Tensor, x_s: Tensor) -> None:
             bar.update()
@@ -349,7 +273,7 @@ class TextToImage:
         Args:
             prompts: What to show.
             negative_prompts: What to guide away from, one a prompt; "" = nothing. None = nothing.
-            guidance: None = the paper's, scale 7.5 and rescale 0.7.
+            guidance: None = what the model declares, else the paper's, scale 7.5 and rescale 0.7.
             height: Pixels. None = the size the model was trained at. Only networks that take sizes
                 are told.
             width: Likewise.
@@ -359,7 +283,7 @@ class TextToImage:
             ValueError: Lists of different lengths, or guidance that does not fit the model.
         """
         prompts, negatives = _prompts(prompts, negative_prompts)
-        guidance = guidance or Guidance()
+        guidance = guidance or choose_sampling(self.model.sampling).guidance
         self._check_guidance(guidance, negatives)
         size = self.model.image_size
         cond, uncond = self._conditioning(
@@ -487,9 +411,12 @@ def save_png(image: Image, path: str | Path) -> None:
         image.save(beside, format="PNG", pnginfo=info)
 
 
-def _ends(interval: tuple[float, float] | None) -> list[float | None] | None:
-    """Write an interval as JSON has it: null for an infinite end."""
-    return None if interval is None else [x if math.isfinite(x) else None for x in interval]
+def write_sample(image: Image, path: Path, manifest: Path) -> None:
+    """Write an image of a pipeline, and its line of the manifest."""
+    save_png(image, path)
+    entry = {"file": path.name, **json.loads(image.info["zsnr"])}
+    with open(manifest, "a", encoding="utf-8") as lines:
+        lines.write(json.dumps(entry) + "\n")
 
 
 def _prompts(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from zsnr.checkpoints import sharded
 from zsnr.checkpoints.model import Model
+from zsnr.checkpoints.run_folder import resolve_model
 from zsnr.codecs import LatentCodec
 from zsnr.conditioning import Conditioner
 from zsnr.described import build, describe
@@ -121,6 +122,7 @@ def read_checkpoint(
         schedule=schedule,
         prediction_type=description["prediction_type"],
         image_size=description["image_size"],
+        sampling=declared_sampling(checkpoint),
     )
     _load(model.unet, weights, f"{prefix}.unet.", path)
     if model.conditioner.trainable:
@@ -130,6 +132,29 @@ def read_checkpoint(
     raw, (prefix, weights) = build(description["unet"], UNet), _weights(path, checkpoint, ema=False)
     _load(raw, weights, f"{prefix}.unet.", path)
     return replace(model, raw_unet=raw)
+
+
+def declared_sampling(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return how an opened checkpoint declares that it is sampled; empty if it declares nothing."""
+    run = checkpoint.get("run")
+    sampling = run.get("sampling") if isinstance(run, Mapping) else None
+    return sampling if isinstance(sampling, Mapping) else {}
+
+
+def sampling_of(source: str) -> Mapping[str, Any]:
+    """Return how a model declares that it is sampled, without loading it; see `choose_sampling`.
+
+    Args:
+        source: What `TextToImage.from_pretrained` takes.
+
+    Returns:
+        Plain values; empty if it declares nothing, as models of other programs.
+
+    Raises:
+        ValueError: It is a checkpoint that cannot be read.
+    """
+    path = resolve_model(source)
+    return declared_sampling(open_checkpoint(path)) if path.endswith(".ckpt") else {}
 
 
 def _check_description(path: Path, description: Mapping[str, Any]) -> NoiseSchedule:

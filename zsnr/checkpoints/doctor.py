@@ -27,6 +27,7 @@ from zsnr.loss import LossWeighting
 from zsnr.prediction import PredictionType
 from zsnr.samplers import get_sampler, recommend_sampling
 from zsnr.samplers.recommend import AUTO, resolve_sampling
+from zsnr.sampling import recorded_guidance
 from zsnr.schedule import MAX_TIMESTEPS, NoiseSchedule
 from zsnr.timesteps import check_timesteps, get_timesteps, is_grid_file
 from zsnr.untrusted import clipped, open_regular, read_json, read_yaml, shown
@@ -508,7 +509,7 @@ def _examine_run(
     if run.get("sampling") is None:
         notes.append("it does not record sampling settings: the package's defaults are assumed")
     sampling = _block(path, "sampling", run.get("sampling"))
-    _check_guidance(f"{path}: sampling", _recorded_guidance(sampling))
+    _check_guidance(f"{path}: sampling", recorded_guidance(sampling))
     diagnosis = _examine_training(
         target,
         "zsnr checkpoint",
@@ -632,7 +633,7 @@ def _examine_training(
             raise ValueError(f"{key}={shown(value)}: wanted a number.")
         facts[key] = value
     facts |= {key: settings[key] for key in _SHOWN_GUIDANCE if settings.get(key) is not None}
-    guidance = _check_guidance(f"{where}guidance", _recorded_guidance(settings))
+    guidance = _check_guidance(f"{where}guidance", recorded_guidance(settings))
     unanswered = guidance.method == "cfg" and guidance.threshold is None
     if zero and unanswered and guidance.rescale == 0 and max(guidance.scales) > 1:
         warnings.append("guidance without rescale over-exposes at zero SNR: rescale 0.7 is usual")
@@ -680,15 +681,6 @@ def _check_guidance(where: str, settings: Mapping[str, Any]) -> Guidance:
         return Guidance(**settings)
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{where}: {clipped(str(error), 300)}") from error
-
-
-def _recorded_guidance(sampling: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the guidance settings of a run.json, where null is the infinite end of an interval."""
-    names = [option.name for option in fields(Guidance)]
-    guidance = {n: sampling[f"guidance_{n}"] for n in names if f"guidance_{n}" in sampling}
-    if isinstance(guidance.get("interval"), list):
-        guidance["interval"] = [math.inf if x is None else x for x in guidance["interval"]]
-    return guidance
 
 
 def _is_plain_number(value: Any) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from zsnr.codecs import LatentCodec
 from zsnr.conditioning import Conditioner
@@ -24,6 +26,8 @@ class Model:
         image_size: Height and width it was trained at, in pixels.
         raw_unet: The network with the weights of the last step, if `unet` has averaged weights, for
             guidance away from it. None = not available, or not requested.
+        sampling: The sampling settings that the model declares, as plain values; see
+            `choose_sampling`. Empty = it declares none.
     """
 
     codec: LatentCodec
@@ -33,3 +37,4 @@ class Model:
     prediction_type: PredictionType
     image_size: int
     raw_unet: UNet | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)

@@ -339,7 +339,7 @@ def write_cache(
     Raises:
         ValueError: The folder holds other files, or a cache with other settings.
     """
-    from tqdm import tqdm
+    from zsnr.progress import progress_bar
 
     _claim(folder, cache, conditioner)
     starts = samples.shard.searchsorted(range(len(samples.shards) + 1)).tolist()
@@ -363,7 +363,7 @@ def write_cache(
     )
     faults: list[Fault] = []
     total, done = sum(starts[n + 1] - starts[n] for n in shard_numbers), 0
-    with tqdm(total=total, desc="cache", unit="sample", disable=not progress) as bar:
+    with progress_bar(total, "cache", "sample", show=progress) as bar:
         for n in shard_numbers:
             rows = range(starts[n], starts[n + 1])
             items = DataLoader(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import pickle
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from zsnr.data.captions import TEXTS, Captions, field_names
 from zsnr.data.faults import Fault, Ledger, as_utf8, summarize
@@ -160,7 +159,7 @@ def load_index(
         OSError: An index file cannot be written, and `must_write` is set.
         ValueError: The index of a cached shard is missing or belongs to another shard.
     """
-    from tqdm import tqdm
+    from zsnr.progress import progress_bar
 
     shards, parts = find_shards(sources), []
     columns = None if fields is None else [FIELD + name for name in fields]
@@ -176,20 +175,14 @@ def load_index(
     if processes > 1:
         pool = ProcessPoolExecutor(processes, get_context("spawn"))
     try:
-        bar = tqdm(
-            pool.map(load, shards),
-            total=len(shards),
-            desc="index",
-            unit="shard",
-            delay=2,
-            disable=not progress,
-        )
-        for part, passing, reason in bar:
-            parts.append(part)
-            unwritten += [reason] * bool(reason)
-            if storage.on_fault is not None:
-                for fault in passing:
-                    storage.on_fault(*fault)
+        with progress_bar(len(shards), "index", "shard", show=progress, delay=2) as bar:
+            for part, passing, reason in pool.map(load, shards):
+                bar.update()
+                parts.append(part)
+                unwritten += [reason] * bool(reason)
+                if storage.on_fault is not None:
+                    for fault in passing:
+                        storage.on_fault(*fault)
     finally:
         pool.shutdown(wait=len(parts) == len(shards), cancel_futures=True)
     if unwritten:
@@ -215,9 +208,8 @@ def write_indices(
     processes: int = 0,
     headers: Mapping[str, str] | None = None,
     local_cache: LocalCache | None = None,
-    as_json: bool = False,
-) -> str:
-    """Index shards and return a summary; `zsnr data index`.
+) -> tuple[dict[str, Any], str]:
+    """Index shards; `zsnr data index`.
 
     Args:
         sources: Sources to index.
@@ -228,7 +220,9 @@ def write_indices(
         processes: Number of processes.
         headers: Headers of requests to http servers.
         local_cache: Cache of whole remote shards on local disk.
-        as_json: Return JSON.
+
+    Returns:
+        A summary as plain values, and as text.
 
     Raises:
         OSError: An index file cannot be written.
@@ -287,8 +281,6 @@ def write_indices(
         "fields": fields,
         "digest": index.digest,
     }
-    if as_json:
-        return json.dumps(facts)
     size = sum(index.sizes) / 2**20
     samples = f"{table.num_rows} sample{'s' * (table.num_rows != 1)}"
     lines = [f"{samples} in {counted(index.shards)}, {size:.1f} MiB"]
@@ -304,7 +296,7 @@ def write_indices(
         lines.append(f"not read: {summarize(notes)}")
     if any(index_path(shard, folder) is None for shard in index.shards):
         lines.append("folders of images have no index file: they are indexed each time")
-    return "\n".join(lines)
+    return facts, "\n".join(lines)
 
 
 def _lock(shards: Sequence[Shard], folder: Path | None) -> AbstractContextManager[object]:

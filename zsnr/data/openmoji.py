@@ -218,10 +218,10 @@ def _write_splits(
     samples_per_shard: int,
     progress: bool,
 ) -> None:
-    from tqdm import tqdm
+    from zsnr.progress import progress_bar
 
     total = sum(len(pairs) for pairs in splits.values())
-    with tqdm(total=total, desc="OpenMoji", unit="image", disable=not progress) as bar:
+    with progress_bar(total, "OpenMoji", "image", show=progress) as bar:
         for split, pairs in splits.items():
             for first in range(0, len(pairs), samples_per_shard):
                 path = folder / f"{split}-{first // samples_per_shard:06d}.tar"

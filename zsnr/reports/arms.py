@@ -11,11 +11,14 @@ from pathlib import Path, PurePath
 from typing import Any, Literal, get_args
 
 from zsnr.guidance import Curve, Guidance, GuidanceMethod, GuidanceSource
-from zsnr.pipeline import Sampling, check_steps
+from zsnr.pipeline import check_steps
 from zsnr.reports.schedule import both
+from zsnr.samplers import Sampler, get_sampler
 from zsnr.samplers.recommend import AUTO, resolve_sampling
+from zsnr.sampling import Sampling, read_declared
 from zsnr.schedule import NoiseSchedule
 from zsnr.timesteps import get_timesteps
+from zsnr.untrusted import parse_yaml
 
 ScheduleKind = Literal["original", "rescaled"]
 
@@ -44,6 +47,8 @@ class Arm:
         guidance_apg_parallel: eta of APG.
         guidance_apg_norm: r of APG.
         guidance_against: What to guide away from.
+        sampler_options: Options of the sampler, such as eta, by name; those that the model
+            declares, if the sampler is the one that it declares.
     """
 
     name: str = ""
@@ -62,6 +67,7 @@ class Arm:
     guidance_apg_parallel: float = Guidance.apg_parallel
     guidance_apg_norm: float | None = Guidance.apg_norm
     guidance_against: GuidanceSource = Guidance.against
+    sampler_options: tuple[tuple[str, Any], ...] = ()
 
     def schedule_of(self, declared: NoiseSchedule) -> NoiseSchedule:
         """Return the schedule to sample on.
@@ -104,7 +110,10 @@ class Arm:
         Raises:
             ValueError: The sampler is unknown, or guidance is out of range.
         """
-        return Sampling(self.sampler, self.num_steps, self.spacing, self._guidance())
+        sampler: Sampler | str = self.sampler
+        if self.sampler_options:
+            sampler = get_sampler(self.sampler, **dict(self.sampler_options))
+        return Sampling(sampler, self.num_steps, self.spacing, self._guidance())
 
     def check(self, declared: NoiseSchedule) -> None:
         """Refuse settings that cannot be sampled.
@@ -129,7 +138,7 @@ def _flag(text: str) -> bool:
 
 
 def _pair(text: str) -> tuple[float, float]:
-    left, right = text.split(":")
+    left, right = parse_yaml(text) if text.startswith("[") else text.split(":")
     return float(left), float(right)
 
 
@@ -138,6 +147,8 @@ def _pair_or_none(text: str) -> tuple[float, float] | None:
 
 
 def _pairs_or_none(text: str) -> Curve | None:
+    if text.startswith("["):
+        return tuple((float(log_snr), float(w)) for log_snr, w in parse_yaml(text))
     return None if text == "none" else tuple(map(_pair, text.split("/")))
 
 
@@ -188,6 +199,7 @@ _LABELS: Mapping[str, Callable[[Any], str]] = {
     "guidance_apg_parallel": lambda eta: f"eta = {eta:g}",
     "guidance_apg_norm": lambda r: "no bound" if r is None else f"r = {r:g}",
     "guidance_against": lambda source: f"against {source}",
+    "sampler_options": lambda options: ", ".join(f"{name} = {value}" for name, value in options),
 }
 
 
@@ -213,6 +225,8 @@ def make_arms(
     variations: Sequence[str] = (),
     defaults: Arm = Arm(),
     *,
+    given: Mapping[str, Any] | None = None,
+    declared: Callable[[str], Mapping[str, Any]] | None = None,
     exact: bool = False,
 ) -> list[Arm]:
     """Make the arms that a command line specifies.
@@ -225,35 +239,40 @@ def make_arms(
         models: Paths or hub ids; "a,b" is one arm of two models.
         texts: Such as "name=fixed model=a.ckpt,b.ckpt spacing=trailing num_steps=25".
         variations: Such as "guidance_rescale=0,0.5,1" or "guidance_curve=none,-6:1/0:7.5".
-        defaults: Settings of an arm that does not name them.
+        defaults: Settings of an arm that names none and whose models declare none.
+        given: Settings of all arms that do not name them, by name.
+        declared: Returns the sampling settings that a model declares, which are then the defaults
+            of its arm; see `choose_sampling`. None = every arm has `defaults`.
         exact: Whether the arms are of an exact denoiser: no models, no guidance.
 
     Raises:
         ValueError: A text cannot be read, an arm has no model, or two arms are the same.
     """
     if not (models or texts or exact):
-        raise ValueError("There is nothing to compare: name models, or --oracle SHARDS.")
-    bases = [parse_arm(text, defaults) for text in texts] or [defaults]
-    if exact and (models or any(arm.models for arm in bases)):
-        raise ValueError("--oracle compares without a model: leave the models out.")
-    arms: list[Arm] = []
-    for arm in bases:
-        if exact or arm.models:
-            arms.append(arm)
+        raise ValueError(
+            "There is nothing to compare: name models, or compare the exact denoiser of a dataset."
+        )
+    asked = [{**(given or {}), **_settings(text)} for text in texts] or [dict(given or {})]
+    if exact and (models or any("models" in settings for settings in asked)):
+        raise ValueError("The exact denoiser is compared without a model: leave the models out.")
+    named: list[dict[str, Any]] = []
+    for settings in asked:
+        if exact or "models" in settings:
+            named.append(settings)
         elif not models:
             raise ValueError(
-                f"arm {arm.name or '1'!r} has no model: name one or more as arguments, or "
-                "model=PATH in --arm."
+                f"arm {settings.get('name', '1')!r} has no model: name one or more as arguments, "
+                "or model=PATH in --arm."
             )
         else:
-            arms += [replace(arm, models=_paths(model)) for model in models]
+            named += [{**settings, "models": _paths(model)} for model in models]
     varied = [_variation(text) for text in variations]
     names = [name for name, _ in varied]
     if len(set(names)) < len(names):
         raise ValueError(f"--vary {', '.join(names)}: wanted each setting once.")
     arms = [
-        replace(arm, **dict(zip(names, values, strict=True)))
-        for arm in arms
+        _arm(_base(settings, defaults, declared), settings | dict(zip(names, values, strict=True)))
+        for settings in named
         for values in product(*(values for _, values in varied))
     ]
     for arm in arms:
@@ -265,8 +284,50 @@ def make_arms(
     return _named([arm.resolved(guided=not exact) for arm in arms])
 
 
-def parse_arm(text: str, defaults: Arm) -> Arm:
-    """Read an arm from words such as "name=fixed spacing=trailing num_steps=25".
+def declared_arm(declared: Mapping[str, Any]) -> Arm:
+    """Return an arm that samples as a model declares; see `choose_sampling`."""
+    told = read_declared(declared)
+    return Arm(
+        sampler=told.sampler,
+        spacing=told.spacing,
+        num_steps=told.num_steps,
+        **{name: getattr(told.guidance, name.removeprefix("guidance_")) for name in GUIDANCE},
+        sampler_options=tuple(told.sampler_options.items()),
+    )
+
+
+def _arm(base: Arm, settings: Mapping[str, Any]) -> Arm:
+    """Override settings; another sampler has other options."""
+    if "sampler" in settings:
+        base = replace(base, sampler_options=())
+    return replace(base, **settings)
+
+
+def _base(
+    settings: Mapping[str, Any],
+    defaults: Arm,
+    declared: Callable[[str], Mapping[str, Any]] | None,
+) -> Arm:
+    """Return the settings that an arm has where it names none.
+
+    Raises:
+        ValueError: Its models declare different ones.
+    """
+    if declared is None or not settings.get("models"):
+        return defaults
+    first, *others = (declared_arm(declared(path)) for path in settings["models"])
+    for other in others:
+        for name in differing([first, other]):
+            if name not in settings:
+                raise ValueError(
+                    f"The models {', '.join(settings['models'])} of one arm declare different "
+                    f"sampling: give --{name.replace('_', '-')}."
+                )
+    return first
+
+
+def _settings(text: str) -> dict[str, Any]:
+    """Read the settings of an arm from words such as "name=fixed spacing=trailing num_steps=25".
 
     Raises:
         ValueError: A setting is unknown or given twice, or its value cannot be read.
@@ -277,26 +338,21 @@ def parse_arm(text: str, defaults: Arm) -> Arm:
     except ValueError as error:
         raise ValueError(f"arm {text!r}: {error}.") from error
     for word in words:
-        name, equals, value = word.partition("=")
+        name, _, value = word.partition("=")
         name = name.replace("-", "_")
         if name == "model":
             name = "models"
-        if not equals or not value or name not in (*_PARSED, "name", "models"):
-            raise ValueError(f"arm {text!r}: {_unknown(name, word)}")
+        known = ("name", "model", *_PARSED)
+        if name not in (*known, "models"):
+            near = get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}."
+            raise ValueError(f"arm {text!r}: unknown setting {name!r}; {hint}")
+        if not value:
+            raise ValueError(f"arm {text!r}: {word!r} has no value: wanted {word}=VALUE.")
         if name in settings:
             raise ValueError(f"arm {text!r}: {word.partition('=')[0]} is given twice.")
         settings[name] = _paths(value) if name == "models" else parse_setting(name, value)
-    return replace(defaults, **settings)
-
-
-def _unknown(name: str, word: str) -> str:
-    """Say what is wrong with a word that is not a known setting and its value."""
-    known = ("name", "model", *_PARSED)
-    if name in (*known, "models"):
-        return f"{word!r} has no value: wanted {name}=VALUE."
-    alike = get_close_matches(name, known, 1, 0.5)
-    guess = f", did you mean {alike[0]!r}?" if alike else "."
-    return f"unknown setting {name!r}{guess} Known: {', '.join(known)}, as NAME=VALUE."
+    return settings
 
 
 def differing(arms: Sequence[Arm]) -> list[str]:
@@ -309,9 +365,9 @@ def _variation(text: str) -> tuple[str, list[Any]]:
     name, equals, values = text.partition("=")
     name = name.replace("-", "_")
     if not equals or name not in _PARSED:
-        raise ValueError(
-            f"--vary {text}: wanted SETTING=VALUE,VALUE,... with one of {', '.join(_PARSED)}."
-        )
+        near = get_close_matches(name, _PARSED, n=1) if name not in _PARSED else []
+        hint = f"; did you mean {near[0]}?" if near else f" with one of {', '.join(_PARSED)}."
+        raise ValueError(f"--vary {text}: wanted SETTING=VALUE,VALUE,...{hint}")
     return name, [parse_setting(name, value) for value in values.split(",")]
 
 
@@ -319,7 +375,8 @@ def parse_setting(name: str, text: str) -> Any:
     """Read a setting of an arm from a word without spaces and commas.
 
     An interval is LOW:HIGH, such as 0.3:inf; a curve is knots LOG_SNR:W with slashes between, such
-    as -6:1/0:7.5; "none" is no interval, curve, threshold or bound.
+    as -6:1/0:7.5; "none" is no interval, curve, threshold or bound. Lists of YAML, as a config
+    holds them, are read too.
 
     Raises:
         ValueError: The text cannot be read. Whether the value is in range is checked later.
@@ -327,7 +384,7 @@ def parse_setting(name: str, text: str) -> Any:
     parse = _PARSED.get(name, str)
     try:
         return parse(text)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         wanted = _WANTED.get(parse, "a number")
         raise ValueError(f"{name}={text!r}: wanted {wanted}.") from error
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from zsnr.checkpoints.checkpoint_file import KEY, open_checkpoint
+from zsnr.checkpoints.run_folder import check_model, resolve_model
 from zsnr.codecs import LatentCodec, PixelCodec
 from zsnr.data.faults import summarize
 from zsnr.data.index import load_index
@@ -361,20 +362,19 @@ def check_pictures(data: Sources) -> None:
 def check_models(arm: Arm) -> None:
     """Refuse what can be known to fail without loading a model."""
     first: NoiseSchedule | None = None
-    for path in arm.models:
+    for path in map(resolve_model, arm.models):
         if arm.guidance_against == "raw":
             check_raw_beside(path)
         if path.endswith(".ckpt"):
-            said = open_checkpoint(Path(path).expanduser())[KEY]
+            said = open_checkpoint(path)[KEY]
             declared = NoiseSchedule.from_settings(said["schedule"])
             schedule = arm.schedule_of(declared)
             check_prediction_type(said["prediction_type"], schedule)
             first = first or schedule
             _check_same(arm, first, schedule)
             arm.check(declared)
-        elif not Path(path).expanduser().exists() and path.count("/") != 1:
-            raise ValueError(f"{path} does not exist: wanted a checkpoint, folder, file or hub id.")
         else:
+            check_model(path)
             arm.check(NoiseSchedule())
 
 
@@ -388,11 +388,11 @@ def _check_same(arm: Arm, first: NoiseSchedule, schedule: NoiseSchedule) -> None
 
 
 def _bar(arms: Sequence[Arm], requests: Sequence[PromptRequest], batch_size: int) -> Any:
-    from tqdm import tqdm
+    from zsnr.progress import progress_bar
 
     batches = sum(1 for _ in _batches(requests, batch_size))
     steps = sum(arm.num_steps * len(arm.models) for arm in arms)
-    return tqdm(total=batches * steps, desc="sampling", unit="step")
+    return progress_bar(batches * steps, "sampling", "step")
 
 
 def _batches(

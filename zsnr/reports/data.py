@@ -290,7 +290,7 @@ def _load(
     samples: Samples, size: int, rows: Sequence[int], what: str
 ) -> Iterator[dict[str, Any] | Fault]:
     """Load samples as squares, with a bar; broken ones become faults."""
-    from tqdm import tqdm
+    from zsnr.progress import progress_bar
 
     dataset = ShardDataset(
         replace(samples, shapes=[(size, size)], bucket=samples.bucket * 0, counts=None)
@@ -303,7 +303,7 @@ def _load(
             sample, reason = samples[row], " ".join(str(error).split())
             return Fault("sample", sample.shard, sample.key, reason)
 
-    with ThreadPoolExecutor(8) as pool, tqdm(total=len(rows), desc=what, unit="image") as bar:
+    with ThreadPoolExecutor(8) as pool, progress_bar(len(rows), what, "image") as bar:
         for start in range(0, len(rows), _AHEAD):
             for item in pool.map(load, rows[start : start + _AHEAD]):
                 yield item

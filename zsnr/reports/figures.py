@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor
 
 from zsnr.checkpoints.checkpoint_file import KEY, open_checkpoint
+from zsnr.checkpoints.run_folder import resolve_model
 from zsnr.codecs import LatentCodec, PixelCodec
 from zsnr.data.sources import Sources
 from zsnr.files import check_new, new_file
@@ -71,10 +72,9 @@ def draw_schedule(target: str, num_steps: int, output: Path) -> None:
         ValueError: There is no schedule, or OUTPUT exists or does not end in .png.
     """
     _check_png(output)
+    target = resolve_model(target)
     if target.endswith(".ckpt"):
-        schedule = NoiseSchedule.from_settings(
-            open_checkpoint(Path(target).expanduser())[KEY]["schedule"]
-        )
+        schedule = NoiseSchedule.from_settings(open_checkpoint(target)[KEY]["schedule"])
     else:
         schedule = find_schedule(target)
     plot_schedule(schedule_facts(schedule, num_steps, SPACINGS), output)

@@ -63,12 +63,12 @@ def oracle_samples(
     Returns:
         (len(seeds), *), by the arm's name.
     """
-    from tqdm import tqdm
+    from zsnr.progress import progress_bar
 
     by_arm: dict[str, Tensor] = {}
     starts = range(0, len(seeds), batch_size)
     steps = len(starts) * sum(arm.num_steps for arm in arms)
-    with tqdm(total=steps, desc="exact denoiser", unit="step") as bar:
+    with progress_bar(steps, "exact denoiser", "step") as bar:
         for arm in (arm.resolved(guided=False) for arm in arms):
             arm_schedule = arm.schedule_of(schedule)
             denoiser = EmpiricalDenoiser(arm_schedule, images)

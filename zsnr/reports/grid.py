@@ -191,9 +191,8 @@ def write_grid(
     Raises:
         ValueError: A setting is out of range, or there are too few images.
     """
-    from tqdm import tqdm
-
     from zsnr import __version__
+    from zsnr.progress import progress_bar
 
     check_new(output)
     if output.suffix != ".json":
@@ -217,7 +216,7 @@ def write_grid(
         name: get_timesteps(name, num_steps, T, schedule=schedule).tolist() for name in STARTS
     }
     rounds = len(starts) * len(_MOVES)
-    with tqdm(total=rounds, desc="optimizing timesteps", unit="round") as bar:
+    with progress_bar(rounds, "optimizing timesteps", "round") as bar:
         ends = [optimize_grid(chosen, start, bar) for start in starts.values()]
     grid, best = min(ends, key=lambda end: end[1].total)
     judged = {name: held_out(start) for name, start in starts.items()} | {"this": held_out(grid)}

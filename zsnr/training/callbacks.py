@@ -17,7 +17,7 @@ from zsnr.checkpoints.checkpoint_file import describe_model
 from zsnr.data.prompts import PromptRequest
 from zsnr.files import HeldFolder, replacing
 from zsnr.locks import LOCK, Lock, remove_leftovers
-from zsnr.pipeline import save_png
+from zsnr.pipeline import write_sample
 from zsnr.training.module import LatentDiffusion
 from zsnr.untrusted import parse_object, read_json, read_text, shown
 
@@ -77,10 +77,7 @@ class PredictionWriter(BasePredictionWriter):
         assert self._held is not None
         self._held.check()
         for request, image in zip(batch, prediction, strict=True):
-            save_png(image, self.folder / request.filename)
-            entry = {"file": request.filename, **json.loads(image.info["zsnr"])}
-            with open(self._manifest(self._rank), "a", encoding="utf-8") as manifest:
-                manifest.write(json.dumps(entry) + "\n")
+            write_sample(image, self.folder / request.filename, self._manifest(self._rank))
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         trainer.strategy.barrier()

@@ -19,6 +19,7 @@ from zsnr.agreement import on_first_rank, raise_on_all
 from zsnr.checkpoints import sharded
 from zsnr.checkpoints.checkpoint_file import open_checkpoint
 from zsnr.checkpoints.run_facts import NAME, add_start, read_run_facts, write_run_facts
+from zsnr.checkpoints.run_folder import step_of, steps
 from zsnr.files import HeldFolder, side_file
 from zsnr.locks import remove_leftovers, unfinished
 from zsnr.training.facts import run_facts, start_facts
@@ -210,7 +211,7 @@ class Checkpoints(Checkpoint):
                 _link(folder / "last.ckpt", path.name)
             with side_file(folder):
                 for old in steps(folder)[: -self.keep]:
-                    if self.keep_every_n_steps is None or _step(old) % self.keep_every_n_steps:
+                    if self.keep_every_n_steps is None or step_of(old) % self.keep_every_n_steps:
                         sharded.remove(old)
 
     def _check_folders(self) -> None:
@@ -266,11 +267,6 @@ class CheckpointFiles(TorchCheckpointIO):
         sharded.remove(Path(path))
 
 
-def steps(folder: Path) -> list[Path]:
-    """List the checkpoints of a folder, the newest last."""
-    return sorted(folder.glob("step-*.ckpt"), key=_step)
-
-
 def find_last(folder: Path) -> Path | None:
     """Find the newest checkpoint that can be read; None if the folder has no checkpoints.
 
@@ -298,7 +294,7 @@ def find_last(folder: Path) -> Path | None:
 def _set_aside(folder: Path, step: int) -> None:
     """Rename checkpoints of later steps than the one that the run resumes from."""
     for path in steps(folder):
-        if _step(path) > step:
+        if step_of(path) > step:
             aside = path.with_name(f"{path.name}.abandoned")
             with side_file(aside):
                 sharded.remove(aside)
@@ -306,11 +302,6 @@ def _set_aside(folder: Path, step: int) -> None:
                 rank_zero_warn(
                     f"The run resumes from step {step}; {path.name} is now {aside.name}."
                 )
-
-
-def _step(path: Path) -> int:
-    digits = path.stem.removeprefix("step-")
-    return int(digits) if digits.isdecimal() else -1
 
 
 def _link(link: Path, name: str) -> None:

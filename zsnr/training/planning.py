@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -57,8 +56,7 @@ def run_plan(
     memory: float | None = None,
     images_per_second: float | None = None,
     measure: bool = False,
-    as_json: bool = False,
-) -> tuple[str, bool]:
+) -> Plan:
     """Plan what `zsnr fit` with the same configs and settings needs.
 
     Args:
@@ -69,10 +67,6 @@ def run_plan(
         memory: GiB that one rank may use. None = unlimited.
         images_per_second: Throughput summed over all ranks, from which the hours follow.
         measure: Measure the throughput with a few steps on this machine.
-        as_json: Return JSON instead of a table.
-
-    Returns:
-        The text to print, and False if the run does not fit into the memory.
 
     Raises:
         ValueError: The config is wrong, or cannot be planned.
@@ -83,7 +77,7 @@ def run_plan(
     if not configs:
         raise ValueError("plan needs a config: zsnr plan CONFIG.")
     config = parse_fit([*(part for path in configs for part in ("-c", path)), *settings])
-    plan = make_plan(
+    return make_plan(
         config,
         ranks=ranks,
         ranks_per_node=ranks_per_node,
@@ -91,7 +85,6 @@ def run_plan(
         images_per_second=images_per_second,
         measure=measure,
     )
-    return json.dumps(plan.facts()) if as_json else plan.table(), plan.fits is not False
 
 
 def make_plan(

@@ -1,0 +1,91 @@
+"""`zsnr export`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from zsnr.commands.result import Result
+from zsnr.untrusted import printable
+
+if TYPE_CHECKING:
+    from zsnr.checkpoints.lora import Layout
+
+Format = Literal["diffusers", "single-file", "lora", "lora-kohya"]
+_LAYOUTS: dict[str, Layout] = {"lora": "diffusers", "lora-kohya": "kohya"}
+
+
+def export(
+    checkpoint: str,
+    *,
+    output: str | Path,
+    format: Format | None = None,
+    merge: bool = False,
+    base: str | None = None,
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+    raw: bool = False,
+) -> Result:
+    """Write a model for diffusers, ComfyUI and A1111.
+
+    The model is written so that other programs sample it correctly: a diffusers folder with a
+    scheduler config that declares schedule, prediction type and spacing, and a model card; or a
+    single file in the layout that ComfyUI and A1111 read. Averaged weights are written, unless
+    --raw is given.
+
+    Args:
+        checkpoint: A checkpoint of zsnr (file or shards), a diffusers folder, or a single file.
+        output: Where to write; must not exist.
+        format: What to write. Default: single-file where the name ends in .safetensors, else
+            diffusers. lora and lora-kohya write the adapters alone, in the layout of diffusers or
+            of kohya's scripts.
+        merge: Write the whole model, with its adapters merged.
+        base: Where the model under the adapters is, if it has moved.
+        dtype: Data type of the weights.
+        raw: Write the raw weights instead of the averaged ones.
+    """
+    from zsnr.checkpoints.export import Form, export_diffusers, read_exportable
+    from zsnr.checkpoints.lora import write_lora
+    from zsnr.files import check_new
+
+    path = Path(output).expanduser()
+    check_new(path)
+    kind = _format(path, format, merge)
+    adapters = kind in _LAYOUTS
+    form: Form = "lora" if adapters else "single-file" if kind == "single-file" else "diffusers"
+    model, facts = read_exportable(checkpoint, ema=not raw, base=base, merged=merge, form=form)
+    print(printable(f"writing {path}"), file=sys.stderr)
+    metadata = {"zsnr.run": json.dumps(facts)}
+    if adapters:
+        write_lora(model, path, layout=_LAYOUTS[kind], dtype=dtype, metadata=metadata)
+    elif kind == "single-file":
+        from zsnr.checkpoints.single_file import write_single_file
+
+        write_single_file(model, path, dtype=dtype, metadata=metadata)
+    else:
+        export_diffusers(model, path, dtype=dtype, facts=facts)
+    written = {
+        **facts,
+        "output": str(path),
+        "format": kind,
+        "dtype": dtype,
+        "schedule": model.schedule.settings(),
+        "prediction_type": model.prediction_type,
+        "image_size": model.image_size,
+        "terminal_snr": float(model.schedule.snr[-1]),
+    }
+    return Result(written, str(path))
+
+
+def _format(path: Path, asked: Format | None, merge: bool) -> Format:
+    """Choose the format, and refuse a name or options that do not fit it."""
+    file = path.suffix == ".safetensors"
+    kind: Format = asked or ("single-file" if file else "diffusers")
+    if kind == "diffusers" and file:
+        raise ValueError(f"{path}: a diffusers folder is not a file. Use --format single-file.")
+    if kind in ("single-file", "lora-kohya") and not file:
+        raise ValueError(f"{path}: wanted a name that ends in .safetensors for one file.")
+    if kind in _LAYOUTS and merge:
+        raise ValueError("--merge writes a whole model: leave it out, or --format lora.")
+    return kind

@@ -1,0 +1,141 @@
+"""`zsnr figure`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from zsnr.commands.options import check_device, find_codec, refuse
+
+# Options that a figure varies by itself, or that would have no effect on it
+_FIXED: dict[int, tuple[str, ...]] = {
+    2: ("schedule", "spacing", "sampler", "guidance_scale", "guidance_rescale"),
+    4: ("num_steps", "spacing"),
+    5: (),
+    6: ("guidance_rescale",),
+}
+
+
+def figure(
+    number: Literal[2, 4, 5, 6],
+    *,
+    output: str | Path,
+    model: str | None = None,
+    oracle: str | Sequence[str] | None = None,
+    prompt: Sequence[str] = (),
+    count: int | None = None,
+    schedule: Literal["original", "rescaled"] | None = None,
+    sampler: str | None = None,
+    num_steps: int | None = None,
+    spacing: str | None = None,
+    guidance_scale: float | None = None,
+    guidance_rescale: float | None = None,
+    seed: int = 0,
+    samples: int = 1000,
+    image_size: int | None = None,
+    betas: Literal["scaled_linear", "linear", "cosine"] | None = None,
+    codec: str | None = None,
+    codec_subfolder: str | None = None,
+    device: str | None = None,
+) -> Path:
+    """Draw Figure 2, 4, 5 or 6 of the paper, with a model or without one.
+
+    2: log SNR and sqrt(abar), original and rescaled. 4: leading, linspace and trailing timesteps
+    at 5 and 25 steps. 5: the prediction of x_0 after each step; at zero terminal SNR the first is
+    the same whatever the noise. 6: guidance rescale 0, 0.25, 0.5, 0.75 and 1. With --oracle, the
+    exact denoiser of your own images is the model, and a prompt is a group of them. Settings that
+    are not given are those that the model declares.
+
+    Examples:
+        zsnr figure 4 --model a.ckpt -o figure4.png
+        zsnr figure 5 --oracle shards -o figure5.png
+
+    Args:
+        number: The number of the figure.
+        output: Where to write the figure; a new .png file.
+        model: A checkpoint, the folder of a run, a diffusers folder, a single file or a hub id. For
+            Figure 2 also linear, cosine or scaled_linear.
+        oracle: Take the exact denoiser of these images instead of a model; one or more folders or
+            patterns of shards.
+        prompt: What to show. May be repeated. Default: three prompts of the suite. With --oracle:
+            words of captions, which make a group. Default there: the whole dataset; in Figure 6 its
+            darkest and brightest quarter.
+        count: Number of seeds of each prompt. Default: 2, or more for a single prompt.
+        schedule: The noise schedule to sample on. Default: as the model declares; rescaled with
+            --oracle.
+        sampler: The sampler, such as ddim, multiscale or euler; auto chooses sampler and spacing
+            for the number of steps and the guidance scale.
+        num_steps: Number of sampling steps. Default: 10 in Figure 5 and 25 in Figure 6, if the
+            model declares nothing.
+        spacing: The timestep spacing, such as trailing, guided or log_snr; a grid file; or auto.
+        guidance_scale: The guidance scale w.
+        guidance_rescale: The guidance rescale phi, 0 to 1.
+        seed: The first seed. The images of each prompt have the seeds SEED, SEED + 1, ...
+        samples: With --oracle, number of images that the denoiser knows, drawn at random.
+        image_size: With --oracle, height and width of the images in pixels. Default: 32.
+        betas: With --oracle, the noise schedule. Default: scaled_linear.
+        codec: With --oracle, sample the latents of this codec, in its scale: a folder, hub id,
+            asset:openmoji_vae, or pixels. Default: pixels.
+        codec_subfolder: Folder of the codec inside --codec, such as vae.
+        device: Where to sample. Default: the GPU if there is one.
+    """
+    from zsnr.reports.compare import check_pictures
+    from zsnr.reports.figures import draw_figure, draw_schedule
+
+    path = Path(output).expanduser()
+    settings = {
+        "schedule": schedule,
+        "sampler": sampler,
+        "num_steps": num_steps,
+        "spacing": spacing,
+        "guidance_scale": guidance_scale,
+        "guidance_rescale": guidance_rescale,
+    }
+    refuse({name: settings[name] for name in _FIXED[number]}, f"is not free in Figure {number}")
+    sources = [oracle] if isinstance(oracle, str) else oracle
+    if sources is None:
+        others = {"image_size": image_size, "betas": betas, "codec": codec}
+        refuse({**others, "codec_subfolder": codec_subfolder}, "belongs to --oracle")
+    elif model is not None:
+        raise ValueError("--model and --oracle exclude each other: leave one out.")
+    if number == 2:
+        others = {"prompt": prompt or None, "count": count, "device": device}
+        refuse(others, "has no effect in Figure 2")
+        if sources is not None:
+            check_pictures(list(sources))
+        draw_schedule(model or betas or "scaled_linear", num_steps or 10, path)
+        return path
+    if model is None and sources is None:
+        raise ValueError(f"Figure {number} needs --model MODEL or --oracle SHARDS.")
+    check_device(device)
+    draw_figure(
+        number,
+        _arm(number, model, settings),
+        path,
+        model=model,
+        data=None if sources is None else list(sources),
+        prompts=list(prompt) or None,
+        count=count,
+        seed=seed,
+        image_size=32 if image_size is None else image_size,
+        codec=find_codec(codec, codec_subfolder),
+        betas=betas or "scaled_linear",
+        most=samples,
+        device=device,
+    )
+    return path
+
+
+def _arm(number: int, model: str | None, settings: dict[str, Any]) -> Any:
+    """Return how to sample: as asked, else as the model declares, else as the paper does there."""
+    from zsnr.checkpoints.checkpoint_file import sampling_of
+    from zsnr.reports.arms import Arm, make_arms
+    from zsnr.reports.figures import DEFAULTS
+
+    given = {name: value for name, value in settings.items() if value is not None}
+    declared = sampling_of(model) if model is not None else {}
+    if not declared:
+        return Arm(**{**DEFAULTS[number], **given})
+    [arm] = make_arms([str(model)], given=given, declared=lambda _: declared)
+    return arm

@@ -1,0 +1,56 @@
+"""`zsnr plan`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from zsnr.commands.result import Result
+
+
+def plan(
+    configs: Sequence[str] = (),
+    *,
+    config: Sequence[str] = (),
+    ranks: int | None = None,
+    ranks_per_node: int | None = None,
+    memory: float | None = None,
+    images_per_second: float | None = None,
+    measure: bool = False,
+    settings: Sequence[str] = (),
+) -> Result:
+    """Estimate the memory and the time that a training run needs.
+
+    Neither model nor data is loaded. The plan tells the bytes on each rank, how the global batch
+    is divided, images and hours. Sizes are those of weights, gradients, optimizer state, averaged
+    weights and frozen parts, and of what a forward and backward pass of one micro-batch needs.
+    Exit code 1 means that the run does not fit into --memory.
+
+    Args:
+        configs: YAML files of `zsnr fit`; later files override earlier ones.
+        config: The same, as `zsnr fit` takes it. May be repeated.
+        ranks: Number of processes. Default: that of the trainer.
+        ranks_per_node: Number of processes on one node. Default: that of the trainer.
+        memory: GiB that one rank may use: say whether the run fits, and if not, what to change. On
+            a GPU, leave 1 to 2 GiB for CUDA itself.
+        images_per_second: Throughput summed over all ranks, from which the hours follow.
+        measure: Measure the throughput with a few steps on this machine, times the ranks, without
+            loading and communication. This builds the model, with random weights.
+        settings: Settings of `zsnr fit`, which override the files.
+    """
+    from zsnr.files import check_temporary
+
+    if measure and images_per_second is not None:
+        raise ValueError("--measure and --images-per-second exclude each other: leave one out.")
+    check_temporary()
+    from zsnr.training.planning import run_plan
+
+    found = run_plan(
+        [*configs, *config],
+        settings,
+        ranks=ranks,
+        ranks_per_node=ranks_per_node,
+        memory=memory,
+        images_per_second=images_per_second,
+        measure=measure,
+    )
+    return Result(found.facts(), found.table(), 1 if found.fits is False else 0)

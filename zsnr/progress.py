@@ -1,0 +1,53 @@
+"""Progress on stderr: a bar on a terminal, and elsewhere a line at intervals."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, TextIO
+
+INTERVAL = 10.0  # seconds between lines
+
+
+def progress_bar(
+    total: int | None, description: str, unit: str, *, show: bool = True, delay: float = 0.0
+) -> Any:
+    """Return a tqdm bar, to be used as a context manager or closed.
+
+    Where stderr is not a terminal, such as in the log of a job, every `INTERVAL` seconds a whole
+    line takes the place of the bar; work that is done sooner prints nothing.
+
+    Args:
+        total: Units of work. None = not known.
+        description: What is done.
+        unit: What is counted.
+        show: Print it at all.
+        delay: Seconds until a bar appears on a terminal.
+    """
+    from tqdm import tqdm
+
+    options: dict[str, Any] = {"total": total, "desc": description, "unit": unit}
+    if sys.stderr.isatty() or not show:
+        return tqdm(**options, delay=delay, disable=not show)
+    left = "" if total is None else ", {remaining} left"
+    return tqdm(
+        **options,
+        file=_Lines(sys.stderr),
+        mininterval=INTERVAL,
+        delay=INTERVAL,
+        bar_format="{desc}: {n_fmt}/{total_fmt} {unit}s, {elapsed}" + left + "{postfix}",
+    )
+
+
+class _Lines:
+    """A stream on which what would overwrite a line is a new line."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        line = text.strip("\r\n ")
+        if line:
+            self._stream.write(line + "\n")
+
+    def flush(self) -> None:
+        self._stream.flush()
