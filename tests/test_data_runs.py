@@ -3,9 +3,6 @@
 import csv
 import io
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +14,7 @@ import torch
 import yaml
 from faulty_server import Fault, FaultyServer
 from PIL import Image
+from ranks import Command
 
 from zsnr.cli import main
 from zsnr.codecs import AutoencoderKLCodec
@@ -688,10 +686,9 @@ def launch(path, *options, kill=None, record=None):
     callback = {"class_path": "recorder.Recorder", "init_args": {"path": str(record)}}
     if kill is not None:
         callback["init_args"]["kill_after_step"] = kill
-    command = [sys.executable, "-m", "zsnr.cli", "fit", "-c", str(path)]
-    command += [f"--trainer.callbacks={json.dumps([callback])}", *options]
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
+    options = [f"--trainer.callbacks={json.dumps([callback])}", *options]
+    with Command(["fit", "-c", path, *options]) as command:
+        return command.wait(400), command.stderr
 
 
 def test_a_killed_run_on_a_faulty_server_trains_on_the_same_batches(tmp_path):
@@ -710,20 +707,20 @@ def test_a_killed_run_on_a_faulty_server_trains_on_the_same_batches(tmp_path):
     (tmp_path / "vae").symlink_to(resolve_asset("asset:openmoji_vae"))
     path = config(tmp_path, train=str(folder), **options)
     runs = [f"--trainer.default_root_dir={tmp_path}/{name}" for name in ("whole", "killed")]
-    done = launch(path, runs[0], record=tmp_path / "whole.jsonl")
-    assert done.returncode == 0, done.stderr
+    code, errors = launch(path, runs[0], record=tmp_path / "whole.jsonl")
+    assert code == 0, errors
     with FaultyServer(folder, faults, rate={"503": 7}) as server:
         path = config(tmp_path, train=[server.url(name) for name in names], **options)
-        killed = launch(path, runs[1], record=tmp_path / "killed.jsonl", kill=3)
-        assert killed.returncode == -9
-        resumed = launch(
+        code, _ = launch(path, runs[1], record=tmp_path / "killed.jsonl", kill=3)
+        assert code == -9
+        code, errors = launch(
             path,
             runs[1],
             "--ckpt_path=last",
             "--data.num_workers=0",
             record=tmp_path / "killed.jsonl",
         )
-        assert resumed.returncode == 0, resumed.stderr
+        assert code == 0, errors
         met = {request.kind for request in server.log}
     assert met == {"503", "reset", "cut"}
     assert recorder.read(tmp_path / "killed.jsonl") == recorder.read(tmp_path / "whole.jsonl")
