@@ -4,12 +4,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PYTEST_OPTIONS ?=
 
 RUN := runs/quickstart
 CONFIG := configs/quickstart.yaml
 # An interrupted quickstart goes on where it stopped; `rm -r runs/quickstart` starts anew.
 
-.PHONY: quickstart test test-cluster check format lint types bench clean
+.PHONY: quickstart test test-cluster wheel check format lint types bench clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -23,7 +24,11 @@ quickstart: $(READY)
 	$(BIN)/zsnr report $(RUN) --data $(RUN)/data
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile \
+	  --no-loadscope-reorder $(PYTEST_OPTIONS)
+
+wheel: $(READY)
+	$(BIN)/python .ci/wheel.py
 
 test-cluster: $(READY)
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
@@ -31,7 +36,7 @@ test-cluster: $(READY)
 	  apt-get update --quiet && apt-get install --yes --quiet iproute2 slurm-wlm munge; fi
 	$(BIN)/python -m pytest tests/cluster -m cluster --write-results benchmarks/results/cluster.md
 
-check: lint types test
+check: lint types test wheel
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

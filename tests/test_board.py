@@ -140,6 +140,7 @@ def steps(board, name):
     return [event.step for event in board.Scalars(name)]
 
 
+@pytest.mark.filterwarnings("ignore:The run resumes from step")
 def test_scalars_are_there_once_a_step(board):
     always = ("loss", "grad_norm", "learning_rate", "images_per_second", "terminal_exposures")
     for name in [*(f"train/{name}" for name in always), OPTIMUM, "luma_mean/data"]:
@@ -272,6 +273,7 @@ def test_charts_of_several_curves_find_their_tags(board):
     assert found["mean, of -1 to 1"] == {"luma_mean/data", "luma_mean/previews"}
 
 
+@pytest.mark.filterwarnings("ignore:The run resumes from step")
 def test_a_resumed_run_shows_nothing_twice(folder, tmp_path):
     """Same settings: only scalars go on."""
     tiny.write_shards(tmp_path / "shards", [6])
