@@ -5,12 +5,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PYTEST_OPTIONS ?=
 
 RUN := runs/quickstart
 CONFIG := configs/quickstart.yaml
 # An interrupted quickstart resumes; after `rm -r runs/quickstart` it starts from scratch.
 
-.PHONY: install quickstart test test-cluster docs check format lint types bench clean
+.PHONY: install quickstart test test-cluster docs wheel check format lint types bench clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,7 +27,11 @@ quickstart: $(READY)
 	$(BIN)/python -m zsnr.reports.run $(RUN) --data $(RUN)/data
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile \
+	  --no-loadscope-reorder $(PYTEST_OPTIONS)
+
+wheel: $(READY)
+	$(BIN)/python .ci/wheel.py
 
 test-cluster: $(READY)
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
@@ -37,7 +42,7 @@ test-cluster: $(READY)
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-check: lint types docs test
+check: lint types docs test wheel
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

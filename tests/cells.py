@@ -16,6 +16,7 @@ import torch.distributed.checkpoint
 import torch.distributed.fsdp
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
+from torch.distributed.tensor import DTensor, Shard
 
 from zsnr.checkpoints.checkpoint_file import read_checkpoint
 from zsnr.codecs import AutoencoderKLCodec, PixelCodec
@@ -104,11 +105,19 @@ class Watch(Callback):
 
 def whole(module):
     """Gather a module's parameters; every rank calls it."""
-    parameters = {}
-    for name, p in module.named_parameters():
-        p = p.detach()
-        parameters[name] = (p.full_tensor() if hasattr(p, "full_tensor") else p).clone()
-    return parameters
+    local = {name: _local(p.detach()).clone() for name, p in module.named_parameters()}
+    sharded = {name: p for name, p in module.named_parameters() if isinstance(p, DTensor)}
+    if not sharded:
+        return local
+    shares = [None] * torch.distributed.get_world_size()
+    own = {name: local[name].numpy() for name in sharded}  # a tensor takes longer to pickle
+    torch.distributed.all_gather_object(shares, own)
+    for name, p in sharded.items():  # the first ranks hold one copy, cut along dimension 0
+        assert p.placements[-1] == Shard(0)
+        parts = [torch.from_numpy(share[name]) for share in shares[: p.device_mesh.size(-1)]]
+        local[name] = torch.cat(parts)
+        assert local[name].shape == p.shape
+    return local
 
 
 def fit(
@@ -213,7 +222,7 @@ def fit_sdxl(folder, root, kind, source):
 
 
 def _local(p):
-    return p.to_local() if hasattr(p, "to_local") else p
+    return p.to_local() if isinstance(p, DTensor) else p
 
 
 def _shapes(module):

@@ -9,6 +9,22 @@ settings.load_profile("zsnr")
 torch.set_num_threads(1)
 
 
+# Files that take longest, from measured processor time: processes that share the files of `make
+# test` begin with these, so that none is left with a long one at the end.
+LONGEST = (
+    *("test_ranks", "test_stops", "test_side_files", "test_lora", "test_data_runs", "test_export"),
+    *("test_single_file", "test_training", "test_samplers", "test_doctor", "test_sdxl"),
+    *("test_validate", "test_compare", "test_resuming", "test_plan", "test_cli", "test_multistep"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    def place(item):
+        return LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST)
+
+    items.sort(key=place)  # stable: within a file the order stays
+
+
 @pytest.fixture(scope="session")
 def ranks():
     """Groups of 1, 2 and 4 processes, made when they are first wanted."""

@@ -1,16 +1,46 @@
-"""Groups of processes that run a function on every rank, with gloo: imports are paid once."""
+"""Forked processes that have imported everything: ranks of a process group, and commands.
+
+Importing Lightning and PyTorch takes a new interpreter 7 s of processor time. One server for each
+worker of the tests imports them once, has no threads, and forks whatever else is needed.
+"""
 
 import faulthandler
+import io
 import multiprocessing
 import os
+import signal
 import socket
+import sys
+import tempfile
 import traceback
 from contextlib import contextmanager
+from functools import cache
+from multiprocessing import forkserver
+from pathlib import Path
 
 TIMEOUT = 300  # seconds for one call
 
 
+@cache
+def _context():
+    """Start the server; its processes have the tests' modules and all that those import."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["preloaded"])
+    # Python 3.11 does not hand sys.path to the server, and says nothing of a failed import.
+    path = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    try:
+        forkserver.ensure_running()
+    finally:
+        if path is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = path
+    return context
+
+
 def _serve(rank, ranks, port, pipe):
+    assert "preloaded" in sys.modules, "the server that forks has imported nothing"
     os.environ.update(
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
@@ -40,11 +70,12 @@ def _serve(rank, ranks, port, pipe):
 class Ranks:
     """Processes 0 .. size - 1 of one process group."""
 
-    def __init__(self, context, size):
+    def __init__(self, size):
+        context = _context()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        self.size, self._context = size, context
+        self.size = size
         self._pipes, self._processes = [], []
         for rank in range(size):
             ours, theirs = context.Pipe()
@@ -89,13 +120,11 @@ class Groups:
     """One group for each number of ranks, made when it is first wanted."""
 
     def __init__(self):
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["cells"])
         self._groups = {}
 
     def __getitem__(self, size):
         if size not in self._groups or not self._groups[size].alive:
-            self._groups[size] = Ranks(self._context, size)
+            self._groups[size] = Ranks(size)
         return self._groups[size]
 
     def close(self):
@@ -110,3 +139,75 @@ def groups():
         yield made
     finally:
         made.close()
+
+
+def _command(arguments, environment, folder, output, errors):
+    """Be the command line in a process of its own."""
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for path, descriptor in ((output, 1), (errors, 2)):
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, descriptor)
+    sys.stdout, sys.stderr = (
+        io.TextIOWrapper(io.FileIO(number, "w", closefd=False), line_buffering=True)
+        for number in (1, 2)
+    )
+    faulthandler.enable()
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = ["zsnr", *arguments]
+    os.chdir(folder)
+    from zsnr.cli import main
+
+    sys.exit(main())
+
+
+class Command:
+    """A process that runs `zsnr ARGUMENTS`, as a shell would start it.
+
+    Args:
+        arguments: Of the command line.
+        environment: Replaces that of this process.
+        folder: The working directory.
+    """
+
+    def __init__(self, arguments, environment=None, folder="."):
+        self._folder = tempfile.TemporaryDirectory()
+        self._files = [Path(self._folder.name, name) for name in ("stdout", "stderr")]
+        for file in self._files:
+            file.touch()
+        arguments = [str(argument) for argument in arguments]
+        environment = dict(os.environ if environment is None else environment)
+        process = (arguments, environment, str(Path(folder).resolve()), *map(str, self._files))
+        self._process = _context().Process(target=_command, args=process)
+        self._process.start()
+
+    @property
+    def pid(self):
+        return self._process.pid
+
+    @property
+    def stdout(self):
+        return self._files[0].read_text()
+
+    @property
+    def stderr(self):
+        return self._files[1].read_text()
+
+    def poll(self):
+        """Return the exit code, or None while it runs."""
+        return self._process.exitcode
+
+    def wait(self, timeout=TIMEOUT):
+        """Return the exit code; a signal's number is negative."""
+        self._process.join(timeout)
+        assert self._process.exitcode is not None, f"it runs on after {timeout} s"
+        return self._process.exitcode
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._process.kill()
+        self._process.join()
+        self._folder.cleanup()

@@ -145,6 +145,7 @@ def steps(board, name):
     return [event.step for event in board.Scalars(name)]
 
 
+@pytest.mark.filterwarnings("ignore:The run resumes from step")
 def test_scalars_are_there_once_a_step(board):
     always = ("loss", "grad_norm", "learning_rate", "images_per_second", "terminal_exposures")
     for name in always:
@@ -403,6 +404,7 @@ def test_steps_of_several_exposures_count_whole():
     }
 
 
+@pytest.mark.filterwarnings("ignore:The run resumes from step")
 def test_a_resumed_run_shows_nothing_twice(folder, tmp_path):
     """Same settings: only scalars are logged again, with the same values."""
     tiny.write_shards(tmp_path / "shards", [6])

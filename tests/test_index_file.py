@@ -235,6 +235,7 @@ def test_damaged_bytes_are_an_index_or_an_error(tmp_path_factory, data):
     assert rows.num_rows <= 1
 
 
+@pytest.mark.filterwarnings("ignore:The index .* cannot be written")
 def test_pipes_and_folders_are_no_index(shard):
     import os
 

@@ -25,8 +25,20 @@ STEPS = 4
 
 @pytest.fixture(scope="module")
 def alone(shards, tmp_path_factory):
-    """The run on one process that all others are compared with."""
-    return cells.fit(shards, tmp_path_factory.mktemp("alone"), previews=True)
+    """The run on one process that all others are compared with, and its folder."""
+    root = tmp_path_factory.mktemp("alone")
+    return {**cells.fit(shards, root, previews=True), "root": root}
+
+
+@pytest.fixture(scope="module")
+def sharded(ranks, shards, tmp_path_factory):
+    """A run of two ranks that shard, with checkpoints of steps 2 and 4; what rank 0 tells."""
+    root = tmp_path_factory.mktemp("sharded")
+    return {**ranks[2](cells.fit, shards, root, "sharded", every=2)[0], "root": root}
+
+
+def checkpoint_of(root, step):
+    return str(root / "checkpoints" / f"step-{step:08d}.ckpt")
 
 
 def losses(run):
@@ -79,6 +91,7 @@ def test_ranks_and_strategies_change_nothing_but_rounding(ranks, shards, alone, 
         average_is_exact(run)
         assert run["logged"] == runs[0]["logged"]  # on every rank
     assert len(list((tmp_path / "previews").iterdir())) == 2
+    same_images(alone["root"] / "previews", tmp_path / "previews")
     if kind == "sharded":
         shard = 2 if "hybrid" in name else number
         whole = alone["weights"]["unet.unet.conv_in.weight"].shape
@@ -103,25 +116,15 @@ def test_validating_weights_that_are_trained(ranks, shards, alone, tmp_path, kep
     assert losses(run) == pytest.approx(losses(alone), rel=1e-5)
 
 
-def test_previews_are_those_of_one_process(ranks, shards, alone, tmp_path, tmp_path_factory):
-    import numpy as np
-    from PIL import Image
-
-    one, two = tmp_path / "one", tmp_path / "two"
-    cells.fit(shards, one, previews=True)
-    ranks[2](cells.fit, shards, two, "sharded", previews=True)
-    for name in ("step-00000002.png", "step-00000004.png"):
-        a, b = (np.asarray(Image.open(root / "previews" / name), int) for root in (one, two))
-        assert abs(a - b).max() <= 1
-
-
-@pytest.mark.parametrize("clip", [0.05, 100.0])
-def test_clipping_by_the_global_norm(ranks, shards, tmp_path, clip):
+def test_clipping_by_the_global_norm(ranks, shards, alone, tmp_path):
+    norms = sorted(row["train/grad_norm"] for row in alone["logged"])
+    clip = (norms[0] + norms[1]) / 2  # some steps are clipped, and one is not
     options = {"trainer_options": {"gradient_clip_val": clip}}
-    alone = cells.fit(shards, tmp_path / "one", **options)
-    for number, kind in ((2, "sharded"), (2, "ddp")):
-        run = ranks[number](cells.fit, shards, tmp_path / kind, kind, **options)[0]
-        same_run(run, alone)
+    clipped = cells.fit(shards, tmp_path / "one", **options)
+    norms = [row["train/grad_norm"] for row in clipped["logged"]]
+    assert min(norms) < clip < max(norms)
+    for kind in ("sharded", "ddp"):
+        same_run(ranks[2](cells.fit, shards, tmp_path / kind, kind, **options)[0], clipped)
 
 
 def test_clipped_gradients_have_the_norm(shards, tmp_path):
@@ -177,55 +180,62 @@ def test_param_dtype_of_the_strategy(ranks, shards, alone, tmp_path):
 # Checkpoints
 
 
-RESUMES = [
-    (2, "sharded", 1, "sharded"),
-    (2, "sharded", 1, "one"),
-    (2, "full", 2, "ddp"),
-    (1, "one", 2, "sharded"),
-    (4, "sharded", 2, "full"),
-]
-
-
-@pytest.mark.parametrize(("first", "kind", "second", "then"), RESUMES)
-def test_a_run_resumes_on_other_ranks(ranks, shards, tmp_path, first, kind, second, then):
-    def fit(number, kind, **options):
-        if kind == "one":
-            return cells.fit(shards, tmp_path, "one", every=2, **options)
-        return ranks[number](cells.fit, shards, tmp_path, kind, every=2, **options)[0]
-
-    stopped = fit(first, kind, stop_at=2)
-    checkpoint = cells.newest(tmp_path)
-    assert Path(checkpoint).is_dir() == (kind == "sharded")
-    for ema, name in ((True, "ema"), (False, "weights")):
-        unet = read_checkpoint(checkpoint, ema=ema).unet.state_dict()
-        for key, weight in unet.items():
-            assert torch.equal(weight, stopped[name][f"unet.{key}"])
-    on = fit(second, then, checkpoint=checkpoint, data_options={"max_batch_size_per_device": 2})
-    straight = cells.fit(shards, tmp_path / "straight", "one")
+def straight_on(on, straight):
+    """Compare a run that was resumed at step 2 with one that was not stopped."""
     assert losses(on) == pytest.approx(losses(straight)[2:], rel=1e-5)
     assert on["progress"]["terminal"] == straight["progress"]["terminal"]
     for name, weight in straight["ema"].items():
         torch.testing.assert_close(on["ema"][name], weight, rtol=1e-3, atol=2e-4)
 
 
-def test_resuming_on_the_same_ranks_is_the_same_run(ranks, shards, tmp_path):
-    straight = ranks[2](cells.fit, shards, tmp_path / "a", "sharded")[0]
-    ranks[2](cells.fit, shards, tmp_path / "b", "sharded", stop_at=2)
-    checkpoint = cells.newest(tmp_path / "b")
-    on = ranks[2](cells.fit, shards, tmp_path / "c", "sharded", checkpoint=checkpoint)[0]
-    assert losses(on) == losses(straight)[2:]
+def holds_weights(checkpoint, run):
+    """Compare a checkpoint's networks with the weights of the run at that step."""
+    for ema, name in ((True, "ema"), (False, "weights")):
+        for key, weight in read_checkpoint(checkpoint, ema=ema).unet.state_dict().items():
+            assert torch.equal(weight, run[name][f"unet.{key}"])
+
+
+SMALLER = {"max_batch_size_per_device": 2}  # accumulates
+
+
+@pytest.mark.parametrize(
+    ("first", "kind", "second", "then"),
+    [(2, "full", 2, "ddp"), (1, "one", 2, "sharded"), (4, "sharded", 2, "full")],
+)
+def test_a_run_resumes_on_other_ranks(ranks, shards, alone, tmp_path, first, kind, second, then):
+    if kind == "one":
+        stopped = cells.fit(shards, tmp_path, every=2, stop_at=2)
+    else:
+        stopped = ranks[first](cells.fit, shards, tmp_path, kind, every=2, stop_at=2)[0]
+    checkpoint = cells.newest(tmp_path)
+    assert Path(checkpoint).is_dir() == (kind == "sharded")
+    holds_weights(checkpoint, stopped)
+    options = {"checkpoint": checkpoint, "data_options": SMALLER}
+    straight_on(ranks[second](cells.fit, shards, tmp_path, then, **options)[0], alone)
+
+
+def test_a_sharded_run_resumes_on_one_process(ranks, shards, alone, sharded, tmp_path):
+    holds_weights(checkpoint_of(sharded["root"], 4), sharded)
+    options = {"checkpoint": checkpoint_of(sharded["root"], 2), "data_options": SMALLER}
+    straight_on(cells.fit(shards, tmp_path / "one", "one", **options), alone)
+    straight_on(ranks[1](cells.fit, shards, tmp_path / "1", "sharded", **options)[0], alone)
+
+
+def test_resuming_on_the_same_ranks_is_the_same_run(ranks, shards, sharded, tmp_path):
+    checkpoint = checkpoint_of(sharded["root"], 2)
+    on = ranks[2](cells.fit, shards, tmp_path, "sharded", checkpoint=checkpoint)[0]
+    assert losses(on) == losses(sharded)[2:]
     for part in ("weights", "ema"):
-        for name, weight in straight[part].items():
+        for name, weight in sharded[part].items():
             assert torch.equal(on[part][name], weight)
 
 
-def test_consolidating(ranks, shards, tmp_path, capsys):
-    ranks[2](cells.fit, shards, tmp_path, "sharded")
-    folder, file = tmp_path / "checkpoints" / "last.ckpt", tmp_path / "one.ckpt"
+def test_consolidating(shards, sharded, tmp_path, capsys):
+    folder, file = sharded["root"] / "checkpoints" / "last.ckpt", tmp_path / "one.ckpt"
     assert main(["checkpoint", "consolidate", str(folder), "--output", str(file)]) == 0
     for a, b in zip(cells.weights_of(folder), cells.weights_of(file), strict=True):
         assert all(torch.equal(a[name], b[name]) for name in b)
-    # a run on one process goes on from it
+    # a run on one process resumes from it
     on = cells.fit(shards, tmp_path / "on", "one", steps=6, checkpoint=str(file))
     assert len(on["logged"]) == 2
     assert main(["checkpoint", "consolidate", str(folder), "--output", str(file)]) == 2
@@ -237,11 +247,8 @@ def test_consolidating(ranks, shards, tmp_path, capsys):
 # Evaluation
 
 
-def test_validate_and_predict_with_unequal_work(ranks, shards, tmp_path):
-    cells.fit(shards, tmp_path / "run", "one", steps=2)
-    checkpoint = cells.newest(tmp_path / "run")
-    ranks[2](cells.fit, shards, tmp_path / "sharded", "sharded", steps=2)
-    folder = cells.newest(tmp_path / "sharded")
+def test_validate_and_predict_with_unequal_work(ranks, shards, alone, sharded, tmp_path):
+    checkpoint, folder = (checkpoint_of(run["root"], 4) for run in (alone, sharded))
     prompts = [{"prompt": f"grey {i}"} for i in range(3)]
     cells.predict(shards, tmp_path, "one", checkpoint, str(tmp_path / "one"), prompts)
     wanted = {p.name: p.read_bytes() for p in (tmp_path / "one").glob("*.png")}

@@ -22,7 +22,7 @@ import torch
 import yaml
 from faulty_server import Fault, FaultyServer
 from lightning.pytorch.callbacks import Callback
-from ranks import groups
+from ranks import Command, groups
 
 from zsnr.checkpoints import sharded
 from zsnr.checkpoints.checkpoint_file import open_checkpoint, read_checkpoint
@@ -537,21 +537,16 @@ def test_what_was_ignored_stays_ignored():
 
 def test_indexing_a_server_that_stalls_is_stopped(shards, tmp_path):
     name = sorted(shards.glob("train-*.tar"))[0].name
-    with FaultyServer(shards, [Fault(None, "stall", times=99)]) as server:
-        command = [sys.executable, "-m", "zsnr.cli", "data", "index", server.url(name)]
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-        with subprocess.Popen(
-            [*command, "--output", str(tmp_path / "index")],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        ) as process:
-            while not server.requests:
-                assert process.poll() is None
-                time.sleep(0.05)
-            process.terminate()
-            assert process.wait(20) == 143
-            assert "zsnr: stopped by SIGTERM" in process.stderr.read()
+    with (
+        FaultyServer(shards, [Fault(None, "stall", times=99)]) as server,
+        Command(["data", "index", server.url(name), "--output", tmp_path / "index"]) as command,
+    ):
+        while not server.requests:
+            assert command.poll() is None
+            time.sleep(0.05)
+        os.kill(command.pid, signal.SIGTERM)
+        assert command.wait(20) == 143
+        assert "zsnr: stopped by SIGTERM" in command.stderr
     assert not list((tmp_path / "index").iterdir())
 
 

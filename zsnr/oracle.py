@@ -115,13 +115,13 @@ class EmpiricalDenoiser:
         """The number of classes; 0 = no classes."""
         return 0 if self.classes is None else int(self.classes.max()) + 1
 
-    def __call__(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+    def __call__(self, x_t: Tensor, t: Tensor, of: Tensor | None = None) -> Tensor:
         """Predict clean data.
 
         Args:
             x_t: Noisy data, (B, *).
             t: int64 timesteps, (B,).
-            labels: The class of each sample, (B,); -1 = any. None = any class for all samples.
+            of: The class of each sample, (B,); -1 = any. None = any class for all samples.
 
         Returns:
             x_0, (B, *), in x_t's dtype, at least float32.
@@ -131,7 +131,7 @@ class EmpiricalDenoiser:
         """
         x, members = self._rows(x_t), self._members_on(x_t.device)
         alpha_t, sigma_t = (scale.to(torch.float64).view(-1, 1) for scale in self.schedule(t))
-        weights = self._logits(x, alpha_t, sigma_t, labels).softmax(1)
+        weights = self._logits(x, alpha_t, sigma_t, of).softmax(1)
         weights[weights < torch.finfo(torch.float64).tiny] = 0  # subnormals are negligible but slow
         if self._spreads:
             gain = alpha_t * members.variance / members.noisy_variance(alpha_t, sigma_t)
@@ -167,15 +167,15 @@ class EmpiricalDenoiser:
 
     def network(self, x_t: Tensor, t: Tensor, conditioning: Conditioning | None) -> Tensor:
         """Predict v, as a `Network`; the conditioning's context holds the class, (B, 1, 1)."""
-        labels = None if conditioning is None else conditioning.context.flatten(0).long()
-        x_0 = self(x_t, t, labels)
+        of = None if conditioning is None else conditioning.context.flatten(0).long()
+        x_0 = self(x_t, t, of)
         return to_v(x_0, x_t.to(x_0.dtype), *self.schedule(t), "sample")
 
-    def guided(self, labels: Tensor, guidance: Guidance | None) -> Denoiser:
+    def guided(self, of: Tensor, guidance: Guidance | None) -> Denoiser:
         """Return the exact denoiser of one class per sample, (B,), guided away from the dataset."""
         cond, uncond = (
             Conditioning(classes.to(torch.float64).view(-1, 1, 1))
-            for classes in (labels, torch.full_like(labels, -1))
+            for classes in (of, torch.full_like(of, -1))
         )
         return Denoiser(self.network, self.schedule, "v_prediction", cond, uncond, guidance)
 
@@ -197,10 +197,10 @@ class EmpiricalDenoiser:
                 self._members[device] = members
         return members
 
-    def _has(self, labels: Tensor) -> bool:
-        return bool(((labels >= -1) & (labels < self.num_classes)).all())
+    def _has(self, of: Tensor) -> bool:
+        return bool(((of >= -1) & (of < self.num_classes)).all())
 
-    def _logits(self, x: Tensor, alpha_t: Tensor, sigma_t: Tensor, labels: Tensor | None) -> Tensor:
+    def _logits(self, x: Tensor, alpha_t: Tensor, sigma_t: Tensor, of: Tensor | None) -> Tensor:
         """Compute log w_i up to a constant, (B, N)."""
         members = self._members_on(x.device)
         v = members.noisy_variance(alpha_t, sigma_t)
@@ -208,15 +208,15 @@ class EmpiricalDenoiser:
         logits = (alpha_t * products - alpha_t**2 * members.half_norms) / v
         if members.variance.ndim:
             logits = logits - x.square().sum(1, keepdim=True) / (2 * v) - x.shape[1] / 2 * v.log()
-        if labels is None:
+        if of is None:
             return logits
-        if self.classes is None or len(labels) != len(x) or not self._has(labels):
+        if self.classes is None or len(of) != len(x) or not self._has(of):
             raise ValueError(
-                f"Classes {labels[:8].tolist()} of {len(x)} samples: wanted one per sample, -1 to "
+                f"Classes {of[:8].tolist()} of {len(x)} samples: wanted one per sample, -1 to "
                 f"{self.num_classes - 1}."
             )
-        classes = self.classes.to(labels.device)
-        other_class = (labels.view(-1, 1) >= 0) & (labels.view(-1, 1) != classes)
+        classes = self.classes.to(of.device)
+        other_class = (of.view(-1, 1) >= 0) & (of.view(-1, 1) != classes)
         return logits.masked_fill(other_class, -torch.inf)
 
 
