@@ -25,6 +25,7 @@ from zsnr.metrics.fidelity import (
 )
 from zsnr.metrics.luma import luma_percentile, mean_luma, rms_contrast, wasserstein_1
 from zsnr.pipeline import TextToImage
+from zsnr.training.tags import description
 
 FEATURES = {"class_path": "cells.SmallFeatures"}
 N = 7
@@ -113,6 +114,8 @@ def test_every_second_validation_of_training_measures_pictures(run, folder):
         rows = list(csv.DictReader(lines))
     assert sum(bool(row["metrics/fid"]) for row in rows) == 2
     assert sum(bool(row["val/loss"]) for row in rows) == 4
+    tags = rows[0].keys() - {"epoch", "step"}
+    assert not [name for name in tags if description("Scalars", name) is None]  # nor any constant
     numbers = json.loads((folder / "numbers-step-00000004.json").read_text())
     assert numbers["global_step"] == 4
     facts = read_run_facts(run / "checkpoints")["metrics"]

@@ -45,8 +45,8 @@ class GlobalBatch(L.Callback):
             )
         if any(isinstance(each, GradientAccumulationScheduler) for each in trainer.callbacks):
             raise ValueError(
-                "GradientAccumulationScheduler would change the global batch size that "
-                "data.batch_size sets: leave it out of trainer.callbacks, and set "
+                "GradientAccumulationScheduler would take other steps than data.batch_size sets: "
+                "leave it out of trainer.callbacks, and set "
                 "data.max_batch_size_per_device."
             )
         if trainer.limit_train_batches != 1.0 and not (

@@ -165,7 +165,7 @@ class LatentDiffusion(L.LightningModule):
         self.ema = None if ema is None else averaged_copy(self.trained)
         if compile is not None and compile not in torch._dynamo.list_backends(None):
             known = ", ".join(torch._dynamo.list_backends(None))
-            raise ValueError(f"model.compile={compile!r}: unknown backend. Known: {known}.")
+            raise ValueError(f"model.compile={compile!r}: no such backend. Known: {known}.")
         self.lora = lora
         self.compile_backend, self.max_skipped_steps = compile, max_skipped_steps
         self._ready = False  # compiled, and sharded if the strategy does

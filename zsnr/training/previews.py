@@ -104,15 +104,16 @@ class Previews(Callback):
 
     def _write(self, trainer: L.Trainer, pixels: Tensor, step: int) -> None:
         """Write images (N, H, W, 3), uint8, to the run's folder and its loggers."""
-        images = zip(pixels.numpy(), self.prompts, self.seeds, strict=True)
-        tiles = [captioned(Image.fromarray(each), prompt, seed) for each, prompt, seed in images]
-        grid = image_grid(tiles, self.columns, gap=8)
+        done_before = step - 1  # so are scalars counted, and what a resumed run keeps
         folder = Path(trainer.default_root_dir) / "previews"
         with side_file(folder):
+            images = zip(
+                map(Image.fromarray, pixels.numpy()), self.prompts, self.seeds, strict=True
+            )
+            grid = image_grid([captioned(*each) for each in images], self.columns, gap=8)
+            log_image(trainer.loggers, "previews", grid, done_before)
             folder.mkdir(exist_ok=True)  # not the run's folder, should it be gone
             save_png(grid, folder / f"step-{step:08d}.png")
-        done_before = step - 1  # so are scalars counted, and what a resumed run keeps
-        log_image(trainer.loggers, "previews", grid, done_before)
         values = luma(to_unit_range(pixels.permute(0, 3, 1, 2))).flatten(1)
         log_luma(trainer.loggers, "previews", values.mean(1), values, done_before)
         for logger in trainer.loggers:
