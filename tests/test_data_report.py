@@ -10,9 +10,10 @@ from pages import HOSTILE, Page
 from zsnr import GaussianDenoiser, NoiseSchedule, get_sampler, trailing
 from zsnr.cli import main
 from zsnr.data.filters import Filter, parse_filter
+from zsnr.data.sources import Source
 from zsnr.metrics import kept_fraction, mean_mode, moved_mean, principal_mean
 from zsnr.reports.arms import Arm
-from zsnr.reports.data import gaussian_samples, measure_space
+from zsnr.reports.data import gaussian_samples, measure_space, public_paths
 from zsnr.untrusted import printable
 
 ORIGINAL = NoiseSchedule(zero_terminal_snr=False)
@@ -137,6 +138,15 @@ def test_text_of_others_stays_text(tmp_path):
     assert "\x1b" not in page.text
     assert "\u202e" not in page.text
     assert "{{ 7 * 7 }}" in page.captions[-1]
+
+
+def test_a_page_names_sources_without_secrets():
+    signed = "https://me:pw@host/{000..009}.tar?token=abc"
+    assert public_paths([signed, Source(["/data/a.tar", "pipe:get --key abc b.tar"])]) == [
+        "https://host/{000..009}.tar",
+        "/data/a.tar",
+        "pipe:... b.tar",
+    ]
 
 
 def test_broken_pictures_have_no_replacement(tmp_path, capsys):

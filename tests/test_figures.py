@@ -14,6 +14,7 @@ from zsnr.pipeline import TextToImage, to_image
 from zsnr.reports.arms import Arm
 from zsnr.reports.exact import EXTREMES, exact_pipeline, find_groups
 from zsnr.reports.figures import SPACINGS, make_panels
+from zsnr.reports.images import panel_figure
 
 FIXED, ORIGINAL = NoiseSchedule(), NoiseSchedule(zero_terminal_snr=False)
 GROUPS = {"dark": [0, 1, 2], "bright": [6, 7]}
@@ -84,6 +85,11 @@ def test_figure_4_has_a_panel_of_each_spacing_and_step_count():
     assert panels.title == "Timestep spacings: ddim, no guidance"
     assert (panels.rows, panels.columns) == (["5 steps", "25 steps"], list(SPACINGS))
     assert panels.inner == (["dark", "bright"], ["seed 0", "seed 1"])
+    figure = panel_figure(panels.images, panels.rows, panels.columns, panels.title, panels.inner)
+    first = figure.axes[0]
+    assert (first.get_ylabel(), first.get_title()) == ("5 steps", "leading")
+    assert [label.get_text() for label in first.get_yticklabels()] == ["dark", "bright"]
+    assert [label.get_text() for label in first.get_xticklabels()] == ["seed 0", "seed 1"]
     for S, row in zip((5, 25), panels.images, strict=True):
         for spacing, panel in zip(SPACINGS, row, strict=True):
             guidance = {"guidance": Guidance(1.0, 0.7), "progress": False}

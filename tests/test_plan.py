@@ -64,15 +64,15 @@ def test_tiny_has_a_table(capsys):
     for part in (
         "parameters: UNet 0.3 M, text encoder 0.8 M",
         "1 rank, one device, precision 32-true",
-        "4 images of 16x16 a step = 1 rank x 4 images",
+        "4 images of 16x16 per step = 1 rank x 4 images",
         "4 steps, 16 images, 26.7 minutes at 0.01 images/s",
         "optimizer state",
-        "kept of 4 images",
+        "stored for 4 images",
         "fits in 1.00 GiB",
     ):
         assert part in text
     assert "codec" not in text
-    assert "not counted" not in text
+    assert "not included" not in text
 
 
 def test_states_are_those_of_a_real_model(plan):

@@ -23,7 +23,7 @@ from zsnr.data.faults import summarize
 from zsnr.data.index import load_index
 from zsnr.data.prompts import PromptRequest, brightness_suite, read_prompts
 from zsnr.data.samples import select
-from zsnr.data.sources import Sources, as_sources, find_shards
+from zsnr.data.sources import Sources, find_shards
 from zsnr.data.storage import Storage
 from zsnr.files import check_new, new_folder
 from zsnr.metrics import kept_fraction, mean_mode
@@ -38,7 +38,7 @@ from zsnr.pipeline import (
 from zsnr.prediction import check_prediction_type
 from zsnr.reports.arms import Arm
 from zsnr.reports.compare_page import comparison_page
-from zsnr.reports.data import look_at
+from zsnr.reports.data import look_at, public_paths
 from zsnr.reports.flaw import oracle_samples
 from zsnr.reports.images import image_pixels
 from zsnr.reports.outcomes import MEASURES, ModelImages, Outcome, groups_of, measure, measure_arms
@@ -166,7 +166,7 @@ def compare_models(
             **measure_arms(outcomes, requests, None if images is None else measure(images)),
         }
         if data is not None:
-            facts["data"]["source"] = [source.path for source in as_sources(data)]
+            facts["data"]["source"] = public_paths(data)
         _write(facts, folder)
     return facts
 
@@ -232,7 +232,7 @@ def compare_exact(
             "prompts": "empty",
             **measure_arms(outcomes, requests, measure(images)),
         }
-        facts["data"]["source"] = [source.path for source in as_sources(data)]
+        facts["data"]["source"] = public_paths(data)
         facts["space"] = {"shape": list(shape), "codec": codec.settings(), "mode": mode}
         _write(facts, folder)
     return facts

@@ -26,7 +26,7 @@ MEASURES = {
     "p99": "99th percentile",
 }
 _COLUMNS = {
-    "models": "model",
+    "models": "source",
     "num_steps": "steps",
     "guidance_scale": "guidance",
     "guidance_rescale": "rescale",

@@ -137,7 +137,7 @@ def write_data_report(
     values = {
         "title": "Data report",
         "zsnr_version": __version__,
-        "sources": [public_url(source.path) for source in as_sources(sources)],
+        "sources": public_paths(sources),
         "containers": counted(samples.shards),
         "broken": summarize([fault for fault in faults if fault.kind != "note"]),
         "not_read": summarize([fault for fault in faults if fault.kind == "note"]),
@@ -171,6 +171,13 @@ def write_data_report(
     with replacing(page) as beside:
         beside.write_text(render_page("data.html", values), encoding="utf-8")
     return page, facts
+
+
+def public_paths(sources: Sources) -> list[str]:
+    """List the paths of sources without passwords, tokens and commands."""
+    paths = (source.path for source in as_sources(sources))
+    each = (path for group in paths for path in ([group] if isinstance(group, str) else group))
+    return [public_url(path) for path in each]
 
 
 def _facts(

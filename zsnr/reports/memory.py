@@ -1,4 +1,4 @@
-"""Bytes that a computation keeps and uses; with fake tensors, before it is run."""
+"""Bytes that a computation stores and uses; with fake tensors, before it is run."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ T = TypeVar("T")
 
 def tensors_of(*modules: nn.Module) -> list[Tensor]:
     """List the parameters and buffers of modules, each once."""
-    found: dict[int, Tensor] = {}
+    tensors: dict[int, Tensor] = {}
     for module in modules:
         for tensor in (*module.parameters(), *module.buffers()):
-            found[id(tensor)] = tensor
-    return list(found.values())
+            tensors[id(tensor)] = tensor
+    return list(tensors.values())
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:
@@ -35,12 +35,12 @@ def size_of(tensors: Iterable[Tensor]) -> int:
 def with_fake_tensors(
     thing: T, modules: Iterable[nn.Module], dtype: torch.dtype | None = None
 ) -> T:
-    """Copy what holds modules; under a FakeTensorMode, with fake tensors on the CPU.
+    """Copy an object that holds modules; in a FakeTensorMode, with fake tensors on the CPU.
 
     Args:
-        thing: Holds the modules, or is one.
+        thing: An object that holds the modules, or a module.
         modules: On any device, such as "meta".
-        dtype: Of the copy's floating-point tensors. None = as they are.
+        dtype: Dtype of the copy's floating-point tensors. None = unchanged.
     """
     made: dict[int, Any] = {}
     for x in tensors_of(*modules):
@@ -53,10 +53,10 @@ def with_fake_tensors(
 
 @contextmanager
 def kept_for_backward(known: Iterable[Tensor]) -> Iterator[dict[int, int]]:
-    """Collect what autograd keeps for the backward pass: the bytes of each storage.
+    """Collect what autograd stores for the backward pass: the bytes of each storage.
 
     Args:
-        known: What is there anyway, such as parameters; it does not count.
+        known: Tensors that exist anyway, such as parameters; they do not count.
     """
     aside = {_key(tensor) for tensor in known}
     kept: dict[int, int] = {}
@@ -71,14 +71,14 @@ def kept_for_backward(known: Iterable[Tensor]) -> Iterator[dict[int, int]]:
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Follows how many bytes of tensors are alive at a time.
+    """Tracks the bytes of live tensors.
 
     Args:
-        known: What is there anyway; it does not count.
+        known: Tensors that exist anyway; they do not count.
 
     Attributes:
-        now: Bytes alive.
-        peak: The most there were.
+        now: Live bytes.
+        peak: Largest number of live bytes so far.
     """
 
     def __init__(self, known: Iterable[Tensor]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +87,8 @@ def draw_chart(
     from markupsafe import Markup
 
     text = io.StringIO()
-    with matplotlib.rc_context(_RC_PARAMS):
+    with matplotlib.rc_context(_RC_PARAMS), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # the browser has more fonts
         figure, axes = stacked_axes(width, height, rows, sharex)
         draw(axes)
         no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))

@@ -1,4 +1,4 @@
-"""What a training run needs of memory and time, without running it."""
+"""Memory and time of a training run, estimated without running it."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ GIB, MIB = 2**30, 2**20
 
 @dataclass(frozen=True)
 class Sharding:
-    """How weights, gradients, optimizer state and average lie on the ranks.
+    """How weights, gradients, optimizer state and averaged weights are divided among the ranks.
 
     Args:
-        kind: One device, a whole copy on each rank (DDP), or shards (FSDP).
-        ranks: All processes.
-        ranks_per_node: Processes of one node.
-        shards: Ranks that share one copy.
-        param_dtype: Of the weights that FSDP gathers. None = their own.
-        reduce_dtype: Of the gradients that FSDP reduces. None = param_dtype.
-        reshard_after_forward: Whether gathered weights go after a block's forward pass.
+        kind: One device, a full copy on each rank (DDP), or shards (FSDP).
+        ranks: Number of processes.
+        ranks_per_node: Number of processes per node.
+        shards: Number of ranks that share one copy.
+        param_dtype: Dtype of the weights that FSDP gathers. None = that of the parameters.
+        reduce_dtype: Dtype of the gradients that FSDP reduces. None = param_dtype.
+        reshard_after_forward: Whether gathered weights are freed after a block's forward pass.
         bucket_view: Whether DDP's buckets are the gradients, and not a copy of them.
     """
 
@@ -70,10 +70,10 @@ class Layout:
     """A sharding, and how the global batch is divided.
 
     Args:
-        sharding: See there.
-        micro_batch: Images of one forward pass of one rank.
-        accumulation: Forward passes of a step.
-        checkpointing: Whether activations of the UNet are computed again in the backward pass.
+        sharding: How the weights are divided.
+        micro_batch: Images per forward pass and rank.
+        accumulation: Forward passes per step.
+        checkpointing: Whether activations of the UNet are recomputed in the backward pass.
     """
 
     sharding: Sharding
@@ -84,20 +84,20 @@ class Layout:
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """What a run is made of, on the meta device, where tensors need no memory.
+    """The parts of a run, on the meta device, where tensors need no memory.
 
     Args:
         unet: Trained.
         conditioner: Trained or frozen.
         codec: Frozen.
         image_size: Height and width in pixels.
-        autocast: The dtype of the trainer's mixed precision. None = it has none.
+        autocast: The dtype of the trainer's mixed precision. None = no mixed precision.
         on_gpu: Whether autocast is that of a GPU.
         codec_stays: Whether the codec is in memory while training.
         encodes_images: Whether each batch passes through the codec.
         encodes_text: Whether each batch passes through the conditioner.
         optimizer_state: Bytes of the optimizer's state for each byte of a parameter.
-        averaged: Whether there is an average of the weights.
+        averaged: Whether the weights are averaged.
     """
 
     unet: UNet
@@ -124,37 +124,37 @@ class Parts:
         """Compute with fake tensors, in the trainer's precision.
 
         Raises:
-            ValueError: A part decides by the values of its tensors.
+            ValueError: The control flow of a part depends on the values of tensors.
         """
         try:
             with FakeTensorMode(), torch.autocast("cpu", self.autocast, self.autocast is not None):
                 yield
         except UnsupportedFakeTensorException as error:
             raise ValueError(
-                f"This model cannot be planned: it decides by values, at {error}."
+                f"This model cannot be planned: its flow depends on values of tensors, at {error}."
             ) from error
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes on one rank; the fullest one, where they differ.
+    """Bytes on one rank, the one that needs most.
 
-    The total is an upper bound: with FSDP, what is gathered and what is kept are not at their most
-    at the same time.
+    The total is an upper bound: with FSDP, gathered weights and stored activations do not peak at
+    the same time.
 
     Args:
-        parameters: Weights that are trained, and the frozen ones of a UNet with adapters.
-        gradients: Of those that are trained.
-        optimizer: The optimizer's state.
+        parameters: Trained weights, and the frozen ones of a UNet with adapters.
+        gradients: Gradients of the trained weights.
+        optimizer: State of the optimizer.
         average: Averaged weights, float32.
         buckets: DDP's copy of the gradients.
-        gathered: What FSDP gathers at most at once: the root, the largest pair of neighbouring
-            blocks (one computes, the next is on its way), and one block's whole gradients.
-        codec: Its weights.
-        text_encoder: The weights of a frozen one.
-        activations: What a micro-batch keeps for the backward pass.
-        working: What is needed beside them for a moment: recomputed activations, intermediate
-            results, or more than all of these while the codec encodes.
+        gathered: Peak of what FSDP gathers: the root, the largest pair of neighboring blocks (one
+            computes while the next is gathered), and the full gradients of one block.
+        codec: Weights of the codec.
+        text_encoder: Weights of a frozen text encoder.
+        activations: Activations that a micro-batch stores for the backward pass.
+        working: Peak of temporary memory: recomputed activations, intermediate results, or what
+            encoding needs beyond all of these.
     """
 
     parameters: int
@@ -170,7 +170,7 @@ class Need:
 
     @property
     def total(self) -> int:
-        """Bytes in all."""
+        """Total bytes."""
         return sum(asdict(self).values())
 
 
@@ -183,9 +183,9 @@ def shard_size(tensors: Iterable[Tensor], shards: int, dtype: torch.dtype | None
     """Sum the bytes of one rank's shards: FSDP cuts dimension 0 into ceil(n / shards) rows.
 
     Args:
-        tensors: Whole ones.
-        shards: Ranks that share each.
-        dtype: Of the shards. None = the tensors' own.
+        tensors: The full tensors.
+        shards: Number of ranks that share each.
+        dtype: Dtype of the shards. None = that of the tensors.
     """
     total = 0
     for tensor in tensors:
@@ -196,7 +196,7 @@ def shard_size(tensors: Iterable[Tensor], shards: int, dtype: torch.dtype | None
 
 
 def gathered_size(trained: nn.ModuleDict, sharding: Sharding) -> int:
-    """Sum what FSDP gathers at most at once; see Need."""
+    """Sum the peak of what FSDP gathers; see `Need`."""
     if sharding.kind != "FSDP":
         return 0
     unet: Any = trained["unet"]
@@ -219,7 +219,7 @@ def gathered_size(trained: nn.ModuleDict, sharding: Sharding) -> int:
 
 
 def state_per_byte(make_optimizer: Callable[[Iterable[nn.Parameter]], Any]) -> float:
-    """Measure the bytes of an optimizer's state for each byte of a parameter, by one step."""
+    """Measure the bytes of optimizer state per byte of a parameter, by taking one step."""
     parameter = nn.Parameter(torch.zeros(64, 64))
     parameter.grad = torch.ones_like(parameter)
     optimizer = make_optimizer([parameter])
@@ -229,7 +229,7 @@ def state_per_byte(make_optimizer: Callable[[Iterable[nn.Parameter]], Any]) -> f
 
 
 def need(parts: Parts, layout: Layout) -> Need:
-    """Say what one rank needs."""
+    """Estimate the memory of one rank."""
     sharding = layout.sharding
     trained = parts.trained()
     gradients = shard_size(trainable(trained), sharding.shards)
@@ -256,17 +256,17 @@ def need(parts: Parts, layout: Layout) -> Need:
 def training_pass(
     parts: Parts, micro_batch: int, checkpointing: bool, dtype: torch.dtype | None
 ) -> tuple[int, int]:
-    """Go forward and back with fake tensors.
+    """Run a forward and a backward pass with fake tensors.
 
     Args:
-        parts: Of the run.
-        micro_batch: Images.
-        checkpointing: Of the UNet's activations.
-        dtype: The network computes in. None = its own.
+        parts: The parts of the run.
+        micro_batch: Number of images.
+        checkpointing: Whether activations of the UNet are recomputed.
+        dtype: Dtype that the network computes in. None = that of its parameters.
 
     Returns:
-        Bytes that the forward pass keeps for the backward pass, and the most that were alive at
-        once; both without weights and gradients.
+        Bytes that the forward pass stores for the backward pass, and the peak of live bytes; both
+        without weights and gradients.
     """
     with parts.computing():
         whole = parts.trained()
@@ -305,7 +305,7 @@ def training_pass(
 
 @lru_cache(maxsize=256)
 def encoding_pass(parts: Parts, micro_batch: int) -> int:
-    """Encode images and prompts with fake tensors; return the most bytes alive at once."""
+    """Encode images and prompts with fake tensors; return the peak of live bytes."""
     with parts.computing(), torch.no_grad():
         size = parts.image_size
         codec = with_fake_tensors(parts.codec, modules_of(parts.codec))
@@ -336,20 +336,20 @@ def modules_of(codec: LatentCodec) -> list[nn.Module]:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run needs.
+    """The estimate for a run.
 
     Args:
-        layout: How it is divided.
-        need: On one rank.
-        counts: Parameters of each part.
-        batch_size: Of the global batch.
-        image_size: Pixels.
-        precision: The trainer's word for it.
-        on_gpu: Whether it trains on GPUs.
-        max_steps: Optimizer steps. None = it is not said.
-        images_per_second: Over all ranks. None = it is not known.
-        memory: Bytes that one rank may use. None = it is not said.
-        way_out: What to change where it does not fit.
+        layout: How the run is divided among ranks.
+        need: Memory of one rank.
+        counts: Number of parameters of each part.
+        batch_size: Global batch size.
+        image_size: Height and width, in pixels.
+        precision: The precision, as the trainer names it.
+        on_gpu: Whether the run is on GPUs.
+        max_steps: Optimizer steps. None = unlimited.
+        images_per_second: Summed over all ranks. None = unknown.
+        memory: Bytes that one rank may use. None = unknown.
+        way_out: What to change if the run does not fit.
     """
 
     layout: Layout
@@ -366,23 +366,23 @@ class Plan:
 
     @property
     def fits(self) -> bool | None:
-        """Whether the memory suffices. None = it is not said."""
+        """Whether the memory suffices. None = the memory is unknown."""
         return None if self.memory is None else self.need.total <= self.memory
 
     @property
     def images(self) -> int | None:
-        """Images of the whole run. None = its length is not said."""
+        """Images of the full run. None = its length is unlimited."""
         return None if self.max_steps is None else self.max_steps * self.batch_size
 
     @property
     def hours(self) -> float | None:
-        """Hours of the whole run. None = its length or rate is not known."""
+        """Hours of the full run. None = its length or rate is unknown."""
         if self.images is None or self.images_per_second is None:
             return None
         return self.images / self.images_per_second / 3600
 
     def facts(self) -> dict[str, Any]:
-        """Return all of it as plain values; sizes in bytes."""
+        """Return the estimate as plain values; sizes in bytes."""
         layout = self.layout
         sharding = {
             name: _name(value) if isinstance(value, torch.dtype) else value
@@ -408,9 +408,9 @@ class Plan:
         }
 
     def table(self) -> str:
-        """Return it as text, in lines of at most 100 characters."""
+        """Return the estimate as text, in lines of at most 100 characters."""
         rows = [(name, size, note) for name, size, note in self._rows() if size or note]
-        rows.append(("in all", self.need.total, ""))
+        rows.append(("total", self.need.total, ""))
         width = max(len(name) for name, _, _ in rows)
         lines = [*self._head(), "", "on each rank"]
         lines += [
@@ -418,7 +418,9 @@ class Plan:
             for name, size, note in rows
         ]
         if self.on_gpu:
-            lines.append("not counted: CUDA itself and gaps between tensors, 1 to 2 GiB on a GPU")
+            lines.append(
+                "not included: the CUDA context and memory fragmentation, 1 to 2 GiB on a GPU"
+            )
         if self.memory is not None:
             left = self.memory - self.need.total
             lines.append(
@@ -446,7 +448,7 @@ class Plan:
         lines = [
             f"parameters: {', '.join(parts)}",
             f"{where}, {how}, precision {self.precision}{checkpointing}",
-            f"{_images(self.batch_size)} of {self.image_size}x{self.image_size} a step = "
+            f"{_images(self.batch_size)} of {self.image_size}x{self.image_size} per step = "
             f"{_ranks(sharding)} x {_images(layout.micro_batch)}"
             f"{passes}",
         ]
@@ -459,27 +461,27 @@ class Plan:
         return lines
 
     def _rows(self) -> list[tuple[str, int, str]]:
-        own, sharding = self.need, self.layout.sharding
+        need, sharding = self.need, self.layout.sharding
         share = f"1/{sharding.shards} of them" if sharding.shards > 1 else ""
         return [
-            ("parameters", own.parameters, share),
-            ("gradients", own.gradients, ""),
-            ("optimizer state", own.optimizer, ""),
-            ("averaged weights", own.average, ""),
-            ("DDP's buckets", own.buckets, ""),
-            ("gathered by FSDP", own.gathered, "at most at once" if own.gathered else ""),
-            ("codec", own.codec, ""),
-            ("text encoder", own.text_encoder, ""),
-            ("activations", own.activations, f"kept of {_images(self.layout.micro_batch)}"),
-            ("working memory", own.working, "at most at once"),
+            ("parameters", need.parameters, share),
+            ("gradients", need.gradients, ""),
+            ("optimizer state", need.optimizer, ""),
+            ("averaged weights", need.average, ""),
+            ("DDP's buckets", need.buckets, ""),
+            ("gathered by FSDP", need.gathered, "peak" if need.gathered else ""),
+            ("codec", need.codec, ""),
+            ("text encoder", need.text_encoder, ""),
+            ("activations", need.activations, f"stored for {_images(self.layout.micro_batch)}"),
+            ("working memory", need.working, "peak"),
         ]
 
 
 def find_way_out(parts: Parts, layout: Layout, batch_size: int, memory: int) -> str:
-    """Say in a line what to change so that the run fits.
+    """Describe in one line what to change so that the run fits.
 
-    Looked at in this order, each with all smaller micro-batches: as it is, gradient checkpointing,
-    FSDP, and FSDP that gathers bfloat16.
+    Tried in this order, each with all smaller micro-batches: the layout as it is, gradient
+    checkpointing, FSDP, and FSDP that gathers bfloat16.
     """
     first = layout.sharding
     shardings = [first]
