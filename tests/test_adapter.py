@@ -177,7 +177,7 @@ def test_errors():
     with pytest.raises(ValueError, match="Give either"):
         scheduler.set_timesteps()
     scheduler.set_timesteps(10)
-    with pytest.raises(ValueError, match="timestep=998 is none of the grid"):
+    with pytest.raises(ValueError, match="timestep=998 is not in the grid"):
         scheduler.step(x, 998, x)
     scheduler = DiffusersScheduler(TwoStage())
     scheduler.set_timesteps(10)

@@ -258,7 +258,7 @@ def test_checkpoints_that_mean_harm_are_refused(tmp_path, monkeypatch):
     torch.save([1], "list.ckpt")
     torch.save({"zsnr": {}}, "old.ckpt", _use_new_zipfile_serialization=False)
     for name, message in {
-        "bomb": "packed",
+        "bomb": "compressed",
         "harm": r"holds more than tensors and plain values\.$",
         "list": "holds a list",
         "old": "not a readable checkpoint",

@@ -204,7 +204,7 @@ def test_rows_of_a_network_call_are_bounded(max_rows):
         torch.testing.assert_close(x_0, Denoiser(Linear(), *settings)(X, T))
     with pytest.raises(ValueError, match="max_rows=0"):
         Denoiser(Linear(), SCHEDULE, max_rows=0)
-    with pytest.raises(ValueError, match="network gave tuple"):
+    with pytest.raises(ValueError, match="network returned tuple"):
         Denoiser(lambda x, t, c: (x,), SCHEDULE, max_rows=1)(X, T)
 
 

@@ -456,7 +456,7 @@ def test_packed_checkpoints_are_not_unpacked(tmp_path):
         archive.writestr("archive/data.pkl", bytes(50_000_000))
     found = examine(path, open_pickle=True)
     assert found.verdict == "unreadable"
-    assert "packed" in found.reason
+    assert "compressed" in found.reason
     path.write_bytes(b"PK\x03\x04" + os.urandom(1000))
     assert examine(path, open_pickle=True).verdict == "unreadable"
 

@@ -214,7 +214,7 @@ def test_cfg_pp_is_lambda_at_the_ends():
     assert curve.scale_at(*schedule(999), *schedule(500)) == 1.0
     assert curve.scale_at(*schedule(0), *schedule(-1)) == 0.8
     for at_s in ((), (alpha_t, sigma_t), schedule(700)):
-        with pytest.raises(ValueError, match="'cfg_pp' (needs the timestep|has no scale)"):
+        with pytest.raises(ValueError, match="'cfg_pp' (needs the next timestep|has no scale)"):
             guidance.scale_at(alpha_t, sigma_t, *at_s)
     for missing in (lambda: guidance(POS, NEG), lambda: guidance.scales_at(POS, NEG)):
         with pytest.raises(ValueError, match="needs the next timestep"):

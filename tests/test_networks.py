@@ -48,7 +48,7 @@ def test_pretrained_folder(tmp_path):
         assert torch.equal(again.state_dict()[name], weight)
     with pytest.raises(ValueError, match="in_channels=12 but the codec's latents have 4"):
         UNet(pretrained=str(tmp_path), channels=4, context_dim=16)
-    with pytest.raises(ValueError, match="takes width 16 but the conditioner gives 8"):
+    with pytest.raises(ValueError, match="has width 16 but the conditioner has 8"):
         UNet(pretrained=str(tmp_path), channels=12, context_dim=8)
     with pytest.raises(ValueError, match=r"holds no config\.json"):
         UNet(pretrained=str(tmp_path / "elsewhere"))

@@ -481,7 +481,7 @@ def test_parts_that_do_not_fit_are_refused_before_training(made, tmp_path):
     folder = str(made[0])
     text = tiny.frozen_conditioner(tmp_path)
     codec = AutoencoderKLCodec(folder, subfolder="vae")
-    with pytest.raises(ValueError, match="takes width 40 but the conditioner gives 16"):
+    with pytest.raises(ValueError, match="has width 40 but the conditioner has 16"):
         LatentDiffusion(codec, text, folder, image_size=16)
     with pytest.raises(ValueError, match="conditioner gives none: SDXL's UNet wants"):
         LatentDiffusion(codec, NullConditioner(40), folder, image_size=16)
@@ -541,7 +541,7 @@ def test_text_encoders_that_do_not_fit_are_refused(tmp_path):
         SDXLConditioner(str(tmp_path))
     assert SDXLConditioner(str(tmp_path), max_length=9)(["a"]).context.shape == (1, 9, 40)
     (tmp_path / "text_encoder" / "config.json").write_text('{"model_type": "t5"}')
-    with pytest.raises(ValueError, match="is a 't5': wanted CLIP's"):
+    with pytest.raises(ValueError, match="is a 't5': wanted a CLIP"):
         SDXLConditioner(str(tmp_path), max_length=9)
 
 

@@ -758,7 +758,7 @@ def test_damaged_files_are_refused(files, tmp_path):
 
         changed = rewrite(files["v1"], tmp_path / "y.safetensors", None, without)
         with pytest.raises(
-            ValueError, match="does not fit|not named as|another model|lacks tensors"
+            ValueError, match="does not match|not named as|another model|lacks tensors"
         ):
             load_all(changed)
 

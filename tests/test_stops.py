@@ -764,7 +764,7 @@ def test_a_strangers_index_runs_no_code(folder, tmp_path):
 
 def test_shards_of_another_model_are_refused(ranks, shards, folder, tmp_path):
     options = {"model": {"ema": None}, "checkpoint": str(folder)}
-    with pytest.raises(AssertionError, match="is of another model: it has ema"):
+    with pytest.raises(AssertionError, match="belongs to another model: it has ema"):
         ranks[1](cells.fit, shards, tmp_path, "sharded", **options)
 
 

@@ -236,7 +236,7 @@ def test_registry(monkeypatch):
     assert seen == [NoiseSchedule(num_timesteps=50), schedule]
     with pytest.raises(ValueError, match="pass num_timesteps=50"):
         get_timesteps("by_snr", 3, schedule=schedule)
-    with pytest.raises(ValueError, match="gave 4 timesteps: wanted 3"):
+    with pytest.raises(ValueError, match="returned 4 timesteps: wanted 3"):
         get_timesteps("broken", 3)
     with pytest.raises(ValueError, match="already registered"):
         register_spacing("ends")(broken)

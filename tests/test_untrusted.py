@@ -66,7 +66,7 @@ def shards(tmp_path_factory):
 def test_what_does_not_fit_the_tensors_is_damaged(shards, tmp_path, rest):
     folder = shutil.copytree(shards, tmp_path / "a.ckpt")
     torch.save(rest, folder / "meta.pt")
-    with pytest.raises(ValueError, match=r"is damaged: meta\.pt does not fit the other files"):
+    with pytest.raises(ValueError, match=r"is damaged: meta\.pt does not match the other files"):
         sharded.consolidate(folder)
 
 

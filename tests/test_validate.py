@@ -200,7 +200,7 @@ def test_statistics_are_reused_and_refused(folder, validated, tmp_path, capsys):
     assert statistics.stat().st_mtime_ns == written
     for more, message in (
         (["--metrics.features.init_args.seed", "1"], "wanted those of 'cells.SmallFeatures"),
-        (["--metrics.real", f"{folder}/shards/val-*.tar"], "is of other pictures"),
+        (["--metrics.real", f"{folder}/shards/val-*.tar"], "describes other images"),
     ):
         capsys.readouterr()
         assert validate(folder, *options, f"{tmp_path}/b.json", *more) == 2

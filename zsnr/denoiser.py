@@ -90,13 +90,13 @@ class Conditioning:
         return Conditioning(
             *(
                 None
-                if part_self is None or part_other is None
+                if a is None or b is None
                 else torch.where(
-                    keep.to(part_self.device).view(-1, *(1,) * (part_self.ndim - 1)),
-                    part_self,
-                    part_other.to(part_self),
+                    keep.to(a.device).view(-1, *(1,) * (a.ndim - 1)),
+                    a,
+                    b.to(a),
                 )
-                for part_self, part_other in zip(self._parts(), other._parts(), strict=True)
+                for a, b in zip(self._parts(), other._parts(), strict=True)
             )  # type: ignore[arg-type]
         )
 

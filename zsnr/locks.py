@@ -75,12 +75,12 @@ class Lock:
 
     Args:
         path: The lock file.
-        protected: The file or folder that it protects, for the message.
+        target: The file or folder that it protects, for the message.
         patience: Seconds to wait for an owner that may be dead.
     """
 
-    def __init__(self, path: Path, protected: Path, patience: float = 0.0) -> None:
-        self.path, self.protected, self.patience = path, protected, patience
+    def __init__(self, path: Path, target: Path, patience: float = 0.0) -> None:
+        self.path, self.target, self.patience = path, target, patience
         self._owner = Owner(
             socket.gethostname(),
             _place(),
@@ -108,9 +108,7 @@ class Lock:
         except LockedError:
             raise
         except OSError as error:
-            raise OSError(
-                f"{self.protected} cannot be written: {error.strerror or error}."
-            ) from error
+            raise OSError(f"{self.target} cannot be written: {error.strerror or error}.") from error
         finally:
             with suppress(OSError):
                 mine.unlink(missing_ok=True)
@@ -162,7 +160,7 @@ class Lock:
             if owner is not None:
                 holder = f"{owner.host}, pid {owner.pid}, since {owner.since}: {owner.command}"
             raise LockedError(
-                f"{self.protected} is in use by another process ({holder}). Wait for it, stop it, "
+                f"{self.target} is in use by another process ({holder}). Wait for it, stop it, "
                 f"or choose another folder. If it is dead, try again {SILENCE / 60:g} minutes "
                 f"after its end, or remove {self.path}."
             )
@@ -176,7 +174,7 @@ class Lock:
                     return
                 if owner is not None and owner != self._owner:
                     line = (
-                        f"zsnr: error: {self.protected} was taken over by {owner.host}, pid "
+                        f"zsnr: error: {self.target} was taken over by {owner.host}, pid "
                         f"{owner.pid}, because this process did not renew its lock: it stops, and "
                         "can be resumed."
                     )

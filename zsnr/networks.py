@@ -188,7 +188,7 @@ class UNet(nn.Module):
 
 
 def _diffusers_config(config: UNetConfig, channels: int, context_dim: int) -> dict[str, Any]:
-    settings = asdict(config)
+    sizes = asdict(config)
     down = ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in config.attention]
     up = ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(config.attention)]
     pooled = {"addition_embed_type": "text", "addition_embed_type_num_heads": 4}
@@ -197,17 +197,17 @@ def _diffusers_config(config: UNetConfig, channels: int, context_dim: int) -> di
         "resnet_time_scale_shift": "scale_shift" if config.scale_shift else "default",
         "in_channels": channels,
         "out_channels": channels,
-        "block_out_channels": list(settings["block_out_channels"]),
-        "layers_per_block": settings["layers_per_block"],
+        "block_out_channels": list(sizes["block_out_channels"]),
+        "layers_per_block": sizes["layers_per_block"],
         "down_block_types": down,
         "up_block_types": up,
         "mid_block_type": "UNetMidBlock2DCrossAttn",
         "cross_attention_dim": context_dim,
         # diffusers counts heads under the name attention_head_dim
         "attention_head_dim": [
-            c // settings["attention_head_dim"] for c in settings["block_out_channels"]
+            c // sizes["attention_head_dim"] for c in sizes["block_out_channels"]
         ],
-        "transformer_layers_per_block": settings["transformer_layers"],
-        "norm_num_groups": settings["norm_groups"],
+        "transformer_layers_per_block": sizes["transformer_layers"],
+        "norm_num_groups": sizes["norm_groups"],
         "use_linear_projection": True,
     }

@@ -254,11 +254,7 @@ def _rows_matmul(x: Tensor, matrix: Tensor, block: int = 16) -> Tensor:
 
 
 def _check_classes(classes: Tensor, count: int) -> Tensor:
-    """Return classes as int64.
-
-    Raises:
-        ValueError: The classes are not integers 0, 1, 2, ... with at least one member each.
-    """
+    """Return classes as int64, after checking them."""
     if classes.shape != (count,) or classes.is_floating_point():
         raise ValueError(
             f"classes is {classes.dtype} of shape {tuple(classes.shape)}: wanted integers, "

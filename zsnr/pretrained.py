@@ -164,8 +164,8 @@ def load_whole(
     lacking = {name for name in lacking if spare is None or spare not in name}
     if lacking:
         raise ValueError(
-            f"The weights in {source} lack {len(lacking)} tensors, such as {min(lacking)}: wanted "
-            "weights that match its config."
+            f"The weights in {source} lack {len(lacking)} of the tensors, such as {min(lacking)}: "
+            "wanted weights that match its config."
         )
     return model
 

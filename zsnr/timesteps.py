@@ -46,9 +46,7 @@ def register_spacing(name: str) -> Callable[[_Spacing], _Spacing]:
 
     def register(spacing: _Spacing) -> _Spacing:
         if name == "auto":
-            raise ValueError(
-                "The name 'auto' selects the recommended spacing. Choose another name."
-            )
+            raise ValueError("'auto' selects the recommended spacing. Choose another name.")
         registered = _SPACINGS.get(name)
         if registered is not None and registered.__qualname__ != spacing.__qualname__:
             raise ValueError(f"Spacing {name!r} is already registered. Choose another name.")
@@ -87,8 +85,7 @@ def trailing(num_steps: int, num_timesteps: int = 1000) -> Tensor:
 def leading(num_steps: int, num_timesteps: int = 1000) -> Tensor:
     """Count up from the first timestep: floor(T / S) i    (Table 2).
 
-    Never contains the last timestep unless S = T: provided to show the flaw. Otherwise as
-    `trailing`.
+    Contains the last timestep only if S = T: provided to show the flaw. Otherwise as `trailing`.
     """
     S, T = _check_counts(num_steps, num_timesteps)
     return _grid((T // S) * i for i in reversed(range(S)))
@@ -164,9 +161,8 @@ def guided(
         from -0.7 - log S   to   -2.2 + 2 log S,
 
     a shorter range than that of `log_snr`, and divide u in [-1, 1] evenly, where sinh(u) / sinh(1)
-    is the position of l between the middle of the range and its ends. The bounds were chosen on two
-    trained models and two exact denoisers, see benchmarks/results/guided.md. Otherwise as
-    `log_snr`.
+    is the position of l between the middle of the range and its ends. Bounds were chosen on trained
+    models and exact denoisers, see benchmarks/results/guided.md. Otherwise as `log_snr`.
     """
     S, _ = _check_counts(num_steps, num_timesteps)
     low, high = -0.7 - math.log(S), -2.2 + 2 * math.log(S)
@@ -287,8 +283,7 @@ def get_timesteps(
 
     Raises:
         ValueError: The name is unknown, a count is out of range, the schedule has another T, the
-            file has another number of steps or schedule, or a registered rule returned an invalid
-            grid.
+            file has another number of steps or schedule, or a registered rule is faulty.
         OSError: The file cannot be read.
     """
     check_spacing(spacing)
@@ -450,9 +445,7 @@ def _grid_of_file(path: Path, S: int, T: int, schedule: NoiseSchedule | None) ->
         except ValueError as error:
             raise ValueError(f"{path}: schedule: {error}") from error
         if file_schedule != (schedule or NoiseSchedule(num_timesteps=T)):
-            raise ValueError(
-                f"{path} is a grid for {file_schedule}: optimize one for this schedule."
-            )
+            raise ValueError(f"{path} is for {file_schedule}: optimize one for this schedule.")
     return _grid(steps)
 
 

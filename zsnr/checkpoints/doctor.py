@@ -144,8 +144,7 @@ def fix(target: str | Path, *, in_place: bool = False) -> list[str]:
             report.append(f'{index} must say "scheduler": ["diffusers", "{class_name}"].')
     if diagnosis.facts["snr_T"] != 0 and config.get("rescale_betas_zero_snr") is not True:
         report.append(
-            "This is correct only if the model was trained on the rescaled schedule. If not, "
-            + _TRAIN
+            "Correct only if the model was trained on the rescaled schedule. If not, " + _TRAIN
         )
     return report
 
@@ -772,9 +771,7 @@ def _examine_single(target: str, path: Path) -> Diagnosis:
         if declares and not marked
     ]
     if says_v is False and marks["v_pred"]:
-        warnings.append(
-            "the metadata declares epsilon, but the mark v_pred declares v: tools follow the mark"
-        )
+        warnings.append("the metadata declares epsilon, but tools follow the mark v_pred")
     export = "`zsnr export` writes single files with both marks"
     if "other" in family:
         warnings.append("its tensor names match no known Stable Diffusion model")

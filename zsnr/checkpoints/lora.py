@@ -68,7 +68,7 @@ def write_lora(
     title = path.stem
     if layout not in ("diffusers", "kohya"):
         raise ValueError(f"layout={layout!r}: wanted 'diffusers' or 'kohya'.")
-    target_dtype = check_precision(dtype)
+    stored = check_precision(dtype)
     if path.suffix != ".safetensors":
         if layout == "kohya":
             raise ValueError(f"{path}: wanted a file NAME.safetensors.")
@@ -82,9 +82,7 @@ def write_lora(
     else:
         tensors, facts = _kohya_tensors(unet), {**_facts(model, title), **_kohya(model)}
     tensors = {  # an alpha has no dimensions, and is stored exactly
-        name: cast_weight(name, tensor, target_dtype if tensor.ndim else tensor.dtype)
-        .cpu()
-        .contiguous()
+        name: cast_weight(name, tensor, stored if tensor.ndim else tensor.dtype).cpu().contiguous()
         for name, tensor in tensors.items()
     }
     from safetensors.torch import save_file
@@ -97,8 +95,7 @@ def write_lora(
 def _adapted(model: Model) -> AdaptedUNet:
     if not isinstance(model.unet, AdaptedUNet):
         raise ValueError(
-            "The model has no adapters, because it was not trained with model.lora. Export the "
-            "whole model."
+            "The model has no adapters (it was trained without model.lora): export the whole model."
         )
     return model.unet
 

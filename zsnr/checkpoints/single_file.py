@@ -174,8 +174,7 @@ def read_single_file(
             mark `v_pred` or says so in its metadata, else epsilon.
 
     Raises:
-        ValueError: The file is not a single-file model, or its tensors do not match the model that
-            it declares.
+        ValueError: The file is not a single-file model, or its tensors do not match its family.
     """
     file = open_ldm_file(source)
     codec = AutoencoderKLCodec(source, subfolder="vae")
@@ -297,10 +296,8 @@ def _parts(model: Model) -> tuple[Family, dict[str, _Part], dict[str, dict[str, 
 def is_marked_schedule(schedule: NoiseSchedule) -> bool:
     """Whether readers sample on this schedule: Stable Diffusion's, rescaled or not."""
     table = schedule.alphas_cumprod
-    expected = NoiseSchedule(
-        "scaled_linear", zero_terminal_snr=float(table[-1]) == 0
-    ).alphas_cumprod
-    return len(table) == len(expected) and torch.allclose(table, expected, rtol=0, atol=1e-5)
+    usual = NoiseSchedule("scaled_linear", zero_terminal_snr=float(table[-1]) == 0).alphas_cumprod
+    return len(table) == len(usual) and torch.allclose(table, usual, rtol=0, atol=1e-5)
 
 
 def _check_marks(model: Model) -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 
-_LABEL = "an AutoencoderKL"
+_KIND = "an AutoencoderKL"
 _STEM = "diffusion_pytorch_model"
 _NOT_THE_MOMENTS = {
     "force_upcast",
@@ -80,7 +80,7 @@ class AutoencoderKLCodec(LatentCodec):
             SimpleNamespace(from_pretrained=_full_config),
             self._source,
             self._subfolder,
-            label=_LABEL,
+            label=_KIND,
         )
         overflows = dtype == "float16" and config["force_upcast"]
         self._dtype: torch.dtype = torch.float32 if overflows else getattr(torch, dtype)
@@ -151,7 +151,7 @@ class AutoencoderKLCodec(LatentCodec):
                 AutoencoderKL,
                 self._source,
                 self._subfolder,
-                label=_LABEL,
+                label=_KIND,
                 options={"torch_dtype": self._dtype},
             )
             vae.requires_grad_(False).eval().to(self._device)

@@ -22,8 +22,7 @@ class OpenClipConditioner(Conditioner):
         model: Architecture name, such as "ViT-H-14".
         pretrained: Path of a safetensors or weights-only checkpoint, or one of open_clip's tags.
             None = untrained weights, to be trained jointly.
-        layer: "penultimate" (Stable Diffusion 2) or "last"; the final layer norm is applied to
-            either.
+        layer: "penultimate" (Stable Diffusion 2) or "last", both with the final layer norm.
         trainable: Train it jointly with the UNet; otherwise it is frozen.
     """
 
@@ -102,13 +101,11 @@ class OpenClipConditioner(Conditioner):
         if is_weightless():
             options = {"pretrained": None, "device": torch.get_default_device()}
         try:
-            model_with_image_tower = open_clip.create_model(model, weights_only=True, **options)
+            clip = open_clip.create_model(model, weights_only=True, **options)
         except (OSError, RuntimeError, ValueError, UnpicklingError, SafetensorError) as error:
             reason = (str(error).strip() or repr(error)).splitlines()[0]
             raise ValueError(f"Cannot load {model} from {pretrained!r}: {reason}") from error
-        text = getattr(
-            model_with_image_tower, "text", model_with_image_tower
-        )  # CLIP keeps its tower flat, CustomTextCLIP in .text
+        text = getattr(clip, "text", clip)  # CLIP has a flat tower, CustomTextCLIP has .text
         return {name: getattr(text, name, None) for name in self.parts}
 
 

@@ -16,10 +16,8 @@ class AspectBuckets:
     An image goes to the shape nearest in aspect ratio, and is resized and cropped to it.
 
     Args:
-        step: Step between sides, in pixels; a multiple of the total downsampling factor of the
-            codec and the UNet.
-        max_ratio: Largest ratio of the longer side to the shorter. More elongated images are
-            cropped to it.
+        step: Step between sides, in pixels; a multiple of the codec's times the UNet's factor.
+        max_ratio: Largest ratio of longer to shorter side. Longer images are cropped to it.
     """
 
     step: int = 64

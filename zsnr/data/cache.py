@@ -121,8 +121,7 @@ def find_cache(sources: Sources) -> Cache | None:
     """Read the settings of a source that is a cache. None = the source is not a cache.
 
     Raises:
-        ValueError: The cache is one of several sources, is unfinished, or was written by another
-            version.
+        ValueError: The cache is one of several sources, unfinished, or of another version.
     """
     paths = [
         path
@@ -132,9 +131,7 @@ def find_cache(sources: Sources) -> Cache | None:
     if not any(is_cache(path) for path in paths):
         return None
     if len(paths) > 1:
-        raise ValueError(
-            f"{paths[0]}: a cache cannot be combined with other sources. Cache them all together."
-        )
+        raise ValueError(f"{paths[0]}: a cache must be the only source: cache several together.")
     folder = local_path(paths[0])
     facts = read_cache(folder / CACHE)
     version = facts.pop("version", None)
@@ -224,22 +221,14 @@ def check_cache(name: str, cache: Cache, **expected: Mapping[str, Any] | None) -
     Raises:
         ValueError: A field differs.
     """
-    for part, expected_part in expected.items():
-        cached_part = getattr(cache, part)
-        if expected_part is None or cached_part is None:
+    for part, new in expected.items():
+        old = getattr(cache, part)
+        if new is None or old is None:
             continue
-        keys = [
-            key
-            for key in {**cached_part, **expected_part}
-            if cached_part.get(key) != expected_part.get(key)
-        ]
-        keys = [
-            k
-            for k in keys
-            if k != "weights" or None not in (cached_part.get(k), expected_part.get(k))
-        ]
+        keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+        keys = [k for k in keys if k != "weights" or None not in (old.get(k), new.get(k))]
         if keys:
-            was, now = ({k: facts.get(k) for k in keys} for facts in (cached_part, expected_part))
+            was, now = ({k: facts.get(k) for k in keys} for facts in (old, new))
             raise ValueError(
                 f"{name}={cache.folder} is stale: it was made with {part} {was}, the config has "
                 f"{now}. Make it again with this config, or put the config back."
@@ -511,11 +500,9 @@ def _table(
         table = table.append_column(name, pa.array(column, pa.int32()))
     for part in PARTS:
         missing = (0, 0) if part == "image" else (-1, -1)
-        part_spans = [spans.get(row, {}).get(part, missing) for row in rows]
+        places = [spans.get(row, {}).get(part, missing) for row in rows]
         for i, name in enumerate((f"{part}_offset", f"{part}_size")):
-            table = table.append_column(
-                name, pa.array([span[i] for span in part_spans], pa.int64())
-            )
+            table = table.append_column(name, pa.array([span[i] for span in places], pa.int64()))
     source = index.table.take(samples.rows[rows.start : rows.stop])
     for name in source.column_names:
         if name.startswith(FIELD):
@@ -527,11 +514,7 @@ def _one_shape(samples: Samples, rows: range, size: int) -> list[list[int]]:
     by_bucket: dict[int, list[int]] = {}
     for row in rows:
         by_bucket.setdefault(int(samples.bucket[row]), []).append(row)
-    return [
-        bucket_rows[i : i + size]
-        for bucket_rows in by_bucket.values()
-        for i in range(0, len(bucket_rows), size)
-    ]
+    return [group[i : i + size] for group in by_bucket.values() for i in range(0, len(group), size)]
 
 
 def _claim(folder: Path, cache: Cache, conditioner: Conditioner | None) -> None:

@@ -34,7 +34,7 @@ _KINDS = {  # Pillow's names of formats and modules; other formats are rare, or 
     "TGA": "Tga",
 }
 _MAX_SCANS = 300  # of a JPEG; encoders write about ten, and each covers the whole image
-_SCANS_AT_MAX_PIXELS = 50  # maximum for a JPEG of `MAX_PIXELS`
+_SCANS_AT_LIMIT = 50  # maximum for a JPEG of `MAX_PIXELS`
 _MAX_SLOW_PIXELS = 2_000_000  # for decoders written in Python, at 2 to 6 s per million pixels
 _MAX_JPEG2000_PIXELS = 20_000_000  # at 0.3 s and 12 MB per million pixels
 _MAX_TEXT_BYTES = 1 << 20  # limit of Pillow for a PNG's texts, and for its color profile
@@ -180,10 +180,8 @@ _MARKER = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])")  # within the coefficients
 
 def check_scans(data: bytes, pixels: int) -> None:
     """Refuse a JPEG with so many scans that decoding would take minutes."""
-    max_scans = min(
-        _MAX_SCANS, max(_SCANS_AT_MAX_PIXELS, _SCANS_AT_MAX_PIXELS * MAX_PIXELS // max(1, pixels))
-    )
-    if data.count(b"\xff\xda") <= max_scans:
+    limit = min(_MAX_SCANS, max(_SCANS_AT_LIMIT, _SCANS_AT_LIMIT * MAX_PIXELS // max(1, pixels)))
+    if data.count(b"\xff\xda") <= limit:
         return
     position, scans = 2, 0
     while marker := _MARKER.search(data, position):
@@ -192,10 +190,8 @@ def check_scans(data: bytes, pixels: int) -> None:
             return
         scans += kind == 0xDA
         position += int.from_bytes(data[position : position + 2], "big")
-        if scans > max_scans:
-            raise ValueError(
-                f"{scans} or more scans: wanted at most {max_scans} for an image of this size."
-            )
+        if scans > limit:
+            raise ValueError(f"{scans} or more scans: wanted at most {limit} for this size.")
 
 
 def _check_pixels(size: tuple[int, int], max_pixels: int | None) -> None:

@@ -102,9 +102,7 @@ def to_unit_range(images: Tensor) -> Tensor:
         ValueError: The dtype is not uint8.
     """
     if images.dtype != torch.uint8:
-        raise ValueError(
-            f"images are {images.dtype}: wanted torch.uint8, as decode_image returns them."
-        )
+        raise ValueError(f"images are {images.dtype}: wanted torch.uint8.")
     return images.float().div_(127.5).sub_(1)
 
 

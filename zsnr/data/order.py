@@ -193,9 +193,7 @@ class TrainingOrder:
         windows = table[shards]
         starts = range(0, len(shards), self._window)
         sums = np.stack([windows[i : i + self._window].sum(0) for i in starts])
-        counts = self._samples_before(number) + np.concatenate(
-            [np.zeros_like(sums[:1]), sums.cumsum(0)]
-        )
+        counts = self._samples_before(number) + np.pad(sums.cumsum(0), ((1, 0), (0, 0)))
         return _Epoch(shards, counts, (counts // self.batch_size).sum(1))
 
     def _times(self, number: int, shard: int, bucket: int) -> np.ndarray:
@@ -247,9 +245,8 @@ class TrainingOrder:
             low, high = high, 2 * high
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (
-                (middle, high) if self._samples_before(middle)[bucket] <= q else (low, middle)
-            )
+            count = self._samples_before(middle)[bucket]
+            low, high = (middle, high) if count <= q else (low, middle)
         counts = self._epoch(low).counts[:, bucket]
         window = int(counts.searchsorted(q, side="right")) - 1
         start = q - int(counts[window])
@@ -310,10 +307,10 @@ class _Mixture:
         split = self._splits[bucket]
         assert split is not None
         rows: list[int] = []
-        for order, first, number in zip(
+        for order, first, n in zip(
             self._orders, split.sums_before(m), split.parts_at(m), strict=True
         ):
-            rows += order.take(bucket, first, number)
+            rows += order.take(bucket, first, n)
         mixed = _permutation(len(rows), self._seed, _BATCH, step).tolist()
         return bucket, [rows[i] for i in mixed]
 
@@ -346,13 +343,8 @@ class Split:
         lengths = [int(fraction * D) for fraction in fractions]
         self._ends = [0, *accumulate(lengths)]
         golden = (isqrt(5 * D * D) - D) // 2
-        nonzero = [length for length in lengths if length]
-        tried = [
-            *nonzero[: len(nonzero) == 2],
-            golden,
-            *lengths,
-            *(D * i // 33 for i in range(1, 33)),
-        ]
+        used = [length for length in lengths if length]
+        tried = [*used[: len(used) == 2], golden, *lengths, *(D * i // 33 for i in range(1, 33))]
         steps = [next(a for a in count(first) if gcd(a, D) == 1) for first in tried]
         self._step = steps[0] if D > _LONGEST_PERIOD else min(steps, key=self._deviation)
 

@@ -171,9 +171,7 @@ class PromptGroups(WrapperMetric):
             groups: The group of each image.
         """
         if len(values) != len(groups):
-            raise ValueError(
-                f"{len(groups)} groups for {len(values)} images: wanted one per image."
-            )
+            raise ValueError(f"{len(groups)} groups for {len(values)} images: wanted one for each.")
         unknown = set(groups) - set(self.groups)
         if unknown:
             raise ValueError(f"Group {min(unknown)!r} is unknown. Known: {', '.join(self.groups)}.")

@@ -165,7 +165,7 @@ def frechet_distance(real: RealStatistics, features: Tensor) -> float:
     if mean is None or covariance is None:
         raise ValueError("FID needs the features of real images; these statistics have none.")
     check_features(features, "images")
-    metric = FrechetInceptionDistance(_Identity(features.shape[1]), sync_on_compute=False)
+    metric = FrechetInceptionDistance(_Known(features.shape[1]), sync_on_compute=False)
     metric.real_features_sum = mean * n
     metric.real_features_cov_sum = covariance * (n - 1) + n * mean.outer(mean)
     metric.real_features_num_samples = torch.tensor(n)
@@ -191,7 +191,7 @@ def kernel_distance(real: RealStatistics, features: Tensor, seed: int = 0) -> tu
     for rows, label in ((real.features, "real images"), (features, "images")):
         check_features(rows, label)
     size = min(KID_SUBSET_SIZE, len(features), len(real.features))
-    identity = _Identity(features.shape[1])
+    identity = _Known(features.shape[1])
     metric = _quietly(
         KernelInceptionDistance, identity, KID_SUBSETS, subset_size=size, sync_on_compute=False
     )
@@ -212,8 +212,7 @@ def inception_score(logits: Tensor, splits: int = 10, seed: int = 0) -> tuple[fl
         Mean and standard deviation over the splits.
 
     Raises:
-        ValueError: There are fewer than two images per split, or logits are all equal or not
-            finite.
+        ValueError: A split has fewer than two images, or logits are all equal or not finite.
     """
     from torchmetrics.image.inception import InceptionScore
 
@@ -222,9 +221,7 @@ def inception_score(logits: Tensor, splits: int = 10, seed: int = 0) -> tuple[fl
         raise ValueError(
             f"{len(logits)} images in {splits} splits: IS needs at least 2 splits of 2 images."
         )
-    metric = _quietly(
-        InceptionScore, _Identity(logits.shape[1]), splits=splits, sync_on_compute=False
-    )
+    metric = _quietly(InceptionScore, _Known(logits.shape[1]), splits=splits, sync_on_compute=False)
     metric.update(logits.double().cpu())
     return _seeded(metric, seed)
 
@@ -245,7 +242,7 @@ def check_features(rows: Tensor, label: str, kind: str = "features") -> None:
         )
 
 
-class _Identity(nn.Module):
+class _Known(nn.Module):
     """A network that returns its input, which already holds the features."""
 
     def __init__(self, num_features: int) -> None:

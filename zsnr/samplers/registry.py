@@ -25,9 +25,7 @@ def register_sampler(name: str) -> Callable[[_SamplerClass], _SamplerClass]:
 
     def register(sampler: _SamplerClass) -> _SamplerClass:
         if name == "auto":
-            raise ValueError(
-                "The name 'auto' selects the recommended sampler. Choose another name."
-            )
+            raise ValueError("'auto' selects the recommended sampler. Choose another name.")
         if not (isinstance(sampler, type) and issubclass(sampler, Sampler)):
             raise TypeError(f"{sampler!r} is not a subclass of zsnr.Sampler.")
         registered = _SAMPLERS.get(name)
