@@ -13,15 +13,17 @@ import logging
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"
-WIDTH = "96"  # columns of a command's help
+WIDTH = "92"  # columns of a command's help
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -71,18 +73,16 @@ def command_help(*words: str) -> str:
     """
     from zsnr.cli import main
 
-    printed = io.StringIO()
-    columns, os.environ["COLUMNS"] = os.environ.get("COLUMNS"), WIDTH
+    printed, arguments = io.StringIO(), [*words, "--help"]
     try:
-        with contextlib.redirect_stdout(printed):
-            code: Any = main([*words, "--help"])
+        with (
+            contextlib.redirect_stdout(printed),
+            mock.patch.dict(os.environ, COLUMNS=WIDTH),
+            mock.patch.object(sys, "argv", ["zsnr", *arguments]),
+        ):
+            code: Any = main(arguments)
     except SystemExit as stop:
         code = stop.code
-    finally:
-        if columns is None:
-            del os.environ["COLUMNS"]
-        else:
-            os.environ["COLUMNS"] = columns
     if code not in (0, None):
         raise ValueError(f"zsnr {' '.join(words)} --help ended with exit code {code}.")
     return printed.getvalue()

@@ -22,6 +22,7 @@ import torch
 import yaml
 from PIL import Image
 
+from zsnr import __version__
 from zsnr.cli import main
 from zsnr.training.caching import build
 from zsnr.training.data import DataModule
@@ -209,6 +210,21 @@ def test_other_commands_exist():
                     assert known or program == "sbatch", line
             case _:
                 assert program in OTHER_PROGRAMS | {"zsnr", "torchrun"}, line
+
+
+def test_the_dockerfile_calls_targets_of_the_makefile():
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    file = (ROOT / "Dockerfile").read_text()
+    called = re.findall(r"^RUN make (\S+)", file, re.MULTILINE)
+    called += re.findall(r'^CMD \["make", "(\S+)"\]', file, re.MULTILINE)
+    assert len(called) == 2
+    assert set(called) <= set(targets)
+
+
+def test_the_version_is_the_same_everywhere():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == __version__
+    assert f"## {__version__} " in (ROOT / "CHANGELOG.md").read_text()
 
 
 @pytest.fixture(scope="module")
