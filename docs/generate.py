@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -65,6 +66,7 @@ def listed(text: str) -> list[str]:
     return re.findall(r"^ {2,4}([a-z][\w-]*(?: [a-z][\w-]*)?)(?: {2,}|$)", text, re.MULTILINE)
 
 
+@cache
 def command_help(*words: str) -> str:
     """Return what `zsnr WORDS --help` prints.
 
@@ -212,11 +214,9 @@ def added_by(path: Path) -> str:
 
 def functions() -> str:
     """Name the function behind every command that is a file of zsnr/commands/."""
-    public = []
-    for path in sorted((ROOT / "zsnr/commands").glob("*.py")):
-        if path.stem in {name.replace(" ", "_") for name in command_names()}:
-            public.append(f"::: zsnr.commands.{path.stem}.{path.stem}\n")
-    return "\n".join(public)
+    names = [name.replace(" ", "_") for name in command_names()]
+    files = [name for name in names if (ROOT / f"zsnr/commands/{name}.py").is_file()]
+    return "\n".join(f"::: zsnr.commands.{name}.{name}" for name in files)
 
 
 GENERATORS: dict[str, Callable[[], str]] = {
