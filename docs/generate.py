@@ -13,15 +13,18 @@ import logging
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"
-WIDTH = "96"  # columns of a command's help
+WIDTH = "92"  # columns of a command's help
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -63,6 +66,7 @@ def listed(text: str) -> list[str]:
     return re.findall(r"^ {2,4}([a-z][\w-]*(?: [a-z][\w-]*)?)(?: {2,}|$)", text, re.MULTILINE)
 
 
+@cache
 def command_help(*words: str) -> str:
     """Return what `zsnr WORDS --help` prints.
 
@@ -71,18 +75,16 @@ def command_help(*words: str) -> str:
     """
     from zsnr.cli import main
 
-    printed = io.StringIO()
-    columns, os.environ["COLUMNS"] = os.environ.get("COLUMNS"), WIDTH
+    printed, arguments = io.StringIO(), [*words, "--help"]
     try:
-        with contextlib.redirect_stdout(printed):
-            code: Any = main([*words, "--help"])
+        with (
+            contextlib.redirect_stdout(printed),
+            mock.patch.dict(os.environ, COLUMNS=WIDTH),
+            mock.patch.object(sys, "argv", ["zsnr", *arguments]),
+        ):
+            code: Any = main(arguments)
     except SystemExit as stop:
         code = stop.code
-    finally:
-        if columns is None:
-            del os.environ["COLUMNS"]
-        else:
-            os.environ["COLUMNS"] = columns
     if code not in (0, None):
         raise ValueError(f"zsnr {' '.join(words)} --help ended with exit code {code}.")
     return printed.getvalue()
@@ -212,11 +214,9 @@ def added_by(path: Path) -> str:
 
 def functions() -> str:
     """Name the function behind every command that is a file of zsnr/commands/."""
-    public = []
-    for path in sorted((ROOT / "zsnr/commands").glob("*.py")):
-        if path.stem in {name.replace(" ", "_") for name in command_names()}:
-            public.append(f"::: zsnr.commands.{path.stem}.{path.stem}\n")
-    return "\n".join(public)
+    names = [name.replace(" ", "_") for name in command_names()]
+    files = [name for name in names if (ROOT / f"zsnr/commands/{name}.py").is_file()]
+    return "\n".join(f"::: zsnr.commands.{name}.{name}" for name in files)
 
 
 GENERATORS: dict[str, Callable[[], str]] = {
