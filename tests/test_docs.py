@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from zsnr.cli import main
-from zsnr.training.lightning_cli import SHORT_OPTIONS
+from zsnr.training.short_options import SHORT_OPTIONS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -31,7 +31,7 @@ def commands():
 
 def help_of(capsys, *command):
     with pytest.raises(SystemExit) as end:
-        main([*command, "--help"])
+        main([*command, "--help", *(["all"] if command[0] in LIGHTNING else [])])
     assert end.value.code == 0
     return capsys.readouterr().out
 

@@ -270,13 +270,14 @@ def run(arguments: Sequence[str]) -> None:
 
     Raises:
         ValueError: The command line or a YAML is wrong; one line.
-        SystemExit: A signal has stopped training before its end; the code is 143.
+        SystemExit: Help was printed; or a signal has stopped training before its end, and the code
+            is 143.
     """
     command = arguments[0]
     asked, topic = _help_topic(arguments[1:])
     if asked:
         print(help_text(command, topic))
-        return
+        raise SystemExit(0)  # as the other commands do
     check_environment()
     settings = _prepare(arguments)
     listen(signal.SIGUSR1)
@@ -325,8 +326,28 @@ def _with_checkpoint(command: str, settings: list[str]) -> list[str]:
     if path is None or path == "last":
         return settings  # the files say what the model is, and where its checkpoints are
     checkpoint = resolve_checkpoint(path)
-    config = yaml.safe_dump(checkpoint_config(checkpoint), sort_keys=False)
-    return [f"--config={config}", *settings, f"--ckpt_path={checkpoint}"]
+    config = checkpoint_config(checkpoint)
+    for name in _replaced_parts(files, settings):
+        config["model"].pop(name, None)
+    text = yaml.safe_dump(config, sort_keys=False)
+    return [f"--config={text}", *settings, f"--ckpt_path={checkpoint}"]
+
+
+def _replaced_parts(files: Sequence[Path], settings: Sequence[str]) -> set[str]:
+    """Name the parts of the model that files and options replace, and do not only change."""
+    replaced = set()
+    for path in files:
+        values = read_yaml(path)
+        model = values.get("model") if isinstance(values, dict) else None
+        for name, value in (model if isinstance(model, dict) else {}).items():
+            if name == "unet" or not isinstance(value, dict) or "class_path" in value:
+                replaced.add(name.partition(".")[0])
+    for option, _ in option_values(settings):
+        group, _, name = option.partition(".")
+        part, _, inside = name.partition(".")
+        if group == "model" and (part == "unet" or inside in ("", "class_path")):
+            replaced.add(part)
+    return replaced & {"codec", "conditioner", "unet"}
 
 
 class _ParseOnly(ZsnrCLI):
