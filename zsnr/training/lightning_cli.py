@@ -62,7 +62,7 @@ class SaveConfigOfFit(SaveConfigCallback):
     already_saved: bool
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write it without secrets, and give it to the board, as other people see both."""
+        """Write the configuration without secrets, and pass it to the board."""
         if stage != "fit" or self.already_saved:
             return
         self.already_saved = True
@@ -119,7 +119,7 @@ class ZsnrCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
-        """Refuse what cannot train; let the loggers go on with a resumed run."""
+        """Refuse what cannot train, and continue the logs of a resumed run."""
         check_strategy(self.trainer.strategy)
         data = self.datamodule
         accumulation(data.batch_size, self.trainer.world_size, data.max_batch_size_per_device)
@@ -145,7 +145,7 @@ class ZsnrCLI(LightningCLI):
             raise
 
     def before_instantiate_classes(self) -> None:
-        """Refuse what cannot work before a model or data is loaded."""
+        """Refuse wrong settings before a model or data is loaded."""
         config = self.config[self.subcommand]
         model, data = config.model, config.data
         lost = left_out(config.as_dict())
@@ -183,7 +183,7 @@ class ZsnrCLI(LightningCLI):
         if self.subcommand != "predict":
             check_files(config.metrics, writes_once=self.subcommand != "fit")
         if self.subcommand == "predict":
-            config.trainer.logger = False  # it logs nothing, and a CSV logger would start anew
+            config.trainer.logger = False  # it logs nothing, and a CSV logger would overwrite
             if data.prompts is None or config.output.folder is None:
                 raise ValueError("predict needs --prompts FILE and --output FOLDER.")
             read_requests(data.prompts)
@@ -245,7 +245,7 @@ def is_sharded(trainer: Any) -> bool:
 
 
 def _resumed(asked: str | None, folder: Path) -> str | None:
-    """Decide what fit goes on from: what was asked for, the newest checkpoint, or nothing.
+    """Decide what fit resumes from: the given checkpoint, the newest one, or none.
 
     Raises:
         ValueError: An earlier run's checkpoints are in the way, or none can be read.
@@ -390,7 +390,7 @@ def _parsed(cls: type[ZsnrCLI], **options: Any) -> ZsnrCLI:
 
 
 def check_environment() -> None:
-    """Refuse variables that say of the processes what cannot be, before anything waits for them.
+    """Refuse environment variables of launchers that are wrong, before any rank waits for another.
 
     Raises:
         ValueError: One is not a number, or SLURM has tasks that `srun` did not start.

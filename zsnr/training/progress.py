@@ -1,4 +1,4 @@
-"""What training has seen, by timestep, on all ranks together, and whether it is finite."""
+"""Losses by timestep, summed over all ranks, and checks that tensors are finite."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from torch import Tensor, nn
 
 @dataclass
 class Progress:
-    """What training has seen: losses by timestep since they were logged, and counts of the run.
+    """Losses by timestep since they were last logged, and counters of the whole run.
 
     Args:
-        num_timesteps: Of the schedule.
-        totals: Sums of losses: of each quarter of the timesteps, and of the last one alone.
-        counts: How many they are.
-        terminal: How often the last timestep has been trained on.
-        skipped: Steps that were not finite.
-        skipped_in_a_row: The last of them, if they are the last steps.
+        num_timesteps: Number of timesteps of the schedule.
+        totals: Sums of the losses of each quarter of the timesteps, and of the last timestep.
+        counts: Numbers of losses in these sums.
+        terminal: Number of samples trained at the last timestep.
+        skipped: Number of steps skipped because loss or gradient was not finite.
+        skipped_in_a_row: Number of such steps directly before the current one.
     """
 
     num_timesteps: int
@@ -49,16 +49,16 @@ class Progress:
         self.terminal += round(counts[4])
 
     def means(self) -> dict[str, float]:
-        """Return the mean loss of each group that was seen, and start anew."""
+        """Return the mean loss of each group that has samples, and reset the sums."""
         T = self.num_timesteps
         names = [f"t{q * T // 4:04d}_{(q + 1) * T // 4 - 1:04d}" for q in range(4)] + ["terminal"]
-        found = zip(names, self.totals, self.counts, strict=True)
-        means = {name: total / count for name, total, count in found if count}
+        groups = zip(names, self.totals, self.counts, strict=True)
+        means = {name: total / count for name, total, count in groups if count}
         self.totals, self.counts = [0.0] * 5, [0.0] * 5
         return means
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps."""
+        """Return the state that a checkpoint stores."""
         return {k: v for k, v in asdict(self).items() if k != "num_timesteps"}
 
 
