@@ -4,10 +4,13 @@ import re
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 import yaml
 
+from zsnr.checkpoints.own import describe_model
 from zsnr.cli import main
+from zsnr.training.from_checkpoint import checkpoint_config, sampling_config
 from zsnr.training.help import help_text
 from zsnr.training.lightning_cli import parse_fit
 from zsnr.training.settings import GROUPS, names
@@ -247,7 +250,8 @@ def test_short_options_stand_for_settings():
 
 @pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
 def test_the_help_is_short_and_explains_every_option(command, capsys):
-    assert main([command, "--help"]) == 0
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) < 150
     assert max(map(len, lines)) <= 110
@@ -264,8 +268,7 @@ def test_the_help_is_short_and_explains_every_option(command, capsys):
 
 def test_the_help_of_a_group_has_every_setting(capsys):
     for group in GROUPS:
-        assert main(["fit", "--help", group]) == 0
-        text = capsys.readouterr().out
+        text = help_text("fit", group)
         for name in names():
             if name.startswith(f"{group}."):
                 assert re.search(rf"--{re.escape(name)} .*", text), name
@@ -292,3 +295,78 @@ def test_what_a_later_file_replaces_is_listed(tmp_path, capsys):
     parse_fit([*("-c", TINY), *("-c", f"{tmp_path}/a.yaml"), f"--config={tmp_path}/b.yaml"])
     lines = capsys.readouterr().err.splitlines()
     assert lines == [f"{tmp_path}/a.yaml overrides trainer.max_steps: 4 -> 9"]
+
+
+def write_checkpoint(path, **changes):
+    """Write what a checkpoint says of a tiny model, with other words for some of its parts."""
+    path.parent.mkdir(exist_ok=True)
+    description = {**describe_model(tiny.model()), **changes}
+    run = {
+        "sampling": {
+            "sampler": "heun",
+            "sampler_options": {},
+            "num_steps": 4,
+            "spacing": "trailing",
+            "guidance_scale": 2.0,
+            "guidance_rescale": 0.0,
+            "guidance_interval": [0.5, None],
+        },
+        "ema": None,
+        "caption_dropout": 0.3,
+    }
+    data = {"seed": 3, "batch_size": 2, "image_size": 16}
+    weights = {"trained.unet.x": torch.zeros(1)}
+    torch.save({"zsnr": description, "run": run, "DataModule": data, "state_dict": weights}, path)
+    return path
+
+
+def test_a_checkpoint_is_a_config(tmp_path):
+    path = write_checkpoint(tmp_path / "checkpoints" / "a.ckpt")
+    config = checkpoint_config(path)
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(config))
+    parsed = parse_fit(["-c", str(tmp_path / "a.yaml")])
+    assert parsed.model.codec.class_path == "zsnr.codecs.PixelCodec"
+    assert parsed.model.unet.init_args.config["block_out_channels"] == [16, 32]
+    assert parsed.model.sampling.guidance.interval == (0.5, float("inf"))
+    assert (parsed.model.sampling.num_steps, parsed.model.ema) == (4, None)
+    assert parsed.model.sampling.sampler.class_path == "zsnr.samplers.heun.Heun"
+    assert (parsed.data.image_size, parsed.data.seed) == (16, 3)
+    assert parsed.trainer.default_root_dir == str(tmp_path)
+
+
+def test_what_auto_chose_is_chosen_again_for_another_number_of_steps(tmp_path):
+    recorded = {"num_steps": 10, "sampler": "multiscale", "spacing": "guided"}
+    recorded |= {"guidance_scale": 7.5, "guidance_rescale": 0.7}
+    assert sampling_config(tmp_path, recorded).keys() == {"num_steps", "guidance"}
+    with pytest.raises(ValueError, match="is not here or has changed: give --spacing"):
+        sampling_config(tmp_path, {**recorded, "spacing": "grid.json", "timesteps": [999]})
+
+
+NESTED = {"class_path": "zsnr.codecs.PixelCodec", "init_args": {"x": [{"class_path": "os.system"}]}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"codec": {"class_path": "harmful.Model"}}, "cannot be imported by a checkpoint's word"),
+        ({"codec": {"class_path": "os.system"}}, "is not a LatentCodec"),
+        ({"codec": {"class_path": "zsnr.conditioning.NullConditioner"}}, "is not a LatentCodec"),
+        ({"unet": {"class_path": "torch.nn.Linear"}}, "is not a UNet"),
+        ({"codec": NESTED}, "the arguments of PixelCodec name a class"),
+        ({"schedule": {"betas": "linear", "x": 1}}, "schedule has no 'x'"),
+        ({"image_size": torch.zeros(1)}, "wanted plain values"),
+    ],
+)
+def test_a_checkpoint_names_no_class_that_is_not_known(tmp_path, monkeypatch, changes, message):
+    (tmp_path / "harmful.py").write_text("import os\nos.mkdir('harm')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        checkpoint_config(write_checkpoint(tmp_path / "checkpoints" / "a.ckpt", **changes))
+    assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_commands_that_need_a_checkpoint_say_so(command, capsys):
+    assert main([command]) == 2
+    assert f"{command} needs a checkpoint: --ckpt_path CHECKPOINT" in capsys.readouterr().err

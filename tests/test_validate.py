@@ -349,7 +349,7 @@ def test_cached_text_embeddings_need_the_encoder_for_captions_alone(folder, tmp_
 
 
 def test_suggestions_are_options_that_exist():
-    from zsnr.training.lightning_cli import _option_names
+    from zsnr.training.settings import names
 
-    assert "metrics.features" in _option_names()
-    assert not [name for name in _option_names() if name.endswith((".self", ".args", ".kwargs"))]
+    assert "metrics.features" in names()
+    assert not [name for name in names() if name.endswith((".self", ".args", ".kwargs"))]

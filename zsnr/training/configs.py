@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import yaml  # type: ignore[import-untyped]
 from jsonargparse import get_loader, set_loader
@@ -264,7 +264,7 @@ class _Check:
         entries = _entries(node)
         if "class_path" in entries:
             self._class(entries["class_path"], where)
-            cls = self.classes.get(where) if where in CLASSES else self._find(entries, cls, where)
+            cls = self.classes.get(where) if where in CLASSES else self._find(entries, where)
             if cls is not None and "init_args" in entries:
                 self._arguments(entries["init_args"], cls, where)
             return
@@ -277,10 +277,10 @@ class _Check:
             if inside == name and hint is not None:
                 self._value(value, hint, f"{where}.{name}")
 
-    def _find(self, entries: Mapping[str, Any], cls: Any, where: str) -> Any:
+    def _find(self, entries: Mapping[str, Any], where: str) -> Any:
         """Return the class that a class_path names, where any class may stand."""
-        base = CLASSES.get(re.sub(r"\[\d+\]$", "", where))
-        return find_class(entries["class_path"].value, base or cls or object, where)
+        base = CLASSES.get(re.sub(r"\[\d+\]$", "", where), object)
+        return find_class(entries["class_path"].value, base, where)
 
     def _class(self, node: Any, where: str) -> None:
         """Check the name of a class, and remember it for settings of its arguments."""
@@ -312,6 +312,8 @@ class _Check:
             if len(items) == 1:
                 for i, part in enumerate(node.value):
                     self._value(part, items[0], f"{where}[{i}]")
+        elif any(get_origin(option) is dict for option in options):
+            return  # a mapping of any names
         elif "class_path" in _entries(node) or dataclass_of(hint) is not None:
             self._settings(node, dataclass_of(hint), where)
 

@@ -299,10 +299,8 @@ def print_summary(trainer: L.Trainer, stopped: bool) -> None:
     took = getattr(lines[0], "summary", "") if lines else ""
     what = f"stopped at step {trainer.global_step} of {trainer.max_steps}" if stopped else "done"
     print(f"{what}: trained {took}" if took else what)
-    [checkpoints] = [each for each in trainer.callbacks if isinstance(each, Checkpoints)][:1] or [
-        None
-    ]
-    last = None if checkpoints is None else find_last(Path(checkpoints.dirpath or "checkpoints"))
+    checkpoints = [each for each in trainer.callbacks if isinstance(each, Checkpoints)]
+    last = find_last(Path(checkpoints[0].dirpath or "checkpoints")) if checkpoints else None
     if last is not None:
         print(f"checkpoint: {_near(last)}")
         usual = last.parent.parent == folder

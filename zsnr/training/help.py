@@ -76,7 +76,7 @@ _USED = {
     "checkpoint": ("every_n_train_steps", "every_n_minutes", "keep", "keep_every_n_steps"),
     "metrics": ("captions", "num_images"),
 }
-_USED_ELSEWHERE = {
+_USED_ELSEWHERE: dict[str, dict[str, tuple[str, ...]]] = {
     "validate": {
         "data": ("val", "val_samples", "num_workers"),
         "trainer": ("default_root_dir", "accelerator", "devices", "precision"),
@@ -134,7 +134,7 @@ class _Line(NamedTuple):
 
     name: str
     metavar: str
-    default: str
+    default: str | None
     text: str
 
 

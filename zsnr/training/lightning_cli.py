@@ -62,7 +62,7 @@ class SaveConfigOfFit(SaveConfigCallback):
     already_saved: bool
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write it without secrets, and give it to the board, as other people see both."""
+        """Write the configuration without secrets, and pass it to the board."""
         if stage != "fit" or self.already_saved:
             return
         self.already_saved = True
@@ -119,7 +119,7 @@ class ZsnrCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
-        """Refuse what cannot train; let the loggers go on with a resumed run."""
+        """Refuse what cannot train, and continue the logs of a resumed run."""
         check_strategy(self.trainer.strategy)
         data = self.datamodule
         accumulation(data.batch_size, self.trainer.world_size, data.max_batch_size_per_device)
@@ -145,7 +145,7 @@ class ZsnrCLI(LightningCLI):
             raise
 
     def before_instantiate_classes(self) -> None:
-        """Refuse what cannot work before a model or data is loaded."""
+        """Refuse wrong settings before a model or data is loaded."""
         config = self.config[self.subcommand]
         model, data = config.model, config.data
         lost = left_out(config.as_dict())
@@ -183,7 +183,7 @@ class ZsnrCLI(LightningCLI):
         if self.subcommand != "predict":
             check_files(config.metrics, writes_once=self.subcommand != "fit")
         if self.subcommand == "predict":
-            config.trainer.logger = False  # it logs nothing, and a CSV logger would start anew
+            config.trainer.logger = False  # it logs nothing, and a CSV logger would overwrite
             if data.prompts is None or config.output.folder is None:
                 raise ValueError("predict needs --prompts FILE and --output FOLDER.")
             read_requests(data.prompts)
@@ -245,7 +245,7 @@ def is_sharded(trainer: Any) -> bool:
 
 
 def _resumed(asked: str | None, folder: Path) -> str | None:
-    """Decide what fit goes on from: what was asked for, the newest checkpoint, or nothing.
+    """Decide what fit resumes from: the given checkpoint, the newest one, or none.
 
     Raises:
         ValueError: An earlier run's checkpoints are in the way, or none can be read.
@@ -270,13 +270,14 @@ def run(arguments: Sequence[str]) -> None:
 
     Raises:
         ValueError: The command line or a YAML is wrong; one line.
-        SystemExit: A signal has stopped training before its end; the code is 143.
+        SystemExit: Help was printed; or a signal has stopped training before its end, and the code
+            is 143.
     """
     command = arguments[0]
     asked, topic = _help_topic(arguments[1:])
     if asked:
         print(help_text(command, topic))
-        return
+        raise SystemExit(0)  # as the other commands do
     check_environment()
     settings = _prepare(arguments)
     listen(signal.SIGUSR1)
@@ -325,8 +326,28 @@ def _with_checkpoint(command: str, settings: list[str]) -> list[str]:
     if path is None or path == "last":
         return settings  # the files say what the model is, and where its checkpoints are
     checkpoint = resolve_checkpoint(path)
-    config = yaml.safe_dump(checkpoint_config(checkpoint), sort_keys=False)
-    return [f"--config={config}", *settings, f"--ckpt_path={checkpoint}"]
+    config = checkpoint_config(checkpoint)
+    for name in _replaced_parts(files, settings):
+        config["model"].pop(name, None)
+    text = yaml.safe_dump(config, sort_keys=False)
+    return [f"--config={text}", *settings, f"--ckpt_path={checkpoint}"]
+
+
+def _replaced_parts(files: Sequence[Path], settings: Sequence[str]) -> set[str]:
+    """Name the parts of the model that files and options replace, and do not only change."""
+    replaced = set()
+    for path in files:
+        values = read_yaml(path)
+        model = values.get("model") if isinstance(values, dict) else None
+        for name, value in (model if isinstance(model, dict) else {}).items():
+            if name == "unet" or not isinstance(value, dict) or "class_path" in value:
+                replaced.add(name.partition(".")[0])
+    for option, _ in option_values(settings):
+        group, _, name = option.partition(".")
+        part, _, inside = name.partition(".")
+        if group == "model" and (part == "unet" or inside in ("", "class_path")):
+            replaced.add(part)
+    return replaced & {"codec", "conditioner", "unet"}
 
 
 class _ParseOnly(ZsnrCLI):
@@ -369,7 +390,7 @@ def _parsed(cls: type[ZsnrCLI], **options: Any) -> ZsnrCLI:
 
 
 def check_environment() -> None:
-    """Refuse variables that say of the processes what cannot be, before anything waits for them.
+    """Refuse environment variables of launchers that are wrong, before any rank waits for another.
 
     Raises:
         ValueError: One is not a number, or SLURM has tasks that `srun` did not start.

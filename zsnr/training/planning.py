@@ -100,11 +100,11 @@ def make_plan(
 
     Args:
         config: What parse_fit returned.
-        ranks: All processes. None = what the config's trainer says.
-        ranks_per_node: Processes of one node. None = what the config's trainer says.
-        memory: Bytes that one rank may use.
-        images_per_second: Over all ranks.
-        measure: Measure images_per_second by a few steps here.
+        ranks: Number of processes. None = as the config's trainer says.
+        ranks_per_node: Number of processes on one node. None = as the config's trainer says.
+        memory: Bytes that one rank may use. None = unlimited.
+        images_per_second: Throughput summed over all ranks.
+        measure: Measure the throughput with a few steps on this machine.
 
     Raises:
         ValueError: The config is wrong, or is one that cannot be planned.
@@ -162,7 +162,7 @@ def read_sharding(trainer: Any, ranks: int | None, ranks_per_node: int | None) -
         ranks_per_node: See make_plan.
 
     Raises:
-        ValueError: The number of ranks is not said, or the strategy is an unknown one.
+        ValueError: The number of ranks is not known, or the strategy is unknown.
     """
     for name, value in (("ranks", ranks), ("ranks-per-node", ranks_per_node)):
         if value is not None and value < 1:
@@ -172,7 +172,8 @@ def read_sharding(trainer: Any, ranks: int | None, ranks_per_node: int | None) -
         each = ranks_per_node or _devices(trainer)
         if each is None:
             raise ValueError(
-                f"trainer.devices={trainer.devices} is only known where it trains: give --ranks N."
+                f"trainer.devices={trainer.devices} is known only on the machine that trains: give "
+                "--ranks N."
             )
         ranks = each * nodes
     else:
@@ -274,7 +275,7 @@ def read_parts(config: Any, data: DataModule) -> Parts:
 
 
 def seconds_per_step(config: Any, data: DataModule, layout: Layout, times: int = 3) -> float:
-    """Measure how long a step of one rank takes here, without loading and communication.
+    """Measure the time of one rank's step on this machine, without loading and communication.
 
     The model is built with random weights. The first pass warms up and does not count.
 
@@ -282,7 +283,7 @@ def seconds_per_step(config: Any, data: DataModule, layout: Layout, times: int =
         config: What parse_fit returned.
         data: Its data module.
         layout: How the batch is divided.
-        times: Passes, and optimizer steps, that the time is the least of.
+        times: Number of passes and of optimizer steps; the shortest of each counts.
     """
     dtype, autocast = _PRECISIONS[str(config.trainer.precision or "32-true")]
     if dtype != torch.float32:
