@@ -182,6 +182,16 @@ class Lock:
                 os.utime(self.path)
 
 
+def lock_owner(path: Path) -> tuple[Owner, bool] | None:
+    """Return who holds a lock, and whether that process lives; None if nobody holds it."""
+    with suppress(OSError):
+        owner = _read(path)
+        if owner is not None:
+            silence = time.time() - path.stat().st_mtime
+            return owner, not _is_dead(owner, silence)
+    return None
+
+
 def unfinished(path: Path) -> Path:
     """Name a file or folder beside `path` that is not complete; the name tells its owner."""
     pid = os.getpid()
