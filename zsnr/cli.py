@@ -49,6 +49,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "configs copy": "configs.copy_config",
         "plan": "plan",
         **dict.fromkeys(TRAINING, ""),
+        "status": "status",
         "checkpoint consolidate": "checkpoint_consolidate",
     },
 }
