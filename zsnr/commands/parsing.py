@@ -48,16 +48,20 @@ def parse_arguments(
         UsageError: An argument is unknown, missing or has a wrong value.
         SystemExit: `--help` is given, and has been printed.
     """
-    parser = make_parser(command, function)
+    parser, hints = make_parser(command, function), get_type_hints(function)
     own, settings = _split(command, parser, _SETTINGS in _parameters(function), arguments)
     try:
         values = vars(parser.parse_args(own))
     except ArgumentError as error:
-        _refuse(command, parser, get_type_hints(function), str(error), error)
+        _refuse(command, parser, hints, str(error), error)
     as_json = values.pop("json", False)
     if settings is not None:
         values[_SETTINGS] = settings
-    given = {name: value for name, value in values.items() if value is not None}
+    given = {
+        name: _numbers(name, value) if _kind(hints[name]) == (int, False, True) else value
+        for name, value in values.items()
+        if value is not None
+    }
     return given, as_json
 
 
@@ -146,7 +150,8 @@ def _add(parser: ArgumentParser, parameter: inspect.Parameter, hint: Any, text: 
     if several:
         options["nargs"] = "+"
     elif repeated:
-        options |= {"action": "append", "default": None}
+        # jsonargparse would check the whole list against the type of one value
+        options |= {"action": "append", "default": None, "type": str}
     flags = [SHORT[name]] if name in SHORT else []
     parser.add_argument(*flags, _flag(name), required=required, **options)
 
@@ -206,6 +211,14 @@ def _split(
                 settings.append(rest.pop(0))
     own = [*options, "--", *places] if places else options
     return own, settings if takes_settings else None
+
+
+def _numbers(name: str, texts: Sequence[str]) -> list[int]:
+    """Read the values of an option that may be repeated."""
+    for text in texts:
+        if not re.fullmatch(r"-?\d{1,20}", text):
+            raise UsageError(f"{_flag(name)} {clipped(text)}: wanted a whole number")
+    return [int(text) for text in texts]
 
 
 def _is_option(word: str) -> bool:
