@@ -49,6 +49,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "configs copy": "configs.copy_config",
         "plan": "plan",
         **dict.fromkeys(TRAINING, ""),
+        "status": "status",
         "checkpoint consolidate": "checkpoint_consolidate",
     },
 }
@@ -115,8 +116,8 @@ def _dispatch(command: str, arguments: Sequence[str]) -> int:
     from zsnr.commands.result import show
 
     name = find_command(arguments, GROUPS, TRAINING, find_function)
-    if name is None:  # help has been printed
-        return 0
+    if name is None:  # help has been printed; argparse ends in the same way
+        raise SystemExit(0)
     function = find_function(name)
     values, as_json = parse_arguments(name, function, arguments[len(name.split()) :])
     return show(function(**values), as_json=as_json)

@@ -229,7 +229,7 @@ def recorded_guidance(declared: Mapping[str, Any]) -> dict[str, Any]:
     return guidance
 
 
-def _options(sampler: Sampler) -> dict[str, Any]:
+def _options(sampler: Any) -> dict[str, Any]:
     return asdict(sampler) if is_dataclass(type(sampler)) else {}
 
 

@@ -37,7 +37,7 @@ def doctor(
     if in_place and not fix:
         raise ValueError("--in-place belongs to --fix.")
     diagnosis = doctor.examine(target, num_steps=list(num_steps), open_pickle=open)
-    code, notes = diagnosis.exit_code, ()
+    code, notes = diagnosis.exit_code, tuple[str, ...]()
     if fix and diagnosis.verdict != "unreadable":
         try:
             notes = tuple(doctor.fix(target, in_place=in_place))

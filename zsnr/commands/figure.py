@@ -95,12 +95,12 @@ def figure(
     refuse({name: settings[name] for name in _FIXED[number]}, f"is not free in Figure {number}")
     sources = [oracle] if isinstance(oracle, str) else oracle
     if sources is None:
-        others = {"image_size": image_size, "betas": betas, "codec": codec}
-        refuse({**others, "codec_subfolder": codec_subfolder}, "belongs to --oracle")
+        of_oracle = {"image_size": image_size, "betas": betas, "codec": codec}
+        refuse({**of_oracle, "codec_subfolder": codec_subfolder}, "belongs to --oracle")
     elif model is not None:
         raise ValueError("--model and --oracle exclude each other: leave one out.")
     if number == 2:
-        others = {"prompt": prompt or None, "count": count, "device": device}
+        others: dict[str, Any] = {"prompt": prompt or None, "count": count, "device": device}
         refuse(others, "has no effect in Figure 2")
         if sources is not None:
             check_pictures(list(sources))

@@ -2,7 +2,7 @@
 
 Parameters before `*` are positional. `Sequence[str]` as an option may be repeated; `str |
 Sequence[str]` takes several values at once; `bool` is a switch; `settings` collects what is meant
-for the configuration of `zsnr fit`. `--json` belongs to every function that returns a `Result`.
+for the configuration of `zsnr fit`. `--json` belongs to functions whose result has `to_json`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 from docstring_parser import DocstringStyle, parse
 from jsonargparse import ArgumentError, ArgumentParser
 
-from zsnr.commands.result import Result
+from zsnr.commands.result import Printable
 from zsnr.untrusted import clipped
 
 SHORT = {"output": "-o", "config": "-c"}
@@ -48,16 +48,20 @@ def parse_arguments(
         UsageError: An argument is unknown, missing or has a wrong value.
         SystemExit: `--help` is given, and has been printed.
     """
-    parser = make_parser(command, function)
+    parser, hints = make_parser(command, function), get_type_hints(function)
     own, settings = _split(command, parser, _SETTINGS in _parameters(function), arguments)
     try:
         values = vars(parser.parse_args(own))
     except ArgumentError as error:
-        _refuse(command, parser, get_type_hints(function), str(error), error)
+        _refuse(command, parser, hints, str(error), error)
     as_json = values.pop("json", False)
     if settings is not None:
         values[_SETTINGS] = settings
-    given = {name: value for name, value in values.items() if value is not None}
+    given = {
+        name: _numbers(name, value) if _kind(hints[name]) == (int, False, True) else value
+        for name, value in values.items()
+        if value is not None
+    }
     return given, as_json
 
 
@@ -84,7 +88,7 @@ def make_parser(command: str, function: Callable[..., Any]) -> ArgumentParser:
             parser.epilog = f"Other options such as --data.val FOLDER: {text}"
         else:
             _add(parser, parameter, hints[name], text)
-    if hints.get("return") is Result:
+    if _returns_facts(hints):
         parser.add_argument("--json", action="store_true", help="Print the result as JSON.")
     return parser
 
@@ -106,6 +110,11 @@ class _Formatter(HelpFormatter):
             for part in text.split("\n\n")
         ]
         return "\n\n".join(filled)
+
+
+def _returns_facts(hints: dict[str, Any]) -> bool:
+    kind = hints.get("return")
+    return isinstance(kind, type) and issubclass(kind, Printable)
 
 
 def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
@@ -141,7 +150,8 @@ def _add(parser: ArgumentParser, parameter: inspect.Parameter, hint: Any, text: 
     if several:
         options["nargs"] = "+"
     elif repeated:
-        options |= {"action": "append", "default": None}
+        # jsonargparse would check the whole list against the type of one value
+        options |= {"action": "append", "default": None, "type": str}
     flags = [SHORT[name]] if name in SHORT else []
     parser.add_argument(*flags, _flag(name), required=required, **options)
 
@@ -163,35 +173,57 @@ def _flag(name: str) -> str:
 def _split(
     command: str, parser: ArgumentParser, takes_settings: bool, arguments: Sequence[str]
 ) -> tuple[list[str], list[str] | None]:
-    """Refuse unknown options, and set apart those that are settings of a configuration."""
-    values = {
-        flag: action.nargs != 0 for action in parser._actions for flag in action.option_strings
-    }
-    own: list[str] = []
+    """Refuse unknown options, and set apart those that are settings of a configuration.
+
+    Positional arguments may stand anywhere: argparse wants several of one kind in one place.
+    """
+    counts = {flag: action.nargs for action in parser._actions for flag in action.option_strings}
+    options: list[str] = []
+    places: list[str] = []
     settings: list[str] = []
     rest = list(arguments)
     while rest:
         word = rest.pop(0)
         flag, equals, _ = word.partition("=")
         if word == "--":
-            return [*own, word, *rest], settings if takes_settings else None
-        if flag in values:
-            if values[flag] and not equals and rest and re.match(r"-[\d.]", rest[0]):
-                word = f"{flag}={rest.pop(0)}"  # a value that begins with a minus sign
-            own.append(word)
-        elif not re.match(r"-[^\d.\s]", word) or " " in flag:
-            own.append(word)
-        elif word[:2] in values and f"-{flag}" not in values:
-            own.append(word)  # -oFOLDER
+            places, rest = [*places, *rest], []
+        elif flag in counts:
+            options.append(word)
+            while counts[flag] != 0 and not equals and rest and not _is_option(rest[0]):
+                value = rest.pop(0)
+                if value.startswith("-"):  # else argparse takes a negative value for an option
+                    options[-1:] = [f"{flag}={value}"]
+                else:
+                    options.append(value)
+                if counts[flag] != "+":
+                    break
+        elif not _is_option(word):
+            places.append(word)
+        elif word[:2] in counts and f"-{flag}" not in counts:
+            options.append(word)  # -oFOLDER
         else:
-            near = suggestion(flag if flag.startswith("--") else f"-{flag}", values)
+            near = suggestion(flag if flag.startswith("--") else f"-{flag}", counts)
             if not takes_settings or (near and "." not in flag):
                 see = "" if near else f"; `zsnr {command} --help` lists the options"
                 raise UsageError(f"unknown option {clipped(flag)}{near or see}")
             settings.append(word)
             if not equals and rest and not rest[0].startswith("--"):
                 settings.append(rest.pop(0))
+    own = [*options, "--", *places] if places else options
     return own, settings if takes_settings else None
+
+
+def _numbers(name: str, texts: Sequence[str]) -> list[int]:
+    """Read the values of an option that may be repeated."""
+    for text in texts:
+        if not re.fullmatch(r"-?\d{1,20}", text):
+            raise UsageError(f"{_flag(name)} {clipped(text)}: wanted a whole number")
+    return [int(text) for text in texts]
+
+
+def _is_option(word: str) -> bool:
+    """Whether a word is an option, and neither a negative number nor a text with spaces."""
+    return re.match(r"-[^\d.\s]", word) is not None and " " not in word.partition("=")[0]
 
 
 def _refuse(
@@ -202,7 +234,9 @@ def _refuse(
 
     def called(name: str) -> str:
         action = names[name]
-        return action.option_strings[-1] if action.option_strings else action.metavar or name
+        if action.option_strings:
+            return str(action.option_strings[-1])
+        return (name.removesuffix("s") if action.nargs in ("+", "*") else name).upper()
 
     see = f"`zsnr {command} --help` shows the arguments"
     key = re.search(r'Parser key "(\w+)"', message)

@@ -7,9 +7,18 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from zsnr.untrusted import printable
+
+
+@runtime_checkable
+class Printable(Protocol):
+    """What is printed as text, or with `--json` as JSON."""
+
+    def to_text(self) -> str: ...
+
+    def to_json(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -28,19 +37,25 @@ class Result:
     exit_code: int = 0
     notes: tuple[str, ...] = ()
 
+    def to_text(self) -> str:
+        return self.text
 
-def show(result: Result | Path | str | None, *, as_json: bool = False) -> int:
+    def to_json(self) -> str:
+        return json.dumps(self.facts, ensure_ascii=False)
+
+
+def show(result: Printable | Path | str | None, *, as_json: bool = False) -> int:
     """Print the result of a command, which may hold text that strangers wrote.
 
     Returns:
         The exit code.
     """
-    if isinstance(result, Result):
-        text = json.dumps(result.facts, ensure_ascii=False) if as_json else result.text
-        print(printable(text))
-        for note in result.notes:
-            print(printable(note), file=sys.stderr)
-        return result.exit_code
-    if result is not None:
+    if isinstance(result, Printable):
+        print(printable(result.to_json() if as_json else result.to_text()))
+    elif result is not None:
         print(printable(str(result)))
-    return 0
+    if not isinstance(result, Result):
+        return 0
+    for note in result.notes:
+        print(printable(note), file=sys.stderr)
+    return result.exit_code
