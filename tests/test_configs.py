@@ -8,7 +8,7 @@ import tiny
 import torch
 import yaml
 
-from zsnr.checkpoints.own import describe_model
+from zsnr.checkpoints.checkpoint_file import describe_model
 from zsnr.cli import main
 from zsnr.training.from_checkpoint import checkpoint_config, sampling_config
 from zsnr.training.help import help_text
