@@ -219,9 +219,17 @@ def functions() -> str:
     return "\n".join(f"::: zsnr.commands.{name}.{name}" for name in files)
 
 
+def tags() -> str:
+    """Write the table of TensorBoard's tags."""
+    from zsnr.training.tags import tag_table
+
+    return tag_table()
+
+
 GENERATORS: dict[str, Callable[[], str]] = {
     "commands": commands,
     "configuration": configuration,
     "benchmarks": benchmarks,
     "functions": functions,
+    "tags": tags,
 }
