@@ -174,7 +174,7 @@ def test_runge_kutta_steps_start_where_the_grid_does(theirs):
         scheduler.set_timesteps(steps)
         assert first_timestep(declared, steps) == scheduler.timesteps[0]
         assert {*diffusers_timesteps(declared, steps)} <= {*scheduler.timesteps.tolist()}
-    with pytest.raises(ValueError, match="takes 4 to 1000"):
+    with pytest.raises(ValueError, match="supports 4 to 1000"):
         first_timestep(declared, 3)
 
 

@@ -436,7 +436,7 @@ def test_from_yaml_to_diffusers(config, stable, capsys):
             *(checkpoint, "--output", "b.safetensors", "--format", "lora", "--merge")
         ],
         "has no adapters to write": [str(stable), "--output", "b", "--format", "lora"],
-        "leave --merge out": [str(stable), "--output", "b", "--merge"],
+        "omit --merge": [str(stable), "--output", "b", "--merge"],
         "ends in .safetensors": [checkpoint, "--output", "b", "--format", "lora-kohya"],
     }
     for message, arguments in wrong.items():
@@ -738,7 +738,7 @@ def test_wrong_exports_are_refused(stable, tmp_path):
         write_lora(model, tmp_path / "folder", layout="kohya")
     with pytest.raises(ValueError, match="has no adapters"):
         write_lora(read_diffusers_folder(str(stable)), tmp_path / "b.safetensors")
-    with pytest.raises(ValueError, match="conv_in is in no attention"):
+    with pytest.raises(ValueError, match="conv_in is not part of an attention"):
         ldm_name("conv_in", 2)
     assert taken.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]

@@ -518,7 +518,7 @@ def test_other_folders_are_refused(tmp_path):
     index = json.loads(file.read_text())
     for change, message in (
         ({"requires_aesthetics_score": True}, "is a refiner"),
-        ({"unet": None, "_class_name": "FluxPipeline"}, "is a FluxPipeline without unet"),
+        ({"unet": None, "_class_name": "FluxPipeline"}, "is a FluxPipeline without a unet"),
     ):
         kept = {k: v for k, v in {**index, **change}.items() if v is not None}
         file.write_text(json.dumps(kept))
@@ -533,7 +533,7 @@ def test_other_folders_are_refused(tmp_path):
 def test_text_encoders_that_do_not_fit_are_refused(tmp_path):
     tiny.sdxl_folder(tmp_path)
     for length in (1, 13):
-        with pytest.raises(ValueError, match=f"max_length={length}: .* take 2 to 12 tokens"):
+        with pytest.raises(ValueError, match=f"max_length={length}: .* support 2 to 12 tokens"):
             SDXLConditioner(str(tmp_path), max_length=length)
     file = tmp_path / "tokenizer_2" / "tokenizer_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "model_max_length": 9}))

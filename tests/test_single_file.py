@@ -609,7 +609,7 @@ def test_what_readers_would_take_for_the_public_model_is_refused(
         options = {"tokenizer_subfolder": "tokenizer", "max_length": value}
         own = models["v1"].conditioner.settings() | options
         changed = replace(models["v1"], conditioner=TransformersConditioner(**own))
-        with pytest.raises(ValueError, match=r"tokenizer\.max_length=64 .* with 77"):
+        with pytest.raises(ValueError, match=r"tokenizer\.max_length=64 .* 77"):
             check_single_file(changed)
     else:
         layout.PUBLIC["v1"][part] = {**layout.PUBLIC["v1"][part], name: value}

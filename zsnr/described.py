@@ -83,7 +83,7 @@ def class_of(description: Mapping[str, Any], base: type[T]) -> type[T]:
     module_name, _, name = path.rpartition(".")
     if module_name.split(".")[0] != "zsnr" and module_name not in sys.modules:
         raise ValueError(
-            f"{path!r} is not imported on behalf of a checkpoint, because that would execute its "
+            f"{path!r} cannot be imported for a checkpoint, because that would execute its "
             f"module: import {module_name or 'it'} first."
         )
     try:
