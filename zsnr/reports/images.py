@@ -82,8 +82,10 @@ def panel_figure(
     inner_rows, inner_columns = inner
     side = min(3.0, 12 / len(columns))
     shape = max(image.height / image.width for row in images for image in row)
-    labels = [["\n".join(fill(line, 22) for line in label.split("\n")) for label in group]
-              for group in (rows, inner_rows)]  # fmt: skip
+    row_labels, inner_labels = (
+        ["\n".join(fill(line, 22) for line in label.split("\n")) for label in group]
+        for group in (rows, inner_rows)
+    )
     beside = 1.2 + (1.7 if inner_rows else 0.0)
     figure = Figure(
         figsize=(side * len(columns) + beside, side * shape * len(rows) + 0.9), layout="constrained"
@@ -100,12 +102,12 @@ def panel_figure(
             if inner_columns:
                 _label_inside(axis, image.width, inner_columns, "x")
             if inner_rows and j == 0:
-                _label_inside(axis, image.height, labels[1], "y")
+                _label_inside(axis, image.height, inner_labels, "y")
             if i == 0:
                 axis.set_title(printable(columns[j]), **text)
             if j == 0:
                 axis.set_ylabel(
-                    printable(labels[0][i]), rotation=0, ha="right", va="center", **text
+                    printable(row_labels[i]), rotation=0, ha="right", va="center", **text
                 )
     return figure
 
