@@ -54,10 +54,14 @@ def short_message(message: str) -> str:
         near = difflib.get_close_matches(unknown[1], names(), n=1)
         hint = f" Did you mean {near[0]}?" if near else " `zsnr fit --help` shows the options."
         return f"{_setting(keys)}there is no setting {unknown[1]!r}.{hint}"
+    union = re.search(r"Errors:\s+- (.*?)(?:\n *- |\nGiven |$)", message, re.DOTALL)
+    if union and "Expected a" not in union[1]:  # of this package, from the class itself
+        return " ".join(union[1].split())
     value = re.search(r"(?:Got value|Given value): (.+?)(?:\.? Got value|$| - )", line)
     types = re.findall(r"Expected an? (<class '[\w.]+'>|typing\.Literal\[[^\]]*\])", line)
     if types:
-        came = f"`{clipped(value[1])}` is wrong: " if value else ""
+        said = value is not None and "Namespace" not in value[1]
+        came = f"`{clipped(value[1])}` is wrong: " if value and said else ""
         return f"{_setting(keys)}{came}wanted {' or '.join(map(_type, dict.fromkeys(types)))}."
     return clipped(_without_terms(line, keys), 400)
 
