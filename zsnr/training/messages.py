@@ -56,7 +56,7 @@ def short_message(message: str) -> str:
         return f"{_setting(keys)}there is no setting {unknown[1]!r}.{hint}"
     union = re.search(r"Errors:\s+- (.*?)(?:\n *- |\nGiven |$)", message, re.DOTALL)
     if union and "Expected a" not in union[1]:  # of this package, from the class itself
-        return " ".join(union[1].split())
+        return _setting(keys[:1]) + _without_terms(" ".join(union[1].split()), keys)
     value = re.search(r"(?:Got value|Given value): (.+?)(?:\.? Got value|$| - )", line)
     types = re.findall(r"Expected an? (<class '[\w.]+'>|typing\.Literal\[[^\]]*\])", line)
     if types:
@@ -78,7 +78,7 @@ def _type(name: str) -> str:
 
 def _without_terms(line: str, keys: list[str]) -> str:
     """Take the library's own terms out of a message."""
-    line = _KEY.sub(lambda match: f"{match[1]}:", line)
+    line = _KEY.sub(lambda match: "" if match[1] in keys else f"{match[1]}:", line)
     line = re.sub(r"Does not validate against any of the Union subtypes.*?Errors: ", "", line)
     line = re.sub(r"Problem with given class_path '([\w.]+)':", r"\1:", line)
     line = re.sub(r"Subtypes: \[.*?\] ", "", line)
