@@ -224,6 +224,7 @@ MISTAKES = [
     ),
     ("--data.caption.fields x", "data has no `caption`. Did you mean data.captions?"),
     ("--chekpoint.keep 3", "no option --chekpoint.keep. Did you mean checkpoint.keep?"),
+    ("--metrics.features.class_path mine.Net", "metrics.features: mine.Net: No module named"),
     ("data/train", "'data/train' belongs to no option"),
     ("-c", "-c names no file"),
     ("--nonsense 3", "There is no option --nonsense. `zsnr fit --help` shows the options."),

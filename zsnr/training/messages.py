@@ -54,10 +54,14 @@ def short_message(message: str) -> str:
         near = difflib.get_close_matches(unknown[1], names(), n=1)
         hint = f" Did you mean {near[0]}?" if near else " `zsnr fit --help` shows the options."
         return f"{_setting(keys)}there is no setting {unknown[1]!r}.{hint}"
+    union = re.search(r"Errors:\s+- (.*?)(?:\n *- |\nGiven |$)", message, re.DOTALL)
+    if union and "Expected a" not in union[1]:  # of this package, from the class itself
+        return _setting(keys[:1]) + _without_terms(" ".join(union[1].split()), keys)
     value = re.search(r"(?:Got value|Given value): (.+?)(?:\.? Got value|$| - )", line)
     types = re.findall(r"Expected an? (<class '[\w.]+'>|typing\.Literal\[[^\]]*\])", line)
     if types:
-        came = f"`{clipped(value[1])}` is wrong: " if value else ""
+        said = value is not None and "Namespace" not in value[1]
+        came = f"`{clipped(value[1])}` is wrong: " if value and said else ""
         return f"{_setting(keys)}{came}wanted {' or '.join(map(_type, dict.fromkeys(types)))}."
     return clipped(_without_terms(line, keys), 400)
 
@@ -74,7 +78,7 @@ def _type(name: str) -> str:
 
 def _without_terms(line: str, keys: list[str]) -> str:
     """Take the library's own terms out of a message."""
-    line = _KEY.sub(lambda match: f"{match[1]}:", line)
+    line = _KEY.sub(lambda match: "" if match[1] in keys else f"{match[1]}:", line)
     line = re.sub(r"Does not validate against any of the Union subtypes.*?Errors: ", "", line)
     line = re.sub(r"Problem with given class_path '([\w.]+)':", r"\1:", line)
     line = re.sub(r"Subtypes: \[.*?\] ", "", line)
