@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import shutil
 import typing
 import warnings
 from unittest.mock import patch
@@ -55,9 +56,17 @@ def test_settings_of_other_optimizers_and_parts_have_a_rule():
         verdict_on("model.new_setting")
 
 
-def resume(shards, root, trainer_options=None, **model):
-    """Resume after two steps with other settings; return what is warned of."""
+@pytest.fixture(scope="module")
+def stopped(shards, tmp_path_factory):
+    """The folder of a run that was stopped after two steps."""
+    root = tmp_path_factory.mktemp("stopped")
     cells.fit(shards, root, stop_at=2)
+    return root
+
+
+def resume(stopped, shards, root, trainer_options=None, **model):
+    """Resume a copy of a run with other settings; return what is warned of."""
+    shutil.copytree(stopped, root, symlinks=True, dirs_exist_ok=True)
     quiet = patch.object(cells, "quiet", lambda: None)
     with quiet, warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -99,9 +108,9 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_resumed_run_says_what_it_changes(shards, tmp_path, name):
+def test_a_resumed_run_says_what_it_changes(stopped, shards, tmp_path, name):
     options, wanted = CHANGES[name]
-    told = resume(shards, tmp_path, **options)
+    told = resume(stopped, shards, tmp_path, **options)
     assert len(told) == bool(wanted)
     assert all(text in told[0] for text in wanted)
     [first, second] = json.loads((tmp_path / "checkpoints/run.json").read_text())["history"]
@@ -113,13 +122,13 @@ def test_a_resumed_run_says_what_it_changes(shards, tmp_path, name):
     assert run["history"] == [first, second]
 
 
-def test_another_optimizer_is_refused(shards, tmp_path):
+def test_another_optimizer_is_refused(stopped, shards, tmp_path):
     with pytest.raises(ValueError, match=r"optimizer was torch.*AdamW, is torch.*SGD now.*export"):
-        resume(shards, tmp_path, optimizer=lambda p: torch.optim.SGD(p, lr=1e-3))
+        resume(stopped, shards, tmp_path, optimizer=lambda p: torch.optim.SGD(p, lr=1e-3))
 
 
-def test_changed_data_is_named_with_both_values(shards, tmp_path):
-    cells.fit(shards, tmp_path, stop_at=2)
+def test_changed_data_is_named_with_both_values(stopped, shards, tmp_path):
+    shutil.copytree(stopped, tmp_path, symlinks=True, dirs_exist_ok=True)
     options = {"checkpoint": cells.newest(tmp_path)}
     with pytest.raises(ValueError, match=r"seed was 0, is 3 now.*accept_changed_data"):
         cells.fit(shards, tmp_path, data_options={"seed": 3}, **options)

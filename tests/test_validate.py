@@ -260,9 +260,9 @@ def test_a_model_that_has_collapsed_is_no_error(folder, run, tmp_path, capsys, m
     )
     statistics.write(tmp_path / "real.safetensors")
     options = ["--metrics.statistics", f"{tmp_path}/real.safetensors", "--metrics.real", "null"]
-    with pytest.warns(UserWarning, match="metrics/fid is left out") as told:
+    fid, kid = (pytest.warns(UserWarning, match=f"metrics/{x} is left out") for x in ("fid", "kid"))
+    with fid, kid:
         assert validate(folder, *options, "--metrics.output", f"{tmp_path}/a.json") == 0
-    assert len(told) == 2  # and kid
     numbers = json.loads((tmp_path / "a.json").read_text())
     assert "metrics/fid" not in numbers["metrics"]
     assert "All 7 pictures have the same features" in numbers["left_out"]["metrics/fid"]
