@@ -41,7 +41,9 @@ class LossWeighting:
     weight 0 under v_prediction: the timestep that determines brightness would not be trained.
 
     Args:
-        name: One of the names above.
+        name: Weighting of the timesteps: uniform (the paper's), snr_plus_one or truncated_snr; or
+            min_snr, soft_min_snr, snr, debiased or p2, which under v_prediction give the last
+            timestep of a zero-SNR schedule no weight.
         gamma: The bound of min_snr and soft_min_snr, positive.
         allow_zero_terminal_weight: Accept a weighting whose last weight is 0.
     """
