@@ -70,9 +70,9 @@ class TextToImage:
     """A latent diffusion model as a function from prompts to images.
 
     Args:
-        model: The parts; with `raw_unet`, guidance may lead away from that.
-        network: Instead of the model's UNet.
-        name: What pictures call the model that made them, such as its path.
+        model: The parts of the model. With `raw_unet`, guidance against "raw" is possible.
+        network: Network that replaces the model's UNet. None = the UNet.
+        name: Name of the model in the metadata of its images, such as its path.
     """
 
     def __init__(self, model: Model, network: Network | None = None, name: str = "") -> None:
@@ -98,15 +98,16 @@ class TextToImage:
             path_or_hub: A diffusers folder, a hub id, a single .safetensors file in the ldm layout,
                 a .ckpt file of this package, or the folder of a run, whose last checkpoint is
                 taken.
-            schedule: Instead of the one the model declares.
-            prediction_type: Likewise.
-            device: Where to run. None = the GPU if there is one.
-            dtype: Of the UNet's weights. None = as they are.
-            raw_beside: Load the raw weights too, beside the averaged ones, for guidance against
+            schedule: Noise schedule that replaces the declared one. None = the declared one.
+            prediction_type: Prediction type that replaces the declared one. None = the declared
+                one.
+            device: Device of all parts. None = the GPU if there is one.
+            dtype: Data type of the UNet's weights. None = that of the file.
+            raw_beside: Also load the raw weights beside the averaged ones, for guidance against
                 "raw". Only checkpoints of this package have both.
 
         Raises:
-            ValueError: Nothing readable is there, or no raw weights where they are asked for.
+            ValueError: The source cannot be read, or lacks the raw weights that were requested.
         """
         source = resolve_model(path_or_hub)
         if raw_beside:
@@ -157,16 +158,16 @@ class TextToImage:
         progress: bool = True,
         callback: Callback | None = None,
     ) -> list[Image]:
-        """Make one image a prompt.
+        """Generate one image for each prompt.
 
-        The same prompt and seed give the same image whatever stands beside them in the list.
+        The same prompt and seed give the same image, whatever else is in the list.
 
         Args:
-            prompts: What to show.
-            negative_prompts: What to guide away from, one a prompt; "" = nothing. None = nothing.
-            seeds: One a prompt. None = 0, 1, 2, ...
-            height: Pixels. None = the size the model was trained at.
-            width: Likewise.
+            prompts: Text prompts.
+            negative_prompts: Negative prompts, one for each prompt; "" = none. None = none at all.
+            seeds: Seeds, one for each prompt. None = 0, 1, 2, ...
+            height: Height in pixels. None = the size that the model was trained at.
+            width: Width in pixels. None = the size that the model was trained at.
             sampler: A sampler, or the name of a registered one. This and the next three are by
                 default what the model declares, see `choose_sampling`.
             num_steps: S, see `Sampling`. A model that declares nothing is sampled in 50 steps.
@@ -174,27 +175,27 @@ class TextToImage:
             guidance: Scale 7.5 and rescale 0.7, the paper's, if the model declares nothing.
                 Against "raw" it needs a model with `raw_unet`, and takes no negative prompts.
             sampling: All of these four at once.
-            batch_size: Images at a time.
-            max_rows: Rows of one network call, to bound memory; see `Denoiser`, also for what
-                that means where the network is sharded. None = with guidance two an image, else
-                one.
+            batch_size: Number of images sampled at a time.
+            max_rows: Largest number of rows of one network call, to bound memory; see `Denoiser`,
+                also for sharded networks. None = two for each image with guidance, else one.
             progress: Show the progress on stderr.
             callback: Called after each step of each batch, as by `Sampler.sample`: with the step's
                 number, its timestep, the predicted x_0 and the state it led to, both latents.
 
         Returns:
-            Images whose `info["zsnr"]` is a JSON text with all that made them; `save_png` keeps it.
+            Images whose `info["zsnr"]` is a JSON text with all their settings, which `save_png`
+            writes into the file.
 
         Raises:
-            ValueError: Lists of different lengths, or settings out of range.
+            ValueError: The lists have different lengths, or a setting is out of range.
         """
         prompts, negatives = _prompts(prompts, negative_prompts)
         seeds = range(len(prompts)) if seeds is None else seeds
         seeds = [operator.index(seed) for seed in seeds]
         _check_count("seeds", seeds, prompts)
-        for name, most in (("batch_size", batch_size), ("max_rows", max_rows)):
-            if most is not None and most < 1:
-                raise ValueError(f"{name}={most}: wanted at least 1.")
+        for name, count in (("batch_size", batch_size), ("max_rows", max_rows)):
+            if count is not None and count < 1:
+                raise ValueError(f"{name}={count}: wanted at least 1.")
         if sampling is None:
             sampling = choose_sampling(
                 self.model.sampling,
@@ -215,7 +216,7 @@ class TextToImage:
         shape = self.model.codec.latent_shape(height, width)
 
         for seed in seeds:
-            sample_generator(seed)  # a wrong one is refused before anything slow
+            sample_generator(seed)  # refuses a wrong seed before anything slow
         facts = self.describe(sampling)
         images: list[Image] = []
         batches = range(0, len(prompts), batch_size)
@@ -265,22 +266,23 @@ class TextToImage:
         width: int | None = None,
         max_rows: int | None = None,
     ) -> Denoiser:
-        """Make the guided denoiser of prompts, (x_t, t) -> x_0, for a sampling loop of one's own.
+        """Return the guided denoiser of prompts, (x_t, t) -> x_0, for a custom sampling loop.
 
-        It is what images are sampled with. Call it within torch.no_grad(); the latents it takes
-        and gives have the shape `model.codec.latent_shape(height, width)`, one row a prompt.
+        It is the denoiser that `__call__` samples with. Call it within torch.no_grad(). Its latents
+        have the shape `model.codec.latent_shape(height, width)`, one row for each prompt.
 
         Args:
-            prompts: What to show.
-            negative_prompts: What to guide away from, one a prompt; "" = nothing. None = nothing.
-            guidance: None = what the model declares, else the paper's, scale 7.5 and rescale 0.7.
-            height: Pixels. None = the size the model was trained at. Only networks that take sizes
-                are told.
-            width: Likewise.
-            max_rows: Rows of one network call, see `Denoiser`.
+            prompts: Text prompts.
+            negative_prompts: Negative prompts, one for each prompt; "" = none. None = none at all.
+            guidance: Guidance. None = that of the model, else scale 7.5 and rescale 0.7.
+            height: Height in pixels, for networks that take sizes. None = the size that the model
+                was trained at.
+            width: Width in pixels, for networks that take sizes. None = the size that the model
+                was trained at.
+            max_rows: Largest number of rows of one network call, see `Denoiser`.
 
         Raises:
-            ValueError: Lists of different lengths, or guidance that does not fit the model.
+            ValueError: The lists have different lengths, or the guidance does not fit the model.
         """
         prompts, negatives = _prompts(prompts, negative_prompts)
         guidance = guidance or choose_sampling(self.model.sampling).guidance
@@ -304,7 +306,7 @@ class TextToImage:
         )
 
     def describe(self, sampling: Sampling) -> dict[str, Any]:
-        """Return all that makes an image beside prompt, seed and size, as plain values."""
+        """Return all settings of an image except prompt, seed and size, as plain values."""
         from zsnr import __version__
 
         return {
@@ -316,7 +318,7 @@ class TextToImage:
         }
 
     def _check_guidance(self, guidance: Guidance, negatives: Sequence[str]) -> None:
-        """Refuse guidance that this model, or a negative prompt, does not fit."""
+        """Refuse guidance that does not fit this model or its negative prompts."""
         check_threshold(guidance, self.model.codec)
         if guidance.against != "raw":
             return
@@ -339,18 +341,18 @@ class TextToImage:
         size: tuple[int, int],
         guidance: Guidance,
     ) -> tuple[Conditioning, Conditioning | None]:
-        """Encode what to show, and what to guide away from where there is guidance.
+        """Encode the prompts and, with guidance, the negative prompts.
 
-        A network that takes sizes is told of a whole picture of this size, on both sides.
+        A network that takes sizes gets those of an uncropped image of this size, for both.
         """
         conditioner = self.model.conditioner
         cond = conditioner(prompts)
         uncond = None
         if guidance.guides and guidance.against == "negative":
             uncond = conditioner.null().expand(len(prompts))
-            asked = torch.tensor([text != "" for text in negatives])
-            if asked.any():
-                uncond = conditioner(negatives).where(asked, uncond)
+            nonempty = torch.tensor([text != "" for text in negatives])
+            if nonempty.any():
+                uncond = conditioner(negatives).where(nonempty, uncond)
         if self.model.unet.takes_sizes:
             sizes = torch.tensor([[*size, 0, 0, *size]], device=cond.context.device)
             sizes = sizes.expand(len(prompts), -1)
@@ -380,10 +382,10 @@ class TextToImage:
 
 
 def check_raw_beside(source: str) -> None:
-    """Refuse a source of weights that holds no raw ones beside the averaged ones.
+    """Refuse a source of weights that does not hold raw weights beside the averaged ones.
 
     Raises:
-        ValueError: It is no checkpoint of this package.
+        ValueError: The source is not a checkpoint of this package.
     """
     if not source.endswith(".ckpt"):
         raise ValueError(
@@ -393,7 +395,7 @@ def check_raw_beside(source: str) -> None:
 
 
 def to_image(pixels: Tensor) -> Image:
-    """Turn (3, H, W) in [-1, 1] into an 8-bit picture; what is outside is clamped."""
+    """Convert (3, H, W) in [-1, 1] to an 8-bit image; values outside are clamped."""
     from PIL import Image
 
     levels = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
@@ -422,7 +424,7 @@ def write_sample(image: Image, path: Path, manifest: Path) -> None:
 def _prompts(
     prompts: Sequence[str], negative_prompts: Sequence[str] | None
 ) -> tuple[list[str], list[str]]:
-    """Check prompts and negative prompts; where there are none of these, they are empty."""
+    """Check prompts and negative prompts; missing negative prompts become empty ones."""
     prompts = _texts("prompts", prompts)
     if negative_prompts is None:
         return prompts, [""] * len(prompts)
@@ -433,7 +435,9 @@ def _prompts(
 
 def _check_count(name: str, values: Sequence[Any], prompts: Sequence[str]) -> None:
     if len(values) != len(prompts):
-        raise ValueError(f"{len(values)} {name} for {len(prompts)} prompts: wanted one a prompt.")
+        raise ValueError(
+            f"{len(values)} {name} for {len(prompts)} prompts: wanted one for each prompt."
+        )
 
 
 def _texts(name: str, texts: Sequence[str]) -> list[str]:
