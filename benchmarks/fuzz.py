@@ -469,6 +469,8 @@ def _state() -> dict[str, dict[Any, Any]]:
             if isinstance(value, type)
         ),
     }
+    for cls in classes:
+        getattr(cls, "__annotations__", None)  # Python stores them when they are first asked for
     state: dict[str, dict[Any, Any]] = {
         cls.__qualname__: {name: id(value) for name, value in vars(cls).items()} for cls in classes
     }

@@ -241,7 +241,7 @@ def test_folders_whose_weights_cannot_fill_the_config_are_refused(tmp_path):
     tiny_stable_diffusion(tmp_path)
     path = tmp_path / "text_encoder" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "vocab_size": 10**9}))
-    with pytest.raises(ValueError, match="its config wants a text encoder of"):
+    with pytest.raises(ValueError, match="its config describes a text encoder of"):
         load(tmp_path)
 
 

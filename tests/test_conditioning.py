@@ -211,7 +211,10 @@ def test_unknown_open_clip_models_are_refused():
 def test_tags_of_no_open_clip_model_are_refused():
     with pytest.raises(ValueError, match="'laion3b': wanted a path, or a tag.*laion2b_s32b_b79k"):
         OpenClipConditioner("ViT-H-14", "laion3b")
-    with pytest.raises(ValueError, match="no text tower of CLIP's kind: give 'roberta-base'"):
+    with pytest.raises(
+        ValueError,
+        match="no text tower of CLIP's kind: use a TransformersConditioner with 'roberta-base'",
+    ):
         OpenClipConditioner("roberta-ViT-B-32")
 
 

@@ -349,7 +349,7 @@ NESTED = {"class_path": "zsnr.codecs.PixelCodec", "init_args": {"x": [{"class_pa
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"codec": {"class_path": "harmful.Model"}}, "cannot be imported by a checkpoint's word"),
+        ({"codec": {"class_path": "harmful.Model"}}, "cannot be imported for a checkpoint"),
         ({"codec": {"class_path": "os.system"}}, "is not a LatentCodec"),
         ({"codec": {"class_path": "zsnr.conditioning.NullConditioner"}}, "is not a LatentCodec"),
         ({"unet": {"class_path": "torch.nn.Linear"}}, "is not a UNet"),

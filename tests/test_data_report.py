@@ -119,7 +119,7 @@ def test_the_report(tmp_path, capsys):
     assert darkest == "empty caption, brightness -1.00"
     assert [path.name for path in out.iterdir()] == ["index.html"]
     assert main(command) == 2
-    assert "is not empty and is left unchanged" in capsys.readouterr().err
+    assert "is not empty and stays as it is" in capsys.readouterr().err
 
 
 def test_text_of_others_stays_text(tmp_path):

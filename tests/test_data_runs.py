@@ -615,7 +615,7 @@ def test_stale_caches_are_refused(cached, capsys):
 
         assert re.search(message, capsys.readouterr().err)
     assert main([*make, "--text", "--dtype", "float32"]) == 2
-    assert "made with another dtype" in capsys.readouterr().err
+    assert "made with a different dtype" in capsys.readouterr().err
     assert main([*make[:-1], str(folder / "shards")]) == 2
     assert "holds no cache" in capsys.readouterr().err
     vae = folder / "own"

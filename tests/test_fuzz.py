@@ -16,6 +16,7 @@ from fuzz_readers import READERS, Reader
 INPUTS = 260
 
 
+@pytest.mark.filterwarnings("default")  # as in a user's process
 def test_every_reader_accepts_what_is_valid_and_refuses_the_rest_in_one_line():
     outcomes = fuzz.run(READERS, fuzz.plan(READERS, INPUTS), seed=1)
     assert [fuzz.fault_text(group) for group in fuzz.distinct(outcomes)] == []

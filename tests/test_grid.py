@@ -128,7 +128,7 @@ def test_a_file_is_a_spacing(optimized, tmp_path):
         bare.write_text(text)
         with pytest.raises(ValueError, match=message):
             get_timesteps(str(bare), 2)
-    with pytest.raises(OSError, match="none.json: there is no such file, seen from"):
+    with pytest.raises(OSError, match="none.json: no such file; the current folder is"):
         get_timesteps("none.json", 2)
     bare.write_text('{"timesteps": [999, 2], "schedule": {"num_timesteps": 2000}}')
     with pytest.raises(ValueError, match="2000 timesteps, not 1000"):

@@ -311,7 +311,7 @@ def test_clip_score_by_open_clip(tmp_path, pictures):
     [
         ("/nowhere", "no such folder. Wanted a folder with a CLIPModel"),
         ("ViT-X:file", "open_clip has no model 'ViT-X'"),
-        ("ViT-B-32:/nowhere.pt", "no such file of weights of ViT-B-32"),
+        ("ViT-B-32:/nowhere.pt", "no such file with weights of ViT-B-32"),
         ("EMPTY", "holds no config.json"),
     ],
 )
@@ -353,7 +353,7 @@ def test_collected_brightness_is_that_of_all_pictures_at_once():
     assert found["bright"].item() == pytest.approx(luma[3:].mean().item(), rel=1e-6)
     with pytest.raises(ValueError, match="Known: dark, bright"):
         groups.update(images[:1], ["snow"])
-    with pytest.raises(ValueError, match="1 groups for 2 pictures"):
+    with pytest.raises(ValueError, match="1 groups for 2 images"):
         groups.update(images[:2], ["dark"])
 
 

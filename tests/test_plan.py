@@ -405,6 +405,6 @@ def test_help_explains_every_option(capsys):
     with contextlib.suppress(SystemExit):
         main(["plan", "--help"])
     text = capsys.readouterr().out
-    for option in ("--ranks N", "--ranks-per-node M", "--memory GIB", "--images-per-second X"):
+    for option in ("--ranks N", "--ranks-per-node N", "--memory X", "--images-per-second X"):
         assert option in text
     assert "--measure" in text

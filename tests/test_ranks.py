@@ -379,7 +379,7 @@ def test_another_accumulation_is_refused(shards, tmp_path):
         ),
         (
             {"trainer_options": {"limit_train_batches": 2}},
-            "limit_train_batches=2 would train on the same batches again",
+            "limit_train_batches=2 would train on the same batches repeatedly",
         ),
     ],
 )

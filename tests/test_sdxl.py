@@ -483,9 +483,9 @@ def test_parts_that_do_not_fit_are_refused_before_training(made, tmp_path):
     codec = AutoencoderKLCodec(folder, subfolder="vae")
     with pytest.raises(ValueError, match="has width 40 but the conditioner has 16"):
         LatentDiffusion(codec, text, folder, image_size=16)
-    with pytest.raises(ValueError, match="conditioner gives none: SDXL's UNet wants"):
+    with pytest.raises(ValueError, match="conditioner returns none: use SDXL's UNet with"):
         LatentDiffusion(codec, NullConditioner(40), folder, image_size=16)
-    with pytest.raises(ValueError, match="68 = 20 [+] 6 x 8, but .* gives one of width 21"):
+    with pytest.raises(ValueError, match="68 = 20 [+] 6 x 8, but .* returns one of width 21"):
         UNet(pretrained=folder, channels=4, context_dim=40, pooled_dim=21)
     unet = UNet(pretrained=folder)
     assert unet.takes_sizes
@@ -537,7 +537,7 @@ def test_text_encoders_that_do_not_fit_are_refused(tmp_path):
             SDXLConditioner(str(tmp_path), max_length=length)
     file = tmp_path / "tokenizer_2" / "tokenizer_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "model_max_length": 9}))
-    with pytest.raises(ValueError, match="give 12 and 9 tokens: set max_length"):
+    with pytest.raises(ValueError, match="produce 12 and 9 tokens: set max_length"):
         SDXLConditioner(str(tmp_path))
     assert SDXLConditioner(str(tmp_path), max_length=9)(["a"]).context.shape == (1, 9, 40)
     (tmp_path / "text_encoder" / "config.json").write_text('{"model_type": "t5"}')

@@ -32,6 +32,9 @@ from zsnr.conditioning.tokenizers import bpe_tokenizer
 from zsnr.networks import UNet
 from zsnr.pipeline import TextToImage
 
+# The small models of these tests are custom, and each export says so.
+pytestmark = pytest.mark.filterwarnings("ignore:Non-standard Stable Diffusion")
+
 FAMILIES = ("v1", "v2", "xl")
 PROMPTS = ["", "a black cat at night", "Caf\u00e9, 35mm photo; it's 8k!", "word " * 90]
 SCHEDULER = {

@@ -265,7 +265,7 @@ def test_a_model_that_has_collapsed_is_no_error(folder, run, tmp_path, capsys, m
         assert validate(folder, *options, "--metrics.output", f"{tmp_path}/a.json") == 0
     numbers = json.loads((tmp_path / "a.json").read_text())
     assert "metrics/fid" not in numbers["metrics"]
-    assert "All 7 pictures have the same features" in numbers["left_out"]["metrics/fid"]
+    assert "All 7 images have the same features" in numbers["left_out"]["metrics/fid"]
     assert np.isfinite(numbers["metrics"]["metrics/luma_w1"])
 
 
@@ -281,7 +281,7 @@ def test_a_model_that_has_collapsed_is_no_error(folder, run, tmp_path, capsys, m
         (["--metrics.statistics", "OUT/real.npz"], "ending in .safetensors"),
         (
             ["--metrics.statistics", "CONFIG/r.safetensors"],
-            "config.yaml is not a folder to write to",
+            "config.yaml is not a writable folder",
         ),
         (["--metrics.statistics", "OUT/r.safetensors", "--metrics.real", "null"], "is not there"),
         (["--metrics.inception", "/nowhere.pth"], "FID's Inception weights are weights-inception"),

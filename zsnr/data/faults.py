@@ -210,8 +210,9 @@ class Ledger:
         self._once = _Once()
         if path is None:
             return
-        with side_file(path.parent):
-            path.parent.parent.mkdir(parents=True, exist_ok=True)
+        if not path.parent.parent.is_dir():
+            with side_file(path.parent):
+                path.parent.parent.mkdir(parents=True, exist_ok=True)
         if not path.is_file():
             return
         before = (f for f in _read(path) if f.position is not None and f.position < position)
