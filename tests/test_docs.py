@@ -22,6 +22,7 @@ import torch
 import yaml
 from PIL import Image
 
+import zsnr
 from zsnr import __version__
 from zsnr.cli import main
 from zsnr.training.caching import build
@@ -328,3 +329,10 @@ def test_generated_pages_hold_every_command_setting_and_result(generate):
     for page in PAGES:
         for marker in re.findall(r"<!-- generated: (\w+) -->", page.read_text()):
             assert marker in generate.GENERATORS, f"{page.name}: {marker}"
+
+
+def test_every_public_name_is_in_the_reference():
+    page = (ROOT / "docs/reference/python.md").read_text()
+    described = set(re.findall(r"^::: zsnr\.(\w+)$", page, re.MULTILINE))
+    types = {"PredictionType", "TimestepSpacing"}  # of strings and of functions
+    assert described & set(zsnr.__all__) == set(zsnr.__all__) - types
