@@ -14,7 +14,14 @@ from zsnr import EmpiricalDenoiser, Guidance, LossWeighting, NoiseSchedule
 from zsnr.codecs import AutoencoderKLCodec, PixelCodec
 from zsnr.draws import training_draws, validation_draws
 from zsnr.pipeline import Sampling, TextToImage
-from zsnr.training import DataModule, EMAConfig, LatentDiffusion, LearningRate
+from zsnr.training import (
+    DataModule,
+    EMAConfig,
+    FullyShardedStrategy,
+    LatentDiffusion,
+    LearningRate,
+    Previews,
+)
 from zsnr.training.ema import averaged_copy, update_average
 
 SHAPE, T = (12, 8, 8), 1000
@@ -499,3 +506,40 @@ def test_shipped_vae_is_usable_in_training(tmp_path):
     assert model.codec.latent_shape(16, 16) == (4, 4, 4)
     trainer(tmp_path, 1).fit(model, datamodule=data(tmp_path / "shards"))
     assert not any("vae" in name for name in model.state_dict())
+
+
+def test_positions_stay_on_the_host(tmp_path):
+    move = data(tmp_path / "shards").transfer_batch_to_device
+    batch = {"position": torch.arange(2), "moments": torch.zeros(2, 8, 4, 4), "key": ["a", "b"]}
+    moved = move(batch, torch.device("meta"), 0)
+    assert moved["position"].device.type == "cpu"  # reading them waits for no device
+    assert moved["moments"].device.type == "meta"
+    assert moved["key"] == ["a", "b"]
+    assert move([1], torch.device("meta"), 0) == [1]
+
+
+def test_what_is_trained_is_float32():
+    half = tiny.conditioner(trainable=True).half()
+    net = module(conditioner=half, ema=EMAConfig())
+    assert {p.dtype for p in net.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in net.ema.parameters()} == {torch.float32}
+
+
+def test_float16_is_refused_without_a_loss_scaler():
+    with pytest.raises(ValueError, match="param_dtype='float16': wanted 'bfloat16' or 'float32'"):
+        FullyShardedStrategy(param_dtype="float16")
+
+
+def test_previews_compute_as_training_does(tmp_path):
+    class Precision(Callback):
+        def on_train_start(self, trainer, net):
+            unet = net.ema["unet"]
+            unet.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+
+    seen = []
+    previews = Previews(["a"], every_n_steps=1)
+    options = {"precision": "bf16-mixed", "limit_val_batches": 0}
+    loop = trainer(tmp_path, 1, callbacks=[Precision(), previews], **options)
+    loop.fit(module(), data(tmp_path / "shards"))
+    assert len(seen) >= 3
+    assert all(seen)

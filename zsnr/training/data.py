@@ -458,9 +458,12 @@ class DataModule(L.LightningDataModule):
         return DataLoader(batches, batch_size=None, collate_fn=_as_it_is)  # type: ignore[arg-type]
 
     def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
+        """Move a batch to the device, except the positions, which only the host reads."""
         if not isinstance(batch, dict):  # predict's requests hold no tensors
             return batch
-        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+        tensors = {name: value for name, value in batch.items() if name != "position"}
+        moved = super().transfer_batch_to_device(tensors, device, dataloader_idx)
+        return {**moved, "position": batch["position"]}
 
     def _loader(self, dataset: Any, **batching: Any) -> DataLoader[dict[str, Any]]:
         return DataLoader(

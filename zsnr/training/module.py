@@ -161,6 +161,9 @@ class LatentDiffusion(L.LightningModule):
             self._frozen["conditioner"] = conditioner
         if gradient_checkpointing:
             self.trained["unet"].enable_gradient_checkpointing()  # type: ignore[operator]
+        for part in self.trained.parameters():
+            if part.requires_grad:  # half-precision files too: small updates would be lost
+                part.data = part.data.float()
         self.ema_config = ema
         self.ema = None if ema is None else averaged_copy(self.trained)
         if compile is not None and compile not in torch._dynamo.list_backends(None):

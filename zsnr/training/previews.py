@@ -86,7 +86,7 @@ class Previews(Callback):
         each = -(-len(self.prompts) // ranks)
         mine = [(rank + i * ranks) % len(self.prompts) for i in range(each)]
         sampling = module.sampling
-        with module.pipeline() as pipe:
+        with module.pipeline() as pipe, trainer.precision_plugin.predict_step_context():
             images = pipe(
                 [self.prompts[i] for i in mine],
                 seeds=[self.seeds[i] for i in mine],

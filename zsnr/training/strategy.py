@@ -38,8 +38,9 @@ class FullyShardedStrategy(ModelParallelStrategy):
         shard_ranks: Number of ranks over which one copy of the weights is divided: "all", "node"
             (hybrid sharding: divided within a node, one copy for each node), or a number that
             divides the number of ranks.
-        param_dtype: Dtype that the network computes in during training; its weights stay float32.
-            None = float32, or the dtype of trainer.precision, as in validate and predict.
+        param_dtype: Dtype that the network computes in during training, "bfloat16" or "float32";
+            its weights stay float32. None = float32, or the dtype of trainer.precision, as in
+            validate and predict.
         reduce_dtype: Dtype in which gradients are averaged over the ranks. None = the dtype that
             they are computed in.
         reshard_after_forward: Whether gathered weights are freed between forward and backward pass,
@@ -49,13 +50,13 @@ class FullyShardedStrategy(ModelParallelStrategy):
         timeout: Time that a rank waits for another one before it gives up.
 
     Raises:
-        ValueError: shard_ranks is less than 1.
+        ValueError: shard_ranks is less than 1, or param_dtype is float16.
     """
 
     def __init__(
         self,
         shard_ranks: Literal["all", "node"] | int = "all",
-        param_dtype: HalfOrFull | None = None,
+        param_dtype: Literal["bfloat16", "float32"] | None = None,
         reduce_dtype: HalfOrFull | None = "float32",
         reshard_after_forward: bool = True,
         save_distributed_checkpoint: bool = True,
@@ -63,6 +64,11 @@ class FullyShardedStrategy(ModelParallelStrategy):
     ) -> None:
         if isinstance(shard_ranks, int) and shard_ranks < 1:
             raise ValueError(f"shard_ranks={shard_ranks}: wanted 'all', 'node' or at least 1.")
+        if param_dtype not in (None, "bfloat16", "float32"):
+            raise ValueError(
+                f"param_dtype={param_dtype!r}: wanted 'bfloat16' or 'float32'. Small gradients "
+                "become 0 in float16, and no loss scaler works with sharded weights."
+            )
         super().__init__(
             data_parallel_size=1,
             tensor_parallel_size=1,

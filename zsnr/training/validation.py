@@ -38,7 +38,7 @@ class ValidationLosses:
             losses: One or two tensors.
         """
         counts = (positions >= 0).to(losses[0])
-        stratum = positions % len(self.timesteps)
+        stratum = (positions % len(self.timesteps)).to(self._sums.device)
         for sums, values in zip(self._sums, losses, strict=False):
             sums.index_add_(0, stratum, values * counts)
         self._sums[2].index_add_(0, stratum, counts)
