@@ -340,7 +340,16 @@ def test_what_auto_chose_is_chosen_again_for_another_number_of_steps(tmp_path):
     recorded |= {"guidance_scale": 7.5, "guidance_rescale": 0.7}
     assert sampling_config(tmp_path, recorded).keys() == {"num_steps", "guidance"}
     with pytest.raises(ValueError, match="is not here or has changed: give --spacing"):
-        sampling_config(tmp_path, {**recorded, "spacing": "grid.json", "timesteps": [999]})
+        sampling_config(
+            tmp_path, {**recorded, "num_steps": 1, "spacing": "grid.json", "timesteps": [999]}
+        )
+
+
+def test_the_options_of_a_recorded_sampler_are_those_of_predict(tmp_path):
+    recorded = {"num_steps": 50, "sampler": "ddim", "spacing": "trailing"}
+    assert "sampler" not in sampling_config(tmp_path, {**recorded, "sampler_options": {"eta": 0.0}})
+    config = sampling_config(tmp_path, {**recorded, "sampler_options": {"eta": 1.0}})
+    assert config["sampler"]["init_args"] == {"eta": 1.0}
 
 
 NESTED = {"class_path": "zsnr.codecs.PixelCodec", "init_args": {"x": [{"class_path": "os.system"}]}}
