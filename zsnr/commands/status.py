@@ -59,7 +59,7 @@ class Status:
         images_per_second: The last throughput in the logs, over all devices.
         seconds_left: Time left at that throughput. None = not known, or not running.
         checkpoint: Path of the newest checkpoint.
-        checkpoint_age: Seconds since it was written.
+        checkpoint_age: Seconds since it was written. None = not known.
         skipped_steps: Steps that were skipped because loss or gradient was not finite.
         faults: Number of faults of data and storage, by kind.
         ranks: What each process has last said of itself.
@@ -152,16 +152,16 @@ def status(run: str | Path) -> Status:
     logs = _metrics(folder)
     max_steps = _plain(config.get("trainer"), "max_steps", int)
     steps = [rank.step for rank in ranks[:1]]
-    steps += [int(logs["step"]) + 1] if "step" in logs else []
+    steps += [int(logs["step"]) + 1] if math.isfinite(logs.get("step", math.nan)) else []
     steps += [newest[0]] if newest is not None else []
     step = max(steps, default=_plain(facts, "global_step", int) or 0)
     state, notes = _state(checkpoints, ranks, step, max_steps)
     rate, batch = logs.get("train/images_per_second"), _plain(facts, "batch_size", int)
     batch = batch or _plain(config.get("data"), "batch_size", int)
     left = None
-    if state == "running" and rate and batch and max_steps is not None:
+    known = batch is not None and batch > 0 and rate is not None and 0 < rate < math.inf
+    if state == "running" and known and max_steps is not None:
         left = max(0, max_steps - step) * batch / rate
-    age = None if newest is None else max(0.0, time.time() - newest[1].stat().st_mtime)
     return Status(
         run=str(folder),
         state=state,
@@ -173,7 +173,7 @@ def status(run: str | Path) -> Status:
         images_per_second=rate,
         seconds_left=left,
         checkpoint=None if newest is None else str(newest[1]),
-        checkpoint_age=age,
+        checkpoint_age=None if newest is None else _age(newest[1]),
         skipped_steps=sum(1 for _ in _lines(folder / "skipped_steps.jsonl")),
         faults=_faults(folder),
         ranks=ranks,
@@ -221,16 +221,17 @@ def _heartbeats(folder: Path) -> Iterator[RankStatus]:
     for path in sorted((folder / "heartbeats").glob("rank-*.json")):
         try:
             beat = read_json(path)
+            waited = float(beat["waited"])
             yield RankStatus(
                 rank=int(beat["rank"]),
                 host=printable(str(beat["host"])[:100], one_line=True),
                 pid=int(beat["pid"]),
                 step=int(beat["step"]),
                 doing=printable(str(beat["doing"])[:200], one_line=True),
-                waited=float(beat["waited"]),
+                waited=waited if math.isfinite(waited) else 0.0,
                 written=printable(str(beat["written"])[:40], one_line=True),
             )
-        except (ValueError, OSError, KeyError, TypeError):
+        except (ValueError, OSError, KeyError, TypeError, OverflowError):
             continue  # a heartbeat that is just being replaced, or of another version
 
 
@@ -276,6 +277,14 @@ def _newest_checkpoint(checkpoints: Path) -> tuple[int, Path] | None:
         if path.stem.removeprefix("step-").isdecimal()
     ]
     return max(numbered, default=None)
+
+
+def _age(path: Path) -> float | None:
+    """Return the seconds since a checkpoint was written; None if it has been removed meanwhile."""
+    try:
+        return max(0.0, time.time() - path.stat().st_mtime)
+    except OSError:
+        return None
 
 
 def _metrics(folder: Path) -> dict[str, float]:
