@@ -380,3 +380,11 @@ def test_a_checkpoint_names_no_class_that_is_not_known(tmp_path, monkeypatch, ch
 def test_commands_that_need_a_checkpoint_say_so(command, capsys):
     assert main([command]) == 2
     assert f"{command} needs a checkpoint: --ckpt_path CHECKPOINT" in capsys.readouterr().err
+    assert main([command, "--ckpt_path", "last"]) == 2
+    assert "`--ckpt_path last` needs the config of the run" in capsys.readouterr().err
+
+
+def test_a_command_line_without_a_config_names_the_settings_that_are_missing(capsys):
+    assert main(["fit"]) == 2
+    message = "error: model.codec, model.conditioner, model.unet are not set: give a config with -c"
+    assert message in capsys.readouterr().err

@@ -40,10 +40,11 @@ def short_message(message: str) -> str:
     missing = re.findall(r"[Kk]ey ['\"]([\w.]+)['\"] is required|required: ([\w., -]+)", line)
     if missing and "class_path" not in line:
         wanted = ", ".join(first or second for first, second in missing).replace("--", "")
+        wanted = re.sub(r"\b(?:fit|validate|test|predict)\.", "", wanted)
         if any(f"model.{part}" in wanted for part in _REQUIRED):
             return (
-                f"{wanted} is not set: give a config with -c FILE. `zsnr configs list` shows those "
-                "that come with the package."
+                f"{wanted} {'are' if ',' in wanted else 'is'} not set: give a config with -c FILE. "
+                "`zsnr configs list` shows those that come with the package."
             )
         return f"{wanted} is not set."
     lacks = re.search(r"class_path '([\w.]+)': .*arguments are required: ([\w., ]+)", line)
