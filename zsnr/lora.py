@@ -77,7 +77,7 @@ class AdaptedUNet(UNet):
     """A frozen pretrained UNet with adapters; its state dict holds only the adapters.
 
     Args:
-        pretrained: A folder of diffusers or hub id with the frozen weights.
+        pretrained: A diffusers folder or hub id with the frozen weights.
         lora: The adapters, or their settings as a dict.
         channels: Channels of the latents.
         context_dim: Width of the context.
