@@ -267,6 +267,18 @@ def test_the_help_is_short_and_explains_every_option(command, capsys):
             assert re.search(r"default:|required|`last`", entry), line
 
 
+def test_the_help_gives_the_defaults_that_hold():
+    predict = " ".join(help_text("predict").split())
+    assert "scale. 1 = no guidance. (default: the checkpoint's)" in predict
+    assert "data.train takes. null = no validation. (required)" in help_text("validate").replace(
+        "\n" + " " * 38, " "
+    )
+    trainer = help_text("fit", "trainer")
+    assert "Number of optimizer steps to train. (required)" in trainer
+    assert "--trainer.deterministic {true,false,warn}" in trainer
+    assert "It has no settings. Saves a checkpoint" in help_text("fit", "preemption")
+
+
 def test_the_help_of_a_group_has_every_setting(capsys):
     for group in GROUPS:
         text = help_text("fit", group)
