@@ -137,6 +137,8 @@ def _add(parser: ArgumentParser, parameter: inspect.Parameter, hint: Any, text: 
         options["metavar"] = _METAVARS.get(kind, name.rpartition("_")[2].upper())
         if Path in get_args(hint):
             options |= {"type": str, "metavar": _METAVARS[Path]}
+        elif kind is str and bool in get_args(hint):
+            options["metavar"] = "true|false"
     if parameter.kind is not parameter.KEYWORD_ONLY:
         if several or repeated:
             options |= {
