@@ -247,6 +247,14 @@ def test_short_options_stand_for_settings():
     assert (config.trainer.max_steps, config.data.batch_size) == (7, 8)
     assert config.trainer.default_root_dir == "runs/x"
     assert expand_short_options(["predict", "-o", "x"]) == ["predict", "--output.folder=x"]
+    guidance = ["--guidance-interval", "0.3:inf", "--guidance-curve", "-6:1/0:7.5"]
+    assert expand_short_options(guidance) == [
+        "--model.sampling.guidance.interval=[0.3, .inf]",
+        "--model.sampling.guidance.curve=[[-6.0, 1.0], [0.0, 7.5]]",
+    ]
+    assert expand_short_options(["--guidance-interval=[0.1, 1]"]) == [
+        "--model.sampling.guidance.interval=[0.1, 1.0]"
+    ]
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])

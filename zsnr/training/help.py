@@ -7,7 +7,7 @@ import difflib
 import re
 import textwrap
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_origin
 
 from zsnr.guidance import Guidance
 from zsnr.training.settings import (
@@ -370,7 +370,7 @@ def _metavar(hint: Any, where: str = "") -> str:
     if choices and len(choices) < 5:
         words = [*("true", "false") * (bool in options), *map(str, choices)]
         return "{" + ",".join(words) + "}"
-    if any(item_of(option) is not None for option in options):
+    if any(item_of(option) is not None or get_origin(option) is tuple for option in options):
         return "LIST" if str not in options else "TEXT"
     kinds = {bool: "true|false", int: "N", float: "X", str: "TEXT"}
     scalars = [kinds[option] for option in options if option in kinds]

@@ -14,6 +14,7 @@ _TYPES = {
     "str": "text",
     "bool": "true or false",
     "list": "a list",
+    "tuple": "a list",
     "dict": "settings by name",
     "NoneType": "null",
 }
