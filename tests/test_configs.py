@@ -10,6 +10,7 @@ import yaml
 
 from zsnr.checkpoints.checkpoint_file import describe_model
 from zsnr.cli import main
+from zsnr.training.configs import list_overrides
 from zsnr.training.from_checkpoint import checkpoint_config, sampling_config
 from zsnr.training.help import help_text
 from zsnr.training.lightning_cli import parse_fit
@@ -353,6 +354,22 @@ def test_a_checkpoint_is_a_config(tmp_path):
     assert parsed.model.sampling.sampler.class_path == "zsnr.samplers.heun.Heun"
     assert (parsed.data.image_size, parsed.data.seed) == (16, 3)
     assert parsed.trainer.default_root_dir == str(tmp_path)
+
+
+def test_a_list_that_is_overridden_is_said_on_one_line(tmp_path):
+    (tmp_path / "a.yaml").write_text("data:\n  train:\n  - path: x\n    weight: 2\n  - y\n")
+    (tmp_path / "b.yaml").write_text("data:\n  train: [z]\n")
+    lines = list_overrides(["-c", str(tmp_path / "a.yaml"), "-c", str(tmp_path / "b.yaml")])
+    assert lines == [f"{tmp_path}/b.yaml overrides data.train: [{{path: x, weight: 2}}, y] -> [z]"]
+
+
+def test_a_list_of_another_length_is_refused_with_the_length():
+    with pytest.raises(
+        ValueError, match=r"interval: `\[0.1\]` is wrong: wanted a list of 2 values"
+    ):
+        parse_fit(
+            ["-c", str(ROOT / "configs/tiny.yaml"), "--model.sampling.guidance.interval=[0.1]"]
+        )
 
 
 def test_what_auto_chose_is_chosen_again_for_another_number_of_steps(tmp_path):

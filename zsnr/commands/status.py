@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from zsnr.progress import duration
+
 State = Literal["running", "finished", "stopped", "silent"]
 
 _MOST_TAIL = 1 << 16  # bytes of the end of a log
@@ -98,12 +100,12 @@ class Status:
         speed = "unknown"
         if self.images_per_second is not None:
             speed = f"{self.images_per_second:.3g} images/s"
-        left = None if self.seconds_left is None else _duration(self.seconds_left)
+        left = None if self.seconds_left is None else duration(self.seconds_left)
         checkpoint = "none"
         if self.checkpoint is not None:
             checkpoint = self.checkpoint
             if self.checkpoint_age is not None:
-                checkpoint += f", written {_duration(self.checkpoint_age)} ago"
+                checkpoint += f", written {duration(self.checkpoint_age)} ago"
         faults = ", ".join(f"{count} {kind}" for kind, count in self.faults.items())
         rows = [
             ("run", self.run),
@@ -355,14 +357,3 @@ def _float(text: str) -> float:
 
 def _number(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.4g}"
-
-
-def _duration(seconds: float) -> str:
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min"
-    if whole < 86400:
-        return f"{whole // 3600} h {whole % 3600 // 60} min"
-    return f"{whole // 86400} days {whole % 86400 // 3600} h"

@@ -60,7 +60,9 @@ def short_message(message: str) -> str:
     if union and "Expected a" not in union[1]:  # of this package, from the class itself
         return _setting(keys[:1]) + _without_terms(" ".join(union[1].split()), keys)
     value = re.search(r"(?:Got value|Given value): (.+?)(?:\.? Got value|$| - )", line)
-    types = re.findall(r"Expected an? (<class '[\w.]+'>|typing\.Literal\[[^\]]*\])", line)
+    types = re.findall(
+        r"Expected an? (<class '[\w.]+'>|typing\.Literal\[[^\]]*\]|tuple with \d+ elements)", line
+    )
     if types:
         said = value is not None and "Namespace" not in value[1]
         came = f"`{clipped(value[1])}` is wrong: " if value and said else ""
@@ -73,6 +75,8 @@ def _setting(keys: list[str]) -> str:
 
 
 def _type(name: str) -> str:
+    if name.startswith("tuple with"):
+        return f"a list of {name.split()[2]} values"
     if "Literal" in name:
         return name.partition("[")[2].rstrip("]")
     return _TYPES.get(name[8:-2].rpartition(".")[2], name[8:-2])
