@@ -31,7 +31,7 @@ def data_report(
 
     Args:
         source: A folder of shards or images, a pattern such as 'https://host/{000..099}.tar', ...
-        output: Folder of the report; new.
+        output: New folder for the report.
         image_size: Height and width of the images in training, in pixels.
         samples: Number of images to look at, evenly from the whole dataset.
         filter: Such as 'aesthetic>=5', 'pwatermark<=0.8' or 'LANGUAGE in en,de'. May be repeated.
@@ -40,7 +40,7 @@ def data_report(
         codec: Measure the latents of this codec too: a folder, hub id, asset:openmoji_vae, or
             pixels.
         codec_subfolder: Folder of the codec inside --codec, such as vae.
-        device: Where to encode. Default: the GPU if there is one.
+        device: Device to encode on. Default: the GPU if there is one.
         index: The folder that `zsnr data index --output` wrote.
     """
     from zsnr.data.buckets import AspectBuckets

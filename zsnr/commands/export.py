@@ -36,7 +36,7 @@ def export(
 
     Args:
         checkpoint: A checkpoint of zsnr (file or shards), a diffusers folder, or a single file.
-        output: Where to write; must not exist.
+        output: File or folder to write, which must not exist.
         format: What to write. Default: single-file where the name ends in .safetensors, else
             diffusers. lora and lora-kohya write the adapters alone, in the layout of diffusers or
             of kohya's scripts.

@@ -27,7 +27,7 @@ def plan(
 
     Args:
         configs: YAML files of `zsnr fit`; later files override earlier ones.
-        config: The same, as `zsnr fit` takes it. May be repeated.
+        config: The same YAML files, given as `zsnr fit` takes them. May be repeated.
         ranks: Number of processes. Default: that of the trainer.
         ranks_per_node: Number of processes on one node. Default: that of the trainer.
         memory: GiB that one rank may use: say whether the run fits, and if not, what to change. On
