@@ -144,16 +144,16 @@ def choose_sampling(
         ValueError: A setting is unknown or out of range.
         OSError: A grid file cannot be read.
     """
-    own = read_declared(declared)
+    recorded = read_declared(declared)
     if not isinstance(guidance, Guidance):
-        guidance = replace(own.guidance, **(guidance or {}))
+        guidance = replace(recorded.guidance, **(guidance or {}))
     if sampler is None:
-        sampler = own.make_sampler()
-    steps = own.num_steps if num_steps is None else num_steps
-    if own.grid is None:
-        return Sampling(sampler, steps, own.spacing if spacing is None else spacing, guidance)
-    if spacing is None and steps == own.num_steps:
-        return _on_grid(sampler, own.spacing, guidance, own.grid)
+        sampler = recorded.make_sampler()
+    steps = recorded.num_steps if num_steps is None else num_steps
+    if recorded.grid is None:
+        return Sampling(sampler, steps, recorded.spacing if spacing is None else spacing, guidance)
+    if spacing is None and steps == recorded.num_steps:
+        return _on_grid(sampler, recorded.spacing, guidance, recorded.grid)
     return Sampling(sampler, steps, AUTO if spacing is None else spacing, guidance)
 
 

@@ -47,9 +47,9 @@ def data_report(
     from zsnr.data.filters import parse_filter
     from zsnr.reports.data import write_data_report
 
-    found = find_codec(codec, codec_subfolder)
-    if found is not None:
-        found.latent_shape(image_size, image_size)
+    measured = find_codec(codec, codec_subfolder)
+    if measured is not None:
+        measured.latent_shape(image_size, image_size)
     report, facts = write_data_report(
         list(source),
         Path(output).expanduser(),
@@ -57,7 +57,7 @@ def data_report(
         most=samples,
         filters=[parse_filter(text, missing) for text in filter],
         aspect=AspectBuckets() if aspect else None,
-        codec=found,
+        codec=measured,
         device=default_device(device),
         index_folder=path_or_none(index),
     )

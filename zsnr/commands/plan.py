@@ -44,7 +44,7 @@ def plan(
     check_temporary()
     from zsnr.training.planning import run_plan
 
-    found = run_plan(
+    estimate = run_plan(
         [*configs, *config],
         settings,
         ranks=ranks,
@@ -53,4 +53,4 @@ def plan(
         images_per_second=images_per_second,
         measure=measure,
     )
-    return Result(found.facts(), found.table(), 1 if found.fits is False else 0)
+    return Result(estimate.facts(), estimate.table(), 1 if estimate.fits is False else 0)

@@ -384,8 +384,8 @@ def _summary(cls: Any) -> str:
 
 
 def _first_sentence(text: str) -> str:
-    found = re.match(r"(.+?[.])(?= [A-Z]|$)", text)
-    return found[1] if found else text
+    first = re.match(r"(.+?[.])(?= [A-Z]|$)", text)
+    return first[1] if first else text
 
 
 def _sentence(text: str) -> str:
