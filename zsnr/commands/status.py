@@ -161,9 +161,8 @@ def status(run: str | Path) -> Status:
     rate, batch = logs.get("train/images_per_second"), _plain(facts, "batch_size", int)
     batch = batch or _plain(config.get("data"), "batch_size", int)
     left = None
-    known = batch is not None and batch > 0 and rate is not None and 0 < rate < math.inf
-    if state == "running" and known and max_steps is not None:
-        left = max(0, max_steps - step) * batch / rate
+    if state == "running" and batch and max_steps is not None and rate and 0 < rate < math.inf:
+        left = max(0, max_steps - step) * max(0, batch) / rate
     return Status(
         run=str(folder),
         state=state,
