@@ -10,6 +10,7 @@ import yaml
 
 from zsnr.checkpoints.checkpoint_file import describe_model
 from zsnr.cli import main
+from zsnr.training.configs import list_overrides
 from zsnr.training.from_checkpoint import checkpoint_config, sampling_config
 from zsnr.training.help import help_text
 from zsnr.training.lightning_cli import parse_fit
@@ -247,6 +248,14 @@ def test_short_options_stand_for_settings():
     assert (config.trainer.max_steps, config.data.batch_size) == (7, 8)
     assert config.trainer.default_root_dir == "runs/x"
     assert expand_short_options(["predict", "-o", "x"]) == ["predict", "--output.folder=x"]
+    guidance = ["--guidance-interval", "0.3:inf", "--guidance-curve", "-6:1/0:7.5"]
+    assert expand_short_options(guidance) == [
+        "--model.sampling.guidance.interval=[0.3, .inf]",
+        "--model.sampling.guidance.curve=[[-6.0, 1.0], [0.0, 7.5]]",
+    ]
+    assert expand_short_options(["--guidance-interval=[0.1, 1]"]) == [
+        "--model.sampling.guidance.interval=[0.1, 1.0]"
+    ]
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
@@ -265,6 +274,18 @@ def test_the_help_is_short_and_explains_every_option(command, capsys):
             name = line.split()[0]
             entry = text[text.index(f"  {name}") :].partition("\n  -")[0]
             assert re.search(r"default:|required|`last`", entry), line
+
+
+def test_the_help_gives_the_defaults_that_hold():
+    predict = " ".join(help_text("predict").split())
+    assert "scale. 1 = no guidance. (default: the checkpoint's)" in predict
+    assert "data.train takes. null = no validation. (required)" in help_text("validate").replace(
+        "\n" + " " * 38, " "
+    )
+    trainer = help_text("fit", "trainer")
+    assert "Number of optimizer steps to train. (required)" in trainer
+    assert "--trainer.deterministic {true,false,warn}" in trainer
+    assert "It has no settings. Saves a checkpoint" in help_text("fit", "preemption")
 
 
 def test_the_help_of_a_group_has_every_setting(capsys):
@@ -335,12 +356,37 @@ def test_a_checkpoint_is_a_config(tmp_path):
     assert parsed.trainer.default_root_dir == str(tmp_path)
 
 
+def test_a_list_that_is_overridden_is_said_on_one_line(tmp_path):
+    (tmp_path / "a.yaml").write_text("data:\n  train:\n  - path: x\n    weight: 2\n  - y\n")
+    (tmp_path / "b.yaml").write_text("data:\n  train: [z]\n")
+    lines = list_overrides(["-c", str(tmp_path / "a.yaml"), "-c", str(tmp_path / "b.yaml")])
+    assert lines == [f"{tmp_path}/b.yaml overrides data.train: [{{path: x, weight: 2}}, y] -> [z]"]
+
+
+def test_a_list_of_another_length_is_refused_with_the_length():
+    with pytest.raises(
+        ValueError, match=r"interval: `\[0.1\]` is wrong: wanted a list of 2 values"
+    ):
+        parse_fit(
+            ["-c", str(ROOT / "configs/tiny.yaml"), "--model.sampling.guidance.interval=[0.1]"]
+        )
+
+
 def test_what_auto_chose_is_chosen_again_for_another_number_of_steps(tmp_path):
     recorded = {"num_steps": 10, "sampler": "multiscale", "spacing": "guided"}
     recorded |= {"guidance_scale": 7.5, "guidance_rescale": 0.7}
     assert sampling_config(tmp_path, recorded).keys() == {"num_steps", "guidance"}
     with pytest.raises(ValueError, match="is not here or has changed: give --spacing"):
-        sampling_config(tmp_path, {**recorded, "spacing": "grid.json", "timesteps": [999]})
+        sampling_config(
+            tmp_path, {**recorded, "num_steps": 1, "spacing": "grid.json", "timesteps": [999]}
+        )
+
+
+def test_the_options_of_a_recorded_sampler_are_those_of_predict(tmp_path):
+    recorded = {"num_steps": 50, "sampler": "ddim", "spacing": "trailing"}
+    assert "sampler" not in sampling_config(tmp_path, {**recorded, "sampler_options": {"eta": 0.0}})
+    config = sampling_config(tmp_path, {**recorded, "sampler_options": {"eta": 1.0}})
+    assert config["sampler"]["init_args"] == {"eta": 1.0}
 
 
 NESTED = {"class_path": "zsnr.codecs.PixelCodec", "init_args": {"x": [{"class_path": "os.system"}]}}
@@ -371,3 +417,11 @@ def test_a_checkpoint_names_no_class_that_is_not_known(tmp_path, monkeypatch, ch
 def test_commands_that_need_a_checkpoint_say_so(command, capsys):
     assert main([command]) == 2
     assert f"{command} needs a checkpoint: --ckpt_path CHECKPOINT" in capsys.readouterr().err
+    assert main([command, "--ckpt_path", "last"]) == 2
+    assert "`--ckpt_path last` needs the config of the run" in capsys.readouterr().err
+
+
+def test_a_command_line_without_a_config_names_the_settings_that_are_missing(capsys):
+    assert main(["fit"]) == 2
+    message = "error: model.codec, model.conditioner, model.unet are not set: give a config with -c"
+    assert message in capsys.readouterr().err

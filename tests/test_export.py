@@ -803,7 +803,7 @@ def test_from_yaml_to_diffusers(run, capsys, monkeypatch, tmp_path):
 def test_raw_weights_and_facts_as_json(run, capsys):
     checkpoint = str(run / "checkpoints" / "last.ckpt")
     options = ["--raw", "--json", "--dtype", "bfloat16"]
-    assert main(["export", checkpoint, "--output", str(run / "raw"), *options]) == 0
+    assert main(["export", str(run), "--output", str(run / "raw"), *options]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert (facts["weights"], facts["dtype"], facts["terminal_snr"]) == ("raw", "bfloat16", 0.0)
     assert facts["global_step"] == 2

@@ -1,6 +1,7 @@
 """`zsnr status`: a run's state from the files in its folder."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -95,6 +96,20 @@ def test_damaged_files_do_not_stop_it(run):
         path.write_bytes(b"\xff[[[")
     facts = status(run)
     assert (facts.step, facts.loss, facts.max_steps) == (30, None, None)
+
+
+def test_numbers_that_are_not_finite_do_not_stop_it(run):
+    (run / "heartbeats" / "rank-00000.json").write_text(json.dumps({**BEAT, "waited": math.nan}))
+    (run / "heartbeats" / "rank-00001.json").write_text(json.dumps({**BEAT, "step": math.inf}))
+    (run / "metrics" / "version_0" / "metrics.csv").write_text(
+        "step,train/loss,train/images_per_second\ninf,nan,nan\n"
+    )
+    (run / "checkpoints" / "step-00000040.ckpt").symlink_to("removed")
+    with Lock(run / "checkpoints" / LOCK, run):
+        facts = status(run)
+    assert (facts.step, facts.seconds_left, facts.checkpoint_age) == (41, None, None)
+    assert "loss:             nan" in facts.to_text()
+    assert "NaN" not in facts.to_json()
 
 
 def test_a_folder_of_nothing_is_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""A single .safetensors file in the ldm layout, read as if it were a folder of diffusers.
+"""A single .safetensors file in the ldm layout, read as if it were a diffusers folder.
 
 The layout is that of the first Stable Diffusion releases: all parts in one file, distinguished by
 the prefixes of their tensors' names. Other programs use it too, but it does not store settings:

@@ -36,11 +36,11 @@ class LoRA:
     would use global random numbers, so that a resumed run would not be reproducible.
 
     Args:
-        rank: Rows of A and columns of B; memory and file size grow with it.
-        alpha: Strength of the adapters. None = rank, a factor of 1.
+        rank: Rank of the adapters: rows of A and columns of B. Memory and file size grow with it.
+        alpha: Strength of the adapters, which are multiplied by alpha / rank. None = rank.
         target_modules: Suffixes of the names of the linear layers and convolutions to adapt. The
             default is the projections of all attentions.
-        base_dtype: Data type of W; A and B are always float32.
+        base_dtype: Data type of the frozen weights W; the adapters are always float32.
 
     Raises:
         ValueError: A setting is out of range.
@@ -77,7 +77,7 @@ class AdaptedUNet(UNet):
     """A frozen pretrained UNet with adapters; its state dict holds only the adapters.
 
     Args:
-        pretrained: A folder of diffusers or hub id with the frozen weights.
+        pretrained: A diffusers folder or hub id with the frozen weights.
         lora: The adapters, or their settings as a dict.
         channels: Channels of the latents.
         context_dim: Width of the context.

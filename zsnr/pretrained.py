@@ -276,7 +276,7 @@ def load_index(source: str) -> dict[str, Any]:
     if source.startswith((".", "/", "~")) and not Path(source).exists():
         raise ValueError(f"{source}: no such folder or checkpoint.")
     if Path(source).exists() and not (Path(source) / "model_index.json").is_file():
-        raise ValueError(f"{source} holds no model_index.json: wanted a folder of diffusers.")
+        raise ValueError(f"{source} holds no model_index.json: wanted a diffusers folder.")
     try:
         index: Any = DiffusionPipeline.load_config(source)
     except Exception as error:  # an untrusted file may fail in any way

@@ -1,8 +1,9 @@
-"""Progress on stderr: a bar on a terminal, and elsewhere a line at intervals."""
+"""Times in words; progress on stderr: a bar on a terminal, and elsewhere a line at intervals."""
 
 from __future__ import annotations
 
 import sys
+from itertools import pairwise
 from typing import Any, TextIO
 
 INTERVAL = 10.0  # seconds between lines
@@ -36,6 +37,18 @@ def progress_bar(
         delay=INTERVAL,
         bar_format="{desc}: {n_fmt}/{total_fmt} {unit}s, {elapsed}" + left + "{postfix}",
     )
+
+
+def duration(seconds: float) -> str:
+    """Say a time in the two largest of its units."""
+    whole = max(0, round(seconds))
+    units = (("day", 86400), ("h", 3600), ("min", 60), ("s", 1))
+    for (unit, size), (smaller, part) in pairwise(units):
+        if whole >= size:
+            count = whole // size
+            days = f"{count} {unit}{'s' if unit == 'day' and count > 1 else ''}"
+            return f"{days} {whole % size // part} {smaller}"
+    return f"{whole} s"
 
 
 class _Lines:

@@ -30,8 +30,9 @@ class Sampling:
     Args:
         sampler: The sampler, its registered name, or "auto". "auto" chooses the sampler for the
             number of steps and the guidance scale, or takes DDIM where a spacing is given.
-        num_steps: S, from which sampler and spacing follow where they are "auto". The network is
-            called as often, by Heun's method nearly twice as often.
+        num_steps: Number of sampling steps S, from which sampler and spacing follow where they are
+            "auto". Each step calls the network once; with Heun's method, all but the last call it
+            twice.
         spacing: A registered timestep spacing; the path of a grid that `zsnr timesteps optimize`
             wrote, seen from the folder where the command runs; or "auto". "auto" chooses the
             spacing with the sampler, or takes trailing timesteps where a sampler is given.
@@ -134,7 +135,7 @@ def choose_sampling(
         declared: What `describe_sampling` returned, as checkpoints and run.json hold it. None =
             the model declares nothing.
         sampler: A sampler, its registered name, or "auto". None = as declared.
-        num_steps: S. None = as declared, else 50.
+        num_steps: Number of steps S. None = as declared, else 50.
         spacing: A registered spacing, the path of a grid file, or "auto". None = as declared.
         guidance: The guidance, or the options of it that are other than declared. None = as
             declared, else scale 7.5 and rescale 0.7.
@@ -143,16 +144,16 @@ def choose_sampling(
         ValueError: A setting is unknown or out of range.
         OSError: A grid file cannot be read.
     """
-    own = read_declared(declared)
+    recorded = read_declared(declared)
     if not isinstance(guidance, Guidance):
-        guidance = replace(own.guidance, **(guidance or {}))
+        guidance = replace(recorded.guidance, **(guidance or {}))
     if sampler is None:
-        sampler = own.make_sampler()
-    steps = own.num_steps if num_steps is None else num_steps
-    if own.grid is None:
-        return Sampling(sampler, steps, own.spacing if spacing is None else spacing, guidance)
-    if spacing is None and steps == own.num_steps:
-        return _on_grid(sampler, own.spacing, guidance, own.grid)
+        sampler = recorded.make_sampler()
+    steps = recorded.num_steps if num_steps is None else num_steps
+    if recorded.grid is None:
+        return Sampling(sampler, steps, recorded.spacing if spacing is None else spacing, guidance)
+    if spacing is None and steps == recorded.num_steps:
+        return _on_grid(sampler, recorded.spacing, guidance, recorded.grid)
     return Sampling(sampler, steps, AUTO if spacing is None else spacing, guidance)
 
 
@@ -163,7 +164,7 @@ class DeclaredSampling:
     Args:
         sampler: The name of the sampler.
         sampler_options: Its options; empty = the defaults.
-        num_steps: S.
+        num_steps: Number of steps S.
         spacing: The spacing, or the path of a grid file.
         guidance: The guidance.
         grid: Timesteps of that file. None = the spacing is not a file.

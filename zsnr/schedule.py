@@ -73,7 +73,7 @@ class NoiseSchedule:
 
     Args:
         betas: Kind of schedule (Table 1). Must be left at its default with a custom table.
-        num_timesteps: T, 2 to 100,000.
+        num_timesteps: Number of timesteps T, 2 to 100,000.
         beta_start: First beta, in (0, 1). None = the usual value of the kind: 0.0001 for linear,
             0.00085 for scaled_linear. Must be None for cosine and with a custom table.
         beta_end: Last beta, in (0, 1). None = 0.02 for linear, 0.012 for scaled_linear.

@@ -76,7 +76,7 @@ def examine(
     """Diagnose a target; loads no weights and executes none of its code.
 
     Args:
-        target: A folder of diffusers, a scheduler_config.json, a .safetensors file, a checkpoint
+        target: A diffusers folder, a scheduler_config.json, a .safetensors file, a checkpoint
             or folder of checkpoints of this package, or a YAML of `zsnr fit`.
         num_steps: Step counts to examine in addition to the usual ones.
         open_pickle: Open a checkpoint without run.json; reads tensors and plain values only.
@@ -98,7 +98,7 @@ def fix(target: str | Path, *, in_place: bool = False) -> list[str]:
     that predicts eps, or was not trained at zero SNR, must be trained.
 
     Args:
-        target: A folder of diffusers or a scheduler_config.json.
+        target: A diffusers folder or a scheduler_config.json.
         in_place: Replace the config, instead of writing scheduler_config.fixed.json.
 
     Returns:
@@ -178,7 +178,7 @@ def _examine(target: str, path: Path, num_steps: Sequence[int], open_pickle: boo
         case ".ckpt":
             return _examine_checkpoint(target, path, num_steps, open_pickle)
     raise ValueError(
-        f"{path} is not supported: wanted a folder of diffusers, a {_CONFIG}, a .safetensors "
+        f"{path} is not supported: wanted a diffusers folder, a {_CONFIG}, a .safetensors "
         "file, a .ckpt of this package or a YAML of `zsnr fit`."
     )
 

@@ -94,7 +94,7 @@ def read_exportable(
     """Read a model to export, and the facts about it.
 
     Args:
-        source: A checkpoint of this package (file or sharded folder), a folder of diffusers, a hub
+        source: A checkpoint of this package (file or sharded folder), a diffusers folder, a hub
             id, or a single file in the ldm layout.
         ema: For a checkpoint, use the averaged weights, else the raw ones.
         base: For a checkpoint of adapters, path of the base model, if it has moved.

@@ -41,5 +41,5 @@ def check_model(source: str) -> None:
     hub_id = source.count("/") == 1 and not source.startswith((".", "/", "~"))
     if not (hub_id or Path(source).expanduser().exists()):
         raise ValueError(
-            f"{source} is not there: wanted a checkpoint, folder, single file or hub id."
+            f"{source} does not exist: wanted a checkpoint, folder, single file or hub id."
         )

@@ -47,7 +47,8 @@ class AutoencoderKLCodec(LatentCodec):
             "asset:openmoji_vae", the small VAE that is bundled with this package.
         subfolder: Folder inside `pretrained`, such as "vae" in a Stable Diffusion folder.
         scale: Latents are (raw - shift) * scale. None = the config's scaling_factor.
-        shift: See scale. None = the config's shift_factor, or 0 if it has none.
+        shift: Subtracted before the scale is applied. None = the config's shift_factor, or 0 if it
+            has none.
         dtype: Precision of the computation. VAEs whose config sets force_upcast overflow in float16
             and always use float32.
         tiling: Decode and encode in overlapping tiles, to save memory for large images.

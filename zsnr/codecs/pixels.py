@@ -17,7 +17,7 @@ class PixelCodec(LatentCodec):
     Args:
         patch_size: Side of a patch, in pixels; 1 = the image itself. C = 3 patch_size^2.
         scale: Latents are (pixels - shift) * scale.
-        shift: See scale.
+        shift: Subtracted before the scale is applied.
     """
 
     def __init__(self, patch_size: int = 4, scale: float = 1.0, shift: float = 0.0) -> None:

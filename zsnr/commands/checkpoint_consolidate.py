@@ -13,7 +13,7 @@ def checkpoint_consolidate(folder: str | Path, *, output: str | Path) -> Path:
 
     Args:
         folder: The checkpoint, such as checkpoints/last.ckpt.
-        output: Where to write the file; must not exist.
+        output: File to write, which must not exist.
     """
     from zsnr.checkpoints.sharded import consolidate, is_sharded, save_file
     from zsnr.files import check_new

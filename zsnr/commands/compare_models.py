@@ -53,7 +53,7 @@ def compare_models(
         models: Checkpoints, folders of runs, diffusers folders, single files or hub ids. Each is an
             arm, or what each --arm without a model of its own samples; A,B is one arm of several
             trainings.
-        output: Folder of the page; new.
+        output: New folder for the page.
         arm: An arm as 'SETTING=VALUE ...'. May be repeated. Settings: name, model, schedule
             (original or rescaled; default: as the model declares), and the sampling options below
             by their names, such as num_steps.
@@ -77,7 +77,7 @@ def compare_models(
         guidance_rescale: The guidance rescale phi, 0 to 1.
         guidance_interval: Noise levels sigma / alpha that are guided, such as 0.3:inf.
         guidance_method: cfg, apg, cfg_zero_star or cfg_pp.
-        guidance_curve: w by log SNR instead of one w, such as -6:1/0:7.5.
+        guidance_curve: The scale w as a function of log SNR, such as -6:1/0:7.5.
         guidance_at_zero_snr: Whether to guide at SNR 0, true or false.
         guidance_threshold: Percentile of the dynamic threshold, for models of pixels, such as
             0.995.
@@ -87,7 +87,7 @@ def compare_models(
             weights of a checkpoint).
         seed: The first seed. The images of each prompt have the seeds SEED, SEED + 1, ...
         batch_size: Number of images sampled at a time.
-        device: Where to sample. Default: the GPU if there is one.
+        device: Device to sample on. Default: the GPU if there is one.
     """
     from zsnr.checkpoints.checkpoint_file import sampling_of
     from zsnr.reports import compare

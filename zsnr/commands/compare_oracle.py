@@ -39,7 +39,7 @@ def compare_oracle(
 
     Args:
         data: Folders of shards or images, patterns such as 'https://host/{000..099}.tar', ...
-        output: Folder of the page; new.
+        output: New folder for the page.
         arm: An arm as 'SETTING=VALUE ...'. May be repeated. Settings: name, schedule (original or
             rescaled), sampler, num_steps, spacing.
         vary: SETTING=VALUE,VALUE,... makes one arm with each value out of every arm. May be

@@ -40,7 +40,7 @@ def copy_config(name: str, to: str = ".") -> Path:
     if target.exists():
         raise ValueError(f"{target} exists: choose another name.")
     if not target.parent.is_dir():
-        raise ValueError(f"{target.parent} is not a folder.")
+        raise ValueError(f"The folder {target.parent} does not exist.")
     target.write_text(source.read_text())
     return target
 

@@ -35,7 +35,7 @@ def data_cache(
         text: Cache text embeddings too.
         dtype: Data type of the cached values.
         batch_size: Number of images encoded at a time.
-        device: Where to encode. Default: the GPU if there is one.
+        device: Device to encode on. Default: the GPU if there is one.
         rank: Index of this process. Default: the environment variable RANK, else 0.
         ranks: Number of processes. Default: the environment variable WORLD_SIZE, else 1.
         settings: Settings of `zsnr fit`, which override the files.

@@ -15,7 +15,7 @@ def data_openmoji(
     background', split into train and val.
 
     Args:
-        folder: Where to write; must be empty or not exist.
+        folder: Folder to write, which must be empty or not exist.
         size: Height and width of the images, in pixels.
         glyphs: The few glyphs of the quickstart, or all of them.
     """

@@ -31,7 +31,7 @@ def data_report(
 
     Args:
         source: A folder of shards or images, a pattern such as 'https://host/{000..099}.tar', ...
-        output: Folder of the report; new.
+        output: New folder for the report.
         image_size: Height and width of the images in training, in pixels.
         samples: Number of images to look at, evenly from the whole dataset.
         filter: Such as 'aesthetic>=5', 'pwatermark<=0.8' or 'LANGUAGE in en,de'. May be repeated.
@@ -40,16 +40,16 @@ def data_report(
         codec: Measure the latents of this codec too: a folder, hub id, asset:openmoji_vae, or
             pixels.
         codec_subfolder: Folder of the codec inside --codec, such as vae.
-        device: Where to encode. Default: the GPU if there is one.
+        device: Device to encode on. Default: the GPU if there is one.
         index: The folder that `zsnr data index --output` wrote.
     """
     from zsnr.data.buckets import AspectBuckets
     from zsnr.data.filters import parse_filter
     from zsnr.reports.data import write_data_report
 
-    found = find_codec(codec, codec_subfolder)
-    if found is not None:
-        found.latent_shape(image_size, image_size)
+    measured = find_codec(codec, codec_subfolder)
+    if measured is not None:
+        measured.latent_shape(image_size, image_size)
     report, facts = write_data_report(
         list(source),
         Path(output).expanduser(),
@@ -57,7 +57,7 @@ def data_report(
         most=samples,
         filters=[parse_filter(text, missing) for text in filter],
         aspect=AspectBuckets() if aspect else None,
-        codec=found,
+        codec=measured,
         device=default_device(device),
         index_folder=path_or_none(index),
     )

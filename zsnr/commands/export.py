@@ -35,8 +35,9 @@ def export(
     --raw is given.
 
     Args:
-        checkpoint: A checkpoint of zsnr (file or shards), a diffusers folder, or a single file.
-        output: Where to write; must not exist.
+        checkpoint: A checkpoint of zsnr (file or shards), the folder of a run (its last checkpoint
+            is taken), a diffusers folder, or a single file.
+        output: File or folder to write, which must not exist.
         format: What to write. Default: single-file where the name ends in .safetensors, else
             diffusers. lora and lora-kohya write the adapters alone, in the layout of diffusers or
             of kohya's scripts.
@@ -47,6 +48,7 @@ def export(
     """
     from zsnr.checkpoints.export import Form, export_diffusers, read_exportable
     from zsnr.checkpoints.lora import write_lora
+    from zsnr.checkpoints.run_folder import resolve_model
     from zsnr.files import check_new
 
     path = Path(output).expanduser()
@@ -54,7 +56,9 @@ def export(
     kind = _format(path, format, merge)
     adapters = kind in _LAYOUTS
     form: Form = "lora" if adapters else "single-file" if kind == "single-file" else "diffusers"
-    model, facts = read_exportable(checkpoint, ema=not raw, base=base, merged=merge, form=form)
+    model, facts = read_exportable(
+        resolve_model(checkpoint), ema=not raw, base=base, merged=merge, form=form
+    )
     print(printable(f"writing {path}"), file=sys.stderr)
     metadata = {"zsnr.run": json.dumps(facts)}
     if adapters:

@@ -53,12 +53,12 @@ def figure(
 
     Args:
         number: The number of the figure.
-        output: Where to write the figure; a new .png file.
+        output: New .png file for the figure.
         model: A checkpoint, the folder of a run, a diffusers folder, a single file or a hub id. For
             Figure 2 also linear, cosine or scaled_linear.
         oracle: Take the exact denoiser of these images instead of a model; one or more folders or
             patterns of shards.
-        prompt: What to show. May be repeated. Default: three prompts of the suite. With --oracle:
+        prompt: Text prompt. May be repeated. Default: three prompts of the suite. With --oracle:
             words of captions, which make a group. Default there: the whole dataset; in Figure 6 its
             darkest and brightest quarter.
         count: Number of seeds of each prompt. Default: 2, or more for a single prompt.
@@ -78,7 +78,7 @@ def figure(
         codec: With --oracle, sample the latents of this codec, in its scale: a folder, hub id,
             asset:openmoji_vae, or pixels. Default: pixels.
         codec_subfolder: Folder of the codec inside --codec, such as vae.
-        device: Where to sample. Default: the GPU if there is one.
+        device: Device to sample on. Default: the GPU if there is one.
     """
     from zsnr.reports.compare import check_pictures
     from zsnr.reports.figures import draw_figure, draw_schedule

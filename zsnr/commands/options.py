@@ -28,8 +28,11 @@ def check_device(name: str | None) -> None:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name!r} is not a device here: {reason}") from error
+        count = torch.cuda.device_count()
+        known = ["cpu", "cuda", *(f"cuda:{i}" for i in range(count))] if count else ["cpu"]
+        raise ValueError(
+            f"--device {name!r} is not a device here. Known: {', '.join(known)}."
+        ) from error
 
 
 def default_device(name: str | None) -> str:

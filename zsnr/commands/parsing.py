@@ -49,9 +49,9 @@ def parse_arguments(
         SystemExit: `--help` is given, and has been printed.
     """
     parser, hints = make_parser(command, function), get_type_hints(function)
-    own, settings = _split(command, parser, _SETTINGS in _parameters(function), arguments)
+    of_command, settings = _split(command, parser, _SETTINGS in _parameters(function), arguments)
     try:
-        values = vars(parser.parse_args(own))
+        values = vars(parser.parse_args(of_command))
     except ArgumentError as error:
         _refuse(command, parser, hints, str(error), error)
     as_json = values.pop("json", False)
@@ -137,6 +137,8 @@ def _add(parser: ArgumentParser, parameter: inspect.Parameter, hint: Any, text: 
         options["metavar"] = _METAVARS.get(kind, name.rpartition("_")[2].upper())
         if Path in get_args(hint):
             options |= {"type": str, "metavar": _METAVARS[Path]}
+        elif kind is str and bool in get_args(hint):
+            options["metavar"] = "true|false"
     if parameter.kind is not parameter.KEYWORD_ONLY:
         if several or repeated:
             options |= {
@@ -209,8 +211,8 @@ def _split(
             settings.append(word)
             if not equals and rest and not rest[0].startswith("--"):
                 settings.append(rest.pop(0))
-    own = [*options, "--", *places] if places else options
-    return own, settings if takes_settings else None
+    of_command = [*options, "--", *places] if places else options
+    return of_command, settings if takes_settings else None
 
 
 def _numbers(name: str, texts: Sequence[str]) -> list[int]:

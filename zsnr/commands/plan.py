@@ -27,7 +27,7 @@ def plan(
 
     Args:
         configs: YAML files of `zsnr fit`; later files override earlier ones.
-        config: The same, as `zsnr fit` takes it. May be repeated.
+        config: The same YAML files, given as `zsnr fit` takes them. May be repeated.
         ranks: Number of processes. Default: that of the trainer.
         ranks_per_node: Number of processes on one node. Default: that of the trainer.
         memory: GiB that one rank may use: say whether the run fits, and if not, what to change. On
@@ -44,7 +44,7 @@ def plan(
     check_temporary()
     from zsnr.training.planning import run_plan
 
-    found = run_plan(
+    estimate = run_plan(
         [*configs, *config],
         settings,
         ranks=ranks,
@@ -53,4 +53,4 @@ def plan(
         images_per_second=images_per_second,
         measure=measure,
     )
-    return Result(found.facts(), found.table(), 1 if found.fits is False else 0)
+    return Result(estimate.facts(), estimate.table(), 1 if estimate.fits is False else 0)

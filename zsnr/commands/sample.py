@@ -47,11 +47,11 @@ def sample(
     Args:
         model: A checkpoint, the folder of a run (its last checkpoint is taken), a diffusers folder,
             a single .safetensors file, or a hub id.
-        prompts: What to show.
-        output: Folder for the images; new. Default: samples, or samples-2 and so on.
+        prompts: Text prompts of the images.
+        output: New folder for the images. Default: samples, or samples-2 and so on.
         num_images: Number of images of each prompt.
         seed: The first seed. The images of each prompt have the seeds SEED, SEED + 1, ...
-        negative_prompt: What to guide away from.
+        negative_prompt: Text prompt that guidance moves away from.
         height: Height of the images, in pixels. Default: the size that the model was trained at.
         width: Width of the images, in pixels. Default: the size that the model was trained at.
         num_steps: Number of sampling steps. It is enough to set this alone: where sampler and
@@ -63,7 +63,7 @@ def sample(
         guidance_rescale: The guidance rescale phi, 0 to 1.
         guidance_interval: Noise levels sigma / alpha that are guided, such as 0.3:inf.
         guidance_method: cfg, apg, cfg_zero_star or cfg_pp.
-        guidance_curve: w by log SNR instead of one w, such as -6:1/0:7.5.
+        guidance_curve: The scale w as a function of log SNR, such as -6:1/0:7.5.
         guidance_at_zero_snr: Whether to guide at SNR 0, true or false.
         guidance_threshold: Percentile of the dynamic threshold, for models of pixels, such as
             0.995.
@@ -72,7 +72,7 @@ def sample(
         guidance_against: What to guide away from: negative (the negative prompt) or raw (the raw
             weights of a checkpoint).
         batch_size: Number of images sampled at a time.
-        device: Where to sample. Default: the GPU if there is one.
+        device: Device to sample on. Default: the GPU if there is one.
     """
     from zsnr.checkpoints.checkpoint_file import sampling_of
     from zsnr.checkpoints.run_folder import check_model

@@ -39,8 +39,8 @@ def schedule(
         if path.suffix != ".png":
             raise ValueError(f"--plot {path}: wanted a name that ends in .png.")
         check_new(path)
-    found = find_schedule(target, open_pickle=open)
-    facts = schedule_facts(found, num_steps, list(spacing) or None)
+    examined = find_schedule(target, open_pickle=open)
+    facts = schedule_facts(examined, num_steps, list(spacing) or None)
     if path is not None:
         plot_schedule(facts, path)
-    return Result(facts, schedule_text(found, facts, target))
+    return Result(facts, schedule_text(examined, facts, target))

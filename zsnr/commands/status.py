@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from zsnr.progress import duration
+
 State = Literal["running", "finished", "stopped", "silent"]
 
 _MOST_TAIL = 1 << 16  # bytes of the end of a log
@@ -59,7 +61,7 @@ class Status:
         images_per_second: The last throughput in the logs, over all devices.
         seconds_left: Time left at that throughput. None = not known, or not running.
         checkpoint: Path of the newest checkpoint.
-        checkpoint_age: Seconds since it was written.
+        checkpoint_age: Seconds since it was written. None = not known.
         skipped_steps: Steps that were skipped because loss or gradient was not finite.
         faults: Number of faults of data and storage, by kind.
         ranks: What each process has last said of itself.
@@ -98,12 +100,12 @@ class Status:
         speed = "unknown"
         if self.images_per_second is not None:
             speed = f"{self.images_per_second:.3g} images/s"
-        left = None if self.seconds_left is None else _duration(self.seconds_left)
+        left = None if self.seconds_left is None else duration(self.seconds_left)
         checkpoint = "none"
         if self.checkpoint is not None:
             checkpoint = self.checkpoint
             if self.checkpoint_age is not None:
-                checkpoint += f", written {_duration(self.checkpoint_age)} ago"
+                checkpoint += f", written {duration(self.checkpoint_age)} ago"
         faults = ", ".join(f"{count} {kind}" for kind, count in self.faults.items())
         rows = [
             ("run", self.run),
@@ -152,16 +154,15 @@ def status(run: str | Path) -> Status:
     logs = _metrics(folder)
     max_steps = _plain(config.get("trainer"), "max_steps", int)
     steps = [rank.step for rank in ranks[:1]]
-    steps += [int(logs["step"]) + 1] if "step" in logs else []
+    steps += [int(logs["step"]) + 1] if math.isfinite(logs.get("step", math.nan)) else []
     steps += [newest[0]] if newest is not None else []
     step = max(steps, default=_plain(facts, "global_step", int) or 0)
     state, notes = _state(checkpoints, ranks, step, max_steps)
     rate, batch = logs.get("train/images_per_second"), _plain(facts, "batch_size", int)
     batch = batch or _plain(config.get("data"), "batch_size", int)
     left = None
-    if state == "running" and rate and batch and max_steps is not None:
-        left = max(0, max_steps - step) * batch / rate
-    age = None if newest is None else max(0.0, time.time() - newest[1].stat().st_mtime)
+    if state == "running" and batch and max_steps is not None and rate and 0 < rate < math.inf:
+        left = max(0, max_steps - step) * max(0, batch) / rate
     return Status(
         run=str(folder),
         state=state,
@@ -173,7 +174,7 @@ def status(run: str | Path) -> Status:
         images_per_second=rate,
         seconds_left=left,
         checkpoint=None if newest is None else str(newest[1]),
-        checkpoint_age=age,
+        checkpoint_age=None if newest is None else _age(newest[1]),
         skipped_steps=sum(1 for _ in _lines(folder / "skipped_steps.jsonl")),
         faults=_faults(folder),
         ranks=ranks,
@@ -221,16 +222,17 @@ def _heartbeats(folder: Path) -> Iterator[RankStatus]:
     for path in sorted((folder / "heartbeats").glob("rank-*.json")):
         try:
             beat = read_json(path)
+            waited = float(beat["waited"])
             yield RankStatus(
                 rank=int(beat["rank"]),
                 host=printable(str(beat["host"])[:100], one_line=True),
                 pid=int(beat["pid"]),
                 step=int(beat["step"]),
                 doing=printable(str(beat["doing"])[:200], one_line=True),
-                waited=float(beat["waited"]),
+                waited=waited if math.isfinite(waited) else 0.0,
                 written=printable(str(beat["written"])[:40], one_line=True),
             )
-        except (ValueError, OSError, KeyError, TypeError):
+        except (ValueError, OSError, KeyError, TypeError, OverflowError):
             continue  # a heartbeat that is just being replaced, or of another version
 
 
@@ -276,6 +278,14 @@ def _newest_checkpoint(checkpoints: Path) -> tuple[int, Path] | None:
         if path.stem.removeprefix("step-").isdecimal()
     ]
     return max(numbered, default=None)
+
+
+def _age(path: Path) -> float | None:
+    """Return the seconds since a checkpoint was written; None if it has been removed meanwhile."""
+    try:
+        return max(0.0, time.time() - path.stat().st_mtime)
+    except OSError:
+        return None
 
 
 def _metrics(folder: Path) -> dict[str, float]:
@@ -346,14 +356,3 @@ def _float(text: str) -> float:
 
 def _number(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.4g}"
-
-
-def _duration(seconds: float) -> str:
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min"
-    if whole < 86400:
-        return f"{whole // 3600} h {whole % 3600 // 60} min"
-    return f"{whole // 86400} days {whole % 86400 // 3600} h"

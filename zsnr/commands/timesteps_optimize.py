@@ -30,7 +30,7 @@ def timesteps_optimize(
 
     Args:
         source: A folder of shards or images, a pattern such as 'https://host/{000..099}.tar', ...
-        output: Where to write the grid; a new .json file.
+        output: New .json file for the grid.
         num_steps: Number of timesteps of the grid.
         sampler: The sampler that the grid is for.
         schedule: The noise schedule, as for `zsnr schedule`, rescaled to zero terminal SNR where

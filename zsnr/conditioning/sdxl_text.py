@@ -25,7 +25,7 @@ class SDXLConditioner(Conditioner):
     pooled embedding is the projected one of the second encoder.
 
     Args:
-        pretrained: A folder of diffusers or hub id with text_encoder, text_encoder_2, tokenizer and
+        pretrained: A diffusers folder or hub id with text_encoder, text_encoder_2, tokenizer and
             tokenizer_2.
         max_length: L, tokens per prompt; longer prompts are truncated. None = the tokenizers'
             length.

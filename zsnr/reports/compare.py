@@ -420,7 +420,7 @@ def _sample_arm(
     sampling = arm.sampling()
     files = [""] * len(requests)
     values = {name: torch.empty(len(requests)) for name in MEASURES}
-    bar.set_postfix_str(arm.name)
+    bar.set_postfix_str(arm.name, refresh=False)
     for batch in _batches(requests, batch_size):
         rows, asked = [i for i, _ in batch], [request for _, request in batch]
         generated = pipe(

@@ -107,9 +107,23 @@ def _leaves(node: Any, where: str = "") -> Iterator[tuple[str, str]]:
                 inside = where if name == "init_args" else f"{where}.{name}".lstrip(".")
                 yield from _leaves(value, inside)
     elif isinstance(node, yaml.SequenceNode):
-        yield where, " ".join(yaml.serialize(node).split())
+        yield where, _on_one_line(node)
     elif node is not None:
         yield where, node.value or "null"
+
+
+def _on_one_line(node: Any) -> str:
+    """Write a list of a document as YAML without line breaks."""
+    nodes = [node]
+    for each in nodes:
+        if isinstance(each, yaml.CollectionNode):
+            each.flow_style = True
+            nodes += [part for entry in each.value for part in _parts(entry)]
+    return str(yaml.serialize(node, width=math.inf)).strip()
+
+
+def _parts(entry: Any) -> tuple[Any, ...]:
+    return entry if isinstance(entry, tuple) else (entry,)
 
 
 def read_safely() -> None:

@@ -9,7 +9,6 @@ import sys
 import time
 import warnings
 from datetime import UTC, datetime
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tqdm import tqdm
 
 from zsnr.files import side_file
+from zsnr.progress import duration
 from zsnr.training.checkpointing import Checkpoints, find_last
 
 LOG = "fit.log"
@@ -306,23 +306,11 @@ def print_summary(trainer: L.Trainer, stopped: bool) -> None:
         usual = last.parent.parent == folder
         model = shlex.quote(_near(folder if usual else last))
         print(f'next: zsnr sample {model} "a prompt"')
-    if stopped:
-        print("resume: run the same command with --ckpt_path last")
     if any(isinstance(each, TensorBoardLogger) for each in trainer.loggers):
         print(f"      tensorboard --logdir {shlex.quote(_near(folder))}")
+    if stopped:
+        print("resume: run the same command with --ckpt_path last")
     sys.stdout.flush()
-
-
-def duration(seconds: float) -> str:
-    """Say a time in the two largest of its units."""
-    whole = max(0, round(seconds))
-    units = (("day", 86400), ("h", 3600), ("min", 60), ("s", 1))
-    for (unit, size), (smaller, part) in pairwise(units):
-        if whole >= size:
-            count = whole // size
-            days = f"{count} {unit}{'s' if unit == 'day' and count > 1 else ''}"
-            return f"{days} {whole % size // part} {smaller}"
-    return f"{whole} s"
 
 
 def counted(number: int, noun: str) -> str:

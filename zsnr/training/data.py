@@ -59,7 +59,7 @@ class DataModule(L.LightningDataModule):
             "data/{000..099}.tar" or "https://host/{000..099}.tar", "pipe:COMMAND", a list of these,
             or a list of objects with path and weight or ratio. A cache of latents is a folder of
             shards. A command, or a server without byte ranges, needs local_cache.
-        val: Validation data, given in the same ways. None = no validation.
+        val: Validation data, in any form that data.train takes. None = no validation.
         image_size: Height and width of the images, in pixels, to which they are resized and
             cropped.
         batch_size: Global batch size, summed over all devices and accumulation steps.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,14 @@ from zsnr.checkpoints.sharded import is_sharded
 from zsnr.codecs import LatentCodec
 from zsnr.conditioning import Conditioner
 from zsnr.described import class_of
-from zsnr.guidance import Guidance
 from zsnr.lora import AdaptedUNet
 from zsnr.loss import LossWeighting
 from zsnr.networks import UNet
 from zsnr.samplers import get_sampler
-from zsnr.samplers.recommend import AUTO, resolve_sampling
+from zsnr.samplers.recommend import AUTO
+from zsnr.sampling import read_declared, recorded_guidance
 from zsnr.schedule import NoiseSchedule
-from zsnr.timesteps import is_grid_file, read_grid
+from zsnr.timesteps import read_grid
 from zsnr.training.checkpointing import find_last
 from zsnr.training.settings import known_classes
 from zsnr.untrusted import shown
@@ -102,50 +102,41 @@ def sampling_config(path: Path, sampling: Any) -> dict[str, Any]:
     Raises:
         ValueError: It is not what training writes, or needs a grid file that is not here.
     """
-    where = f"{path}: sampling"
     if not isinstance(sampling, Mapping):
-        raise ValueError(f"{where} is {shown(sampling)}: wanted settings by name.")
-    guidance = {
-        f.name: sampling[f"guidance_{f.name}"]
-        for f in fields(Guidance)
-        if f"guidance_{f.name}" in sampling
+        raise ValueError(f"{path}: sampling is {shown(sampling)}: wanted settings by name.")
+    try:
+        declared = read_declared(sampling)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    config: dict[str, Any] = {
+        "num_steps": declared.num_steps,
+        "guidance": recorded_guidance(sampling),
     }
-    interval = guidance.get("interval")
-    if isinstance(interval, list) and len(interval) == 2:
-        ends = (0.0, float("inf"))
-        guidance["interval"] = [e if x is None else x for x, e in zip(interval, ends, strict=True)]
-    sampler, spacing = sampling.get("sampler", AUTO), sampling.get("spacing", AUTO)
-    num_steps = sampling.get("num_steps")
-    if not isinstance(sampler, str) or not isinstance(spacing, str) or type(num_steps) is not int:
-        raise ValueError(f"{where}: wanted a sampler, a spacing and a number of steps.")
-    chosen = resolve_sampling(AUTO, AUTO, num_steps, Guidance(**guidance))
-    config: dict[str, Any] = {"num_steps": num_steps, "guidance": guidance}
-    if (sampler, spacing) == chosen:
+    if declared.grid is not None:
+        _check_grid(path, Path(declared.spacing), declared.grid)
+    if declared.spacing != AUTO:
+        config["spacing"] = declared.spacing
+    if declared.sampler == AUTO:
         return config
-    if is_grid_file(spacing):
-        _check_grid(path, Path(spacing), sampling.get("timesteps"))
-    if "." in sampler:
+    if "." in declared.sampler:
         raise ValueError(
-            f"{where}: the sampler {shown(sampler)} is not one of this package: give --sampler, or "
-            "a config with -c that names it."
+            f"{path}: the sampler {shown(declared.sampler)} is not one of this package: give "
+            "--sampler, or a config with -c that names it."
         )
-    cls = type(get_sampler(sampler))
-    given = _mapping(sampling.get("sampler_options"))
-    options = {name: value for name, value in given.items() if name != "guidance"}
+    cls = type(get_sampler(declared.sampler))
     class_path = f"{cls.__module__}.{cls.__qualname__}"
-    return {**config, "sampler": {"class_path": class_path, "init_args": options}} | {
-        "spacing": spacing
-    }
+    options = dict(declared.sampler_options)
+    return {**config, "sampler": {"class_path": class_path, "init_args": options}}
 
 
-def _check_grid(path: Path, file: Path, timesteps: Any) -> None:
-    """Refuse a grid file that is not here, or has changed since.
+def _check_grid(path: Path, file: Path, timesteps: Sequence[int]) -> None:
+    """Refuse a grid file that does not hold the timesteps that the checkpoint was sampled at.
 
     Raises:
-        ValueError: So it is.
+        ValueError: The file is missing, or its timesteps are others.
     """
     try:
-        same = list(read_grid(file).timesteps) == timesteps
+        same = tuple(read_grid(file).timesteps) == tuple(timesteps)
     except (OSError, ValueError):
         same = False
     if not same:

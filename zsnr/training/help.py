@@ -7,7 +7,7 @@ import difflib
 import re
 import textwrap
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_origin
 
 from zsnr.guidance import Guidance
 from zsnr.training.settings import (
@@ -105,6 +105,10 @@ _PREDICT_TEXTS = {
     "--batch-size": "Number of images generated at a time, on each device.",
     "--output": "Folder for the images and manifest.jsonl.",
 }
+_CHECKPOINT = (
+    "Checkpoint of the model: a file, a folder of shards, or the folder of a run, whose newest "
+    "checkpoint is taken. (required)"
+)
 _TRAINER_TEXTS = {
     "default_root_dir": "Folder of the run, for checkpoints and logs.",
     "accelerator": "Kind of device: cpu, gpu, mps, or auto for the fastest that is there.",
@@ -118,14 +122,51 @@ _TRAINER_TEXTS = {
     "val_check_interval": "Number of optimizer steps between two validations.",
     "log_every_n_steps": "Number of optimizer steps between two entries of the logs; null stands "
     "for 50.",
+    "logger": "Loggers by class_path; null stands for TensorBoard and CSV files, false for none.",
+    "callbacks": "Additional callbacks by class_path, such as zsnr.training.Previews.",
+    "fast_dev_run": "Number of batches of training and validation to run as a trial, or true for "
+    "one.",
+    "min_epochs": "Minimum number of epochs, even if max_time is over.",
+    "min_steps": "Minimum number of optimizer steps, even if max_time is over.",
+    "max_time": "Time after which training stops, as DD:HH:MM:SS; null sets no limit.",
+    "limit_train_batches": "Not supported: set trainer.max_steps.",
+    "limit_val_batches": "Number or fraction of the validation batches to use; null stands for "
+    "all.",
+    "limit_test_batches": "Number or fraction of the batches that test uses; null stands for all.",
+    "limit_predict_batches": "Number or fraction of the batches that predict uses; null stands for "
+    "all.",
+    "overfit_batches": "Number or fraction of the batches to train on again and again.",
+    "check_val_every_n_epoch": "Number of epochs between two validations; null counts steps alone.",
+    "num_sanity_val_steps": "Number of validation batches to run before training.",
+    "enable_checkpointing": "Whether Lightning may write checkpoints; null stands for true.",
+    "enable_progress_bar": "Whether to show progress; null stands for true.",
+    "enable_model_summary": "Whether to print a summary of the layers.",
+    "accumulate_grad_batches": "Follows from data.batch_size and data.max_batch_size_per_device; "
+    "leave it at 1.",
+    "gradient_clip_algorithm": "How gradients are clipped: norm or value; null stands for norm.",
+    "deterministic": "Whether to use deterministic algorithms of PyTorch only: true, false, or "
+    "warn where there is none.",
+    "max_epochs": "Number of epochs after which training stops; -1 stands for no limit.",
+    "benchmark": "Whether cuDNN chooses its algorithms by measuring them.",
+    "inference_mode": "Whether evaluation uses torch.inference_mode instead of torch.no_grad.",
+    "use_distributed_sampler": "Whether Lightning divides the samples among the ranks; the data "
+    "module does it already.",
+    "profiler": "Profiler of the steps: simple, advanced or pytorch; null stands for none.",
+    "barebones": "Whether to switch off all that may slow training: logs, checkpoints, progress.",
+    "plugins": "Plugins of Lightning for precision, clusters and layers.",
+    "sync_batchnorm": "Whether batch norms share their statistics among all ranks.",
+    "reload_dataloaders_every_n_epochs": "Number of epochs after which the data loaders are made "
+    "again; 0 stands for never.",
+    "model_registry": "Name of the model in Lightning's model registry.",
 }
 _MAIN_TEXTS = {
     "-c, --config FILE": "YAML file with settings. It may be repeated: later files override "
     "earlier ones.",
     "--ckpt_path CHECKPOINT": "Checkpoint to resume from; `last` is the newest of the run.",
-    "--seed_everything N": "Seed of random numbers outside of training's own. (default: 0)",
+    "--seed_everything N": "Seed of the global random generators; training does not "
+    "use them, see --seed. (default: 0)",
     "--print_config": "Print all settings as YAML, and exit.",
-    "--help GROUP": "Explain every setting of a group, or with `all` of all of them.",
+    "--help GROUP": "Explain every setting of a group, or of every group with `all`.",
 }
 
 
@@ -176,26 +217,29 @@ def _overview(command: str) -> str:
     lines = ["\n\n".join(textwrap.fill(part, WIDTH) for part in parts), "", "Options:"]
     for name, text in _MAIN_TEXTS.items():
         if name.startswith("--ckpt_path") and command != "fit":
-            text = "Checkpoint of the model: a file, or a folder of shards. (required)"
+            text = _CHECKPOINT
         lines += _entry(name, text)
     for name in _short_names(command):
         target = expand_option(name, command).removeprefix("--")
         line = settings.get(target)
         default = _shown(default_optimizer_rate()) if name == "--lr" else line and line.default
-        if name in ("--max-steps", "--prompts") or (name, command) == ("--output", "predict"):
+        if name == "--prompts" or (name, command) == ("--output", "predict"):
             default = ""
+        if command != "fit" and target.startswith("model.sampling."):
+            default = "the checkpoint's"
         texts = {**_SHORT_TEXTS, **(_PREDICT_TEXTS if command == "predict" else {})}
         text = texts.get(name) or _first_sentence(line.text if line else "")
-        metavar = line.metavar if line else "X"
+        metavar = "TEXT" if name == "--sampler" else line.metavar if line else "X"
         shown = f"-o, {name}" if name == "--output" else name
         lines += _entry(f"{shown} {metavar}", _with_default(text, default))
     if command == "predict":
-        lines += ["", *textwrap.wrap(_guidance_text(), WIDTH)]
+        lines += ["", *textwrap.wrap(_guidance_text(), WIDTH, break_on_hyphens=False)]
     for group, used in _USED_ELSEWHERE.get(command, _USED).items():
         lines += ["", f"{_GROUPS[group]} (More: zsnr {command} --help {group})"]
         for name in used:
             line = settings[f"{group}.{name}"]
-            text = _with_default(_first_sentence(line.text), line.default)
+            needed = f"{group}.{name}" == "data.val" and command != "fit"
+            text = _with_default(_first_sentence(line.text), "" if needed else line.default)
             lines += _entry(f"--{group}.{name} {line.metavar}", text)
     lines += ["", f"Groups, each explained by `zsnr {command} --help GROUP`:"]
     for group, text in _GROUPS.items():
@@ -224,6 +268,8 @@ def _other_guidance() -> list[Any]:
 
 def _group(group: str) -> str:
     lines = [f"{group}: {_GROUPS[group]}"]
+    if not settings_of(GROUPS[group])[0]:
+        lines += textwrap.wrap(f"It has no settings. {_summary(GROUPS[group])}", WIDTH)
     for line in _lines(group):
         lines += _entry(
             f"--{group}.{line.name} {line.metavar}", _with_default(line.text, line.default)
@@ -261,6 +307,8 @@ def _read(group: str, prefix: str, cls: Any, values: Any) -> Iterator[_Line]:
             text = _TRAINER_TEXTS.get(name) or _plain(text)
         if f"{group}.{name}" == "model.optimizer":
             default = default_optimizer()
+        if f"{group}.{name}" == "trainer.max_steps":  # Lightning's default has no end
+            default = REQUIRED
         shown = _shown(default)
         yield _Line(name, _metavar(setting.hint, f"{group}.{name}"), shown, _sentence(text))
         if inside is not None:
@@ -320,8 +368,9 @@ def _metavar(hint: Any, where: str = "") -> str:
     if where in CLASSES:
         return "CLASS"
     if choices and len(choices) < 5:
-        return "{" + ",".join(map(str, choices)) + "}"
-    if any(item_of(option) is not None for option in options):
+        words = [*("true", "false") * (bool in options), *map(str, choices)]
+        return "{" + ",".join(words) + "}"
+    if any(item_of(option) is not None or get_origin(option) is tuple for option in options):
         return "LIST" if str not in options else "TEXT"
     kinds = {bool: "true|false", int: "N", float: "X", str: "TEXT"}
     scalars = [kinds[option] for option in options if option in kinds]
@@ -335,13 +384,14 @@ def _summary(cls: Any) -> str:
 
 
 def _first_sentence(text: str) -> str:
-    found = re.match(r"(.+?[.])(?= [A-Z]|$)", text)
-    return found[1] if found else text
+    first = re.match(r"(.+?[.])(?= [A-Z]|$)", text)
+    return first[1] if first else text
 
 
 def _sentence(text: str) -> str:
     text = text.strip()
-    text = re.sub(r"\bNone\b", "null", text)
+    for word, name in (("None", "null"), ("True", "true"), ("False", "false")):
+        text = re.sub(rf"\b{word}\b", name, text)
     return text if not text or text[-1] in ".!?" else f"{text}."
 
 

@@ -12,11 +12,11 @@ class LearningRate:
     """Warm-up and decay of the learning rate, as a factor of the optimizer's.
 
     Args:
-        warmup_steps: Number of optimizer steps over which the factor grows linearly from 0 to 1.
+        warmup_steps: Number of optimizer steps over which the learning rate grows linearly from 0.
             0 = no warm-up.
-        decay: Course of the factor after the warm-up: "constant", or "cosine" or "linear" down to
-            `final` at trainer.max_steps.
-        final: Factor at the end of a decay. 0 = the learning rate decays to 0.
+        decay: Course of the learning rate after the warm-up: "constant", or "cosine" or "linear"
+            down to `final` at trainer.max_steps.
+        final: Learning rate at the end of a decay, as a fraction of the optimizer's.
     """
 
     warmup_steps: int = 0

@@ -171,7 +171,7 @@ class ZsnrCLI(LightningCLI):
         checkpoint = config.ckpt_path
         if checkpoint is None:
             if self.subcommand != "fit" and not isinstance(model.unet, str):
-                raise ValueError(f"{self.subcommand} needs a checkpoint: --ckpt_path FILE.")
+                raise ValueError(f"{self.subcommand} needs a checkpoint: --ckpt_path CHECKPOINT.")
         else:
             check_resumed(
                 open_checkpoint(checkpoint)[KEY],
@@ -323,6 +323,11 @@ def _with_checkpoint(command: str, settings: list[str]) -> list[str]:
     path = next((str(each) for each in reversed(given) if each), None)
     if path is None and not files:
         raise ValueError(f"{command} needs a checkpoint: --ckpt_path CHECKPOINT.")
+    if not files and path == "last":
+        raise ValueError(
+            "`--ckpt_path last` needs the config of the run: give it with -c FILE, or name the "
+            "folder of the run, as in --ckpt_path runs/mine."
+        )
     if path is None or path == "last":
         return settings  # the files say what the model is, and where its checkpoints are
     checkpoint = resolve_checkpoint(path)

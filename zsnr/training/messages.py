@@ -14,6 +14,7 @@ _TYPES = {
     "str": "text",
     "bool": "true or false",
     "list": "a list",
+    "tuple": "a list",
     "dict": "settings by name",
     "NoneType": "null",
 }
@@ -40,10 +41,11 @@ def short_message(message: str) -> str:
     missing = re.findall(r"[Kk]ey ['\"]([\w.]+)['\"] is required|required: ([\w., -]+)", line)
     if missing and "class_path" not in line:
         wanted = ", ".join(first or second for first, second in missing).replace("--", "")
+        wanted = re.sub(r"\b(?:fit|validate|test|predict)\.", "", wanted)
         if any(f"model.{part}" in wanted for part in _REQUIRED):
             return (
-                f"{wanted} is not set: give a config with -c FILE. `zsnr configs list` shows those "
-                "that come with the package."
+                f"{wanted} {'are' if ',' in wanted else 'is'} not set: give a config with -c FILE. "
+                "`zsnr configs list` shows those that come with the package."
             )
         return f"{wanted} is not set."
     lacks = re.search(r"class_path '([\w.]+)': .*arguments are required: ([\w., ]+)", line)
@@ -58,7 +60,9 @@ def short_message(message: str) -> str:
     if union and "Expected a" not in union[1]:  # of this package, from the class itself
         return _setting(keys[:1]) + _without_terms(" ".join(union[1].split()), keys)
     value = re.search(r"(?:Got value|Given value): (.+?)(?:\.? Got value|$| - )", line)
-    types = re.findall(r"Expected an? (<class '[\w.]+'>|typing\.Literal\[[^\]]*\])", line)
+    types = re.findall(
+        r"Expected an? (<class '[\w.]+'>|typing\.Literal\[[^\]]*\]|tuple with \d+ elements)", line
+    )
     if types:
         said = value is not None and "Namespace" not in value[1]
         came = f"`{clipped(value[1])}` is wrong: " if value and said else ""
@@ -71,6 +75,8 @@ def _setting(keys: list[str]) -> str:
 
 
 def _type(name: str) -> str:
+    if name.startswith("tuple with"):
+        return f"a list of {name.split()[2]} values"
     if "Literal" in name:
         return name.partition("[")[2].rstrip("]")
     return _TYPES.get(name[8:-2].rpartition(".")[2], name[8:-2])

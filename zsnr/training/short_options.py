@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 
+import yaml  # type: ignore[import-untyped]
+
 from zsnr.guidance import Guidance
+from zsnr.reports.arms import parse_setting
 from zsnr.samplers import get_sampler
 from zsnr.samplers.recommend import AUTO
 
@@ -54,8 +58,8 @@ def expand_short_options(arguments: Sequence[str]) -> list[str]:
         arguments: The command line, with or without the command's name.
 
     Raises:
-        ValueError: A short option lacks its value, or --sampler is neither a registered name nor
-            "auto".
+        ValueError: A short option lacks its value or cannot be read, or --sampler is neither a
+            registered name nor "auto".
     """
     command = arguments[0] if arguments else ""
     expanded: list[str] = []
@@ -75,8 +79,19 @@ def expand_short_options(arguments: Sequence[str]) -> list[str]:
         if name == "--sampler" and value != AUTO and "." not in value:
             cls = type(get_sampler(value))
             value = f"{cls.__module__}.{cls.__qualname__}"
+        if name in ("--guidance-interval", "--guidance-curve"):
+            value = _as_yaml(name, value)
         expanded.append(f"{expand_option(name, command)}={value}")
     return expanded
+
+
+def _as_yaml(name: str, text: str) -> str:
+    """Write an interval or a curve as YAML; `zsnr sample` reads the same texts."""
+    setting = parse_setting(name.removeprefix("--").replace("-", "_"), text)
+    if setting is None:
+        return "null"
+    parts = [list(part) if isinstance(part, tuple) else part for part in setting]
+    return str(yaml.safe_dump(parts, default_flow_style=True, width=math.inf)).strip()
 
 
 def option_values(arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
