@@ -448,6 +448,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(folder, tmp_path, capsys, optio
         (["schedule", "--num_steps=4"], "unknown option --num_steps; did you mean --num-steps?"),
         (["plan", "CONFIG", "--memry", "8"], "unknown option --memry; did you mean --memory?"),
         (["plan", "CONFIG", "--data.batch_sise", "8"], "data.batch_size"),
+        (["sample", "CONFIG", "a", "--num-steps", "2"], "is not a model: wanted a .ckpt"),
         (["sample", "nowhere", "a"], "nowhere does not exist: wanted a checkpoint, folder"),
         (["sample", "CONFIG", "a", "--device", "gpu"], "--device 'gpu' is not a device here"),
         (["sample", "CONFIG", "a", "-o", "FULL"], "exists: choose another name"),

@@ -275,6 +275,10 @@ def load_index(source: str) -> dict[str, Any]:
     _refuse_pickle(source)
     if source.startswith((".", "/", "~")) and not Path(source).exists():
         raise ValueError(f"{source}: no such folder or checkpoint.")
+    if Path(source).is_file():
+        raise ValueError(
+            f"{source} is not a model: wanted a .ckpt, a .safetensors file, a folder or a hub id."
+        )
     if Path(source).exists() and not (Path(source) / "model_index.json").is_file():
         raise ValueError(f"{source} holds no model_index.json: wanted a diffusers folder.")
     try:
