@@ -472,7 +472,7 @@ def test_prompts_of_the_data_are_the_same_each_time(folder, tmp_path):
     [
         ([], "There is nothing to compare"),
         (["nowhere.ckpt"], "is not a file: wanted a checkpoint"),
-        (["x.safetensors"], "x.safetensors is not there"),
+        (["x.safetensors"], "x.safetensors does not exist"),
         (["b.ckpt", "--spacing", "uniform"], "'uniform' is unknown. Known:"),
         (["b.ckpt", "--sampler", "plms"], "'plms' is unknown. Known:"),
         (["b.ckpt", "--vary", "num_steps=5,1001"], "num_steps=1001"),
