@@ -1,3 +1,5 @@
+import signal
+
 import pytest
 import ranks as processes
 import tiny
@@ -7,6 +9,7 @@ from hypothesis import settings
 settings.register_profile("zsnr", deadline=None, derandomize=True, max_examples=100)
 settings.load_profile("zsnr")
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 
 
 # Files that take longest, from measured processor time: processes that share the files of `make
