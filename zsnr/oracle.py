@@ -44,7 +44,7 @@ class GaussianDenoiser:
 
 @dataclass(frozen=True, eq=False)
 class _Members:
-    """A data set and its spreads on one device, in float64: rows (N, D), (N,), () or (N,)."""
+    """A dataset and its spreads on one device, in float64: rows (N, D), (N,), () or (N,)."""
 
     images: Tensor
     half_norms: Tensor
@@ -188,11 +188,10 @@ class EmpiricalDenoiser:
         return x.flatten(1).to(torch.float64)
 
     def _members_on(self, device: torch.device) -> _Members:
-        """Return the data set on a device; it is copied there once."""
+        """Return the dataset on a device; it is copied there once."""
         members = self._members.get(device)
         if members is None:
-            [first] = list(self._members.values())[:1]
-            members = first.to(device)
+            members = next(iter(self._members.values())).to(device)
             if type(members.images) is Tensor:  # a fake tensor must not outlive its mode
                 self._members[device] = members
         return members
