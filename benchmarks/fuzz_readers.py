@@ -44,6 +44,7 @@ from zsnr.checkpoints.checkpoint_file import KEY, describe_model
 from zsnr.checkpoints.doctor import fix
 from zsnr.checkpoints.model import Model
 from zsnr.checkpoints.run_facts import published, read_run_facts
+from zsnr.checkpoints.run_folder import find_last
 from zsnr.checkpoints.sharded import check, write_sharded
 from zsnr.checkpoints.single_file import read_marks, write_single_file
 from zsnr.cli import main
@@ -74,7 +75,6 @@ from zsnr.networks import UNet, UNetConfig
 from zsnr.pipeline import Sampling, describe_sampling
 from zsnr.reports.schedule import find_schedule
 from zsnr.timesteps import get_timesteps, read_grid
-from zsnr.training.checkpointing import find_last
 from zsnr.training.lightning_cli import parse_fit
 from zsnr.training.loggers import continue_loggers
 from zsnr.training.watchdog import Watchdog

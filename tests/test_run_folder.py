@@ -1,4 +1,4 @@
-"""Files of a run's folder that are damaged or hostile: samples, losses, logs that go on."""
+"""The folder of a run: its newest checkpoint, and files in it that are damaged or hostile."""
 
 import csv
 import json
@@ -6,9 +6,19 @@ import os
 
 import pytest
 import tiny
+import torch
 from lightning.pytorch.loggers import CSVLogger
 
+from zsnr.checkpoints.checkpoint_file import sampling_of
+from zsnr.checkpoints.doctor import examine
+from zsnr.checkpoints.export import read_exportable
+from zsnr.checkpoints.run_folder import find_last, resolve_model
+from zsnr.pipeline import TextToImage
+from zsnr.reports.arms import Arm
+from zsnr.reports.compare import check_models
+from zsnr.reports.figures import draw_schedule
 from zsnr.reports.run import read_losses, read_samples
+from zsnr.training.lightning_cli import _resumed, _with_checkpoint
 from zsnr.training.loggers import continue_loggers
 
 ENTRY = {
@@ -135,3 +145,112 @@ def test_only_folders_of_versions_are_gone_on_with(tmp_path):
     continue_loggers([logger], 8)
     assert logger.version == 0
     assert path.read_bytes() == b"step,train/loss\r\n0,1.0\r\n"
+
+
+def write_checkpoints(folder, *names, sampling=None):
+    """Write checkpoints that can be opened, without a model in them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = ("codec", "conditioner", "unet", "schedule", "prediction_type", "image_size")
+    content = {"zsnr": dict.fromkeys(parts), "state_dict": {"a": torch.zeros(1)}}
+    for name in names:
+        steps = {"num_steps": int(name.split("-")[-1].removesuffix(".ckpt"))} if "-" in name else {}
+        torch.save({**content, "run": {"sampling": steps}}, folder / name)
+
+
+def test_a_run_stands_for_its_newest_checkpoint_that_can_be_read(tmp_path):
+    run, folder = tmp_path / "run", tmp_path / "run" / "checkpoints"
+    write_checkpoints(folder, "step-9.ckpt", "step-10.ckpt", "step-100.ckpt")
+    (folder / "last.ckpt").symlink_to("step-100.ckpt")
+    for source in (run, folder, f"{run}/"):
+        assert resolve_model(source) == str(folder / "step-100.ckpt")
+        assert sampling_of(str(source)) == {"num_steps": 100}
+    (folder / "step-100.ckpt").write_bytes(b"half")
+    for source in (run, folder):
+        with pytest.warns(
+            UserWarning, match=r"step-100\.ckpt .* Looking for an earlier one"
+        ) as told:
+            assert resolve_model(source) == str(folder / "step-10.ckpt")
+        assert len(told) == 1  # last.ckpt is the same file
+    for path in folder.glob("step-*"):
+        path.write_bytes(b"half")
+    with (
+        pytest.warns(UserWarning, match="Looking for an earlier one"),
+        pytest.raises(ValueError, match=r"No checkpoint in .* can be read: .*step-100\.ckpt"),
+    ):
+        resolve_model(run)
+
+
+def test_only_the_first_process_tells_of_damaged_checkpoints(tmp_path, monkeypatch, recwarn):
+    write_checkpoints(tmp_path, "step-1.ckpt")
+    (tmp_path / "step-2.ckpt").write_bytes(b"half")
+    monkeypatch.setenv("RANK", "1")
+    assert find_last(tmp_path) == tmp_path / "step-1.ckpt"
+    assert not recwarn.list
+
+
+def test_what_is_not_the_folder_of_a_run_keeps_its_name(tmp_path, monkeypatch):
+    write_checkpoints(tmp_path / "exported", "step-1.ckpt")
+    (tmp_path / "exported" / "model_index.json").write_text("{}")
+    (tmp_path / "empty").mkdir()
+    write_checkpoints(tmp_path, "a.ckpt")
+    names = ["exported", "empty", "a.ckpt", "missing", "owner/name", "a.safetensors"]
+    monkeypatch.chdir(tmp_path)
+    assert [resolve_model(name) for name in names] == names
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve_model("~/a.ckpt") == str(tmp_path / "a.ckpt")
+
+
+def test_last_ckpt_counts_where_it_is_no_link_to_another(tmp_path):
+    write_checkpoints(tmp_path / "a", "last.ckpt")
+    assert resolve_model(tmp_path / "a") == str(tmp_path / "a" / "last.ckpt")
+    write_checkpoints(tmp_path / "a", "step-1.ckpt")  # beside a copy of an older one
+    assert resolve_model(tmp_path / "a") == str(tmp_path / "a" / "step-1.ckpt")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "last.ckpt").symlink_to(tmp_path / "a" / "step-1.ckpt")
+    assert find_last(tmp_path / "b") == tmp_path / "b" / "last.ckpt"
+    (tmp_path / "a" / "step-1.ckpt").unlink()
+    assert find_last(tmp_path / "b") is None
+
+
+@pytest.mark.filterwarnings("ignore:.*Looking for an earlier one")
+def test_every_reader_of_a_run_means_the_same_checkpoint(tmp_path, monkeypatch):
+    run, folder = tmp_path / "run", tmp_path / "run" / "checkpoints"
+    write_checkpoints(folder, "step-1.ckpt", "step-2.ckpt")
+    (folder / "step-3.ckpt").write_bytes(b"half")
+    wanted = str(folder / "step-2.ckpt")
+    opened = []
+
+    def note(path, **options):
+        opened.append(str(path))
+        raise NotImplementedError
+
+    for name in (
+        *("zsnr.pipeline.read_checkpoint", "zsnr.reports.figures.open_checkpoint"),
+        *("zsnr.checkpoints.export.open_checkpoint", "zsnr.reports.compare.open_checkpoint"),
+        "zsnr.training.lightning_cli.checkpoint_config",
+    ):
+        monkeypatch.setattr(name, note)
+    for reader in (
+        lambda: TextToImage.from_pretrained(run),
+        lambda: draw_schedule(str(run), 5, tmp_path / "figure.png"),
+        lambda: check_models(Arm(models=(str(run),))),
+        lambda: read_exportable(resolve_model(run)),
+        lambda: _with_checkpoint("predict", ["--ckpt_path", str(run)]),
+    ):
+        with pytest.raises(NotImplementedError):
+            reader()
+    assert opened == [wanted] * 5
+    assert _resumed(str(run), folder) == _resumed("last", folder) == wanted
+
+
+def test_fit_alone_begins_where_there_is_no_checkpoint(tmp_path):
+    assert _resumed("last", tmp_path / "checkpoints") is None
+    assert _resumed(None, tmp_path / "checkpoints") is None
+    assert _resumed(str(tmp_path), tmp_path / "checkpoints") == str(tmp_path)  # refused when opened
+
+
+def test_the_doctor_takes_the_newest_checkpoint_by_name_and_opens_none(tmp_path):
+    write_checkpoints(tmp_path / "checkpoints", "step-1.ckpt")
+    (tmp_path / "checkpoints" / "step-2.ckpt").write_bytes(b"half")
+    assert "step-2.ckpt has no run.json beside it" in examine(tmp_path).reason
+    assert "step-2.ckpt" in examine(tmp_path, open_pickle=True).reason

@@ -26,12 +26,12 @@ from ranks import Command, groups
 
 from zsnr.checkpoints import sharded
 from zsnr.checkpoints.checkpoint_file import open_checkpoint, read_checkpoint
+from zsnr.checkpoints.run_folder import find_last, steps
 from zsnr.cli import main
 from zsnr.elastic import former_failure, note_failure
 from zsnr.locks import LOCK, Lock, LockedError, unfinished
 from zsnr.stops import stopping
 from zsnr.training import Checkpoints, Preemption, Watchdog
-from zsnr.training.checkpointing import find_last, steps
 from zsnr.training.run_lock import RunLock
 from zsnr.training.strategy import meet
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -32,6 +33,12 @@ def on_first_rank(work: Callable[[], T]) -> T:
     _raise(failure, shared[0])
     result: T = shared[1]
     return result
+
+
+def is_first_process() -> bool:
+    """Whether this process is the only or the first one, by the environment of its launcher."""
+    ranks = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
+    return all(os.environ.get(name, "0") == "0" for name in ranks)
 
 
 def raise_on_all(error: Exception | None) -> None:

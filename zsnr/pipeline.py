@@ -18,7 +18,7 @@ from zsnr.checkpoints import (
     read_diffusers_folder,
     read_single_file,
 )
-from zsnr.checkpoints.run_folder import resolve_model
+from zsnr.checkpoints.run_folder import is_checkpoint, resolve_model
 from zsnr.codecs import LatentCodec, PixelCodec
 from zsnr.denoiser import Conditioning, Denoiser, Network
 from zsnr.files import replacing
@@ -96,8 +96,8 @@ class TextToImage:
 
         Args:
             path_or_hub: A diffusers folder, a hub id, a single .safetensors file in the ldm layout,
-                a .ckpt file of this package, or the folder of a run, whose last checkpoint is
-                taken.
+                a .ckpt of this package (file or sharded folder), or the folder of a run, whose
+                newest checkpoint that can be read is taken.
             schedule: Noise schedule that replaces the declared one. None = the declared one.
             prediction_type: Prediction type that replaces the declared one. None = the declared
                 one.
@@ -112,7 +112,7 @@ class TextToImage:
         source = resolve_model(path_or_hub)
         if raw_beside:
             check_raw_beside(source)
-        if source.endswith(".ckpt"):
+        if is_checkpoint(source):
             model = read_checkpoint(source, raw_beside=raw_beside)
             if schedule is not None:
                 model = replace(model, schedule=schedule)
@@ -387,7 +387,7 @@ def check_raw_beside(source: str) -> None:
     Raises:
         ValueError: The source is not a checkpoint of this package.
     """
-    if not source.endswith(".ckpt"):
+    if not is_checkpoint(source):
         raise ValueError(
             f"{source} holds one set of weights: guidance against 'raw' needs a checkpoint (.ckpt) "
             "that training wrote, with averaged and raw ones. Use guidance against 'negative'."

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from zsnr.checkpoints import sharded
 from zsnr.checkpoints.model import Model
-from zsnr.checkpoints.run_folder import resolve_model
+from zsnr.checkpoints.opening import KEY as KEY
+from zsnr.checkpoints.opening import open_checkpoint as open_checkpoint
+from zsnr.checkpoints.run_folder import is_checkpoint, resolve_model
 from zsnr.codecs import LatentCodec
 from zsnr.conditioning import Conditioner
 from zsnr.described import build, describe
@@ -21,9 +23,8 @@ from zsnr.networks import UNet
 from zsnr.prediction import PredictionType
 from zsnr.pretrained import reason
 from zsnr.schedule import NoiseSchedule
-from zsnr.untrusted import open_archive, shown
+from zsnr.untrusted import shown
 
-KEY = "zsnr"
 MAX_IMAGE_SIZE = 2**16  # pixels
 
 
@@ -37,49 +38,6 @@ def describe_model(model: Model) -> dict[str, Any]:
         "prediction_type": model.prediction_type,
         "image_size": model.image_size,
     }
-
-
-def open_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Open a checkpoint that training wrote, a file or a folder of shards.
-
-    Returns:
-        Its contents. The weights of a file stay on disk (memory-mapped); those of a folder are
-        left out.
-
-    Raises:
-        ValueError: The path does not exist, or is not a checkpoint of this package.
-    """
-    path = Path(path)
-    shards = sharded.is_sharded(path)
-    if shards:
-        sharded.check(path)
-        checkpoint = sharded.read_rest(path)
-    elif path.is_file():
-        checkpoint = open_archive(path)
-    else:
-        raise ValueError(
-            f"{path} is not a file: wanted a checkpoint (.ckpt) that training wrote, a file or a "
-            "sharded folder."
-        )
-    description = checkpoint.get(KEY)
-    if not isinstance(description, dict):
-        raise ValueError(
-            f"{path} was not written by zsnr: it has no {KEY!r} entry. If it is a Stable Diffusion "
-            "model in a single file, convert it to .safetensors."
-        )
-    if not (shards or _are_weights(checkpoint.get("state_dict"))):
-        raise ValueError(f"{path} is damaged: it lacks weights.")
-    required = {"codec", "conditioner", "unet", "schedule", "prediction_type", "image_size"}
-    missing = sorted(required - description.keys())
-    if missing:
-        raise ValueError(f"{path} is damaged: it lacks {', '.join(missing)}.")
-    return checkpoint
-
-
-def _are_weights(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(name, str) and isinstance(weight, Tensor) for name, weight in value.items()
-    )
 
 
 def read_checkpoint(
@@ -154,7 +112,7 @@ def sampling_of(source: str) -> Mapping[str, Any]:
         ValueError: It is a checkpoint that cannot be read.
     """
     path = resolve_model(source)
-    return declared_sampling(open_checkpoint(path)) if path.endswith(".ckpt") else {}
+    return declared_sampling(open_checkpoint(path)) if is_checkpoint(path) else {}
 
 
 def _check_description(path: Path, description: Mapping[str, Any]) -> NoiseSchedule:

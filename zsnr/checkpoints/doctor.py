@@ -186,22 +186,27 @@ def _examine(target: str, path: Path, num_steps: Sequence[int], open_pickle: boo
 def _examine_folder(
     target: str, path: Path, num_steps: Sequence[int], open_pickle: bool
 ) -> Diagnosis:
+    from zsnr.checkpoints.run_folder import checkpoints_of
     from zsnr.checkpoints.sharded import is_sharded
 
     if (path / "model_index.json").exists():
         return _examine_diffusers(target, path, num_steps)
-    for facts in (path / NAME, path / "checkpoints" / NAME):
+    for facts in (path / "checkpoints" / NAME, path / NAME):
         if facts.exists():
             _check_inside(facts, path)
             return _examine_run(target, facts, read_json(facts), num_steps)
     if is_sharded(path):
         return _examine_checkpoint(target, path, num_steps, open_pickle)
+    checkpoints = checkpoints_of(path)
+    if checkpoints:
+        _check_inside(checkpoints[-1], path)
+        return _examine_checkpoint(target, checkpoints[-1], num_steps, open_pickle)
     if (path / _CONFIG).exists():
         _check_inside(path / _CONFIG, path)
         config = read_json(path / _CONFIG)
         return _examine_config(target, "scheduler config", path / _CONFIG, config, num_steps)
     raise ValueError(
-        f"{path} holds no model_index.json (of diffusers), {NAME} (of this package's checkpoints) "
+        f"{path} holds no model_index.json (of diffusers), {NAME} or checkpoint (of this package) "
         f"or {_CONFIG}."
     )
 

@@ -17,8 +17,8 @@ from zsnr.checkpoints.diffusers_folder import read_diffusers_folder
 from zsnr.checkpoints.lora import merge
 from zsnr.checkpoints.model import Model
 from zsnr.checkpoints.run_facts import published, read_run_facts
+from zsnr.checkpoints.run_folder import is_checkpoint
 from zsnr.checkpoints.scheduler_config import scheduler_config
-from zsnr.checkpoints.sharded import is_sharded
 from zsnr.checkpoints.single_file import read_single_file
 from zsnr.codecs import AutoencoderKLCodec
 from zsnr.conditioning import (
@@ -109,7 +109,7 @@ def read_exportable(
             requested and it has none.
     """
     path = Path(source).expanduser()
-    if path.suffix == ".ckpt" or is_sharded(path):
+    if is_checkpoint(path):
         checkpoint = open_checkpoint(path)
         adapted = is_adapted(checkpoint[KEY]["unet"])
         if (merged or form == "lora") and not adapted:

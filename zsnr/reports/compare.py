@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from zsnr.checkpoints.checkpoint_file import KEY, open_checkpoint
-from zsnr.checkpoints.run_folder import check_model, resolve_model
+from zsnr.checkpoints.run_folder import check_model, is_checkpoint, resolve_model
 from zsnr.codecs import LatentCodec, PixelCodec
 from zsnr.data.faults import summarize
 from zsnr.data.index import load_index
@@ -365,7 +365,7 @@ def check_models(arm: Arm) -> None:
     for path in map(resolve_model, arm.models):
         if arm.guidance_against == "raw":
             check_raw_beside(path)
-        if path.endswith(".ckpt"):
+        if is_checkpoint(path):
             said = open_checkpoint(path)[KEY]
             declared = NoiseSchedule.from_settings(said["schedule"])
             schedule = arm.schedule_of(declared)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor
 
 from zsnr.checkpoints.checkpoint_file import KEY, open_checkpoint
-from zsnr.checkpoints.run_folder import resolve_model
+from zsnr.checkpoints.run_folder import is_checkpoint, resolve_model
 from zsnr.codecs import LatentCodec, PixelCodec
 from zsnr.data.sources import Sources
 from zsnr.files import check_new, new_file
@@ -73,7 +73,7 @@ def draw_schedule(target: str, num_steps: int, output: Path) -> None:
     """
     _check_png(output)
     target = resolve_model(target)
-    if target.endswith(".ckpt"):
+    if is_checkpoint(target):
         schedule = NoiseSchedule.from_settings(open_checkpoint(target)[KEY]["schedule"])
     else:
         schedule = find_schedule(target)

@@ -17,8 +17,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from zsnr.agreement import on_first_rank, raise_on_all
 from zsnr.checkpoints import sharded
-from zsnr.checkpoints.checkpoint_file import open_checkpoint
 from zsnr.checkpoints.run_facts import NAME, add_start, read_run_facts, write_run_facts
+from zsnr.checkpoints.run_folder import find_last as find_last
 from zsnr.checkpoints.run_folder import step_of, steps
 from zsnr.files import HeldFolder, side_file
 from zsnr.locks import remove_leftovers, unfinished
@@ -265,30 +265,6 @@ class CheckpointFiles(TorchCheckpointIO):
 
     def remove_checkpoint(self, path: Any) -> None:
         sharded.remove(Path(path))
-
-
-def find_last(folder: Path) -> Path | None:
-    """Find the newest checkpoint that can be read; None if the folder has no checkpoints.
-
-    Raises:
-        ValueError: The folder has checkpoints, but none can be read.
-    """
-    candidates = steps(folder)
-    last = folder / "last.ckpt"
-    if last.exists() and not last.is_symlink():
-        candidates.insert(0, last)
-    problems = []
-    for path in reversed(candidates):
-        try:
-            open_checkpoint(path)
-        except ValueError as error:
-            problems.append(str(error))
-            rank_zero_warn(f"{error} Looking for an earlier one.")
-        else:
-            return path
-    if problems:
-        raise ValueError(f"No checkpoint in {folder} can be read: {problems[0]}")
-    return None
 
 
 def _set_aside(folder: Path, step: int) -> None:

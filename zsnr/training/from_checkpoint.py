@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from zsnr.checkpoints.checkpoint_file import KEY, open_checkpoint
-from zsnr.checkpoints.sharded import is_sharded
 from zsnr.codecs import LatentCodec
 from zsnr.conditioning import Conditioner
 from zsnr.described import class_of
@@ -20,28 +19,11 @@ from zsnr.samplers.recommend import AUTO
 from zsnr.sampling import read_declared, recorded_guidance
 from zsnr.schedule import NoiseSchedule
 from zsnr.timesteps import read_grid
-from zsnr.training.checkpointing import find_last
 from zsnr.training.settings import known_classes
 from zsnr.untrusted import shown
 
 _PLAIN = (str, int, float, bool, type(None))
 _BATCHES = ("image_size", "seed", "batch_size", "captions", "pixels")  # of the data module's state
-
-
-def resolve_checkpoint(path: str) -> Path:
-    """Return the checkpoint that a path stands for: itself, or the newest of a run's folder.
-
-    Raises:
-        ValueError: The checkpoints of the folder cannot be read.
-    """
-    given = Path(path).expanduser()
-    if not given.is_dir() or is_sharded(given):
-        return given
-    for folder in (given / "checkpoints", given):
-        last = find_last(folder) if folder.is_dir() else None
-        if last is not None:
-            return last
-    return given
 
 
 def checkpoint_config(path: Path) -> dict[str, Any]:

@@ -16,7 +16,9 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from zsnr.agreement import is_first_process
 from zsnr.checkpoints.checkpoint_file import KEY, open_checkpoint
+from zsnr.checkpoints.run_folder import find_last, resolve_model
 from zsnr.data.order import accumulation
 from zsnr.data.sources import Source
 from zsnr.files import replacing, side_file
@@ -28,7 +30,7 @@ from zsnr.public import MARK, left_out
 from zsnr.samplers.recommend import resolve_sampling
 from zsnr.schedule import NoiseSchedule
 from zsnr.training.board import TrainingBoard
-from zsnr.training.checkpointing import CheckpointFiles, Checkpoints, find_last
+from zsnr.training.checkpointing import CheckpointFiles, Checkpoints
 from zsnr.training.checks import (
     check_guidance,
     check_lora,
@@ -40,7 +42,7 @@ from zsnr.training.configs import check_configs, config_files, list_overrides, r
 from zsnr.training.console import print_summary, progress_callbacks, quiet_lightning
 from zsnr.training.data import DataModule, check_shards, read_requests
 from zsnr.training.facts import public_config
-from zsnr.training.from_checkpoint import checkpoint_config, resolve_checkpoint
+from zsnr.training.from_checkpoint import checkpoint_config
 from zsnr.training.help import help_text
 from zsnr.training.image_metrics import check_files
 from zsnr.training.loggers import begin_loggers, continue_loggers, default_loggers
@@ -262,7 +264,7 @@ def _resumed(asked: str | None, folder: Path) -> str | None:
             f"{folder} holds checkpoints of an earlier run. `--ckpt_path last` resumes it; "
             "else choose another folder, or remove this one."
         )
-    return asked
+    return None if asked is None else resolve_model(asked)
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -330,7 +332,7 @@ def _with_checkpoint(command: str, settings: list[str]) -> list[str]:
         )
     if path is None or path == "last":
         return settings  # the files say what the model is, and where its checkpoints are
-    checkpoint = resolve_checkpoint(path)
+    checkpoint = Path(resolve_model(path))
     config = checkpoint_config(checkpoint)
     for name in _replaced_parts(files, settings):
         config["model"].pop(name, None)
@@ -443,7 +445,7 @@ def _prepare(arguments: Sequence[str]) -> list[str]:
     read_safely()
     settings = expand_short_options(arguments)[1:]
     check_configs(settings)
-    if all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID")):
+    if is_first_process():
         for line in list_overrides(settings):
             print(line, file=sys.stderr)
     return settings
