@@ -1,6 +1,7 @@
 """Single files in the ldm layout, out and in."""
 
 import json
+import logging
 import struct
 import warnings
 from dataclasses import replace
@@ -22,6 +23,7 @@ from zsnr.checkpoints import (
     read_single_file,
     write_single_file,
 )
+from zsnr.checkpoints.checkpoint_file import describe_model, sampling_of
 from zsnr.checkpoints.doctor import examine
 from zsnr.checkpoints.ldm_layout import ldm_clip, ldm_open_clip, ldm_unet, ldm_vae
 from zsnr.checkpoints.single_file import check_single_file, read_marks
@@ -31,6 +33,7 @@ from zsnr.conditioning import NullConditioner, TransformersConditioner
 from zsnr.conditioning.tokenizers import bpe_tokenizer
 from zsnr.networks import UNet
 from zsnr.pipeline import TextToImage
+from zsnr.sampling import Sampling, choose_sampling, describe_sampling
 
 # The small models of these tests are custom, and each export says so.
 pytestmark = pytest.mark.filterwarnings("ignore:Non-standard Stable Diffusion")
@@ -821,3 +824,111 @@ def test_nothing_is_read_of_what_does_not_fit(files, tmp_path, monkeypatch):
     monkeypatch.setattr(layout, "_opened", contextmanager(without_tensors))
     with pytest.raises(ValueError, match=r"conv_out\.bias has shape \(5,\), \(4,\) wanted"):
         UNet(pretrained=path)
+
+
+# Sampling settings that go with a model
+
+
+@pytest.fixture
+def declaring(files, tmp_path):
+    """Return the run of a model that declares how it is sampled, and what it declares."""
+
+    def make(family, **options):
+        sampling = Sampling(**{"num_steps": 3, "guidance": Guidance(2.5, 0.6), **options})
+        declared = describe_sampling(sampling)
+        model = read_single_file(str(files[family]))
+        weights = {f"trained.unet.{n}": w for n, w in model.unet.state_dict().items()}
+        run = {"format": 1, "sampling": declared}
+        (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+        torch.save(
+            {"zsnr": describe_model(model), "state_dict": weights, "run": run, "global_step": 1},
+            tmp_path / "run" / "checkpoints" / "step-1.ckpt",
+        )
+        return tmp_path / "run", declared
+
+    return make
+
+
+@pytest.mark.parametrize("family", ["v1", "xl"])
+def test_an_export_samples_by_default_as_its_checkpoint(declaring, tmp_path, family):
+    run, declared = declaring(family)
+    folder, file = tmp_path / "folder", tmp_path / "file.safetensors"
+    assert main(["export", str(run), "-o", str(folder)]) == 0
+    assert main(["export", str(run), "-o", str(file)]) == 0
+    assert main(["export", str(file), "-o", str(tmp_path / "again")]) == 0
+    made = []
+    for source in (run, folder, file, tmp_path / "again"):
+        assert sampling_of(str(source)) == declared
+        pipe = TextToImage.from_pretrained(source, device="cpu")
+        made += pipe(["a black cat"], seeds=[3], progress=False)
+        assert declared.items() <= json.loads(made[-1].info["zsnr"]).items()
+    for image in made[1:]:
+        assert np.array_equal(made[0], image)
+
+
+def test_diffusers_does_not_notice_the_declared_sampling(declaring, tmp_path):
+    from diffusers import DiffusionPipeline
+
+    run, _ = declaring("v1")
+    assert main(["export", str(run), "-o", str(tmp_path / "folder")]) == 0
+    told = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: told.append(record.getMessage())
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            pipe = DiffusionPipeline.from_pretrained(tmp_path / "folder")
+            pipe.save_pretrained(tmp_path / "saved")
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+    assert not any("zsnr" in text for text in [*told, *(str(each.message) for each in warned)])
+    assert sampling_of(str(tmp_path / "saved")) == {}  # diffusers does not carry it on
+
+
+def test_an_export_declares_no_paths_and_no_weights_that_it_lacks(declaring, tmp_path):
+    grid = tmp_path / "grid.json"
+    grid.write_text(json.dumps({"timesteps": [999, 600, 300]}))
+    run, declared = declaring("v1", spacing=str(grid), guidance=Guidance(2.0, against="raw"))
+    assert declared["timesteps"] == [999, 600, 300]
+    with pytest.warns(UserWarning, match="the export declares no guidance"):
+        assert main(["export", str(run), "-o", str(tmp_path / "x.safetensors")]) == 0
+    exported = sampling_of(str(tmp_path / "x.safetensors"))
+    assert not any(name.startswith("guidance") for name in exported)
+    assert exported["spacing"] == f"{tmp_path.name}/grid.json"
+    grid.unlink()
+    sampling = choose_sampling(exported)
+    assert sampling.timesteps(NoiseSchedule()).tolist() == [999, 600, 300]
+    assert sampling.guidance == Guidance()
+
+
+@pytest.mark.parametrize(
+    ("sampling", "message"),
+    [
+        ([], "sampling is .*: wanted settings by name"),
+        ({"num_steps": "many"}, "unreadable"),
+        ({"num_steps": 2, "timesteps": [999]}, "1 timesteps for 2 steps"),
+        ({"spacing": "/etc/grid.json"}, "there are no timesteps of it"),
+        ({"guidance_scale": "7"}, "unreadable"),
+        ({"sampler_options": {"eta": 1}, "sampler": ["ddim"]}, "are not named"),
+    ],
+)
+def test_a_declaration_that_cannot_be_sampled_is_refused(files, tmp_path, sampling, message):
+    (tmp_path / "zsnr.json").write_text(json.dumps({"format": 1, "sampling": sampling}))
+    path = tmp_path / "x.safetensors"
+    rewrite(files["v1"], path, {"zsnr.sampling": json.dumps(sampling or 3)})
+    for source in (tmp_path, path):
+        with pytest.raises(ValueError, match=f"(?s){tmp_path}.*({message}|wanted a JSON object)"):
+            sampling_of(str(source))
+
+
+def test_what_is_no_setting_of_sampling_is_not_read(tmp_path):
+    declared = {"num_steps": 4, "model": "x", "guidance_scale": 2.0, "class_path": "os.system"}
+    (tmp_path / "zsnr.json").write_text(json.dumps({"format": 1, "sampling": declared}))
+    assert sampling_of(str(tmp_path)) == {"num_steps": 4, "guidance_scale": 2.0}
+    (tmp_path / "zsnr.json").write_text(json.dumps({"format": 2}))
+    with pytest.raises(ValueError, match="not of format 1"):
+        sampling_of(str(tmp_path))

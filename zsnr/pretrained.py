@@ -304,6 +304,18 @@ def find_file(source: str, subfolder: str | None, name: str) -> Path | None:
     return Path(cached) if isinstance(cached, str) else None
 
 
+def fetch_file(source: str, name: str) -> Path | None:
+    """Find an optional file of a local folder, or of a hub id, from which it is downloaded."""
+    if Path(source).exists() or source.startswith((".", "/", "~")):
+        return find_file(source, None, name)
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(source, name))
+    except Exception:  # without it, or without network; whether the model is there, its parts tell
+        return None
+
+
 def find_weights(source: str, subfolder: str | None, stem: str) -> list[Path]:
     """Find STEM.safetensors, or the shards listed in its index; [] unless all exist.
 

@@ -207,6 +207,8 @@ def read_declared(declared: Mapping[str, Any] | None) -> DeclaredSampling:
             raise ValueError("sampler and spacing are not named.")
         if not (isinstance(options, Mapping) and all(isinstance(name, str) for name in options)):
             raise ValueError("the options of the sampler have no names.")
+        if grid is None and is_grid_file(spacing):
+            raise ValueError("the spacing is a file, and there are no timesteps of it.")
         if grid is not None and len(check_timesteps(grid)) != S:
             raise ValueError(f"there are {len(grid)} timesteps for {S} steps.")
         auto = resolve_sampling(AUTO, AUTO, S, guidance)

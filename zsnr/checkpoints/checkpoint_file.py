@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from zsnr.checkpoints import sharded
+from zsnr.checkpoints.exported_sampling import file_sampling, folder_sampling
 from zsnr.checkpoints.model import Model
 from zsnr.checkpoints.opening import KEY as KEY
 from zsnr.checkpoints.opening import open_checkpoint as open_checkpoint
@@ -18,6 +19,7 @@ from zsnr.checkpoints.run_folder import is_checkpoint, resolve_model
 from zsnr.codecs import LatentCodec
 from zsnr.conditioning import Conditioner
 from zsnr.described import build, describe
+from zsnr.ldm_file import is_single_file, open_ldm_file
 from zsnr.lora import with_base
 from zsnr.networks import UNet
 from zsnr.prediction import PredictionType
@@ -106,13 +108,16 @@ def sampling_of(source: str) -> Mapping[str, Any]:
         source: What `TextToImage.from_pretrained` takes.
 
     Returns:
-        Plain values; empty if it declares nothing, as models of other programs.
+        Plain values; empty if it declares nothing, as models that zsnr did not write.
 
     Raises:
-        ValueError: It is a checkpoint that cannot be read.
+        ValueError: It is a checkpoint or a single file that cannot be read, or declares what cannot
+            be sampled.
     """
     path = resolve_model(source)
-    return declared_sampling(open_checkpoint(path)) if is_checkpoint(path) else {}
+    if is_checkpoint(path):
+        return declared_sampling(open_checkpoint(path))
+    return file_sampling(open_ldm_file(path)) if is_single_file(path) else folder_sampling(path)
 
 
 def _check_description(path: Path, description: Mapping[str, Any]) -> NoiseSchedule:

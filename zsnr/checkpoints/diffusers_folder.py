@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from zsnr.checkpoints.declared import schedule_from_diffusers
+from zsnr.checkpoints.exported_sampling import folder_sampling
 from zsnr.checkpoints.model import Model
 from zsnr.codecs import AutoencoderKLCodec
 from zsnr.conditioning import Conditioner, SDXLConditioner, TransformersConditioner
@@ -45,6 +46,7 @@ def read_diffusers_folder(source: str, schedule: NoiseSchedule | None = None) ->
         ) from error
     if not isinstance(config, Mapping):
         raise ValueError(f"Cannot read the scheduler's config in {source}: wanted an object.")
+    sampling = folder_sampling(source)
     codec = AutoencoderKLCodec(source, subfolder="vae")
     conditioner: Conditioner
     if _has(index, "text_encoder_2"):
@@ -66,6 +68,7 @@ def read_diffusers_folder(source: str, schedule: NoiseSchedule | None = None) ->
         schedule=schedule or schedule_from_diffusers(config),
         prediction_type=cast(PredictionType, config.get("prediction_type", "epsilon")),
         image_size=_side(source, unet.unet.config["sample_size"]) * codec.factor,
+        sampling=sampling,
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zsnr.checkpoints.exported_sampling import METADATA, exported_sampling, file_sampling
 from zsnr.checkpoints.header import read_header, read_schedule
 from zsnr.checkpoints.ldm_layout import ldm_clip, ldm_open_clip, ldm_unet, ldm_vae
 from zsnr.checkpoints.ldm_yaml import read_beside
@@ -177,6 +178,7 @@ def read_single_file(
         ValueError: The file is not a single-file model, or its tensors do not match its family.
     """
     file = open_ldm_file(source)
+    sampling = file_sampling(file)
     codec = AutoencoderKLCodec(source, subfolder="vae")
     conditioner: Conditioner
     if file.family == "xl":
@@ -200,6 +202,7 @@ def read_single_file(
         schedule=schedule or _schedule(file),
         prediction_type=prediction_type,
         image_size=_image_size(file, prediction_type, codec.factor),
+        sampling=sampling,
     )
 
 
@@ -500,6 +503,7 @@ def _facts(model: Model, family: Family, custom: bool) -> dict[str, str]:
         "modelspec.resolution": f"{model.image_size}x{model.image_size}",
         "modelspec.timestep_range": f"0,{model.schedule.num_timesteps - 1}",
         "zsnr.schedule": json.dumps(model.schedule.settings()),
+        **({METADATA: json.dumps(exported_sampling(model.sampling))} if model.sampling else {}),
     }
 
 
