@@ -220,7 +220,14 @@ def trained_bias(run: Path) -> dict[str, float]:
     )
     biases = {}
     for name, guidance in TRAINED.items():
-        images = pipe(prompts, num_steps=25, guidance=guidance, batch_size=40, progress=False)
+        images = pipe(
+            prompts,
+            seeds=range(len(prompts)),
+            num_steps=25,
+            guidance=guidance,
+            batch_size=40,
+            progress=False,
+        )
         apart = []
         for background, rgb in BACKGROUNDS.items():
             generated = [

@@ -78,7 +78,7 @@ def sample(
     from zsnr.checkpoints.run_folder import check_model
     from zsnr.data.prompts import PromptRequest
     from zsnr.files import check_new, new_folder
-    from zsnr.noise import sample_generator
+    from zsnr.noise import prompt_seeds, sample_generator
     from zsnr.pipeline import TextToImage, write_sample
     from zsnr.sampling import choose_sampling
 
@@ -107,10 +107,12 @@ def sample(
     sampling = choose_sampling(
         sampling_of(model), sampler=sampler, num_steps=num_steps, spacing=spacing, guidance=guidance
     )
+    lines = [line for line in range(len(prompts)) for _ in range(num_images)]
+    seeds = prompt_seeds([prompts[line] for line in lines], seed)
+    sample_generator(max(seeds, default=seed))
     requests = [
-        PromptRequest(prompt, negative_prompt, seed + i, height, width, line)
-        for line, prompt in enumerate(prompts, start=1)
-        for i in range(num_images)
+        PromptRequest(prompts[line], negative_prompt, each, height, width, line + 1)
+        for line, each in zip(lines, seeds, strict=True)
     ]
     raw_beside = sampling.guidance.against == "raw"
     pipe = TextToImage.from_pretrained(model, device=device, raw_beside=raw_beside)
