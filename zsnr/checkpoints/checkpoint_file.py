@@ -15,7 +15,7 @@ from zsnr.checkpoints.exported_sampling import file_sampling, folder_sampling
 from zsnr.checkpoints.model import Model
 from zsnr.checkpoints.opening import KEY as KEY
 from zsnr.checkpoints.opening import open_checkpoint as open_checkpoint
-from zsnr.checkpoints.run_folder import is_checkpoint, resolve_model
+from zsnr.checkpoints.run_folder import check_model, is_checkpoint, resolve_model
 from zsnr.codecs import LatentCodec
 from zsnr.conditioning import Conditioner
 from zsnr.described import build, describe
@@ -111,12 +111,13 @@ def sampling_of(source: str) -> Mapping[str, Any]:
         Plain values; empty if it declares nothing, as models that zsnr did not write.
 
     Raises:
-        ValueError: It is a checkpoint or a single file that cannot be read, or declares what cannot
-            be sampled.
+        ValueError: It does not exist, is a checkpoint or a single file that cannot be read, or
+            declares what cannot be sampled.
     """
     path = resolve_model(source)
     if is_checkpoint(path):
         return declared_sampling(open_checkpoint(path))
+    check_model(source)
     return file_sampling(open_ldm_file(path)) if is_single_file(path) else folder_sampling(path)
 
 
