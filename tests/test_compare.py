@@ -26,7 +26,7 @@ from zsnr.metrics import kept_fraction, mean_mode
 from zsnr.networks import UNet
 from zsnr.pipeline import TextToImage
 from zsnr.reports.arms import Arm, guidance_text, make_arms, parse_setting
-from zsnr.reports.compare import compare_models
+from zsnr.reports.compare import compare_models, comparison_text
 from zsnr.reports.compare_page import comparison_page
 from zsnr.reports.outcomes import ModelImages, Outcome, measure, measure_arms
 from zsnr.untrusted import printable
@@ -396,6 +396,11 @@ def test_a_toy_that_does_as_it_is_told(folder, tmp_path, monkeypatch):
         "pairs in order",
         "range",
     ]
+    assert next(row for row in page.rows if "first timestep" in row)[-1] == "retained spread"
+    text = comparison_text(facts, out / "index.html").splitlines()
+    assert re.split("  +", text[0].strip()) == [
+        *("mean luma", "contrast", "W1 to the data", "pairs in order")
+    ]
     assert numbers[1] == f"{pale['mean_luma']:.3f}"
     assert numbers[6].startswith(f"{pale['w1']['estimate']:.3f}")
     assert f"{pale['w1']['low']:.3f} to {pale['w1']['high']:.3f}" in numbers[6]
@@ -429,6 +434,17 @@ def test_a_model_s_settings_through_the_one_sampling_path(folder, tmp_path, caps
         assert made["model"].endswith("b.ckpt")
     assert facts["data"] is None
     assert facts["arms"][0]["w1"] is None
+    # neither data nor ranked groups: columns that would be empty are left out
+    assert facts["arms"][0]["order"] is None
+    lines = comparison_text(facts, out / "index.html").splitlines()
+    assert lines[0].split() == ["mean", "luma", "contrast"]
+    assert [len(line.split()) for line in lines[1:]] == [4, 4, 1]
+    page = Page(out / "index.html")
+    numbers, settings = page.rows[0], next(row for row in page.rows if "first timestep" in row)
+    assert numbers[-1] == "std of mean luma"
+    assert settings[-1] == "first timestep"
+    assert not any(cell in ("", "-") for row in page.rows[1:] for cell in row)
+    assert "Retained spread" not in page.text
 
 
 def test_the_page_shows_what_differs_in_guidance(folder, tmp_path):
@@ -446,7 +462,7 @@ def test_the_page_shows_what_differs_in_guidance(folder, tmp_path):
     assert (made["guidance_method"], made["guidance_threshold"]) == ("apg", 0.995)
     page = Page(out / "index.html")
     [head] = [row for row in page.rows if "sampler" in row]
-    assert head[6:-3] == ["guidance", "rescale", "interval", "method", "threshold"]
+    assert head[6:-2] == ["guidance", "rescale", "interval", "method", "threshold"]
     row = next(row for row in page.rows if row and row[0] == last["name"] and "apg" in row)
     assert row[8:11] == ["0.3:inf", "apg", "0.995"]
     raw = ["--guidance-against", "raw", "--prompts", "empty", "--output", str(tmp_path / "raw")]

@@ -259,7 +259,7 @@ def read_data(data: Sources, size: int, max_images: int, seed: int = 0) -> tuple
 
 
 def comparison_text(facts: Mapping[str, Any], page: Path) -> str:
-    """Write the main numbers as a table for a terminal."""
+    """Write the main numbers as a table for a terminal, without columns that have no value."""
     data, arms = facts["data"], facts["arms"]
     rows = [["", "mean luma", "contrast", "W1 to the data", "pairs in order"]]
     if data is not None:
@@ -275,10 +275,11 @@ def comparison_text(facts: Mapping[str, Any], page: Path) -> str:
         rows.append(
             [arm["name"], f"{arm['mean_luma']:.3f}", f"{arm['rms_contrast']:.3f}", w1, order]
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
+    widths = [max(map(len, column)) for column in columns]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
-        for row in rows
+        for row in zip(*columns, strict=True)
     ]
     notes = []
     if facts["prompts"] == "suite":

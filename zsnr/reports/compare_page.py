@@ -96,12 +96,13 @@ def _settings(facts: Mapping[str, Any]) -> dict[str, Any]:
             for name in GUIDANCE[2:]
             if any(arm["settings"][name] != getattr(Arm, name) for arm in facts["arms"])
         ]
+    retained = any(arm["kept_fraction"] is not None for arm in facts["arms"])
     rows = [
         [
             *(_setting(arm, name) for name in names),
             f"{arm['snr_T']:.4g}",
             f"{arm['first_timestep']} of {arm['schedule']['num_timesteps'] - 1}",
-            "-" if arm["kept_fraction"] is None else f"{arm['kept_fraction']:.2f}",
+            *([f"{arm['kept_fraction']:.2f}"] if retained else []),
         ]
         for arm in facts["arms"]
     ]
@@ -109,6 +110,7 @@ def _settings(facts: Mapping[str, Any]) -> dict[str, Any]:
         "columns": [
             _COLUMNS.get(name, name.removeprefix("guidance_").replace("_", " ")) for name in names
         ],
+        "retained": retained,
         "rows": rows,
         "differs": [
             any(cell != column[0] for cell in column) for column in zip(*rows, strict=True)
