@@ -334,9 +334,10 @@ def test_a_toy_that_does_as_it_is_told(folder, tmp_path, monkeypatch):
     """The page's numbers, from pictures whose grey the prompt names."""
     asked = []
 
-    def paint(self, prompts, *, seeds, guidance, num_steps, callback, **options):
-        asked.append((self.name, prompts, list(seeds), guidance.rescale, options["spacing"]))
-        for step in range(num_steps):
+    def paint(self, prompts, *, seeds, sampling, callback, **options):
+        rescale = sampling.guidance.rescale
+        asked.append((self.name, prompts, list(seeds), rescale, sampling.spacing))
+        for step in range(sampling.num_steps):
             callback(step, 0, None, None)
         shift = 0 if "b.ckpt" in self.name else 40
         return [Image.new("RGB", (16, 16), (int(p) + shift,) * 3) for p in prompts]

@@ -447,14 +447,29 @@ def _instead(shapes: Mapping[str, tuple[int, ...]]) -> str:
     return "no tensor's name starts with 'model.diffusion_model.'"
 
 
-def _stored_config(path: Path, family: Family, metadata: Mapping[str, str]) -> dict[str, Any]:
-    text = metadata.get(CONFIG)
+def read_metadata(
+    path: Path, metadata: Mapping[str, str], name: str
+) -> tuple[str, dict[str, Any] | None]:
+    """Read a JSON object in the metadata of a file.
+
+    Returns:
+        What errors call it; and the object, or None if there is none.
+
+    Raises:
+        ValueError: It is not a JSON object, or is too long.
+    """
+    label, text = f"{path}: {name!r} in its metadata", metadata.get(name)
     if text is None:
-        return {}
-    label = f"{path}: {CONFIG!r} in its metadata"
+        return label, None
     if len(text) > _MAX_CONFIG:
         raise ValueError(f"{label} has {len(text)} characters.")
-    config = parse_object(text.encode(), label)
+    return label, parse_object(text.encode(), label)
+
+
+def _stored_config(path: Path, family: Family, metadata: Mapping[str, str]) -> dict[str, Any]:
+    label, config = read_metadata(path, metadata, CONFIG)
+    if config is None:
+        return {}
     if config.get("format") != 1:
         raise ValueError(f"{label} has a format that this version of zsnr cannot read.")
     for part, public in PUBLIC[family].items():

@@ -17,17 +17,16 @@ from typing import Any
 
 from zsnr.checkpoints.run_facts import published
 from zsnr.guidance import Guidance
-from zsnr.ldm_file import LdmFile
+from zsnr.ldm_file import LdmFile, read_metadata
 from zsnr.pretrained import fetch_file
 from zsnr.sampling import read_declared
-from zsnr.untrusted import parse_object, read_json, shown
+from zsnr.untrusted import read_json, shown
 
 FILE = "zsnr.json"
 METADATA = "zsnr.sampling"
 _FORMAT = 1
 _GUIDANCE = tuple(f"guidance_{option.name}" for option in fields(Guidance))
 _KEYS = ("sampler", "sampler_options", "num_steps", "spacing", "timesteps", *_GUIDANCE)
-_MAX_TEXT = 1 << 20
 
 
 def exported_sampling(sampling: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,13 +77,8 @@ def file_sampling(file: LdmFile) -> dict[str, Any]:
     Raises:
         ValueError: Its metadata cannot be read, or declares what cannot be sampled.
     """
-    text = file.metadata.get(METADATA)
-    if text is None:
-        return {}
-    label = f"{file.path}: {METADATA!r} in its metadata"
-    if len(text) > _MAX_TEXT:
-        raise ValueError(f"{label} has {len(text)} characters.")
-    return _checked(parse_object(text.encode(), label), label)
+    label, sampling = read_metadata(file.path, file.metadata, METADATA)
+    return {} if sampling is None else _checked(sampling, label)
 
 
 def _checked(sampling: Any, label: str) -> dict[str, Any]:

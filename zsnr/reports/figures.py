@@ -253,14 +253,10 @@ def _sample(
     seeds: Sequence[int],
     callback: Callback | None = None,
 ) -> list[Image]:
-    sampling = arm.sampling()
     return pipe(
         prompts,
         seeds=seeds,
-        sampler=sampling.sampler,
-        num_steps=sampling.num_steps,
-        spacing=sampling.spacing,
-        guidance=sampling.guidance,
+        sampling=arm.sampling(),
         batch_size=8 if callback is None else len(prompts),
         callback=callback,
     )
