@@ -24,7 +24,7 @@ from zsnr.commands.sample import sample
 from zsnr.guidance import Guidance
 from zsnr.pipeline import TextToImage
 from zsnr.progress import progress_bar
-from zsnr.reports.arms import declared_arm
+from zsnr.reports.arms import declared_arm, make_arms
 from zsnr.samplers import DDIM, registry
 from zsnr.sampling import Sampling, choose_sampling, describe_sampling
 from zsnr.schedule import NoiseSchedule
@@ -709,6 +709,11 @@ def test_declared_options_and_timesteps_are_kept(tmp_path):
     assert describe_sampling(found) == describe_sampling(sampling)
     assert found.timesteps(NoiseSchedule()).tolist() == [999, 300]
     assert choose_sampling(told, num_steps=3).spacing == "trailing"
+    for asked in ({}, {"num_steps": 3}, {"spacing": "leading"}, {"sampler": "euler"}):
+        [arm] = make_arms(["a"], given=asked, declared=lambda _: told)  # in compare and figure
+        arm.check(NoiseSchedule())
+        wanted = choose_sampling(told, **asked)
+        assert describe_sampling(arm.sampling()) == describe_sampling(wanted)
     assert declared_arm({**told, "spacing": "trailing"}).sampling().sampler == DDIM(eta=0.5)
     for wrong in ({"num_steps": "3"}, {"timesteps": [5]}, {"sampler": 3}, {"guidance_scale": []}):
         with pytest.raises(ValueError, match="sampling that the model declares is unreadable"):

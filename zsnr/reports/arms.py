@@ -15,9 +15,9 @@ from zsnr.pipeline import check_steps
 from zsnr.reports.schedule import both
 from zsnr.samplers import Sampler, get_sampler
 from zsnr.samplers.recommend import AUTO, resolve_sampling
-from zsnr.sampling import Sampling, read_declared
+from zsnr.sampling import Sampling, choose_sampling, read_declared
 from zsnr.schedule import NoiseSchedule
-from zsnr.timesteps import get_timesteps
+from zsnr.timesteps import is_grid_file
 from zsnr.untrusted import parse_yaml
 
 ScheduleKind = Literal["original", "rescaled"]
@@ -49,6 +49,8 @@ class Arm:
         guidance_against: What to guide away from.
         sampler_options: Options of the sampler, such as eta, by name; those that the model
             declares, if the sampler is the one that it declares.
+        timesteps: Timesteps that the model declares, if its spacing is a grid file; the file need
+            not exist. Empty = those of the spacing.
     """
 
     name: str = ""
@@ -68,6 +70,7 @@ class Arm:
     guidance_apg_norm: float | None = Guidance.apg_norm
     guidance_against: GuidanceSource = Guidance.against
     sampler_options: tuple[tuple[str, Any], ...] = ()
+    timesteps: tuple[int, ...] = ()
 
     def schedule_of(self, declared: NoiseSchedule) -> NoiseSchedule:
         """Return the schedule to sample on.
@@ -113,6 +116,9 @@ class Arm:
         sampler: Sampler | str = self.sampler
         if self.sampler_options:
             sampler = get_sampler(self.sampler, **dict(self.sampler_options))
+        if self.timesteps and is_grid_file(self.spacing) and len(self.timesteps) == self.num_steps:
+            recorded = {name: getattr(self, name) for name in ("num_steps", "spacing", "timesteps")}
+            return choose_sampling(recorded, sampler=sampler, guidance=self._guidance())
         return Sampling(sampler, self.num_steps, self.spacing, self._guidance())
 
     def check(self, declared: NoiseSchedule) -> None:
@@ -123,8 +129,7 @@ class Arm:
         """
         schedule, sampling = self.schedule_of(declared), self.sampling()
         check_steps(sampling, schedule)
-        T = schedule.num_timesteps
-        get_timesteps(sampling.spacing, sampling.num_steps, T, schedule=schedule)
+        sampling.timesteps(schedule)
 
 
 def _or_none(text: str) -> float | None:
@@ -293,13 +298,18 @@ def declared_arm(declared: Mapping[str, Any]) -> Arm:
         num_steps=told.num_steps,
         **{name: getattr(told.guidance, name.removeprefix("guidance_")) for name in GUIDANCE},
         sampler_options=tuple(told.sampler_options.items()),
+        timesteps=told.grid or (),
     )
 
 
 def _arm(base: Arm, settings: Mapping[str, Any]) -> Arm:
-    """Override settings; another sampler has other options."""
+    """Override settings; another sampler has other options, and other steps other timesteps."""
     if "sampler" in settings:
         base = replace(base, sampler_options=())
+    if base.timesteps and settings.get("num_steps", base.num_steps) != base.num_steps:
+        base = replace(base, timesteps=(), spacing=AUTO)
+    if "spacing" in settings:
+        base = replace(base, timesteps=())
     return replace(base, **settings)
 
 
@@ -318,6 +328,7 @@ def _base(
     first, *others = (declared_arm(declared(path)) for path in settings["models"])
     for other in others:
         for name in differing([first, other]):
+            name = "spacing" if name == "timesteps" else name
             if name not in settings:
                 raise ValueError(
                     f"The models {', '.join(settings['models'])} of one arm declare different "

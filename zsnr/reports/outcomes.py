@@ -24,7 +24,6 @@ from zsnr.noise import sample_generator
 from zsnr.pipeline import describe_guidance
 from zsnr.reports.arms import SETTINGS, Arm, differing
 from zsnr.schedule import NoiseSchedule
-from zsnr.timesteps import get_timesteps
 
 MEASURES = ("mean_luma", "rms_contrast", "p1", "p99")
 _DRAWS = 500  # draws of the data for the noise floor
@@ -155,9 +154,10 @@ def _arm_facts(
 ) -> dict[str, Any]:
     arm, schedule = outcome.arm, outcome.schedule
     groups = groups_of(requests)
-    grid = get_timesteps(arm.spacing, arm.num_steps, schedule.num_timesteps, schedule=schedule)
+    sampling = arm.sampling()
+    grid = sampling.timesteps(schedule)
     settings = {name: getattr(arm, name) for name in SETTINGS}
-    settings |= describe_guidance(arm.sampling().guidance)  # as JSON has it
+    settings |= describe_guidance(sampling.guidance)  # as JSON has it
     parts = [each.values["mean_luma"] for each in outcome.images]
     w1 = difference = floor = None
     if target is not None:
