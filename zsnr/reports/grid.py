@@ -21,6 +21,7 @@ from zsnr.files import check_new, new_file
 from zsnr.metrics import wasserstein_1
 from zsnr.noise import SampleNoise
 from zsnr.oracle import EmpiricalDenoiser, span
+from zsnr.reports.data import even_rows
 from zsnr.samplers import Sampler, get_sampler
 from zsnr.schedule import NoiseSchedule
 from zsnr.timesteps import get_timesteps
@@ -279,9 +280,8 @@ def _read(sources: Sources, size: int, max_images: int) -> Tensor:
     cached = [shard.url for shard in find_shards(sources) if shard.kind == "cache"]
     if cached:
         raise ValueError(f"{cached[0]} holds no images: give the shards it was cached from.")
-    dataset = ShardDataset(select(load_index(sources, Storage()), size))
-    count = min(max_images, len(dataset))
-    if count < 8:
-        raise ValueError(f"{count} images: wanted at least 8.")
-    rows = [i * (len(dataset) - 1) // (count - 1) for i in range(count)]
+    samples = select(load_index(sources, Storage()), size)
+    rows, dataset = even_rows(samples, max_images), ShardDataset(samples)
+    if len(rows) < 8:
+        raise ValueError(f"{len(rows)} images: wanted at least 8.")
     return to_unit_range(collate([dataset[row] for row in rows])["image"])
