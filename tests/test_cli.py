@@ -715,6 +715,8 @@ def test_declared_options_and_timesteps_are_kept(tmp_path):
         wanted = choose_sampling(told, **asked)
         assert describe_sampling(arm.sampling()) == describe_sampling(wanted)
     assert declared_arm({**told, "spacing": "trailing"}).sampling().sampler == DDIM(eta=0.5)
+    [arm] = make_arms(["a"], declared=lambda _: {"sampler_options": {"knots": [1, 2]}})
+    assert arm.sampling() == Sampling()  # the options of no sampler
     for wrong in ({"num_steps": "3"}, {"timesteps": [5]}, {"sampler": 3}, {"guidance_scale": []}):
         with pytest.raises(ValueError, match="sampling that the model declares is unreadable"):
             choose_sampling({**told, **wrong})

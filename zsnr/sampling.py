@@ -183,7 +183,7 @@ class DeclaredSampling:
         Raises:
             ValueError: No sampler of that name is registered, or it has other options.
         """
-        if self.sampler == AUTO or not self.sampler_options:
+        if not self.sampler_options:
             return self.sampler
         return get_sampler(self.sampler, **self.sampler_options)
 
@@ -214,6 +214,7 @@ def read_declared(declared: Mapping[str, Any] | None) -> DeclaredSampling:
         auto = resolve_sampling(AUTO, AUTO, S, guidance)
         if (sampler, spacing) == auto and options in ({}, _options(get_sampler(auto[0]))):
             sampler, spacing, options = AUTO, AUTO, {}
+        options = {} if sampler == AUTO else options
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"The sampling that the model declares is unreadable: {error}") from error
     steps = None if grid is None else tuple(check_timesteps(grid))

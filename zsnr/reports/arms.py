@@ -369,7 +369,11 @@ def _settings(text: str) -> dict[str, Any]:
 def differing(arms: Sequence[Arm]) -> list[str]:
     """List the settings in which arms differ, `models` among them."""
     names = [f.name for f in fields(Arm) if f.name != "name"]
-    return [name for name in names if len({getattr(arm, name) for arm in arms}) > 1]
+    return [
+        name
+        for name in names
+        if any(getattr(arm, name) != getattr(arms[0], name) for arm in arms[1:])
+    ]
 
 
 def _variation(text: str) -> tuple[str, list[Any]]:
