@@ -932,3 +932,25 @@ def test_what_is_no_setting_of_sampling_is_not_read(tmp_path):
     (tmp_path / "zsnr.json").write_text(json.dumps({"format": 2}))
     with pytest.raises(ValueError, match="not of format 1"):
         sampling_of(str(tmp_path))
+
+
+def test_a_model_on_the_hub_declares_its_sampling(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    path = tmp_path / "zsnr.json"
+    path.write_text(json.dumps({"format": 1, "sampling": {"num_steps": 4}}))
+    asked = []
+
+    def download(source, name):
+        asked.append((source, name))
+        if source == "me/other":
+            raise OSError("there is none")
+        return str(path)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    for _ in range(2):
+        assert sampling_of("me/model") == {"num_steps": 4}
+        assert sampling_of("me/other") == {}
+    assert asked == [("me/model", "zsnr.json"), ("me/other", "zsnr.json")]
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: object())
+    assert sampling_of("me/third") == {}

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, get_args
@@ -308,9 +308,17 @@ def fetch_file(source: str, name: str) -> Path | None:
     """Find an optional file of a local folder, or of a hub id, from which it is downloaded."""
     if Path(source).exists() or source.startswith((".", "/", "~")):
         return find_file(source, None, name)
-    from huggingface_hub import hf_hub_download
+    return _fetch_from_hub(source, name)
+
+
+@cache  # without network, each attempt takes half a minute
+def _fetch_from_hub(source: str, name: str) -> Path | None:
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     try:
+        known = try_to_load_from_cache(source, name)
+        if known is not None:  # a path, or a mark that the cached revision does not have the file
+            return Path(known) if isinstance(known, str) else None
         return Path(hf_hub_download(source, name))
     except Exception:  # without it, or without network; whether the model is there, its parts tell
         return None
