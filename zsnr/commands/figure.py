@@ -80,7 +80,7 @@ def figure(
         codec_subfolder: Folder of the codec inside --codec, such as vae.
         device: Device to sample on. Default: the GPU if there is one.
     """
-    from zsnr.reports.compare import check_pictures
+    from zsnr.reports.compare import check_images
     from zsnr.reports.figures import draw_figure, draw_schedule
 
     path = Path(output).expanduser()
@@ -103,7 +103,7 @@ def figure(
         others: dict[str, Any] = {"prompt": prompt or None, "count": count, "device": device}
         refuse(others, "has no effect in Figure 2")
         if sources is not None:
-            check_pictures(list(sources))
+            check_images(list(sources))
         draw_schedule(model or betas or "scaled_linear", num_steps or 10, path)
         return path
     if model is None and sources is None:

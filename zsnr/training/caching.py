@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from zsnr.codecs import LatentCodec
 from zsnr.conditioning import Conditioner
-from zsnr.data.cache import Cache, filter_facts, picture_facts, shard_files, write_cache
+from zsnr.data.cache import Cache, filter_facts, image_facts, shard_files, write_cache
 from zsnr.data.faults import check_budget, summarize
 from zsnr.locks import Lock
 from zsnr.training.data import DataModule, describe_samples
@@ -83,7 +83,7 @@ def run_cache(
             codec=codec.fingerprint(),
             conditioner=None if conditioner is None else conditioner.fingerprint(),
             captions=None if conditioner is None else asdict(data.captions),
-            picture=picture_facts(data.image_size, data.aspect, data.pixels),
+            images=image_facts(data.image_size, data.aspect, data.pixels),
             filters=filter_facts(data.filters),
             samples=samples.digest,
             dtype=dtype,
