@@ -361,7 +361,7 @@ def test_an_own_sampler_by_its_class_path(run, folder, tmp_path, monkeypatch):
         (["--model.sampling.sampler.eta=0.5"], "Known: DDIM, DDPM, DEIS, DPMpp2M"),
         (["--num-steps=0"], "num_steps=0: wanted an int of at least 1"),
         (["--sampler", "plms"], "Sampler 'plms' is unknown. Known: 'ddim'"),
-        (["--model.codec.init_args.patchsize=3"], "model.codec has no `patchsize`. Did you mean"),
+        (["--model.codec.init_args.patchsize=3"], "Did you mean model.codec.init_args.patch_size?"),
         (["--model.schedule.betas=sigmoid"], "'linear', 'cosine', 'scaled_linear'"),
         (["--trainer.max_steps=many"], "trainer.max_steps"),
         (["--model.prediction_type=epsilon"], "no x_0 at t=999"),

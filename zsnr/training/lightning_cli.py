@@ -442,7 +442,7 @@ def _prepare(arguments: Sequence[str]) -> list[str]:
     quiet_lightning()
     read_safely()
     settings = expand_short_options(arguments)[1:]
-    check_configs(settings)
+    check_configs(settings, complete=arguments[0] == "fit")
     if all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID")):
         for line in list_overrides(settings):
             print(line, file=sys.stderr)
