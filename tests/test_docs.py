@@ -26,10 +26,9 @@ from PIL import Image
 import zsnr
 from zsnr import __version__
 from zsnr.cli import main
-from zsnr.training.caching import build
 from zsnr.training.data import DataModule
 from zsnr.training.help import describe_settings
-from zsnr.training.lightning_cli import parse_fit
+from zsnr.training.lightning_cli import build, parse_fit
 from zsnr.training.settings import GROUPS
 from zsnr.training.tags import description
 
