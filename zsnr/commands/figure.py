@@ -26,6 +26,7 @@ def figure(
     prompt: Sequence[str] = (),
     count: int | None = None,
     schedule: Literal["original", "rescaled"] | None = None,
+    num_steps: int | None = None,
     seed: int = 0,
     samples: int = 1000,
     image_size: int | None = None,
@@ -70,15 +71,15 @@ def figure(
             asset:openmoji_vae, or pixels. Default: pixels.
         codec_subfolder: Folder of the codec inside --codec, such as vae.
         device: Device to sample on. Default: the GPU if there is one.
-        **sampling: How to sample, such as num_steps=8.
+        **sampling: How to sample otherwise, such as spacing="trailing".
     """
     from zsnr.reports.compare import check_images
     from zsnr.reports.figures import draw_figure, draw_schedule
 
     path = Path(output).expanduser()
     settings = read_sampling(sampling, SamplerOptions)
-    if schedule is not None:
-        settings["schedule"] = schedule
+    given = {"schedule": schedule, "num_steps": num_steps}
+    settings |= {name: value for name, value in given.items() if value is not None}
     refuse({name: settings.get(name) for name in _FIXED[number]}, f"is not free in Figure {number}")
     sources = [oracle] if isinstance(oracle, str) else oracle
     if sources is None:
@@ -91,7 +92,7 @@ def figure(
         refuse(others, "has no effect in Figure 2")
         if sources is not None:
             check_images(list(sources))
-        draw_schedule(model or betas or "scaled_linear", settings.get("num_steps") or 10, path)
+        draw_schedule(model or betas or "scaled_linear", num_steps or 10, path)
         return path
     if model is None and sources is None:
         raise ValueError(f"Figure {number} needs --model MODEL or --oracle SHARDS.")

@@ -13,17 +13,12 @@ if TYPE_CHECKING:
 
 
 class SamplerOptions(TypedDict, total=False):
-    """Sampler, timesteps and guidance; what is left out or None is as the model declares."""
+    """Sampler, spacing and guidance; what is left out or None is as the model declares."""
 
     sampler: Annotated[
         str | None,
         """The sampler, such as ddim, multiscale or euler; auto chooses sampler and spacing for the
         number of steps and the guidance scale.""",
-    ]
-    num_steps: Annotated[
-        int | None,
-        """Number of sampling steps. It is enough to set this alone: where sampler and spacing are
-        auto, they follow from it.""",
     ]
     spacing: Annotated[
         str | None,
@@ -34,8 +29,13 @@ class SamplerOptions(TypedDict, total=False):
 
 
 class SamplingOptions(SamplerOptions, total=False):
-    """All options of sampling: those of `SamplerOptions`, and the rest of `Guidance`."""
+    """All options of sampling: those of `SamplerOptions`, the steps, the rest of `Guidance`."""
 
+    num_steps: Annotated[
+        int | None,
+        """Number of sampling steps. It is enough to set this alone: where sampler and spacing are
+        auto, they follow from it.""",
+    ]
     guidance_interval: Annotated[
         str | tuple[float, float] | None,
         "Noise levels sigma / alpha that are guided, such as 0.3:inf.",

@@ -78,7 +78,7 @@ def make_parser(command: str, function: Callable[..., Any]) -> ArgumentParser:
         hint, shared = parameter.annotation, ""
         if get_origin(hint) is Annotated:
             hint, shared = get_args(hint)
-        text = " ".join(texts.get(name, shared).split()).replace("%", "%%")
+        text = " ".join((shared or texts.get(name, "")).split()).replace("%", "%%")
         if name == _SETTINGS:
             parser.epilog = f"Other options such as --data.val FOLDER: {text}"
         else:
