@@ -10,7 +10,7 @@ import yaml
 
 from zsnr.checkpoints.checkpoint_file import describe_model
 from zsnr.cli import main
-from zsnr.training.configs import list_overrides
+from zsnr.training.configs import check_configs, list_overrides
 from zsnr.training.from_checkpoint import checkpoint_config, sampling_config
 from zsnr.training.help import help_text
 from zsnr.training.lightning_cli import parse_fit
@@ -333,6 +333,20 @@ def test_a_typical_mistake_names_the_setting_and_the_way_out(typed, answer):
         parse_fit(["-c", TINY, *words])
     assert not [word for word in INTERNALS if word in str(error.value)]
     assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_may_name_the_class_of_an_argument(tmp_path, capsys):
+    check_configs(["--model.codec.init_args.scale=2"], complete=False)
+    with pytest.raises(ValueError, match="Did you mean model.codec.init_args?"):
+        check_configs(["--model.codec.init_arg.scale=2"], complete=False)
+    path = write_checkpoint(tmp_path / "checkpoints" / "a.ckpt")
+    predict = ["predict", "--ckpt_path", str(path), "--prompts=x", "--output=x"]
+    for typed, answer in {
+        "--model.codec.init_args.patch=4": "model.codec.init_args has no `patch`. Did you mean",
+        "--trainer.strategy.init_args.x=4": "trainer.strategy names no class, so it has no `x`",
+    }.items():
+        assert main([*predict, typed]) == 2
+        assert answer in capsys.readouterr().err
 
 
 def test_an_option_of_a_list_is_one_of_its_last_class():

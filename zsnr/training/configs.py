@@ -250,8 +250,13 @@ class _Check:
                     f"{where} names no class, so it has no `{_said(parts[-1])}`: name one first, "
                     f"as in --{where} CLASS.{_known(CLASSES.get(where, object))}"
                 )
-            if cls is None:
-                return  # a class that is not known here
+            if cls is None:  # a class that is not known here
+                near = difflib.get_close_matches(part, _CLASS_KEYS, n=1, cutoff=0.8)
+                if is_class and near and near[0] != part:
+                    raise ValueError(
+                        f"{said} has no `{_said(part)}`. Did you mean {said}.{near[0]}?"
+                    )
+                return
             if is_class and part == "dict_kwargs":
                 _check_takes_any(cls, where)
                 return

@@ -34,6 +34,12 @@ def short_message(message: str) -> str:
     """
     line = " ".join(message.split())
     keys = _KEY.findall(line)
+    nested = re.search(r"NestedArg\(key='([\w.]+)'", line)
+    if nested and keys and ("dot import path" in line or "is abstract" in line):
+        return (
+            f"{keys[0]} names no class, so it has no `{nested[1]}`: name one first, as in "
+            f"--{keys[0]} CLASS."
+        )
     for suffix, base in BASES.items():
         wrong = "import path" in line or "Not a valid subclass" in line
         if keys and keys[0].endswith(suffix) and wrong:
