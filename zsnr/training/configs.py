@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib
-import inspect
 import math
 import re
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -33,34 +30,17 @@ from zsnr.training.settings import (
     is_scalar,
     item_of,
     known_classes,
-    names,
     options_of,
     settings_of,
     words_for,
 )
 from zsnr.training.short_options import SHORT_OPTIONS, option_values
+from zsnr.training.suggestions import ELSEWHERE, find_class, known_text, no_class, suggest
 from zsnr.untrusted import clipped, compose_yaml, parse_yaml, read_yaml_text, shown
 
 _TAG = "tag:yaml.org,2002:"
 _NUMBERS = (int, float)
 _ORDINALS = ("first", "second", "third", "fourth", "fifth")
-# What people call settings elsewhere
-_ELSEWHERE = {
-    **dict.fromkeys(
-        ("lr", "learning_rate"), "--lr, or model.optimizer.init_args.lr in a YAML file"
-    ),
-    **dict.fromkeys(("steps", "epochs", "max_train_steps", "num_epochs"), "--max-steps"),
-    **dict.fromkeys(("train_batch_size", "batch", "bs"), "--batch-size"),
-    **dict.fromkeys(("resolution", "size"), "--data.image_size"),
-    **dict.fromkeys(("gpus", "num_gpus"), "--trainer.devices"),
-    **dict.fromkeys(("resume", "resume_from_checkpoint", "checkpoint"), "--ckpt_path"),
-    **dict.fromkeys(("train_data_dir", "dataset", "train"), "--data.train"),
-    **dict.fromkeys(("cfg", "cfg_scale", "guidance", "guidance_scale"), "--guidance-scale"),
-    **dict.fromkeys(("output_dir", "out", "root"), "--trainer.default_root_dir"),
-    **dict.fromkeys(("mixed_precision", "precision", "fp16", "bf16"), "--trainer.precision"),
-    "optimizer": "--model.optimizer",
-    "lr_scheduler": "--model.learning_rate.decay",
-}
 _CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 _LEARNING_RATE = "The learning rate itself is --lr, or model.optimizer.init_args.lr in a YAML file."
 
@@ -199,7 +179,7 @@ class _Check:
         for name, value in _entries(node).items():
             group = name.partition(".")[0]
             if group not in (*GROUPS, *LOOSE):
-                hint = _suggest(name, {each: f"`{each}`" for each in (*GROUPS, *LOOSE)})
+                hint = suggest(name, {each: f"`{each}`" for each in (*GROUPS, *LOOSE)})
                 raise ValueError(f"there is no `{_said(name)}`. {hint}")
             if name in GROUPS and not isinstance(value, yaml.MappingNode):
                 raise ValueError(f"{name} is {_kind(value)}: wanted settings by name.")
@@ -223,7 +203,7 @@ class _Check:
         if not dot or group not in GROUPS:
             known = [short for short in SHORT_OPTIONS if short.startswith("--")]
             known += [f"--{setting}" for setting in (*LOOSE, "config", "help", "print_config")]
-            hint = _suggest(f"--{name}", {each: each for each in known})
+            hint = suggest(f"--{name}", {each: each for each in known})
             raise ValueError(f"There is no option --{_said(name)}. {hint}")
         if text is None:
             raise ValueError(f"--{name} needs a value.")
@@ -248,7 +228,7 @@ class _Check:
             if is_class and self.complete and where not in self.classes:
                 raise ValueError(
                     f"{where} names no class, so it has no `{_said(parts[-1])}`: name one first, "
-                    f"as in --{where} CLASS.{_known(CLASSES.get(where, object))}"
+                    f"as in --{where} CLASS.{known_text(CLASSES.get(where, object))}"
                 )
             if cls is None:  # a class that is not known here
                 near = difflib.get_close_matches(part, _CLASS_KEYS, n=1, cutoff=0.8)
@@ -299,8 +279,8 @@ class _Check:
             each: f"{place}.{each}" if dotted else f"`{each}`" for each in (*hints, *beside)
         }
         if where == "model.optimizer":
-            siblings["learning_rate"] = _ELSEWHERE["learning_rate"]
-        hint = _suggest(name, siblings, elsewhere=not is_class)
+            siblings["learning_rate"] = ELSEWHERE["learning_rate"]
+        hint = suggest(name, siblings, elsewhere=not is_class)
         raise ValueError(f"{place} has no `{_said(name)}`. {hint}")
 
     def _settings(self, node: Any, hint: Any, where: str) -> None:
@@ -327,7 +307,7 @@ class _Check:
             if name not in _CLASS_KEYS:
                 siblings = {each: f"`{each}`" for each in _CLASS_KEYS}
                 siblings |= {each: f"`init_args: {{{each}: ...}}`" for each in names}
-                hint = _suggest(name, siblings, elsewhere=False)
+                hint = suggest(name, siblings, elsewhere=False)
                 raise ValueError(f"{where} has no `{_said(name)}` beside class_path. {hint}")
             if name == "init_args":
                 self._arguments(inside, cls, where, f"{where}.init_args")
@@ -383,7 +363,7 @@ class _Check:
         if kind != "str":
             if (type(None) in options and kind == "null") or (bool in options and kind == "bool"):
                 return
-            raise ValueError(_no_class(where, word, CLASSES[where]))
+            raise ValueError(no_class(where, word, CLASSES[where]))
         if word in known:
             self.classes.pop(where, None)
             return
@@ -450,61 +430,6 @@ class _Check:
             raise ValueError(f"{where}: `{said}` is unknown: wanted a number, a list or auto.")
 
 
-def find_class(path: Any, base: type[Any], where: str) -> Any:
-    """Return the class that a config names.
-
-    Args:
-        path: Its name or import path.
-        base: What it must be derived from, unless it is a function.
-        where: The setting, for the message.
-
-    Raises:
-        ValueError: There is no such class; suggests one.
-    """
-    if not isinstance(path, str):
-        raise ValueError(_no_class(where, "", base))
-    module, _, name = path.rpartition(".")
-    if not module:
-        cls = known_classes(base).get(name) if base is not object else None
-        if cls is None and base is not object:
-            raise ValueError(_no_class(where, path, base))
-        return cls
-    try:
-        cls = getattr(importlib.import_module(module), name)
-    except AttributeError:
-        raise ValueError(_no_class(where, path, base)) from None
-    except Exception as error:
-        hint = (
-            f" Did you mean {name}?" if base is not object and name in known_classes(base) else ""
-        )
-        raise ValueError(
-            f"{where}: {shown(path)} cannot be imported: {clipped(str(error))}.{hint}"
-        ) from error
-    if isinstance(cls, type) and not issubclass(cls, base):
-        raise ValueError(f"{where}: {shown(path)} is not a {base.__name__}.")
-    return cls
-
-
-def _no_class(where: str, path: str, base: type[Any]) -> str:
-    module, _, name = path.rpartition(".")
-    near = difflib.get_close_matches(name, known_classes(base) if base is not object else (), n=1)
-    if not near and module in sys.modules:
-        beside = [
-            each for each, value in vars(sys.modules[module]).items() if inspect.isclass(value)
-        ]
-        near = [f"{module}.{each}" for each in difflib.get_close_matches(name, beside, n=1)]
-    hint = f" Did you mean {near[0]}?" if near else ""
-    setting = where.removeprefix("--")
-    return f"{setting}: there is no class {shown(path)}.{hint}{_known(base)}"
-
-
-def _known(base: type[Any]) -> str:
-    """Say which classes a config may name, where something is known of them."""
-    known = known_classes(base) if base is not object else {}
-    listed = ", ".join(known) if len(known) < 25 else f"the names of {base.__name__} classes"
-    return f" Known: {listed}, or the import path of your own." if known else ""
-
-
 def _check_takes_any(cls: Any, where: str) -> None:
     """Refuse dict_kwargs of a class that takes no other arguments than those it names."""
     settings, takes_any = settings_of(cls)
@@ -535,36 +460,6 @@ def _is_class(hint: Any) -> bool:
 def _listed(where: str) -> str:
     """Return the setting whose value is the list that an item stands in."""
     return re.sub(r"\[\d+\]$", "", where)
-
-
-def _suggest(called: str, siblings: Mapping[str, str], elsewhere: bool = True) -> str:
-    """Say what setting was probably meant.
-
-    Args:
-        called: The name that does not exist.
-        siblings: The names that exist at the same place, and how a suggestion spells each.
-        elsewhere: Whether it may be a setting of another place.
-    """
-    plain = called.lstrip("-").replace("-", "_").lower()
-    last = plain.rpartition(".")[2]
-    if elsewhere and last in _ELSEWHERE:
-        return f"Did you mean {_ELSEWHERE[last]}?"
-    near = difflib.get_close_matches(called, siblings, n=1, cutoff=0.75)
-    same = [each for each in names() if elsewhere and each.rpartition(".")[2] == last]
-    if not near and same:
-        return f"Did you mean {same[0]}?"
-    near = near or [each for each in siblings if each.startswith(f"{plain}_")]
-    near = near or difflib.get_close_matches(called, siblings, n=1, cutoff=0.65)
-    if near:
-        return f"Did you mean {siblings[near[0]]}?"
-    dotted = {each.rpartition(".")[2]: each for each in reversed(names())} if elsewhere else {}
-    near = difflib.get_close_matches(last, dotted, n=1, cutoff=0.75)
-    if near:
-        return f"Did you mean {dotted[near[0]]}?"
-    if called.startswith("--"):
-        return "`zsnr fit --help` shows the options."
-    known = [each for each, spelled in siblings.items() if not spelled.startswith("--")]
-    return f"Known: {', '.join(known)}."
 
 
 def _entries(node: Any) -> dict[str, Any]:

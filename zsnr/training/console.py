@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tqdm import tqdm
 
 from zsnr.files import side_file
-from zsnr.progress import duration
+from zsnr.progress import counted, duration
 from zsnr.training.checkpointing import Checkpoints, find_last
 
 LOG = "fit.log"
@@ -317,11 +317,6 @@ def print_summary(trainer: L.Trainer, stopped: bool) -> None:
     if early and last is not None:
         print("resume: run the same command with --ckpt_path last")
     sys.stdout.flush()
-
-
-def counted(number: int, noun: str) -> str:
-    """Say a number of things."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _images(trainer: L.Trainer) -> int:
