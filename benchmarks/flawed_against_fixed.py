@@ -130,7 +130,7 @@ def table(facts: dict[str, Any], exact: dict[str, Any]) -> str:
         [
             *lines,
             "",
-            f"{floor['pictures']} images of each arm. The same number drawn from the data has an "
+            f"{floor['images']} images of each arm. The same number drawn from the data has an "
             f"expected W1 of {floor['mean']:.3f} (95 % are below {floor['p95']:.3f}); for a single "
             "seed it is higher.",
         ]
@@ -145,10 +145,10 @@ def draw(facts: dict[str, Any], folder: Path, output: Path, count: int = 10) -> 
     """Draw the first images of each arm's first model, without selection."""
     rows, names = [], []
     for arm in facts["arms"]:
-        files = [folder / picture["file"] for picture in arm["pictures"][:count]]
+        files = [folder / image["file"] for image in arm["images"][:count]]
         rows.append([Image.open(file).convert("RGB") for file in files])
         names.append(f"{arm['name']}\nW1 {arm['w1']['estimate']:.2f}")
-    columns = [f"seed {picture['seed']}" for picture in facts["arms"][0]["pictures"][:count]]
+    columns = [f"seed {image['seed']}" for image in facts["arms"][0]["images"][:count]]
     title = "Images without a prompt: the same data, steps, learning rate and seeds"
     save_figure(panel_figure(rows, names, columns, title), output)
 

@@ -9,13 +9,11 @@ from __future__ import annotations
 import contextlib
 import html
 import io
-import logging
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import UnionType
@@ -99,29 +97,6 @@ def commands() -> str:
     return "\n".join(sections)
 
 
-def fit_settings() -> list[Any]:
-    """List the actions of the parser of `zsnr fit`, one a setting."""
-    from zsnr.training.data import DataModule
-    from zsnr.training.lightning_cli import ZsnrCLI
-    from zsnr.training.module import LatentDiffusion
-
-    class OnlyParser(ZsnrCLI):
-        """Builds the parser, and nothing that it describes."""
-
-        def before_instantiate_classes(self) -> None:
-            """Check nothing."""
-
-        def instantiate_classes(self) -> None:
-            """Make nothing."""
-
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # "Seed set to 0"
-    tiny = str(ROOT / "configs/tiny.yaml")
-    cli = OnlyParser(
-        LatentDiffusion, DataModule, run=False, args=["-c", tiny], save_config_callback=None
-    )
-    return [action for action in cli.parser._actions if type(action).__name__ == "ActionTypeHint"]
-
-
 def type_name(annotation: Any) -> str:
     """Write a type as a reader would: names without modules, choices as they are."""
     if annotation is type(None):
@@ -130,7 +105,8 @@ def type_name(annotation: Any) -> str:
     if origin is Literal:
         return " or ".join(f"`{choice}`" for choice in arguments)
     if origin in (Union, UnionType):
-        return " or ".join(dict.fromkeys(type_name(one) for one in arguments))
+        options = (option for one in arguments for option in type_name(one).split(" or "))
+        return " or ".join(dict.fromkeys(options))
     if origin is not None and origin is not Annotated:
         if getattr(origin, "__name__", "") == "Callable":
             return "class"
@@ -143,32 +119,21 @@ def type_name(annotation: Any) -> str:
 
 
 def configuration() -> str:
-    """Write the settings of `zsnr fit` by group: name, type and default, then the help."""
-    groups: dict[str, list[str]] = {}
-    for action in fit_settings():
-        group, _, rest = action.dest.partition(".")
-        if not rest or "SUPPRESS" in f"{action.default} {action.help}":
-            continue
-        shown = "required" if action.required else f"default `{default_text(action.default)}`"
-        text = " ".join(str(action.help or "").split()).replace("%%", "%")
-        groups.setdefault(group, []).append(
-            f"`{action.dest}` · {type_name(getattr(action, '_typehint', None))} · {shown}\n"
-            f":   {html.escape(text, quote=False) or 'See the class.'}\n"
-        )
-    return "\n".join(f"## {group}\n\n" + "\n".join(rows) for group, rows in groups.items())
+    """Write the settings of `zsnr fit` by group, as `zsnr fit --help GROUP` describes them."""
+    from zsnr.training.help import GROUP_TEXTS, describe_settings
 
-
-def default_text(value: Any) -> str:
-    """Write a default as YAML would."""
-    if isinstance(value, bool) or value is None:
-        return {None: "null", True: "true", False: "false"}[value]
-    if hasattr(value, "as_dict"):
-        value = value.as_dict()
-    if isinstance(value, dict):
-        return ", ".join(f"{name}: {default_text(one)}" for name, one in value.items())
-    if is_dataclass(value):
-        return default_text({f.name: getattr(value, f.name) for f in fields(value) if f.init})
-    return getattr(value, "__name__", str(value))
+    sections = []
+    for group, about in GROUP_TEXTS.items():
+        sections.append(f"## {group}\n\n{about}\n")
+        for setting in describe_settings(group):
+            default = {"": "required", None: "settings by name"}.get(
+                setting.default, f"default `{setting.default}`"
+            )
+            sections.append(
+                f"`{group}.{setting.name}` · {type_name(setting.hint)} · {default}\n"
+                f":   {html.escape(setting.text, quote=False) or 'See the class.'}\n"
+            )
+    return "\n".join(sections)
 
 
 def row(*cells: str) -> str:

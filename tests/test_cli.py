@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import get_type_hints
 
@@ -19,7 +20,9 @@ from PIL import Image
 
 from zsnr.checkpoints.checkpoint_file import sampling_of
 from zsnr.cli import COMMANDS, GROUPS, TRAINING, find_function, main
-from zsnr.commands.parsing import make_parser, parse_arguments
+from zsnr.commands.figure import figure
+from zsnr.commands.options import SamplerOptions, SamplingOptions
+from zsnr.commands.parsing import make_parser, parameters_of, parse_arguments
 from zsnr.commands.sample import sample
 from zsnr.guidance import Guidance
 from zsnr.pipeline import TextToImage
@@ -362,7 +365,7 @@ def test_an_own_sampler_by_its_class_path(run, folder, tmp_path, monkeypatch):
         (["--model.sampling.sampler.eta=0.5"], "Known: DDIM, DDPM, DEIS, DPMpp2M"),
         (["--num-steps=0"], "num_steps=0: wanted an int of at least 1"),
         (["--sampler", "plms"], "Sampler 'plms' is unknown. Known: 'ddim'"),
-        (["--model.codec.init_args.patchsize=3"], "model.codec has no `patchsize`. Did you mean"),
+        (["--model.codec.init_args.patchsize=3"], "Did you mean model.codec.init_args.patch_size?"),
         (["--model.schedule.betas=sigmoid"], "'linear', 'cosine', 'scaled_linear'"),
         (["--trainer.max_steps=many"], "trainer.max_steps"),
         (["--model.prediction_type=epsilon"], "no x_0 at t=999"),
@@ -472,8 +475,8 @@ FUNCTIONS = [name for name in COMMANDS if name not in TRAINING]
 def test_the_help_of_a_command_describes_every_parameter_of_its_function(command, capsys):
     function = find_function(command)
     hints = get_type_hints(function)
-    parameters = inspect.signature(function).parameters
-    assert hints.keys() == {*parameters, "return"}
+    assert hints.keys() == {*inspect.signature(function).parameters, "return"}
+    parameters = parameters_of(function)
     with pytest.raises(SystemExit) as end:
         main([*command.split(), "--help"])
     assert end.value.code == 0
@@ -537,6 +540,32 @@ def test_arguments_may_stand_anywhere_and_begin_with_a_minus_sign():
     )
     assert (values["guidance_curve"], values["output"], as_json) == ("-6:1/0:7.5", "out", True)
     assert values["prompts"] == ["a", "a - b", "-b"]
+
+
+def test_commands_share_the_options_of_sampling():
+    parsers = {
+        name: make_parser(name, find_function(name))
+        for name in ("sample", "compare models", "figure")
+    }
+    helps = {
+        name: {action.dest: action.help for action in parser._actions}
+        for name, parser in parsers.items()
+    }
+    shared = get_type_hints(SamplingOptions)
+    assert shared.keys() == {
+        *("sampler", "num_steps", "spacing"),
+        *(f"guidance_{option.name}" for option in fields(Guidance)),
+    }
+    for name in shared:
+        assert helps["sample"][name] == helps["compare models"][name]
+        of_figure = name in get_type_hints(SamplerOptions) or name == "num_steps"
+        assert (name in helps["figure"]) == of_figure
+    assert "10 in Figure 5" in helps["figure"]["num_steps"]  # a text of its own
+    values, _ = parse_arguments(
+        "figure", find_function("figure"), ["5", "-o", "x", "--guidance-scale", "3", "--seed=-1"]
+    )
+    given = {"number": 5, "output": "x", "guidance_scale": 3.0, "seed": -1, "samples": 1000}
+    assert values == given
 
 
 # --- sample, and one default of all ------------------------------------------------------------
@@ -628,6 +657,13 @@ def test_the_images_of_each_prompt_have_the_same_seeds_everywhere(
         "00002-8.png",
     ]
     assert Previews([one, two, one]).seeds == [0, 0, 1]
+
+
+def test_a_mistyped_option_of_the_function_is_an_error(run, tmp_path):
+    with pytest.raises(TypeError, match="no option 'num_step' of sampling; did you mean num_steps"):
+        sample(str(run), ["a"], output=tmp_path / "out", num_step=2)
+    with pytest.raises(TypeError, match="no option 'guidance_method' of sampling"):
+        figure(5, output=tmp_path / "x.png", model=str(run), guidance_method="apg")
 
 
 def test_sample_of_a_diffusers_folder_is_the_papers(tmp_path, capsys):

@@ -266,14 +266,14 @@ def test_numbers_are_those_of_a_hand():
     assert a["order"] == {**judged, **order}
     order = {"in_order": 0, "wrong": [["dark", "bright"]], "range": pytest.approx(-0.25)}
     assert b["order"] == {**judged, **order}
-    assert facts["data"]["mean_luma_by_picture"] == pytest.approx([-1, 0, 0, 1])
-    assert [p["mean_luma"] for p in b["pictures"]] == pytest.approx([0.25, 0.25, 0, 0])
+    assert facts["data"]["mean_luma_by_image"] == pytest.approx([-1, 0, 0, 1])
+    assert [p["mean_luma"] for p in b["images"]] == pytest.approx([0.25, 0.25, 0, 0])
 
 
 def test_one_value_in_all_draws_has_an_interval_of_no_width():
     facts = measure_arms([outcome("a", [0.5] * 4)], REQUESTS, flat([0.0, 0.0]))
     assert facts["arms"][0]["w1"] == pytest.approx({"estimate": 0.5, "low": 0.5, "high": 0.5})
-    assert facts["data"]["noise_floor"] == {"pictures": 4, "mean": 0.0, "p95": 0.0}
+    assert facts["data"]["noise_floor"] == {"images": 4, "mean": 0.0, "p95": 0.0}
 
 
 def test_models_are_drawn_before_their_pictures():
@@ -282,9 +282,9 @@ def test_models_are_drawn_before_their_pictures():
     arm = facts["arms"][0]
     assert arm["w1"] == pytest.approx({"estimate": 0.4, "low": 0.2, "high": 0.6}, abs=1e-6)
     assert [model["w1"]["estimate"] for model in arm["by_model"]] == pytest.approx([0.2, 0.6])
-    assert len(arm["pictures"]) == 8
+    assert len(arm["images"]) == 8
     # drawn without regard to models, 8 pictures would nearly never be all alike
-    assert facts["data"]["noise_floor"]["pictures"] == 8
+    assert facts["data"]["noise_floor"]["images"] == 8
 
 
 def test_the_floor_is_what_draws_of_the_data_have():
@@ -411,9 +411,9 @@ def test_a_toy_that_does_as_it_is_told(folder, tmp_path, monkeypatch):
     assert "These prompts ask for a brightness of their own" in page.text
     assert page.captions[2] == "1. seed 3, luma -0.69"
     saved = sorted(str(p.relative_to(out)) for p in out.rglob("*.png"))
-    assert saved == sorted(p["file"] for arm in facts["arms"] for p in arm["pictures"])
+    assert saved == sorted(p["file"] for arm in facts["arms"] for p in arm["images"])
     assert len(saved) == 9
-    with Image.open(out / pale["pictures"][5]["file"]) as image:
+    with Image.open(out / pale["images"][5]["file"]) as image:
         assert image.getpixel((3, 3)) == (240, 240, 240)
 
 
@@ -428,7 +428,7 @@ def test_a_model_s_settings_through_the_one_sampling_path(folder, tmp_path, caps
     for arm, schedule in zip(facts["arms"], (ORIGINAL, FIXED), strict=True):
         pipe = TextToImage.from_pretrained(folder / "b.ckpt", schedule)
         wanted = pipe([""], seeds=[5], num_steps=2, progress=False)[0]
-        with Image.open(out / arm["pictures"][0]["file"]) as image:
+        with Image.open(out / arm["images"][0]["file"]) as image:
             assert np.abs(np.asarray(image, int) - np.asarray(wanted, int)).max() <= 1
             made = json.loads(image.info["zsnr"])
         assert NoiseSchedule(**made["schedule"]) == schedule
@@ -458,7 +458,7 @@ def test_the_page_shows_what_differs_in_guidance(folder, tmp_path):
     last = facts["arms"][3]
     assert last["settings"]["guidance_interval"] == [0.3, None]
     assert last["settings"]["guidance_method"] == "apg"
-    with Image.open(out / last["pictures"][0]["file"]) as image:
+    with Image.open(out / last["images"][0]["file"]) as image:
         made = json.loads(image.info["zsnr"])
     assert (made["guidance_method"], made["guidance_threshold"]) == ("apg", 0.995)
     page = Page(out / "index.html")
@@ -477,7 +477,7 @@ def test_prompts_of_the_data_are_the_same_each_time(folder, tmp_path):
         options = ["--data", str(folder / "shards"), "--prompts", "data", "--num-prompts", "4"]
         assert compare(folder, "b.ckpt", *options, "--output", str(out)) == 0
         facts = json.loads((out / "compare.json").read_text())
-        drawn.append([(p["prompt"], p["seed"]) for p in facts["arms"][0]["pictures"]])
+        drawn.append([(p["prompt"], p["seed"]) for p in facts["arms"][0]["images"]])
     assert drawn[0] == drawn[1]
     assert len({prompt for prompt, _ in drawn[0]}) == 4
     assert all(re.fullmatch("grey [0-8]", prompt) for prompt, _ in drawn[0])

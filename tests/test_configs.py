@@ -10,7 +10,7 @@ import yaml
 
 from zsnr.checkpoints.checkpoint_file import describe_model
 from zsnr.cli import main
-from zsnr.training.configs import list_overrides
+from zsnr.training.configs import check_configs, list_overrides
 from zsnr.training.from_checkpoint import checkpoint_config, sampling_config
 from zsnr.training.help import help_text
 from zsnr.training.lightning_cli import parse_fit
@@ -78,6 +78,72 @@ ORIGINAL = "model:\n  target: ldm.models.LatentDiffusion\n  params: {parameteriz
             "model: {codec: {class_path: PixelCodec, init_args: {patchsize: 2}}}",
             "model.codec.init_args has no `patchsize`. Did you mean `patch_size`",
         ),
+        # Classes and their arguments, at any depth
+        ("model: {codec: {patch: 2}}", "model.codec has no `patch`. Did you mean `patch_size`"),
+        (
+            "model: {codec: {init_args: {patch: 2}}}",
+            "model.codec.init_args has no `patch`. Did you mean `patch_size`",
+        ),
+        (
+            "model: {codec.init_args.patch: 2}",
+            "Did you mean model.codec.init_args.patch_size",
+        ),
+        (
+            "model: {codec: {class_path: PixelCodec, patch_size: 2}}",
+            "no `patch_size` beside class_path. Did you mean `init_args: {patch_size: ...}`",
+        ),
+        (
+            "model: {codec: {class_path: PixelCodec, init_arg: {patch_size: 2}}}",
+            "model.codec has no `init_arg` beside class_path. Did you mean `init_args`",
+        ),
+        (
+            "model: {codec: {init_arg: {patch_size: 2}}}",
+            "model.codec has no `init_arg`. Did you mean `init_args`",
+        ),
+        ("model: {codec: {class_pth: PixelCodec}}", "Did you mean `class_path`"),
+        (
+            "model: {codec: {class_path: zsnr.codecs.PixelCodek}}",
+            "there is no class 'zsnr.codecs.PixelCodek'. Did you mean PixelCodec?",
+        ),
+        (
+            "model: {codec: {class_path: zsnr.codec.PixelCodec}}",
+            "No module named 'zsnr.codec'. Did you mean PixelCodec?",
+        ),
+        (
+            "model: {codec: {class_path: PixelCodec, dict_kwargs: {patch_size: 2}}}",
+            "model.codec.dict_kwargs: PixelCodec takes no arguments but those of init_args: patch_",
+        ),
+        (
+            "model: {optimizer: {class_path: AdamW, init_args: {learning_rate: 1}}}",
+            "Did you mean --lr, or model.optimizer.init_args.lr in a YAML file?",
+        ),
+        (
+            "model: {unet: {class_path: zsnr.networks.UNet, init_args: {confg: {}}}}",
+            "model.unet.init_args has no `confg`. Did you mean `config`",
+        ),
+        ("model: {unet: {class_path: zsnr.networks.Unet}}", "Did you mean zsnr.networks.UNet?"),
+        (
+            "trainer: {callbacks: [{class_path: zsnr.training.Previews, init_args: {prompt: a}}]}",
+            "trainer.callbacks[0].init_args has no `prompt`. Did you mean `prompts`",
+        ),
+        (
+            "trainer: {callbacks: [{class_path: zsnr.training.Previewz}]}",
+            "trainer.callbacks[0]: there is no class 'zsnr.training.Previewz'. Did you mean Previ",
+        ),
+        ("trainer: {callbacks: [Previewz]}", "no class 'Previewz'. Did you mean Previews?"),
+        (
+            "trainer: {callbacks: [{init_args: {prompts: [a]}}]}",
+            "trainer.callbacks[0] names no class: wanted class_path, and init_args",
+        ),
+        (
+            "metrics: {features: {class_path: torch.nn.Linear, init_args: {in_feature: 3}}}",
+            "metrics.features.init_args has no `in_feature`. Did you mean `in_features`",
+        ),
+        (
+            "trainer: {profiler: {class_path: lightning.pytorch.profilers.SimpleProfiler, "
+            "init_args: {dirpth: x}}}",
+            "trainer.profiler.init_args has no `dirpth`. Did you mean `dirpath`",
+        ),
         # Shapes
         ("data: {train: {path: a}}", "data.train is a group of settings: wanted text or a list"),
         ("data: {train: [[a]]}", "data.train[0] is a list: wanted"),
@@ -108,7 +174,7 @@ def test_a_wrong_config_names_its_file_and_what_is_wrong(tmp_path, text, message
     path = tmp_path / "mine.yaml"
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(ValueError, match="mine.yaml") as error:
-        parse_fit(["-c", str(path)])
+        parse_fit(["-c", TINY, "-c", str(path)])
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -196,6 +262,33 @@ MISTAKES = [
     ("--model.codec mine.Codec", "'mine.Codec' cannot be imported: No module named 'mine'"),
     ("--model.codec.patchsize 2", "Did you mean model.codec.patch_size?"),
     (
+        "--model.codec.init_args.patch 4",
+        "model.codec.init_args has no `patch`. Did you mean model.codec.init_args.patch_size?",
+    ),
+    ("--model.codec.init_args={patch: 4}", "has no `patch`. Did you mean `patch_size`?"),
+    ("--model.codec.init_args.size 4", "has no `size`. Known: patch_size, scale, shift."),
+    ("--model.codec.init_arg.patch_size 4", "`init_arg`. Did you mean model.codec.init_args?"),
+    ("--model.codec.class_pth PixelCodec", "Did you mean model.codec.class_path?"),
+    ("--model.codec.class_path PixelCodecc", "Did you mean PixelCodec?"),
+    ("--model.codec.dict_kwargs.patch 4", "takes no arguments but those of init_args: patch_size"),
+    (
+        "--model.conditioner.init_args.max_len 4",
+        "Did you mean model.conditioner.init_args.max_length?",
+    ),
+    (
+        "--model.optimizer.init_args.learning_rate 1",
+        "Did you mean --lr, or model.optimizer.init_args.lr in a YAML file?",
+    ),
+    ("--model.optimizer.init_args.momentum 1", "Known: lr, betas, eps, weight_decay, amsgrad, "),
+    ("--model.unet.block 4", "Did you mean model.unet.block_out_channels?"),
+    (
+        "--model.sampling.sampler.init_args.eta 1",
+        "model.sampling.sampler names no class, so it has no `eta`: name one first, as in "
+        "--model.sampling.sampler CLASS.",
+    ),
+    ("--model.sampling.sampler.class_path Huen", "there is no class 'Huen'. Did you mean Heun?"),
+    ("--trainer.callbacks.init_args.every_n_step 4", "trainer.callbacks names no class, so"),
+    (
         "--model.codec.patch_size two",
         "model.codec.patch_size: `two` is text: wanted a whole number",
     ),
@@ -225,7 +318,7 @@ MISTAKES = [
     ),
     ("--data.caption.fields x", "data has no `caption`. Did you mean data.captions?"),
     ("--chekpoint.keep 3", "no option --chekpoint.keep. Did you mean checkpoint.keep?"),
-    ("--metrics.features.class_path mine.Net", "metrics.features: mine.Net: No module named"),
+    ("--metrics.features.class_path mine.Net", "'mine.Net' cannot be imported: No module named"),
     ("data/train", "'data/train' belongs to no option"),
     ("-c", "-c names no file"),
     ("--nonsense 3", "There is no option --nonsense. `zsnr fit --help` shows the options."),
@@ -240,6 +333,46 @@ def test_a_typical_mistake_names_the_setting_and_the_way_out(typed, answer):
         parse_fit(["-c", TINY, *words])
     assert not [word for word in INTERNALS if word in str(error.value)]
     assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_may_name_the_class_of_an_argument(tmp_path, capsys):
+    check_configs(["--model.codec.init_args.scale=2"], complete=False)
+    with pytest.raises(ValueError, match="Did you mean model.codec.init_args?"):
+        check_configs(["--model.codec.init_arg.scale=2"], complete=False)
+    path = write_checkpoint(tmp_path / "checkpoints" / "a.ckpt")
+    predict = ["predict", "--ckpt_path", str(path), "--prompts=x", "--output=x"]
+    for typed, answer in {
+        "--model.codec.init_args.patch=4": "model.codec.init_args has no `patch`. Did you mean",
+        "--trainer.strategy.init_args.x=4": "trainer.strategy names no class, so it has no `x`",
+    }.items():
+        assert main([*predict, typed]) == 2
+        assert answer in capsys.readouterr().err
+
+
+def test_an_option_of_a_list_is_one_of_its_last_class():
+    callback = ["--trainer.callbacks+=zsnr.training.Previews", "--trainer.callbacks.prompts=[a]"]
+    parse_fit(["-c", TINY, *callback, "--trainer.callbacks.init_args.every_n_steps=4"])
+    with pytest.raises(ValueError, match="Did you mean trainer.callbacks.init_args.every_n_steps"):
+        parse_fit(["-c", TINY, *callback, "--trainer.callbacks.init_args.every_n_step=4"])
+
+
+def test_arguments_of_classes_that_are_not_known_beforehand(tmp_path):
+    path = tmp_path / "a.yaml"
+    for text, answer in {
+        # which pass through **kwargs
+        "trainer: {strategy: {class_path: DDPStrategy, init_args: {find_unused: true}}}": (
+            "trainer.strategy.init_args has no `find_unused`. Did you mean `find_unused_parameters`"
+        ),
+        "trainer: {logger: {class_path: TensorBoardLogger, init_args: {save_dirr: x}}}": (
+            "trainer.logger.init_args has no `save_dirr`. Did you mean `save_dir`"
+        ),
+        "model: {sampling: {sampler: {init_args: {eta: 1}}}}": (
+            "model.sampling.sampler names no class: wanted class_path, and init_args"
+        ),
+    }.items():
+        path.write_text(text)
+        with pytest.raises(ValueError, match=re.escape(answer)):
+            parse_fit(["-c", TINY, "-c", str(path)])
 
 
 def test_short_options_stand_for_settings():

@@ -603,7 +603,7 @@ def test_stale_caches_are_refused(cached, capsys):
     assert main([*make, "--text"]) == 0
     train = f"--data.train={cache}"
     for options, message in (
-        (["--data.image_size=24"], "stale: it was made with picture {'image_size': 16}"),
+        (["--data.image_size=24"], "stale: it was made with images {'image_size': 16}"),
         (["--data.captions.fields={alt: 1.0}"], "stale: it was made with captions"),
         (["--data.pixels.flip=false"], "stale: .*'flip': True.*'flip': False"),
         (["--data.aspect=null"], "stale: .*aspect"),

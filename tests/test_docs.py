@@ -6,6 +6,7 @@ names that the pages use. Every `zsnr` line of a `bash` block is parsed by the c
 below a line that begins with `*Not run by the tests` is counted instead.
 """
 
+import html
 import importlib.util
 import io
 import re
@@ -25,9 +26,10 @@ from PIL import Image
 import zsnr
 from zsnr import __version__
 from zsnr.cli import main
-from zsnr.training.caching import build
 from zsnr.training.data import DataModule
-from zsnr.training.lightning_cli import parse_fit
+from zsnr.training.help import describe_settings
+from zsnr.training.lightning_cli import build, parse_fit
+from zsnr.training.settings import GROUPS
 from zsnr.training.tags import description
 
 ROOT = Path(__file__).parents[1]
@@ -323,6 +325,10 @@ def test_generated_pages_hold_every_command_setting_and_result(generate):
     settings = generate.configuration()
     for name in ("data.batch_size", "model.schedule.zero_terminal_snr", "trainer.max_steps"):
         assert f"\n`{name}` · " in settings
+    for group in GROUPS:  # the same texts as in --help
+        for setting in describe_settings(group):
+            assert html.escape(setting.text, quote=False) in settings
+    assert ":class:" not in settings
     results = generate.benchmarks()
     for path in (ROOT / "benchmarks/results").glob("*.md"):
         assert path.name in results

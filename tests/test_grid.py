@@ -53,7 +53,7 @@ def test_the_grid_is_better_than_what_it_began_with(optimized, folder):
     assert len(grid) == 4
     total = {name: v["brightness"] + v["spread"] for name, v in facts["held_out"].items()}
     assert total["this"] < 0.9 * min(total[name] for name in ("log_snr", "karras", "trailing"))
-    assert facts["pictures"] == 60
+    assert facts["images"] == 60
     assert facts["schedule"] == SCHEDULE.settings()
 
 

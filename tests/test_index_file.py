@@ -257,7 +257,7 @@ def cached(folder, index=b"", **changed):
         "codec": {},
         "conditioner": None,
         "captions": None,
-        "picture": {"image_size": 16, "aspect": None},
+        "images": {"image_size": 16, "aspect": None},
         "filters": [],
         "samples": "0" * 32,
         "dtype": "float16",
@@ -269,6 +269,14 @@ def cached(folder, index=b"", **changed):
     return str(folder)
 
 
+def test_a_cache_that_an_older_version_wrote_is_read(tmp_path):
+    cached(tmp_path)
+    facts = json.loads((tmp_path / "cache.json").read_text())
+    facts["picture"] = facts.pop("images")
+    (tmp_path / "cache.json").write_text(json.dumps(facts))
+    assert find_cache(str(tmp_path)).images == {"image_size": 16, "aspect": None}
+
+
 @pytest.mark.parametrize(
     "changed",
     [
@@ -277,12 +285,12 @@ def cached(folder, index=b"", **changed):
         {"version": [1]},
         {"codec": None},
         {"conditioner": []},
-        {"picture": {}},
-        {"picture": {"image_size": "16", "aspect": None}},
-        {"picture": {"image_size": 2**70, "aspect": None}},
-        {"picture": {"image_size": 16, "aspect": {"step": 5, "max_ratio": 2}}},
-        {"picture": {"image_size": 16, "aspect": {"stride": 8}}},
-        {"picture": {"image_size": 16, "aspect": {"step": "8"}}},
+        {"images": {}},
+        {"images": {"image_size": "16", "aspect": None}},
+        {"images": {"image_size": 2**70, "aspect": None}},
+        {"images": {"image_size": 16, "aspect": {"step": 5, "max_ratio": 2}}},
+        {"images": {"image_size": 16, "aspect": {"stride": 8}}},
+        {"images": {"image_size": 16, "aspect": {"step": "8"}}},
         {"filters": {}},
         {"samples": 1},
         {"dtype": "int8"},

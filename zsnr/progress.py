@@ -1,4 +1,4 @@
-"""Times in words; progress on stderr: a bar on a terminal, and elsewhere a line at intervals."""
+"""Times and numbers in words; progress on stderr: a bar on a terminal, else a line at intervals."""
 
 from __future__ import annotations
 
@@ -49,6 +49,11 @@ def duration(seconds: float) -> str:
             days = f"{count} {unit}{'s' if unit == 'day' and count > 1 else ''}"
             return f"{days} {whole % size // part} {smaller}"
     return f"{whole} s"
+
+
+def counted(number: int, noun: str) -> str:
+    """Say a number of things."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 class _Lines:

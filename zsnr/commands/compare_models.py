@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Unpack
 
-from zsnr.commands.options import check_device, read_guidance
+from zsnr.commands.options import SamplingOptions, check_device, read_sampling
 from zsnr.commands.result import Result
 
 
@@ -20,22 +21,10 @@ def compare_models(
     count: int | None = None,
     data: str | Sequence[str] | None = None,
     samples: int = 1000,
-    sampler: str | None = None,
-    num_steps: int | None = None,
-    spacing: str | None = None,
-    guidance_scale: float | None = None,
-    guidance_rescale: float | None = None,
-    guidance_interval: str | tuple[float, float] | None = None,
-    guidance_method: str | None = None,
-    guidance_curve: str | Sequence[tuple[float, float]] | None = None,
-    guidance_at_zero_snr: str | bool | None = None,
-    guidance_threshold: float | None = None,
-    guidance_apg_parallel: float | None = None,
-    guidance_apg_norm: float | None = None,
-    guidance_against: str | None = None,
     seed: int = 0,
     batch_size: int = 8,
     device: str | None = None,
+    **sampling: Unpack[SamplingOptions],
 ) -> Result:
     """Compare models, or ways to sample them, side by side on one page.
 
@@ -68,53 +57,17 @@ def compare_models(
         data: Measure the distance of brightness to the images of this dataset; one or more folders
             or patterns of shards.
         samples: Number of images of --data to look at, drawn at random.
-        sampler: The sampler, such as ddim, multiscale or euler; auto chooses sampler and spacing
-            for the number of steps and the guidance scale.
-        num_steps: Number of sampling steps. It is enough to set this alone: where sampler and
-            spacing are auto, they follow from it.
-        spacing: The timestep spacing, such as trailing, guided or log_snr; a grid file; or auto.
-        guidance_scale: The guidance scale w.
-        guidance_rescale: The guidance rescale phi, 0 to 1.
-        guidance_interval: Noise levels sigma / alpha that are guided, such as 0.3:inf.
-        guidance_method: cfg, apg, cfg_zero_star or cfg_pp.
-        guidance_curve: The scale w as a function of log SNR, such as -6:1/0:7.5.
-        guidance_at_zero_snr: Whether to guide at SNR 0, true or false.
-        guidance_threshold: Percentile of the dynamic threshold, for models of pixels, such as
-            0.995.
-        guidance_apg_parallel: With apg, the weight eta of the part of the difference along x_0.
-        guidance_apg_norm: With apg, the largest norm of the difference.
-        guidance_against: What to guide away from: negative (the negative prompt) or raw (the raw
-            weights of a checkpoint).
         seed: The first seed. The images of each prompt have the seeds SEED, SEED + 1, ...
         batch_size: Number of images sampled at a time.
         device: Device to sample on. Default: the GPU if there is one.
+        **sampling: How to sample the arms that do not say it, such as num_steps=8.
     """
     from zsnr.checkpoints.checkpoint_file import sampling_of
     from zsnr.reports import compare
     from zsnr.reports.arms import make_arms
 
     check_device(device)
-    guidance = read_guidance(
-        scale=guidance_scale,
-        rescale=guidance_rescale,
-        interval=guidance_interval,
-        method=guidance_method,
-        curve=guidance_curve,
-        at_zero_snr=guidance_at_zero_snr,
-        threshold=guidance_threshold,
-        apg_parallel=guidance_apg_parallel,
-        apg_norm=guidance_apg_norm,
-        against=guidance_against,
-    )
-    given = {"sampler": sampler, "num_steps": num_steps, "spacing": spacing}
-    given |= {f"guidance_{name}": value for name, value in guidance.items()}
-    arms = make_arms(
-        models,
-        arm,
-        vary,
-        given={name: value for name, value in given.items() if value is not None},
-        declared=sampling_of,
-    )
+    arms = make_arms(models, arm, vary, given=read_sampling(sampling), declared=sampling_of)
     folder = Path(output).expanduser()
     facts = compare.compare_models(
         arms,

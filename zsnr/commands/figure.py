@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
-from zsnr.commands.options import check_device, find_codec, refuse
+from zsnr.commands.options import SamplerOptions, check_device, find_codec, read_sampling, refuse
 
 # Options that a figure varies by itself, or that would have no effect on it
 _FIXED: dict[int, tuple[str, ...]] = {
@@ -26,11 +26,7 @@ def figure(
     prompt: Sequence[str] = (),
     count: int | None = None,
     schedule: Literal["original", "rescaled"] | None = None,
-    sampler: str | None = None,
     num_steps: int | None = None,
-    spacing: str | None = None,
-    guidance_scale: float | None = None,
-    guidance_rescale: float | None = None,
     seed: int = 0,
     samples: int = 1000,
     image_size: int | None = None,
@@ -38,6 +34,7 @@ def figure(
     codec: str | None = None,
     codec_subfolder: str | None = None,
     device: str | None = None,
+    **sampling: Unpack[SamplerOptions],
 ) -> Path:
     """Draw Figure 2, 4, 5 or 6 of the paper, with a model or without one.
 
@@ -64,13 +61,8 @@ def figure(
         count: Number of seeds of each prompt. Default: 2, or more for a single prompt.
         schedule: The noise schedule to sample on. Default: as the model declares; rescaled with
             --oracle.
-        sampler: The sampler, such as ddim, multiscale or euler; auto chooses sampler and spacing
-            for the number of steps and the guidance scale.
         num_steps: Number of sampling steps. Default: 10 in Figure 5 and 25 in Figure 6, if the
             model declares nothing.
-        spacing: The timestep spacing, such as trailing, guided or log_snr; a grid file; or auto.
-        guidance_scale: The guidance scale w.
-        guidance_rescale: The guidance rescale phi, 0 to 1.
         seed: The first seed. The images of each prompt have the seeds SEED, SEED + 1, ...
         samples: With --oracle, number of images that the denoiser knows, drawn at random.
         image_size: With --oracle, height and width of the images in pixels. Default: 32.
@@ -79,20 +71,16 @@ def figure(
             asset:openmoji_vae, or pixels. Default: pixels.
         codec_subfolder: Folder of the codec inside --codec, such as vae.
         device: Device to sample on. Default: the GPU if there is one.
+        **sampling: How to sample otherwise, such as spacing="trailing".
     """
-    from zsnr.reports.compare import check_pictures
+    from zsnr.reports.compare import check_images
     from zsnr.reports.figures import draw_figure, draw_schedule
 
     path = Path(output).expanduser()
-    settings = {
-        "schedule": schedule,
-        "sampler": sampler,
-        "num_steps": num_steps,
-        "spacing": spacing,
-        "guidance_scale": guidance_scale,
-        "guidance_rescale": guidance_rescale,
-    }
-    refuse({name: settings[name] for name in _FIXED[number]}, f"is not free in Figure {number}")
+    settings = read_sampling(sampling, SamplerOptions)
+    given = {"schedule": schedule, "num_steps": num_steps}
+    settings |= {name: value for name, value in given.items() if value is not None}
+    refuse({name: settings.get(name) for name in _FIXED[number]}, f"is not free in Figure {number}")
     sources = [oracle] if isinstance(oracle, str) else oracle
     if sources is None:
         of_oracle = {"image_size": image_size, "betas": betas, "codec": codec}
@@ -103,7 +91,7 @@ def figure(
         others: dict[str, Any] = {"prompt": prompt or None, "count": count, "device": device}
         refuse(others, "has no effect in Figure 2")
         if sources is not None:
-            check_pictures(list(sources))
+            check_images(list(sources))
         draw_schedule(model or betas or "scaled_linear", num_steps or 10, path)
         return path
     if model is None and sources is None:
@@ -133,9 +121,8 @@ def _arm(number: int, model: str | None, settings: dict[str, Any]) -> Any:
     from zsnr.reports.arms import Arm, make_arms
     from zsnr.reports.figures import DEFAULTS
 
-    given = {name: value for name, value in settings.items() if value is not None}
     declared = sampling_of(model) if model is not None else {}
     if not declared:
-        return Arm(**{**DEFAULTS[number], **given})
-    [arm] = make_arms([str(model)], given=given, declared=lambda _: declared)
+        return Arm(**{**DEFAULTS[number], **settings})
+    [arm] = make_arms([str(model)], given=settings, declared=lambda _: declared)
     return arm

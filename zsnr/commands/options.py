@@ -2,12 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict, get_type_hints
+
+from zsnr.commands.parsing import suggestion
 
 if TYPE_CHECKING:
     from zsnr.codecs import LatentCodec
+
+
+class SamplerOptions(TypedDict, total=False):
+    """Sampler, spacing and guidance; what is left out or None is as the model declares."""
+
+    sampler: Annotated[
+        str | None,
+        """The sampler, such as ddim, multiscale or euler; auto chooses sampler and spacing for the
+        number of steps and the guidance scale.""",
+    ]
+    spacing: Annotated[
+        str | None,
+        "The timestep spacing, such as trailing, guided or log_snr; a grid file; or auto.",
+    ]
+    guidance_scale: Annotated[float | None, "The guidance scale w."]
+    guidance_rescale: Annotated[float | None, "The guidance rescale phi, 0 to 1."]
+
+
+class SamplingOptions(SamplerOptions, total=False):
+    """All options of sampling: those of `SamplerOptions`, the steps, the rest of `Guidance`."""
+
+    num_steps: Annotated[
+        int | None,
+        """Number of sampling steps. It is enough to set this alone: where sampler and spacing are
+        auto, they follow from it.""",
+    ]
+    guidance_interval: Annotated[
+        str | tuple[float, float] | None,
+        "Noise levels sigma / alpha that are guided, such as 0.3:inf.",
+    ]
+    guidance_method: Annotated[str | None, "cfg, apg, cfg_zero_star or cfg_pp."]
+    guidance_curve: Annotated[
+        str | Sequence[tuple[float, float]] | None,
+        "The scale w as a function of log SNR, such as -6:1/0:7.5.",
+    ]
+    guidance_at_zero_snr: Annotated[str | bool | None, "Whether to guide at SNR 0, true or false."]
+    guidance_threshold: Annotated[
+        float | None, "Percentile of the dynamic threshold, for models of pixels, such as 0.995."
+    ]
+    guidance_apg_parallel: Annotated[
+        float | None, "With apg, the weight eta of the part of the difference along x_0."
+    ]
+    guidance_apg_norm: Annotated[float | None, "With apg, the largest norm of the difference."]
+    guidance_against: Annotated[
+        str | None,
+        """What to guide away from: negative (the negative prompt) or raw (the raw weights of a
+        checkpoint).""",
+    ]
 
 
 def path_or_none(path: str | Path | None) -> Path | None:
@@ -73,16 +123,26 @@ def refuse(given: Mapping[str, Any], why: str) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {why}: leave it out.")
 
 
-def read_guidance(**options: Any) -> dict[str, Any]:
-    """Return the options of `Guidance` that are given; texts are read as `zsnr compare` does.
+def read_sampling(
+    options: SamplerOptions, known: type[SamplerOptions] = SamplingOptions
+) -> dict[str, Any]:
+    """Return the options of sampling that are given, by name; texts are read as in an arm.
+
+    Args:
+        options: The options.
+        known: The TypedDict that lists them.
 
     Raises:
+        TypeError: There is no such option.
         ValueError: A text cannot be read.
     """
     from zsnr.reports.arms import parse_setting
 
+    names = get_type_hints(known)
+    for name in options.keys() - names.keys():
+        raise TypeError(f"there is no option {name!r} of sampling{suggestion(name, names)}")
     return {
-        name: parse_setting(f"guidance_{name}", value) if isinstance(value, str) else value
+        name: parse_setting(name, value) if isinstance(value, str) else value
         for name, value in options.items()
         if value is not None
     }

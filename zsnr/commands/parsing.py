@@ -2,7 +2,9 @@
 
 Parameters before `*` are positional. `Sequence[str]` as an option may be repeated; `str |
 Sequence[str]` takes several values at once; `bool` is a switch; `settings` collects what is meant
-for the configuration of `zsnr fit`. `--json` belongs to functions whose result has `to_json`.
+for the configuration of `zsnr fit`. `**options: Unpack[T]` stands for options that commands share:
+the keys of the TypedDict T, each `Annotated` with its help. `--json` belongs to functions whose
+result has `to_json`.
 """
 
 from __future__ import annotations
@@ -11,13 +13,12 @@ import difflib
 import inspect
 import re
 import types
-from argparse import HelpFormatter
+from argparse import ArgumentParser, ArgumentTypeError, HelpFormatter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
-from docstring_parser import DocstringStyle, parse
-from jsonargparse import ArgumentError, ArgumentParser
+from docstring_parser import Docstring, DocstringStyle, parse
 
 from zsnr.commands.result import Printable
 from zsnr.untrusted import clipped
@@ -25,6 +26,7 @@ from zsnr.untrusted import clipped
 SHORT = {"output": "-o", "config": "-c"}
 _SETTINGS = "settings"
 _METAVARS: dict[Any, str] = {int: "N", float: "X", Path: "PATH"}
+_WANTED = {int: "a whole number", float: "a number", str: "text"}
 
 
 class UsageError(ValueError):
@@ -48,49 +50,59 @@ def parse_arguments(
         UsageError: An argument is unknown, missing or has a wrong value.
         SystemExit: `--help` is given, and has been printed.
     """
-    parser, hints = make_parser(command, function), get_type_hints(function)
-    of_command, settings = _split(command, parser, _SETTINGS in _parameters(function), arguments)
-    try:
-        values = vars(parser.parse_args(of_command))
-    except ArgumentError as error:
-        _refuse(command, parser, hints, str(error), error)
+    parser = make_parser(command, function)
+    takes_settings = _SETTINGS in parameters_of(function)
+    of_command, settings = _split(command, parser, takes_settings, arguments)
+    values = vars(parser.parse_args(of_command))
     as_json = values.pop("json", False)
-    if settings is not None:
+    if takes_settings:
         values[_SETTINGS] = settings
-    given = {
-        name: _numbers(name, value) if _kind(hints[name]) == (int, False, True) else value
-        for name, value in values.items()
-        if value is not None
-    }
-    return given, as_json
+    return {name: value for name, value in values.items() if value is not None}, as_json
 
 
 def make_parser(command: str, function: Callable[..., Any]) -> ArgumentParser:
     """Make the parser of a function's signature and docstring."""
-    hints = get_type_hints(function)
-    doc = parse(inspect.getdoc(function) or "", DocstringStyle.GOOGLE)
-    described = {p.arg_name: p.description or "" for p in doc.params}
-    parser = ArgumentParser(
+    doc = _docstring(function)
+    texts = {each.arg_name: each.description or "" for each in doc.params}
+    parser = _Parser(
         prog=f"zsnr {command}",
         description=doc.description,
         formatter_class=_Formatter,
-        exit_on_error=False,
-        default_env=False,
     )
     examples = [
         line for example in doc.examples for line in (example.description or "").split("\n")
     ]
     if examples:
         parser.epilog = "\n  ".join(["examples:", *map(str.strip, examples)])
-    for name, parameter in _parameters(function).items():
-        text = " ".join(described.get(name, "").split()).replace("%", "%%")
+    for name, parameter in parameters_of(function).items():
+        hint, shared = parameter.annotation, ""
+        if get_origin(hint) is Annotated:
+            hint, shared = get_args(hint)
+        text = " ".join((shared or texts.get(name, "")).split()).replace("%", "%%")
         if name == _SETTINGS:
             parser.epilog = f"Other options such as --data.val FOLDER: {text}"
         else:
-            _add(parser, parameter, hints[name], text)
-    if _returns_facts(hints):
+            _add(parser, parameter, hint, text)
+    kind = get_type_hints(function).get("return")
+    if isinstance(kind, type) and issubclass(kind, Printable):
         parser.add_argument("--json", action="store_true", help="Print the result as JSON.")
     return parser
+
+
+def parameters_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """List the parameters of a function with their types, those that `**` stands for too."""
+    hints = get_type_hints(function)
+    listed: dict[str, inspect.Parameter] = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is not parameter.VAR_KEYWORD:
+            listed[name] = parameter.replace(annotation=hints[name])
+            continue
+        [shared] = get_args(hints[name])
+        for key, hint in get_type_hints(shared, include_extras=True).items():
+            listed[key] = inspect.Parameter(
+                key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hint
+            )
+    return listed
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
@@ -112,13 +124,31 @@ class _Formatter(HelpFormatter):
         return "\n\n".join(filled)
 
 
-def _returns_facts(hints: dict[str, Any]) -> bool:
-    kind = hints.get("return")
-    return isinstance(kind, type) and issubclass(kind, Printable)
+class _Parser(ArgumentParser):
+    """Raises what argparse would print, in the words of this package."""
+
+    def error(self, message: str) -> NoReturn:
+        see = f"`{self.prog} --help` shows the arguments"
+        argument = re.match(r"argument (?:\S+/)?(\S+): (.*)", message)
+        _, required, names = message.partition("arguments are required: ")
+        _, unrecognized, words = message.partition("unrecognized arguments: ")
+        if argument:
+            needs = argument[2].startswith("expected ")
+            message = f"{argument[1]} needs a value; {see}" if needs else argument[2]
+        elif required:
+            choices = {action.metavar: action.dest.upper() for action in self._actions}
+            listed = ", ".join(
+                choices[name] if name.startswith("{") else name.rpartition("/")[2]
+                for name in names.split(", ")
+            )
+            message = f"`{self.prog}` needs {listed}; {see}"
+        elif unrecognized:
+            message = f"unexpected argument {clipped(words)}; {see}"
+        raise UsageError(message)
 
 
-def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    return dict(inspect.signature(function).parameters)
+def _docstring(function: Callable[..., Any]) -> Docstring:
+    return parse(inspect.getdoc(function) or "", DocstringStyle.GOOGLE)
 
 
 def _add(parser: ArgumentParser, parameter: inspect.Parameter, hint: Any, text: str) -> None:
@@ -126,36 +156,36 @@ def _add(parser: ArgumentParser, parameter: inspect.Parameter, hint: Any, text: 
     name, required = parameter.name, parameter.default is parameter.empty
     default = None if required else parameter.default
     kind, several, repeated = _kind(hint)
-    options: dict[str, Any] = {"help": text} | ({} if required else {"default": default})
-    if default is not None and default not in ((), "") and "default" not in text.lower():
-        options["help"] = f"{text} (default: {default})"
     if kind is bool and default is False:
         parser.add_argument(_flag(name), action="store_true", help=text)
         return
-    options["type"] = kind
-    if get_origin(kind) is not Literal:
+    if default not in (None, (), "") and "default" not in text.lower():
+        text = f"{text} (default: {default})"
+    is_option = parameter.kind is parameter.KEYWORD_ONLY
+    places = name.removesuffix("s") if several or repeated else name
+    options: dict[str, Any] = {"help": text, "default": default}
+    options["type"] = _reader(_flag(name) if is_option else places.upper(), kind)
+    if get_origin(kind) is Literal:
+        options["metavar"] = f"{{{','.join(map(str, get_args(kind)))}}}"
+    elif Path in get_args(hint):
+        options["metavar"] = _METAVARS[Path]
+    elif kind is str and bool in get_args(hint):
+        options["metavar"] = "true|false"
+    else:
         options["metavar"] = _METAVARS.get(kind, name.rpartition("_")[2].upper())
-        if Path in get_args(hint):
-            options |= {"type": str, "metavar": _METAVARS[Path]}
-        elif kind is str and bool in get_args(hint):
-            options["metavar"] = "true|false"
-    if parameter.kind is not parameter.KEYWORD_ONLY:
-        if several or repeated:
-            options |= {
-                "nargs": "+" if required else "*",
-                "metavar": name.removesuffix("s").upper(),
-            }
-        elif not required:
-            options["nargs"] = "?"
-        parser.add_argument(name, **options)
+    if is_option:
+        if several:
+            options["nargs"] = "+"
+        elif repeated:
+            options |= {"action": "append", "default": None}
+        flags = [SHORT[name]] if name in SHORT else []
+        parser.add_argument(*flags, _flag(name), required=required, **options)
         return
-    if several:
-        options["nargs"] = "+"
-    elif repeated:
-        # jsonargparse would check the whole list against the type of one value
-        options |= {"action": "append", "default": None, "type": str}
-    flags = [SHORT[name]] if name in SHORT else []
-    parser.add_argument(*flags, _flag(name), required=required, **options)
+    if several or repeated:
+        options |= {"nargs": "+" if required else "*", "metavar": places.upper()}
+    elif not required:
+        options["nargs"] = "?"
+    parser.add_argument(name, **options)
 
 
 def _kind(hint: Any) -> tuple[Any, bool, bool]:
@@ -168,13 +198,34 @@ def _kind(hint: Any) -> tuple[Any, bool, bool]:
     return (str if str in members else members[0]), False, False
 
 
+def _reader(name: str, kind: Any) -> Callable[[str], Any]:
+    """Return what reads a value of a type.
+
+    Args:
+        name: What the value belongs to, for messages.
+        kind: int, float, str or a Literal.
+    """
+    choices = {str(value): value for value in get_args(kind)}
+    wanted = f"one of {', '.join(choices)}" if choices else _WANTED[kind]
+
+    def read(text: str) -> Any:
+        if kind is int and not re.fullmatch(r"-?\d{1,20}", text):
+            raise ArgumentTypeError(f"{name} {clipped(text)}: wanted {wanted}")
+        try:
+            return choices[text] if choices else kind(text)
+        except (KeyError, ValueError) as error:
+            raise ArgumentTypeError(f"{name} {clipped(text)}: wanted {wanted}") from error
+
+    return read
+
+
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
 def _split(
     command: str, parser: ArgumentParser, takes_settings: bool, arguments: Sequence[str]
-) -> tuple[list[str], list[str] | None]:
+) -> tuple[list[str], list[str]]:
     """Refuse unknown options, and set apart those that are settings of a configuration.
 
     Positional arguments may stand anywhere: argparse wants several of one kind in one place.
@@ -212,54 +263,9 @@ def _split(
             if not equals and rest and not rest[0].startswith("--"):
                 settings.append(rest.pop(0))
     of_command = [*options, "--", *places] if places else options
-    return of_command, settings if takes_settings else None
-
-
-def _numbers(name: str, texts: Sequence[str]) -> list[int]:
-    """Read the values of an option that may be repeated."""
-    for text in texts:
-        if not re.fullmatch(r"-?\d{1,20}", text):
-            raise UsageError(f"{_flag(name)} {clipped(text)}: wanted a whole number")
-    return [int(text) for text in texts]
+    return of_command, settings
 
 
 def _is_option(word: str) -> bool:
     """Whether a word is an option, and neither a negative number nor a text with spaces."""
     return re.match(r"-[^\d.\s]", word) is not None and " " not in word.partition("=")[0]
-
-
-def _refuse(
-    command: str, parser: ArgumentParser, hints: dict[str, Any], message: str, error: Exception
-) -> NoReturn:
-    """Say what is wrong with the arguments without words of the parsing library."""
-    names = {action.dest: action for action in parser._actions}
-
-    def called(name: str) -> str:
-        action = names[name]
-        if action.option_strings:
-            return str(action.option_strings[-1])
-        return (name.removesuffix("s") if action.nargs in ("+", "*") else name).upper()
-
-    see = f"`zsnr {command} --help` shows the arguments"
-    key = re.search(r'Parser key "(\w+)"', message)
-    if key and key[1] in names:
-        value = re.search(r"(?:Given value: |Got value: )(.*)", message)
-        shown = f" {clipped(value[1])}" if value else ""
-        text = f"{called(key[1])}{shown}: wanted {_wanted(_kind(hints[key[1]])[0])}"
-    elif missing := re.search(r"arguments are required: (.*)", message):
-        listed = ", ".join(called(name) for name in missing[1].split(", "))
-        text = f"`zsnr {command}` needs {listed}; {see}"
-    elif surplus := re.search(r"unrecognized arguments: (.*)", message):
-        text = f"unexpected argument {clipped(surplus[1])}; {see}"
-    elif lacking := re.search(r"argument (?:\S+/)?(\S+): expected (?:one|at least one)", message):
-        text = f"{lacking[1]} needs a value; {see}"
-    else:
-        text = " ".join(message.split())
-    raise UsageError(text) from error
-
-
-def _wanted(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return "one of " + ", ".join(map(str, get_args(kind)))
-    names = {int: "a whole number", float: "a number", bool: "true or false"}
-    return names.get(kind, "text")

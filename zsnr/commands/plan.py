@@ -41,12 +41,18 @@ def plan(
 
     if measure and images_per_second is not None:
         raise ValueError("--measure and --images-per-second exclude each other: leave one out.")
+    for name, value in (("memory", memory), ("images-per-second", images_per_second)):
+        if value is not None and not value > 0:
+            raise ValueError(f"--{name} {value:g}: wanted more than 0.")
+    files = [*configs, *config]
+    if not files:
+        raise ValueError("plan needs a config: zsnr plan CONFIG.")
     check_temporary()
-    from zsnr.training.planning import run_plan
+    from zsnr.training.lightning_cli import parse_fit
+    from zsnr.training.planning import make_plan
 
-    estimate = run_plan(
-        [*configs, *config],
-        settings,
+    estimate = make_plan(
+        parse_fit([*(part for path in files for part in ("-c", path)), *settings]),
         ranks=ranks,
         ranks_per_node=ranks_per_node,
         memory=memory,

@@ -16,7 +16,7 @@ def timesteps_optimize(
     sampler: str = "multiscale",
     schedule: str = "scaled_linear",
     image_size: int = 32,
-    pictures: int = 1000,
+    num_images: int = 1000,
     samples: int = 256,
     seed: int = 0,
 ) -> Result:
@@ -36,7 +36,7 @@ def timesteps_optimize(
         schedule: The noise schedule, as for `zsnr schedule`, rescaled to zero terminal SNR where
             it is named.
         image_size: Height and width of the images that the denoiser knows, in pixels.
-        pictures: Number of images, evenly from the dataset.
+        num_images: Number of images, evenly from the dataset.
         samples: Number of samples of each grid that is tried.
         seed: The first seed of the samples.
     """
@@ -51,7 +51,7 @@ def timesteps_optimize(
         sampler=sampler,
         schedule=find_schedule(schedule),
         image_size=image_size,
-        pictures=pictures,
+        num_images=num_images,
         samples=samples,
         seed=seed,
     )

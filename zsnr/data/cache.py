@@ -57,7 +57,7 @@ _FACTS: dict[str, tuple[type, ...]] = {
     "codec": (dict,),
     "conditioner": (dict, NoneType),
     "captions": (dict, NoneType),
-    "picture": (dict,),
+    "images": (dict,),
     "filters": (list,),
     "samples": (str,),
     "dtype": (str,),
@@ -74,7 +74,7 @@ class Cache:
         codec: Fingerprint of the codec.
         conditioner: Fingerprint of the text encoder. None = the cache holds no text embeddings.
         captions: Settings of the embedded captions. None = the cache holds no text embeddings.
-        picture: Size, buckets, crop, flip and pixel limit of the images.
+        images: Size, buckets, crop, flip and pixel limit of the images.
         filters: Filters that were applied to the source.
         samples: Digest of the source's samples, which determines their order.
         dtype: Data type of moments and embeddings.
@@ -85,7 +85,7 @@ class Cache:
     codec: dict[str, Any]
     conditioner: dict[str, Any] | None
     captions: dict[str, Any] | None
-    picture: dict[str, Any]
+    images: dict[str, Any]
     filters: list[dict[str, Any]]
     samples: str
     dtype: Literal["float32", "float16", "bfloat16"]
@@ -158,7 +158,7 @@ def _fits(name: str, facts: Mapping[str, Any]) -> bool:
         return False
     if name == "dtype":
         return facts[name] in ("float32", "float16", "bfloat16")
-    if name != "picture":
+    if name != "images":
         return True
     from zsnr.data.buckets import AspectBuckets
 
@@ -182,10 +182,10 @@ def select_cached(
 
     filter_settings = filter_facts(filters)
     same_filters = filter_settings == cache.filters
-    aspect = cache.picture["aspect"]
+    aspect = cache.images["aspect"]
     samples = select(
         index,
-        cache.picture["image_size"],
+        cache.images["image_size"],
         filters=() if same_filters else filters,
         aspect=None if aspect is None else AspectBuckets(**aspect),
         folder=folder,
@@ -203,7 +203,7 @@ def filter_facts(filters: Sequence[Filter]) -> list[dict[str, Any]]:
     return facts
 
 
-def picture_facts(image_size: int, aspect: AspectBuckets | None, pixels: Pixels) -> dict[str, Any]:
+def image_facts(image_size: int, aspect: AspectBuckets | None, pixels: Pixels) -> dict[str, Any]:
     """Return the settings that determine the codec's input pixels, as plain values."""
     shape = None if aspect is None else asdict(aspect)
     return {"image_size": image_size, "aspect": shape, **asdict(pixels)}
@@ -215,7 +215,7 @@ def check_cache(name: str, cache: Cache, **expected: Mapping[str, Any] | None) -
     Args:
         name: The setting that names the cache, for the message.
         cache: The cache's description.
-        expected: Expected values of its fields, such as `codec` or `picture`. A digest of weights
+        expected: Expected values of its fields, such as `codec` or `images`. A digest of weights
             that is None, on either side, could not be read, and matches any.
 
     Raises:

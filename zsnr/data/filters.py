@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
-PICTURE_FIELDS = ("image_width", "image_height", "image_bytes")
+IMAGE_FIELDS = ("image_width", "image_height", "image_bytes")
 """Fields that every sample has, because they are measured from the image itself."""
 
 

@@ -16,7 +16,7 @@ from zsnr.data.buckets import AspectBuckets, assign
 from zsnr.data.captions import TEXTS, Captions
 from zsnr.data.columns import Mapped, Spool, arrays, write_columns
 from zsnr.data.faults import Fault, PackedFaults, summarize
-from zsnr.data.filters import PICTURE_FIELDS, Filter, Sieve
+from zsnr.data.filters import IMAGE_FIELDS, Filter, Sieve
 from zsnr.data.index import Index, without_caption
 from zsnr.data.scan import FIELD, PARTS, part_file
 from zsnr.data.sources import Shard
@@ -247,7 +247,7 @@ def _selected(
     with closing(Spool(folder)) as spool:
         for number, table in enumerate(index.blocks()):
             columns = {name.removeprefix(FIELD): table.column(name) for name in table.column_names}
-            for name, column in zip(PICTURE_FIELDS, ("width", "height", "image_size"), strict=True):
+            for name, column in zip(IMAGE_FIELDS, ("width", "height", "image_size"), strict=True):
                 columns[name] = table.column(column)
             keep = sieve.keeps(columns, table.num_rows)
             height, width = (table.column(name).to_numpy() for name in ("height", "width"))

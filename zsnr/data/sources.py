@@ -190,6 +190,8 @@ def read_cache(file: Path) -> dict[str, Any]:
         ValueError: The file is not a cache description, or lists shards outside of its folder.
     """
     facts = parse_object(read_small(file, _MAX_CACHE), str(file))
+    if "picture" in facts:  # the name of this field in older caches, which take hours to make
+        facts["images"] = facts.pop("picture")
     shards = facts.get("shards")
     if not isinstance(shards, list) or not all(map(_is_cached_shard, shards)):
         raise ValueError(

@@ -1,1 +1,1 @@
-"""Pictures, tables and pages that show what a model does."""
+"""Images, tables and pages that show what a model does."""

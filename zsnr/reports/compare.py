@@ -91,7 +91,7 @@ def compare_models(
     check_numbers(count=count, num_prompts=num_prompts, samples=most, batch_size=batch_size)
     sample_generator(seed)
     if data is not None:
-        check_pictures(data)
+        check_images(data)
     if prompts == "data" and data is None:
         raise ValueError("--prompts data takes captions of the data: give --data SHARDS.")
     if prompts not in ("data", "empty"):
@@ -135,7 +135,7 @@ def compare_models(
                 retained.setdefault(
                     arm.name, None if mode is None else kept_fraction(schedule, mode)
                 )
-                place = f"pictures/{arms.index(arm) + 1:02d}-{_slug(arm.name)}"
+                place = f"images/{arms.index(arm) + 1:02d}-{_slug(arm.name)}"
                 if len(arm.models) > 1:
                     place += f"/model-{arm.models.index(path) + 1}"
                 model = replace(pipe.model, schedule=schedule)
@@ -208,7 +208,7 @@ def compare_exact(
         sample_generator(last)
     codec = codec or PixelCodec(1)
     shape = codec.latent_shape(image_size, image_size)
-    check_pictures(data)
+    check_images(data)
     for arm in arms:
         arm.check(schedule)
     with new_folder(output) as folder:
@@ -222,7 +222,7 @@ def compare_exact(
         for number, arm in enumerate(arms, start=1):
             pixels = (codec.decode(part) for part in torch.split(samples[arm.name], batch_size))
             generated = [to_image(each) for part in pixels for each in part]
-            place = f"pictures/{number:02d}-{_slug(arm.name)}"
+            place = f"images/{number:02d}-{_slug(arm.name)}"
             files = _save(generated, requests, folder, place)
             sampled_on = arm.schedule_of(schedule)
             images_of = ModelImages("", files, measure(image_pixels(generated)))
@@ -348,7 +348,7 @@ def check_numbers(**numbers: int | None) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {value}: wanted at least {least}.")
 
 
-def check_pictures(data: Sources) -> None:
+def check_images(data: Sources) -> None:
     """Refuse data that does not exist or holds no images."""
     for shard in find_shards(data):
         if shard.kind == "cache":

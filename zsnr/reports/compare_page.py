@@ -50,14 +50,12 @@ def comparison_page(facts: Mapping[str, Any], folder: Path) -> str:
         "noun": arm_noun(facts),
         "arms": colored,
         "ranked": [] if data is None else sorted(colored, key=lambda arm: arm["w1"]["estimate"]),
-        "floors": list(
-            {arm["noise_floor"]["pictures"]: arm["noise_floor"] for arm in arms}.values()
-        )
+        "floors": list({arm["noise_floor"]["images"]: arm["noise_floor"] for arm in arms}.values())
         if data is not None
         else [],
         "any_at_floor": any(arm["at_noise_floor"] for arm in arms),
         "follows_data": follows_data(facts),
-        "per_arm": len(arms[0]["pictures"]),
+        "per_arm": len(arms[0]["images"]),
         "most_models": max(len(arm["by_model"]) for arm in arms),
         "ordered": order is not None,
         "equal_ranks": [] if order is None else order["equal_ranks"],
@@ -138,11 +136,11 @@ def _histograms(facts: Mapping[str, Any]) -> Markup:
     groups = {}
     for i, arm in enumerate(arms):
         text = arm["name"] + ("" if data is None else f" (W1 {arm['w1']['estimate']:.3f})")
-        values = [image["mean_luma"] for image in arm["pictures"]]
+        values = [image["mean_luma"] for image in arm["images"]]
         groups[text] = values, COLORS[i % len(COLORS)]
 
     def draw(axes: Any) -> None:
-        outline = None if data is None else data["mean_luma_by_picture"]
+        outline = None if data is None else data["mean_luma_by_image"]
         xlabel = "mean luma of an image, from -1 (black) to 1 (white)"
         draw_brightness_histograms(axes, groups, xlabel=xlabel, outline=outline)
 
@@ -168,13 +166,13 @@ def _image_rows(
     """
     from PIL import Image
 
-    by_arm = [arm["pictures"][: len(arm["pictures"]) // len(arm["by_model"])] for arm in arms]
+    by_arm = [arm["images"][: len(arm["images"]) // len(arm["by_model"])] for arm in arms]
     first = by_arm[0]
     with Image.open(folder / first[0]["file"]) as image:
         rows = _rows(first, images_per_column(image, len(arms)))
     per_row = _ONLY_PROMPT if len(rows) == 1 else _PER_PROMPT
     shown = [row[:per_row] for row in rows[:_MAX_ROWS]]
-    left = len(arms[0]["pictures"]) - sum(map(len, shown))
+    left = len(arms[0]["images"]) - sum(map(len, shown))
     return [_image_row(arms, by_arm, row, folder) for row in shown], left
 
 

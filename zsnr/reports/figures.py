@@ -17,7 +17,7 @@ from zsnr.files import check_new, new_file
 from zsnr.noise import sample_generator
 from zsnr.pipeline import TextToImage, to_image
 from zsnr.reports.arms import Arm
-from zsnr.reports.compare import check_models, check_numbers, check_pictures, encode, read_data
+from zsnr.reports.compare import check_images, check_models, check_numbers, encode, read_data
 from zsnr.reports.exact import EXTREMES, exact_pipeline, find_groups
 from zsnr.reports.images import image_grid, panel_figure, save_figure
 from zsnr.reports.schedule import find_schedule, plot_schedule, schedule_facts
@@ -157,7 +157,7 @@ def _exact(
         raise ValueError(f"Figure {number} needs a model or images.")
     codec = codec or PixelCodec(1)
     codec.latent_shape(image_size, image_size)
-    check_pictures(data)
+    check_images(data)
     images, captions = read_data(data, image_size, most, seed)
     prompts = list(prompts or (EXTREMES if number == 6 else [""]))
     groups = find_groups(images, captions, [prompt for prompt in prompts if prompt])

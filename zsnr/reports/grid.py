@@ -167,7 +167,7 @@ def write_grid(
     sampler: str = "multiscale",
     schedule: NoiseSchedule = NoiseSchedule(),
     image_size: int = 32,
-    pictures: int = 1000,
+    num_images: int = 1000,
     samples: int = 256,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -182,7 +182,7 @@ def write_grid(
         sampler: Name of the sampler that the grid is for.
         schedule: The noise schedule.
         image_size: Height and width of the images that the denoiser knows, in pixels.
-        pictures: Largest number of them, evenly spaced in the dataset.
+        num_images: Largest number of them, evenly spaced in the dataset.
         samples: Samples per grid that is tried.
         seed: The first of their seeds.
 
@@ -203,13 +203,13 @@ def write_grid(
         raise ValueError(f"num_steps={num_steps}: wanted 2 to {T}.")
     for option, value, least in (
         ("image-size", image_size, 2),
-        ("pictures", pictures, 8),
+        ("num-images", num_images, 8),
         ("samples", samples, 8),
     ):
         if value < least:
             raise ValueError(f"--{option} {value}: wanted at least {least}.")
     solver = get_sampler(sampler)
-    images = _read(sources, image_size, pictures)
+    images = _read(sources, image_size, num_images)
     chosen, held_out = (
         GridLoss(half, schedule, solver, samples, seed) for half in (images[::2], images[1::2])
     )
@@ -225,7 +225,7 @@ def write_grid(
         "timesteps": grid,
         "schedule": schedule.settings(),
         "sampler": sampler,
-        "pictures": len(images),
+        "images": len(images),
         "image_size": image_size,
         "samples": samples,
         "seed": seed,
@@ -252,7 +252,7 @@ def grid_text(facts: dict[str, Any], output: Path) -> str:
     lines = [
         f"{output}: {' '.join(map(str, facts['timesteps']))}",
         "",
-        f"Errors on the {facts['pictures'] // 2} images that the grid was not chosen on, with "
+        f"Errors on the {facts['images'] // 2} images that the grid was not chosen on, with "
         f"{facts['sampler']} in {len(facts['timesteps'])} steps; lower is better:",
         f"{'':12}{'brightness':>12}{'spread':>10}{'W1 to data':>12}",
         *(f"{a:12}{b:12.4f}{c:10.4f}{d:12.4f}   {note}" for a, b, c, d, note in rows),
@@ -270,7 +270,7 @@ def grid_text(facts: dict[str, Any], output: Path) -> str:
         lines += [
             "",
             f"The optimized grid is no better than {best} on these images: use --spacing {best}, "
-            "or optimize on more --pictures.",
+            "or optimize on more --num-images.",
         ]
     return "\n".join(lines)
 

@@ -98,11 +98,11 @@ def measure_arms(
     }
     if data is not None and target is not None:
         facts["data"] = {
-            "pictures": len(target),
+            "images": len(target),
             **{name: float(data[name].mean()) for name in MEASURES},
             "mean_luma_std": _std(target),
             "noise_floor": arms[0]["noise_floor"],
-            "mean_luma_by_picture": target.tolist(),
+            "mean_luma_by_image": target.tolist(),
         }
     return facts
 
@@ -199,7 +199,7 @@ def _arm_facts(
             }
             for made in outcome.images
         ],
-        "pictures": [
+        "images": [
             {
                 "file": file,
                 "model": made.model,
@@ -259,7 +259,7 @@ def _noise_floor(target: Tensor, count: int) -> dict[str, float]:
         dtype=torch.float64,
     )
     return {
-        "pictures": count,
+        "images": count,
         "mean": float(distances.mean()),
         "p95": float(distances.quantile(0.95)),
     }
@@ -277,9 +277,9 @@ def groups_of(requests: Sequence[PromptRequest]) -> list[dict[str, Any]]:
             continue
         rank = request.brightness_rank
         group = groups.setdefault(
-            request.group, {"name": request.group, "brightness_rank": rank, "pictures": 0}
+            request.group, {"name": request.group, "brightness_rank": rank, "images": 0}
         )
-        group["pictures"] += 1
+        group["images"] += 1
         if group["brightness_rank"] != rank:
             raise ValueError(
                 f"Prompts of group {request.group!r} have brightness_rank "

@@ -6,11 +6,11 @@ has and what was wanted.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-import importlib
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -30,48 +30,33 @@ from zsnr.training.settings import (
     is_scalar,
     item_of,
     known_classes,
-    names,
     options_of,
     settings_of,
     words_for,
 )
 from zsnr.training.short_options import SHORT_OPTIONS, option_values
+from zsnr.training.suggestions import ELSEWHERE, find_class, known_text, no_class, suggest
 from zsnr.untrusted import clipped, compose_yaml, parse_yaml, read_yaml_text, shown
 
 _TAG = "tag:yaml.org,2002:"
 _NUMBERS = (int, float)
 _ORDINALS = ("first", "second", "third", "fourth", "fifth")
-# What people call settings elsewhere
-_ELSEWHERE = {
-    **dict.fromkeys(
-        ("lr", "learning_rate"), "--lr, or model.optimizer.init_args.lr in a YAML file"
-    ),
-    **dict.fromkeys(("steps", "epochs", "max_train_steps", "num_epochs"), "--max-steps"),
-    **dict.fromkeys(("train_batch_size", "batch", "bs"), "--batch-size"),
-    **dict.fromkeys(("resolution", "size"), "--data.image_size"),
-    **dict.fromkeys(("gpus", "num_gpus"), "--trainer.devices"),
-    **dict.fromkeys(("resume", "resume_from_checkpoint", "checkpoint"), "--ckpt_path"),
-    **dict.fromkeys(("train_data_dir", "dataset", "train"), "--data.train"),
-    **dict.fromkeys(("cfg", "cfg_scale", "guidance", "guidance_scale"), "--guidance-scale"),
-    **dict.fromkeys(("output_dir", "out", "root"), "--trainer.default_root_dir"),
-    **dict.fromkeys(("mixed_precision", "precision", "fp16", "bf16"), "--trainer.precision"),
-    "optimizer": "--model.optimizer",
-    "lr_scheduler": "--model.learning_rate.decay",
-}
+_CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 _LEARNING_RATE = "The learning rate itself is --lr, or model.optimizer.init_args.lr in a YAML file."
 
 
-def check_configs(arguments: Sequence[str]) -> None:
+def check_configs(arguments: Sequence[str], complete: bool = True) -> None:
     """Check the files that follow -c and --config, and the other settings of a command line.
 
     Args:
         arguments: The command line, with short options.
+        complete: Whether they are all that is set, and no checkpoint names classes too.
 
     Raises:
         ValueError: A file is not readable, or a setting does not exist or has a value of another
             type; names the file, the setting and the value.
     """
-    check = _Check()
+    check = _Check(complete)
     for path in config_files(arguments):
         node = _read(path)
         try:
@@ -166,9 +151,14 @@ def _read(path: Path) -> Any:
 
 
 class _Check:
-    """Documents and options, in their order, against the settings of all groups."""
+    """Documents and options, in their order, against the settings of all groups.
 
-    def __init__(self) -> None:
+    Args:
+        complete: Whether they are all that is set, and no checkpoint names classes too.
+    """
+
+    def __init__(self, complete: bool) -> None:
+        self.complete = complete
         self.classes: dict[str, Any] = {"model.optimizer": default_optimizer()}
         self.shell = False  # whether a value stands on the command line, where text is not quoted
 
@@ -189,12 +179,12 @@ class _Check:
         for name, value in _entries(node).items():
             group = name.partition(".")[0]
             if group not in (*GROUPS, *LOOSE):
-                hint = _suggest(name, [*GROUPS, *LOOSE], name, "`")
+                hint = suggest(name, {each: f"`{each}`" for each in (*GROUPS, *LOOSE)})
                 raise ValueError(f"there is no `{_said(name)}`. {hint}")
             if name in GROUPS and not isinstance(value, yaml.MappingNode):
                 raise ValueError(f"{name} is {_kind(value)}: wanted settings by name.")
             if name in GROUPS:
-                self._settings(value, GROUPS[name], name)
+                self._arguments(value, GROUPS[name], name, name)
             elif group in GROUPS:
                 self._key(name, value)
 
@@ -213,7 +203,7 @@ class _Check:
         if not dot or group not in GROUPS:
             known = [short for short in SHORT_OPTIONS if short.startswith("--")]
             known += [f"--{setting}" for setting in (*LOOSE, "config", "help", "print_config")]
-            hint = _suggest(f"--{name}", known, name)
+            hint = suggest(f"--{name}", {each: each for each in known})
             raise ValueError(f"There is no option --{_said(name)}. {hint}")
         if text is None:
             raise ValueError(f"--{name} needs a value.")
@@ -229,27 +219,47 @@ class _Check:
 
     def _key(self, name: str, node: Any) -> None:
         """Check a value of a setting whose name has dots."""
-        group, *parts = name.split(".")
-        cls, hint, where = GROUPS[group], None, group
-        for i, part in enumerate(parts):
-            if part in ("init_args", "dict_kwargs"):
-                continue
-            if part == "class_path":
-                self._class(node, where)
+        where, *parts = name.split(".")
+        cls, hint, said, is_class = GROUPS[where], None, where, False
+        for part in parts:
+            if is_class and part == "class_path":
+                self._class(node, where, CLASSES.get(where, _base_of(hint)))
                 return
-            if cls is None:
-                return  # a class that is not known here
-            hint = self._hint(cls, part, where, dotted=True)
-            if hint is None:
+            if is_class and self.complete and where not in self.classes:
+                raise ValueError(
+                    f"{where} names no class, so it has no `{_said(parts[-1])}`: name one first, "
+                    f"as in --{where} CLASS.{known_text(CLASSES.get(where, object))}"
+                )
+            if cls is None:  # a class that is not known here
+                near = difflib.get_close_matches(part, _CLASS_KEYS, n=1, cutoff=0.8)
+                if is_class and near and near[0] != part:
+                    raise ValueError(
+                        f"{said} has no `{_said(part)}`. Did you mean {said}.{near[0]}?"
+                    )
                 return
-            where = f"{where}.{part}"
-            if i + 1 < len(parts):
-                cls = self.classes.get(where) if where in CLASSES else dataclass_of(hint)
+            if is_class and part == "dict_kwargs":
+                _check_takes_any(cls, where)
+                return
+            if not (is_class and part == "init_args"):
+                hint = self._hint(cls, part, where, said, dotted=True)
+                if hint is None:
+                    return
+                where = f"{where}.{part}"
+                is_class = where in CLASSES or where in self.classes or _is_class(hint)
+                cls = self.classes.get(where) if is_class else dataclass_of(hint)
+            said = f"{said}.{part}"
         if hint is not None:
             self._value(node, hint, where)
 
-    def _hint(self, cls: Any, name: str, where: str, dotted: bool = False) -> Any:
+    def _hint(self, cls: Any, name: str, where: str, place: str, dotted: bool = False) -> Any:
         """Return the type of a setting; None if the class takes any.
+
+        Args:
+            cls: The class or dataclass that takes it.
+            name: Its name there.
+            where: The setting that the class is the value of.
+            place: Where it stands: `where`, or the init_args there.
+            dotted: Whether it is named in full, as on a command line.
 
         Raises:
             ValueError: The class has no such setting.
@@ -261,66 +271,81 @@ class _Check:
             raise ValueError(f"{where}.{name} follows {other}: set that instead.")
         if name in hints:
             return hints[name]
-        if takes_any:
+        is_class = where in self.classes
+        beside = _CLASS_KEYS if is_class and place == where else ()
+        if takes_any and not (beside and difflib.get_close_matches(name, beside, cutoff=0.8)):
             return None
-        if dotted:  # named in full, as on a command line
-            listed = [f"{where}.{hint}" for hint in hints]
-            hint = _suggest(f"{where}.{name}", listed, name)
-        else:
-            where = f"{where}.init_args" if where in self.classes else where
-            hint = _suggest(name, hints, name, "`")
-        raise ValueError(f"{where} has no `{_said(name)}`. {hint}")
+        siblings = {
+            each: f"{place}.{each}" if dotted else f"`{each}`" for each in (*hints, *beside)
+        }
+        if where == "model.optimizer":
+            siblings["learning_rate"] = ELSEWHERE["learning_rate"]
+        hint = suggest(name, siblings, elsewhere=not is_class)
+        raise ValueError(f"{place} has no `{_said(name)}`. {hint}")
 
-    def _settings(self, node: Any, cls: Any, where: str) -> None:
-        """Check the arguments of a class or of a dataclass."""
+    def _settings(self, node: Any, hint: Any, where: str) -> None:
+        """Check the arguments of a dataclass, or a class and its arguments."""
+        listed = _listed(where)
+        is_item = listed != where and listed in CLASSES
+        if isinstance(node, yaml.ScalarNode) and is_item:
+            self._class(node, where, CLASSES[listed])
         if not isinstance(node, yaml.MappingNode):
             return
         entries = _entries(node)
         if "class_path" in entries:
-            self._class(entries["class_path"], where)
-            cls = self.classes.get(where) if where in CLASSES else self._find(entries, where)
-            if cls is not None and "init_args" in entries:
-                self._arguments(entries["init_args"], cls, where)
+            self._class(entries["class_path"], where, CLASSES.get(listed, _base_of(hint)))
+        elif where not in self.classes and (is_item or (self.complete and where in CLASSES)):
+            raise ValueError(
+                f"{where} names no class: wanted class_path, and init_args for its arguments."
+            )
+        elif where not in self.classes or not entries.keys() & {*_CLASS_KEYS}:
+            self._arguments(node, dataclass_of(hint) or self.classes.get(where), where, where)
             return
-        self._arguments(node, cls, where)
+        cls = self.classes.get(where)
+        names = [setting.name for setting in settings_of(cls)[0]]
+        for name, inside in entries.items():
+            if name not in _CLASS_KEYS:
+                siblings = {each: f"`{each}`" for each in _CLASS_KEYS}
+                siblings |= {each: f"`init_args: {{{each}: ...}}`" for each in names}
+                hint = suggest(name, siblings, elsewhere=False)
+                raise ValueError(f"{where} has no `{_said(name)}` beside class_path. {hint}")
+            if name == "init_args":
+                self._arguments(inside, cls, where, f"{where}.init_args")
+            elif name == "dict_kwargs":
+                _check_takes_any(cls, where)
 
-    def _arguments(self, node: Any, cls: Any, where: str) -> None:
+    def _arguments(self, node: Any, cls: Any, where: str, place: str) -> None:
         for name, value in _entries(node).items() if isinstance(node, yaml.MappingNode) else ():
             inside = name.partition(".")[0]
-            hint = self._hint(cls, inside, where)
+            hint = self._hint(cls, inside, where, place)
             if inside == name and hint is not None:
                 self._value(value, hint, f"{where}.{name}")
+            elif inside != name and where in GROUPS:
+                self._key(f"{where}.{name}", value)
 
-    def _find(self, entries: Mapping[str, Any], where: str) -> Any:
-        """Return the class that a class_path names, where any class may stand."""
-        base = CLASSES.get(re.sub(r"\[\d+\]$", "", where), object)
-        return find_class(entries["class_path"].value, base, where)
-
-    def _class(self, node: Any, where: str) -> None:
+    def _class(self, node: Any, where: str, base: type[Any]) -> None:
         """Check the name of a class, and remember it for settings of its arguments."""
-        base = CLASSES.get(re.sub(r"\[\d+\]$", "", where))
-        if base is not None:
-            path = node.value if isinstance(node, yaml.ScalarNode) else node
-            self.classes[where] = find_class(path, base, where)
+        path = node.value if isinstance(node, yaml.ScalarNode) else node
+        self.classes[where] = find_class(path, base, where)
 
     def _value(self, node: Any, hint: Any, where: str) -> None:
         options = [option for option in options_of(hint) if option is not Tensor]
         if isinstance(node, yaml.ScalarNode) and where in CLASSES:
             self._named(node, options, where)
         elif isinstance(node, yaml.ScalarNode):
+            if _is_class(hint) and node.tag != f"{_TAG}null":
+                self.classes[where] = None  # a class, or a word for one, that is not looked up here
             self._scalar(node, options, where)
         elif where in CLASSES and isinstance(node, yaml.MappingNode):
-            if "class_path" in _entries(node):
-                self._settings(node, None, where)
-            elif self.classes.get(where) is not None:
-                inside = _entries(node).get("init_args", node)
-                self._arguments(inside, self.classes[where], where)
+            self._settings(node, hint, where)
         elif _are_simple(options, isinstance(node, yaml.SequenceNode)):
             raise ValueError(f"{where} is {_kind(node)}: wanted {_wanted(options)}.")
         elif isinstance(node, yaml.SequenceNode):
             if where in CLASSES:
                 for i, part in enumerate(node.value):
                     self._settings(part, None, f"{where}[{i}]")
+                if node.value:  # what options that follow change
+                    self.classes[where] = self.classes.get(f"{where}[{len(node.value) - 1}]")
                 return
             items = [item for item in map(item_of, options) if item is not None]
             if len(items) == 1:
@@ -329,7 +354,7 @@ class _Check:
         elif any(get_origin(option) is dict for option in options):
             return  # a mapping of any names
         elif "class_path" in _entries(node) or dataclass_of(hint) is not None:
-            self._settings(node, dataclass_of(hint), where)
+            self._settings(node, hint, where)
 
     def _named(self, node: Any, options: Sequence[Any], where: str) -> None:
         """Check one word in the place of a class: its name, or what else the setting takes."""
@@ -338,7 +363,7 @@ class _Check:
         if kind != "str":
             if (type(None) in options and kind == "null") or (bool in options and kind == "bool"):
                 return
-            raise ValueError(_no_class(where, word, CLASSES[where]))
+            raise ValueError(no_class(where, word, CLASSES[where]))
         if word in known:
             self.classes.pop(where, None)
             return
@@ -353,7 +378,7 @@ class _Check:
             if near:
                 raise ValueError(f"{where}: `{_said(word)}` is unknown.{hint}")
             return  # registered by somebody else
-        self._class(node, where)
+        self._class(node, where, CLASSES[where])
 
     def _scalar(self, node: Any, options: Sequence[Any], where: str) -> None:
         """Refuse a word of YAML that is not of the type that is wanted."""
@@ -405,76 +430,36 @@ class _Check:
             raise ValueError(f"{where}: `{said}` is unknown: wanted a number, a list or auto.")
 
 
-def find_class(path: Any, base: type[Any], where: str) -> Any:
-    """Return the class that a config names.
-
-    Args:
-        path: Its name or import path.
-        base: What it must be derived from, unless it is a function.
-        where: The setting, for the message.
-
-    Raises:
-        ValueError: There is no such class; suggests one.
-    """
-    if not isinstance(path, str):
-        raise ValueError(_no_class(where, "", base))
-    module, _, name = path.rpartition(".")
-    if not module:
-        cls = known_classes(base).get(name)
-        if cls is None and base is not object:
-            raise ValueError(_no_class(where, path, base))
-        return cls
-    try:
-        cls = getattr(importlib.import_module(module), name)
-    except AttributeError:
-        raise ValueError(_no_class(where, path, base)) from None
-    except Exception as error:
+def _check_takes_any(cls: Any, where: str) -> None:
+    """Refuse dict_kwargs of a class that takes no other arguments than those it names."""
+    settings, takes_any = settings_of(cls)
+    if not takes_any:
+        names = ", ".join(setting.name for setting in settings) or "none"
         raise ValueError(
-            f"{where}: {shown(path)} cannot be imported: {clipped(str(error))}."
-        ) from error
-    if isinstance(cls, type) and not issubclass(cls, base):
-        raise ValueError(f"{where}: {shown(path)} is not a {base.__name__}.")
-    return cls
+            f"{where}.dict_kwargs: {cls.__name__} takes no arguments but those of init_args: "
+            f"{names}."
+        )
 
 
-def _no_class(where: str, path: str, base: type[Any]) -> str:
-    known = known_classes(base)
-    near = difflib.get_close_matches(path.rpartition(".")[2], known, n=1)
-    hint = f" Did you mean {near[0]}?" if near else ""
-    listed = ", ".join(known) if len(known) < 25 else f"the names of {base.__name__} classes"
-    setting = where.removeprefix("--")
-    return (
-        f"{setting}: there is no class {shown(path)}.{hint} Known: {listed}, or the import path of "
-        "your own."
+def _base_of(hint: Any) -> type[Any]:
+    """Return the only class that a type allows; object, if that says nothing of a class_path."""
+    classes = [each for each in options_of(hint) if isinstance(each, type) and not is_scalar(each)]
+    [base] = classes if len(classes) == 1 else [object]
+    simple = base.__module__ == "builtins" or dataclasses.is_dataclass(base)
+    return object if simple or getattr(base, "_is_protocol", False) else base
+
+
+def _is_class(hint: Any) -> bool:
+    """Whether the value of a setting can only be a class with arguments, or one word."""
+    options = options_of(hint)
+    return _base_of(hint) is not object and not any(
+        dataclasses.is_dataclass(option) or get_origin(option) is dict for option in options
     )
 
 
-def _suggest(name: str, siblings: Any, called: str, quote: str = "") -> str:
-    """Say what setting was probably meant.
-
-    Args:
-        name: What was given, in the form of `siblings`.
-        siblings: Settings that exist at the same place.
-        called: The last part of the name.
-        quote: What stands around the suggestion.
-    """
-    plain = called.replace("-", "_").lower()
-    last = plain.rpartition(".")[2]
-    if last in _ELSEWHERE:
-        return f"Did you mean {_ELSEWHERE[last]}?"
-    near = difflib.get_close_matches(name, siblings, n=1, cutoff=0.75)
-    same = [each for each in names() if each.rpartition(".")[2] == last]
-    near = near or same[:1]
-    near = near or difflib.get_close_matches(name, siblings, n=1, cutoff=0.65)
-    if near:
-        return f"Did you mean {quote}{near[0]}{quote}?"
-    dotted = {each.rpartition(".")[2]: each for each in reversed(names())}
-    near = difflib.get_close_matches(last, dotted, n=1, cutoff=0.75)
-    if near:
-        return f"Did you mean {quote}{dotted[near[0]]}{quote}?"
-    if name.startswith("--"):
-        return "`zsnr fit --help` shows the options."
-    return f"Known: {', '.join(siblings)}."
+def _listed(where: str) -> str:
+    """Return the setting whose value is the list that an item stands in."""
+    return re.sub(r"\[\d+\]$", "", where)
 
 
 def _entries(node: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tqdm import tqdm
 
 from zsnr.files import side_file
-from zsnr.progress import duration
+from zsnr.progress import counted, duration
 from zsnr.training.checkpointing import Checkpoints, find_last
 
 LOG = "fit.log"
@@ -81,11 +81,11 @@ class ProgressLines(Callback):
 
     def __init__(self, printing: bool = True) -> None:
         self.printing = printing
-        self._last = -1
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._pace = Pace(trainer)
         self._start, self._first = time.monotonic(), trainer.global_step
+        self._last = trainer.global_step
         trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
         begin = "begins" if trainer.global_step == 0 else f"resumes at step {trainer.global_step}"
         ranks = trainer.world_size
@@ -190,6 +190,7 @@ class StepBar(ProgressBar):
     def __init__(self) -> None:
         super().__init__()
         self._bar: tqdm[Any] | None = None
+        self._inner: tqdm[Any] | None = None
         self._shown = True
 
     def disable(self) -> None:
@@ -231,47 +232,43 @@ class StepBar(ProgressBar):
             said = "" if loss is None else f"loss {float(loss):.4g}, "
             self._bar.set_postfix_str(f"{said}{rate:.3g} images/s")
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        self._close()
-
-    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
-        self._close()
-
     def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        count = sum(n for n in trainer.num_val_batches if n != float("inf"))
-        self._inner = self._open("validating", int(count) or None, "batch")
+        self._inner = self._open("validating", _batches(trainer.num_val_batches), "batch")
         self._inner.leave = trainer.state.fn != "fit"
 
-    def on_validation_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
-        self._inner.update()
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        self._inner.close()
-
     def on_test_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        self._inner = self._open("testing", int(sum(trainer.num_test_batches)) or None, "batch")
-
-    def on_test_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
-        self._inner.update()
-
-    def on_test_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        self._inner.close()
+        self._inner = self._open("testing", _batches(trainer.num_test_batches), "batch")
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._inner = self._open("generating", _images(trainer), "image")
 
+    def on_validation_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        assert self._inner is not None
+        self._inner.update()
+
+    on_test_batch_end = on_validation_batch_end
+
     def on_predict_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, *args: Any
     ) -> None:
+        assert self._inner is not None
         self._inner.update(len(batch))
 
-    def on_predict_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        self._inner.close()
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if self._inner is not None:
+            self._inner.close()
+            self._inner = None
 
-    def _close(self) -> None:
+    on_test_end = on_predict_end = on_validation_end
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        self.on_validation_end(trainer, pl_module)
+        self.on_train_end(trainer, pl_module)
 
 
 def progress_callbacks(bar: bool) -> list[Callback]:
@@ -294,28 +291,32 @@ def print_summary(trainer: L.Trainer, stopped: bool) -> None:
     """
     if not trainer.is_global_zero:
         return
-    folder = Path(trainer.default_root_dir)
+    folder, step, total = Path(trainer.default_root_dir), trainer.global_step, trainer.max_steps
     lines = [each for each in trainer.callbacks if isinstance(each, ProgressLines)]
     took = getattr(lines[0], "summary", "") if lines else ""
-    what = f"stopped at step {trainer.global_step} of {trainer.max_steps}" if stopped else "done"
-    print(f"{what}: trained {took}" if took else what)
+    early = stopped or step < total
+    what = f"{'stopped' if stopped else 'ended'} at step {step} of {total}" if early else "done"
+    if took:
+        print(f"{what}: trained {took}")
+    elif not early and lines:  # training has not begun
+        print(f"done: nothing is left to train at step {step} of {total}")
+    else:
+        print(what)
     checkpoints = [each for each in trainer.callbacks if isinstance(each, Checkpoints)]
     last = find_last(Path(checkpoints[0].dirpath or "checkpoints")) if checkpoints else None
+    commands = []
     if last is not None:
         print(f"checkpoint: {_near(last)}")
         usual = last.parent.parent == folder
         model = shlex.quote(_near(folder if usual else last))
-        print(f'next: zsnr sample {model} "a prompt"')
+        commands.append(f'zsnr sample {model} "a prompt"')
     if any(isinstance(each, TensorBoardLogger) for each in trainer.loggers):
-        print(f"      tensorboard --logdir {shlex.quote(_near(folder))}")
-    if stopped:
+        commands.append(f"tensorboard --logdir {shlex.quote(_near(folder))}")
+    for i, command in enumerate(commands):
+        print(f"{'      ' if i else 'next: '}{command}")
+    if early and last is not None:
         print("resume: run the same command with --ckpt_path last")
     sys.stdout.flush()
-
-
-def counted(number: int, noun: str) -> str:
-    """Say a number of things."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _images(trainer: L.Trainer) -> int:
@@ -323,6 +324,11 @@ def _images(trainer: L.Trainer) -> int:
     data: Any = trainer.datamodule
     left = [request for request in data.requests if request.filename not in data.done]
     return len(left[trainer.global_rank :: trainer.world_size])
+
+
+def _batches(counts: Any) -> int | None:
+    """Return the number of batches; None if it is not known."""
+    return int(sum(count for count in counts if count != float("inf"))) or None
 
 
 def _near(path: Path) -> str:

@@ -22,7 +22,7 @@ from zsnr.data.cache import (
     CacheDataset,
     check_cache,
     find_cache,
-    picture_facts,
+    image_facts,
     select_cached,
     text_embedding,
 )
@@ -289,8 +289,8 @@ class DataModule(L.LightningDataModule):
     def _select(self, name: str, sources: Sources) -> Samples:
         cache = find_cache(sources)
         if cache is not None:
-            facts = picture_facts(self.image_size, self.aspect, self.pixels)
-            check_cache(name, cache, picture=facts, captions=asdict(self.captions))
+            facts = image_facts(self.image_size, self.aspect, self.pixels)
+            check_cache(name, cache, images=facts, captions=asdict(self.captions))
             self.caches[name] = cache
         samples = self._selection(sources)
         rank_zero_info(describe_samples(samples, name))

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from zsnr.data.order import accumulation
+from zsnr.progress import counted
 
 # Validation intervals that trainers were given, in optimizer steps; one may fit more than once.
 _INTERVALS: WeakKeyDictionary[L.Trainer, Any] = WeakKeyDictionary()
@@ -65,8 +66,8 @@ class GlobalBatch(L.Callback):
         trainer.accumulate_grad_batches = steps
         each = data.batch_size // trainer.world_size // steps
         rank_zero_info(
-            f"Global batch of {data.batch_size} = {trainer.world_size} ranks x {steps} "
-            f"accumulation steps x {each} samples."
+            f"Global batch of {data.batch_size} = {counted(trainer.world_size, 'rank')} x "
+            f"{counted(steps, 'accumulation step')} x {counted(each, 'sample')}."
         )
         if maximum is not None and steps > 1 and 2 * each <= maximum:
             rank_zero_warn(

@@ -47,7 +47,7 @@ _FROM_CHECKPOINT = (
     "The checkpoint says what the model is, how it is sampled and the image size. Files that "
     "follow -c, and options, only override what it says."
 )
-_GROUPS = {
+GROUP_TEXTS = {
     "model": "The network, the noise schedule, the loss, the optimizer and sampling.",
     "data": "Training data, validation data, batches, and the prompts of predict.",
     "trainer": "Devices, precision and the length of training (Lightning's Trainer).",
@@ -58,6 +58,7 @@ _GROUPS = {
     "watchdog": "How long a process may hang before it is ended.",
     "preemption": "What a signal to stop does.",
 }
+"""What each group of settings is about."""
 _USED = {
     "model": (
         *("unet", "codec", "conditioner", "prediction_type", "schedule.betas"),
@@ -170,10 +171,20 @@ _MAIN_TEXTS = {
 }
 
 
-class _Line(NamedTuple):
-    """One setting in the help."""
+class DescribedSetting(NamedTuple):
+    """One setting in the help and on the site.
+
+    Args:
+        name: Its name inside its group, with dots where it is nested.
+        hint: Its type.
+        metavar: What stands for its value in the help.
+        default: Its default, as YAML writes it. "" = it is required; None = the settings in it have
+            defaults of their own.
+        text: What it is.
+    """
 
     name: str
+    hint: Any
     metavar: str
     default: str | None
     text: str
@@ -204,7 +215,9 @@ def help_text(command: str, topic: str | None = None) -> str:
 
 
 def _overview(command: str) -> str:
-    settings = {f"{group}.{line.name}": line for group in GROUPS for line in _lines(group)}
+    settings = {
+        f"{group}.{line.name}": line for group in GROUPS for line in describe_settings(group)
+    }
     parts = [f"usage: {_USAGES[command]}", _PURPOSES[command]]
     if command == "fit":
         parts.append(
@@ -235,14 +248,14 @@ def _overview(command: str) -> str:
     if command == "predict":
         lines += ["", *textwrap.wrap(_guidance_text(), WIDTH, break_on_hyphens=False)]
     for group, used in _USED_ELSEWHERE.get(command, _USED).items():
-        lines += ["", f"{_GROUPS[group]} (More: zsnr {command} --help {group})"]
+        lines += ["", f"{GROUP_TEXTS[group]} (More: zsnr {command} --help {group})"]
         for name in used:
             line = settings[f"{group}.{name}"]
             needed = f"{group}.{name}" == "data.val" and command != "fit"
             text = _with_default(_first_sentence(line.text), "" if needed else line.default)
             lines += _entry(f"--{group}.{name} {line.metavar}", text)
     lines += ["", f"Groups, each explained by `zsnr {command} --help GROUP`:"]
-    for group, text in _GROUPS.items():
+    for group, text in GROUP_TEXTS.items():
         lines += _entry(group, text)
     return "\n".join(lines)
 
@@ -267,10 +280,10 @@ def _other_guidance() -> list[Any]:
 
 
 def _group(group: str) -> str:
-    lines = [f"{group}: {_GROUPS[group]}"]
+    lines = [f"{group}: {GROUP_TEXTS[group]}"]
     if not settings_of(GROUPS[group])[0]:
         lines += textwrap.wrap(f"It has no settings. {_summary(GROUPS[group])}", WIDTH)
-    for line in _lines(group):
+    for line in describe_settings(group):
         lines += _entry(
             f"--{group}.{line.name} {line.metavar}", _with_default(line.text, line.default)
         )
@@ -288,11 +301,12 @@ def _group(group: str) -> str:
     return "\n".join(lines)
 
 
-def _lines(group: str) -> Iterator[_Line]:
+def describe_settings(group: str) -> Iterator[DescribedSetting]:
+    """List the settings of a group, those of the dataclasses in it too."""
     yield from _read(group, "", GROUPS[group], None)
 
 
-def _read(group: str, prefix: str, cls: Any, values: Any) -> Iterator[_Line]:
+def _read(group: str, prefix: str, cls: Any, values: Any) -> Iterator[DescribedSetting]:
     """List the settings of a class, and those of the dataclasses in it."""
     texts = descriptions(cls)
     for setting in settings_of(cls)[0]:
@@ -309,8 +323,13 @@ def _read(group: str, prefix: str, cls: Any, values: Any) -> Iterator[_Line]:
             default = default_optimizer()
         if f"{group}.{name}" == "trainer.max_steps":  # Lightning's default has no end
             default = REQUIRED
-        shown = _shown(default)
-        yield _Line(name, _metavar(setting.hint, f"{group}.{name}"), shown, _sentence(text))
+        yield DescribedSetting(
+            name,
+            setting.hint,
+            _metavar(setting.hint, f"{group}.{name}"),
+            _shown(default),
+            _sentence(text),
+        )
         if inside is not None:
             given = default if isinstance(default, inside) else None
             yield from _read(group, f"{name}.", inside, given)

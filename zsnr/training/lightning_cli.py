@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
-from jsonargparse import ArgumentError, Namespace
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -383,6 +383,24 @@ def parse_fit(arguments: Sequence[str]) -> Any:
     return cli.config
 
 
+def build(name: str, cls: type[Any], values: Any) -> Any:
+    """Instantiate one part of a parsed config.
+
+    Raises:
+        ValueError: Its settings are wrong; one line.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    if cls is DataModule:
+        parser.add_class_arguments(cls, name)
+    else:
+        parser.add_subclass_arguments(cls, name)
+    values = values.as_dict() if hasattr(values, "as_dict") else values
+    try:
+        return parser.instantiate_classes(parser.parse_object({name: values}))[name]
+    except (ValueError, TypeError) as error:
+        raise ValueError(short_message(str(error))) from error
+
+
 def _parsed(cls: type[ZsnrCLI], **options: Any) -> ZsnrCLI:
     try:
         return cls(
@@ -444,7 +462,7 @@ def _prepare(arguments: Sequence[str]) -> list[str]:
     quiet_lightning()
     read_safely()
     settings = expand_short_options(arguments)[1:]
-    check_configs(settings)
+    check_configs(settings, complete=arguments[0] == "fit")
     if is_first_process():
         for line in list_overrides(settings):
             print(line, file=sys.stderr)

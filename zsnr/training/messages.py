@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 
-from zsnr.training.settings import BASES, known_classes, names
+from zsnr.training.settings import BASES, accepted_arguments, known_classes, names
 from zsnr.untrusted import clipped
 
 _TYPES = {
@@ -33,6 +34,12 @@ def short_message(message: str) -> str:
     """
     line = " ".join(message.split())
     keys = _KEY.findall(line)
+    nested = re.search(r"NestedArg\(key='([\w.]+)'", line)
+    if nested and keys and ("dot import path" in line or "is abstract" in line):
+        return (
+            f"{keys[0]} names no class, so it has no `{nested[1]}`: name one first, as in "
+            f"--{keys[0]} CLASS."
+        )
     for suffix, base in BASES.items():
         wrong = "import path" in line or "Not a valid subclass" in line
         if keys and keys[0].endswith(suffix) and wrong:
@@ -51,6 +58,9 @@ def short_message(message: str) -> str:
     lacks = re.search(r"class_path '([\w.]+)': .*arguments are required: ([\w., ]+)", line)
     if lacks:
         return f"{_setting(keys)}{lacks[1]} needs {lacks[2].strip()}."
+    refused = re.search(r"class_path '([\w.]+)': Option '(\w+)' is not accepted", line)
+    if refused:
+        return f"{keys[0]}.init_args has no `{refused[2]}`.{_argument_hint(*refused.groups())}"
     unknown = re.search(r"(?:accept option '|[Oo]ption '|arguments: --)([\w.]+)", line)
     if unknown:
         near = difflib.get_close_matches(unknown[1], names(), n=1)
@@ -68,6 +78,16 @@ def short_message(message: str) -> str:
         came = f"`{clipped(value[1])}` is wrong: " if value and said else ""
         return f"{_setting(keys)}{came}wanted {' or '.join(map(_type, dict.fromkeys(types)))}."
     return clipped(_without_terms(line, keys), 400)
+
+
+def _argument_hint(path: str, name: str) -> str:
+    """Suggest an argument of a class that jsonargparse has imported."""
+    module, _, cls = path.rpartition(".")
+    known = accepted_arguments(getattr(sys.modules.get(module), cls, object))
+    near = difflib.get_close_matches(name, known, n=1)
+    if near:
+        return f" Did you mean `{near[0]}`?"
+    return f" Known: {', '.join(known)}." if known else ""
 
 
 def _setting(keys: list[str]) -> str:

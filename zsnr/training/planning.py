@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,11 +30,10 @@ from zsnr.reports.plan import (
     state_per_byte,
     trainable,
 )
-from zsnr.training.caching import build
 from zsnr.training.checks import check_unsharded
 from zsnr.training.data import DataModule
 from zsnr.training.ema import update_average
-from zsnr.training.lightning_cli import check_model, is_sharded, parse_fit
+from zsnr.training.lightning_cli import build, check_model, is_sharded
 from zsnr.training.module import LatentDiffusion
 
 # Lightning's names of precision: of the weights, and of autocast.
@@ -47,52 +46,12 @@ _PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
 }
 
 
-def run_plan(
-    configs: Sequence[str],
-    settings: Sequence[str] = (),
-    *,
-    ranks: int | None = None,
-    ranks_per_node: int | None = None,
-    memory: float | None = None,
-    images_per_second: float | None = None,
-    measure: bool = False,
-) -> Plan:
-    """Plan what `zsnr fit` with the same configs and settings needs.
-
-    Args:
-        configs: YAML files; later files override earlier ones.
-        settings: Further arguments of fit, such as ["--data.batch_size", "64"].
-        ranks: Number of processes. None = as the trainer says.
-        ranks_per_node: Number of processes on one node. None = as the trainer says.
-        memory: GiB that one rank may use. None = unlimited.
-        images_per_second: Throughput summed over all ranks, from which the hours follow.
-        measure: Measure the throughput with a few steps on this machine.
-
-    Raises:
-        ValueError: The config is wrong, or cannot be planned.
-    """
-    for name, value in (("memory", memory), ("images-per-second", images_per_second)):
-        if value is not None and not value > 0:
-            raise ValueError(f"--{name} {value:g}: wanted more than 0.")
-    if not configs:
-        raise ValueError("plan needs a config: zsnr plan CONFIG.")
-    config = parse_fit([*(part for path in configs for part in ("-c", path)), *settings])
-    return make_plan(
-        config,
-        ranks=ranks,
-        ranks_per_node=ranks_per_node,
-        memory=None if memory is None else round(memory * GIB),
-        images_per_second=images_per_second,
-        measure=measure,
-    )
-
-
 def make_plan(
     config: Any,
     *,
     ranks: int | None = None,
     ranks_per_node: int | None = None,
-    memory: int | None = None,
+    memory: float | None = None,
     images_per_second: float | None = None,
     measure: bool = False,
 ) -> Plan:
@@ -102,7 +61,7 @@ def make_plan(
         config: What parse_fit returned.
         ranks: Number of processes. None = as the config's trainer says.
         ranks_per_node: Number of processes on one node. None = as the config's trainer says.
-        memory: Bytes that one rank may use. None = unlimited.
+        memory: GiB that one rank may use. None = unlimited.
         images_per_second: Throughput summed over all ranks.
         measure: Measure the throughput with a few steps on this machine.
 
@@ -123,10 +82,11 @@ def make_plan(
         checkpointing=config.model.gradient_checkpointing,
     )
     parts = read_parts(config, data)
+    limit = None if memory is None else round(memory * GIB)
     needed = need(parts, layout)
     if measure:
         images_per_second = data.batch_size / seconds_per_step(config, data, layout)
-    too_much = memory is not None and needed.total > memory
+    too_much = limit is not None and needed.total > limit
     counts = {"UNet": _count(parts.unet.parameters())}
     if isinstance(parts.unet, AdaptedUNet):
         counts["of which trained"] = _count(trainable(parts.unet))
@@ -146,9 +106,9 @@ def make_plan(
         on_gpu=_on_gpu(trainer),
         max_steps=trainer.max_steps if trainer.max_steps > 0 else None,
         images_per_second=images_per_second,
-        memory=memory,
-        way_out=find_way_out(parts, layout, data.batch_size, memory)
-        if memory is not None and too_much
+        memory=limit,
+        way_out=find_way_out(parts, layout, data.batch_size, limit)
+        if limit is not None and too_much
         else None,
     )
 

@@ -118,8 +118,18 @@ def settings_of(cls: Any) -> tuple[list[Setting], bool]:
         return [], True
     variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     named = [p for p in parameters if p.kind not in variable]
+    if isinstance(cls, type) and issubclass(cls, Optimizer):
+        named = named[1:]  # the parameters that it changes
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
     return [Setting(p.name, hints.get(p.name, Any), p.default) for p in named], takes_any
+
+
+def accepted_arguments(cls: Any) -> list[str]:
+    """List the arguments that a config may give a class, those that pass through **kwargs too."""
+    from jsonargparse import ArgumentParser
+
+    names: list[str] = ArgumentParser().add_class_arguments(cls, fail_untyped=False)
+    return names
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
