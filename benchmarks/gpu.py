@@ -7,8 +7,8 @@ Sections run in this order, and each is written to the result before the next be
 machine that is taken away leaves what was measured:
 
 tests: the tests marked `cuda`.
-train: a training step under Lightning (EMA, guards, logging; bfloat16 autocast, fused AdamW, cached
-    latents in memory) after every step of a bare loop of the same network, in the same process;
+train: training steps under Lightning (EMA, guards, logging; bfloat16 autocast, fused AdamW, cached
+    latents in memory) in turn with steps of a bare loop of the same network, in the same process;
     images per second, share of the GPU's peak in bfloat16 (MFU), peak memory beside `zsnr plan`'s
     formula for weights, gradients, optimizer state and averages.
 idle: the share of time in which no kernel runs, from a trace of some training steps.
@@ -44,8 +44,8 @@ from zsnr.denoiser import Conditioning
 ROOT = Path(__file__).parents[1]
 RESULT = Path(__file__).parent / "results" / "gpu.md"
 LR = {"lr": 1e-4, "weight_decay": 0.01}
-PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16, makers' data sheets
-WARMUP = 5  # steps that are not counted
+WARMUP = 1  # blocks of steps that are not counted
+BLOCK = 5  # steps that are timed together: the host may be ahead of the device meanwhile
 TOKENS = 77
 
 
@@ -94,7 +94,8 @@ TINY = (
 class Latents(Dataset[dict[str, Any]]):
     """Endless cached latents and text embeddings, as training reads them from a cache."""
 
-    def __init__(self, size: Size, steps: int) -> None:
+    def __init__(self, size: Size, steps: int, prepare: Callable[[Any], Any]) -> None:
+        self.prepare = prepare
         generator = torch.Generator().manual_seed(0)
         side = size.pixels // 8
         self.mean = torch.randn(64, 4, side, side, generator=generator)
@@ -115,13 +116,15 @@ class Latents(Dataset[dict[str, Any]]):
 
     def collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         """Make a batch with the keys that training_step reads."""
-        return {
-            "key": [item["key"] for item in items],
-            "position": torch.tensor([item["position"] for item in items]),
-            "global_batch_size": self.size.batch_size,
-            "moments": torch.stack([item["moments"] for item in items]),
-            "text_embedding": Conditioning(torch.stack([item["context"] for item in items])),
-        }
+        return self.prepare(
+            {
+                "key": [item["key"] for item in items],
+                "position": torch.tensor([item["position"] for item in items]),
+                "global_batch_size": self.size.batch_size,
+                "moments": torch.stack([item["moments"] for item in items]),
+                "text_embedding": Conditioning(torch.stack([item["context"] for item in items])),
+            }
+        )
 
 
 def module(size: Size, vae: Path, compiled: bool) -> Any:
@@ -158,7 +161,6 @@ def bare_loop(network: nn.Module, size: Size, device: torch.device) -> Callable[
         (output.float() - target).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        synchronize(device)
 
     return step
 
@@ -174,7 +176,7 @@ def fit(net: Any, size: Size, steps: int, device: torch.device, callbacks: list[
     from lightning.pytorch import Trainer
     from lightning.pytorch.loggers import CSVLogger
 
-    data = Latents(size, steps)
+    data = Latents(size, steps, net.preparation(training=True))
     with tempfile.TemporaryDirectory() as root:
         trainer = Trainer(
             accelerator="gpu" if device.type == "cuda" else "cpu",
@@ -201,48 +203,38 @@ def fit(net: Any, size: Size, steps: int, device: torch.device, callbacks: list[
         trainer.fit(net, loader)
 
 
-def flops(network: nn.Module, size: Size) -> float:
-    """Count the floating-point operations of a forward and backward pass per image."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    side = size.pixels // 8
-    with torch.device("meta"):
-        x_t, t = torch.zeros(1, 4, side, side), torch.zeros(1, dtype=torch.int64)
-        conditioning = Conditioning(torch.zeros(1, TOKENS, size.context_dim))
-    counted = copy.deepcopy(network).to("meta")
-    with FlopCounterMode(display=False) as counter:
-        counted(x_t, t, conditioning).sum().backward()
-    return float(counter.get_total_flops())
-
-
-def train(sizes: tuple[Size, ...], vae: Path, device: torch.device, steps: int) -> list[str]:
+def train(sizes: tuple[Size, ...], vae: Path, device: torch.device, blocks: int) -> list[str]:
     """Compare the Lightning step with the bare loop, for each size."""
+    from zsnr.training.throughput import network_flops, peak_flops
+
     lines = [
         "| network | batch | compile | zsnr, images/s | bare loop, images/s | step / bare step "
         "| MFU | peak memory, GiB | weights, gradients, AdamW and EMA, GiB |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    peak = next((p for n, p in PEAKS.items() if device.type == "cuda" and n in device_name()), None)
+    peak = peak_flops(device_name()) if device.type == "cuda" else None
     for size in sizes:
         for compiled in (False, True) if device.type == "cuda" else (False,):
             net = module(size, vae, compiled)
-            work = flops(net.trained["unet"], size)
+            shape, text = (4, size.pixels // 8, size.pixels // 8), (1, TOKENS, size.context_dim)
+            work = network_flops(net.trained["unet"], shape, Conditioning(torch.zeros(text)))
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            race = Race({"bare": bare_loop(net.trained["unet"], size, device)})
-            fit(net, size, steps + WARMUP, device, [race])
-            zsnr, bare = (times[WARMUP:] for times in race.times.values())
-            ratio = statistics.median(a / b for a, b in zip(zsnr, bare, strict=True))
+            bare = bare_loop(net.trained["unet"], size, device)
+            race = Race({"bare": bare}, BLOCK, lambda: synchronize(device))
+            fit(net, size, BLOCK * (blocks + WARMUP), device, [race])
+            zsnr, floor = (times[WARMUP:] for times in race.times.values())
+            ratio = statistics.median(a / b for a, b in zip(zsnr, floor, strict=True))
             rate = size.batch_size / statistics.median(zsnr)
             used = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
             state = 20 * sum(p.numel() for p in net.trained.parameters()) / 2**30
             lines.append(
                 f"| {size.name} | {size.batch_size} | {'on' if compiled else 'off'} | {rate:.1f} "
-                f"| {size.batch_size / statistics.median(bare):.1f} | {ratio:.3f} "
+                f"| {size.batch_size / statistics.median(floor):.1f} | {ratio:.3f} "
                 f"| {'-' if peak is None else f'{100 * work * rate / peak:.0f} %'} "
                 f"| {'-' if used is None else f'{used:.1f} (with the bare loop)'} | {state:.1f} |"
             )
-            del net, race
+            del net, race, bare
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     return lines
@@ -257,7 +249,7 @@ def idle(size: Size, vae: Path, device: torch.device) -> list[str]:
 
     class Trace(Callback):
         def on_train_batch_start(self, trainer: Any, module: Any, *args: Any) -> None:
-            if trainer.global_step == WARMUP:
+            if trainer.global_step == BLOCK:
                 torch.cuda.synchronize()
                 self.profile = profile(activities=[ProfilerActivity.CUDA])
                 self.profile.__enter__()
@@ -269,7 +261,7 @@ def idle(size: Size, vae: Path, device: torch.device) -> list[str]:
             self.profile.__exit__(None, None, None)
 
     trace = Trace()
-    fit(module(size, vae, False), size, WARMUP + 10, device, [trace])
+    fit(module(size, vae, False), size, BLOCK + 10, device, [trace])
     spans = sorted(
         (event.time_range.start, event.time_range.end)
         for event in trace.profile.events()
@@ -428,7 +420,7 @@ def main() -> None:
         autoencoder(options.tiny).save_pretrained(folder / "vae")
         sections: dict[str, Callable[[], list[str]]] = {
             "Tests": cuda_tests,
-            "Training": lambda: train(sizes, folder / "vae", device, 3 if options.tiny else 20),
+            "Training": lambda: train(sizes, folder / "vae", device, 1 if options.tiny else 5),
             "Idle device": lambda: idle(sizes[0], folder / "vae", device),
             "Sampling": lambda: sample(write_pipeline(folder, options.tiny), device, options.tiny),
         }

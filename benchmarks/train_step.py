@@ -82,9 +82,17 @@ class Race:
 
     Args:
         contenders: Contenders by name; a call is a step.
+        block: Number of steps that are taken and timed together, so that a device need not be
+            waited for after each.
+        wait: Waits for the device.
     """
 
-    def __new__(cls, contenders: dict[str, Callable[[], object]]) -> Any:
+    def __new__(
+        cls,
+        contenders: dict[str, Callable[[], object]],
+        block: int = 1,
+        wait: Callable[[], object] = lambda: None,
+    ) -> Any:
         from lightning.pytorch.callbacks import Callback
 
         class Racing(Callback):
@@ -95,12 +103,19 @@ class Race:
                 self.since = time.perf_counter()
 
             def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
-                self.times["zsnr"].append(time.perf_counter() - self.since)
+                if trainer.global_step % block:
+                    return
+                self.note("zsnr")
                 for name, step in contenders.items():
-                    start = time.perf_counter()
-                    step()
-                    self.times[name].append(time.perf_counter() - start)
-                self.since = time.perf_counter()
+                    for _ in range(block):
+                        step()
+                    self.note(name)
+
+            def note(self, name: str) -> None:
+                wait()
+                now = time.perf_counter()
+                self.times[name].append((now - self.since) / block)
+                self.since = now
 
         return Racing()
 

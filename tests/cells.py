@@ -144,24 +144,24 @@ def fit(
     callbacks = [watch, Checkpoints(f"{root}/checkpoints", every_n_train_steps=every), *callbacks]
     if previews:
         callbacks.append(Previews(["a", "b", "c"], every_n_steps=2))
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=int(os.environ.get("WORLD_SIZE", 1)),
-        strategy=strategy(kind, **(strategy_options or {})),
-        max_steps=steps,
-        max_epochs=-1,
-        logger=logger,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        log_every_n_steps=1,
-        num_sanity_val_steps=0,
-        check_val_every_n_epoch=None,
-        val_check_interval=2,
-        default_root_dir=root,
-        callbacks=callbacks,
-        **(trainer_options or {}),
-    )
+    settings = {
+        "accelerator": "cpu",
+        "devices": int(os.environ.get("WORLD_SIZE", 1)),
+        "strategy": strategy(kind, **(strategy_options or {})),
+        "max_steps": steps,
+        "max_epochs": -1,
+        "logger": logger,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+        "log_every_n_steps": 1,
+        "num_sanity_val_steps": 0,
+        "check_val_every_n_epoch": None,
+        "val_check_interval": 2,
+        "default_root_dir": root,
+        "callbacks": callbacks,
+    }
+    trainer = Trainer(**{**settings, **(trainer_options or {})})
     trainer.strategy.checkpoint_io = CheckpointFiles()
     trainer.fit(net, datamodule=data(folder, **(data_options or {})), ckpt_path=checkpoint)
     return {

@@ -116,7 +116,7 @@ def test_frozen_or_trained():
 
 def test_penultimate_layer_is_transformers():
     conditioner = small(layer=-2)
-    ids, _ = conditioner._tokenize(["a black cat"])
+    ids, _ = conditioner.tokenize(["a black cat"])
     encoder = conditioner.encoder
     out = encoder(ids, output_hidden_states=True)  # no mask: as Stable Diffusion calls CLIP
     norms = [m for n, m in encoder.named_modules() if n.endswith("final_layer_norm")]

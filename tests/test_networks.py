@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import tiny
 import torch
@@ -86,3 +88,24 @@ def test_what_a_library_says_of_a_config_is_one_line():
     with pytest.raises(ValueError, match=r"zsnr\.networks\.UNet: a b does not exist") as error:
         build({"class_path": "zsnr.networks.UNet", "init_args": {"config": config}}, UNet)
     assert "\n" not in str(error.value)
+
+
+def test_blocks_are_compiled_once_for_all_shapes():
+    """Four shapes of aspect-ratio buckets: the second epoch compiles nothing."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    unet = UNet(tiny.UNET, channels=4, context_dim=8)
+    plain = copy.deepcopy(unet)
+    unet.compile_blocks("eager", several_shapes=True)
+    graphs = []
+    for _ in range(2):
+        for height, width in ((8, 8), (16, 4), (4, 16), (8, 12)):
+            x = torch.randn(2, 4, height, width)
+            t, cond = torch.tensor([1, 2]), Conditioning(torch.randn(2, 7, 8))
+            torch.testing.assert_close(unet(x, t, cond), plain(x, t, cond))
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1] > 0
+    assert counters["frames"]["total"] == counters["frames"]["ok"]
+    torch._dynamo.reset()

@@ -361,7 +361,7 @@ def test_training_tells_the_unet_prompt_and_sizes(made):
     draws = training_draws(0, [0, 1], 2, (4, 8, 12), 1000, 0.0)
     draws = Draws(draws.t, torch.tensor([True, False]), draws.z, draws.eps, draws.d)
     with torch.no_grad():
-        mine = module._losses(batch, draws, ema=False)
+        mine = tiny.losses(module, batch, draws)
         context, _, pooled, _ = theirs.encode_prompt(
             ["a cat", "dog"], do_classifier_free_guidance=False
         )
@@ -376,10 +376,10 @@ def test_training_tells_the_unet_prompt_and_sizes(made):
         ).sample
         target = prediction_target(x_0, draws.eps, *module.schedule(draws.t), "v_prediction")
         torch.testing.assert_close(mine, (output - target).square().mean((1, 2, 3)))
-        other = module._losses({**batch, "sizes": sizes.flip(0)}, draws, ema=False)
+        other = tiny.losses(module, {**batch, "sizes": sizes.flip(0)}, draws)
         assert not torch.allclose(mine, other, rtol=1e-5)
         with pytest.raises(ValueError, match="got no sizes"):
-            module._losses({k: v for k, v in batch.items() if k != "sizes"}, draws, ema=False)
+            tiny.losses(module, {k: v for k, v in batch.items() if k != "sizes"}, draws)
 
 
 def test_half_precision_encoders_teach_a_float32_network(tmp_path):
@@ -393,7 +393,7 @@ def test_half_precision_encoders_teach_a_float32_network(tmp_path):
         "sizes": torch.tensor([[16, 16, 0, 0, 16, 16]]),
     }
     draws = training_draws(0, [0], 1, (4, 8, 8), 1000, 0.0)
-    assert module._losses(batch, draws, ema=False).isfinite().all()
+    assert tiny.losses(module, batch, draws).isfinite().all()
     assert module.model().conditioner(["a"]).context.dtype == torch.float16
 
 

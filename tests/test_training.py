@@ -211,7 +211,7 @@ def test_the_loss_is_the_papers_by_hand(tmp_path):
     batch = loader.on_after_batch_transfer(next(iter(loader.train_dataloader())), 0)
     schedule, codec = model.schedule, model.codec
     d = training_draws(0, batch["position"].tolist(), 4, model.codec.latent_shape(16, 16), T, 0.0)
-    losses = model._losses(batch, d, ema=False)
+    losses = tiny.losses(model, batch, d)
     for i in range(4):
         t = int(d.t[i])
         alpha, sigma = schedule(t)
@@ -233,8 +233,8 @@ def test_dropped_captions_are_null(tmp_path):
         "position": torch.arange(2),
     }
     d = training_draws(0, [0, 1], 2, model.codec.latent_shape(16, 16), T, 1.0)
-    dropped = model._losses(batch, d, ema=False)
-    empty = model._losses({**batch, "caption": ["", ""]}, d, ema=False)
+    dropped = tiny.losses(model, batch, d)
+    empty = tiny.losses(model, {**batch, "caption": ["", ""]}, d)
     torch.testing.assert_close(dropped, empty)
 
 
@@ -242,9 +242,7 @@ def test_offset_noise_is_used(tmp_path):
     batch = {"image": torch.rand(2, 3, 16, 16), "caption": ["", ""]}
     plain, offset = module(), module(offset_noise=0.5)
     d = training_draws(0, [0, 1], 2, plain.codec.latent_shape(16, 16), T, 0.0)
-    assert not torch.allclose(
-        plain._losses(batch, d, ema=False), offset._losses(batch, d, ema=False)
-    )
+    assert not torch.allclose(tiny.losses(plain, batch, d), tiny.losses(offset, batch, d))
 
 
 def weights(model):

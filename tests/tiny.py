@@ -215,3 +215,11 @@ def write_inception(path):
     weights["fc.weight"].mul_(30)
     torch.save(weights, path)
     return path
+
+
+def losses(module, batch, draws):
+    """The losses of a batch for given random numbers."""
+    keeps = zip(batch["caption"], draws.keep.tolist(), strict=True)
+    prompts = [caption if kept else "" for caption, kept in keeps]
+    batch = {**batch, "draws": draws, "prompts": prompts}
+    return module._losses(batch, module._noised(batch), ema=False)

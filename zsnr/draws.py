@@ -6,8 +6,8 @@ k B + j. Therefore neither the division of a batch over ranks nor a restart chan
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from functools import lru_cache
 
 import torch
@@ -21,7 +21,7 @@ _TIMESTEPS, _SAMPLES, _VALIDATION = 0, 1, 2  # independent streams of one seed
 
 @dataclass(frozen=True, eq=False)
 class Draws:
-    """The random numbers of one batch, on the CPU.
+    """The random numbers of one batch.
 
     Args:
         t: Timesteps, (B,).
@@ -37,6 +37,17 @@ class Draws:
     eps: Tensor
     d: Tensor
 
+    def to(self, device: torch.device | str) -> Draws:
+        """Copy to a device; from pinned memory the host does not wait for it."""
+        return self._map(lambda part: part.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Draws:
+        """Copy to pinned memory, from which a GPU copies by itself."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Draws:
+        return Draws(*(change(getattr(self, part.name)) for part in fields(self)))
+
 
 def training_draws(
     seed: int,
@@ -47,6 +58,8 @@ def training_draws(
     caption_dropout: float = 0.0,
 ) -> Draws:
     """Draw timesteps stratified over the global batch, and all other numbers for each sample.
+
+    They are drawn on the CPU.
 
     Args:
         seed: Seed of the run.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from zsnr.denoiser import Conditioning
@@ -152,6 +153,19 @@ class UNet(nn.Module):
         """Return the blocks in order of the forward pass, to shard or compile separately."""
         middle = [] if self.unet.mid_block is None else [self.unet.mid_block]
         return [*self.unet.down_blocks, *middle, *self.unet.up_blocks]
+
+    def compile_blocks(self, backend: str, *, several_shapes: bool = False) -> None:
+        """Compile each block by itself, in place; hooks stay outside.
+
+        Args:
+            backend: Of torch.compile, such as "inductor".
+            several_shapes: Whether inputs have several heights and widths: they are then compiled
+                for any size. Otherwise each new shape would be compiled anew, up to a limit.
+        """
+        for block in self.blocks():
+            block.forward = torch.compile(  # type: ignore[method-assign]
+                block.forward, backend=backend, dynamic=True if several_shapes else None
+            )
 
     def enable_gradient_checkpointing(self) -> None:
         """Trade time for memory: recompute activations in the backward pass."""

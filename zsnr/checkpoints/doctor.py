@@ -46,6 +46,7 @@ MODEL_KEYS = (
     *("codec", "conditioner", "unet", "schedule", "prediction_type", "loss", "caption_dropout"),
     *("offset_noise", "optimizer", "learning_rate", "ema", "sampling", "gradient_checkpointing"),
     *("compile", "max_skipped_steps", "image_size", "seed", "lora", "terminal_window"),
+    "tf32",
 )
 SAMPLING_KEYS = ("num_steps", "spacing", "sampler", "guidance")
 # The cost of spacings that leave out noise levels next to SNR 0: the spread of the brightness of

@@ -247,7 +247,7 @@ def _pipeline(model: Model, scheduler: Any, dtype: torch.dtype) -> DiffusionPipe
     conditioner.load()
     parts = {"vae": _vae(model.codec, dtype), "unet": _unet(model, dtype), "scheduler": scheduler}
     if isinstance(conditioner, SDXLConditioner):
-        for end, tokenize in zip(("", "_2"), conditioner._tokenizers, strict=True):
+        for end, tokenize in zip(("", "_2"), conditioner.tokenizer.tokenizers, strict=True):
             encoder, source = getattr(conditioner, f"encoder{end}"), conditioner.settings()
             tokenizer = _tokenizer(
                 source["pretrained"], f"tokenizer{end}", conditioner._max_length, tokenize

@@ -371,7 +371,7 @@ def _sdxl_text_parts(
     }
     tokenizers = {}
     for (part, expected), tokenize, encoder in zip(
-        TOKENIZERS["xl"].items(), conditioner._tokenizers, (first, second), strict=True
+        TOKENIZERS["xl"].items(), conditioner.tokenizer.tokenizers, (first, second), strict=True
     ):
         actual = _tokenizer(tokenize, conditioner._max_length, encoder)
         if actual != expected:

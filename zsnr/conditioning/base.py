@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from zsnr.conditioning.tokenizers import PromptTokenizer, Tokens
 from zsnr.denoiser import Conditioning
 from zsnr.described import class_path
 
@@ -29,11 +30,14 @@ class Conditioner(nn.Module):
         pooled_dim: P of the pooled embedding (B, P); 0 = there is none.
         trainable: Whether training updates it. A frozen conditioner is not part of a state dict.
         pretrained: Whether its weights can be loaded again from its settings alone.
+        tokenizer: Converts prompts to the Tokens that `forward` takes as well. None = it takes
+            prompts only. The workers that load training data call it.
         parts: Names of the modules, parameters and buffers that `_read` returns.
     """
 
     context_dim: int
     pooled_dim: int = 0
+    tokenizer: PromptTokenizer | None = None
     parts: ClassVar[tuple[str, ...]] = ()
     _place: Tensor
     _half_place: Tensor
@@ -57,13 +61,19 @@ class Conditioner(nn.Module):
         return self.pretrained and not self.trainable
 
     @abstractmethod
-    def forward(self, prompts: Sequence[str]) -> Conditioning:
-        """Encode prompts."""
+    def forward(self, prompts: Any) -> Conditioning:
+        """Encode a list of prompts, or their Tokens where there is a tokenizer."""
 
     def null(self) -> Conditioning:
         """Encode the null prompt, one row, for caption dropout and guidance."""
         encoded: Conditioning = self([""])
         return encoded
+
+    def _tokens(self, prompts: Sequence[str] | Tokens, device: torch.device) -> Tokens:
+        """Return the tokens of prompts on a device."""
+        assert self.tokenizer is not None
+        tokens = prompts if isinstance(prompts, Tokens) else self.tokenizer(prompts)
+        return tokens.to(device)
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:

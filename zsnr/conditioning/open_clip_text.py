@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from zsnr.conditioning.base import Conditioner
+from zsnr.conditioning.tokenizers import CLIPTokenizer, PromptTokenizer, Tokens
 from zsnr.denoiser import Conditioning
 from zsnr.pretrained import digest, find_file, is_weightless
 
@@ -26,6 +27,7 @@ class OpenClipConditioner(Conditioner):
         trainable: Train it jointly with the UNet; otherwise it is frozen.
     """
 
+    tokenizer: PromptTokenizer
     parts = ("token_embedding", "transformer", "ln_final", "positional_embedding", "attn_mask")
 
     def __init__(
@@ -56,14 +58,16 @@ class OpenClipConditioner(Conditioner):
             "layer": layer,
             "trainable": trainable,
         }
-        self._tokenize = open_clip.get_tokenizer(model)
+        tokenizer = open_clip.get_tokenizer(model)
+        self._max_length = int(tokenizer.context_length)
+        self.tokenizer = PromptTokenizer(CLIPTokenizer(tokenizer))
         self.layer = layer
         self.context_dim = int(text.width)
         if not self.reloadable:
             self.load()
 
-    def forward(self, prompts: Sequence[str]) -> Conditioning:
-        ids = self._tokenize(list(prompts)).to(self.positional_embedding.device)
+    def forward(self, prompts: Sequence[str] | Tokens) -> Conditioning:
+        [ids] = self._tokens(prompts, self.positional_embedding.device).ids
         with torch.set_grad_enabled(self.trainable and torch.is_grad_enabled()):
             x: Tensor = self.token_embedding(ids) + self.positional_embedding[: ids.shape[1]]
             blocks = self.transformer.resblocks
@@ -78,7 +82,7 @@ class OpenClipConditioner(Conditioner):
     @property
     def max_length(self) -> int:
         """L, tokens per prompt."""
-        return int(self._tokenize.context_length)
+        return self._max_length
 
     def settings(self) -> dict[str, Any]:
         return dict(self._settings)

@@ -32,6 +32,7 @@ class Remembered(Conditioner):
         self.context_dim, self.pooled_dim = inner.context_dim, inner.pooled_dim
         self.to(inner._place.device)
         self._rows: dict[str, Conditioning] = {}
+        self._null: Conditioning | None = None  # on the device
         self._passing = False
 
     @property
@@ -56,6 +57,13 @@ class Remembered(Conditioner):
                 f"A pooled embedding of width {pooled} for {prompt!r}: wanted {self.pooled_dim}."
             )
         self._rows[prompt] = _row(row, 0)
+        self._null = None
+
+    def null(self) -> Conditioning:
+        """Encode the null prompt, one row; training uses it in every step."""
+        if self._null is None or self._null.context.device != self._place.device:
+            self._null = super().null()
+        return self._null
 
     @contextmanager
     def passing(self) -> Iterator[None]:

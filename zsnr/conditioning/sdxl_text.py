@@ -6,10 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from zsnr.conditioning.base import Conditioner
-from zsnr.conditioning.tokenizers import tokenizer_digest, transformers_tokenizer
+from zsnr.conditioning.tokenizers import (
+    PromptTokenizer,
+    Tokens,
+    tokenizer_digest,
+    transformers_tokenizer,
+)
 from zsnr.conditioning.transformers_text import pretrained_config, pretrained_encoder
 from zsnr.denoiser import Conditioning
 from zsnr.pretrained import digest, find_weights, load_index, read_config
@@ -38,6 +43,7 @@ class SDXLConditioner(Conditioner):
         ValueError: Parts are missing or incompatible.
     """
 
+    tokenizer: PromptTokenizer
     parts = ("encoder", "encoder_2")
 
     def __init__(
@@ -59,7 +65,7 @@ class SDXLConditioner(Conditioner):
         self.context_dim = int(first.hidden_size + second.hidden_size)
         self.pooled_dim = int(second.projection_dim)
         loaded = [transformers_tokenizer(pretrained, name, max_length) for name in _TOKENIZERS]
-        self._tokenizers = [tokenize for tokenize, _, _ in loaded]
+        self.tokenizer = PromptTokenizer(*(tokenize for tokenize, _, _ in loaded))
         lengths = [length for _, _, length in loaded]
         if lengths[0] != lengths[1]:
             raise ValueError(
@@ -75,28 +81,23 @@ class SDXLConditioner(Conditioner):
         self._max_length = lengths[0]
 
     @torch.no_grad()
-    def forward(self, prompts: Sequence[str]) -> Conditioning:
+    def forward(self, prompts: Sequence[str] | Tokens) -> Conditioning:
+        tokens = self._tokens(prompts, next(self.encoder.parameters()).device)
         first, second = (
-            encoder(self._ids(tokenize, prompts), output_hidden_states=True)
-            for encoder, tokenize in zip(
-                (self.encoder, self.encoder_2), self._tokenizers, strict=True
-            )
+            encoder(ids, output_hidden_states=True)
+            for encoder, ids in zip((self.encoder, self.encoder_2), tokens.ids, strict=True)
         )
         context = torch.cat([out.hidden_states[-2] for out in (first, second)], dim=-1)
         cond = Conditioning(context, pooled=second.text_embeds)
-        if not self._zero_null or all(prompts):
+        if not self._zero_null:
             return cond
         zeros = Conditioning(
             torch.zeros_like(context[:1]), pooled=torch.zeros_like(second.text_embeds[:1])
         )
-        return cond.where(torch.tensor([prompt != "" for prompt in prompts]), zeros)
+        return cond.where(~tokens.empty, zeros)
 
     def settings(self) -> dict[str, Any]:
         return dict(self._settings)
-
-    def _ids(self, tokenize: Any, prompts: Sequence[str]) -> Tensor:
-        ids: Tensor = tokenize(prompts)[0]
-        return ids.to(next(self.encoder.parameters()).device)
 
     def _decisive(self) -> dict[str, Any]:
         source = str(self._settings["pretrained"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +39,54 @@ PADDING = "\u00ff</w>"
 Tokenizer = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
 
 
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """Prompts as a text encoder reads them, one row each.
+
+    Args:
+        ids: Token ids (B, L) of each tokenizer, int64.
+        mask: True up to the end token, by the first tokenizer, (B, L).
+        empty: Whether the prompt is "", (B,).
+    """
+
+    ids: tuple[Tensor, ...]
+    mask: Tensor
+    empty: Tensor
+
+    def __len__(self) -> int:
+        return len(self.empty)
+
+    def to(self, device: torch.device | str) -> Tokens:
+        """Copy to a device; from pinned memory the host does not wait for it."""
+        return self._map(lambda part: part.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Tokens:
+        """Copy to pinned memory, from which a GPU copies by itself."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Tokens:
+        return Tokens(tuple(map(change, self.ids)), change(self.mask), change(self.empty))
+
+
+class PromptTokenizer:
+    """Converts prompts to Tokens, in any process.
+
+    Args:
+        tokenizers: One for each text encoder.
+    """
+
+    def __init__(self, *tokenizers: Tokenizer) -> None:
+        self.tokenizers = tokenizers
+
+    def __deepcopy__(self, memo: Any) -> PromptTokenizer:
+        return self  # nothing changes it
+
+    def __call__(self, prompts: Sequence[str]) -> Tokens:
+        parts = [tokenize(prompts) for tokenize in self.tokenizers]
+        empty = torch.tensor([prompt == "" for prompt in prompts], dtype=torch.bool)
+        return Tokens(tuple(ids for ids, _ in parts), parts[0][1], empty)
+
+
 def bpe_tokenizer(name: str, max_length: int) -> tuple[Tokenizer, int]:
     """Make CLIP's BPE tokenizer from the vocabulary in the package open_clip, without network.
 
@@ -52,14 +102,25 @@ def bpe_tokenizer(name: str, max_length: int) -> tuple[Tokenizer, int]:
     import open_clip
 
     bpe = open_clip.SimpleTokenizer(context_length=max_length)
+    return CLIPTokenizer(bpe, repeats_end=name != "open_clip"), int(bpe.vocab_size)
 
-    def tokenize(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        ids = bpe(list(prompts))
+
+class CLIPTokenizer:
+    """A CLIP tokenizer of open_clip as a Tokenizer.
+
+    Args:
+        tokenizer: open_clip's; it pads with zeros.
+        repeats_end: Whether to pad with the end token instead.
+    """
+
+    def __init__(self, tokenizer: Any, repeats_end: bool = False) -> None:
+        self._tokenizer, self._repeats_end = tokenizer, repeats_end
+
+    def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        ids: Tensor = self._tokenizer(list(prompts))
         ends = ids.argmax(dim=1, keepdim=True)  # the end token has the largest id
-        mask = torch.arange(max_length) <= ends
-        return ids if name == "open_clip" else ids.where(mask, ids.gather(1, ends)), mask
-
-    return tokenize, int(bpe.vocab_size)
+        mask = torch.arange(ids.shape[1]) <= ends
+        return ids.where(mask, ids.gather(1, ends)) if self._repeats_end else ids, mask
 
 
 def transformers_tokenizer(
@@ -91,20 +152,27 @@ def transformers_tokenizer(
         where = pretrained if subfolder is None else f"{pretrained} (subfolder {subfolder})"
         raise ValueError(f"Cannot load a tokenizer from {where}: {reason(error)}") from error
 
-    def tokenize(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        encoded = auto(
+    return _Padded(auto, length), len(auto), length
+
+
+class _Padded:
+    """A tokenizer of transformers as a Tokenizer, padded to L tokens."""
+
+    def __init__(self, tokenizer: Any, length: int) -> None:
+        self._tokenizer, self._length = tokenizer, length
+
+    def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        encoded = self._tokenizer(
             list(prompts),
             padding="max_length",
             truncation=True,
-            max_length=length,
+            max_length=self._length,
             return_tensors="pt",
         )
         ids = encoded["input_ids"]
-        if auto.pad_token == PADDING:
-            ids = ids.masked_fill(ids == auto.pad_token_id, 0)
+        if self._tokenizer.pad_token == PADDING:
+            ids = ids.masked_fill(ids == self._tokenizer.pad_token_id, 0)
         return ids, encoded["attention_mask"].bool()
-
-    return tokenize, len(auto), length
 
 
 def tokenizer_digest(pretrained: str, subfolder: str | None) -> str | None:

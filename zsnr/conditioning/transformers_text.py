@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from zsnr.conditioning.base import Conditioner
 from zsnr.conditioning.tokenizers import (
     BPE,
+    PromptTokenizer,
+    Tokens,
     bpe_tokenizer,
     tokenizer_digest,
     transformers_tokenizer,
@@ -52,6 +54,7 @@ class TransformersConditioner(Conditioner):
         trainable: Train it jointly with the UNet; otherwise it is frozen.
     """
 
+    tokenizer: PromptTokenizer
     parts = ("encoder",)
 
     def __init__(
@@ -87,13 +90,12 @@ class TransformersConditioner(Conditioner):
         self._subfolder = default_part(str(pretrained), subfolder, "text_encoder")
         if tokenizer in BPE:
             max_length = max_length or 77
-            self._tokenize, vocabulary = bpe_tokenizer(tokenizer, max_length)
+            tokenize, vocabulary = bpe_tokenizer(tokenizer, max_length)
         else:
             source = tokenizer or str(pretrained)
             folder = tokenizer_subfolder if tokenizer_subfolder else None
-            self._tokenize, vocabulary, max_length = transformers_tokenizer(
-                source, folder, max_length
-            )
+            tokenize, vocabulary, max_length = transformers_tokenizer(source, folder, max_length)
+        self.tokenizer = PromptTokenizer(tokenize)
         self._vocabulary, self._max_length = vocabulary, max_length
         self._layer, self._final_norm = layer, final_norm
         if pretrained is None:
@@ -107,9 +109,9 @@ class TransformersConditioner(Conditioner):
         if not self.reloadable:
             self.load()
 
-    def forward(self, prompts: Sequence[str]) -> Conditioning:
-        device = next(self.encoder.parameters()).device
-        ids, mask = (part.to(device) for part in self._tokenize(prompts))
+    def forward(self, prompts: Sequence[str] | Tokens) -> Conditioning:
+        tokens = self._tokens(prompts, next(self.encoder.parameters()).device)
+        [ids], mask = tokens.ids, tokens.mask
         with torch.set_grad_enabled(self.trainable and torch.is_grad_enabled()):
             # Stable Diffusion's CLIP attends to padding: a mask would change tokens after the end.
             attention_mask = mask.long() if self._use_mask else None
@@ -129,7 +131,8 @@ class TransformersConditioner(Conditioner):
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return token ids (B, L) and a mask (B, L), True up to the end token."""
-        return self._tokenize(prompts)
+        [tokenize] = self.tokenizer.tokenizers
+        return tokenize(prompts)
 
     def settings(self) -> dict[str, Any]:
         return dict(self._settings)

@@ -50,7 +50,7 @@ NULL = "null.safetensors"
 _MAX_NULL = 1 << 28  # bytes; a T5 embedding takes 4 MB
 
 _VERSION = 1
-_TEXT = "text."  # prefix of the names of the embedding's tensors
+TEXT = "text."  # prefix of the names of the embedding's tensors
 _FLIPPED = "moments_flipped"
 _MAX_SIDE = 1 << 16  # pixels
 _FACTS: dict[str, tuple[type, ...]] = {
@@ -272,9 +272,9 @@ class CacheDataset(ShardDataset):
 def text_embedding(tensors: Mapping[str, Tensor]) -> Conditioning | None:
     """Collect the embedding from a batch's tensors. None = the batch has no embedding."""
     parts = {
-        name.removeprefix(_TEXT): part.float() if part.is_floating_point() else part
+        name.removeprefix(TEXT): part.float() if part.is_floating_point() else part
         for name, part in tensors.items()
-        if name.startswith(_TEXT)
+        if name.startswith(TEXT)
     }
     return Conditioning(**parts) if parts else None
 
@@ -449,7 +449,7 @@ class _Encoder:
 
 def _columns(cond: Conditioning) -> dict[str, Tensor]:
     parts = {"context": cond.context, "mask": cond.mask, "pooled": cond.pooled}
-    return {_TEXT + name: part for name, part in parts.items() if part is not None}
+    return {TEXT + name: part for name, part in parts.items() if part is not None}
 
 
 def _stored_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:

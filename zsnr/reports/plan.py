@@ -40,6 +40,7 @@ class Sharding:
         shards: Number of ranks that share one copy.
         param_dtype: Dtype of the weights that FSDP gathers. None = that of the parameters.
         reduce_dtype: Dtype of the gradients that FSDP reduces. None = param_dtype.
+        reduce_every_micro_batch: Whether FSDP reduces gradients in every micro-batch.
         reshard_after_forward: Whether gathered weights are freed after a block's forward pass.
         bucket_view: Whether DDP's buckets are the gradients, and not a copy of them.
     """
@@ -50,6 +51,7 @@ class Sharding:
     shards: int = 1
     param_dtype: torch.dtype | None = None
     reduce_dtype: torch.dtype | None = None
+    reduce_every_micro_batch: bool = False
     reshard_after_forward: bool = True
     bucket_view: bool = False
 
@@ -148,6 +150,7 @@ class Need:
         optimizer: State of the optimizer.
         average: Averaged weights, float32.
         buckets: DDP's copy of the gradients.
+        accumulated: Full gradients that FSDP keeps from one micro-batch to the next.
         gathered: Peak of what FSDP gathers: the root, the largest pair of neighboring blocks (one
             computes while the next is gathered), and the full gradients of one block.
         codec: Weights of the codec.
@@ -162,6 +165,7 @@ class Need:
     optimizer: int
     average: int
     buckets: int
+    accumulated: int
     gathered: int
     codec: int
     text_encoder: int
@@ -218,6 +222,14 @@ def gathered_size(trained: nn.ModuleDict, sharding: Sharding) -> int:
     return whole(unet) - sum(sizes) + weights + gradients + others
 
 
+def accumulated_size(trained: nn.ModuleDict, layout: Layout) -> int:
+    """Sum the full gradients that FSDP keeps while it accumulates; see `Need`."""
+    sharding = layout.sharding
+    if sharding.kind != "FSDP" or layout.accumulation == 1 or sharding.reduce_every_micro_batch:
+        return 0
+    return shard_size(trainable(trained), 1, sharding.reduce_dtype or sharding.param_dtype)
+
+
 def state_per_byte(make_optimizer: Callable[[Iterable[nn.Parameter]], Any]) -> float:
     """Measure the bytes of optimizer state per byte of a parameter, by taking one step."""
     parameter = nn.Parameter(torch.zeros(64, 64))
@@ -244,6 +256,7 @@ def need(parts: Parts, layout: Layout) -> Need:
         optimizer=round(gradients * parts.optimizer_state),
         average=average if parts.averaged else 0,
         buckets=gradients if sharding.kind == "DDP" and not sharding.bucket_view else 0,
+        accumulated=accumulated_size(trained, layout),
         gathered=gathered_size(trained, sharding),
         codec=size_of(tensors_of(*modules_of(parts.codec))) if parts.codec_stays else 0,
         text_encoder=0 if frozen is None else size_of(tensors_of(frozen)),
@@ -463,12 +476,14 @@ class Plan:
     def _rows(self) -> list[tuple[str, int, str]]:
         need, sharding = self.need, self.layout.sharding
         share = f"1/{sharding.shards} of them" if sharding.shards > 1 else ""
+        whole = "whole, until the last micro-batch" if need.accumulated else ""
         return [
             ("parameters", need.parameters, share),
             ("gradients", need.gradients, ""),
             ("optimizer state", need.optimizer, ""),
             ("averaged weights", need.average, ""),
             ("DDP's buckets", need.buckets, ""),
+            ("gradients accumulated", need.accumulated, whole),
             ("gathered by FSDP", need.gathered, "peak" if need.gathered else ""),
             ("codec", need.codec, ""),
             ("text encoder", need.text_encoder, ""),
@@ -481,7 +496,7 @@ def find_way_out(parts: Parts, layout: Layout, batch_size: int, memory: int) -> 
     """Describe in one line what to change so that the run fits.
 
     Tried in this order, each with all smaller micro-batches: the layout as it is, gradient
-    checkpointing, FSDP, and FSDP that gathers bfloat16.
+    checkpointing, FSDP, FSDP that gathers bfloat16, and FSDP that reduces in every micro-batch.
     """
     first = layout.sharding
     shardings = [first]
@@ -499,6 +514,8 @@ def find_way_out(parts: Parts, layout: Layout, batch_size: int, memory: int) -> 
                 reduce_dtype=torch.float32,
             )
         )
+    if shardings[-1].kind == "FSDP" and not first.reduce_every_micro_batch:
+        shardings.append(replace(shardings[-1], reduce_every_micro_batch=True))
     sizes = [m for m in micro_batches(batch_size // first.ranks) if m <= layout.micro_batch]
     least: int | None = None
     for sharding in shardings:
@@ -536,6 +553,8 @@ def _changes(layout: Layout, other: Layout) -> str:
         changes.append("shard_ranks=all")
     if other.sharding.param_dtype != layout.sharding.param_dtype:
         changes.append("param_dtype=bfloat16")
+    if other.sharding.reduce_every_micro_batch != layout.sharding.reduce_every_micro_batch:
+        changes.append("reduce_every_micro_batch=true")
     if other.checkpointing and not layout.checkpointing:
         changes.append("model.gradient_checkpointing=true")
     if other.micro_batch != layout.micro_batch:

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from tqdm import tqdm
 
+from zsnr.denoiser import Conditioning
 from zsnr.draws import validation_timesteps
 from zsnr.files import side_file
 from zsnr.metrics.luma import luma
@@ -27,6 +28,7 @@ from zsnr.training.loggers import log_image, log_layout, log_luma, log_settings,
 from zsnr.training.module import LatentDiffusion
 from zsnr.training.previews import Previews
 from zsnr.training.tags import TERMINAL, at_timestep, markdown_table, quarters, tag_table
+from zsnr.training.throughput import network_flops, peak_flops
 
 VARIANCE = "variance of the latents, per element"
 LOWER_BOUND = "lower bound of the loss at the last timestep, without prompts"
@@ -43,7 +45,7 @@ _PIXELS = 1 << 16  # minimum number of pixels of an image that a histogram count
 
 
 class TrainingBoard(Callback):
-    """Shows a run in its loggers: speed, settings, schedule, and the training data.
+    """Shows a run in its loggers: throughput, settings, schedule, and the training data.
 
     TensorBoard gets a chart of the schedule, luma histograms of the data, a table of
     hyperparameters, and charts of several curves under "Custom Scalars". Its Text dashboard holds
@@ -67,6 +69,12 @@ class TrainingBoard(Callback):
         self._shown: dict[str, str] = {}  # digests of what the logs hold, by name
         self._measured_of: list[Any] = []  # digest of the data, and how many samples
         self._measured: dict[str, float] = {}
+        self._flops: float | None = None  # of one image
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        if stage == "fit" and trainer.is_global_zero and self._flops is None:
+            with side_file("The network's number of operations, in the logs,"):
+                self._flops = flops_per_image(pl_module)  # before it is sharded and compiled
 
     def state_dict(self) -> dict[str, Any]:
         return {"shown": self._shown, "of": self._measured_of, "measured": self._measured}
@@ -82,6 +90,7 @@ class TrainingBoard(Callback):
             with side_file("The run's settings in the logs"):
                 self._show_settings(trainer, pl_module)
         self._since, self._step = time.perf_counter(), trainer.global_step
+        self._waited = getattr(trainer.datamodule, "waited", 0.0)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -89,9 +98,29 @@ class TrainingBoard(Callback):
         steps = trainer.global_step - self._step
         if trainer.is_global_zero and steps >= trainer.log_every_n_steps:
             now = time.perf_counter()
-            rate = steps * batch["global_batch_size"] / (now - self._since)
-            pl_module.log_agreed("train/images_per_second", rate)
+            seconds = now - self._since
+            rate = steps * batch["global_batch_size"] / seconds
+            self._log_throughput(trainer, pl_module, rate)
+            waited = getattr(trainer.datamodule, "waited", None)
+            if waited is not None:
+                pl_module.log_agreed("train/data_wait", (waited - self._waited) / seconds)
+                self._waited = waited
             self._since, self._step = now, trainer.global_step
+
+    def _log_throughput(self, trainer: L.Trainer, module: LatentDiffusion, rate: float) -> None:
+        """Log images per second, and what follows from them."""
+        module.log_agreed("train/images_per_second", rate)
+        device = module.device
+        if self._flops is not None:
+            achieved = self._flops * rate / trainer.world_size
+            module.log_agreed("train/tflops", achieved / 1e12)
+            name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+            peak = peak_flops(name)
+            if peak is not None:
+                module.log_agreed("train/mfu", achieved / peak)
+        if device.type == "cuda":
+            reserved = torch.cuda.max_memory_reserved(device)
+            module.log_agreed("train/gpu_memory", reserved / 2**30)
 
     def _constants(self, module: LatentDiffusion) -> dict[str, float]:
         """Return what the data decide for the whole run, by description."""
@@ -178,6 +207,24 @@ class TrainingBoard(Callback):
         constants = self._constants(module).items()
         said = "; ".join(f"{name} {value:.3g}" for name, value in constants)
         rank_zero_info(f"Measured {count} training samples{f': {said}' if said else ''}.")
+
+
+def flops_per_image(module: LatentDiffusion) -> float | None:
+    """Count the operations of the network in training, per image; None if that is not possible."""
+    model = module.model(ema=False)
+    length = getattr(model.conditioner, "max_length", 1)
+    pooled = torch.empty(1, model.conditioner.pooled_dim, device="meta")
+    cond = Conditioning(
+        torch.empty(1, length, model.conditioner.context_dim, device="meta"),
+        pooled=pooled if pooled.shape[1] else None,
+        sizes=torch.zeros(1, 6, device="meta") if model.unet.takes_sizes else None,
+    )
+    shape = model.codec.latent_shape(module.image_size, module.image_size)
+    try:
+        return network_flops(model.unet, shape, cond)
+    except Exception as error:  # a network of the user's may do what no meta tensor can
+        rank_zero_info(f"The network's operations are not counted: {error}")
+        return None
 
 
 def chart_layout(

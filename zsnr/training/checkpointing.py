@@ -80,6 +80,7 @@ class Checkpoints(Checkpoint):
         self.keep_every_n_steps = keep_every_n_steps
         self.resumed_from = ""  # name of a checkpoint
         self._saved, self._seen, self._since = -1, -1, time.monotonic()
+        self._asked = False  # rank 0 has asked all ranks for a checkpoint
         self._history: list[Any] = []  # one entry for each start of the run
         self._held: list[HeldFolder] = []  # on rank 0
 
@@ -143,10 +144,11 @@ class Checkpoints(Checkpoint):
             return
         self._seen = step
         due = self.every_n_train_steps and step % self.every_n_train_steps == 0
-        if self.every_n_minutes is not None and not due:
+        if self.every_n_minutes is not None and trainer.is_global_zero and not self._asked:
             late = time.monotonic() - self._since > 60 * self.every_n_minutes
-            due = trainer.strategy.broadcast(late)
-        if due:
+            pl_module.save_requested = self._asked = late
+            due = due or (late and trainer.world_size == 1)
+        if due or pl_module.save_agreed:
             self.save(trainer)
         elif step % max(1, trainer.log_every_n_steps) == 0:
             on_first_rank(self._check_folders)
@@ -191,6 +193,9 @@ class Checkpoints(Checkpoint):
         assert self.dirpath is not None
         folder = Path(self.dirpath)
         meet(f"the checkpoint of step {step}")
+        module: Any = trainer.lightning_module
+        module.settle()
+        module.record()
         path = folder / f"step-{step:08d}.ckpt"
         broken = first_not_finite(trainer.lightning_module, trainer.optimizers)
         message = (
@@ -204,7 +209,8 @@ class Checkpoints(Checkpoint):
         with files.deferring():
             trainer.save_checkpoint(path, weights_only=False)
         raise_on_all(files.problem)
-        self._saved, self._since = step, time.monotonic()
+        self._saved, self._since, self._asked = step, time.monotonic(), False
+        module.save_requested = module.save_agreed = False
         self._write_facts(trainer)
         if trainer.is_global_zero:
             with side_file(folder / "last.ckpt"):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
@@ -154,6 +155,7 @@ class DataModule(L.LightningDataModule):
         self.done: set[str] = set()  # files that an interrupted predict has written already
         self.caches: dict[str, Cache] = {}  # by the setting that names them
         self.failure: OSError | ValueError | None = None  # of this rank; it stops the run
+        self.waited = 0.0  # seconds in which training has waited for a batch
         self._last: dict[str, Any] | None = None  # replaces a batch that could not be read
         self._train: Samples | None = None
         self._val: Samples | None = None
@@ -343,7 +345,12 @@ class DataModule(L.LightningDataModule):
             seed=self.seed,
             **self.reading(),
         )
-        return self._loader(_Guarded(dataset), batch_sampler=batches)
+        loader = self._loader(_Guarded(dataset), self._preparation(True), batch_sampler=batches)
+        loader.on_wait = self._wait
+        return loader
+
+    def _wait(self, seconds: float) -> None:
+        self.waited += seconds
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]] | list[Any]:
         if self._val is None:
@@ -354,7 +361,15 @@ class DataModule(L.LightningDataModule):
         batches = batches_by_bucket(self._val, range(number), self._share())
         share = share_of_batches(batches, trainer.global_rank, trainer.world_size)
         dataset = self._as_indexed("data.val", self._val)
-        return self._loader(_Guarded(dataset), batch_sampler=share)
+        return self._loader(_Guarded(dataset), self._preparation(False), batch_sampler=share)
+
+    def _preparation(self, training: bool) -> Callable[[dict[str, Any]], dict[str, Any]] | None:
+        """Return what the model wants added to a batch where it is loaded."""
+        module = self._model()
+        return module.preparation(training) if hasattr(module, "preparation") else None
+
+    def _model(self) -> Any:
+        return getattr(self.trainer, "lightning_module", None)
 
     def spread(self, count: int) -> DataLoader[dict[str, Any]] | list[Any]:
         """Load up to `count` samples spread evenly over the training data, the same on all ranks.
@@ -367,7 +382,7 @@ class DataModule(L.LightningDataModule):
         taken = min(count, len(samples))
         rows = [i * len(samples) // taken for i in range(taken)]
         batches = batches_by_bucket(samples, rows, self._share())
-        return self._loader(self._as_indexed("data.train", samples), batch_sampler=batches)
+        return self._loader(self._as_indexed("data.train", samples), None, batch_sampler=batches)
 
     def _share(self) -> int:
         """Return the maximum number of samples that a device processes at a time."""
@@ -465,14 +480,15 @@ class DataModule(L.LightningDataModule):
         moved = super().transfer_batch_to_device(tensors, device, dataloader_idx)
         return {**moved, "position": batch["position"]}
 
-    def _loader(self, dataset: Any, **batching: Any) -> DataLoader[dict[str, Any]]:
-        return DataLoader(
+    def _loader(self, dataset: Any, prepare: Any, **batching: Any) -> _Loader:
+        module = self._model()
+        collated = partial(_collate, global_batch_size=self.batch_size, prepare=prepare)
+        return _Loader(
             dataset,
             num_workers=self.num_workers,
-            collate_fn=Shared(
-                partial(_collate, global_batch_size=self.batch_size), self.num_workers
-            ),
+            collate_fn=Shared(collated, self.num_workers),
             persistent_workers=self.num_workers > 0,
+            pin_memory=module is not None and module.device.type == "cuda",
             **batching,
         )
 
@@ -566,11 +582,35 @@ def _as_it_is(item: Any) -> Any:
 
 
 def _collate(
-    items: list[dict[str, Any]] | _Failure, global_batch_size: int
+    items: list[dict[str, Any]] | _Failure,
+    global_batch_size: int,
+    prepare: Callable[[dict[str, Any]], dict[str, Any]] | None,
 ) -> dict[str, Any] | _Failure:
     if isinstance(items, _Failure):
         return items
-    return {**collate(items), "global_batch_size": global_batch_size}
+    batch = {**collate(items), "global_batch_size": global_batch_size}
+    return batch if prepare is None else prepare(batch)
+
+
+class _Loader(DataLoader[dict[str, Any]]):
+    """A loader that tells how long one has waited for each batch."""
+
+    on_wait: Callable[[float], None] | None = None
+
+    def __iter__(self) -> Any:
+        batches = super().__iter__()
+        return batches if self.on_wait is None else _timed(batches, self.on_wait)
+
+
+def _timed(batches: Iterable[Any], on_wait: Callable[[float], None]) -> Iterator[Any]:
+    iterator = iter(batches)
+    while True:
+        since = time.perf_counter()
+        batch = next(iterator, None)
+        on_wait(time.perf_counter() - since)
+        if batch is None:
+            return
+        yield batch
 
 
 class _Failure:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -25,7 +24,7 @@ from zsnr.data.cache import Cache, check_cache
 from zsnr.data.prompts import PromptRequest
 from zsnr.denoiser import Conditioning
 from zsnr.described import class_path
-from zsnr.draws import Draws, training_draws, validation_draws, validation_timesteps
+from zsnr.draws import Draws, validation_timesteps
 from zsnr.lora import AdaptedUNet, LoRA
 from zsnr.loss import LossWeighting
 from zsnr.networks import UNet, UNetConfig
@@ -50,16 +49,23 @@ from zsnr.training.checks import (
 )
 from zsnr.training.ema import EMAConfig, averaged_copy, update_average
 from zsnr.training.global_batch import GlobalBatch
+from zsnr.training.guard import (
+    MicroBatch,
+    Numbers,
+    StepReport,
+    check_last_steps,
+    record_skipped,
+)
 from zsnr.training.learning_rate import LearningRate
 from zsnr.training.loggers import guard_loggers
+from zsnr.training.prepared import DRAWS, PROMPTS, TOKENS, Preparation
 from zsnr.training.progress import Progress
 from zsnr.training.resuming import Verdict, changes, check_changes, flat, verdict_on
-from zsnr.training.skipped_steps import check_last_steps, record_skipped
 from zsnr.training.strategy import (
     FullyShardedStrategy,
     check_strategy,
+    local,
     reshard,
-    squared_norm,
     without_gradient,
 )
 from zsnr.training.validation import ValidationLosses, measure_before_training
@@ -97,6 +103,9 @@ class LatentDiffusion(L.LightningModule):
         seed: Seed of every random number in training. Set by data.seed.
         lora: LoRA adapters to train on a frozen, pretrained `unet`. None = the whole UNet is
             trained.
+        tf32: Whether a GPU rounds the factors of float32 products and convolutions to TF32, which
+            has the range of float32 and the precision of float16. It does not concern what
+            trainer.precision computes in bfloat16 or float16. false = float32 is float32.
         terminal_window: Number of exposures of the last timestep (training samples that drew
             t = T - 1) over which its logged training loss is averaged: the most recent ones. It
             changes what is logged and not what is trained.
@@ -126,6 +135,7 @@ class LatentDiffusion(L.LightningModule):
         seed: int = 0,
         lora: LoRA | None = None,
         terminal_window: int = 32,
+        tf32: bool = False,
     ) -> None:
         super().__init__()
         if terminal_window < 1:
@@ -146,7 +156,7 @@ class LatentDiffusion(L.LightningModule):
         check_threshold(sampling.guidance, codec)
         check_steps(sampling, schedule)
         self.schedule, self.prediction_type, self.loss = schedule, prediction_type, loss
-        self.terminal_window = terminal_window
+        self.terminal_window, self.tf32 = terminal_window, tf32
         self.caption_dropout, self.offset_strength = caption_dropout, offset_noise
         self.make_optimizer, self.learning_rate = optimizer, learning_rate
         self.sampling, self.image_size, self.seed = sampling, image_size, seed
@@ -173,11 +183,13 @@ class LatentDiffusion(L.LightningModule):
         self.compile_backend, self.max_skipped_steps = compile, max_skipped_steps
         self._ready = False  # compiled, and sharded if the strategy does
         self.stop_requested, self.requeue_requested = False, False  # by a signal to this process
-        self.stop_agreed, self.requeue_agreed = False, False  # by all ranks
+        self.save_requested = False  # by rank 0
+        self.stop_agreed, self.requeue_agreed, self.save_agreed = False, False, False  # by all
         self.validation_cut = False  # cut short by a signal
-        self._micro_batches: list[tuple[list[str], Tensor, Tensor]] = []  # keys, losses, t
+        self._micro_batches: list[MicroBatch] = []  # of the current step
         self._progress = Progress(schedule.num_timesteps, terminal_window)
-        self._skip = False  # whether the current step is not finite
+        self._report: StepReport | None = None  # of the last step, until its average is updated
+        self._unrecorded: StepReport | None = None  # of a step that all ranks are to record
         self._first_step = 0  # of this start of the run
         self.changed_settings: dict[str, list[Any]] = {}  # since the checkpoint, by name
         self._val_strata = validation_timesteps(schedule.num_timesteps)
@@ -193,6 +205,8 @@ class LatentDiffusion(L.LightningModule):
 
     def model(self, *, ema: bool = True) -> Model:
         """Return the model's parts, with averaged weights where there are any and `ema` is true."""
+        if ema:
+            self.settle()
         weights: Any = self.ema if ema and self.ema is not None else self.trained
         return Model(
             codec=self.codec,
@@ -288,14 +302,17 @@ class LatentDiffusion(L.LightningModule):
             return
         self._ready = True
         if self.compile_backend is not None:
-            for block in self._unet_of(self.trained).blocks():  # forward: hooks stay outside
-                block.forward = torch.compile(block.forward, backend=self.compile_backend)
+            buckets = getattr(self.trainer.datamodule, "aspect", None) is not None
+            unet = self._unet_of(self.trained)
+            unet.compile_blocks(self.compile_backend, several_shapes=buckets)
         strategy = self.trainer.strategy
-        if isinstance(strategy, DDPStrategy) and "conditioner" in self.trained:
-            self._ddp_params_and_buffers_to_ignore = [
-                f"trained.conditioner.{name}"
-                for name in without_gradient(self.trained["conditioner"])
-            ]
+        if isinstance(strategy, DDPStrategy):
+            # Tables of indices are constants, which DDP would broadcast in every forward pass.
+            ignored = [n for n, x in self.named_buffers() if not x.is_floating_point()]
+            if "conditioner" in self.trained:
+                names = without_gradient(self.trained["conditioner"])
+                ignored += [f"trained.conditioner.{name}" for name in names]
+            self._ddp_params_and_buffers_to_ignore = ignored
         if isinstance(strategy, FullyShardedStrategy):
             for modules in (self.trained, self.ema):
                 if modules is not None:
@@ -331,6 +348,8 @@ class LatentDiffusion(L.LightningModule):
             raise ValueError(
                 f"trainer.gradient_clip_val={self.trainer.gradient_clip_val:g}: wanted 0 or more."
             )
+        if self.trainer.strategy.root_device.type == "cuda":  # PyTorch rounds convolutions only
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.tf32
         caches: dict[str, Cache] = getattr(self.trainer.datamodule, "caches", {})
         for name, cache in caches.items():
             self._use_cache(name, cache)
@@ -374,79 +393,124 @@ class LatentDiffusion(L.LightningModule):
         }
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        draws = training_draws(
-            self.seed,
-            batch["position"].tolist(),
-            batch["global_batch_size"],
-            self._latent_shape(batch),
-            self.schedule.num_timesteps,
-            self.caption_dropout,
-        )
-        losses = self._losses(batch, draws, ema=False)
-        self._micro_batches.append((batch["key"], losses.detach(), draws.t))
+        batch = self.prepared(batch, training=True)
+        noised = self._noised(batch)
+        losses = self._losses(batch, noised, ema=False)
+        self._micro_batches.append(MicroBatch(batch["key"], losses.detach(), noised[2]))
         return losses.mean()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
-        if self.ema is not None and self.ema_config is not None:
-            if self._skip and self.ema_config.every_n_steps == 1:
-                return  # several steps are averaged with a skipped one among them
-            # Lightning counts this step after this hook
-            decay = self.ema_config.decay_after(self.trainer.global_step)
-            if decay is not None:
-                update_average(self.ema, self.trained, decay)
+        if self._report is not None and self._report.counted:
+            self.settle()  # the numbers were read before the step, so nothing is to be waited for
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Agree with all ranks on loss, gradient norm and stopping, in a single reduction.
+
+        The host reads the result where it needs it now, otherwise in the next step.
 
         Raises:
             StorageError, BudgetError: A rank could not read its batch.
             NonFiniteError: Too many steps in a row were not finite.
         """
-        micro_batches, self._micro_batches = self._micro_batches, []
+        self.settle()
+        self.record()
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+        decides = getattr(optimizer, "_step_supports_amp_scaling", False)  # it may skip by itself
+        if scaler is not None and decides:
             scaler.unscale_(optimizer)  # a fused optimizer would unscale later, by itself
-        grads = [p.grad for p in self.trained.parameters() if p.grad is not None]
-        losses = torch.cat([losses for _, losses, _ in micro_batches])
-        t = torch.cat([t for _, _, t in micro_batches])
-        failure = getattr(self.trainer.datamodule, "failure", None)
-        requests = torch.tensor([self.stop_requested, self.requeue_requested, failure is not None])
-        sums = self._progress.sums(losses, t)
-        parts = [requests.to(sums[0]), squared_norm(grads)[None].to(sums[0]), *sums]
-        reduced = self.trainer.strategy.reduce(torch.cat(parts), reduce_op="sum")
-        stop, requeue, failed, squared, *by_group = reduced.tolist()
-        if failed:
-            raise_on_all(failure)
-        self.stop_agreed, self.requeue_agreed = stop > 0, requeue > 0
-        half = len(by_group) // 2
-        totals, counts = by_group[:half], by_group[half:]
-        loss, norm = sum(totals) / sum(counts), math.sqrt(squared)
-        self._grad_norm = norm
-        self._skip = not (math.isfinite(loss) and math.isfinite(norm))
-        if self._skip:
-            samples = [(keys, losses) for keys, losses, _ in micro_batches]
-            record_skipped(
-                self.trainer, self._progress, loss, norm, samples, self.max_skipped_steps
-            )
+        failed = getattr(self.trainer.datamodule, "failure", None) is not None
+        self._report = StepReport(
+            self.trainer.global_step,
+            self._micro_batches,
+            [p.grad for p in self.trained.parameters() if p.grad is not None],
+            (self.stop_requested, self.requeue_requested, self.save_requested, failed),
+            self.schedule.num_timesteps,
+        )
+        self._micro_batches, self.save_requested = [], False
+        if self.trainer.world_size == 1:
+            self.stop_agreed, self.requeue_agreed = self.stop_requested, self.requeue_requested
+        if scaler is None and decides and not self._reads_now(self._report.step):
+            optimizer.found_inf = self._report.skips  # type: ignore[attr-defined]
+            return
+        if decides:
+            optimizer.found_inf = None  # type: ignore[attr-defined]
+        self._read(self._report)
+        self.record()
+        if not self._report.numbers.finite:
             for p in self.trained.parameters():
                 p.grad = None  # an optimizer leaves weights without a gradient alone
-        else:
-            self._progress.skipped_in_a_row = 0
-            self._progress.add(totals, counts)
-        self.log_agreed("train/loss", loss, prog_bar=True)
-        self.log_agreed("train/grad_norm", norm)
+        if self._reads_now(self._report.step):
+            self._log(self._report.numbers, optimizer)
+
+    def _log(self, numbers: Numbers, optimizer: torch.optim.Optimizer) -> None:
+        self.log_agreed("train/loss", numbers.loss, prog_bar=True)
+        self.log_agreed("train/grad_norm", numbers.grad_norm)
         self.log_agreed("train/learning_rate", optimizer.param_groups[0]["lr"])
         self.log_agreed("train/terminal_exposures", self._progress.terminal)
         self.log_agreed("train/skipped_steps", self._progress.skipped)
-        if (self.trainer.global_step + 1) % max(1, self.trainer.log_every_n_steps) == 0:
-            for tag, mean in self._progress.means().items():
-                self.log_agreed(tag, mean)
+        for tag, mean in self._progress.means().items():
+            self.log_agreed(tag, mean)
+
+    def _reads_now(self, step: int) -> bool:
+        """Whether a step's numbers are needed at once: it is logged, or the last one."""
+        interval, done = self.trainer.log_every_n_steps, step + 1
+        return done == self.trainer.max_steps or (interval > 0 and done % interval == 0)
+
+    def settle(self) -> None:
+        """Bring the averaged weights and the counts of the run up to the last step.
+
+        They are one step behind otherwise, while the device computes. No rank waits for another.
+        """
+        report, self._report = self._report, None
+        if report is None:
+            return
+        self._read(report)
+        if self.ema is None or self.ema_config is None:
+            return
+        if not report.numbers.finite and self.ema_config.every_n_steps == 1:
+            return  # several steps are averaged with a skipped one among them
+        decay = self.ema_config.decay_after(report.step)
+        if decay is not None:
+            update_average(self.ema, self.trained, decay)
+
+    def _read(self, report: StepReport) -> None:
+        """Count a step in the progress of the run, if that has not been done."""
+        if report.counted:
+            return
+        report.counted = True
+        numbers, progress = report.numbers, self._progress
+        self.stop_agreed, self.requeue_agreed = numbers.stop, numbers.requeue
+        self.save_agreed = numbers.save
+        if numbers.finite and not numbers.failed:
+            progress.skipped_in_a_row = 0
+            progress.add(numbers.totals, numbers.counts)
+            return
+        if not numbers.failed:
+            progress.skipped_in_a_row += 1
+            progress.skipped += 1
+        self._unrecorded = report
+
+    def record(self) -> None:
+        """Record a step that was skipped, or stop a run that failed; every rank calls it.
+
+        Raises:
+            StorageError, BudgetError: A rank could not read its batch.
+            NonFiniteError: Too many steps in a row were not finite.
+        """
+        report, self._unrecorded = self._unrecorded, None
+        if report is None:
+            return
+        if report.numbers.failed:
+            raise_on_all(getattr(self.trainer.datamodule, "failure", None))
+        in_a_row = self._progress.skipped_in_a_row
+        record_skipped(self.trainer, report, in_a_row, self.max_skipped_steps)
 
     def log_agreed(self, tag: str, value: Any, *, prog_bar: bool = False) -> None:
         """Log a value that all ranks have reduced already: once, without another reduction."""
+        on_host = torch.tensor(float(value))  # Lightning would copy a number to the device and wait
         # with rank_zero_only, sync_dist reduces nothing and tells Lightning that it is meant
-        self.log(tag, value, prog_bar=prog_bar, rank_zero_only=True, sync_dist=True)
+        self.log(tag, on_host, prog_bar=prog_bar, rank_zero_only=True, sync_dist=True)
 
     def configure_gradient_clipping(
         self,
@@ -455,13 +519,15 @@ class LatentDiffusion(L.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip the gradient by the norm that all ranks have agreed on."""
-        if not gradient_clip_val or self._skip:
+        if not gradient_clip_val:
             return
         if gradient_clip_algorithm not in (None, "norm"):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        elif self._grad_norm > gradient_clip_val:
-            grads = [p.grad for p in self.trained.parameters() if p.grad is not None]
-            torch._foreach_mul_(grads, gradient_clip_val / self._grad_norm)
+            return
+        assert self._report is not None
+        grads = [local(p.grad) for p in self.trained.parameters() if p.grad is not None]
+        if grads:  # none where the step is skipped
+            torch._foreach_mul_(grads, self._report.clip_factor(gradient_clip_val).to(grads[0]))
 
     def on_train_end(self) -> None:
         """Refuse to call a run a success if it has learned nothing in its last steps.
@@ -469,6 +535,8 @@ class LatentDiffusion(L.LightningModule):
         Raises:
             NonFiniteError: All its steps, or the last of them, were skipped.
         """
+        self.settle()
+        self.record()
         steps = self.trainer.global_step - self._first_step
         if not self.stop_agreed:
             check_last_steps(self.trainer, self._progress, steps)
@@ -511,13 +579,11 @@ class LatentDiffusion(L.LightningModule):
         self._add_validation(batch)
 
     def _add_validation(self, batch: dict[str, Any], start: Start | None = None) -> None:
-        draws = validation_draws(
-            self.seed, batch["position"].tolist(), self._val_strata, self._latent_shape(batch)
-        )
-        noised = self._noised(batch, draws)
-        losses = [self._losses(batch, draws, ema=start is None, start=start, noised=noised)]
+        batch = self.prepared(batch, training=False)
+        noised = self._noised(batch)
+        losses = [self._losses(batch, noised, ema=start is None, start=start)]
         if self.ema is not None and start is None:
-            losses.append(self._losses(batch, draws, ema=False, noised=noised))
+            losses.append(self._losses(batch, noised, ema=False))
         self._validation.add(batch["position"], losses)
 
     def on_validation_epoch_end(self) -> None:
@@ -554,6 +620,10 @@ class LatentDiffusion(L.LightningModule):
                 batch_size=len(batch),
                 progress=False,
             )
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self.settle()
+        return super().state_dict(*args, **kwargs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[KEY] = describe_model(self.model())
@@ -593,38 +663,56 @@ class LatentDiffusion(L.LightningModule):
 
     # The loss
 
-    def _noised(self, batch: dict[str, Any], draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
+    def preparation(self, training: bool) -> Preparation:
+        """Return what the data module adds to a batch where it is loaded."""
+        return Preparation(
+            seed=self.seed,
+            channels=self.codec.channels,
+            factor=self.codec.factor,
+            num_timesteps=self.schedule.num_timesteps,
+            caption_dropout=self.caption_dropout if training else 0.0,
+            tokenizer=self.model(ema=False).conditioner.tokenizer,
+            strata=None if training else self._val_strata,
+        )
+
+    def prepared(self, batch: dict[str, Any], training: bool) -> dict[str, Any]:
+        """Return a batch with what another data module than this package's has not added."""
+        if DRAWS in batch:
+            return batch
+        batch = self.preparation(training)(batch)
+        return {**batch, DRAWS: batch[DRAWS].to(self.device)}
+
+    def _noised(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """Return x_t (B, C, h, w) of a batch, the network's target, and t (B,), on the device."""
-        z = draws.z.to(self.device, non_blocking=True)
+        draws: Draws = batch[DRAWS]
         with torch.no_grad():
             moments = batch["moments"] if "moments" in batch else self.codec.encode(batch["image"])
-            x_0 = self.codec.latents(moments, z)
+            x_0 = self.codec.latents(moments, draws.z)
         return self.objective.noised(x_0, draws)
 
     def _losses(
         self,
         batch: dict[str, Any],
-        draws: Draws,
+        noised: tuple[Tensor, Tensor, Tensor],
         *,
         ema: bool,
         start: Start | None = None,
-        noised: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Compute lambda_t ||v - v~||^2 for each sample, (B,).
 
         Args:
-            batch: Images or moments, and captions or embeddings, of B samples.
-            draws: Random numbers of these samples.
+            batch: Images or moments, and captions or embeddings, of B samples, as `prepared`
+                returns it.
+            noised: Result of `_noised` for this batch.
             ema: Whether to use the averaged weights.
             start: Pretrained model that the network still is, whose prediction is converted. None =
                 the network predicts as this run trains it.
-            noised: Result of `_noised` for this batch. None = it is computed.
         """
         model = self.model(ema=ema)
-        x_t, target, t = self._noised(batch, draws) if noised is None else noised
+        x_t, target, t = noised
         # Text encoders may be kept in half precision.
         dtype = next(model.unet.parameters()).dtype
-        cond = _conditioning(model.conditioner, batch, draws.keep).to(self.device, dtype)
+        cond = self._conditioning(model.conditioner, batch).to(self.device, dtype)
         if model.unet.takes_sizes:
             cond = replace(cond, sizes=batch.get("sizes"))
         if start is None:
@@ -634,25 +722,28 @@ class LatentDiffusion(L.LightningModule):
             output = start.output(model.unet, x_t, t, cond, *run)
         return self.objective.losses(output, target, t)
 
-    def _latent_shape(self, batch: dict[str, Any]) -> tuple[int, int, int]:
-        """Return the shape (C, h, w) of a batch's latents, which depends on its bucket."""
-        if "moments" in batch:
-            _, channels, h, w = batch["moments"].shape
-            return channels // 2, h, w
-        return self.codec.latent_shape(*batch["image"].shape[-2:])
+    def _conditioning(self, conditioner: Conditioner, batch: dict[str, Any]) -> Conditioning:
+        """Return the embeddings of captions, and of the empty prompt where a caption is dropped.
 
+        The encoder is called once, however many are dropped: a sharded one waits for all ranks.
+        """
+        cond: Conditioning | None = batch.get("text_embedding")
+        if cond is not None:
+            keep = batch[DRAWS].keep
+            drops = self.training and self.caption_dropout > 0
+            return cond.where(keep, conditioner.null()) if drops else cond
+        with self._frozen_precision() if "conditioner" in self._frozen else nullcontext():
+            encoded: Conditioning = conditioner(
+                batch[TOKENS] if TOKENS in batch else batch[PROMPTS]
+            )
+        return encoded
 
-def _conditioning(conditioner: Conditioner, batch: dict[str, Any], keep: Tensor) -> Conditioning:
-    """Return the embeddings of captions, and of the empty prompt where a caption is dropped.
-
-    The encoder is called once, however many are dropped: a sharded one waits for all ranks.
-    """
-    cond: Conditioning | None = batch.get("text_embedding")
-    if cond is not None:
-        return cond if keep.all() else cond.where(keep, conditioner.null())
-    captions = zip(batch["caption"], keep.tolist(), strict=True)
-    encoded: Conditioning = conditioner([text if keeps else "" for text, keeps in captions])
-    return encoded
+    def _frozen_precision(self) -> AbstractContextManager[Any]:
+        """Compute what FSDP does not shard in the dtype that it lets the network compute in."""
+        strategy = None if self._trainer is None else self._trainer.strategy
+        if not isinstance(strategy, FullyShardedStrategy) or strategy.param_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, getattr(torch, strategy.param_dtype))
 
 
 def _new_unet(

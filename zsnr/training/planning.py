@@ -14,7 +14,6 @@ from zsnr.codecs import LatentCodec
 from zsnr.conditioning import Conditioner
 from zsnr.data.cache import Cache, find_cache
 from zsnr.data.order import accumulation
-from zsnr.draws import training_draws
 from zsnr.lora import AdaptedUNet, LoRA
 from zsnr.networks import UNet, UNetConfig
 from zsnr.pretrained import without_weights
@@ -154,6 +153,7 @@ def read_sharding(trainer: Any, ranks: int | None, ranks_per_node: int | None) -
             shards={"all": ranks, "node": each}.get(wanted, wanted),
             param_dtype=_dtype(settings.get("param_dtype")),
             reduce_dtype=_dtype(settings.get("reduce_dtype")),
+            reduce_every_micro_batch=settings.get("reduce_every_micro_batch", False),
             reshard_after_forward=settings.get("reshard_after_forward", True),
         )
     if name == "SingleDeviceStrategy" and ranks > 1:
@@ -256,19 +256,13 @@ def seconds_per_step(config: Any, data: DataModule, layout: Layout, times: int =
             part.load().to(device)
     optimizer = module.make_optimizer(p for p in module.trained.parameters() if p.requires_grad)
     batch = _made_up_batch(data, module, layout.micro_batch, device)
-    draws = training_draws(
-        module.seed,
-        list(range(layout.micro_batch)),
-        layout.micro_batch,
-        module._latent_shape(batch),
-        module.schedule.num_timesteps,
-        module.caption_dropout,
-    )
+    batch = module.prepared(batch, training=True)
 
     def forward_and_back() -> None:
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
-            loss = module._losses(batch, draws, ema=False).mean()
+            loss = module.training_step(batch, 0)
         loss.backward()
+        module._micro_batches.clear()
 
     def step() -> None:
         optimizer.step()
@@ -309,7 +303,13 @@ def _made_up_batch(
     """Make a batch of noise, of what the training data would give."""
     size = data.image_size
     sizes = torch.tensor([[size, size, 0, 0, size, size]] * micro_batch, device=device)
-    batch: dict[str, Any] = {"caption": [""] * micro_batch, "sizes": sizes}
+    batch: dict[str, Any] = {
+        "caption": [""] * micro_batch,
+        "key": [""] * micro_batch,
+        "sizes": sizes,
+        "position": torch.arange(micro_batch),
+        "global_batch_size": micro_batch,
+    }
     cache = None if data.train is None else find_cache(data.train)
     if cache is None:
         batch["image"] = torch.rand(micro_batch, 3, size, size, device=device)

@@ -42,8 +42,10 @@ class Preemption(L.Callback):
     """
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        # replaces Lightning's handlers, which save at once
+        # replaces Lightning's handlers, which save at once, and its question to rank 0 whether it
+        # has had a signal, for which the device would wait in every micro-batch
         listen(signal.SIGTERM, signal.SIGUSR1)
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
         pl_module.stop_requested = bool(_received)

@@ -40,16 +40,6 @@ class Progress:
     skipped: int = 0
     skipped_in_a_row: int = 0
 
-    def sums(self, losses: Tensor, t: Tensor) -> list[Tensor]:
-        """Sum a batch's losses, (B,), and count them, by group: two tensors (5,)."""
-        T = self.num_timesteps
-        group = torch.where(t == T - 1, 4, t * 4 // T).to(losses.device)
-        dtype = wide(losses.device)
-        totals = losses.new_zeros(2, 5, dtype=dtype)
-        totals[0].index_add_(0, group, losses.to(dtype))
-        totals[1].index_add_(0, group, torch.ones_like(losses, dtype=dtype))
-        return [*totals]
-
     def add(self, totals: list[float], counts: list[float]) -> None:
         """Add the sums of one step, taken over all ranks."""
         self.totals = [a + b for a, b in zip(self.totals, totals, strict=True)]

@@ -76,7 +76,7 @@ _GROUPS: tuple[tuple[Verdict, Sequence[str]], ...] = (
         Verdict.FREE,
         [
             *_under("optimizer", "foreach capturable differentiable fused"),
-            *_under("model", "gradient_checkpointing compile"),
+            *_under("model", "gradient_checkpointing compile tf32"),
             *_under("data", "max_batch_size_per_device num_workers index retries"),
             *_under("data.retries", "attempts backoff timeout outage"),
             *_under("data", "headers local_cache local_cache.folder local_cache.max_gib"),

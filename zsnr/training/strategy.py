@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -43,6 +44,10 @@ class FullyShardedStrategy(ModelParallelStrategy):
             validate and predict.
         reduce_dtype: Dtype in which gradients are averaged over the ranks. None = the dtype that
             they are computed in.
+        reduce_every_micro_batch: Whether gradients are averaged over the ranks in every micro-batch
+            of an accumulation, and not once in each step. It takes more communication and less
+            memory: whole gradients are not kept. Copies of the weights on several nodes are
+            averaged once in each step in any case.
         reshard_after_forward: Whether gathered weights are freed between forward and backward pass,
             which takes less memory and more communication.
         save_distributed_checkpoint: Whether each rank writes its shard into a folder. false = rank
@@ -58,6 +63,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         shard_ranks: Literal["all", "node"] | int = "all",
         param_dtype: Literal["bfloat16", "float32"] | None = None,
         reduce_dtype: HalfOrFull | None = "float32",
+        reduce_every_micro_batch: bool = False,
         reshard_after_forward: bool = True,
         save_distributed_checkpoint: bool = True,
         timeout: timedelta = timedelta(minutes=30),
@@ -77,6 +83,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         )
         self.shard_ranks, self.reshard_after_forward = shard_ranks, reshard_after_forward
         self.param_dtype, self.reduce_dtype = param_dtype, reduce_dtype
+        self.reduce_every_micro_batch = reduce_every_micro_batch
 
     # Lightning's hooks
 
@@ -84,6 +91,25 @@ class FullyShardedStrategy(ModelParallelStrategy):
         # the data-parallel size is known now: nodes may be more or fewer than the last time
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Accumulate gradients without communication, but for that within a copy if it is set."""
+        assert self.model is not None
+        parts = fsdp_parts(self.model)
+        try:
+            self._reduce(parts, False)
+            yield
+        finally:
+            self._reduce(parts, True)
+
+    def _reduce(self, parts: Iterable[Any], wanted: bool) -> None:
+        """Set whether the next backward pass averages gradients."""
+        for part in parts:
+            if self.reduce_every_micro_batch:
+                part.set_requires_all_reduce(wanted, recurse=False)
+            else:
+                part.set_requires_gradient_sync(wanted, recurse=False)
 
     def setup(self, trainer: Trainer) -> None:
         trainer.fit_loop.epoch_loop.val_loop.inference_mode = False  # FSDP gathers in no_grad only
@@ -213,11 +239,15 @@ def meet(place: str, timeout: timedelta | None = None) -> None:
 
 def reshard(module: nn.Module) -> None:
     """Free the gathered weights of FSDP modules after a forward pass without a backward pass."""
+    for part in fsdp_parts(module):
+        part.reshard()
+
+
+def fsdp_parts(module: nn.Module) -> list[Any]:
+    """List the modules whose weights FSDP gathers and frees."""
     from torch.distributed.fsdp import FSDPModule
 
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.reshard()
+    return [part for part in module.modules() if isinstance(part, FSDPModule)]
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -258,8 +288,8 @@ def squared_norm(tensors: Iterable[Tensor]) -> Tensor:
             shards = [size for size, placement in sharded_by if placement.is_shard()]
             copies = world // math.prod(shards)
         by_copies.setdefault(copies, []).append(local(tensor))
-    shares = [torch.zeros(())]
+    shares = []
     for copies, group in by_copies.items():
         norms = torch.stack(torch._foreach_norm(group))
         shares.append(norms.to(wide(norms.device)).square().sum() / copies)
-    return sum(shares[1:], shares[0].to(shares[-1]))
+    return torch.stack(shares).sum() if shares else torch.zeros(())

@@ -13,6 +13,11 @@ TAGS: dict[str, dict[str, str]] = {
         "train/grad_norm": "Norm of the gradient before it is clipped.",
         "train/learning_rate": "Learning rate of the optimizer.",
         "train/images_per_second": "Training images per second, summed over all devices.",
+        "train/data_wait": "Share of the time in which rank 0 waited for a batch.",
+        "train/tflops": "TFLOP/s of the network on each device, forward and backward pass.",
+        "train/mfu": "Model FLOPs utilization: those FLOP/s as a share of the GPU's dense peak in "
+        "bfloat16.",
+        "train/gpu_memory": "GiB of a GPU's memory that rank 0 has reserved, at most so far.",
         "train/skipped_steps": "Optimizer steps skipped so far because the loss or the gradient "
         "was not finite.",
         "train/terminal_exposures": "Training samples so far that drew the last timestep, T - 1.",

@@ -59,6 +59,7 @@ class ValidationLosses:
             start: Mean losses of the pretrained model, to which those of the run are compared.
                 Empty = no comparison.
         """
+        self._sums = self._sums.cpu()  # read once: each value would wait for the device
         sums, raw_sums, counts = self._sums
         metrics: dict[str, Any] = {"val/loss": sums.sum() / counts.sum()}
         groups = [("val_by_timestep", sums)]
