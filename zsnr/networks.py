@@ -163,7 +163,7 @@ class UNet(nn.Module):
                 for any size. Otherwise each new shape would be compiled anew, up to a limit.
         """
         for block in self.blocks():
-            block.forward = torch.compile(  # type: ignore[method-assign]
+            block.forward = torch.compile(
                 block.forward, backend=backend, dynamic=True if several_shapes else None
             )
 

@@ -74,7 +74,7 @@ class StepReport:
         self._host, self._copied = self._sums, None
         if self._sums.is_cuda:
             self._host = self._sums.to("cpu", non_blocking=True)  # into pinned memory
-            self._copied = torch.cuda.Event()
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._copied.record()
 
     @property

@@ -455,7 +455,8 @@ class LatentDiffusion(L.LightningModule):
     def _reads_now(self, step: int) -> bool:
         """Whether a step's numbers are needed at once: it is logged, or the last one."""
         interval, done = self.trainer.log_every_n_steps, step + 1
-        return done == self.trainer.max_steps or (interval > 0 and done % interval == 0)
+        last: bool = done == self.trainer.max_steps
+        return last or (interval > 0 and done % interval == 0)
 
     def settle(self) -> None:
         """Bring the averaged weights and the counts of the run up to the last step.

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from zsnr.denoiser import Conditioning
 
@@ -48,14 +47,13 @@ def network_flops(network: nn.Module, shape: Sequence[int], cond: Conditioning) 
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    def empty(tensor: torch.Tensor) -> torch.Tensor:
-        like = torch.empty_like(tensor, device="meta")
-        return like.requires_grad_(tensor.requires_grad)
+    def empty(tensor: Tensor) -> Tensor:
+        return torch.empty_like(tensor, device="meta").requires_grad_(tensor.requires_grad)
 
     tensors = {name: empty(p) for name, p in network.named_parameters()}
     tensors |= {name: empty(b) for name, b in network.named_buffers()}
-    parts: Any = (cond.context, cond.mask, cond.pooled, cond.sizes)
-    cond = Conditioning(*(None if part is None else part.to("meta") for part in parts))
+    parts = (cond.context, cond.mask, cond.pooled, cond.sizes)
+    cond = Conditioning(*(None if part is None else empty(part) for part in parts))  # type: ignore[arg-type]
     x_t = torch.empty(1, *shape, device="meta")
     t = torch.zeros(1, dtype=torch.int64, device="meta")
     with FlopCounterMode(display=False) as counter:
