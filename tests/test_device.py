@@ -1,8 +1,11 @@
 """Code on an accelerator: no mixed devices and no wait for it, shown with fake tensors."""
 
 import contextlib
+from types import SimpleNamespace
 
+import cells
 import pytest
+import tiny
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
@@ -19,6 +22,8 @@ from zsnr import (
     get_timesteps,
     training_draws,
 )
+from zsnr.training.ema import update_average
+from zsnr.training.guard import StepReport
 
 CUDA = torch.device("cuda", 0)
 SCHEDULE = NoiseSchedule()
@@ -84,3 +89,47 @@ def test_the_oracle_follows_the_data_to_their_device():
         t = torch.full((2,), 500, device=CUDA)
         assert oracle(torch.zeros(2, 3, 4, 4, device=CUDA), t).device == CUDA
     assert type(oracle(torch.zeros(2, 3, 4, 4), torch.tensor([500, 999]))) is torch.Tensor
+
+
+def placed(module):
+    """Move a module's tensors to the accelerator, as fake ones."""
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    fake = torch.empty_like(tensor, device=CUDA)
+                    trained = isinstance(tensor, torch.nn.Parameter)
+                    tensors[name] = (
+                        torch.nn.Parameter(fake, tensor.requires_grad) if trained else fake
+                    )
+    module._device = CUDA
+
+
+def test_a_training_step_with_guard_average_and_validation(monkeypatch):
+    """All but the backward pass, which a PyTorch without CUDA cannot do even with fake tensors."""
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: None))
+    module = cells.module(conditioner=tiny.conditioner(trainable=True), offset_noise=0.1)
+    batch = {
+        "image": torch.zeros(4, 3, 16, 16),
+        "caption": ["a", "b", "c", "d"],
+        "key": ["a", "b", "c", "d"],
+        "position": torch.arange(4),
+        "global_batch_size": 4,
+    }
+    batches = [module.preparation(training)(dict(batch)) for training in (True, False)]
+    with accelerator(), torch.no_grad():
+        placed(module)
+        batches = [
+            {name: x.to(CUDA) if hasattr(x, "to") and name != "position" else x for name, x in b}
+            for b in (each.items() for each in batches)
+        ]
+        assert module.training_step(batches[0], 0).device == CUDA
+        grads = [torch.zeros_like(p) for p in module.trained.parameters()]
+        report = StepReport(0, module._micro_batches, grads, (False,) * 4, 1000)
+        assert (report.skips.device, report.clip_factor(1.0).device) == (CUDA, CUDA)
+        with pytest.raises(DataDependentOutputException):
+            bool(report.skips)
+        update_average(module.ema, module.trained, 0.9)
+        module.on_validation_epoch_start()
+        module.validation_step(batches[1], 0)
+        assert module._validation._sums.device == CUDA
