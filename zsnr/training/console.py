@@ -17,9 +17,10 @@ from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from tqdm import tqdm
 
+from zsnr.checkpoints.run_folder import steps
 from zsnr.files import side_file
 from zsnr.progress import duration
-from zsnr.training.checkpointing import Checkpoints, find_last
+from zsnr.training.checkpointing import Checkpoints
 
 LOG = "fit.log"
 """Name of the file in a run's folder that holds its lines of progress."""
@@ -300,8 +301,9 @@ def print_summary(trainer: L.Trainer, stopped: bool) -> None:
     what = f"stopped at step {trainer.global_step} of {trainer.max_steps}" if stopped else "done"
     print(f"{what}: trained {took}" if took else what)
     checkpoints = [each for each in trainer.callbacks if isinstance(each, Checkpoints)]
-    last = find_last(Path(checkpoints[0].dirpath or "checkpoints")) if checkpoints else None
-    if last is not None:
+    written = steps(Path(checkpoints[0].dirpath or "checkpoints")) if checkpoints else []
+    if written:
+        last = written[-1]
         print(f"checkpoint: {_near(last)}")
         usual = last.parent.parent == folder
         model = shlex.quote(_near(folder if usual else last))
