@@ -266,7 +266,7 @@ def test_later_files_lie_over_earlier_ones(plan, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "ranks", "change"),
     [
-        (["--data.batch_size", "256"], None, "data.max_batch_size_per_device="),
+        (["--data.batch_size", "32"], None, "data.max_batch_size_per_device="),
         (["--data.batch_size", "1", "--data.image_size", "64"], None, "gradient_checkpointing"),
         (["--data.batch_size", "4"], 4, "FullyShardedStrategy"),
     ],
