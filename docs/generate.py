@@ -101,9 +101,7 @@ def commands() -> str:
 
 def fit_settings() -> list[Any]:
     """List the actions of the parser of `zsnr fit`, one a setting."""
-    from zsnr.training.data import DataModule
     from zsnr.training.lightning_cli import ZsnrCLI
-    from zsnr.training.module import LatentDiffusion
 
     class OnlyParser(ZsnrCLI):
         """Builds the parser, and nothing that it describes."""
@@ -116,9 +114,7 @@ def fit_settings() -> list[Any]:
 
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # "Seed set to 0"
     tiny = str(ROOT / "configs/tiny.yaml")
-    cli = OnlyParser(
-        LatentDiffusion, DataModule, run=False, args=["-c", tiny], save_config_callback=None
-    )
+    cli = OnlyParser("fit", run=False, args=["-c", tiny], save_config_callback=None)
     return [action for action in cli.parser._actions if type(action).__name__ == "ActionTypeHint"]
 
 
