@@ -27,7 +27,7 @@ quickstart: $(READY)
 	$(BIN)/python -m zsnr.reports.run $(RUN) --data $(RUN)/data
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile \
 	  --no-loadscope-reorder $(PYTEST_OPTIONS)
 
 wheel: $(READY)

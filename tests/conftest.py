@@ -1,3 +1,5 @@
+import gc
+import os
 import signal
 
 import pytest
@@ -15,10 +17,17 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 # Files that take longest, from measured processor time: processes that share the files of `make
 # test` begin with these, so that none is left with a long one at the end.
 LONGEST = (
-    *("test_ranks", "test_stops", "test_side_files", "test_lora", "test_data_runs", "test_export"),
-    *("test_single_file", "test_training", "test_samplers", "test_doctor", "test_sdxl"),
-    *("test_validate", "test_compare", "test_resuming", "test_plan", "test_cli", "test_multistep"),
+    *("test_ranks", "test_stops", "test_plan", "test_cli", "test_data_runs", "test_lora"),
+    *("test_sdxl", "test_side_files", "test_validate", "test_single_file", "test_export"),
+    *("test_samplers", "test_multistep", "test_board", "test_training", "test_compare"),
+    *("test_docs", "test_timesteps", "test_doctor", "test_resuming", "test_fuzz"),
 )
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """One process more than the machine has cores, since some tests wait; at most 8."""
+    return min((os.cpu_count() or 1) + 1, 8)
 
 
 def pytest_collection_modifyitems(items):
@@ -26,6 +35,11 @@ def pytest_collection_modifyitems(items):
         return LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST)
 
     items.sort(key=place)  # stable: within a file the order stays
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()  # what is imported by now is no garbage: do not look at it again
 
 
 @pytest.fixture(scope="session")

@@ -39,8 +39,18 @@ def _context():
     return context
 
 
-def _serve(rank, ranks, port, pipe):
+def _be_a_new_process():
+    """Start further processes, such as workers that load data, as a new interpreter would.
+
+    A process that a server forked starts its own with another server, and that one imports all
+    anew, for each loader.
+    """
     assert "preloaded" in sys.modules, "the server that forks has imported nothing"
+    multiprocessing.set_start_method(None, force=True)
+
+
+def _serve(rank, ranks, port, pipe):
+    _be_a_new_process()
     os.environ.update(
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
@@ -143,6 +153,7 @@ def groups():
 
 def _command(arguments, environment, folder, output, errors):
     """Be the command line in a process of its own."""
+    _be_a_new_process()
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for path, descriptor in ((output, 1), (errors, 2)):

@@ -23,6 +23,7 @@ from zsnr.reports.memory import (
 )
 from zsnr.reports.plan import GIB, Parts, Sharding, gathered_size, shard_size, training_pass
 from zsnr.training import LatentDiffusion
+from zsnr.training.planning import run_plan
 
 ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / "configs" / "tiny.yaml")
@@ -171,19 +172,13 @@ def test_shards_are_those_of_fsdp(ranks, number):
     assert shard_size(unet.parameters(), number) == max(ranks[4](bytes_of_shards, number))
 
 
-def test_hybrid_shards_have_a_way_out(capsys):
+def test_hybrid_shards_have_a_way_out(plan, capsys):
     multinode = str(Path(TINY).parent / "trainer" / "fsdp_multinode.yaml")
     memory = ["--ranks", "4", "--ranks-per-node", "2", "--trainer.accelerator", "cpu"]
-    whole = json.loads(run_main(["plan", TINY, multinode, *memory, "--json"], capsys)[1])
-    less = whole["bytes_per_rank"]["total"] * 0.9 / 2**30
-    code, told = run_main(["plan", TINY, multinode, *memory, "--memory", str(less)], capsys)
-    assert code == 1
-    assert "way out: shard_ranks=all" in told
-
-
-def run_main(arguments, capsys):
-    code = main(arguments)
-    return code, capsys.readouterr().out
+    whole, _ = plan(TINY, multinode, *memory)
+    less = whole["bytes_per_rank"]["total"] * 0.9 / GIB
+    assert main(["plan", TINY, multinode, *memory, "--memory", str(less)]) == 1
+    assert "way out: shard_ranks=all" in capsys.readouterr().out
 
 
 def test_a_shard_has_whole_rows():
@@ -269,29 +264,27 @@ def test_later_files_lie_over_earlier_ones(plan, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "change"),
+    ("settings", "ranks", "change"),
     [
-        (["--data.batch_size", "256"], ["data.max_batch_size_per_device="]),
-        (["--data.batch_size", "1", "--data.image_size", "64"], ["model.gradient_checkpointing"]),
-        (["--data.batch_size", "4", "--ranks", "4"], ["FullyShardedStrategy"]),
+        (["--data.batch_size", "32"], None, "data.max_batch_size_per_device="),
+        (["--data.batch_size", "1", "--data.image_size", "64"], None, "gradient_checkpointing"),
+        (["--data.batch_size", "4"], 4, "FullyShardedStrategy"),
     ],
 )
-def test_what_does_not_fit_has_a_way_out(plan, capsys, arguments, change):
-    facts, _ = plan(TINY, *arguments)
-    total = facts["bytes_per_rank"]["total"]
-    memory = ["--memory", str(0.88 * total / GIB)]
-    facts, code = plan(TINY, *arguments, *memory)
-    assert (code, facts["fits"]) == (1, False)
-    assert all(part in facts["way_out"] for part in change)
-    settings = facts["way_out"].removeprefix("way out: ").rpartition(":")[0]
+def test_what_does_not_fit_has_a_way_out(settings, ranks, change):
+    total = run_plan([TINY], settings, ranks=ranks).need.total
+    limits = {"ranks": ranks, "memory": 0.88 * total / GIB}
+    plan = run_plan([TINY], settings, **limits)
+    assert plan.facts()["fits"] is False
+    assert change in plan.way_out
     changed = []
-    for setting in settings.split(", "):
+    for setting in plan.way_out.removeprefix("way out: ").rpartition(":")[0].split(", "):
         changed += SHARDED if setting == "FullyShardedStrategy" else [f"--{setting}"]
-    facts, code = plan(TINY, *arguments, *memory, *changed)
-    assert (code, facts["fits"], facts["way_out"]) == (0, True, None)
-    assert main(["plan", TINY, *arguments, *memory]) == 1
-    text = capsys.readouterr().out
+    fitting = run_plan([TINY], [*settings, *changed], **limits)
+    assert (fitting.fits, fitting.way_out) == (True, None)
+    text = plan.table()
     assert "does not fit in" in text
+    assert plan.way_out in text
     assert max(map(len, text.splitlines())) <= 100
 
 

@@ -3,6 +3,7 @@
 tests/cluster holds the whole matrix.
 """
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -70,14 +71,6 @@ CELLS = {
             "model": {"gradient_checkpointing": True},
         },
     ),
-    "sharded-2-kept-compiled": (
-        2,
-        "sharded",
-        {
-            "strategy_options": {"reshard_after_forward": False},
-            "model": {"compile": "aot_eager"},
-        },
-    ),
     "sharded-4-hybrid": (4, "sharded", {"strategy_options": {"shard_ranks": 2}}),
 }
 
@@ -97,6 +90,22 @@ def test_ranks_and_strategies_change_nothing_but_rounding(ranks, shards, alone, 
         whole = alone["weights"]["unet.unet.conv_in.weight"].shape
         for local in (runs[0]["local"], runs[0]["local_ema"]):
             assert local["unet.unet.conv_in.weight"] == (whole[0] // shard, *whole[1:])
+
+
+def test_compiled_blocks_change_nothing_but_rounding(ranks, shards, tmp_path):
+    """With few blocks, since each rank compiles each of them twice, for training and without."""
+    small = {"unet": dataclasses.replace(tiny.UNET, block_out_channels=(16,), attention=(False,))}
+    alone = cells.fit(shards, tmp_path / "one", previews=True, model=small)
+    options = {
+        "strategy_options": {"reshard_after_forward": False},
+        "model": {**small, "compile": "aot_eager"},
+    }
+    runs = ranks[2](cells.fit, shards, tmp_path / "two", "sharded", previews=True, **options)
+    for run in runs:
+        same_run(run, alone)
+        average_is_exact(run)
+        assert run["logged"] == runs[0]["logged"]
+    same_images(tmp_path / "one" / "previews", tmp_path / "two" / "previews")
 
 
 @pytest.mark.parametrize("kind", ["ddp", "sharded"])

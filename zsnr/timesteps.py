@@ -232,7 +232,10 @@ def beta(num_steps: int, num_timesteps: int = 1000) -> Tensor:
     interfaces omit some. Otherwise as `trailing`.
     """
     S, T = _check_counts(num_steps, num_timesteps)
-    return _grid(_distinct([round((T - 1) * beta_quantile(1 - i / S)) for i in range(S)], T))
+    half = (S + 1) // 2
+    lower = [beta_quantile(i / S) for i in range(S // 2 + 1)]  # q(1 - p) = 1 - q(p)
+    quantiles = [1 - q for q in lower[:half]] + [lower[S - i] for i in range(half, S)]
+    return _grid(_distinct([round((T - 1) * q) for q in quantiles], T))
 
 
 def beta_quantile(p: float) -> float:

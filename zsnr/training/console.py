@@ -17,9 +17,10 @@ from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from tqdm import tqdm
 
+from zsnr.checkpoints.run_folder import steps
 from zsnr.files import side_file
 from zsnr.progress import counted, duration
-from zsnr.training.checkpointing import Checkpoints, find_last
+from zsnr.training.checkpointing import Checkpoints
 
 LOG = "fit.log"
 """Name of the file in a run's folder that holds its lines of progress."""
@@ -303,7 +304,8 @@ def print_summary(trainer: L.Trainer, stopped: bool) -> None:
     else:
         print(what)
     checkpoints = [each for each in trainer.callbacks if isinstance(each, Checkpoints)]
-    last = find_last(Path(checkpoints[0].dirpath or "checkpoints")) if checkpoints else None
+    written = steps(Path(checkpoints[0].dirpath or "checkpoints")) if checkpoints else []
+    last = written[-1] if written else None
     commands = []
     if last is not None:
         print(f"checkpoint: {_near(last)}")

@@ -83,7 +83,27 @@ class SaveConfigOfFit(SaveConfigCallback):
 
 
 class ZsnrCLI(LightningCLI):
-    """fit, validate, test and predict from YAML."""
+    """One of fit, validate, test and predict from YAML.
+
+    Args:
+        command: Its name; the parsers of the others are not made.
+        options: Of LightningCLI.
+    """
+
+    def __init__(self, command: str, **options: Any) -> None:
+        self._command = command
+        super().__init__(
+            LatentDiffusion,
+            DataModule,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,  # model.optimizer and model.learning_rate are there
+            load_from_checkpoint_support=False,  # the module saves no hyperparameters
+            parser_kwargs={"exit_on_error": False},
+            **options,
+        )
+
+    def subcommands(self) -> dict[str, set[str]]:
+        return {self._command: super().subcommands()[self._command]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for group, cls in GROUPS.items():
@@ -289,10 +309,10 @@ def run(arguments: Sequence[str]) -> None:
     sys.argv[1:] = arguments
     cli = _parsed(
         ZsnrCLI,
+        command,
         args=[command, *settings],
         save_config_callback=SaveConfigOfFit,
         save_config_kwargs={"overwrite": True, "config_filename": "run_config.yaml"},
-        parser_kwargs={"exit_on_error": False},
     )
     stopped = stopped_early(cli.trainer, cli.model)
     if command == "fit":
@@ -375,10 +395,10 @@ def parse_fit(arguments: Sequence[str]) -> Any:
     """
     cli = _parsed(
         _ParseOnly,
+        "fit",
         run=False,
         args=_prepare(["fit", *arguments]),
         save_config_callback=None,
-        parser_kwargs={"exit_on_error": False},
     )
     return cli.config
 
@@ -401,15 +421,9 @@ def build(name: str, cls: type[Any], values: Any) -> Any:
         raise ValueError(short_message(str(error))) from error
 
 
-def _parsed(cls: type[ZsnrCLI], **options: Any) -> ZsnrCLI:
+def _parsed(cls: type[ZsnrCLI], command: str, **options: Any) -> ZsnrCLI:
     try:
-        return cls(
-            LatentDiffusion,
-            DataModule,
-            seed_everything_default=0,
-            auto_configure_optimizers=False,  # model.optimizer and model.learning_rate are there
-            **options,
-        )
+        return cls(command, **options)
     except ArgumentError as error:
         raise ValueError(short_message(str(error))) from error
 
