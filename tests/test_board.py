@@ -22,6 +22,7 @@ from zsnr.metrics.luma import mean_luma
 from zsnr.metrics.terminal import TerminalOptimum
 from zsnr.training.board import COMPARED, LOWER_BOUND, MEAN_LUMA, VARIANCE
 from zsnr.training.facts import public_config
+from zsnr.training.guard import sums_by_group
 from zsnr.training.previews import captioned
 from zsnr.training.progress import Progress
 from zsnr.training.tags import TERMINAL, description, tag_table
@@ -358,7 +359,7 @@ def exposures(*steps, window, **state):
     progress = Progress(1000, window, **state)
     for step in steps:
         losses, t = zip(*step, strict=True)
-        sums = progress.sums(torch.tensor(losses), torch.tensor(t))
+        sums = sums_by_group(torch.tensor(losses), torch.tensor(t), 1000)
         progress.add(*[part.tolist() for part in sums])
     return progress
 
@@ -383,10 +384,9 @@ def test_the_terminal_loss_is_a_mean_over_the_last_exposures(resumed):
 
 
 def test_the_ranks_sums_add_up():
-    progress = Progress(1000, window=4)
     losses, t = torch.arange(6.0), torch.tensor([999, 3, 999, 999, 500, 998])
-    parts = [progress.sums(losses[part], t[part]) for part in (slice(0, 2), slice(2, 6))]
-    for whole, *shares in zip(progress.sums(losses, t), *parts, strict=True):
+    parts = [sums_by_group(losses[part], t[part], 1000) for part in (slice(0, 2), slice(2, 6))]
+    for whole, *shares in zip(sums_by_group(losses, t, 1000), *parts, strict=True):
         assert torch.equal(whole, sum(shares))
 
 

@@ -19,6 +19,7 @@ from zsnr.checkpoints.checkpoint_file import read_checkpoint
 from zsnr.cli import main
 from zsnr.data.order import accumulation
 from zsnr.training import EMAConfig
+from zsnr.training.guard import sums_by_group
 from zsnr.training.progress import NonFiniteError, Progress
 
 STEPS = 4
@@ -457,7 +458,7 @@ def test_average_every_n_steps_in_training(shards, tmp_path):
 def test_progress_counts_by_timestep():
     progress = Progress(1000, window=32)
     t = torch.tensor([0, 249, 250, 998, 999])
-    sums = [each.tolist() for each in progress.sums(torch.arange(5.0), t)]
+    sums = [each.tolist() for each in sums_by_group(torch.arange(5.0), t, 1000)]
     assert sums == [[1, 2, 0, 3, 4], [2, 1, 0, 1, 1]]
     progress.add(*sums)
     assert progress.terminal == 1
