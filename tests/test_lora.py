@@ -25,9 +25,9 @@ from zsnr.described import build, describe
 from zsnr.lora import AdaptedUNet, LoRA, lora_state_dict, merge_lora
 from zsnr.networks import UNet
 from zsnr.pipeline import TextToImage
+from zsnr.planning.estimate import Parts, training_pass
+from zsnr.planning.memory import LiveBytes, kept_for_backward, size_of, tensors_of
 from zsnr.pretrained import without_weights
-from zsnr.reports.memory import LiveBytes, kept_for_backward, size_of, tensors_of
-from zsnr.reports.plan import Parts, training_pass
 from zsnr.training import EMAConfig
 
 EXACT = {"rtol": 0, "atol": 0}

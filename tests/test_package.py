@@ -43,7 +43,7 @@ FLOORS = (
         "data",
         "reports",
     ),
-    ("training", "commands", "cli"),
+    ("training", "planning", "commands", "cli"),
 )
 ROOMS = [name for floor in FLOORS for name in floor]
 

@@ -14,16 +14,16 @@ from torch import nn
 from zsnr.cli import main
 from zsnr.codecs import PixelCodec
 from zsnr.networks import UNet, UNetConfig
-from zsnr.reports.memory import (
+from zsnr.planning.estimate import GIB, Parts, Sharding, gathered_size, shard_size, training_pass
+from zsnr.planning.memory import (
     LiveBytes,
     kept_for_backward,
     norms_in_float32,
     size_of,
     tensors_of,
 )
-from zsnr.reports.plan import GIB, Parts, Sharding, gathered_size, shard_size, training_pass
+from zsnr.planning.plan import run_plan
 from zsnr.training import LatentDiffusion
-from zsnr.training.planning import run_plan
 
 ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / "configs" / "tiny.yaml")

@@ -48,8 +48,8 @@ def plan(
     if not files:
         raise ValueError("plan needs a config: zsnr plan CONFIG.")
     check_temporary()
+    from zsnr.planning.plan import make_plan
     from zsnr.training.lightning_cli import parse_fit
-    from zsnr.training.planning import make_plan
 
     estimate = make_plan(
         parse_fit([*(part for path in files for part in ("-c", path)), *settings]),

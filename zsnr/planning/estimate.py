@@ -17,7 +17,7 @@ from zsnr.codecs import LatentCodec
 from zsnr.conditioning import Conditioner
 from zsnr.denoiser import Conditioning
 from zsnr.networks import UNet
-from zsnr.reports.memory import (
+from zsnr.planning.memory import (
     LiveBytes,
     kept_for_backward,
     norms_in_float32,

@@ -1,4 +1,4 @@
-"""`zsnr plan`: a training config as what zsnr.reports.plan computes with."""
+"""`zsnr plan`: a training config as what zsnr.planning.estimate computes with."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from zsnr.data.cache import Cache, find_cache
 from zsnr.data.order import accumulation
 from zsnr.lora import AdaptedUNet, LoRA
 from zsnr.networks import UNet, UNetConfig
-from zsnr.pretrained import without_weights
-from zsnr.reports.plan import (
+from zsnr.planning.estimate import (
     GIB,
     Layout,
     Parts,
@@ -29,6 +28,7 @@ from zsnr.reports.plan import (
     state_per_byte,
     trainable,
 )
+from zsnr.pretrained import without_weights
 from zsnr.training.checks import check_unsharded
 from zsnr.training.data import DataModule
 from zsnr.training.ema import update_average
