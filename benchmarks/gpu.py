@@ -8,7 +8,8 @@ machine that is taken away leaves what was measured:
 
 tests: the tests marked `cuda`.
 train: training steps under Lightning (EMA, guards, logging; bfloat16 autocast, fused AdamW, cached
-    latents in memory) in turn with steps of a bare loop of the same network, in the same process;
+    latents in memory) in turn with steps of a bare loop of the same network and with diffusers'
+    training recipe, in the same process;
     images per second, share of the GPU's peak in bfloat16 (MFU), peak memory beside `zsnr plan`'s
     formula for weights, gradients, optimizer state and averages.
 idle: the share of time in which no kernel runs, from a trace of some training steps.
@@ -59,6 +60,7 @@ class Size:
         context_dim: Width of the text embeddings.
         pixels: Height and width of the images.
         batch_size: Images per step.
+        recipe: Whether diffusers' recipe fits into memory beside the other two.
     """
 
     name: str
@@ -66,13 +68,14 @@ class Size:
     context_dim: int
     pixels: int
     batch_size: int
+    recipe: bool = True
 
 
 SIZES = (
     Size("SD 2.1, 256 px", {}, 1024, 256, 64),
     Size("SD 2.1, 512 px", {}, 1024, 512, 16),
     Size("SDXL's channels, 1024 px", {"block_out_channels": (320, 640, 1280), "attention":
-         (False, True, True), "transformer_layers": 4}, 2048, 1024, 4),
+         (False, True, True), "transformer_layers": 4}, 2048, 1024, 4, recipe=False),
 )  # fmt: skip
 TINY = (
     Size(
@@ -165,6 +168,45 @@ def bare_loop(network: nn.Module, size: Size, device: torch.device) -> Callable[
     return step
 
 
+def recipe_loop(network: nn.Module, size: Size, device: torch.device) -> Callable[[], object]:
+    """The step of diffusers' training script for text-to-image, from latents in memory."""
+    from diffusers import DDPMScheduler
+    from diffusers.training_utils import EMAModel
+
+    network = copy.deepcopy(network).to(device).train()
+    optimizer = torch.optim.AdamW(network.parameters(), **LR)
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    average = EMAModel(network.parameters(), foreach=True)
+    average.to(device)
+    scheduler = DDPMScheduler(
+        1000, 0.00085, 0.012, "scaled_linear", prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+    )  # fmt: skip
+    side = size.pixels // 8
+    latents = torch.randn(size.batch_size, 4, side, side)
+    context = torch.randn(size.batch_size, TOKENS, size.context_dim)
+    if device.type == "cuda":
+        latents, context = latents.pin_memory(), context.pin_memory()
+
+    def step() -> None:
+        x_0, text = (part.to(device, non_blocking=True) for part in (latents, context))
+        noise = torch.randn_like(x_0)
+        t = torch.randint(0, 1000, (len(x_0),), device=device)
+        x_t, target = scheduler.add_noise(x_0, noise, t), scheduler.get_velocity(x_0, noise, t)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            output = network(x_t, t, Conditioning(text))
+        loss = (output.float() - target.float()).square().mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        rate.step()
+        optimizer.zero_grad()
+        average.step(network.parameters())
+        loss.item()  # the script logs every step
+
+    return step
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for the device, where there is something to wait for."""
     if device.type == "cuda":
@@ -209,8 +251,9 @@ def train(sizes: tuple[Size, ...], vae: Path, device: torch.device, blocks: int)
 
     lines = [
         "| network | batch | compile | zsnr, images/s | bare loop, images/s | step / bare step "
-        "| MFU | peak memory, GiB | weights, gradients, AdamW and EMA, GiB |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| diffusers' recipe, images/s | MFU | peak memory of all, GiB "
+        "| weights, gradients, AdamW and EMA of zsnr, GiB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     peak = peak_flops(device_name()) if device.type == "cuda" else None
     for size in sizes:
@@ -220,10 +263,13 @@ def train(sizes: tuple[Size, ...], vae: Path, device: torch.device, blocks: int)
             work = network_flops(net.trained["unet"], shape, Conditioning(torch.zeros(text)))
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            bare = bare_loop(net.trained["unet"], size, device)
-            race = Race({"bare": bare}, BLOCK, lambda: synchronize(device))
+            contenders = {"bare": bare_loop(net.trained["unet"], size, device)}
+            if not compiled and size.recipe:
+                contenders["recipe"] = recipe_loop(net.trained["unet"], size, device)
+            race = Race(contenders, BLOCK, lambda: synchronize(device))
             fit(net, size, BLOCK * (blocks + WARMUP), device, [race])
-            zsnr, floor = (times[WARMUP:] for times in race.times.values())
+            zsnr, floor, *others = (times[WARMUP:] for times in race.times.values())
+            recipe = f"{size.batch_size / statistics.median(others[0]):.1f}" if others else "-"
             ratio = statistics.median(a / b for a, b in zip(zsnr, floor, strict=True))
             rate = size.batch_size / statistics.median(zsnr)
             used = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
@@ -231,10 +277,10 @@ def train(sizes: tuple[Size, ...], vae: Path, device: torch.device, blocks: int)
             lines.append(
                 f"| {size.name} | {size.batch_size} | {'on' if compiled else 'off'} | {rate:.1f} "
                 f"| {size.batch_size / statistics.median(floor):.1f} | {ratio:.3f} "
-                f"| {'-' if peak is None else f'{100 * work * rate / peak:.0f} %'} "
-                f"| {'-' if used is None else f'{used:.1f} (with the bare loop)'} | {state:.1f} |"
+                f"| {recipe} | {'-' if peak is None else f'{100 * work * rate / peak:.0f} %'} "
+                f"| {'-' if used is None else f'{used:.1f}'} | {state:.1f} |"
             )
-            del net, race, bare
+            del net, race, contenders
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     return lines
