@@ -135,13 +135,15 @@ def fit(
     callbacks=(),
     previews=False,
     logger=False,
+    **checkpoints,
 ):
     """Train, and return what is to be compared; weights are whole."""
     quiet()
     net = module(**(model or {}))
     watch = Watch(net.ema_config)
     watch.stop_at = stop_at
-    callbacks = [watch, Checkpoints(f"{root}/checkpoints", every_n_train_steps=every), *callbacks]
+    checkpoints = {"every_n_train_steps": every, **checkpoints}
+    callbacks = [watch, Checkpoints(f"{root}/checkpoints", **checkpoints), *callbacks]
     if previews:
         callbacks.append(Previews(["a", "b", "c"], every_n_steps=2))
     settings = {

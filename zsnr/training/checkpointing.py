@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import lightning as L
@@ -14,6 +16,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
 
 from zsnr.agreement import on_first_rank, raise_on_all
 from zsnr.checkpoints import sharded
@@ -45,6 +48,9 @@ class Checkpoints(Checkpoint):
         keep: Number of the newest checkpoints to keep.
         keep_every_n_steps: Checkpoints at multiples of this number of steps are kept forever. None
             = none of them.
+        asynchronous: Whether training goes on while a checkpoint in one file is written: it is
+            copied to the host's memory first. The next checkpoint, and the end of the run, wait
+            for it. Folders of shards are written at once. None = on a GPU.
 
     Raises:
         ValueError: A number is out of range, or the folder is an address.
@@ -57,6 +63,7 @@ class Checkpoints(Checkpoint):
         every_n_minutes: float | None = None,
         keep: int = 2,
         keep_every_n_steps: int | None = None,
+        asynchronous: bool | None = None,
     ) -> None:
         if every_n_train_steps < 0:
             raise ValueError(
@@ -77,7 +84,8 @@ class Checkpoints(Checkpoint):
             )
         self.dirpath, self.keep = dirpath, keep
         self.every_n_train_steps, self.every_n_minutes = every_n_train_steps, every_n_minutes
-        self.keep_every_n_steps = keep_every_n_steps
+        self.keep_every_n_steps, self.asynchronous = keep_every_n_steps, asynchronous
+        self._pending: Path | None = None  # a checkpoint that may not be complete yet
         self.resumed_from = ""  # name of a checkpoint
         self._saved, self._seen, self._since = -1, -1, time.monotonic()
         self._asked = False  # rank 0 has asked all ranks for a checkpoint
@@ -170,23 +178,36 @@ class Checkpoints(Checkpoint):
             self._write_facts(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        self.save(trainer)
+        self.save(trainer, wait=True)
 
     def teardown(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        if self._pending is not None:  # the run has failed, its last checkpoint need not
+            files = trainer.strategy.checkpoint_io
+            if isinstance(files, CheckpointFiles) and files.wait() is None:
+                self._conclude(trainer, self._pending)
+            self._pending = None
         for folder in self._held:
             folder.close()
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         self.teardown(trainer, pl_module, "fit")
 
-    def save(self, trainer: L.Trainer) -> None:
+    def save(self, trainer: L.Trainer, wait: bool = False) -> None:
         """Write a checkpoint of this step, unless there is one; every rank calls it.
 
+        Args:
+            trainer: Trainer of the run.
+            wait: Whether to return only when it is complete.
+
         Raises:
-            OSError: The checkpoint cannot be written, or the folder of the run is gone.
+            OSError: This checkpoint or the one before cannot be written, or the folder of the run
+                is gone.
             NonFiniteError: A tensor of the checkpoint is not finite.
         """
         on_first_rank(self._check_folders)
+        files = trainer.strategy.checkpoint_io
+        files = files if isinstance(files, CheckpointFiles) else CheckpointFiles()
+        self._finish(trainer, files)
         step = trainer.global_step
         if step == self._saved:
             return
@@ -204,15 +225,34 @@ class Checkpoints(Checkpoint):
             "a lower learning rate."
         )
         raise_on_all(None if broken is None else NonFiniteError(message))
-        files = trainer.strategy.checkpoint_io
-        files = files if isinstance(files, CheckpointFiles) else CheckpointFiles()
-        with files.deferring():
+        on_gpu = trainer.strategy.root_device.type == "cuda"
+        background = on_gpu if self.asynchronous is None else self.asynchronous
+        with files.deferring(background):
             trainer.save_checkpoint(path, weights_only=False)
         raise_on_all(files.problem)
         self._saved, self._since, self._asked = step, time.monotonic(), False
         module.save_requested = module.save_agreed = False
+        self._pending = path
+        if wait or not background:
+            self._finish(trainer, files)
+
+    def _finish(self, trainer: L.Trainer, files: CheckpointFiles) -> None:
+        """Wait for the last checkpoint to be complete; every rank calls it.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        path, self._pending = self._pending, None
+        if path is None:
+            return
+        raise_on_all(files.wait())
+        self._conclude(trainer, path)
+
+    def _conclude(self, trainer: L.Trainer, path: Path) -> None:
+        """Link a complete checkpoint as the last, record its facts, and remove old ones."""
         self._write_facts(trainer)
         if trainer.is_global_zero:
+            folder = path.parent
             with side_file(folder / "last.ckpt"):
                 _link(folder / "last.ckpt", path.name)
             with side_file(folder):
@@ -238,30 +278,51 @@ class Checkpoints(Checkpoint):
 class CheckpointFiles(TorchCheckpointIO):
     """Reads and writes checkpoint files, and reads folders of shards."""
 
-    _defer = False
+    _defer, _background = False, False
+    _thread: Thread | None = None
     problem: Exception | None = None
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        path = Path(path)
         try:
-            if path.is_dir():
-                sharded.remove(path)
-            sharded.save_file(checkpoint, path)
+            if not self._background:
+                _save(checkpoint, Path(path))
+                return
+            copied = on_host(checkpoint)
         except Exception as error:  # of any kind: the other ranks must not wait
             if not self._defer:
                 raise
             self.problem = error
+            return
+        self._thread = Thread(target=self._save_copy, args=(copied, Path(path)))
+        self._thread.start()
+
+    def _save_copy(self, checkpoint: dict[str, Any], path: Path) -> None:
+        try:
+            _save(checkpoint, path)
+        except Exception as error:  # `wait` tells it
+            self.problem = error
+
+    def wait(self) -> Exception | None:
+        """Wait for the checkpoint that is being written, and return its error."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        return self.problem
 
     @contextmanager
-    def deferring(self) -> Iterator[None]:
-        """Keep an error as `problem`, because rank 0 saves alone while the others wait for it."""
-        self._defer, self.problem = True, None
+    def deferring(self, background: bool) -> Iterator[None]:
+        """Keep an error as `problem`, because rank 0 saves alone while the others wait for it.
+
+        Args:
+            background: Whether a file is written by a thread; `wait` then waits for it.
+        """
+        self._defer, self._background, self.problem = True, background, None
         try:
             yield
         finally:
-            self._defer = False
+            self._defer = self._background = False
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         if sharded.is_sharded(path):
@@ -271,6 +332,32 @@ class CheckpointFiles(TorchCheckpointIO):
 
     def remove_checkpoint(self, path: Any) -> None:
         sharded.remove(Path(path))
+
+
+def _save(checkpoint: dict[str, Any], path: Path) -> None:
+    if path.is_dir():
+        sharded.remove(path)
+    sharded.save_file(checkpoint, path)
+
+
+def on_host(value: Any, copies: dict[int, Any] | None = None) -> Any:
+    """Copy what a checkpoint holds to the host's memory, where training does not change it.
+
+    Tensors that occur several times stay one.
+    """
+    copies = {} if copies is None else copies
+    if isinstance(value, Tensor):
+        if id(value) not in copies:
+            copies[id(value)] = value.detach().to("cpu", copy=True)
+        return copies[id(value)]
+    if isinstance(value, Mapping):
+        copied: Any = copy.copy(value)  # with the metadata of a state dict
+        for name, part in value.items():
+            copied[name] = on_host(part, copies)
+        return copied
+    if type(value) in (list, tuple):
+        return type(value)(on_host(part, copies) for part in value)
+    return copy.deepcopy(value)
 
 
 def _set_aside(folder: Path, step: int) -> None:

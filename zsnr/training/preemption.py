@@ -82,7 +82,7 @@ class Preemption(L.Callback):
         step = trainer.global_step
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, Checkpoints):
-                callback.save(trainer)
+                callback.save(trainer, wait=True)
         rank_zero_info(f"Stopped by a signal: a checkpoint of step {step} is saved.")
         trainer.strategy.barrier()
         if pl_module.requeue_agreed and trainer.is_global_zero:

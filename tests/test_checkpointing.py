@@ -1,0 +1,103 @@
+"""Checkpoints that are written while training goes on."""
+
+import errno
+import threading
+
+import cells
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from zsnr.checkpoints import sharded
+from zsnr.checkpoints.run_facts import read_run_facts
+from zsnr.training import Checkpoints
+from zsnr.training.checkpointing import on_host
+
+STEPS = 4
+
+
+def fit(shards, root, *callbacks, asynchronous=True, **options):
+    quiet = {"limit_val_batches": 0}
+    options = {"every": 1, "trainer_options": quiet, "keep": 9, **options}
+    return cells.fit(
+        shards, root, steps=STEPS, callbacks=callbacks, asynchronous=asynchronous, **options
+    )
+
+
+def written(root):
+    return sorted((root / "checkpoints").glob("step-*.ckpt"))
+
+
+def test_they_hold_what_a_waiting_run_writes(shards, tmp_path):
+    for name, asynchronous in (("waits", False), ("goes on", True)):
+        fit(shards, tmp_path / name, asynchronous=asynchronous)
+    pairs = zip(written(tmp_path / "waits"), written(tmp_path / "goes on"), strict=True)
+    count = 0
+    for one, other in pairs:
+        mine, theirs = (torch.load(path, weights_only=False) for path in (one, other))
+        assert mine.keys() == theirs.keys()
+        for part in ("state_dict", "progress", "loops", "lr_schedulers"):
+            torch.testing.assert_close(mine[part], theirs[part], rtol=0, atol=0)
+        optimizers = (mine["optimizer_states"], theirs["optimizer_states"])
+        torch.testing.assert_close(*optimizers, rtol=0, atol=0)
+        count += 1
+    assert count == STEPS
+    folder = tmp_path / "goes on" / "checkpoints"
+    assert (folder / "last.ckpt").resolve().name == f"step-{STEPS:08d}.ckpt"
+    assert read_run_facts(folder)["step"] == STEPS
+
+
+class Slow(Callback):
+    """Lets the first checkpoint be written only when the step after it has begun."""
+
+    def __init__(self, monkeypatch):
+        self.begun, self.waited = threading.Event(), []
+        save = sharded.save_file
+
+        def later(checkpoint, path):
+            self.waited.append(self.begun.wait(60))
+            save(checkpoint, path)
+
+        monkeypatch.setattr(sharded, "save_file", later)
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        if trainer.global_step == 2:
+            self.begun.set()
+
+
+def test_training_goes_on_while_one_is_written(shards, tmp_path, monkeypatch):
+    slow = Slow(monkeypatch)
+    fit(shards, tmp_path, slow, every=2)
+    assert slow.waited == [True, True]
+    assert [path.name for path in written(tmp_path)] == ["step-00000002.ckpt", "step-00000004.ckpt"]
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_what_cannot_be_written_stops_the_run_at_the_next_one(shards, tmp_path, monkeypatch, every):
+    def full(checkpoint, path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sharded, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        fit(shards, tmp_path, every=every)
+    assert written(tmp_path) == []
+
+
+def test_ranks_wait_for_each_other(ranks, shards, tmp_path):
+    for kind in ("ddp", "full", "sharded"):
+        ranks[2](fit, shards, tmp_path / kind, kind=kind, every=2)
+        names = [path.name for path in written(tmp_path / kind)]
+        assert names == ["step-00000002.ckpt", "step-00000004.ckpt"]
+
+
+def test_a_copy_keeps_structure_and_what_is_shared():
+    tensor = torch.ones(2)
+    state = torch.nn.Linear(2, 2).state_dict()
+    value = {"a": [tensor, (tensor, 1)], "state": state, "b": {"c": {1, 2}}}
+    copied = on_host(value)
+    tensor.zero_()
+    value["b"]["c"].clear()
+    assert copied["a"][0] is copied["a"][1][0]
+    assert copied["a"][0].tolist() == [1, 1]
+    assert copied["b"] == {"c": {1, 2}}
+    assert copied["state"]._metadata == state._metadata
