@@ -10,7 +10,6 @@ from lightning.pytorch.callbacks import Callback
 
 from zsnr.checkpoints import sharded
 from zsnr.checkpoints.run_facts import read_run_facts
-from zsnr.training import Checkpoints
 from zsnr.training.checkpointing import on_host
 
 STEPS = 4
