@@ -541,3 +541,12 @@ def test_previews_compute_as_training_does(tmp_path):
     loop.fit(module(), data(tmp_path / "shards"))
     assert len(seen) >= 3
     assert all(seen)
+
+
+def test_weights_of_another_shape_are_refused_in_one_line():
+    mine, other = module(), module(codec=PixelCodec(4))
+    with pytest.raises(
+        ValueError, match=r"conv_in.weight is \(.*\), the config's model has"
+    ) as error:
+        other.load_state_dict(mine.state_dict())
+    assert "\n" not in str(error.value)

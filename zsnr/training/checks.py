@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
+
+from torch import Tensor
 
 from zsnr.guidance import Guidance
 from zsnr.lora import require_peft
@@ -81,6 +84,26 @@ def check_unsharded(adapters: bool) -> None:
             "model.lora does not train with FullyShardedStrategy: adapters and their optimizer "
             "state fit on each device. Use trainer.strategy auto or ddp."
         )
+
+
+def check_shapes(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint whose weights have other shapes than the model of the config.
+
+    Args:
+        saved: State dict of the checkpoint.
+        here: That of the model.
+
+    Raises:
+        ValueError: A weight has another shape; the message names the first one.
+    """
+    for name, weight in here.items():
+        other = saved.get(name, weight)
+        if isinstance(other, Tensor) and other.shape != weight.shape:
+            raise ValueError(
+                f"The checkpoint does not fit the config: its {name} is {tuple(other.shape)}, the "
+                f"config's model has {tuple(weight.shape)}. Leave out the settings that override "
+                "the checkpoint's codec, conditioner or UNet."
+            )
 
 
 def check_resumed(saved: dict[str, Any], configured: dict[str, Any]) -> None:

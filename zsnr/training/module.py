@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from typing import Any
@@ -45,6 +45,7 @@ from zsnr.training.checks import (
     check_lora,
     check_resumed,
     check_settings,
+    check_shapes,
     check_unsharded,
 )
 from zsnr.training.ema import EMAConfig, averaged_copy, update_average
@@ -625,6 +626,15 @@ class LatentDiffusion(L.LightningModule):
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         self.settle()
         return super().state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Load weights.
+
+        Raises:
+            ValueError: They have other shapes than this model's.
+        """
+        check_shapes(state_dict, self.state_dict())
+        return super().load_state_dict(state_dict, *args, **kwargs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[KEY] = describe_model(self.model())
