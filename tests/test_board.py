@@ -215,7 +215,7 @@ def test_previews_stand_over_their_prompts_and_seeds(folder, board):
     assert Image.open(io.BytesIO(shown[1].encoded_image_string)).tobytes() == written.tobytes()
     below = [written.crop((x, y + SIDE, x + SIDE, y + TILE)) for x, y in corners()]
     for i, prompt in enumerate(["grey 3", "", "grey 1"]):
-        wanted = captioned(Image.new("RGB", (16, 16)), prompt, 0).crop((0, SIDE, SIDE, TILE))
+        wanted = captioned(Image.new("RGB", (16, 16)), prompt, i).crop((0, SIDE, SIDE, TILE))
         assert below[i].tobytes() == wanted.tobytes()
         assert below[i].convert("L").getextrema()[0] < 50  # some of it is text
 

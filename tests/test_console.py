@@ -1,6 +1,7 @@
 """What a person or a log sees of a run: lines, bars, and the summary at the end."""
 
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -218,7 +219,8 @@ def finished(trainer, clock, monkeypatch):
     checkpoints.dirpath = f"{trainer.default_root_dir}/checkpoints"
     trainer.callbacks = [lines, checkpoints]
     train(lines, trainer, clock, 4)
-    monkeypatch.setattr(console, "find_last", lambda folder: folder / "step-00000004.ckpt")
+    Path(checkpoints.dirpath).mkdir()
+    Path(checkpoints.dirpath, "step-00000004.ckpt").touch()
     monkeypatch.chdir(trainer.default_root_dir)
     return trainer
 
@@ -242,6 +244,8 @@ def test_the_summary_names_checkpoint_and_what_to_run_next(finished, tmp_path, m
     monkeypatch.chdir("/")
     elsewhere = f"{tmp_path.parent}/my checkpoints"
     finished.callbacks[1].dirpath = elsewhere
+    Path(elsewhere).mkdir()
+    Path(elsewhere, "step-00000004.ckpt").touch()
     shown = elsewhere.lstrip("/")
     assert summary(capsys, finished)[2] == (
         f"next: zsnr sample '{shown}/step-00000004.ckpt' \"a prompt\""

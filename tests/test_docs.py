@@ -39,7 +39,7 @@ NOT_RUN = "*Not run by the tests"
 COUNT_NOT_RUN = 0
 PROBE = "--option-that-no-command-has"
 TRAINING = {"fit", "validate", "test", "predict"}
-OTHER_PROGRAMS = {"cd", "docker", "export", "git", "tensorboard"}
+OTHER_PROGRAMS = {"bash", "cd", "docker", "export", "git", "tensorboard"}
 
 
 class Block(NamedTuple):

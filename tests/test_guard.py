@@ -1,6 +1,7 @@
 """The step that no device has to wait for: what is read when, and what a skipped step leaves."""
 
 import math
+import os
 import traceback
 from collections import Counter
 
@@ -159,7 +160,10 @@ def collectives(shards, root, kind, accumulation, strategy_options):
         steps=4,
         callbacks=[Preemption(), Around({2: profile})],
         model={"optimizer": fused},
-        data_options={"max_batch_size_per_device": cells.BATCH // 4 // accumulation},
+        data_options={
+            "batch_size": 2 * int(os.environ["WORLD_SIZE"]),
+            "max_batch_size_per_device": 2 // accumulation,
+        },
         trainer_options=QUIET,
         strategy_options=strategy_options,
     )
@@ -168,19 +172,21 @@ def collectives(shards, root, kind, accumulation, strategy_options):
 
 
 @pytest.mark.parametrize(
-    ("kind", "options"),
+    ("number", "kind", "options"),
     [
-        ("ddp", {}),
-        ("sharded", {}),
-        ("sharded", {"shard_ranks": 2}),
-        ("sharded", {"shard_ranks": 2, "reduce_every_micro_batch": True}),
+        (2, "ddp", {}),
+        (2, "sharded", {}),
+        (4, "sharded", {"shard_ranks": 2}),
+        (4, "sharded", {"shard_ranks": 2, "reduce_every_micro_batch": True}),
     ],
     ids=["ddp", "fsdp", "hybrid", "hybrid, every micro-batch"],
 )
-def test_accumulation_adds_no_reduction_of_gradients(ranks, shards, tmp_path, kind, options):
+def test_accumulation_adds_no_reduction_of_gradients(
+    ranks, shards, tmp_path, number, kind, options
+):
     [once, *_], [twice, *_] = (
-        ranks[4](collectives, shards, tmp_path / str(number), kind, number, options)
-        for number in (1, 2)
+        ranks[number](collectives, shards, tmp_path / str(passes), kind, passes, options)
+        for passes in (1, 2)
     )
     gathers, scatters = (f"_{name}_base_" for name in ("allgather", "reduce_scatter"))
     assert {*once, *twice} <= {"allreduce_", gathers, scatters}

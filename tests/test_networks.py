@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 
 import pytest
 import tiny
@@ -96,7 +97,8 @@ def test_blocks_are_compiled_once_for_all_shapes():
 
     torch._dynamo.reset()
     counters.clear()
-    unet = UNet(tiny.UNET, channels=4, context_dim=8)
+    small = dataclasses.replace(tiny.UNET, block_out_channels=(16,), attention=(True,))
+    unet = UNet(small, channels=4, context_dim=8)
     plain = copy.deepcopy(unet)
     unet.compile_blocks("eager", several_shapes=True)
     graphs = []

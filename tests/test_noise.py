@@ -2,7 +2,6 @@ import pytest
 import torch
 
 from zsnr import SampleNoise, derive_seed, offset_noise
-from zsnr.noise import prompt_seeds
 
 
 def test_a_seed_belongs_to_a_sample():
@@ -46,13 +45,6 @@ def test_wrong_seeds_are_refused(seeds):
 def test_another_count_is_refused():
     with pytest.raises(ValueError, match="2 samples but 1 seeds"):
         SampleNoise([0]).randn_like(torch.empty(2, 3))
-
-
-def test_the_images_of_each_prompt_have_seeds_from_0_on():
-    assert prompt_seeds(["a", "b"]) == [0, 0]
-    assert prompt_seeds(["a"] * 3) == [0, 1, 2]
-    assert prompt_seeds(["a", "b", "a", "", "b", "a", ""], 5) == [5, 5, 6, 5, 6, 7, 6]
-    assert prompt_seeds([]) == []
 
 
 def test_derived_seeds_are_stable_and_apart():

@@ -22,8 +22,9 @@ from zsnr.planning.memory import (
     size_of,
     tensors_of,
 )
-from zsnr.planning.plan import run_plan
+from zsnr.planning.plan import make_plan
 from zsnr.training import LatentDiffusion
+from zsnr.training.lightning_cli import parse_fit
 
 ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / "configs" / "tiny.yaml")
@@ -44,6 +45,10 @@ def plan(capsys):
         return json.loads(capsys.readouterr().out), code
 
     return run
+
+
+def parsed(settings):
+    return parse_fit(["-c", TINY, *settings])
 
 
 def module(**options):
@@ -272,15 +277,15 @@ def test_later_files_lie_over_earlier_ones(plan, tmp_path):
     ],
 )
 def test_what_does_not_fit_has_a_way_out(settings, ranks, change):
-    total = run_plan([TINY], settings, ranks=ranks).need.total
+    total = make_plan(parsed(settings), ranks=ranks).need.total
     limits = {"ranks": ranks, "memory": 0.88 * total / GIB}
-    plan = run_plan([TINY], settings, **limits)
+    plan = make_plan(parsed(settings), **limits)
     assert plan.facts()["fits"] is False
     assert change in plan.way_out
     changed = []
     for setting in plan.way_out.removeprefix("way out: ").rpartition(":")[0].split(", "):
         changed += SHARDED if setting == "FullyShardedStrategy" else [f"--{setting}"]
-    fitting = run_plan([TINY], [*settings, *changed], **limits)
+    fitting = make_plan(parsed([*settings, *changed]), **limits)
     assert (fitting.fits, fitting.way_out) == (True, None)
     text = plan.table()
     assert "does not fit in" in text

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -65,31 +64,6 @@ def sample_generator(seed: int) -> torch.Generator:
     if isinstance(seed, bool) or not 0 <= operator.index(seed) < 2**32:
         raise ValueError(f"seed={seed!r}: wanted an integer from 0 to 4294967295.")
     return torch.Generator(device="cpu").manual_seed(operator.index(seed))
-
-
-def prompt_seeds(prompts: Sequence[str], first: int = 0) -> list[int]:
-    """Return the seeds of images that are given none: s, s + 1, s + 2, ... for each prompt.
-
-    This is the rule wherever images are generated from prompts: `TextToImage`, `zsnr sample`,
-    predict, compare, figure and previews. Every prompt begins with the same seed, so an image does
-    not depend on the other prompts, and all models are compared on the same noise. In a prompts
-    file each line is a request of its own: `count` images with the seeds s, s + 1, ..., even if
-    another line has the same prompt.
-
-    Where images are one random sample of a distribution, their seeds all differ, because images
-    from the same noise are alike and their mean would be less certain: one seed after the other in
-    `compare --prompts data`, and in image metrics a hash of the caption's number.
-
-    Args:
-        prompts: One prompt for each image. A prompt that is repeated gets the next seed.
-        first: s, the first seed of each prompt.
-    """
-    counts: Counter[str] = Counter()
-    seeds = []
-    for prompt in prompts:
-        seeds.append(first + counts[prompt])
-        counts[prompt] += 1
-    return seeds
 
 
 def derive_seed(*keys: int) -> int:

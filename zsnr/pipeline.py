@@ -24,7 +24,7 @@ from zsnr.denoiser import Conditioning, Denoiser, Network
 from zsnr.files import replacing
 from zsnr.guidance import Guidance
 from zsnr.ldm_file import is_single_file
-from zsnr.noise import SampleNoise, prompt_seeds, sample_generator
+from zsnr.noise import SampleNoise, sample_generator
 from zsnr.prediction import PredictionType, check_prediction_type
 from zsnr.progress import progress_bar
 from zsnr.samplers import Sampler
@@ -165,8 +165,8 @@ class TextToImage:
         Args:
             prompts: Text prompts.
             negative_prompts: Negative prompts, one for each prompt; "" = none. None = none at all.
-            seeds: Seeds, one for each prompt. None = 0 for each prompt, and 1, 2, ... where a
-                prompt is repeated, as in `["a cat"] * 3`; see `prompt_seeds`.
+            seeds: Seeds, one for each prompt. None = 0, 1, 2, ...: one after the other, as in
+                `zsnr sample` and in previews.
             height: Height in pixels. None = the size that the model was trained at.
             width: Width in pixels. None = the size that the model was trained at.
             sampler: A sampler, or the name of a registered one. This and the next three are by
@@ -191,7 +191,7 @@ class TextToImage:
             ValueError: The lists have different lengths, or a setting is out of range.
         """
         prompts, negatives = _prompts(prompts, negative_prompts)
-        seeds = prompt_seeds(prompts) if seeds is None else seeds
+        seeds = range(len(prompts)) if seeds is None else seeds
         seeds = [operator.index(seed) for seed in seeds]
         _check_count("seeds", seeds, prompts)
         for name, count in (("batch_size", batch_size), ("max_rows", max_rows)):

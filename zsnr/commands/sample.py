@@ -39,7 +39,7 @@ def sample(
         prompts: Text prompts of the images.
         output: New folder for the images. Default: samples, or samples-2 and so on.
         num_images: Number of images of each prompt.
-        seed: The first seed. The images of each prompt have the seeds SEED, SEED + 1, ...
+        seed: The first seed. The images have the seeds SEED, SEED + 1, ..., prompt after prompt.
         negative_prompt: Text prompt that guidance moves away from.
         height: Height of the images, in pixels. Default: the size that the model was trained at.
         width: Width of the images, in pixels. Default: the size that the model was trained at.
@@ -51,7 +51,7 @@ def sample(
     from zsnr.checkpoints.run_folder import check_model
     from zsnr.data.prompts import PromptRequest
     from zsnr.files import check_new, new_folder
-    from zsnr.noise import prompt_seeds, sample_generator
+    from zsnr.noise import sample_generator
     from zsnr.pipeline import TextToImage, write_sample
     from zsnr.sampling import choose_sampling, recorded_guidance
 
@@ -59,8 +59,8 @@ def sample(
         raise ValueError("--num-images and --batch-size: wanted at least 1.")
     if isinstance(prompts, str):
         prompts = [prompts]
-    for last in (seed, seed + num_images - 1):
-        sample_generator(last)
+    for extreme in (seed, seed + max(1, num_images * len(prompts)) - 1):
+        sample_generator(extreme)
     check_model(model)
     check_device(device)
     folder = _new_name() if output is None else Path(output).expanduser()
@@ -73,12 +73,9 @@ def sample(
         spacing=given.get("spacing"),
         guidance=recorded_guidance(given),
     )
-    lines = [line for line in range(len(prompts)) for _ in range(num_images)]
-    seeds = prompt_seeds([prompts[line] for line in lines], seed)
-    sample_generator(max(seeds, default=seed))
     requests = [
-        PromptRequest(prompts[line], negative_prompt, each, height, width, line + 1)
-        for line, each in zip(lines, seeds, strict=True)
+        PromptRequest(prompt, negative_prompt, seed + i, height, width, 1 + i // num_images)
+        for i, prompt in enumerate(prompt for prompt in prompts for _ in range(num_images))
     ]
     raw_beside = chosen.guidance.against == "raw"
     pipe = TextToImage.from_pretrained(model, device=device, raw_beside=raw_beside)

@@ -16,7 +16,7 @@ from torch import Tensor
 from zsnr.data.images import to_unit_range
 from zsnr.files import side_file
 from zsnr.metrics.luma import luma
-from zsnr.noise import prompt_seeds, sample_generator
+from zsnr.noise import sample_generator
 from zsnr.pipeline import save_png
 from zsnr.reports.images import image_grid
 from zsnr.training.loggers import log_image, log_luma
@@ -37,8 +37,7 @@ class Previews(Callback):
 
     Args:
         prompts: Text prompts, one for each image. "" = an image without a prompt.
-        seeds: Seeds of the initial noise, one for each prompt. None = 0 for each prompt, and 1, 2,
-            ... where a prompt is repeated.
+        seeds: Seeds of the initial noise, one for each prompt. None = 0, 1, 2, ...
         every_n_steps: Number of optimizer steps between two grids.
         columns: Number of images in a row of the grid.
 
@@ -66,7 +65,7 @@ class Previews(Callback):
             if value < 1:
                 raise ValueError(f"Previews {name}={value}: wanted at least 1.")
         self.prompts = prompts
-        self.seeds = prompt_seeds(prompts) if seeds is None else seeds
+        self.seeds = [*range(len(prompts))] if seeds is None else seeds
         self.every_n_steps, self.columns = every_n_steps, columns
         self._done = 0
 
