@@ -5,10 +5,11 @@ import threading
 
 import cells
 import pytest
+import tiny
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from zsnr.checkpoints import sharded
+from zsnr.checkpoints import read_checkpoint, sharded
 from zsnr.checkpoints.run_facts import read_run_facts
 from zsnr.training.checkpointing import on_host
 
@@ -100,3 +101,30 @@ def test_a_copy_keeps_structure_and_what_is_shared():
     assert copied["a"][0].tolist() == [1, 1]
     assert copied["b"] == {"c": {1, 2}}
     assert copied["state"]._metadata == state._metadata
+
+
+def test_reading_fills_no_unet_with_random_numbers_first(shards, tmp_path, monkeypatch):
+    run = fit(shards, tmp_path, asynchronous=False, every=STEPS)
+    [path] = written(tmp_path)
+    filled = []
+
+    def noted(fill):
+        def call(tensor, *args, **kwargs):
+            if not tensor.is_meta:
+                filled.append(tuple(tensor.shape))
+            return fill(tensor, *args, **kwargs)
+
+        return call
+
+    for name in ("kaiming_uniform_", "uniform_", "normal_", "xavier_uniform_"):
+        monkeypatch.setattr(torch.nn.init, name, noted(getattr(torch.nn.init, name)))
+    conditioner = tiny.conditioner(trainable=True)  # it is built anew, with its random weights
+    expected, filled[:] = list(filled), []
+    model = read_checkpoint(path, ema=False)
+    assert filled == expected
+    state = model.unet.state_dict()
+    for name, weight in state.items():
+        assert torch.equal(weight, run["weights"][f"unet.{name}"])
+    path.write_bytes(b"")  # the weights are no view of the file
+    assert all(weight.isfinite().all() for weight in state.values())
+    assert type(model.conditioner) is type(conditioner)

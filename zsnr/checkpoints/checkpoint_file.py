@@ -78,19 +78,18 @@ def read_checkpoint(
     model = Model(
         codec=build(description["codec"], LatentCodec),  # type: ignore[type-abstract]
         conditioner=build(description["conditioner"], Conditioner),  # type: ignore[type-abstract]
-        unet=build(description["unet"], UNet),
+        unet=_read_unet(path, description["unet"], weights, f"{prefix}.unet."),
         schedule=schedule,
         prediction_type=description["prediction_type"],
         image_size=description["image_size"],
         sampling=declared_sampling(checkpoint),
     )
-    _load(model.unet, weights, f"{prefix}.unet.", path)
     if model.conditioner.trainable:
         _load(model.conditioner, weights, f"{prefix}.conditioner.", path)
     if not raw_beside:
         return model
-    raw, (prefix, weights) = build(description["unet"], UNet), _weights(path, checkpoint, ema=False)
-    _load(raw, weights, f"{prefix}.unet.", path)
+    prefix, weights = _weights(path, checkpoint, ema=False)
+    raw = _read_unet(path, description["unet"], weights, f"{prefix}.unet.")
     return replace(model, raw_unet=raw)
 
 
@@ -177,10 +176,37 @@ def _weights(path: Path, checkpoint: dict[str, Any], ema: bool) -> tuple[str, di
     raise ValueError(f"{path} is damaged: it lacks weights.")
 
 
-def _load(module: nn.Module, weights: dict[str, Tensor], prefix: str, path: Path) -> None:
+def _read_unet(path: Path, description: Any, weights: dict[str, Tensor], prefix: str) -> UNet:
+    """Build the UNet with its stored weights; a new one is not initialized first.
+
+    Raises:
+        ValueError: The weights do not fit the description.
+    """
+    if isinstance(description["init_args"].get("config"), Mapping):
+        with torch.device("meta"):
+            unet = build(description, UNet)
+        _load(unet, weights, prefix, path, assign=True)
+        if not any(tensor.is_meta for tensor in (*unet.parameters(), *unet.buffers())):
+            return unet
+    unet = build(description, UNet)  # it has weights, or tensors, that the checkpoint does not hold
+    _load(unet, weights, prefix, path)
+    return unet
+
+
+def _load(
+    module: nn.Module,
+    weights: dict[str, Tensor],
+    prefix: str,
+    path: Path,
+    *,
+    assign: bool = False,
+) -> None:
+    """Copy weights into a module, or let copies of them take the place of its own (`assign`)."""
     state = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
+    if assign:  # the file that they are mapped from may be replaced
+        state = {name: weight.clone() for name, weight in state.items()}
     try:
-        module.load_state_dict(state)
+        module.load_state_dict(state, assign=assign)
     except RuntimeError as error:
         raise ValueError(
             f"{path}: {prefix}* does not fit its own description: {reason(error)}."
