@@ -1,7 +1,7 @@
 """The parts of the site that are generated from the code: a hook of mkdocs.
 
 A page holds a marker such as `<!-- generated: commands -->`, which is replaced when the site is
-built. Links to benchmarks/results lead to pages that hold the same text.
+built, together with the italics below it that say so to readers of the file. Links to benchmarks/results lead to pages that hold the same text.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Replace markers, and turn links to benchmarks/results into links to pages of the site."""
     up = "../" * page.file.src_uri.count("/")
     markdown = re.sub(r"\]\((?:\.\./)+benchmarks/results/", f"]({up}benchmarks/", markdown)
-    return re.sub(r"<!-- generated: (\w+) -->", lambda marker: GENERATORS[marker[1]](), markdown)
+    marker = r"<!-- generated: (\w+) -->(?:\n\*.*?\*\n(?=\n|$))?"  # with what stands in its place
+    return re.sub(marker, lambda found: GENERATORS[found[1]]() + "\n", markdown, flags=re.DOTALL)
 
 
 def command_names() -> list[str]:
@@ -197,4 +198,5 @@ GENERATORS: dict[str, Callable[[], str]] = {
     "benchmarks": benchmarks,
     "functions": functions,
     "tags": tags,
+    "nothing": lambda: "",
 }
