@@ -1,7 +1,8 @@
 """The parts of the site that are generated from the code: a hook of mkdocs.
 
 A page holds a marker such as `<!-- generated: commands -->`, which is replaced when the site is
-built, together with the italics below it that say so to readers of the file. Links to benchmarks/results lead to pages that hold the same text.
+built, together with the italics below it that say so to readers of the file. Links to
+benchmarks/results lead to pages that hold the same text.
 """
 
 from __future__ import annotations

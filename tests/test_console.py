@@ -272,3 +272,19 @@ def test_the_summary_where_nothing_was_trained(trainer, capsys, monkeypatch):
     trainer.loggers = [SimpleNamespace()]
     monkeypatch.chdir(trainer.default_root_dir)
     assert summary(capsys, trainer, stopped=True)[1] == "next: tensorboard --logdir ."
+
+
+def test_the_rate_is_without_the_time_of_validation_and_the_time_left_with_it(
+    trainer, clock, capsys
+):
+    lines = ProgressLines()
+    lines.on_train_start(trainer, MODULE)
+    for _ in range(2):
+        clock.seconds += 1
+        trainer.global_step += 1
+        lines.on_train_batch_end(trainer, MODULE, None, BATCH, 0)
+        if trainer.global_step == 1:
+            lines.on_validation_start(trainer, MODULE)
+            clock.seconds += 100
+            lines.on_validation_end(trainer, MODULE)
+    assert capsys.readouterr().err.splitlines()[-1] == "step 2 of 4, 8 images/s, 1 min 42 s left"

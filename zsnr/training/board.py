@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Mapping
 from itertools import chain
 from typing import Any
@@ -23,6 +22,7 @@ from zsnr.metrics.terminal import TerminalOptimum
 from zsnr.public import public
 from zsnr.reports.images import figure_image
 from zsnr.reports.schedule import schedule_facts, schedule_figure, schedule_title
+from zsnr.training.console import Pace
 from zsnr.training.image_metrics import ImageMetrics
 from zsnr.training.loggers import log_image, log_layout, log_luma, log_settings, log_text
 from zsnr.training.module import LatentDiffusion
@@ -70,6 +70,7 @@ class TrainingBoard(Callback):
         self._measured_of: list[Any] = []  # digest of the data, and how many samples
         self._measured: dict[str, float] = {}
         self._flops: float | None = None  # of one image
+        self._pace: Pace | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         if stage == "fit" and trainer.is_global_zero and self._flops is None:
@@ -89,7 +90,7 @@ class TrainingBoard(Callback):
                 self._measure(trainer, pl_module)
             with side_file("The run's settings in the logs"):
                 self._show_settings(trainer, pl_module)
-        self._since, self._step = time.perf_counter(), trainer.global_step
+        self._pace, self._step = Pace(trainer), trainer.global_step
         self._waited = getattr(trainer.datamodule, "waited", 0.0)
 
     def on_train_batch_end(
@@ -97,15 +98,23 @@ class TrainingBoard(Callback):
     ) -> None:
         steps = trainer.global_step - self._step
         if trainer.is_global_zero and steps >= trainer.log_every_n_steps:
-            now = time.perf_counter()
-            seconds = now - self._since
+            assert self._pace is not None
+            steps, seconds = self._pace.lap(trainer)
             rate = steps * batch["global_batch_size"] / seconds
             self._log_throughput(trainer, pl_module, rate)
             waited = getattr(trainer.datamodule, "waited", None)
             if waited is not None:
                 pl_module.log_agreed("train/data_wait", (waited - self._waited) / seconds)
                 self._waited = waited
-            self._since, self._step = now, trainer.global_step
+            self._step = trainer.global_step
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if self._pace is not None:
+            self._pace.pause()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if self._pace is not None:
+            self._pace.resume()
 
     def _log_throughput(self, trainer: L.Trainer, module: LatentDiffusion, rate: float) -> None:
         """Log images per second, and what follows from them."""

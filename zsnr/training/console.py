@@ -82,6 +82,7 @@ class ProgressLines(Callback):
 
     def __init__(self, printing: bool = True) -> None:
         self.printing = printing
+        self._pace: Pace | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._pace = Pace(trainer)
@@ -106,9 +107,16 @@ class ProgressLines(Callback):
         if step == self._last or (step % interval and not last) or not trainer.is_global_zero:
             return
         self._last = step
+        assert self._pace is not None
         self._say(trainer, self._pace.line(trainer, batch["global_batch_size"]))
 
+    def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if self._pace is not None:
+            self._pace.pause()
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if self._pace is not None:
+            self._pace.resume()
         loss = trainer.callback_metrics.get("val/loss")
         if trainer.state.fn == "fit" and loss is not None and not trainer.sanity_checking:
             step = trainer.global_step
@@ -164,7 +172,7 @@ class ProgressLines(Callback):
 
 
 class Pace:
-    """Speed of training since its start and since the last line.
+    """Images per second of training, without the time of validation, and the time left.
 
     Args:
         trainer: What trains.
@@ -173,16 +181,39 @@ class Pace:
     def __init__(self, trainer: L.Trainer) -> None:
         self._began = self._since = time.monotonic()
         self._first = self._step = trainer.global_step
+        self._paused: float | None = None
+
+    def pause(self) -> None:
+        """Stop the clock of the rate."""
+        self._paused = time.monotonic()
+
+    def resume(self) -> None:
+        """Let the clock of the rate run again."""
+        if self._paused is not None:
+            self._since += time.monotonic() - self._paused
+        self._paused = None
+
+    def lap(self, trainer: L.Trainer) -> tuple[int, float]:
+        """Return the steps and the seconds since the last lap."""
+        now, step = time.monotonic(), trainer.global_step
+        steps, seconds = step - self._step, max(now - self._since, 1e-9)
+        self._since, self._step = now, step
+        return steps, seconds
 
     def line(self, trainer: L.Trainer, batch_size: int) -> str:
         """Say the step, the loss, images per second since the last line, and the time left."""
-        now, step, total = time.monotonic(), trainer.global_step, trainer.max_steps
-        rate = (step - self._step) * batch_size / max(now - self._since, 1e-9)
-        left = (total - step) * (now - self._began) / max(1, step - self._first)
-        self._since, self._step = now, step
-        loss = trainer.callback_metrics.get("train/loss")
-        said = "" if loss is None else f", loss {float(loss):.4g}"
-        return f"step {step} of {total}{said}, {rate:.3g} images/s, {duration(left)} left"
+        step, total = trainer.global_step, trainer.max_steps
+        steps, seconds = self.lap(trainer)
+        left = (total - step) * (self._since - self._began) / max(1, step - self._first)
+        said = f"{loss_and_rate(trainer, steps * batch_size / seconds)}, {duration(left)} left"
+        return f"step {step} of {total}, {said}"
+
+
+def loss_and_rate(trainer: L.Trainer, rate: float) -> str:
+    """Say the last logged loss, if there is one, and images per second."""
+    loss = trainer.callback_metrics.get("train/loss")
+    said = "" if loss is None else f"loss {float(loss):.4g}, "
+    return f"{said}{rate:.3g} images/s"
 
 
 class StepBar(ProgressBar):
@@ -192,6 +223,7 @@ class StepBar(ProgressBar):
         super().__init__()
         self._bar: tqdm[Any] | None = None
         self._inner: tqdm[Any] | None = None
+        self._pace: Pace | None = None
         self._shown = True
 
     def disable(self) -> None:
@@ -217,23 +249,23 @@ class StepBar(ProgressBar):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._bar = self._open("training", trainer.max_steps, "step", trainer.global_step)
-        self._since, self._step = time.monotonic(), trainer.global_step
+        self._pace, self._step = Pace(trainer), trainer.global_step
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert self._bar is not None
         self._bar.update(trainer.global_step - self._bar.n)
-        steps = trainer.global_step - self._step
-        if steps >= max(1, trainer.log_every_n_steps):
-            now = time.monotonic()
-            rate = steps * batch["global_batch_size"] / max(now - self._since, 1e-9)
-            self._since, self._step = now, trainer.global_step
-            loss = trainer.callback_metrics.get("train/loss")
-            said = "" if loss is None else f"loss {float(loss):.4g}, "
-            self._bar.set_postfix_str(f"{said}{rate:.3g} images/s")
+        if trainer.global_step - self._step >= max(1, trainer.log_every_n_steps):
+            self._step = trainer.global_step
+            assert self._pace is not None
+            steps, seconds = self._pace.lap(trainer)
+            rate = steps * batch["global_batch_size"] / seconds
+            self._bar.set_postfix_str(loss_and_rate(trainer, rate))
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if self._pace is not None:
+            self._pace.pause()
         self._inner = self._open("validating", _batches(trainer.num_val_batches), "batch")
         self._inner.leave = trainer.state.fn != "fit"
 
@@ -256,6 +288,8 @@ class StepBar(ProgressBar):
         self._inner.update(len(batch))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if self._pace is not None:
+            self._pace.resume()
         if self._inner is not None:
             self._inner.close()
             self._inner = None

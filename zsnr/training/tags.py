@@ -12,7 +12,8 @@ TAGS: dict[str, dict[str, str]] = {
         "train/loss": "Weighted v loss of the global batch. Near 1 at the start of training.",
         "train/grad_norm": "Norm of the gradient before it is clipped.",
         "train/learning_rate": "Learning rate of the optimizer.",
-        "train/images_per_second": "Training images per second, summed over all devices.",
+        "train/images_per_second": "Training images per second, summed over all devices, without "
+        "the time of validation.",
         "train/data_wait": "Share of the time in which rank 0 waited for a batch.",
         "train/tflops": "TFLOP/s of the network on each device, forward and backward pass.",
         "train/mfu": "Model FLOPs utilization: those FLOP/s as a share of the GPU's dense peak in "
