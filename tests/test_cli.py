@@ -359,6 +359,8 @@ def test_an_own_sampler_by_its_class_path(run, folder, tmp_path, monkeypatch):
         (["--modle.x=1"], "modle.x"),
         (["-c", "BAD"], "model has no `schedul`. Did you mean `schedule`?"),
         (["-c", "/nowhere.yaml"], "/nowhere.yaml cannot be read: No such file"),
+        (["-c", "quickstart"], "`zsnr configs copy quickstart` copies a shipped file"),
+        (["-c", f"{ROOT}/configs/tinny.yaml"], f"Did you mean {ROOT}/configs/tiny.yaml?"),
         (["--model.codec=Pixels"], "Known: AutoencoderKLCodec, PixelCodec"),
         (["--model.sampling.sampler=plms"], "Sampler 'plms' is unknown. Known: 'ddim'"),
         (["--model.sampling.sampler.class_path=PLMS"], "Known: DDIM, DDPM, DEIS, DPMpp2M"),
@@ -582,13 +584,13 @@ def test_sample_takes_everything_from_the_checkpoint(run, tmp_path, monkeypatch,
     prompt = "grey 1 on a black background"
     assert main(["sample", str(last), prompt, "", "--num-images", "2"]) == 0
     printed = capsys.readouterr()
-    files = [f"0000{line}-{seed}.png" for line in (1, 2) for seed in (0, 1)]
+    files = [f"0000{1 + seed // 2}-{seed}.png" for seed in range(4)]
     assert printed.out.split() == [f"samples/{file}" for file in files]
     assert printed.err == ""  # progress is shown where it takes long
     lines = (tmp_path / "samples" / "manifest.jsonl").read_text().splitlines()
     assert [json.loads(line)["file"] for line in lines] == files
     assert [(json.loads(line)["prompt"], json.loads(line)["seed"]) for line in lines] == [
-        (prompt, 0), (prompt, 1), ("", 0), ("", 1),
+        (prompt, 0), (prompt, 1), ("", 2), ("", 3),
     ]  # fmt: skip
     facts = png_facts("samples/00001-1.png")
     assert {"file": files[1], **facts} == json.loads(lines[1])

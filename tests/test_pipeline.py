@@ -345,3 +345,8 @@ def test_epsilon_at_zero_snr_is_refused():
 
 def test_no_prompts_no_pictures(pipe):
     assert pipe([], **FAST) == []
+
+
+def test_save_png_wants_an_image():
+    with pytest.raises(TypeError, match="wanted an image of PIL, as zsnr.pipeline.to_image makes"):
+        save_png(torch.zeros(3, 4, 4), "x.png")

@@ -404,9 +404,19 @@ def to_image(pixels: Tensor) -> Image:
 
 
 def save_png(image: Image, path: str | Path) -> None:
-    """Write an image with its `info["zsnr"]` as PNG text; a crash leaves no half-written file."""
+    """Write an image with its `info["zsnr"]` as PNG text; a crash leaves no half-written file.
+
+    Raises:
+        TypeError: It is not an image of PIL.
+    """
+    import PIL.Image
     from PIL.PngImagePlugin import PngInfo
 
+    if not isinstance(image, PIL.Image.Image):
+        raise TypeError(
+            f"save_png got a {type(image).__name__}: wanted an image of PIL, as "
+            "zsnr.pipeline.to_image makes it of a tensor (3, H, W) in [-1, 1]."
+        )
     info = PngInfo()
     if "zsnr" in image.info:
         info.add_text("zsnr", image.info["zsnr"])

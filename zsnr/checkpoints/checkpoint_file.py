@@ -150,8 +150,7 @@ def _check_fits(
     Raises:
         ValueError: The network is larger than the stored weights.
     """
-    settings = description.get("init_args") if isinstance(description, Mapping) else None
-    if not isinstance(settings, Mapping) or not isinstance(settings.get("config"), Mapping):
+    if not _is_new(description):
         return  # a pretrained network determines its size, or it has no weights
     stored = sum(w.numel() for name, w in weights.items() if name.startswith(prefix))
     with torch.device("meta"):
@@ -161,6 +160,12 @@ def _check_fits(
             f"{path} has {stored} weights in {prefix}*, and describes a network of {needed}: it is "
             "damaged."
         )
+
+
+def _is_new(description: Any) -> bool:
+    """Whether a network is described by its size, and not by a pretrained model."""
+    settings = description.get("init_args") if isinstance(description, Mapping) else None
+    return isinstance(settings, Mapping) and isinstance(settings.get("config"), Mapping)
 
 
 def _weights(path: Path, checkpoint: dict[str, Any], ema: bool) -> tuple[str, dict[str, Tensor]]:
@@ -182,7 +187,7 @@ def _read_unet(path: Path, description: Any, weights: dict[str, Tensor], prefix:
     Raises:
         ValueError: The weights do not fit the description.
     """
-    if isinstance(description["init_args"].get("config"), Mapping):
+    if _is_new(description):
         with torch.device("meta"):
             unet = build(description, UNet)
         _load(unet, weights, prefix, path, assign=True)

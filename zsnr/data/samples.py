@@ -286,7 +286,11 @@ def _selected(
             lost = ", ".join(f"{name} removed {n}" for name, n in sieve.removed.items() if n)
             faults = [*index.faults, *faults]
             lost = lost or (f"Broken: {summarize(faults)}" if faults else "There are none")
-            raise ValueError(f"No samples are left of {total}. {lost}.")
+            where = f" of {total}" if total else ""
+            tip = ""
+            if any("no caption" in fault.reason for fault in faults):
+                tip = " An empty text file beside an image trains it without a caption."
+            raise ValueError(f"No samples are left{where}. {lost}.{tip}")
         limit = max_pixels if huge else None
         facts = {**settings, "index": index.digest, "max_pixels": limit}
         if not lacking:

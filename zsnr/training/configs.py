@@ -143,6 +143,13 @@ def config_files(arguments: Sequence[str]) -> Iterator[Path]:
 
 
 def _read(path: Path) -> Any:
+    if not path.exists():
+        beside = [str(each) for each in path.parent.glob("*.yaml")]
+        near = difflib.get_close_matches(str(path), beside, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        if not path.suffix:
+            hint = f" `zsnr configs copy {path}` copies a shipped file of that name." + hint
+        raise ValueError(f"{path} cannot be read: No such file or directory.{hint}")
     text = read_yaml_text(path)
     try:
         return compose_yaml(text)
