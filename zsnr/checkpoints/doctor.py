@@ -609,6 +609,8 @@ def _examine_training(
     else:
         raise ValueError(f"sampling.timesteps={shown(custom_grid)}: wanted a list of {S}.")
     verdict, reason = judge(schedule, prediction_type, starts, None)
+    # What a checkpoint records is no file to edit: a run with another config replaces it.
+    edited = "the config of a new run: model." if kind == "zsnr checkpoint" else where
     zero = float(schedule.snr[-1]) == 0
     warnings, changes = [], []
     facts: dict[str, Any] = {
@@ -646,7 +648,7 @@ def _examine_training(
         warnings.append(f"timestep spacing {spacing!r} {_COMPARED_SPACINGS[spacing]}")
         changes.append(f"{where}sampling.spacing: {recommend_sampling(S, guidance)[1]}")
     if verdict == "inconsistent" and prediction_type == "epsilon":
-        changes.insert(0, f"{where}prediction_type: v_prediction, and train with it")
+        changes.insert(0, f"{edited}prediction_type: v_prediction, and train with it")
     elif verdict == "inconsistent":
         changes.insert(0, f"{where}sampling.spacing: trailing")
     elif verdict == "flawed":
@@ -655,8 +657,9 @@ def _examine_training(
         correction = "schedule.zero_terminal_snr: true"
         if prediction_type == "epsilon":
             correction += " with prediction_type: v_prediction"
-        correction += " and sampling.spacing: trailing"
-        changes.insert(0, f"{where}{correction}, and train with them")
+        if late(starts, T):
+            correction += " and sampling.spacing: trailing"
+        changes.insert(0, f"{edited}{correction}, and train anew")
     return Diagnosis(target, kind, verdict, reason, facts, tuple(warnings), tuple(changes))
 
 

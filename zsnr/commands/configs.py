@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
+from itertools import dropwhile, takewhile
 from pathlib import Path
 
 from zsnr.commands.parsing import suggestion
@@ -14,9 +17,21 @@ def list_configs() -> str:
     """
     lines = []
     for name in _names():
-        text = _find(name).read_text().splitlines()
-        lines.append(f"{name:24} {text[text[0].startswith('#!')].lstrip('# ')}")
+        indent = " " * 25
+        said = textwrap.fill(
+            _purpose(_find(name)), 100, initial_indent=indent, subsequent_indent=indent
+        )
+        lines.append(f"{name:24} {said.lstrip()}")
     return "\n".join(lines)
+
+
+def _purpose(path: Path) -> str:
+    """Return the first sentence of the comment at the top of a file."""
+    comment = takewhile(
+        lambda line: line.startswith("# "),
+        dropwhile(lambda line: line.startswith("#!"), path.read_text().splitlines()),
+    )
+    return re.split(r"(?<=\.) ", " ".join(line[2:].strip() for line in comment))[0]
 
 
 def show_config(name: str) -> str:
