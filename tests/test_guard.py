@@ -1,6 +1,5 @@
 """The step that no device has to wait for: what is read when, and what a skipped step leaves."""
 
-import math
 import os
 import traceback
 from collections import Counter
@@ -10,6 +9,7 @@ import pytest
 import tiny
 import torch
 from lightning.pytorch.callbacks import Callback
+from test_ranks import Poison
 from torch.overrides import TorchFunctionMode
 
 from zsnr.training import EMAConfig
@@ -20,17 +20,6 @@ STEPS = 6
 QUIET = {"log_every_n_steps": 50, "val_check_interval": 100, "limit_val_batches": 0}
 
 
-class Poison(Callback):
-    """Makes one image of some steps not a number."""
-
-    def __init__(self, steps):
-        self.steps = steps
-
-    def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        if trainer.global_step in self.steps:
-            batch["image"][batch["position"] % cells.BATCH == 0] = math.nan
-
-
 def fused(parameters):
     """An optimizer that can skip a step on the device."""
     return torch.optim.AdamW(parameters, lr=2e-3, fused=True)
@@ -39,7 +28,7 @@ def fused(parameters):
 def fit(shards, root, steps=STEPS, poisoned=(), interval=50, kind="one", ema=None, **options):
     model = {"optimizer": fused, **({} if ema is None else {"ema": ema})}
     options = {"log_every_n_steps": interval, "gradient_clip_val": 0.05, **options}
-    poison = [Poison({*poisoned})]
+    poison = [Poison({*poisoned}, 0)]
     run = cells.fit(
         shards, root, kind, steps, callbacks=poison, model=model, trainer_options=options
     )

@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from tqdm import tqdm
@@ -22,7 +21,7 @@ from zsnr.metrics.terminal import TerminalOptimum
 from zsnr.public import public
 from zsnr.reports.images import figure_image
 from zsnr.reports.schedule import schedule_facts, schedule_figure, schedule_title
-from zsnr.training.console import Pace
+from zsnr.training.console import Paced
 from zsnr.training.image_metrics import ImageMetrics
 from zsnr.training.loggers import log_image, log_layout, log_luma, log_settings, log_text
 from zsnr.training.module import LatentDiffusion
@@ -44,7 +43,7 @@ _CURVES = 5  # of one chart
 _PIXELS = 1 << 16  # minimum number of pixels of an image that a histogram counts
 
 
-class TrainingBoard(Callback):
+class TrainingBoard(Paced):
     """Shows a run in its loggers: throughput, settings, schedule, and the training data.
 
     TensorBoard gets a chart of the schedule, luma histograms of the data, a table of
@@ -70,10 +69,9 @@ class TrainingBoard(Callback):
         self._measured_of: list[Any] = []  # digest of the data, and how many samples
         self._measured: dict[str, float] = {}
         self._flops: float | None = None  # of one image
-        self._pace: Pace | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        if stage == "fit" and trainer.is_global_zero and self._flops is None:
+        if stage == "fit" and trainer.is_global_zero and trainer.loggers and self._flops is None:
             with side_file("The network's number of operations, in the logs,"):
                 self._flops = flops_per_image(pl_module)  # before it is sharded and compiled
 
@@ -90,31 +88,21 @@ class TrainingBoard(Callback):
                 self._measure(trainer, pl_module)
             with side_file("The run's settings in the logs"):
                 self._show_settings(trainer, pl_module)
-        self._pace, self._step = Pace(trainer), trainer.global_step
+        super().on_train_start(trainer, pl_module)
         self._waited = getattr(trainer.datamodule, "waited", 0.0)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        steps = trainer.global_step - self._step
+        assert self.pace is not None
+        steps = self.pace.steps(trainer)
         if trainer.is_global_zero and steps >= trainer.log_every_n_steps:
-            assert self._pace is not None
-            steps, seconds = self._pace.lap(trainer)
-            rate = steps * batch["global_batch_size"] / seconds
+            rate, seconds = self.pace.lap(trainer, batch["global_batch_size"])
             self._log_throughput(trainer, pl_module, rate)
             waited = getattr(trainer.datamodule, "waited", None)
             if waited is not None:
                 pl_module.log_agreed("train/data_wait", (waited - self._waited) / seconds)
                 self._waited = waited
-            self._step = trainer.global_step
-
-    def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        if self._pace is not None:
-            self._pace.pause()
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        if self._pace is not None:
-            self._pace.resume()
 
     def _log_throughput(self, trainer: L.Trainer, module: LatentDiffusion, rate: float) -> None:
         """Log images per second, and what follows from them."""

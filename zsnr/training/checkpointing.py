@@ -21,7 +21,6 @@ from torch import Tensor
 from zsnr.agreement import on_first_rank, raise_on_all
 from zsnr.checkpoints import sharded
 from zsnr.checkpoints.run_facts import NAME, add_start, read_run_facts, write_run_facts
-from zsnr.checkpoints.run_folder import find_last as find_last
 from zsnr.checkpoints.run_folder import step_of, steps
 from zsnr.files import HeldFolder, side_file
 from zsnr.locks import remove_leftovers, unfinished

@@ -70,7 +70,66 @@ def on_terminal() -> bool:
     return sys.stdout.isatty() and sys.stderr.isatty()
 
 
-class ProgressLines(Callback):
+class Pace:
+    """Images per second of training, without the time of validation, and the time left.
+
+    Args:
+        trainer: What trains.
+    """
+
+    def __init__(self, trainer: L.Trainer) -> None:
+        self._began = self._since = time.monotonic()
+        self._first = self._step = trainer.global_step
+        self._paused: float | None = None
+
+    def pause(self) -> None:
+        """Stop the clock of the rate."""
+        self._paused = time.monotonic()
+
+    def resume(self) -> None:
+        """Let the clock of the rate run again."""
+        if self._paused is not None:
+            self._since += time.monotonic() - self._paused
+        self._paused = None
+
+    def steps(self, trainer: L.Trainer) -> int:
+        """Return the number of steps since the last lap."""
+        steps: int = trainer.global_step - self._step
+        return steps
+
+    def lap(self, trainer: L.Trainer, batch_size: int) -> tuple[float, float]:
+        """Return images per second and seconds since the last lap."""
+        now, steps = time.monotonic(), self.steps(trainer)
+        seconds = max(now - self._since, 1e-9)
+        self._since, self._step = now, trainer.global_step
+        return steps * batch_size / seconds, seconds
+
+    def line(self, trainer: L.Trainer, batch_size: int) -> str:
+        """Say the step, the loss, images per second since the last line, and the time left."""
+        step, total = trainer.global_step, trainer.max_steps
+        rate, _ = self.lap(trainer, batch_size)
+        left = (total - step) * (self._since - self._began) / max(1, step - self._first)
+        return f"step {step} of {total}, {loss_and_rate(trainer, rate)}, {duration(left)} left"
+
+
+class Paced(Callback):
+    """A callback that measures the pace of training, whose clock stands during validation."""
+
+    pace: Pace | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self.pace = Pace(trainer)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if self.pace is not None:
+            self.pace.pause()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if self.pace is not None:
+            self.pace.resume()
+
+
+class ProgressLines(Paced):
     """Prints one line for each logging interval, to stderr and to fit.log in the run's folder.
 
     A line has the step and the number of steps, the loss, images per second over all devices and
@@ -82,10 +141,9 @@ class ProgressLines(Callback):
 
     def __init__(self, printing: bool = True) -> None:
         self.printing = printing
-        self._pace: Pace | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        self._pace = Pace(trainer)
+        super().on_train_start(trainer, pl_module)
         self._start, self._first = time.monotonic(), trainer.global_step
         self._last = trainer.global_step
         trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
@@ -107,16 +165,11 @@ class ProgressLines(Callback):
         if step == self._last or (step % interval and not last) or not trainer.is_global_zero:
             return
         self._last = step
-        assert self._pace is not None
-        self._say(trainer, self._pace.line(trainer, batch["global_batch_size"]))
-
-    def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        if self._pace is not None:
-            self._pace.pause()
+        assert self.pace is not None
+        self._say(trainer, self.pace.line(trainer, batch["global_batch_size"]))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        if self._pace is not None:
-            self._pace.resume()
+        super().on_validation_end(trainer, pl_module)
         loss = trainer.callback_metrics.get("val/loss")
         if trainer.state.fn == "fit" and loss is not None and not trainer.sanity_checking:
             step = trainer.global_step
@@ -171,44 +224,6 @@ class ProgressLines(Callback):
             file.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC  {line}\n")
 
 
-class Pace:
-    """Images per second of training, without the time of validation, and the time left.
-
-    Args:
-        trainer: What trains.
-    """
-
-    def __init__(self, trainer: L.Trainer) -> None:
-        self._began = self._since = time.monotonic()
-        self._first = self._step = trainer.global_step
-        self._paused: float | None = None
-
-    def pause(self) -> None:
-        """Stop the clock of the rate."""
-        self._paused = time.monotonic()
-
-    def resume(self) -> None:
-        """Let the clock of the rate run again."""
-        if self._paused is not None:
-            self._since += time.monotonic() - self._paused
-        self._paused = None
-
-    def lap(self, trainer: L.Trainer) -> tuple[int, float]:
-        """Return the steps and the seconds since the last lap."""
-        now, step = time.monotonic(), trainer.global_step
-        steps, seconds = step - self._step, max(now - self._since, 1e-9)
-        self._since, self._step = now, step
-        return steps, seconds
-
-    def line(self, trainer: L.Trainer, batch_size: int) -> str:
-        """Say the step, the loss, images per second since the last line, and the time left."""
-        step, total = trainer.global_step, trainer.max_steps
-        steps, seconds = self.lap(trainer)
-        left = (total - step) * (self._since - self._began) / max(1, step - self._first)
-        said = f"{loss_and_rate(trainer, steps * batch_size / seconds)}, {duration(left)} left"
-        return f"step {step} of {total}, {said}"
-
-
 def loss_and_rate(trainer: L.Trainer, rate: float) -> str:
     """Say the last logged loss, if there is one, and images per second."""
     loss = trainer.callback_metrics.get("train/loss")
@@ -216,14 +231,13 @@ def loss_and_rate(trainer: L.Trainer, rate: float) -> str:
     return f"{said}{rate:.3g} images/s"
 
 
-class StepBar(ProgressBar):
+class StepBar(Paced, ProgressBar):
     """A bar on the terminal: steps of training, batches of validation, images of predict."""
 
     def __init__(self) -> None:
         super().__init__()
         self._bar: tqdm[Any] | None = None
         self._inner: tqdm[Any] | None = None
-        self._pace: Pace | None = None
         self._shown = True
 
     def disable(self) -> None:
@@ -249,23 +263,20 @@ class StepBar(ProgressBar):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._bar = self._open("training", trainer.max_steps, "step", trainer.global_step)
-        self._pace, self._step = Pace(trainer), trainer.global_step
+        super().on_train_start(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert self._bar is not None
+        assert self.pace is not None
         self._bar.update(trainer.global_step - self._bar.n)
-        if trainer.global_step - self._step >= max(1, trainer.log_every_n_steps):
-            self._step = trainer.global_step
-            assert self._pace is not None
-            steps, seconds = self._pace.lap(trainer)
-            rate = steps * batch["global_batch_size"] / seconds
+        if self.pace.steps(trainer) >= max(1, trainer.log_every_n_steps):
+            rate, _ = self.pace.lap(trainer, batch["global_batch_size"])
             self._bar.set_postfix_str(loss_and_rate(trainer, rate))
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        if self._pace is not None:
-            self._pace.pause()
+        super().on_validation_start(trainer, pl_module)
         self._inner = self._open("validating", _batches(trainer.num_val_batches), "batch")
         self._inner.leave = trainer.state.fn != "fit"
 
@@ -288,8 +299,7 @@ class StepBar(ProgressBar):
         self._inner.update(len(batch))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        if self._pace is not None:
-            self._pace.resume()
+        super().on_validation_end(trainer, pl_module)
         if self._inner is not None:
             self._inner.close()
             self._inner = None
