@@ -38,15 +38,12 @@ from fuzz_inputs import (
 )
 
 from zsnr import NoiseSchedule
-from zsnr.checkpoints import read_checkpoint, read_diffusers_folder, read_single_file
-from zsnr.checkpoints.card import model_card
+from zsnr.checkpoints import read_checkpoint
 from zsnr.checkpoints.checkpoint_file import KEY, describe_model
-from zsnr.checkpoints.doctor import fix
 from zsnr.checkpoints.model import Model
 from zsnr.checkpoints.run_facts import published, read_run_facts
 from zsnr.checkpoints.run_folder import find_last
 from zsnr.checkpoints.sharded import check, write_sharded
-from zsnr.checkpoints.single_file import read_marks, write_single_file
 from zsnr.cli import main
 from zsnr.codecs import PixelCodec
 from zsnr.conditioning import NullConditioner
@@ -69,6 +66,10 @@ from zsnr.data.index import load_index
 from zsnr.data.prompts import parse_prompts, read_prompts
 from zsnr.data.samples import select
 from zsnr.data.storage import Retries, Storage
+from zsnr.doctor.examine import fix
+from zsnr.interop import read_diffusers_folder, read_single_file
+from zsnr.interop.card import model_card
+from zsnr.interop.single_file import read_marks, write_single_file
 from zsnr.loss import LossWeighting
 from zsnr.metrics.fidelity import RealStatistics
 from zsnr.networks import UNet, UNetConfig

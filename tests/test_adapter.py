@@ -19,7 +19,7 @@ from zsnr import (
     reverse_transition,
     to_v,
 )
-from zsnr.checkpoints import DiffusersScheduler
+from zsnr.interop import DiffusersScheduler
 from zsnr.pipeline import TextToImage
 
 SCHEDULES = [NoiseSchedule(), NoiseSchedule(zero_terminal_snr=False), NoiseSchedule("cosine")]

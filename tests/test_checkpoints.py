@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from zsnr import Guidance, NoiseSchedule
-from zsnr.checkpoints import read_checkpoint, read_diffusers_folder, schedule_from_diffusers
+from zsnr.checkpoints import read_checkpoint
 from zsnr.failures import is_ours
+from zsnr.interop import read_diffusers_folder, schedule_from_diffusers
 from zsnr.pipeline import TextToImage
 
 SCHEDULER = {

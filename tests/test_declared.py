@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from zsnr.checkpoints.declared import (
+from zsnr.interop.declared import (
     SCHEDULERS,
     declare,
     diffusers_timesteps,

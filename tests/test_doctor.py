@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 
 from zsnr import DDIM, DPMpp2M, NoiseSchedule, get_timesteps
 from zsnr.checkpoints import run_facts
-from zsnr.checkpoints.declared import SCHEDULERS
-from zsnr.checkpoints.diagnosis import kept_brightness
-from zsnr.checkpoints.doctor import DEFAULT_SAMPLING, MODEL_KEYS, SAMPLING_KEYS, examine, fix
 from zsnr.cli import main
+from zsnr.doctor.diagnosis import kept_brightness
+from zsnr.doctor.examine import DEFAULT_SAMPLING, MODEL_KEYS, SAMPLING_KEYS, examine, fix
+from zsnr.interop.declared import SCHEDULERS
 from zsnr.oracle import GaussianDenoiser
 
 DATA = Path(__file__).parent / "data" / "schedulers"

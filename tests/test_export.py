@@ -18,11 +18,7 @@ import yaml
 from safetensors.torch import load_file
 
 from zsnr import Guidance, NoiseSchedule
-from zsnr.checkpoints import Model, schedule_from_diffusers
-from zsnr.checkpoints.card import DROPPING, EXACT, PATCHED, model_card
-from zsnr.checkpoints.doctor import examine
-from zsnr.checkpoints.export import export_diffusers, read_exportable
-from zsnr.checkpoints.scheduler_config import scheduler_config
+from zsnr.checkpoints import Model
 from zsnr.cli import main
 from zsnr.codecs import AutoencoderKLCodec
 from zsnr.conditioning import (
@@ -31,6 +27,11 @@ from zsnr.conditioning import (
     SDXLConditioner,
     TransformersConditioner,
 )
+from zsnr.doctor.examine import examine
+from zsnr.interop import schedule_from_diffusers
+from zsnr.interop.card import DROPPING, EXACT, PATCHED, model_card
+from zsnr.interop.export import export_diffusers, read_exportable
+from zsnr.interop.scheduler_config import scheduler_config
 from zsnr.networks import UNet, UNetConfig
 from zsnr.pipeline import TextToImage
 
@@ -74,7 +75,7 @@ def text_encoder(**options):
 
 def frozen_text_encoder(folder, **options):
     """The same from a folder with a tokenizer beside it, as a Stable Diffusion folder has them."""
-    from zsnr.checkpoints.export import _text_encoder
+    from zsnr.interop.export import _text_encoder
 
     encoder, tokenizer = _text_encoder(text_encoder(max_length=20), torch.float32)
     encoder.save_pretrained(folder / "text_encoder")
@@ -644,7 +645,7 @@ def test_what_a_pipeline_cannot_hold_is_refused(tmp_path, make, message):
 @pytest.mark.peer
 def test_adapters_are_merged_first(tmp_path, exported):
     pytest.importorskip("peft")
-    from zsnr.checkpoints.lora import merge
+    from zsnr.interop.lora import merge
     from zsnr.lora import AdaptedUNet, LoRA
 
     made, folder = exported
@@ -721,7 +722,7 @@ def test_a_kill_leaves_no_folder(tmp_path, exported, monkeypatch):
 
     child = os.fork()
     if child == 0:
-        monkeypatch.setattr("zsnr.checkpoints.export.model_card", die)
+        monkeypatch.setattr("zsnr.interop.export.model_card", die)
         export_diffusers(exported[0], tmp_path / "out")
         os._exit(0)
     _, status = os.waitpid(child, 0)
@@ -732,7 +733,7 @@ def test_a_kill_leaves_no_folder(tmp_path, exported, monkeypatch):
 
 
 def test_a_failure_leaves_nothing(tmp_path, exported, monkeypatch):
-    monkeypatch.setattr("zsnr.checkpoints.export.model_card", lambda *_: 1 / 0)
+    monkeypatch.setattr("zsnr.interop.export.model_card", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         export_diffusers(exported[0], tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -867,7 +868,7 @@ def test_a_checkpoint_that_cannot_go_is_refused_before_its_weights(tmp_path, mon
 
     checkpoint = {"state_dict": {}, "zsnr": describe_model(tiny.model())}
     torch.save(checkpoint, tmp_path / "pixels.ckpt")
-    monkeypatch.setattr("zsnr.checkpoints.export.read_checkpoint", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("zsnr.interop.export.read_checkpoint", lambda *_, **__: 1 / 0)
     command = ["export", str(tmp_path / "pixels.ckpt"), "--output", str(tmp_path / "out")]
     assert main(command) == 2
     assert "PixelCodec" in capsys.readouterr().err

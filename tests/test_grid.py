@@ -7,11 +7,11 @@ import torch
 from PIL import Image
 
 from zsnr import GaussianDenoiser, Multiscale, NoiseSchedule, get_sampler, get_timesteps, log_snr
-from zsnr.checkpoints import DiffusersScheduler
-from zsnr.checkpoints.card import model_card
-from zsnr.checkpoints.doctor import examine
 from zsnr.checkpoints.run_facts import published, write_run_facts
 from zsnr.cli import main
+from zsnr.doctor.examine import examine
+from zsnr.interop import DiffusersScheduler
+from zsnr.interop.card import model_card
 from zsnr.oracle import EmpiricalDenoiser, span
 from zsnr.pipeline import Sampling, describe_sampling
 from zsnr.reports.grid import STARTS, GridLoss, grid_text

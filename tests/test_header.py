@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from zsnr.checkpoints.header import MAX_HEADER, read_header, read_tensor
+from zsnr.weights.header import MAX_HEADER, read_header, read_tensor
 
 TENSORS = {
     "a": torch.arange(6, dtype=torch.float32).reshape(2, 3),

@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import save_file
 
 from zsnr import NoiseSchedule
-from zsnr.checkpoints.doctor import examine
-from zsnr.checkpoints.single_file import read_marks
+from zsnr.doctor.examine import examine
+from zsnr.interop.single_file import read_marks
 
 V = """
 model:

@@ -15,20 +15,21 @@ from safetensors.torch import load_file
 from test_checkpoints import tiny_stable_diffusion
 
 from zsnr import DDIM, Conditioning, Denoiser, Guidance, NoiseSchedule, trailing
-from zsnr.checkpoints import Model, read_checkpoint, read_diffusers_folder
-from zsnr.checkpoints.export import export_diffusers
-from zsnr.checkpoints.lora import ldm_name, merge, write_lora
+from zsnr.checkpoints import Model, read_checkpoint
 from zsnr.cli import main
 from zsnr.codecs import AutoencoderKLCodec, PixelCodec
 from zsnr.conditioning import SDXLConditioner
 from zsnr.described import build, describe
+from zsnr.interop import read_diffusers_folder
+from zsnr.interop.export import export_diffusers
+from zsnr.interop.lora import ldm_name, merge, write_lora
 from zsnr.lora import AdaptedUNet, LoRA, lora_state_dict, merge_lora
 from zsnr.networks import UNet
 from zsnr.pipeline import TextToImage
 from zsnr.planning.estimate import Parts, training_pass
 from zsnr.planning.memory import LiveBytes, kept_for_backward, size_of, tensors_of
-from zsnr.pretrained import without_weights
 from zsnr.training import EMAConfig
+from zsnr.weights.pretrained import without_weights
 
 EXACT = {"rtol": 0, "atol": 0}
 SETTINGS = LoRA(rank=4, alpha=6.0)

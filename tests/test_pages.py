@@ -11,7 +11,7 @@ from pages import HOSTILE, Page
 from PIL import Image
 from test_compare import checkpoint
 
-from zsnr.checkpoints.card import model_card
+from zsnr.interop.card import model_card
 from zsnr.render import escape_markdown, render
 from zsnr.reports.flaw import oracle_brightness
 from zsnr.reports.run import main, write_report

@@ -10,9 +10,9 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from zsnr.checkpoints.checkpoint_file import sampling_of
-from zsnr.checkpoints.doctor import examine
-from zsnr.checkpoints.export import read_exportable
 from zsnr.checkpoints.run_folder import find_last, resolve_model
+from zsnr.doctor.examine import examine
+from zsnr.interop.export import read_exportable
 from zsnr.pipeline import TextToImage
 from zsnr.reports.arms import Arm
 from zsnr.reports.compare import check_models
@@ -226,7 +226,7 @@ def test_every_reader_of_a_run_means_the_same_checkpoint(tmp_path, monkeypatch):
 
     for name in (
         *("zsnr.pipeline.read_checkpoint", "zsnr.reports.figures.open_checkpoint"),
-        *("zsnr.checkpoints.export.open_checkpoint", "zsnr.reports.compare.open_checkpoint"),
+        *("zsnr.interop.export.open_checkpoint", "zsnr.reports.compare.open_checkpoint"),
         "zsnr.training.lightning_cli.checkpoint_config",
     ):
         monkeypatch.setattr(name, note)

@@ -16,24 +16,20 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from zsnr import Guidance, NoiseSchedule
-from zsnr import ldm_file as layout
-from zsnr.checkpoints import (
-    read_checkpoint,
-    read_diffusers_folder,
-    read_single_file,
-    write_single_file,
-)
+from zsnr.checkpoints import read_checkpoint
 from zsnr.checkpoints.checkpoint_file import describe_model, sampling_of
-from zsnr.checkpoints.doctor import examine
-from zsnr.checkpoints.ldm_layout import ldm_clip, ldm_open_clip, ldm_unet, ldm_vae
-from zsnr.checkpoints.single_file import check_single_file, read_marks
 from zsnr.cli import main
 from zsnr.codecs import AutoencoderKLCodec, PixelCodec
 from zsnr.conditioning import NullConditioner, TransformersConditioner
 from zsnr.conditioning.tokenizers import bpe_tokenizer
+from zsnr.doctor.examine import examine
+from zsnr.interop import read_diffusers_folder, read_single_file, write_single_file
+from zsnr.interop.ldm_layout import ldm_clip, ldm_open_clip, ldm_unet, ldm_vae
+from zsnr.interop.single_file import check_single_file, read_marks
 from zsnr.networks import UNet
 from zsnr.pipeline import TextToImage
 from zsnr.sampling import Sampling, choose_sampling, describe_sampling
+from zsnr.weights import ldm_file as layout
 
 # The small models of these tests are custom, and each export says so.
 pytestmark = pytest.mark.filterwarnings("ignore:Non-standard Stable Diffusion")

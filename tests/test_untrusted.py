@@ -20,9 +20,9 @@ from zsnr.checkpoints.shard_index import read_index
 from zsnr.data.caption_files import read_captions
 from zsnr.data.prompts import read_prompts
 from zsnr.pickled import read_inert
-from zsnr.pretrained import read_config
 from zsnr.timesteps import read_grid
 from zsnr.untrusted import open_archive, read_json
+from zsnr.weights.pretrained import read_config
 
 META = "torch.distributed.checkpoint.metadata"
 

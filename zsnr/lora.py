@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from zsnr.denoiser import Conditioning
 from zsnr.networks import UNet
-from zsnr.pretrained import (
+from zsnr.untrusted import shown
+from zsnr.weights.pretrained import (
     Precision,
     check_precision,
     digest,
     find_weights,
     is_weightless,
 )
-from zsnr.untrusted import shown
 
 _STEM = "diffusion_pytorch_model"
 _MAX_RANK = 10_000  # no layer of Stable Diffusion is wider
@@ -257,7 +257,7 @@ def _refuse_whole(module: nn.Module, prefix: str, keep_vars: bool) -> None:
     if not prefix:
         raise ValueError(
             "This UNet has adapters (model.lora): first merge them with "
-            "zsnr.checkpoints.lora.merge, or write them as a LoRA file."
+            "zsnr.interop.lora.merge, or write them as a LoRA file."
         )
 
 

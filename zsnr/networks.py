@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from zsnr.denoiser import Conditioning
-from zsnr.pretrained import check_depth, load_whole
 from zsnr.untrusted import shown
+from zsnr.weights.pretrained import check_depth, load_whole
 
 _SIZES = 6  # numbers in a row of Conditioning.sizes
 _WIDEST = 65536

@@ -12,18 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from zsnr.checkpoints import (
-    Model,
-    read_checkpoint,
-    read_diffusers_folder,
-    read_single_file,
-)
+from zsnr.checkpoints import Model, read_checkpoint
 from zsnr.checkpoints.run_folder import is_checkpoint, resolve_model
 from zsnr.codecs import LatentCodec, PixelCodec
 from zsnr.denoiser import Conditioning, Denoiser, Network
 from zsnr.files import replacing
 from zsnr.guidance import Guidance
-from zsnr.ldm_file import is_single_file
+from zsnr.interop import read_diffusers_folder, read_single_file
 from zsnr.noise import SampleNoise, sample_generator
 from zsnr.prediction import PredictionType, check_prediction_type
 from zsnr.progress import progress_bar
@@ -34,6 +29,7 @@ from zsnr.sampling import choose_sampling
 from zsnr.sampling import describe_guidance as describe_guidance
 from zsnr.sampling import describe_sampling as describe_sampling
 from zsnr.schedule import NoiseSchedule
+from zsnr.weights.ldm_file import is_single_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -1,18 +1,28 @@
-"""Reading and writing of models: diffusers folders and schedulers, single files, checkpoints."""
+"""This package's own checkpoints: files and folders of shards, runs and their facts.
 
-from zsnr.checkpoints.adapter import DiffusersScheduler
+The readers and writers of other programs' formats are also found here by their public names.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from zsnr.checkpoints.checkpoint_file import read_checkpoint
-from zsnr.checkpoints.declared import schedule_from_diffusers
-from zsnr.checkpoints.diffusers_folder import read_diffusers_folder
 from zsnr.checkpoints.model import Model
-from zsnr.checkpoints.single_file import read_single_file, write_single_file
 
-__all__ = [
+_INTEROP = (
     "DiffusersScheduler",
-    "Model",
-    "read_checkpoint",
     "read_diffusers_folder",
     "read_single_file",
     "schedule_from_diffusers",
     "write_single_file",
-]
+)
+
+__all__ = ["Model", "read_checkpoint", *_INTEROP]
+
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        if name in _INTEROP:
+            return getattr(importlib.import_module("zsnr.interop"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

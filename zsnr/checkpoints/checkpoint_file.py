@@ -19,13 +19,13 @@ from zsnr.checkpoints.run_folder import check_model, is_checkpoint, resolve_mode
 from zsnr.codecs import LatentCodec
 from zsnr.conditioning import Conditioner
 from zsnr.described import build, describe
-from zsnr.ldm_file import is_single_file, open_ldm_file
 from zsnr.lora import with_base
 from zsnr.networks import UNet
 from zsnr.prediction import PredictionType
-from zsnr.pretrained import reason
 from zsnr.schedule import NoiseSchedule
 from zsnr.untrusted import shown
+from zsnr.weights.ldm_file import is_single_file, open_ldm_file
+from zsnr.weights.pretrained import reason
 
 MAX_IMAGE_SIZE = 2**16  # pixels
 

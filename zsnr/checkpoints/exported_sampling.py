@@ -17,10 +17,10 @@ from typing import Any
 
 from zsnr.checkpoints.run_facts import published
 from zsnr.guidance import Guidance
-from zsnr.ldm_file import LdmFile, read_metadata
-from zsnr.pretrained import fetch_file
 from zsnr.sampling import read_declared
 from zsnr.untrusted import read_json, shown
+from zsnr.weights.ldm_file import LdmFile, read_metadata
+from zsnr.weights.pretrained import fetch_file
 
 FILE = "zsnr.json"
 METADATA = "zsnr.sampling"

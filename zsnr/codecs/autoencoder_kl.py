@@ -11,8 +11,8 @@ from torch import Tensor
 
 from zsnr.assets import resolve_asset
 from zsnr.codecs.base import LatentCodec
-from zsnr.ldm_file import default_part
-from zsnr.pretrained import (
+from zsnr.weights.ldm_file import default_part
+from zsnr.weights.pretrained import (
     Precision,
     digest,
     find_weights,

@@ -32,7 +32,7 @@ def doctor(
         fix: Write a corrected scheduler_config.fixed.json beside the config of the scheduler.
         in_place: With --fix, replace the config instead.
     """
-    from zsnr.checkpoints import doctor
+    from zsnr.doctor import examine as doctor
 
     if in_place and not fix:
         raise ValueError("--in-place belongs to --fix.")

@@ -11,7 +11,7 @@ from zsnr.commands.result import Result
 from zsnr.untrusted import printable
 
 if TYPE_CHECKING:
-    from zsnr.checkpoints.lora import Layout
+    from zsnr.interop.lora import Layout
 
 Format = Literal["diffusers", "single-file", "lora", "lora-kohya"]
 _LAYOUTS: dict[str, Layout] = {"lora": "diffusers", "lora-kohya": "kohya"}
@@ -46,10 +46,10 @@ def export(
         dtype: Data type of the weights.
         raw: Write the raw weights instead of the averaged ones.
     """
-    from zsnr.checkpoints.export import Form, export_diffusers, read_exportable
-    from zsnr.checkpoints.lora import write_lora
     from zsnr.checkpoints.run_folder import resolve_model
     from zsnr.files import check_new
+    from zsnr.interop.export import Form, export_diffusers, read_exportable
+    from zsnr.interop.lora import write_lora
 
     path = Path(output).expanduser()
     check_new(path)
@@ -64,7 +64,7 @@ def export(
     if adapters:
         write_lora(model, path, layout=_LAYOUTS[kind], dtype=dtype, metadata=metadata)
     elif kind == "single-file":
-        from zsnr.checkpoints.single_file import write_single_file
+        from zsnr.interop.single_file import write_single_file
 
         write_single_file(model, path, dtype=dtype, metadata=metadata)
     else:

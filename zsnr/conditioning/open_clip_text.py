@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from zsnr.conditioning.base import Conditioner
 from zsnr.conditioning.tokenizers import CLIPTokenizer, PromptTokenizer, Tokens
 from zsnr.denoiser import Conditioning
-from zsnr.pretrained import digest, find_file, is_weightless
+from zsnr.weights.pretrained import digest, find_file, is_weightless
 
 
 class OpenClipConditioner(Conditioner):

@@ -17,7 +17,7 @@ from zsnr.conditioning.tokenizers import (
 )
 from zsnr.conditioning.transformers_text import pretrained_config, pretrained_encoder
 from zsnr.denoiser import Conditioning
-from zsnr.pretrained import digest, find_weights, load_index, read_config
+from zsnr.weights.pretrained import digest, find_weights, load_index, read_config
 
 _ENCODERS = ("text_encoder", "text_encoder_2")
 _TOKENIZERS = ("tokenizer", "tokenizer_2")

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zsnr.ldm_file import is_single_file, open_ldm_file, part_tokenizer
-from zsnr.pretrained import digest, find_file, reason
 from zsnr.untrusted import check_size
+from zsnr.weights.ldm_file import is_single_file, open_ldm_file, part_tokenizer
+from zsnr.weights.pretrained import digest, find_file, reason
 
 _FILES = (
     "tokenizer.json",

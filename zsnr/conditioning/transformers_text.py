@@ -19,8 +19,8 @@ from zsnr.conditioning.tokenizers import (
     transformers_tokenizer,
 )
 from zsnr.denoiser import Conditioning
-from zsnr.ldm_file import default_part
-from zsnr.pretrained import (
+from zsnr.weights.ldm_file import default_part
+from zsnr.weights.pretrained import (
     check_depth,
     digest,
     find_weights,

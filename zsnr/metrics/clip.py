@@ -59,7 +59,7 @@ class CLIPScore:
     def _load_transformers(self, folder: str) -> _Encoders:
         from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
-        from zsnr.pretrained import load_whole
+        from zsnr.weights.pretrained import load_whole
 
         self.network = load_whole(CLIPModel, folder, None, label="a CLIPModel")
         try:

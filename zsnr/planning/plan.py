@@ -28,12 +28,12 @@ from zsnr.planning.estimate import (
     state_per_byte,
     trainable,
 )
-from zsnr.pretrained import without_weights
 from zsnr.training.checks import check_unsharded
 from zsnr.training.data import DataModule
 from zsnr.training.ema import update_average
 from zsnr.training.lightning_cli import build, check_model, is_sharded
 from zsnr.training.module import LatentDiffusion
+from zsnr.weights.pretrained import without_weights
 
 # Lightning's names of precision: of the weights, and of autocast.
 _PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {

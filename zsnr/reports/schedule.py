@@ -29,7 +29,7 @@ def find_schedule(target: str, *, open_pickle: bool = False) -> NoiseSchedule:
     """
     if target in get_args(BetaKind):
         return NoiseSchedule(cast(BetaKind, target))
-    from zsnr.checkpoints.doctor import examine
+    from zsnr.doctor.examine import examine
 
     diagnosis = examine(target, open_pickle=open_pickle)
     if "schedule" not in diagnosis.facts:

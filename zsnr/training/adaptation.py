@@ -16,13 +16,13 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from zsnr.checkpoints import schedule_from_diffusers
-from zsnr.checkpoints.single_file import read_marks
 from zsnr.denoiser import Conditioning, Network
-from zsnr.ldm_file import is_single_file
+from zsnr.interop import schedule_from_diffusers
+from zsnr.interop.single_file import read_marks
 from zsnr.prediction import PredictionType, to_eps, to_v, to_x0
 from zsnr.schedule import NoiseSchedule
 from zsnr.untrusted import read_json
+from zsnr.weights.ldm_file import is_single_file
 
 _CONVERT = {"v_prediction": to_v, "sample": to_x0, "epsilon": to_eps}
 

@@ -37,7 +37,6 @@ from zsnr.pipeline import (
     describe_sampling,
 )
 from zsnr.prediction import PredictionType
-from zsnr.pretrained import is_weightless
 from zsnr.schedule import NoiseSchedule
 from zsnr.training.adaptation import Start, read_start
 from zsnr.training.checks import (
@@ -70,6 +69,7 @@ from zsnr.training.strategy import (
     without_gradient,
 )
 from zsnr.training.validation import ValidationLosses, measure_before_training
+from zsnr.weights.pretrained import is_weightless
 
 
 class LatentDiffusion(L.LightningModule):

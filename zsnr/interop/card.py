@@ -9,11 +9,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zsnr.checkpoints.declared import SCHEDULERS
 from zsnr.checkpoints.run_facts import published
-from zsnr.checkpoints.scheduler_config import needs_table
-from zsnr.checkpoints.single_file import is_marked_schedule
 from zsnr.guidance import Guidance
+from zsnr.interop.declared import SCHEDULERS
+from zsnr.interop.scheduler_config import needs_table
+from zsnr.interop.single_file import is_marked_schedule
 from zsnr.render import render
 from zsnr.schedule import NoiseSchedule, beta_ends
 from zsnr.untrusted import printable

@@ -11,16 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from zsnr.checkpoints.card import model_card
 from zsnr.checkpoints.checkpoint_file import KEY, describe_model, open_checkpoint, read_checkpoint
-from zsnr.checkpoints.diffusers_folder import read_diffusers_folder
 from zsnr.checkpoints.exported_sampling import write_folder_sampling
-from zsnr.checkpoints.lora import merge
 from zsnr.checkpoints.model import Model
 from zsnr.checkpoints.run_facts import published, read_run_facts
 from zsnr.checkpoints.run_folder import is_checkpoint
-from zsnr.checkpoints.scheduler_config import scheduler_config
-from zsnr.checkpoints.single_file import read_single_file
 from zsnr.codecs import AutoencoderKLCodec
 from zsnr.conditioning import (
     Conditioner,
@@ -30,9 +25,14 @@ from zsnr.conditioning import (
 )
 from zsnr.conditioning.tokenizers import BPE, PADDING, Tokenizer
 from zsnr.files import check_new, new_folder
-from zsnr.ldm_file import is_single_file
+from zsnr.interop.card import model_card
+from zsnr.interop.diffusers_folder import read_diffusers_folder
+from zsnr.interop.lora import merge
+from zsnr.interop.scheduler_config import scheduler_config
+from zsnr.interop.single_file import read_single_file
 from zsnr.lora import is_adapted
-from zsnr.pretrained import Precision, cast_weight, check_precision, read_config
+from zsnr.weights.ldm_file import is_single_file
+from zsnr.weights.pretrained import Precision, cast_weight, check_precision, read_config
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DiffusionPipeline
@@ -158,7 +158,7 @@ def check_merged(description: Mapping[str, Any]) -> None:
     if is_adapted(description["unet"]):
         raise ValueError(
             "The UNet has LoRA adapters: merge them (`zsnr export --merge`, or "
-            "zsnr.checkpoints.lora.merge), or write only the adapters (`--format lora`)."
+            "zsnr.interop.lora.merge), or write only the adapters (`--format lora`)."
         )
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
-from zsnr.checkpoints.declared import schedule_from_diffusers
 from zsnr.checkpoints.exported_sampling import folder_sampling
 from zsnr.checkpoints.model import Model
 from zsnr.codecs import AutoencoderKLCodec
 from zsnr.conditioning import Conditioner, SDXLConditioner, TransformersConditioner
+from zsnr.interop.declared import schedule_from_diffusers
 from zsnr.networks import UNet
 from zsnr.prediction import PredictionType
-from zsnr.pretrained import load_index, reason
 from zsnr.schedule import NoiseSchedule
+from zsnr.weights.pretrained import load_index, reason
 
 
 def read_diffusers_folder(source: str, schedule: NoiseSchedule | None = None) -> Model:

@@ -9,8 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from zsnr.checkpoints.declared import rescaled, schedule_from_diffusers
-from zsnr.checkpoints.scheduler_config import scheduler_config
+from zsnr.interop.declared import rescaled, schedule_from_diffusers
+from zsnr.interop.scheduler_config import scheduler_config
 from zsnr.prediction import PredictionType, to_x0
 from zsnr.samplers import Sampler, get_sampler
 from zsnr.samplers.recommend import AUTO

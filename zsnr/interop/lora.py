@@ -15,7 +15,7 @@ from torch import Tensor
 from zsnr.checkpoints.model import Model
 from zsnr.files import check_new, new_file
 from zsnr.lora import AdaptedUNet, lora_state_dict, merge_lora
-from zsnr.pretrained import Precision, cast_weight, check_precision
+from zsnr.weights.pretrained import Precision, cast_weight, check_precision
 
 Layout = Literal["diffusers", "kohya"]
 

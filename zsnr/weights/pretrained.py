@@ -15,7 +15,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from zsnr.ldm_file import (
+from zsnr.untrusted import clipped, read_json
+from zsnr.weights.ldm_file import (
     config_folder,
     file_index,
     is_single_file,
@@ -24,7 +25,6 @@ from zsnr.ldm_file import (
     read_part,
     read_shapes,
 )
-from zsnr.untrusted import clipped, read_json
 
 _MAX_LAYERS = 1000
 _HUB = " A name that is not a local folder is looked up on the hub."

@@ -10,19 +10,18 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from zsnr.checkpoints.declared import (
+from zsnr.checkpoints.run_facts import FORMAT, NAME
+from zsnr.doctor.diagnosis import Diagnosis, Verdict, judge, late, schedule_facts, signal
+from zsnr.files import replacing
+from zsnr.guidance import Guidance
+from zsnr.interop.declared import (
     Declared,
     declare,
     first_timestep,
     longer_grids,
     off_grid_steps,
 )
-from zsnr.checkpoints.diagnosis import Diagnosis, Verdict, judge, late, schedule_facts, signal
-from zsnr.checkpoints.header import Header, read_header, read_schedule
-from zsnr.checkpoints.ldm_yaml import LdmYaml, declared_by, is_ldm, read_beside
-from zsnr.checkpoints.run_facts import FORMAT, NAME
-from zsnr.files import replacing
-from zsnr.guidance import Guidance
+from zsnr.interop.ldm_yaml import LdmYaml, declared_by, is_ldm, read_beside
 from zsnr.loss import LossWeighting
 from zsnr.prediction import PredictionType
 from zsnr.samplers import get_sampler, recommend_sampling
@@ -31,6 +30,7 @@ from zsnr.sampling import recorded_guidance
 from zsnr.schedule import MAX_TIMESTEPS, NoiseSchedule
 from zsnr.timesteps import check_timesteps, get_timesteps, is_grid_file
 from zsnr.untrusted import clipped, open_regular, read_json, read_yaml, shown
+from zsnr.weights.header import Header, read_header, read_schedule
 
 NUM_STEPS = (10, 20, 25, 30, 50)
 DEFAULT_SAMPLING = {

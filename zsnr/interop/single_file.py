@@ -16,15 +16,20 @@ import torch
 from torch import Tensor
 
 from zsnr.checkpoints.exported_sampling import METADATA, exported_sampling, file_sampling
-from zsnr.checkpoints.header import read_header, read_schedule
-from zsnr.checkpoints.ldm_layout import ldm_clip, ldm_open_clip, ldm_unet, ldm_vae
-from zsnr.checkpoints.ldm_yaml import read_beside
 from zsnr.checkpoints.model import Model
 from zsnr.codecs import AutoencoderKLCodec
 from zsnr.conditioning import Conditioner, SDXLConditioner, TransformersConditioner
 from zsnr.conditioning.tokenizers import BPE, Tokenizer, bpe_tokenizer
 from zsnr.files import check_new, new_file
-from zsnr.ldm_file import (
+from zsnr.interop.ldm_layout import ldm_clip, ldm_open_clip, ldm_unet, ldm_vae
+from zsnr.interop.ldm_yaml import read_beside
+from zsnr.lora import AdaptedUNet
+from zsnr.networks import UNet
+from zsnr.prediction import PredictionType
+from zsnr.schedule import NoiseSchedule
+from zsnr.untrusted import shown
+from zsnr.weights.header import read_header, read_schedule
+from zsnr.weights.ldm_file import (
     CONFIG,
     NAMES,
     PREFIXES,
@@ -37,12 +42,7 @@ from zsnr.ldm_file import (
     open_ldm_file,
     part_tokenizer,
 )
-from zsnr.lora import AdaptedUNet
-from zsnr.networks import UNet
-from zsnr.prediction import PredictionType
-from zsnr.pretrained import Precision, cast_weight, check_precision
-from zsnr.schedule import NoiseSchedule
-from zsnr.untrusted import shown
+from zsnr.weights.pretrained import Precision, cast_weight, check_precision
 
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _IMPLEMENTATIONS: dict[Family, str] = {

@@ -1,0 +1,1 @@
+"""Verdicts on models, from their small files."""

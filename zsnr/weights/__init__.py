@@ -1,0 +1,1 @@
+"""Where weights lie, and how untrusted files of them are read."""
