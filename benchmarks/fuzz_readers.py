@@ -69,7 +69,8 @@ from zsnr.data.storage import Retries, Storage
 from zsnr.doctor.examine import fix
 from zsnr.interop import read_diffusers_folder, read_single_file
 from zsnr.interop.card import model_card
-from zsnr.interop.single_file import read_marks, write_single_file
+from zsnr.interop.declarations import read_declaration
+from zsnr.interop.single_file import write_single_file
 from zsnr.loss import LossWeighting
 from zsnr.metrics.fidelity import RealStatistics
 from zsnr.networks import UNet, UNetConfig
@@ -592,7 +593,7 @@ def make_single_file(draw: Draw, folder: Path, valid: bool) -> None:
 
 
 def read_one_file(folder: Path) -> None:
-    read_marks(str(folder / "model.safetensors"))
+    read_declaration(folder / "model.safetensors")
     read_single_file(str(folder / "model.safetensors"))
 
 

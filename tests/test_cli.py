@@ -496,7 +496,7 @@ def test_the_help_of_a_command_describes_every_parameter_of_its_function(command
             assert f"--{name.replace('_', '-')}" in text
     assert ("--json" in text) == hasattr(hints["return"], "to_json")
     if "output" in parameters:
-        assert "-o PATH, --output PATH" in text
+        assert re.search("-o( PATH)?, --output PATH", text)  # Python 3.13 names PATH once
 
 
 @pytest.mark.parametrize("command", FUNCTIONS)

@@ -317,24 +317,25 @@ ZERO, SIGNAL = NoiseSchedule().alphas_cumprod, NoiseSchedule(zero_terminal_snr=F
         ({"marks": ("v_pred", "ztsnr")}, "fixed", "both marks"),
         ({"marks": ("v_pred", "ztsnr"), "table": SIGNAL}, "fixed", "both marks"),
         ({"marks": ("ztsnr",)}, "inconsistent", "epsilon"),
-        ({"marks": ("v_pred",)}, "flawed", "v_pred alone"),
-        ({}, "flawed", "no marks"),
+        ({"marks": ("v_pred",)}, "flawed", "v_prediction by the mark v_pred"),
+        ({}, "unknown", "cannot be told"),
         ({"table": SIGNAL.float()}, "flawed", "0.0682649"),
-        ({"table": ZERO}, "inconsistent", "lacks the mark ztsnr"),
-        ({"metadata": {"ss_zero_terminal_snr": "True"}}, "inconsistent", "lacks the mark"),
-        ({"metadata": {"modelspec.prediction_type": "v"}}, "flawed", "no marks"),
+        ({"table": ZERO}, "unknown", "ends at SNR 0, but not what it predicts"),
+        ({"metadata": {"ss_zero_terminal_snr": "True"}}, "unknown", "not what it predicts"),
+        ({"metadata": {"modelspec.prediction_type": "v"}}, "unknown", "predicts v_prediction by"),
+        ({"metadata": {"modelspec.prediction_type": "epsilon"}}, "flawed", "epsilon by"),
         (
             {
                 "shapes": LORA,
                 "metadata": {"ss_v_parameterization": "True", "ss_zero_terminal_snr": "True"},
             },
             "fixed",
-            "the metadata declares",
+            "its declarations: v_prediction",
         ),
-        ({"shapes": LORA, "metadata": {"ss_zero_terminal_snr": "True"}}, "inconsistent", "epsilon"),
-        ({"shapes": LORA}, "flawed", "no marks"),
+        ({"shapes": LORA, "metadata": {"ss_zero_terminal_snr": "True"}}, "unknown", "not what it"),
+        ({"shapes": LORA}, "unknown", "an adapter has no schedule of its own"),
         ({"shapes": {"x": (2,)}}, "unreadable", "match no known Stable Diffusion"),
-        ({"shapes": {"x": (2,)}, "marks": ("v_pred",)}, "flawed", "v_pred alone"),
+        ({"shapes": {"x": (2,)}, "marks": ("v_pred",)}, "flawed", "by the mark v_pred"),
         ({"shapes": THEIRS}, "unreadable", "the folder that holds model_index.json"),
         ({"shapes": THEIRS, "marks": ("v_pred", "ztsnr")}, "fixed", "both marks"),
     ],
@@ -343,8 +344,10 @@ def test_verdicts_of_single_files(tmp_path, made, verdict, words):
     found = single(tmp_path / "m.safetensors", **made)
     assert found.verdict == verdict
     assert words in found.reason
-    assert bool(found.changes) == (verdict in ("flawed", "inconsistent"))
-    if verdict == "fixed":
+    assert found.exit_code == {"fixed": 0, "flawed": 1, "inconsistent": 2}.get(verdict, 3)
+    if verdict in ("flawed", "inconsistent"):
+        assert found.changes
+    if verdict == "fixed" and made.get("shapes") is not LORA:
         assert any("start at T" in text for text in found.warnings)
 
 
@@ -361,7 +364,7 @@ def test_single_files_say_what_they_are_of(tmp_path):
     assert "\x1b" not in found.to_text()
     wide = {"modelspec.prediction_type": "epsilon"}
     found = single(path, marks=("v_pred",), metadata=wide)
-    assert any("tools follow the mark" in text for text in found.warnings)
+    assert any("v_pred declares v_prediction, but the metadata" in w for w in found.warnings)
 
 
 # This package's checkpoints and YAML
@@ -721,7 +724,7 @@ def test_fix_makes_no_v_model_of_an_epsilon_model(tmp_path, zero):
 
 def test_fix_of_other_targets_says_what_to_do(tmp_path):
     single(tmp_path / "m.safetensors", marks=("ztsnr",))
-    with pytest.raises(ValueError, match="zsnr export"):
+    with pytest.raises(ValueError, match="train|v prediction"):
         fix(tmp_path / "m.safetensors")
     with pytest.raises(ValueError, match="no such file"):
         fix(tmp_path / "none.json")

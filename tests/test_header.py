@@ -1,4 +1,4 @@
-"""safetensors headers: what the format's own library reads, and what breaks its rules."""
+"""safetensors headers: what the format's library reads, and what is refused in one line."""
 
 import json
 import os
@@ -6,21 +6,17 @@ import random
 
 import pytest
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from zsnr.weights.header import MAX_HEADER, read_header, read_tensor
+from zsnr import NoiseSchedule
+from zsnr.weights.header import MAX_TENSORS, read_header, read_schedule
 
 TENSORS = {
     "a": torch.arange(6, dtype=torch.float32).reshape(2, 3),
     "b": torch.arange(4).to(torch.bfloat16),
-    "f16": torch.arange(5).half().reshape(5, 1),
     "i64": torch.tensor(-7),
-    "u8": torch.arange(3, dtype=torch.uint8),
     "flag": torch.tensor([True, False]),
     "v_pred": torch.tensor([]),
-    "empty": torch.zeros(3, 0, 2),
-    "c": torch.tensor([1 + 2j], dtype=torch.complex64),
     "f8": torch.tensor([1.5, 2.0]).to(torch.float8_e4m3fn),
 }
 
@@ -30,10 +26,6 @@ def raw(header, data=b"", length=None):
     return (len(text) if length is None else length).to_bytes(8, "little") + text + data
 
 
-def tensor(dtype="F32", shape=(1,), offsets=(0, 4)):
-    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
-
-
 @pytest.fixture
 def file(tmp_path):
     path = tmp_path / "model.safetensors"
@@ -41,100 +33,52 @@ def file(tmp_path):
     return path
 
 
-def test_reads_what_the_library_wrote(file):
+def test_names_shapes_and_metadata(file):
     header = read_header(file)
     assert header.metadata == {"format": "pt", "modelspec.title": "é"}
-    assert header.tensors.keys() == TENSORS.keys()
-    with safe_open(file, "pt") as library:
-        for name, wanted in TENSORS.items():
-            assert header.tensors[name].shape == tuple(wanted.shape)
-            assert header.tensors[name].dtype == library.get_slice(name).get_dtype()
-            read = read_tensor(file, header, name)
-            torch.testing.assert_close(read, wanted, rtol=0, atol=0)
-
-
-def test_no_tensor_is_no_fault(tmp_path):
-    path = tmp_path / "none.safetensors"
-    path.write_bytes(raw({}))
-    assert read_header(path).tensors == {}
+    assert header.shapes == {name: tuple(tensor.shape) for name, tensor in TENSORS.items()}
+    assert header.dtypes["f8"] == "F8_E4M3"
+    assert header.dtypes["b"] == "BF16"
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
         (b"", "is empty"),
-        (b"1234567", "not a safetensors"),
-        (raw({}, length=MAX_HEADER + 1), "at most"),
-        (raw({}, length=2**64 - 1), "at most"),
-        (raw({}, length=100), "not a safetensors"),
-        (raw(b"[]"), "start with a header"),
-        (raw(b"{}x"), "readable JSON"),
-        (raw(b'{"a'), "readable JSON"),
-        (raw(b'{"a": "\xff"}'), "not UTF-8"),
-        (raw(b'{"__metadata__":' + b"[" * 100_000), "nested too deeply"),
-        (raw(b"{" + b"[" * 1_000_001), "lists and objects"),
-        (raw(b'{"a":[0' + b",0" * 2_000_001 + b"]}"), "entries"),
-        (raw(b'{"a":{},"a":{}}'), "twice"),
-        (raw(b'{"a": NaN}'), "not a JSON number"),
-        (raw(b'{"a": 1' + b"0" * 5000 + b"}"), "readable JSON"),
-        (raw({"__metadata__": {"a": 1}}), "map of strings"),
-        (raw({"__metadata__": []}), "map of strings"),
-        (raw({"a": 1}), "not described"),
-        (raw({"a": {"dtype": "F32"}}), "not described"),
-        (raw({"a": tensor("F31")}, bytes(4)), "unknown dtype"),
-        (raw({"a": {**tensor(), "dtype": ["F32"]}}, bytes(4)), "unknown dtype"),
-        (raw({"a": tensor(shape=(-1,))}, bytes(4)), "shape"),
-        (raw({"a": tensor(shape=(1.0,))}, bytes(4)), "shape"),
-        (raw({"a": tensor(shape=(True,))}, bytes(4)), "shape"),
-        (raw({"a": {**tensor(), "shape": "1"}}, bytes(4)), "shape"),
-        (raw({"a": tensor(shape=(2**62, 4))}, bytes(4)), "takes"),
-        (raw({"a": tensor(shape=(2,))}, bytes(4)), "takes 8"),
-        (raw({"a": tensor(shape=(2**63 - 1,) * 60)}, bytes(4)), "takes far more"),
-        (raw({"a": tensor(offsets=(4, 0))}, bytes(4)), "takes"),
-        (raw({"a": tensor(offsets=(0, 4, 8))}, bytes(8)), "data_offsets"),
-        (raw({"a": tensor(offsets=(-4, 0))}, bytes(4)), "data_offsets"),
-        (raw({"a": tensor("F4", (1,), (0, 1))}, bytes(1)), "takes 0.5"),
-        (raw({"a": tensor(), "b": tensor()}, bytes(4)), "overlaps"),
-        (raw({"a": tensor(), "b": tensor(offsets=(2, 6))}, bytes(6)), "overlaps"),
-        (raw({"a": tensor(), "b": tensor(shape=(0,), offsets=(2, 2))}, bytes(4)), "overlaps"),
-        (raw({"a": tensor(), "b": tensor(offsets=(8, 12))}, bytes(12)), "gap"),
-        (raw({"a": tensor(offsets=(1, 5))}, bytes(5)), "gap"),
-        (raw({"a": tensor()}, bytes(3)), "extends beyond"),
-        (raw({"a": tensor()}, bytes(5)), "followed by other bytes"),
-    ],
-)
-def test_refuses_what_the_library_refuses(tmp_path, content, words):
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=words):
-        read_header(path)
-    with pytest.raises(SafetensorError), safe_open(path, "pt"):
-        pass
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (raw(b"   {}"), "start with a header"),
-        (raw({"a": tensor(shape=(1,) * 65)}, bytes(4)), "shape"),
+        (b"1234567", "not a readable .safetensors file"),
+        (raw({}, length=2**64 - 1), "not a readable .safetensors file"),
+        (raw(b"{}x"), "not a readable .safetensors file"),
+        (raw(b'{"a": "\xff"}'), "not a readable .safetensors file"),
+        (raw({"__metadata__": {"a": 1}}), "not a readable .safetensors file"),
         (
-            raw(
-                b'{"a":'
-                + json.dumps(tensor()).encode()
-                + b',"a":'
-                + json.dumps(tensor(offsets=(0, 4))).encode()
-                + b"}",
-                bytes(4),
-            ),
-            "twice",
+            raw({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, bytes(4)),
+            "not a readable .safetensors file",
         ),
+        (
+            raw({f"{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(9)}),
+            f"has 9 tensors: wanted at most {MAX_TENSORS}",
+        ),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n", "git lfs pull"),
+        (b"\n<!DOCTYPE html><html>", "an HTML page"),
+        (b"PK\x03\x04" + bytes(90), "a zip archive or a pickle of torch"),
+        (b"\x80\x02}q\x00." + bytes(90), "a pickle"),
+        (b"GGUF\x03" + bytes(90), "a GGUF file"),
+        (b"\x1f\x8b\x08" + bytes(90), "compressed"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(90), "an HDF5 file"),
+        (b'{"error": "Unauthorized"}', "a JSON text"),
+        (b"Access denied: please log in to continue\n", "a text"),
     ],
 )
-def test_refuses_what_the_format_forbids_or_torch_has_not(tmp_path, content, words):
+def test_what_is_no_safetensors_file_is_named(tmp_path, monkeypatch, content, words):
+    if "wanted at most" in words:
+        monkeypatch.setattr("zsnr.weights.header.MAX_TENSORS", 8)
+        words = "has 9 tensors: wanted at most 8"
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=words) as error:
         read_header(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_no_regular_file(tmp_path):
@@ -144,45 +88,36 @@ def test_no_regular_file(tmp_path):
             read_header(path)
 
 
-def test_read_tensor_says_what_is_wrong(file):
-    header = read_header(file)
-    with pytest.raises(ValueError, match="no tensor 'z'"):
-        read_tensor(file, header, "z")
-    file.write_bytes(file.read_bytes()[:-1])
-    last = max(header.tensors, key=lambda name: header.tensors[name].end)
-    with pytest.raises(ValueError, match="has changed"):
-        read_tensor(file, header, last)
+@pytest.mark.parametrize(
+    ("table", "wanted"),
+    [
+        (NoiseSchedule().alphas_cumprod, True),
+        (NoiseSchedule().alphas_cumprod.to(torch.bfloat16), False),  # repeats values
+        (torch.ones(3, 3), False),
+        (torch.arange(5), False),
+        (torch.zeros(1), False),
+    ],
+)
+def test_a_stored_schedule(tmp_path, table, wanted):
+    path = tmp_path / "m.safetensors"
+    save_file({"alphas_cumprod": table}, path)
+    found = read_schedule(path, read_header(path))
+    assert (found is not None) == wanted
 
 
 def test_mutated_files_are_read_or_refused(file, tmp_path):
-    """What is read is what the library reads too."""
     draw = random.Random(0)
     whole, path = file.read_bytes(), tmp_path / "mutant.safetensors"
     end = 8 + int.from_bytes(whole[:8], "little")
-    marks = b'{}[]",:0123456789-.eE\\u\x00\xff'
     outcomes = {True: 0, False: 0}
-    for _ in range(4000):
+    for _ in range(1000):
         data = bytearray(whole)
-        for _ in range(draw.choice((1, 1, 1, 2, 5))):
-            i = draw.randrange(draw.choice((8, end)))
-            match draw.randrange(4):
-                case 0:
-                    data[i] = draw.randrange(256)
-                case 1:
-                    data[i] = draw.choice(marks)
-                case 2:
-                    del data[i : i + draw.randrange(1, 9)]
-                case 3:
-                    data[i:i] = bytes(draw.choice(marks) for _ in range(draw.randrange(1, 5)))
+        data[draw.randrange(end)] = draw.randrange(256)
         path.write_bytes(data)
         try:
-            header = read_header(path)
+            read_header(path)
         except ValueError:
             outcomes[False] += 1
             continue
         outcomes[True] += 1
-        with safe_open(path, "pt") as library:
-            assert {*library.keys()} == {*header.tensors}
-            for name, facts in header.tensors.items():
-                assert tuple(library.get_slice(name).get_shape()) == facts.shape
     assert min(outcomes.values()) > 20

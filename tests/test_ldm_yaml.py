@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 
 from zsnr import NoiseSchedule
 from zsnr.doctor.examine import examine
-from zsnr.interop.single_file import read_marks
+from zsnr.interop.declarations import read_declaration, settle
 
 V = """
 model:
@@ -18,6 +18,10 @@ TENSORS = {
     "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight": (4, 1024),
     "cond_stage_model.model.token_embedding.weight": (4, 4),
 }
+
+
+def declared(path):
+    return settle(path, read_declaration(path)[1])
 
 
 def write(folder, yaml, **marks):
@@ -34,16 +38,17 @@ def test_the_doctor_reads_the_yaml_beside_a_file(tmp_path, kind):
     assert found.verdict == "flawed"
     assert found.facts["prediction_type"] == "v_prediction"
     assert found.facts["schedule"] == PUBLISHED.settings()
-    assert found.facts["schedule_is"] == "stored: v_model.yaml"
+    assert found.facts["schedule_from"] == "v_model.yaml"
 
 
 def test_the_loader_says_the_same(tmp_path):
     write(tmp_path, V)
-    assert read_marks(str(tmp_path / "v_model.safetensors")) == (PUBLISHED, "v_prediction")
+    assert declared(str(tmp_path / "v_model.safetensors")) == (PUBLISHED, "v_prediction")
     write(tmp_path, V.replace(": v,", ": eps,"))
-    assert read_marks(str(tmp_path / "v_model.safetensors"))[1] == "epsilon"
+    assert declared(str(tmp_path / "v_model.safetensors"))[1] == "epsilon"
     write(tmp_path, V.replace(": v,", ": eps,"), **{"modelspec.prediction_type": "v"})
-    assert read_marks(str(tmp_path / "v_model.safetensors"))[1] == "v_prediction"
+    with pytest.warns(UserWarning, match="declares v_prediction, but v_model.yaml epsilon"):
+        assert declared(str(tmp_path / "v_model.safetensors"))[1] == "v_prediction"
 
 
 def test_alone_it_says_what_it_is(tmp_path):
@@ -70,9 +75,9 @@ def test_one_that_cannot_be_read_is_named(tmp_path, change, message):
     for kind in ("safetensors", "ckpt", "yaml"):
         assert message in examine(tmp_path / f"v_model.{kind}").reason
     with pytest.raises(ValueError, match="v_model.yaml"):
-        read_marks(str(tmp_path / "v_model.safetensors"))
+        declared(str(tmp_path / "v_model.safetensors"))
 
 
 def test_another_yaml_beside_a_file_is_none_of_it(tmp_path):
     write(tmp_path, "model: {prediction_type: v_prediction}")
-    assert examine(tmp_path / "v_model.safetensors").facts["prediction_type"] == "epsilon"
+    assert examine(tmp_path / "v_model.safetensors").facts["prediction_type"] is None

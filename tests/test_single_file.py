@@ -24,8 +24,9 @@ from zsnr.conditioning import NullConditioner, TransformersConditioner
 from zsnr.conditioning.tokenizers import bpe_tokenizer
 from zsnr.doctor.examine import examine
 from zsnr.interop import read_diffusers_folder, read_single_file, write_single_file
+from zsnr.interop.declarations import read_declaration, settle
 from zsnr.interop.ldm_layout import ldm_clip, ldm_open_clip, ldm_unet, ldm_vae
-from zsnr.interop.single_file import check_single_file, read_marks
+from zsnr.interop.single_file import check_single_file
 from zsnr.networks import UNet
 from zsnr.pipeline import TextToImage
 from zsnr.sampling import Sampling, choose_sampling, describe_sampling
@@ -46,6 +47,10 @@ SCHEDULER = {
     "clip_sample": False,
 }
 CUSTOM = pytest.mark.filterwarnings("ignore:This model has not")
+
+
+def declared(path):
+    return settle(path, read_declaration(path)[1])
 
 
 def clip_tokenizer(**options):
@@ -421,10 +426,12 @@ def test_files_of_others(models, files, tmp_path, monkeypatch, family):
     small_public(monkeypatch, files, family)
     path = rewrite(files[family], tmp_path / "x.safetensors", {}, as_released)
     if family == "v2":
+        with pytest.raises(ValueError, match="half of SD 2's models predict v: set"):
+            read_single_file(path)
+        found = read_single_file(path, prediction_type="epsilon")
+    else:
         with pytest.warns(UserWarning, match="does not declare what its network predicts"):
             found = read_single_file(path)
-    else:
-        found = read_single_file(path)
     assert found.prediction_type == "epsilon"
     assert found.schedule == NoiseSchedule(zero_terminal_snr=False)
     assert found.image_size == (1024 if family == "xl" else 512)
@@ -454,9 +461,7 @@ def test_metadata_of_others(files, tmp_path, monkeypatch, metadata, prediction_t
 
     small_public(monkeypatch, files, "v2")
     path = rewrite(files["v2"], tmp_path / "x.safetensors", metadata, unmarked)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model = read_single_file(path)
+    model = read_single_file(path, NoiseSchedule(zero_terminal_snr=False))
     assert (model.prediction_type, model.image_size) == (prediction_type, size)
 
 
@@ -476,8 +481,9 @@ def test_a_stored_schedule_is_taken(files, tmp_path, stored, marks, wanted):
         kept = {name: t for name, t in tensors.items() if t.numel() or name in marks}
         return {**kept, "alphas_cumprod": table}
 
-    path = rewrite(files["v1"], tmp_path / "x.safetensors", None, with_table)
-    found, _ = read_marks(path)
+    metadata = {"modelspec.prediction_type": "v"}
+    path = rewrite(files["v1"], tmp_path / "x.safetensors", metadata, with_table)
+    found, _ = declared(path)
     assert found == (wanted or NoiseSchedule.from_alphas_cumprod(table.double()))
     assert examine(path).facts["snr_T"] == pytest.approx(float(found.snr[-1]), rel=1e-5)
 
@@ -716,7 +722,7 @@ def test_others_kinds_of_files_are_named(tmp_path):
         save_file(tensors, tmp_path / "x.safetensors")
         with pytest.raises(ValueError, match=message):
             read_single_file(str(tmp_path / "x.safetensors"))
-    with pytest.raises(ValueError, match="no such file"):
+    with pytest.raises(ValueError, match="No such file"):
         TextToImage.from_pretrained(tmp_path / "nowhere.safetensors")
     torch.save({"state_dict": {"model.diffusion_model.out.0.weight": weight}}, tmp_path / "x.ckpt")
     with pytest.raises(ValueError, match=r"convert it to \.safetensors"):
@@ -809,7 +815,7 @@ def test_nothing_is_read_of_what_does_not_fit(files, tmp_path, monkeypatch):
         return {**tensors, name: torch.zeros(5)}
 
     path = rewrite(files["v1"], tmp_path / "x.safetensors", None, grown)
-    opened = layout._opened
+    opened = layout.open_safetensors
 
     def without_tensors(path):
         with opened(path) as file:
@@ -817,7 +823,7 @@ def test_nothing_is_read_of_what_does_not_fit(files, tmp_path, monkeypatch):
 
     from contextlib import contextmanager
 
-    monkeypatch.setattr(layout, "_opened", contextmanager(without_tensors))
+    monkeypatch.setattr(layout, "open_safetensors", contextmanager(without_tensors))
     with pytest.raises(ValueError, match=r"conv_out\.bias has shape \(5,\), \(4,\) wanted"):
         UNet(pretrained=path)
 

@@ -86,6 +86,36 @@ def disguise(head: bytes) -> str | None:
     return None
 
 
+_OTHER_FORMATS = {
+    b"PK\x03\x04": "a zip archive or a pickle of torch.save: rename or convert it",
+    b"\x80": "a pickle: rename or convert it",
+    b"GGUF": "a GGUF file of quantized weights: download the original weights",
+    b"\x1f\x8b": "compressed: unpack it",
+    b"\x89HDF": "an HDF5 file: download the .safetensors weights",
+}
+
+
+def other_format(head: bytes) -> str | None:
+    """Recognize weights of another format, and texts, by the first bytes of a .safetensors file.
+
+    Args:
+        head: The first bytes, at least 64 of a longer file.
+
+    Returns:
+        A description such as "a GGUF file", with a remedy. None = it is not recognized.
+    """
+    if head[8:9] == b"{":
+        return None  # after eight bytes of length, the header starts
+    for start, kind in _OTHER_FORMATS.items():
+        if head.startswith(start):
+            return kind
+    if head.lstrip().startswith(b"{"):
+        return "a JSON text, such as a server's message: download the file again"
+    if len(head) > 16 and all(byte in b"\t\r\n" or 32 <= byte < 127 for byte in head[:64]):
+        return "a text, such as a server's message: download the file again"
+    return None
+
+
 def check_archive(file: BinaryIO, size: int, label: str) -> None:
     """Check that an archive of torch.save is harmless before torch loads it.
 

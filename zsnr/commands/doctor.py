@@ -22,7 +22,8 @@ def doctor(
     schedule ends at SNR 0, with v or sample prediction, and sampling starts there. flawed (1): the
     schedule keeps signal at the last timestep. inconsistent (2): zero SNR with epsilon prediction,
     a spacing that misses the last timestep, or a scheduler class that drops the rescale.
-    unreadable (3): the verdict cannot be told, --fix cannot fix the model, or the command is wrong.
+    unknown or unreadable (3): the target does not declare enough or cannot be read, --fix cannot
+    fix the model, or the command is wrong.
 
     Args:
         target: A diffusers folder, a scheduler_config.json, a .safetensors file, a checkpoint or
@@ -38,7 +39,7 @@ def doctor(
         raise ValueError("--in-place belongs to --fix.")
     diagnosis = doctor.examine(target, num_steps=list(num_steps), open_pickle=open)
     code, notes = diagnosis.exit_code, tuple[str, ...]()
-    if fix and diagnosis.verdict != "unreadable":
+    if fix and diagnosis.exit_code != 3:
         try:
             notes = tuple(doctor.fix(target, in_place=in_place))
         except (ValueError, OSError) as error:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from zsnr.commands.options import zero_schedule
 from zsnr.commands.result import Result
 from zsnr.untrusted import printable
 
@@ -26,6 +27,8 @@ def export(
     base: str | None = None,
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
     raw: bool = False,
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None,
+    zero_terminal_snr: bool = False,
 ) -> Result:
     """Write a model for diffusers, ComfyUI and A1111.
 
@@ -45,6 +48,9 @@ def export(
         base: Where the model under the adapters is, if it has moved.
         dtype: Data type of the weights.
         raw: Write the raw weights instead of the averaged ones.
+        prediction_type: What the network predicts. Default: what the model declares.
+        zero_terminal_snr: Take Stable Diffusion's schedule with zero terminal SNR instead of the
+            schedule that the model declares.
     """
     from zsnr.checkpoints.run_folder import resolve_model
     from zsnr.files import check_new
@@ -57,7 +63,13 @@ def export(
     adapters = kind in _LAYOUTS
     form: Form = "lora" if adapters else "single-file" if kind == "single-file" else "diffusers"
     model, facts = read_exportable(
-        resolve_model(checkpoint), ema=not raw, base=base, merged=merge, form=form
+        resolve_model(checkpoint),
+        ema=not raw,
+        base=base,
+        merged=merge,
+        form=form,
+        schedule=zero_schedule(zero_terminal_snr),
+        prediction_type=prediction_type,
     )
     print(printable(f"writing {path}"), file=sys.stderr)
     metadata = {"zsnr.run": json.dumps(facts)}

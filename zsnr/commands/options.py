@@ -10,6 +10,7 @@ from zsnr.commands.parsing import suggestion
 
 if TYPE_CHECKING:
     from zsnr.codecs import LatentCodec
+    from zsnr.schedule import NoiseSchedule
 
 
 class SamplerOptions(TypedDict, total=False):
@@ -58,6 +59,13 @@ class SamplingOptions(SamplerOptions, total=False):
         """What to guide away from: negative (the negative prompt) or raw (the raw weights of a
         checkpoint).""",
     ]
+
+
+def zero_schedule(zero_terminal_snr: bool) -> NoiseSchedule | None:
+    """Return the schedule of --zero-terminal-snr; None = the option is not given."""
+    from zsnr.schedule import NoiseSchedule
+
+    return NoiseSchedule() if zero_terminal_snr else None
 
 
 def path_or_none(path: str | Path | None) -> Path | None:

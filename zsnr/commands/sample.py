@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Unpack
+from typing import Literal, Unpack
 
-from zsnr.commands.options import SamplingOptions, check_device, read_sampling
+from zsnr.commands.options import SamplingOptions, check_device, read_sampling, zero_schedule
 from zsnr.commands.result import Result
 
 
@@ -22,6 +22,8 @@ def sample(
     width: int | None = None,
     batch_size: int = 8,
     device: str | None = None,
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None,
+    zero_terminal_snr: bool = False,
     **sampling: Unpack[SamplingOptions],
 ) -> Result:
     """Make images of text prompts with any model.
@@ -45,6 +47,9 @@ def sample(
         width: Width of the images, in pixels. Default: the size that the model was trained at.
         batch_size: Number of images sampled at a time.
         device: Device to sample on. Default: the GPU if there is one.
+        prediction_type: What the network predicts. Default: what the model declares.
+        zero_terminal_snr: Take Stable Diffusion's schedule with zero terminal SNR instead of the
+            schedule that the model declares.
         **sampling: How to sample, such as num_steps=8.
     """
     from zsnr.checkpoints.checkpoint_file import sampling_of
@@ -78,7 +83,13 @@ def sample(
         for i, prompt in enumerate(prompt for prompt in prompts for _ in range(num_images))
     ]
     raw_beside = chosen.guidance.against == "raw"
-    pipe = TextToImage.from_pretrained(model, device=device, raw_beside=raw_beside)
+    pipe = TextToImage.from_pretrained(
+        model,
+        zero_schedule(zero_terminal_snr),
+        prediction_type=prediction_type,
+        device=device,
+        raw_beside=raw_beside,
+    )
     with new_folder(folder) as unfinished:
         images = pipe(
             [request.prompt for request in requests],

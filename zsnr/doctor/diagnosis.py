@@ -12,8 +12,12 @@ from zsnr.prediction import PredictionType
 from zsnr.schedule import NoiseSchedule
 from zsnr.untrusted import clipped, printable
 
-Verdict = Literal["fixed", "flawed", "inconsistent", "unreadable"]
+Verdict = Literal["fixed", "flawed", "inconsistent", "unreadable", "unknown"]
 
+TRAIN = (
+    "fine-tune it from these weights with `zsnr fit`, whose schedule and prediction type are the "
+    "paper's: no config setting repairs weights that were never trained on pure noise"
+)
 SCALE = 32  # of an image's mean, sqrt(h w L): see `kept_brightness`
 
 
@@ -26,8 +30,8 @@ class Diagnosis:
         kind: Kind of the target, such as "diffusers folder".
         verdict: fixed: SNR_T is 0, v or sample prediction, and sampling starts at T. flawed: the
             schedule keeps signal at T. inconsistent: zero SNR with epsilon prediction, a spacing
-            that misses T, or a scheduler class that drops the rescale. unreadable: the verdict
-            cannot be determined.
+            that misses T, or a scheduler class that drops the rescale. unreadable: the target
+            cannot be read. unknown: it does not declare enough for a verdict.
         reason: Reason for the verdict, in one line.
         facts: Known facts, as plain values.
         warnings: Further problems.
@@ -44,8 +48,8 @@ class Diagnosis:
 
     @property
     def exit_code(self) -> int:
-        """0 fixed, 1 flawed, 2 inconsistent, 3 unreadable."""
-        return get_args(Verdict).index(self.verdict)
+        """0 fixed, 1 flawed, 2 inconsistent, 3 unreadable or unknown."""
+        return min(3, get_args(Verdict).index(self.verdict))
 
     def to_json(self) -> str:
         """Return the diagnosis as one JSON object."""
@@ -155,6 +159,8 @@ def _rows(facts: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
                     name,
                     ", ".join(f"{k} {'present' if v else 'missing'}" for k, v in value.items()),
                 )
+            case "prediction_type" if value is None:
+                yield name, "not declared"
             case "metadata" | "defaults_taken" if not value:
                 continue
             case "metadata":

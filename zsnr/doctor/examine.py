@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from zsnr.checkpoints.run_facts import FORMAT, NAME
-from zsnr.doctor.diagnosis import Diagnosis, Verdict, judge, late, schedule_facts, signal
+from zsnr.doctor.diagnosis import TRAIN, Diagnosis, Verdict, judge, late, schedule_facts
+from zsnr.doctor.single_file import examine_single
 from zsnr.files import replacing
 from zsnr.guidance import Guidance
 from zsnr.interop.declared import (
@@ -30,7 +31,6 @@ from zsnr.sampling import recorded_guidance
 from zsnr.schedule import MAX_TIMESTEPS, NoiseSchedule
 from zsnr.timesteps import check_timesteps, get_timesteps, is_grid_file
 from zsnr.untrusted import clipped, open_regular, read_json, read_yaml, shown
-from zsnr.weights.header import Header, read_header, read_schedule
 
 NUM_STEPS = (10, 20, 25, 30, 50)
 DEFAULT_SAMPLING = {
@@ -65,10 +65,6 @@ _SHOWN_GUIDANCE = ("guidance_method", "guidance_against", "guidance_curve", "gui
 _CONFIG = "scheduler_config.json"
 _FIXED = "scheduler_config.fixed.json"
 _FAMILIES = {768: "SD 1", 1024: "SD 2", 2048: "SDXL"}
-_TRAIN = (
-    "fine-tune it from these weights with `zsnr fit`, whose schedule and prediction type are the "
-    "paper's: no config setting repairs weights that were never trained on pure noise"
-)
 
 
 def examine(
@@ -112,7 +108,7 @@ def fix(target: str | Path, *, in_place: bool = False) -> list[str]:
     diagnosis = examine(path)
     if diagnosis.verdict == "fixed":
         return ["Nothing to fix."]
-    if diagnosis.verdict == "unreadable":
+    if diagnosis.exit_code == 3:
         raise ValueError(diagnosis.reason)
     if diagnosis.kind not in ("diffusers folder", "scheduler config"):
         raise ValueError(
@@ -145,7 +141,7 @@ def fix(target: str | Path, *, in_place: bool = False) -> list[str]:
             report.append(f'{index} must say "scheduler": ["diffusers", "{class_name}"].')
     if diagnosis.facts["snr_T"] != 0 and config.get("rescale_betas_zero_snr") is not True:
         report.append(
-            "Correct only if the model was trained on the rescaled schedule. If not, " + _TRAIN
+            "Correct only if the model was trained on the rescaled schedule. If not, " + TRAIN
         )
     return report
 
@@ -173,7 +169,7 @@ def _examine(target: str, path: Path, num_steps: Sequence[int], open_pickle: boo
         case ".json":
             return _examine_config(target, "scheduler config", path, read_json(path), num_steps)
         case ".safetensors":
-            return _examine_single(target, path)
+            return examine_single(target, path)
         case ".yaml" | ".yml":
             return _examine_yaml(target, path, num_steps)
         case ".ckpt":
@@ -398,14 +394,14 @@ def _config_changes(
             [f'{name}: "num_train_timesteps": {T}'] if declared.num_train_timesteps != T else []
         )
         if not says_zero:
-            return [*length, _TRAIN]
+            return [*length, TRAIN]
         undo = '"rescale_betas_zero_snr": false'
         if zero and not config.get("rescale_betas_zero_snr"):
             undo = '"trained_betas": null'
         return [
             *length,
             f'{name}: "prediction_type": "v_prediction", if that is what the model was trained for',
-            f"{name}: {undo}, if it predicts eps; then {_TRAIN}",
+            f"{name}: {undo}, if it predicts eps; then {TRAIN}",
         ]
     now = {
         "_class_name": declared.class_name,
@@ -422,7 +418,7 @@ def _config_changes(
     ]
     if says_zero:
         return lines
-    return [f"{line}, if the model was trained this way" for line in lines] + ["if not, " + _TRAIN]
+    return [f"{line}, if the model was trained this way" for line in lines] + ["if not, " + TRAIN]
 
 
 def _fixed(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -483,9 +479,9 @@ def _examine_beside(target: str, path: Path, beside: LdmYaml) -> Diagnosis:
     schedule, T = beside.schedule, beside.schedule.num_timesteps
     verdict, reason = judge(schedule, beside.prediction_type, {}, None)
     facts = {"prediction_type": beside.prediction_type, **schedule_facts(schedule)}
-    facts["schedule_is"] = f"stored: {beside.path.name}"
+    facts["schedule_from"] = beside.path.name
     start = f"a single file stores no spacing: start at t = {T - 1} (trailing)"
-    changes = () if verdict == "fixed" else (_TRAIN,)
+    changes = () if verdict == "fixed" else (TRAIN,)
     return Diagnosis(target, "checkpoint and YAML", verdict, reason, facts, (start,), changes)
 
 
@@ -721,138 +717,6 @@ def _init_args(value: Any) -> Any:
     if isinstance(value, dict) and "class_path" in value:
         return value.get("init_args")
     return value
-
-
-# Single files
-
-
-def _examine_single(target: str, path: Path) -> Diagnosis:
-    header = read_header(path)
-    family = _family(header)
-    is_lora = "LoRA" in family
-    metadata = {key: clipped(text, 60) for key, text in header.metadata.items() if _telling(key)}
-    marks = {name: name in header.tensors for name in ("v_pred", "ztsnr")}
-    says_v, says_zero = _metadata_says(header.metadata)
-    table, stored = read_schedule(path, header), "alphas_cumprod"
-    beside = None if is_lora else read_beside(path)
-    if beside is not None and table is None:
-        table, stored = beside.schedule, beside.path.name
-    stored_zero = table is not None and float(table.snr[-1]) == 0
-    silent = not any(marks.values()) and table is None and (says_v, says_zero) == (None, None)
-    if silent and family.endswith("of diffusers"):
-        raise ValueError(
-            f"{path} is a UNet of diffusers, which does not declare its schedule: wanted the "
-            "folder that holds model_index.json."
-        )
-    if silent and family == "other":
-        raise ValueError(
-            f"{path} does not declare a schedule, and its tensor names match no known Stable "
-            "Diffusion model."
-        )
-    declared = beside if says_v is None and not marks["v_pred"] else None
-    v = marks["v_pred"] or (says_v is True and is_lora)
-    if declared is not None:
-        v = declared.prediction_type == "v_prediction"
-    zero = marks["ztsnr"] or (says_zero is True and is_lora)
-    schedule = table
-    assumed = table is None or marks["ztsnr"] != stored_zero
-    if zero or schedule is None:
-        schedule = NoiseSchedule(zero_terminal_snr=zero)
-    prediction_type = "v_prediction" if v else "epsilon"
-    if declared is not None:
-        prediction_type = declared.prediction_type
-    facts = {
-        "model": family,
-        "marks": marks,
-        "prediction_type": prediction_type,
-        **schedule_facts(schedule),
-        "schedule_is": "assumed: Stable Diffusion's" if assumed else f"stored: {stored}",
-        "guidance_rescale": None,
-        "metadata": metadata,
-    }
-    warnings, changes = [], []
-    unmarked = [
-        name
-        for name, declares, marked in (
-            ("v_pred", says_v is True, v),
-            ("ztsnr", says_zero is True or stored_zero, zero),
-        )
-        if declares and not marked
-    ]
-    if says_v is False and marks["v_pred"]:
-        warnings.append("the metadata declares epsilon, but tools follow the mark v_pred")
-    export = "`zsnr export` writes single files with both marks"
-    if "other" in family:
-        warnings.append("its tensor names match no known Stable Diffusion model")
-    verdict: Verdict
-    if zero and v:
-        verdict, reason = "fixed", "both marks: v prediction on a schedule that ends at SNR 0"
-        if is_lora:
-            reason = "the metadata declares v prediction on a schedule that ends at SNR 0"
-        warnings.append(
-            "a single file stores no spacing: start at T (trailing, or the tool's `sgm_uniform`)"
-        )
-    elif zero:
-        verdict, reason = "inconsistent", "zero SNR with epsilon prediction: eps has no x_0 at T"
-        changes.append(f"add an empty tensor v_pred if it predicts v; {export}")
-    elif "ztsnr" in unmarked:
-        verdict, reason = "inconsistent", "declares zero SNR, but lacks the mark ztsnr"
-        changes.append(f"add an empty tensor {' and one '.join(unmarked)}; {export}")
-    else:
-        verdict = "flawed"
-        alone = "v_pred alone" if marks["v_pred"] else "v prediction alone, by its metadata"
-        if declared is not None:
-            alone = f"v prediction, by {declared.path.name}"
-        reason = f"{alone if v else 'no marks'}: {signal(schedule)}"
-        if declared is not None and not v:
-            reason = f"{prediction_type}, by {declared.path.name}: {signal(schedule)}"
-        elif not v and "v_pred" not in unmarked:
-            reason = f"no marks, so tools sample it as epsilon: {signal(schedule)}"
-        changes.append(_TRAIN)
-    if "v_pred" in unmarked and verdict == "flawed":
-        warnings.append("the metadata declares v prediction, but the mark v_pred is missing")
-        changes.insert(0, "add an empty tensor v_pred")
-    return Diagnosis(
-        target, "safetensors file", verdict, reason, facts, tuple(warnings), tuple(changes)
-    )
-
-
-def _telling(key: str) -> bool:
-    known_keys = ("ss_v_parameterization", "ss_zero_terminal_snr", "ss_base_model_version")
-    return key in known_keys or (
-        key.startswith("modelspec.") and key[10:] in ("prediction_type", "architecture", "title")
-    )
-
-
-def _metadata_says(metadata: Mapping[str, str]) -> tuple[bool | None, bool | None]:
-    """Return whether the metadata declares v prediction, and zero SNR; None = not declared."""
-    kind = metadata.get("modelspec.prediction_type", "").lower()
-    says_v = {"v": True, "v_prediction": True, "epsilon": False}.get(kind)
-    flags = {"true": True, "false": False, "1": True, "0": False}
-    trained_v = flags.get(metadata.get("ss_v_parameterization", "").lower())
-    says_zero = flags.get(metadata.get("ss_zero_terminal_snr", "").lower())
-    return trained_v if says_v is None else says_v, says_zero
-
-
-def _family(header: Header) -> str:
-    """Identify the model family by the names and shapes of the tensors."""
-    names = header.tensors.keys()
-    widths = {
-        facts.shape[1]
-        for name, facts in header.tensors.items()
-        if name.endswith(("attn2.to_k.weight", "attn2_to_k.lora_down.weight"))
-        and len(facts.shape) == 2
-    }
-    family = next((name for width, name in _FAMILIES.items() if widths == {width}), None)
-    if any(".lora_" in name or ".lora." in name or name.startswith("lora_") for name in names):
-        return f"{family or 'unknown'} LoRA"
-    if any(name.startswith("model.diffusion_model.") for name in names):
-        if "model.diffusion_model.label_emb.0.0.weight" in names:
-            family = "SDXL"
-        return family or "other, in the layout of ldm"
-    if any(name.startswith("down_blocks.") for name in names):
-        return f"{family or 'other'} UNet of diffusers"
-    return "other"
 
 
 # Shared by all kinds

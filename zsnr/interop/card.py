@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from zsnr.checkpoints.run_facts import published
 from zsnr.guidance import Guidance
+from zsnr.interop.declarations import is_stable_diffusions
 from zsnr.interop.declared import SCHEDULERS
 from zsnr.interop.scheduler_config import needs_table
-from zsnr.interop.single_file import is_marked_schedule
 from zsnr.render import render
 from zsnr.schedule import NoiseSchedule, beta_ends
 from zsnr.untrusted import printable
@@ -63,7 +63,7 @@ def model_card(name: str, facts: Mapping[str, Any]) -> str:
         "schedule": _schedule(schedule),
         "prediction_type": facts["prediction_type"],
         "table_needed": needs_table(schedule),
-        "standard_schedule": is_marked_schedule(schedule),
+        "standard_schedule": is_stable_diffusions(schedule),
         "pipeline": pipeline,
         "xl": "XL" in pipeline,
         "source": _string(f"path/to/{name}"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,6 +32,8 @@ from zsnr.interop.lora import merge
 from zsnr.interop.scheduler_config import scheduler_config
 from zsnr.interop.single_file import read_single_file
 from zsnr.lora import is_adapted
+from zsnr.prediction import PredictionType
+from zsnr.schedule import NoiseSchedule
 from zsnr.weights.ldm_file import is_single_file
 from zsnr.weights.pretrained import Precision, cast_weight, check_precision, read_config
 
@@ -93,6 +96,8 @@ def read_exportable(
     base: str | None = None,
     merged: bool = False,
     form: Form = "diffusers",
+    schedule: NoiseSchedule | None = None,
+    prediction_type: PredictionType | None = None,
 ) -> tuple[Model, dict[str, Any]]:
     """Read a model to export, and the facts about it.
 
@@ -103,6 +108,8 @@ def read_exportable(
         base: For a checkpoint of adapters, path of the base model, if it has moved.
         merged: Merge the adapters.
         form: Output format; models that it cannot hold are refused before weights are read.
+        schedule: Schedule of a folder or file that does not declare the right one.
+        prediction_type: Prediction type of such a folder or file.
 
     Returns:
         The model, and facts for `model_card` that contain no paths of this machine.
@@ -113,6 +120,8 @@ def read_exportable(
     """
     path = Path(source).expanduser()
     if is_checkpoint(path):
+        if schedule is not None or prediction_type is not None:
+            raise ValueError(f"{source} records its schedule and prediction type: give neither.")
         checkpoint = open_checkpoint(path)
         adapted = is_adapted(checkpoint[KEY]["unet"])
         if (merged or form == "lora") and not adapted:
@@ -142,8 +151,9 @@ def read_exportable(
             )
     facts = {"start": path.resolve().name if path.exists() else source}
     if is_single_file(str(path)):
-        return read_single_file(str(path)), facts
-    return read_diffusers_folder(str(path) if path.exists() else source), facts
+        return read_single_file(str(path), schedule, prediction_type), facts
+    model = read_diffusers_folder(str(path) if path.exists() else source, schedule)
+    return replace(model, prediction_type=prediction_type or model.prediction_type), facts
 
 
 def check_merged(description: Mapping[str, Any]) -> None:

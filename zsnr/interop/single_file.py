@@ -21,14 +21,13 @@ from zsnr.codecs import AutoencoderKLCodec
 from zsnr.conditioning import Conditioner, SDXLConditioner, TransformersConditioner
 from zsnr.conditioning.tokenizers import BPE, Tokenizer, bpe_tokenizer
 from zsnr.files import check_new, new_file
+from zsnr.interop.declarations import is_stable_diffusions, read_declaration, settle
 from zsnr.interop.ldm_layout import ldm_clip, ldm_open_clip, ldm_unet, ldm_vae
-from zsnr.interop.ldm_yaml import read_beside
 from zsnr.lora import AdaptedUNet
 from zsnr.networks import UNet
 from zsnr.prediction import PredictionType
 from zsnr.schedule import NoiseSchedule
 from zsnr.untrusted import shown
-from zsnr.weights.header import read_header, read_schedule
 from zsnr.weights.ldm_file import (
     CONFIG,
     NAMES,
@@ -169,15 +168,16 @@ def read_single_file(
 
     Args:
         source: The .safetensors file.
-        schedule: Schedule to use. None = the one the file declares: Stable Diffusion's, rescaled if
-            the file has the mark `ztsnr`; without the mark that of `alphas_cumprod`, if present.
-        prediction_type: Prediction type to use. None = the one the file declares: v if it has the
-            mark `v_pred` or says so in its metadata, else epsilon.
+        schedule: Schedule to use. None = the one the file declares, see `declares` and `settle`.
+        prediction_type: Prediction type to use. None = the one the file declares.
 
     Raises:
-        ValueError: The file is not a single-file model, or its tensors do not match its family.
+        ValueError: The file is not a single-file model, its tensors do not match its family, or it
+            does not declare its prediction type and that must be known.
     """
     file = open_ldm_file(source)
+    _, declaration = read_declaration(source)
+    schedule, prediction_type = settle(source, declaration, schedule, prediction_type)
     sampling = file_sampling(file)
     codec = AutoencoderKLCodec(source, subfolder="vae")
     conditioner: Conditioner
@@ -188,7 +188,6 @@ def read_single_file(
         conditioner = TransformersConditioner(
             source, tokenizer=tokenizer, subfolder="text_encoder", max_length=max_length
         )
-    prediction_type = prediction_type or _prediction_type(file)
     unet = UNet(
         pretrained=source,
         channels=codec.channels,
@@ -199,58 +198,11 @@ def read_single_file(
         codec=codec,
         conditioner=conditioner,
         unet=unet,
-        schedule=schedule or _schedule(file),
+        schedule=schedule,
         prediction_type=prediction_type,
         image_size=_image_size(file, prediction_type, codec.factor),
         sampling=sampling,
     )
-
-
-def read_marks(source: str) -> tuple[NoiseSchedule, PredictionType]:
-    """Read the schedule and prediction type that a file declares; see `read_single_file`.
-
-    Raises:
-        ValueError: The file is not a single-file model.
-    """
-    file = open_ldm_file(source)
-    return _schedule(file), _prediction_type(file)
-
-
-def _schedule(file: LdmFile) -> NoiseSchedule:
-    says = file.metadata.get("ss_zero_terminal_snr", "").lower() == "true"
-    marked = NoiseSchedule("scaled_linear", zero_terminal_snr="ztsnr" in file.shapes or says)
-    if marked.zero_terminal_snr:
-        return marked
-    if "alphas_cumprod" not in file.shapes:
-        beside = read_beside(file.path)
-        return marked if beside is None else beside.schedule
-    stored = read_schedule(file.path, read_header(file.path))
-    if stored is None:
-        return marked
-    if is_marked_schedule(stored):
-        return NoiseSchedule("scaled_linear", zero_terminal_snr=float(stored.snr[-1]) == 0)
-    return stored
-
-
-def _prediction_type(file: LdmFile) -> PredictionType:
-    v_declarations = {
-        "v_pred" in file.shapes,
-        file.metadata.get("modelspec.prediction_type", "").lower().startswith("v"),
-        file.metadata.get("modelspec.architecture", "").lower().endswith("-v"),
-        file.metadata.get("ss_v_parameterization", "").lower() == "true",
-    }
-    if True in v_declarations:
-        return "v_prediction"
-    beside = read_beside(file.path)
-    if beside is not None:
-        return beside.prediction_type
-    if file.family == "v2" and "modelspec.prediction_type" not in file.metadata:
-        warnings.warn(
-            f"{file.path} does not declare what its network predicts; epsilon is assumed. "
-            "Stable Diffusion 2 at 768 pixels predicts v: in that case, set prediction_type.",
-            stacklevel=3,
-        )
-    return "epsilon"
 
 
 def _image_size(file: LdmFile, prediction_type: PredictionType, factor: int) -> int:
@@ -296,18 +248,11 @@ def _parts(model: Model) -> tuple[Family, dict[str, _Part], dict[str, dict[str, 
     return family, parts, tokenizers
 
 
-def is_marked_schedule(schedule: NoiseSchedule) -> bool:
-    """Whether readers sample on this schedule: Stable Diffusion's, rescaled or not."""
-    table = schedule.alphas_cumprod
-    usual = NoiseSchedule("scaled_linear", zero_terminal_snr=float(table[-1]) == 0).alphas_cumprod
-    return len(table) == len(usual) and torch.allclose(table, usual, rtol=0, atol=1e-5)
-
-
 def _check_marks(model: Model) -> None:
     """Refuse a model whose schedule or prediction type the marks cannot express."""
     if model.prediction_type not in ("v_prediction", "epsilon"):
         raise _cannot_hold(f"prediction_type={model.prediction_type!r}: it has no mark for that")
-    if not is_marked_schedule(model.schedule):
+    if not is_stable_diffusions(model.schedule):
         raise _cannot_hold(
             "this schedule: its marks stand for Stable Diffusion's schedule (scaled_linear, "
             "0.00085 to 0.012, 1000 timesteps) with or without zero_terminal_snr, and every "

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from zsnr.denoiser import Conditioning, Network
 from zsnr.interop import schedule_from_diffusers
-from zsnr.interop.single_file import read_marks
+from zsnr.interop.declarations import read_declaration, settle
 from zsnr.prediction import PredictionType, to_eps, to_v, to_x0
 from zsnr.schedule import NoiseSchedule
 from zsnr.untrusted import read_json
@@ -92,7 +92,7 @@ def read_start(source: str) -> Start | None:
         ValueError: The config of the scheduler cannot be read.
     """
     if is_single_file(source):
-        return Start(source, *read_marks(source))
+        return Start(source, *settle(source, read_declaration(source)[1]))
     config = _scheduler_config(source)
     if config is None:
         return None

@@ -21,14 +21,14 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from zsnr.untrusted import clipped, open_regular, parse_object, shown
+from zsnr.untrusted import parse_object, shown
+from zsnr.weights.header import open_safetensors, read_header
 
 Family = Literal["v1", "v2", "xl"]
 
 CONFIG = "zsnr.config"
 ZEROS = "force_zeros_for_empty_prompt"
 NAMES = {"v1": "Stable Diffusion 1", "v2": "Stable Diffusion 2", "xl": "Stable Diffusion XL"}
-_MAX_TENSORS = 20_000  # Stable Diffusion XL has 2515
 _MAX_CONFIG = 1 << 20
 
 PREFIXES: dict[Family, dict[str, str]] = {
@@ -273,21 +273,10 @@ def open_ldm_file(source: str | Path) -> LdmFile:
             model in the ldm layout.
     """
     path = Path(source)
-    with _opened(path) as file:
-        shapes = _shapes(path, file)
-        metadata = file.metadata() or {}
-    family = _family(path, shapes)
-    return LdmFile(path, family, shapes, metadata, _stored_config(path, family, metadata))
-
-
-def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Read the shapes of a file's tensors by their names.
-
-    Raises:
-        ValueError: The file does not exist, or is not a safetensors file.
-    """
-    with _opened(path) as file:
-        return _shapes(path, file)
+    header = read_header(path)
+    family = _family(path, header.shapes)
+    config = _stored_config(path, family, header.metadata)
+    return LdmFile(path, family, header.shapes, header.metadata, config)
 
 
 def part_config(file: LdmFile, part: str) -> dict[str, Any]:
@@ -371,36 +360,13 @@ def read_part(
             f"{file.path} has {len(shapes)} tensors in its UNet, but {NAMES[file.family]} has "
             f"{len(converted)}: it is another model."
         )
-    with _opened(file.path) as opened:
+    with open_safetensors(file.path) as opened:
         # Copied, because truncating a memory-mapped file would kill the process.
         tensors = {name: opened.get_tensor(name).to(dtype, copy=True) for name in shapes}
     return {
         name: tensor.contiguous()
         for name, tensor in _convert(file, part, config, tensors, expected).items()
     }
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    from safetensors import SafetensorError, safe_open
-
-    if not path.exists():
-        raise ValueError(f"{path}: no such file.")
-    with open_regular(path):
-        pass  # it is a regular file
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError, RuntimeError, UnicodeError) as error:
-        reason = clipped(str(error).strip() or repr(error))
-        raise ValueError(f"{path} is not a readable .safetensors file: {reason}") from error
-
-
-def _shapes(path: Path, file: Any) -> dict[str, tuple[int, ...]]:
-    names = file.keys()
-    if len(names) > _MAX_TENSORS:
-        raise ValueError(f"{path} has {len(names)} tensors: wanted at most {_MAX_TENSORS}.")
-    return {name: tuple(file.get_slice(name).get_shape()) for name in names}
 
 
 def _family(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Family:

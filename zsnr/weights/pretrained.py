@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from zsnr.untrusted import clipped, read_json
+from zsnr.weights.header import read_header
 from zsnr.weights.ldm_file import (
     config_folder,
     file_index,
@@ -23,7 +24,6 @@ from zsnr.weights.ldm_file import (
     open_ldm_file,
     part_config,
     read_part,
-    read_shapes,
 )
 
 _MAX_LAYERS = 1000
@@ -182,7 +182,7 @@ def _check_filled(
     files = next((paths for stem in stems if (paths := find_weights(source, subfolder, stem))), [])
     if not files:
         return  # the library reports what is missing, and allocates nothing
-    stored = sum(math.prod(shape) for path in files for shape in read_shapes(path).values())
+    stored = sum(math.prod(shape) for path in files for shape in read_header(path).shapes.values())
     with torch.device("meta"):
         model = load_pretrained(unloaded, source, subfolder, label=label)
     needed = sum(
