@@ -11,7 +11,7 @@ from zsnr.codecs import AutoencoderKLCodec, LatentCodec, PixelCodec, measure_sca
 from zsnr.data.images import decode_image, to_unit_range
 from zsnr.data.openmoji import BACKGROUNDS, list_glyphs, render
 from zsnr.described import build, describe
-from zsnr.weights.pretrained import digest, find_weights
+from zsnr.weights.source import digest, find_weights
 
 
 def png(image):

@@ -15,13 +15,8 @@ from torch import Tensor, nn
 from zsnr.denoiser import Conditioning
 from zsnr.networks import UNet
 from zsnr.untrusted import shown
-from zsnr.weights.pretrained import (
-    Precision,
-    check_precision,
-    digest,
-    find_weights,
-    is_weightless,
-)
+from zsnr.weights.pretrained import Precision, check_precision, is_weightless
+from zsnr.weights.source import digest, find_weights
 
 _STEM = "diffusion_pytorch_model"
 _MAX_RANK = 10_000  # no layer of Stable Diffusion is wider

@@ -178,6 +178,11 @@ class UNet(nn.Module):
                 f"The UNet has addition_embed_type={config['addition_embed_type']!r}, which this "
                 "package does not support: wanted a UNet of Stable Diffusion 1, 2 or XL."
             )
+        if config["in_channels"] in (8, 9) and config["out_channels"] == 4:
+            raise ValueError(
+                f"The UNet has {config['in_channels']} input channels, as in models for inpainting "
+                "and editing: wanted a text-to-image model."
+            )
         for name, expected in (("in_channels", channels), ("out_channels", channels)):
             if expected is not None and config[name] != expected:
                 raise ValueError(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from zsnr.checkpoints import Model, read_checkpoint
+from zsnr.checkpoints import Model
 from zsnr.checkpoints.run_folder import is_checkpoint, resolve_model
 from zsnr.codecs import LatentCodec, PixelCodec
 from zsnr.denoiser import Conditioning, Denoiser, Network
 from zsnr.files import replacing
 from zsnr.guidance import Guidance
-from zsnr.interop import read_diffusers_folder, read_single_file
+from zsnr.interop.models import choose_dtype, read_model, with_vae
 from zsnr.noise import SampleNoise, sample_generator
 from zsnr.prediction import PredictionType, check_prediction_type
 from zsnr.progress import progress_bar
@@ -29,7 +30,8 @@ from zsnr.sampling import choose_sampling
 from zsnr.sampling import describe_guidance as describe_guidance
 from zsnr.sampling import describe_sampling as describe_sampling
 from zsnr.schedule import NoiseSchedule
-from zsnr.weights.ldm_file import is_single_file
+from zsnr.weights.pretrained import loading_in
+from zsnr.weights.source import is_local, prefer_variant
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -76,6 +78,8 @@ class TextToImage:
         self.model = model
         self.network: Network = network or model.unet
         self.name = name
+        self._offload = False
+        self._device: torch.device | None = None  # of the part in use, with offload
 
     @classmethod
     def from_pretrained(
@@ -85,7 +89,12 @@ class TextToImage:
         *,
         prediction_type: PredictionType | None = None,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str = "auto",
+        vae: str | None = None,
+        vae_dtype: torch.dtype | str | None = None,
+        offload: bool = False,
+        revision: str | None = None,
+        variant: str | None = None,
         raw_beside: bool = False,
     ) -> TextToImage:
         """Load a model.
@@ -98,7 +107,14 @@ class TextToImage:
             prediction_type: Prediction type that replaces the declared one. None = the declared
                 one.
             device: Device of all parts. None = the GPU if there is one.
-            dtype: Data type of the UNet's weights. None = that of the file.
+            dtype: Data type of all parts, such as "bfloat16". "auto" = on a GPU float16 or bfloat16
+                if the file has it, else float32.
+            vae: Another VAE: a folder, a hub id, or a .safetensors file.
+            vae_dtype: Data type of the VAE. None = `dtype`, or float32 if it overflows in float16.
+            offload: Keep only the part in use on the device: less GPU memory, more time.
+            revision: Branch, tag or commit of a hub id, which OWNER/NAME@REVISION names too. None =
+                main.
+            variant: Variant of the weights that is preferred if there are several, such as "fp16".
             raw_beside: Also load the raw weights beside the averaged ones, for guidance against
                 "raw". Only checkpoints of this package have both.
 
@@ -106,28 +122,32 @@ class TextToImage:
             ValueError: The source cannot be read, or lacks the raw weights that were requested.
         """
         source = resolve_model(path_or_hub)
+        if revision is not None:
+            if is_local(source):
+                raise ValueError(f"revision={revision!r} belongs to a hub id: {source} is a path.")
+            source = f"{source.partition('@')[0]}@{revision}"
         if raw_beside:
             check_raw_beside(source)
-        if is_checkpoint(source):
-            model = read_checkpoint(source, raw_beside=raw_beside)
-            if schedule is not None:
-                model = replace(model, schedule=schedule)
-        elif is_single_file(source):
-            model = read_single_file(source, schedule, prediction_type)
-        else:
-            model = read_diffusers_folder(source, schedule)
-        if prediction_type is not None:
-            model = replace(model, prediction_type=prediction_type)
-        model.codec.load()
-        model.conditioner.load()
-        for unet in (model.unet, model.raw_unet):
-            if unet is not None:
-                unet.to(dtype=dtype).eval().requires_grad_(False)
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        with prefer_variant(variant):
+            chosen = choose_dtype(dtype, source, device)
+            with loading_in(chosen):
+                model = read_model(source, schedule, prediction_type, raw_beside)
+                model = with_vae(model, vae, vae_dtype, chosen)
+                model.codec.load()
+                model.conditioner.load()
+            for unet in (model.unet, model.raw_unet):
+                if unet is not None:
+                    unet.to(dtype=chosen).eval().requires_grad_(False)
         pipe = cls(model, name=source)
-        return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        pipe._offload = offload
+        return pipe.to(device)
 
     def to(self, device: torch.device | str) -> TextToImage:
-        """Move every part to a device, in place, and return self."""
+        """Move every part to a device, in place, and return self; with offload, when it is used."""
+        if self._offload:
+            self._device = torch.device(device)
+            device = "cpu"
         self.model.codec.to(device)
         self.model.conditioner.to(device)
         self.model.unet.to(device)
@@ -235,11 +255,15 @@ class TextToImage:
                     width=width,
                     max_rows=max_rows,
                 )
-                latents = self._sample(
-                    denoiser, seeds[rows], shape, sampling, timesteps, after_step
-                )
-                for row, pixels in enumerate(self.model.codec.decode(latents), start=i):
-                    images.append(to_image(pixels))
+                with self._in_use(self.model.unet, self.model.raw_unet):
+                    latents = self._sample(
+                        denoiser, seeds[rows], shape, sampling, timesteps, after_step
+                    )
+                # One at a time: a decoder needs far more memory than the network.
+                with self._in_use(self.model.codec):
+                    decoded = [to_image(self.model.codec.decode(x[None])[0]) for x in latents]
+                for row, image in enumerate(decoded, start=i):
+                    images.append(image)
                     images[-1].info["zsnr"] = json.dumps(
                         {
                             "prompt": prompts[row],
@@ -302,6 +326,16 @@ class TextToImage:
             weak_network=self.model.raw_unet if guidance.against == "raw" else None,
         )
 
+    @contextmanager
+    def _in_use(self, *parts: Any) -> Iterator[None]:
+        """Have parts on the device while they are in use, where the others are offloaded."""
+        parts = tuple(part for part in parts if part is not None and self._device is not None)
+        for part in parts:
+            part.to(self._device)
+        yield
+        for part in parts:
+            part.to("cpu")
+
     def describe(self, sampling: Sampling) -> dict[str, Any]:
         """Return all settings of an image except prompt, seed and size, as plain values."""
         from zsnr import __version__
@@ -343,13 +377,14 @@ class TextToImage:
         A network that takes sizes gets those of an uncropped image of this size, for both.
         """
         conditioner = self.model.conditioner
-        cond = conditioner(prompts)
         uncond = None
-        if guidance.guides and guidance.against == "negative":
-            uncond = conditioner.null().expand(len(prompts))
-            nonempty = torch.tensor([text != "" for text in negatives])
-            if nonempty.any():
-                uncond = conditioner(negatives).where(nonempty, uncond)
+        with self._in_use(conditioner):
+            cond = conditioner(prompts)
+            if guidance.guides and guidance.against == "negative":
+                uncond = conditioner.null().expand(len(prompts))
+                nonempty = torch.tensor([text != "" for text in negatives])
+                if nonempty.any():
+                    uncond = conditioner(negatives).where(nonempty, uncond)
         if self.model.unet.takes_sizes:
             sizes = torch.tensor([[*size, 0, 0, *size]], device=cond.context.device)
             sizes = sizes.expand(len(prompts), -1)
@@ -371,7 +406,7 @@ class TextToImage:
         return sampling.sampler.sample(
             denoiser,
             self.model.schedule,
-            noise.randn(shape, device=denoiser.device or "cpu"),
+            noise.randn(shape, device=self._device or denoiser.device or "cpu"),
             timesteps,
             randn_like=noise.randn_like,
             callback=callback,

@@ -24,8 +24,9 @@ from zsnr.networks import UNet
 from zsnr.prediction import PredictionType
 from zsnr.schedule import NoiseSchedule
 from zsnr.untrusted import shown
-from zsnr.weights.ldm_file import is_single_file, open_ldm_file
+from zsnr.weights.ldm_file import open_ldm_file
 from zsnr.weights.pretrained import reason
+from zsnr.weights.source import is_single_file
 
 MAX_IMAGE_SIZE = 2**16  # pixels
 

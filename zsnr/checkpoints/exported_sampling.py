@@ -20,7 +20,7 @@ from zsnr.guidance import Guidance
 from zsnr.sampling import read_declared
 from zsnr.untrusted import read_json, shown
 from zsnr.weights.ldm_file import LdmFile, read_metadata
-from zsnr.weights.pretrained import fetch_file
+from zsnr.weights.source import fetch_file
 
 FILE = "zsnr.json"
 METADATA = "zsnr.sampling"

@@ -18,6 +18,7 @@ from pathlib import Path
 from zsnr.agreement import is_first_process
 from zsnr.checkpoints.opening import open_checkpoint
 from zsnr.checkpoints.sharded import is_sharded
+from zsnr.weights.source import is_local
 
 
 def steps(folder: Path) -> list[Path]:
@@ -99,7 +100,7 @@ def check_model(source: str) -> None:
     Raises:
         ValueError: It is so.
     """
-    hub_id = source.count("/") == 1 and not source.startswith((".", "/", "~"))
+    hub_id = source.partition("@")[0].count("/") == 1 and not is_local(source)
     if not (hub_id or Path(source).expanduser().exists()):
         raise ValueError(
             f"{source} does not exist: wanted a checkpoint, folder, single file or hub id."

@@ -12,14 +12,8 @@ from torch import Tensor
 from zsnr.assets import resolve_asset
 from zsnr.codecs.base import LatentCodec
 from zsnr.weights.ldm_file import default_part
-from zsnr.weights.pretrained import (
-    Precision,
-    digest,
-    find_weights,
-    load_pretrained,
-    load_whole,
-    read_config,
-)
+from zsnr.weights.pretrained import Precision, as_dtype, load_pretrained, load_whole, read_config
+from zsnr.weights.source import digest, find_weights
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -43,10 +37,11 @@ class AutoencoderKLCodec(LatentCodec):
     Its config is read immediately, its weights when the first image or latent is processed.
 
     Args:
-        pretrained: A folder or hub id, a single file (.safetensors) in the ldm layout, or
-            "asset:openmoji_vae", the small VAE that is bundled with this package.
+        pretrained: A folder or hub id, a single file (.safetensors) of a model or of a VAE alone,
+            or "asset:openmoji_vae", the small VAE that is bundled with this package.
         subfolder: Folder inside `pretrained`, such as "vae" in a Stable Diffusion folder.
-        scale: Latents are (raw - shift) * scale. None = the config's scaling_factor.
+        scale: Latents are (raw - shift) * scale. None = the config's scaling_factor. The file of a
+            VAE alone does not tell it: 0.18215 for Stable Diffusion 1 and 2, 0.13025 for XL.
         shift: Subtracted before the scale is applied. None = the config's shift_factor, or 0 if it
             has none.
         dtype: Precision of the computation. VAEs whose config sets force_upcast overflow in float16
@@ -83,14 +78,20 @@ class AutoencoderKLCodec(LatentCodec):
             self._subfolder,
             label=_KIND,
         )
-        overflows = dtype == "float16" and config["force_upcast"]
-        self._dtype: torch.dtype = torch.float32 if overflows else getattr(torch, dtype)
+        self.overflows_in_float16 = bool(config["force_upcast"])
+        overflows = dtype == "float16" and self.overflows_in_float16
+        self._dtype: torch.dtype = torch.float32 if overflows else as_dtype(dtype)
         self._device = torch.device("cpu")
         self._loaded: AutoencoderKL | None = None
         self.channels = config["latent_channels"]
         self.factor = 2 ** (len(config["block_out_channels"]) - 1)
         self.scale = config["scaling_factor"] if scale is None else scale
         self.shift = (config["shift_factor"] or 0.0) if shift is None else shift
+        if self.scale is None:
+            raise ValueError(
+                f"{pretrained} does not tell the scale of its latents: set scale to 0.18215 for "
+                "the VAE of Stable Diffusion 1 and 2, or to 0.13025 for that of XL."
+            )
         for name, value in (("scaling_factor", self.scale), ("shift_factor", self.shift)):
             if not isinstance(value, int | float) or not math.isfinite(value):
                 raise ValueError(f"{name}={value!r} of {pretrained}: wanted a number.")
@@ -172,4 +173,6 @@ def _full_config(source: str, subfolder: str, use_safetensors: bool) -> dict[str
     if name != AutoencoderKL.__name__:
         raise ValueError(f"its config is of {name}.")
     with torch.device("meta"):
-        return dict(AutoencoderKL.from_config(config).config)
+        full = dict(AutoencoderKL.from_config(config).config)
+    # The class's default, true, would forbid float16 to the VAEs that were made before the key.
+    return {**full, "force_upcast": config.get("force_upcast", False)}

@@ -24,6 +24,11 @@ def sample(
     device: str | None = None,
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None,
     zero_terminal_snr: bool = False,
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto",
+    vae: str | None = None,
+    offload: bool = False,
+    revision: str | None = None,
+    variant: str | None = None,
     **sampling: Unpack[SamplingOptions],
 ) -> Result:
     """Make images of text prompts with any model.
@@ -50,6 +55,11 @@ def sample(
         prediction_type: What the network predicts. Default: what the model declares.
         zero_terminal_snr: Take Stable Diffusion's schedule with zero terminal SNR instead of the
             schedule that the model declares.
+        dtype: Data type of all parts. auto: on a GPU that of the file, on a CPU float32.
+        vae: Another VAE: a folder, a hub id or a .safetensors file.
+        offload: Keep only the part in use on the device, to save GPU memory.
+        revision: Branch, tag or commit of a hub id. Default: main.
+        variant: Variant of the weights to prefer if there are several, such as fp16.
         **sampling: How to sample, such as num_steps=8.
     """
     from zsnr.checkpoints.checkpoint_file import sampling_of
@@ -72,7 +82,7 @@ def sample(
     check_new(folder)
     given = read_sampling(sampling)
     chosen = choose_sampling(
-        sampling_of(model),
+        sampling_of(model if revision is None else f"{model}@{revision}"),
         sampler=given.get("sampler"),
         num_steps=given.get("num_steps"),
         spacing=given.get("spacing"),
@@ -88,6 +98,11 @@ def sample(
         zero_schedule(zero_terminal_snr),
         prediction_type=prediction_type,
         device=device,
+        dtype=dtype,
+        vae=vae,
+        offload=offload,
+        revision=revision,
+        variant=variant,
         raw_beside=raw_beside,
     )
     with new_folder(folder) as unfinished:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from zsnr.conditioning.base import Conditioner
 from zsnr.conditioning.tokenizers import CLIPTokenizer, PromptTokenizer, Tokens
 from zsnr.denoiser import Conditioning
-from zsnr.weights.pretrained import digest, find_file, is_weightless
+from zsnr.weights.pretrained import is_weightless
+from zsnr.weights.source import digest, find_file
 
 
 class OpenClipConditioner(Conditioner):

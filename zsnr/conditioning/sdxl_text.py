@@ -17,7 +17,8 @@ from zsnr.conditioning.tokenizers import (
 )
 from zsnr.conditioning.transformers_text import pretrained_config, pretrained_encoder
 from zsnr.denoiser import Conditioning
-from zsnr.weights.pretrained import digest, find_weights, load_index, read_config
+from zsnr.weights.pretrained import load_index, read_config
+from zsnr.weights.source import digest, find_weights
 
 _ENCODERS = ("text_encoder", "text_encoder_2")
 _TOKENIZERS = ("tokenizer", "tokenizer_2")

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from zsnr.untrusted import check_size
-from zsnr.weights.ldm_file import is_single_file, open_ldm_file, part_tokenizer
-from zsnr.weights.pretrained import digest, find_file, reason
+from zsnr.weights.ldm_file import open_ldm_file, part_tokenizer
+from zsnr.weights.pretrained import reason
+from zsnr.weights.source import digest, find_file, is_single_file, local_path
 
 _FILES = (
     "tokenizer.json",
@@ -140,11 +141,17 @@ def transformers_tokenizer(
         name, longest = part_tokenizer(open_ldm_file(pretrained), subfolder or "tokenizer")
         length = max_length or longest
         return *bpe_tokenizer(name, length), length
+    root = local_path(pretrained, subfolder)
+    assert root is not None
+    if root.is_dir() and not (root / (subfolder or "")).is_dir():
+        raise ValueError(f"{pretrained} has no folder {subfolder!r}: wanted a tokenizer there.")
     for file in (find_file(pretrained, subfolder, name) for name in _FILES):
         if file is not None:
             check_size(file, _LARGEST)
     try:
-        auto = AutoTokenizer.from_pretrained(pretrained, subfolder=subfolder or "")
+        auto = AutoTokenizer.from_pretrained(
+            str(root), subfolder=subfolder or "", trust_remote_code=False
+        )
         if auto.pad_token is None:
             auto.pad_token = auto.eos_token
         length = max_length or min(int(auto.model_max_length), 512)

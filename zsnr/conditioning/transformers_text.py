@@ -20,14 +20,8 @@ from zsnr.conditioning.tokenizers import (
 )
 from zsnr.denoiser import Conditioning
 from zsnr.weights.ldm_file import default_part
-from zsnr.weights.pretrained import (
-    check_depth,
-    digest,
-    find_weights,
-    load_pretrained,
-    load_whole,
-    read_config,
-)
+from zsnr.weights.pretrained import check_depth, load_pretrained, load_whole, read_config
+from zsnr.weights.source import digest, find_weights
 
 
 class TransformersConditioner(Conditioner):

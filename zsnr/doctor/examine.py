@@ -12,6 +12,7 @@ from typing import Any, cast, get_args
 
 from zsnr.checkpoints.run_facts import FORMAT, NAME
 from zsnr.doctor.diagnosis import TRAIN, Diagnosis, Verdict, judge, late, schedule_facts
+from zsnr.doctor.recipes import examine_recipe, read_settings
 from zsnr.doctor.single_file import examine_single
 from zsnr.files import replacing
 from zsnr.guidance import Guidance
@@ -74,7 +75,8 @@ def examine(
 
     Args:
         target: A diffusers folder, a scheduler_config.json, a .safetensors file, a checkpoint
-            or folder of checkpoints of this package, or a YAML of `zsnr fit`.
+            or folder of checkpoints of this package, a YAML of `zsnr fit`, or the settings of
+            another trainer (TOML, JSON or a script with its command line).
         num_steps: Step counts to examine in addition to the usual ones.
         open_pickle: Open a checkpoint without run.json; reads tensors and plain values only.
 
@@ -166,6 +168,10 @@ def _examine(target: str, path: Path, num_steps: Sequence[int], open_pickle: boo
     if path.name == NAME:
         return _examine_run(target, path, read_json(path), num_steps)
     match suffix:
+        case ".json" | ".toml" | ".sh" | ".bat" | ".ps1" | ".txt" if (
+            settings := read_settings(path)
+        ) is not None:
+            return examine_recipe(target, settings)
         case ".json":
             return _examine_config(target, "scheduler config", path, read_json(path), num_steps)
         case ".safetensors":
@@ -176,7 +182,8 @@ def _examine(target: str, path: Path, num_steps: Sequence[int], open_pickle: boo
             return _examine_checkpoint(target, path, num_steps, open_pickle)
     raise ValueError(
         f"{path} is not supported: wanted a diffusers folder, a {_CONFIG}, a .safetensors "
-        "file, a .ckpt of this package or a YAML of `zsnr fit`."
+        "file, a .ckpt of this package, a YAML of `zsnr fit`, or the settings of a trainer (TOML, "
+        "JSON or a command line)."
     )
 
 

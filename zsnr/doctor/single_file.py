@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from zsnr.doctor.diagnosis import TRAIN, Diagnosis, Verdict, schedule_facts, signal
+from zsnr.doctor.recipes import recipe_warnings, trained_with
 from zsnr.interop.declarations import Declaration, read_declaration, telling
 from zsnr.untrusted import clipped
 from zsnr.weights.header import Header
@@ -53,6 +54,9 @@ def examine_single(target: str, path: Path) -> Diagnosis:
         "metadata": metadata,
     }
     warnings = [f"{text}; the first is followed" for text in declared.contradictions]
+    trained = trained_with(header.metadata)
+    if trained is not None:
+        warnings += recipe_warnings(trained)
     changes: list[str] = []
     if "other" in kind:
         warnings.append("its tensor names match no known Stable Diffusion model")

@@ -14,6 +14,7 @@ from zsnr.networks import UNet
 from zsnr.prediction import PredictionType
 from zsnr.schedule import NoiseSchedule
 from zsnr.weights.pretrained import load_index, reason
+from zsnr.weights.source import local_path
 
 
 def read_diffusers_folder(source: str, schedule: NoiseSchedule | None = None) -> Model:
@@ -38,8 +39,9 @@ def read_diffusers_folder(source: str, schedule: NoiseSchedule | None = None) ->
         raise ValueError(
             f"{source} is a refiner, whose input is an aesthetic score: wanted the base model."
         )
+    root = local_path(source, "scheduler")
     try:
-        config = DDIMScheduler.load_config(source, subfolder="scheduler")
+        config = DDIMScheduler.load_config(str(root), subfolder="scheduler")
     except Exception as error:  # an untrusted file may fail in any way
         raise ValueError(
             f"Cannot read the scheduler's config in {source}: {reason(error)}"

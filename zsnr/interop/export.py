@@ -34,8 +34,8 @@ from zsnr.interop.single_file import read_single_file
 from zsnr.lora import is_adapted
 from zsnr.prediction import PredictionType
 from zsnr.schedule import NoiseSchedule
-from zsnr.weights.ldm_file import is_single_file
 from zsnr.weights.pretrained import Precision, cast_weight, check_precision, read_config
+from zsnr.weights.source import is_single_file
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DiffusionPipeline

@@ -5,9 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
-import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,18 +20,15 @@ from zsnr.conditioning import Conditioner, SDXLConditioner, TransformersConditio
 from zsnr.conditioning.tokenizers import BPE, Tokenizer, bpe_tokenizer
 from zsnr.files import check_new, new_file
 from zsnr.interop.declarations import is_stable_diffusions, read_declaration, settle
-from zsnr.interop.ldm_layout import ldm_clip, ldm_open_clip, ldm_unet, ldm_vae
 from zsnr.lora import AdaptedUNet
 from zsnr.networks import UNet
 from zsnr.prediction import PredictionType
 from zsnr.schedule import NoiseSchedule
 from zsnr.untrusted import shown
 from zsnr.weights.ldm_file import (
-    CONFIG,
     NAMES,
     PREFIXES,
     PUBLIC,
-    SETTINGS,
     TOKENIZERS,
     ZEROS,
     Family,
@@ -41,6 +36,7 @@ from zsnr.weights.ldm_file import (
     open_ldm_file,
     part_tokenizer,
 )
+from zsnr.weights.ldm_layout import ldm_clip, ldm_open_clip, ldm_unet, ldm_vae
 from zsnr.weights.pretrained import Precision, cast_weight, check_precision
 
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -49,29 +45,13 @@ _IMPLEMENTATIONS: dict[Family, str] = {
     "v2": "https://github.com/Stability-AI/stablediffusion",
     "xl": "https://github.com/Stability-AI/generative-models",
 }
-# Settings that cannot be inferred from the tensors if they differ from the public model's.
-_SILENT = {
-    "attention_head_dim",
-    "hidden_act",
-    "layer_norm_eps",
-    "max_length",
-    "name",
-    "norm_eps",
-    "norm_num_groups",
-    "num_attention_heads",
-    "scaling_factor",
-    "shift_factor",
-}
-_IRRELEVANT = {
-    "bos_token_id",
-    "eos_token_id",
-    "force_upcast",
-    "pad_token_id",
-    "projection_dim",
-    "sample_size",
-    "upcast_attention",
-}
+# Settings of a part that may differ from the public model's: they change no weight and no result.
+_IRRELEVANT = (
+    *("_class_name", "model_type", "architectures", "bos_token_id", "eos_token_id", "pad_token_id"),
+    *("force_upcast", "projection_dim", "sample_size", "upcast_attention", "dropout"),
+)
 # Without "!", which transformers treats as padding if that is the padding token.
+_LENGTH = 77  # tokens of a prompt
 _PROBES = (
     "",
     "A black cat at night, 35mm photo; it's 8k.",
@@ -81,12 +61,7 @@ _PROBES = (
 )
 
 
-@dataclass(frozen=True)
-class _Part:
-    """The contents of one prefix: settings, and a function that returns weights by ldm names."""
-
-    settings: dict[str, Any]
-    weights: Callable[[], dict[str, Tensor]]
+_Weights = Callable[[], dict[str, Tensor]]  # a part's weights by the layout's names
 
 
 def write_single_file(
@@ -119,28 +94,18 @@ def write_single_file(
     for name, text in (metadata or {}).items():
         if not isinstance(name, str) or not isinstance(text, str):
             raise ValueError(f"metadata {name!r}: {shown(text)}: wanted texts only.")
-    family, parts, tokenizers = _parts(model)
-    custom = _is_custom_size(family, parts, tokenizers)
+    family, parts = _parts(model)
     facts = {
         "modelspec.title": path.stem,
         "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         **_hint(model),
         **(metadata or {}),
-        **_facts(model, family, custom),
-        CONFIG: json.dumps(
-            {
-                "format": 1,
-                "image_size": model.image_size,
-                **{name: part.settings for name, part in parts.items()},
-                **tokenizers,
-                **_null_facts(model.conditioner),
-            }
-        ),
+        **_facts(model, family),
     }
     weights: dict[str, Tensor] = {}
     for name, part in parts.items():
         prefix = PREFIXES[family][name]
-        weights.update({prefix + key: weight for key, weight in part.weights().items()})
+        weights.update({prefix + key: weight for key, weight in part().items()})
     marks = []
     if model.prediction_type == "v_prediction":
         marks.append("v_pred")
@@ -155,8 +120,7 @@ def check_single_file(model: Model) -> None:
     Raises:
         ValueError: The layout cannot hold a part of the model.
     """
-    family, parts, tokenizers = _parts(model)
-    _is_custom_size(family, parts, tokenizers)
+    _parts(model)
 
 
 def read_single_file(
@@ -206,46 +170,39 @@ def read_single_file(
 
 
 def _image_size(file: LdmFile, prediction_type: PredictionType, factor: int) -> int:
-    size = file.config.get("image_size")
-    if size is None:
-        square = re.fullmatch(r"(\d{1,4})x\1", file.metadata.get("modelspec.resolution", ""))
-        large_v2 = prediction_type == "v_prediction"
-        usual = {"v1": 512, "v2": 768 if large_v2 else 512, "xl": 1024}[file.family]
-        size = int(square[1]) if square else usual
-    if type(size) is not int or not 0 < size <= 1 << 14 or size % factor:
-        raise ValueError(f"{file.path} has an invalid image size: {shown(size)} pixels.")
+    square = re.fullmatch(r"(\d{1,4})x\1", file.metadata.get("modelspec.resolution", ""))
+    large_v2 = prediction_type == "v_prediction"
+    usual = {"v1": 512, "v2": 768 if large_v2 else 512, "xl": 1024}[file.family]
+    size = int(square[1]) if square else usual
+    if not 0 < size <= 1 << 14 or size % factor:
+        raise ValueError(f"{file.path} has an invalid image size: {size} pixels.")
     return size
 
 
-def _parts(model: Model) -> tuple[Family, dict[str, _Part], dict[str, dict[str, Any]]]:
+def _parts(model: Model) -> tuple[Family, dict[str, _Weights]]:
     """Convert a model to the layout.
 
     Returns:
-        The family, the parts, and the tokenizers.
+        The family, and the weights of the parts.
+
+    Raises:
+        ValueError: The layout cannot hold the model.
     """
     _check_marks(model)
     if not isinstance(model.codec, AutoencoderKLCodec):
         raise _cannot_hold(f"{type(model.codec).__name__}: it supports AutoencoderKLCodec only")
     if isinstance(model.unet, AdaptedUNet):
         raise _cannot_hold("adapters beside the UNet: merge them first")
-    family, parts, tokenizers = _text_parts(model.conditioner)
+    family, parts = _text_parts(model.conditioner)
     codec, unet = model.codec.load(), model.unet.unet
-    unet_settings = _settings("unet", "UNet", type(unet), unet.config)
-    if (unet_settings["addition_embed_type"] == "text_time") != (family == "xl"):
-        raise _cannot_hold(
-            f"a UNet with addition_embed_type={unet_settings['addition_embed_type']!r} beside a "
-            f"{type(model.conditioner).__name__}"
-        )
-    parts["unet"] = _Part(unet_settings, lambda: ldm_unet(unet.state_dict(), unet_settings))
     vae = codec._vae
-    vae_settings = {
-        **_settings("vae", "VAE", type(vae), vae.config),
-        "scaling_factor": float(codec.scale),
-        "shift_factor": float(codec.shift) or None,
-    }
-    blocks = len(vae_settings["block_out_channels"])
-    parts["vae"] = _Part(vae_settings, lambda: ldm_vae(vae.state_dict(), blocks))
-    return family, parts, tokenizers
+    scales = {"scaling_factor": float(codec.scale), "shift_factor": float(codec.shift) or None}
+    _check_public(family, "unet", type(unet), unet.config)
+    _check_public(family, "vae", type(vae), {**vae.config, **scales})
+    unet_config, blocks = PUBLIC[family]["unet"], len(vae.config["block_out_channels"])
+    parts["unet"] = lambda: ldm_unet(unet.state_dict(), unet_config)
+    parts["vae"] = lambda: ldm_vae(vae.state_dict(), blocks)
+    return family, parts
 
 
 def _check_marks(model: Model) -> None:
@@ -260,12 +217,10 @@ def _check_marks(model: Model) -> None:
         )
 
 
-def _text_parts(
-    conditioner: Conditioner,
-) -> tuple[Family, dict[str, _Part], dict[str, dict[str, Any]]]:
+def _text_parts(conditioner: Conditioner) -> tuple[Family, dict[str, _Weights]]:
     conditioner = getattr(conditioner, "described", conditioner)
     if isinstance(conditioner, SDXLConditioner):
-        return _sdxl_text_parts(conditioner)
+        return "xl", _sdxl_text_parts(conditioner)
     if not isinstance(conditioner, TransformersConditioner):
         raise _cannot_hold(f"{type(conditioner).__name__}: it supports CLIP text encoders only")
     encoder: Any = conditioner.encoder
@@ -280,59 +235,42 @@ def _text_parts(
     layers = int(encoder.config.num_hidden_layers)
     # hidden_states[i] is the output of i layers; that of the last layer, [-1], includes the norm.
     used = layers if conditioner._layer == -1 else range(layers + 1)[conditioner._layer]
-    tokenizer = _tokenizer(conditioner.tokenize, conditioner.max_length, encoder)
+    _check_length(conditioner.max_length)
+    tokenizer = _tokenizer(conditioner.tokenize, encoder)
     family: Family = "v1" if tokenizer == "clip" else "v2"
-    settings = {
-        **_settings("text_encoder", "text encoder", type(encoder), encoder.config),
-        "num_hidden_layers": used,
-    }
-    if used == 0 or (family == "v2" and used > 23):
-        raise _cannot_hold(f"a text encoder with {used} layers: wanted 1 to 23 for SD 2")
+    config = {**encoder.config.to_dict(), "num_hidden_layers": used}
+    _check_public(family, "text_encoder", type(encoder), config)
     # Stable Diffusion 2's files also hold the layer after the last one that is used.
     stored_layers = used if family == "v1" else used + 1
     rename = ldm_clip if family == "v1" else ldm_open_clip
-
-    def weights() -> dict[str, Tensor]:
-        return rename(_first_layers(encoder.state_dict(), stored_layers))
-
-    tokenizers = {"tokenizer": {"name": tokenizer, "max_length": conditioner.max_length}}
-    return family, {"text_encoder": _Part(settings, weights)}, tokenizers
+    return family, {
+        "text_encoder": lambda: rename(_first_layers(encoder.state_dict(), stored_layers))
+    }
 
 
-def _sdxl_text_parts(
-    conditioner: SDXLConditioner,
-) -> tuple[Family, dict[str, _Part], dict[str, dict[str, Any]]]:
+def _sdxl_text_parts(conditioner: SDXLConditioner) -> dict[str, _Weights]:
     first: Any = conditioner.encoder
     second: Any = conditioner.encoder_2
-    parts = {
-        "text_encoder": _Part(
-            _settings("text_encoder", "text encoder", type(first), first.config),
-            lambda: ldm_clip(first.state_dict()),
-        ),
-        "text_encoder_2": _Part(
-            _settings("text_encoder_2", "text encoder", type(second), second.config),
-            lambda: ldm_open_clip(second.state_dict()),
-        ),
-    }
-    tokenizers = {}
+    _check_length(conditioner._max_length)
     for (part, expected), tokenize, encoder in zip(
         TOKENIZERS["xl"].items(), conditioner.tokenizer.tokenizers, (first, second), strict=True
     ):
-        actual = _tokenizer(tokenize, conditioner._max_length, encoder)
-        if actual != expected:
+        if _tokenizer(tokenize, encoder) != expected:
             raise _cannot_hold(
                 f"the {part} of this SDXL, which adds other tokens after the prompt: readers use "
                 f"the one that this package calls {expected!r}"
             )
-        tokenizers[part] = {"name": expected, "max_length": conditioner._max_length}
-    return "xl", parts, tokenizers
+    _check_public("xl", "text_encoder", type(first), first.config.to_dict())
+    _check_public("xl", "text_encoder_2", type(second), second.config.to_dict())
+    return {
+        "text_encoder": lambda: ldm_clip(first.state_dict()),
+        "text_encoder_2": lambda: ldm_open_clip(second.state_dict()),
+    }
 
 
-def _null_facts(conditioner: Conditioner) -> dict[str, bool]:
-    conditioner = getattr(conditioner, "described", conditioner)
-    if isinstance(conditioner, SDXLConditioner):
-        return {ZEROS: conditioner._zero_null}
-    return {}
+def _check_length(max_length: int) -> None:
+    if max_length != _LENGTH:
+        raise _cannot_hold(f"prompts of {max_length} tokens: readers use {_LENGTH}")
 
 
 def _first_layers(weights: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
@@ -343,12 +281,12 @@ def _first_layers(weights: Mapping[str, Tensor], count: int) -> dict[str, Tensor
     return {name: weight for name, weight in weights.items() if layer(name) < count}
 
 
-def _tokenizer(tokenize: Tokenizer, max_length: int, encoder: Any) -> str:
+def _tokenizer(tokenize: Tokenizer, encoder: Any) -> str:
     """Identify which of CLIP's tokenizers it is, by the embeddings of some prompts."""
     rows = encoder.get_input_embeddings().weight
     ids = tokenize(_PROBES)[0].to(rows.device)
     for name in BPE:
-        expected = bpe_tokenizer(name, max_length)[0](_PROBES)[0].to(rows.device)
+        expected = bpe_tokenizer(name, _LENGTH)[0](_PROBES)[0].to(rows.device)
         # The padding token may have another id, with the same embedding.
         fits = ids.shape == expected.shape and bool(expected.max() < len(rows))
         if fits and rows[ids].equal(rows[expected]):
@@ -356,64 +294,42 @@ def _tokenizer(tokenize: Tokenizer, max_length: int, encoder: Any) -> str:
     raise _cannot_hold("a tokenizer other than CLIP's, which readers use")
 
 
-def _settings(part: str, label: str, cls: type, config: Any) -> dict[str, Any]:
-    """Return the settings of a part that the layout can hold, and refuse other ones."""
-    checks = SETTINGS[part]
-    full = dict(config) if isinstance(config, Mapping) else config.to_dict()
-    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in full.items()}
-    settings = {name: plain.get(name) for name in checks if name in plain}
-    for name, check in checks.items():
-        if name in settings and not check(settings[name]):
-            if _IRRELEVANT & {name}:
-                del settings[name]
-            else:
-                raise _cannot_hold(f"a {label} with {name}={settings[name]!r}")
-    if not part.startswith("text"):
-        for name, parameter in inspect.signature(cls.__init__).parameters.items():  # type: ignore[misc]
-            default = parameter.default
-            default = list(default) if isinstance(default, tuple) else default
-            if name in ("self", "dropout") or name in checks:
-                continue
-            if plain.get(name, default) != default:
-                raise _cannot_hold(f"a {label} with {name}={plain[name]!r}: wanted {default!r}")
-    return settings
-
-
-def _is_custom_size(
-    family: Family, parts: Mapping[str, _Part], tokenizers: Mapping[str, dict[str, Any]]
-) -> bool:
-    """Whether a model has a non-standard architecture, which only its stored settings can build.
+def _check_public(family: Family, part: str, cls: type, config: Mapping[str, Any]) -> None:
+    """Refuse a part whose settings are not those of the public model, which readers assume.
 
     Raises:
-        ValueError: Readers would mistake the model for the public one.
+        ValueError: A setting differs.
     """
-    settings_by_part = {name: part.settings for name, part in parts.items()} | dict(tokenizers)
-    public = dict(PUBLIC[family])
-    for name, tokenizer in TOKENIZERS[family].items():
-        public[name] = {"name": tokenizer, "max_length": 77}
-    different = {
-        f"{part}.{name}": settings_by_part[part].get(name)
-        for part, settings in public.items()
-        for name, value in settings.items()
-        if name not in _IRRELEVANT
-        and _expanded(part, name, settings_by_part[part].get(name), settings_by_part)
-        != _expanded(part, name, value, public)
-    }
-    if different and {name.rpartition(".")[2] for name in different} <= _SILENT:
-        name, value = min(different.items())
-        part, _, key = name.partition(".")
-        raise _cannot_hold(
-            f"{name}={value!r} in a model of {NAMES[family]}'s size: readers would use that "
-            f"model's value, {public[part][key]!r}"
-        )
-    return bool(different)
+    public = PUBLIC[family][part]
+    wanted = dict(public)
+    if not part.startswith("text"):  # a text encoder's config has many settings of other kinds
+        for name, parameter in inspect.signature(cls.__init__).parameters.items():  # type: ignore[misc]
+            if name != "self":
+                wanted.setdefault(name, parameter.default)
+    for name, value in wanted.items():
+        actual = config.get(name, value)
+        if name not in _IRRELEVANT and _per_block(name, actual, config) != _per_block(
+            name, value, public
+        ):
+            label = part.replace("_", " ").replace("unet", "UNet").replace("vae", "VAE")
+            raise _cannot_hold(
+                f"a {label} with {name}={actual!r}: only models of the size of Stable Diffusion 1, "
+                f"2 and XL have this layout, and {NAMES[family]} has {value!r}"
+            )
 
 
-def _expanded(part: str, name: str, value: Any, settings: Mapping[str, Any]) -> Any:
+def _per_block(name: str, value: Any, settings: Mapping[str, Any]) -> Any:
     """Return one value per block if a single number stands for all blocks."""
     if name in ("attention_head_dim", "transformer_layers_per_block") and type(value) is int:
-        return [value] * len(settings[part]["block_out_channels"])
-    return value
+        return [value] * len(settings["block_out_channels"])
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _null_facts(conditioner: Conditioner) -> dict[str, str]:
+    conditioner = getattr(conditioner, "described", conditioner)
+    if isinstance(conditioner, SDXLConditioner) and not conditioner._zero_null:
+        return {f"zsnr.{ZEROS}": "false"}
+    return {}
 
 
 def _hint(model: Model) -> dict[str, str]:
@@ -425,20 +341,13 @@ def _hint(model: Model) -> dict[str, str]:
     }
 
 
-def _facts(model: Model, family: Family, custom: bool) -> dict[str, str]:
+def _facts(model: Model, family: Family) -> dict[str, str]:
     v = model.prediction_type == "v_prediction"
     architecture = {
         "v1": "stable-diffusion-v1",
         "v2": "stable-diffusion-v2-768-v" if v else "stable-diffusion-v2-512",
         "xl": "stable-diffusion-xl-v1-base",
     }[family]
-    if custom:
-        warnings.warn(
-            f"Non-standard {NAMES[family]} architecture: programs that support only the public "
-            "models cannot load the file.",
-            stacklevel=3,
-        )
-        architecture = f"{architecture}-custom"
     return {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",
@@ -448,6 +357,7 @@ def _facts(model: Model, family: Family, custom: bool) -> dict[str, str]:
         "modelspec.resolution": f"{model.image_size}x{model.image_size}",
         "modelspec.timestep_range": f"0,{model.schedule.num_timesteps - 1}",
         "zsnr.schedule": json.dumps(model.schedule.settings()),
+        **_null_facts(model.conditioner),
         **({METADATA: json.dumps(exported_sampling(model.sampling))} if model.sampling else {}),
     }
 

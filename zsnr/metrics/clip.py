@@ -63,8 +63,8 @@ class CLIPScore:
 
         self.network = load_whole(CLIPModel, folder, None, label="a CLIPModel")
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-            processor = AutoImageProcessor.from_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
             reason = (str(error).strip() or repr(error)).splitlines()[0]
             raise ValueError(f"{folder} lacks a tokenizer or image processor: {reason}") from error

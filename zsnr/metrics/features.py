@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from zsnr.described import class_path
-from zsnr.weights.pretrained import digest
+from zsnr.weights.source import digest
 
 SIZE = 299
 WEIGHTS = (

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -22,7 +21,7 @@ from zsnr.interop.declarations import read_declaration, settle
 from zsnr.prediction import PredictionType, to_eps, to_v, to_x0
 from zsnr.schedule import NoiseSchedule
 from zsnr.untrusted import read_json
-from zsnr.weights.ldm_file import is_single_file
+from zsnr.weights.source import find_file, is_single_file
 
 _CONVERT = {"v_prediction": to_v, "sample": to_x0, "epsilon": to_eps}
 
@@ -106,13 +105,5 @@ def read_start(source: str) -> Start | None:
 
 
 def _scheduler_config(source: str) -> Mapping[str, Any] | None:
-    if Path(source).is_dir():
-        path = Path(source, "scheduler", "scheduler_config.json")
-        return read_json(path) if path.is_file() else None
-    from diffusers import DDIMScheduler
-
-    try:
-        config: Mapping[str, Any] = DDIMScheduler.load_config(source, subfolder="scheduler")
-    except (OSError, ValueError):  # a UNet alone
-        return None
-    return config
+    path = find_file(source, "scheduler", "scheduler_config.json")
+    return None if path is None else read_json(path)

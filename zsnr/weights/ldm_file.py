@@ -1,17 +1,16 @@
 """A single .safetensors file in the ldm layout, read as if it were a diffusers folder.
 
 The layout is that of the first Stable Diffusion releases: all parts in one file, distinguished by
-the prefixes of their tensors' names. Other programs use it too, but it does not store settings:
-they are those of the three public models, or those that this package wrote into the metadata. Files
-are untrusted: settings are bounded, and the tensors must match them.
+the prefixes of their tensors' names. It does not store settings: they are those of the three public
+models, in public_models.json, and the tensors must match them.
 """
 
 from __future__ import annotations
 
 import json
-import math
+import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,16 +20,21 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from zsnr.untrusted import parse_object, shown
+from zsnr.untrusted import parse_object
 from zsnr.weights.header import open_safetensors, read_header
+from zsnr.weights.ldm_layout import ldm_clip, ldm_open_clip, ldm_unet, ldm_vae
+from zsnr.weights.source import is_single_file
 
-Family = Literal["v1", "v2", "xl"]
+Family = Literal["v1", "v2", "xl", "vae"]
 
-CONFIG = "zsnr.config"
 ZEROS = "force_zeros_for_empty_prompt"
-NAMES = {"v1": "Stable Diffusion 1", "v2": "Stable Diffusion 2", "xl": "Stable Diffusion XL"}
-_MAX_CONFIG = 1 << 20
-
+_MAX_TEXT = 1 << 20
+NAMES = {
+    "v1": "Stable Diffusion 1",
+    "v2": "Stable Diffusion 2",
+    "xl": "Stable Diffusion XL",
+    "vae": "Stable Diffusion's VAE",
+}
 PREFIXES: dict[Family, dict[str, str]] = {
     "v1": {"text_encoder": "cond_stage_model.transformer."},
     "v2": {"text_encoder": "cond_stage_model.model."},
@@ -41,100 +45,16 @@ PREFIXES: dict[Family, dict[str, str]] = {
 }
 for _prefixes in PREFIXES.values():
     _prefixes.update({"unet": "model.diffusion_model.", "vae": "first_stage_model."})
-
-_CLASSES: dict[str, dict[str, Any]] = {
-    "unet": {"_class_name": "UNet2DConditionModel"},
-    "vae": {"_class_name": "AutoencoderKL"},
-    "text_encoder": {"model_type": "clip_text_model", "architectures": ["CLIPTextModel"]},
-    "text_encoder_2": {
-        "model_type": "clip_text_model",
-        "architectures": ["CLIPTextModelWithProjection"],
-    },
-}
-
-
-def _unet(width: int, heads: int | list[int], linear: bool, size: int) -> dict[str, Any]:
-    return {
-        "sample_size": size,
-        "in_channels": 4,
-        "out_channels": 4,
-        "block_out_channels": [320, 640, 1280, 1280],
-        "layers_per_block": 2,
-        "down_block_types": [*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"],
-        "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3],
-        "cross_attention_dim": width,
-        "attention_head_dim": heads,
-        "transformer_layers_per_block": 1,
-        "norm_num_groups": 32,
-        "norm_eps": 1e-5,
-        "use_linear_projection": linear,
-        "addition_embed_type": None,
-        "addition_time_embed_dim": None,
-        "projection_class_embeddings_input_dim": None,
-    }
-
-
-def _vae(scale: float, size: int) -> dict[str, Any]:
-    return {
-        "sample_size": size,
-        "in_channels": 3,
-        "out_channels": 3,
-        "latent_channels": 4,
-        "block_out_channels": [128, 256, 512, 512],
-        "layers_per_block": 2,
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-        "norm_num_groups": 32,
-        "scaling_factor": scale,
-        "shift_factor": None,
-    }
-
-
-def _text(width: int, layers: int, act: str, projection: int) -> dict[str, Any]:
-    return {
-        "hidden_size": width,
-        "intermediate_size": 4 * width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": width // 64,
-        "max_position_embeddings": 77,
-        "vocab_size": 49408,
-        "projection_dim": projection,
-        "hidden_act": act,
-        "layer_norm_eps": 1e-5,
-        "bos_token_id": 49406,
-        "eos_token_id": 49407,
-    }
-
+PREFIXES["vae"] = {"vae": ""}
 
 # The settings of Stable Diffusion 1.5, 2.1 and XL 1.0. In 2.1, the last of the text encoder's 24
 # layers is not used: its context is the penultimate hidden state.
-PUBLIC: dict[Family, dict[str, dict[str, Any]]] = {
-    "v1": {
-        "unet": _unet(768, 8, False, 64),
-        "vae": _vae(0.18215, 512),
-        "text_encoder": _text(768, 12, "quick_gelu", 768),
-    },
-    "v2": {
-        "unet": _unet(1024, [5, 10, 20, 20], True, 64),
-        "vae": _vae(0.18215, 512),
-        "text_encoder": _text(1024, 23, "gelu", 1024),
-    },
-    "xl": {
-        "unet": {
-            **_unet(2048, [5, 10, 20], True, 128),
-            "block_out_channels": [320, 640, 1280],
-            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-            "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-            "transformer_layers_per_block": [1, 2, 10],
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": 2816,
-        },
-        "vae": {**_vae(0.13025, 1024), "force_upcast": True},
-        "text_encoder": _text(768, 12, "quick_gelu", 768),
-        "text_encoder_2": _text(1280, 32, "gelu", 1280),
-    },
-}
+PUBLIC: dict[Family, dict[str, dict[str, Any]]] = json.loads(
+    Path(__file__).with_name("public_models.json").read_text(encoding="utf-8")
+)
+# A VAE in its own file: those of Stable Diffusion 1, 2 and XL differ in their scale alone, which
+# the file does not tell.
+PUBLIC["vae"] = {"vae": {**PUBLIC["v1"]["vae"], "scaling_factor": None}}
 
 TOKENIZERS: dict[Family, dict[str, str]] = {
     "v1": {"tokenizer": "clip"},
@@ -143,97 +63,17 @@ TOKENIZERS: dict[Family, dict[str, str]] = {
 }
 
 
-def _is_size(value: object) -> bool:
-    return type(value) is int and 1 <= value <= 1 << 20
-
-
-def _is_depth(value: object) -> bool:
-    return type(value) is int and 1 <= value <= 1000
-
-
-def _is_token(value: object) -> bool:
-    return value is None or (type(value) is int and 0 <= value <= 1 << 20)
-
-
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(cast(float, value))
-
-
-def _is_epsilon(value: object) -> bool:
-    return type(value) is float and 0 < value < 1
-
-
-def _is_flag(value: object) -> bool:
-    return type(value) is bool
-
-
-def _one_of(*known: object) -> Callable[[object], bool]:
-    return lambda value: isinstance(value, str | None) and value in known
-
-
-def _listed(check: Callable[[object], bool]) -> Callable[[object], bool]:
-    return lambda value: (
-        isinstance(value, list) and 1 <= len(value) <= 16 and all(map(check, value))
-    )
-
-
-def _either(*checks: Callable[[object], bool]) -> Callable[[object], bool]:
-    return lambda value: any(check(value) for check in checks)
-
-
-_is_none = _one_of(None)
-_TEXT_SETTINGS: dict[str, Callable[[object], bool]] = {
-    "hidden_size": _is_size,
-    "intermediate_size": _is_size,
-    "num_hidden_layers": _is_depth,
-    "num_attention_heads": _is_size,
-    "max_position_embeddings": _is_size,
-    "vocab_size": _is_size,
-    "projection_dim": _is_size,
-    "hidden_act": _one_of("quick_gelu", "gelu", "gelu_new", "relu", "silu"),
-    "layer_norm_eps": _is_epsilon,
-    "bos_token_id": _is_token,
-    "eos_token_id": _is_token,
-    "pad_token_id": _is_token,
-}
-# Allowed settings of each part; other settings have the default of their class.
-SETTINGS: dict[str, dict[str, Callable[[object], bool]]] = {
-    "unet": {
-        "sample_size": _either(_is_none, _is_size),
-        "in_channels": _is_size,
-        "out_channels": _is_size,
-        "block_out_channels": _listed(_is_size),
-        "layers_per_block": _is_depth,
-        "down_block_types": _listed(_one_of("CrossAttnDownBlock2D", "DownBlock2D")),
-        "up_block_types": _listed(_one_of("CrossAttnUpBlock2D", "UpBlock2D")),
-        "cross_attention_dim": _is_size,
-        "attention_head_dim": _either(_is_size, _listed(_is_size)),
-        "transformer_layers_per_block": _either(_is_depth, _listed(_is_depth)),
-        "norm_num_groups": _is_size,
-        "norm_eps": _is_epsilon,
-        "use_linear_projection": _is_flag,
-        "upcast_attention": _either(_is_none, _is_flag),
-        "addition_embed_type": _one_of(None, "text_time"),
-        "addition_time_embed_dim": _either(_is_none, _is_size),
-        "projection_class_embeddings_input_dim": _either(_is_none, _is_size),
-    },
-    "vae": {
-        "sample_size": _either(_is_none, _is_size),
-        "in_channels": _is_size,
-        "out_channels": _is_size,
-        "latent_channels": _is_size,
-        "block_out_channels": _listed(_is_size),
-        "layers_per_block": _is_depth,
-        "down_block_types": _listed(_one_of("DownEncoderBlock2D")),
-        "up_block_types": _listed(_one_of("UpDecoderBlock2D")),
-        "norm_num_groups": _is_size,
-        "scaling_factor": lambda value: _is_number(value) and value != 0,
-        "shift_factor": _either(_is_none, _is_number),
-        "force_upcast": _is_flag,
-    },
-    "text_encoder": _TEXT_SETTINGS,
-    "text_encoder_2": _TEXT_SETTINGS,
-}
+# Tensors that no part needs: the averages and tables of training, marks, and what text encoders
+# hold beside the part that reads prompts.
+_IDLE = re.compile(
+    r"(model_ema|loss|denoiser|first_stage_model\.loss|embedding_manager)\..*"
+    r"|(alphas_cumprod|betas|sqrt_|log_one_minus|posterior_|lvlb_weights|logvar|edm_).*"
+    r"|scale_factor|global_step|v_pred|ztsnr"
+    r"|.*\.(position_ids|logit_scale)"
+    r"|(cond_stage_model\.(model|transformer)|conditioner\.embedders\.0\.transformer)"
+    r"\.text_projection(\.weight)?"
+)
+_SCALES = ("scale_weight", "weight_scale", "scaled_fp8", "comfy_quant", "input_scale")
 
 
 @dataclass(frozen=True)
@@ -245,19 +85,12 @@ class LdmFile:
         family: Public model whose layout the file has.
         shapes: Shapes of the tensors by their names in the file.
         metadata: Free text by name.
-        config: Validated settings that this package wrote; {} in files of other programs.
     """
 
     path: Path
     family: Family
     shapes: dict[str, tuple[int, ...]]
     metadata: dict[str, str]
-    config: dict[str, Any]
-
-
-def is_single_file(source: str) -> bool:
-    """Whether a model's name is a single file rather than a folder or a hub id."""
-    return source.lower().endswith(".safetensors") and not Path(source).is_dir()
 
 
 def default_part(source: str, subfolder: str | None, part: str) -> str | None:
@@ -269,36 +102,32 @@ def open_ldm_file(source: str | Path) -> LdmFile:
     """Read the header of a single file.
 
     Raises:
-        ValueError: The file does not exist, is not a safetensors file, or is not a Stable Diffusion
-            model in the ldm layout.
+        ValueError: The file does not exist, is not a safetensors file, is not a Stable Diffusion
+            model in the ldm layout, or holds tensors that would be left out.
     """
-    path = Path(source)
+    path = Path(source).expanduser()
     header = read_header(path)
+    if _is_vae(header.shapes):
+        return LdmFile(path, "vae", header.shapes, header.metadata)
     family = _family(path, header.shapes)
-    config = _stored_config(path, family, header.metadata)
-    return LdmFile(path, family, header.shapes, header.metadata, config)
+    _refuse_unknown(path, family, header.shapes)
+    return LdmFile(path, family, header.shapes, header.metadata)
 
 
 def part_config(file: LdmFile, part: str) -> dict[str, Any]:
     """Return a part's settings in the form of a config.json.
 
     Raises:
-        ValueError: The file does not have the part, or its settings are inconsistent.
+        ValueError: The file does not have the part.
     """
     prefix = PREFIXES[file.family].get(part)
     if prefix is None or not any(name.startswith(prefix) for name in file.shapes):
         raise ValueError(f"{file.path} holds no {part}: no tensor's name starts with {prefix!r}.")
-    settings = file.config.get(part) or PUBLIC[file.family][part]
-    _check_settings(file, part, settings)
-    _bound_work(file, part, settings)
-    return {**_CLASSES[part], **settings}
+    return dict(PUBLIC[file.family][part])
 
 
 def part_tokenizer(file: LdmFile, part: str) -> tuple[str, int]:
     """Return the name of a part's tokenizer ("clip" or "open_clip") and its maximum length."""
-    stored = file.config.get(part)
-    if stored is not None:
-        return stored["name"], stored["max_length"]
     return TOKENIZERS[file.family][part], 77
 
 
@@ -307,16 +136,15 @@ def file_index(file: LdmFile) -> dict[str, Any]:
     xl = file.family == "xl"
     pipeline = f"StableDiffusion{'XL' if xl else ''}Pipeline"
     index: dict[str, Any] = {"_class_name": pipeline}
-    for part in PUBLIC[file.family]:
-        kind = _CLASSES[part]
-        architectures = kind.get("architectures")
+    for part, config in PUBLIC[file.family].items():
+        diffusers = "_class_name" in config
         index[part] = (
-            ["transformers", architectures[0]]
-            if architectures
-            else ["diffusers", kind["_class_name"]]
+            ["diffusers", config["_class_name"]]
+            if diffusers
+            else ["transformers", config["architectures"][0]]
         )
     if xl:
-        index[ZEROS] = file.config.get(ZEROS, True)
+        index[ZEROS] = file.metadata.get(f"zsnr.{ZEROS}") != "false"
     return index
 
 
@@ -355,11 +183,7 @@ def read_part(
         empty = {name: torch.empty(shape) for name, shape in shapes.items()}
     converted = _convert(file, part, config, empty, expected)
     _compare(file, part, {name: tuple(t.shape) for name, t in converted.items()}, expected)
-    if part == "unet" and len(converted) < len(shapes):
-        raise ValueError(
-            f"{file.path} has {len(shapes)} tensors in its UNet, but {NAMES[file.family]} has "
-            f"{len(converted)}: it is another model."
-        )
+    _refuse_left_out(file, part, config, expected)
     with open_safetensors(file.path) as opened:
         # Copied, because truncating a memory-mapped file would kill the process.
         tensors = {name: opened.get_tensor(name).to(dtype, copy=True) for name in shapes}
@@ -367,6 +191,11 @@ def read_part(
         name: tensor.contiguous()
         for name, tensor in _convert(file, part, config, tensors, expected).items()
     }
+
+
+def _is_vae(shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether a file holds a VAE alone, under the layout's names or those of diffusers."""
+    return {"encoder.conv_in.weight", "decoder.conv_in.weight"} <= shapes.keys()
 
 
 def _family(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Family:
@@ -413,6 +242,26 @@ def _instead(shapes: Mapping[str, tuple[int, ...]]) -> str:
     return "no tensor's name starts with 'model.diffusion_model.'"
 
 
+def _refuse_unknown(path: Path, family: Family, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse tensors that would be left out although they change the result.
+
+    Raises:
+        ValueError: The file holds such tensors.
+    """
+    prefixes = tuple(PREFIXES[family].values())
+    for name in shapes:
+        if name.rpartition(".")[2] in _SCALES:
+            raise ValueError(
+                f"{path} holds scaled 8-bit weights ({name}), which only the program that wrote "
+                "them reads: use the file in 16 bits."
+            )
+        if not name.startswith(prefixes) and _IDLE.fullmatch(name) is None:
+            raise ValueError(
+                f"{path} holds {name!r}, which is no part of {NAMES[family]} and would be left "
+                "out: use the diffusers folder, or a file without it."
+            )
+
+
 def read_metadata(
     path: Path, metadata: Mapping[str, str], name: str
 ) -> tuple[str, dict[str, Any] | None]:
@@ -427,76 +276,9 @@ def read_metadata(
     label, text = f"{path}: {name!r} in its metadata", metadata.get(name)
     if text is None:
         return label, None
-    if len(text) > _MAX_CONFIG:
+    if len(text) > _MAX_TEXT:
         raise ValueError(f"{label} has {len(text)} characters.")
     return label, parse_object(text.encode(), label)
-
-
-def _stored_config(path: Path, family: Family, metadata: Mapping[str, str]) -> dict[str, Any]:
-    label, config = read_metadata(path, metadata, CONFIG)
-    if config is None:
-        return {}
-    if config.get("format") != 1:
-        raise ValueError(f"{label} has a format that this version of zsnr cannot read.")
-    for part, public in PUBLIC[family].items():
-        settings = config.get(part)
-        if settings is None:
-            continue
-        if not isinstance(settings, dict):
-            raise ValueError(f"{label}: {part} is {shown(settings)}: wanted settings by name.")
-        for name in sorted(public.keys() - settings.keys()):
-            raise ValueError(f"{label} lacks {part}.{name}.")
-        for name, value in settings.items():
-            check = SETTINGS[part].get(name)
-            if check is None or not check(value):
-                raise ValueError(
-                    f"{label} has {part}.{shown(name)[1:-1]}={shown(value)}: wanted settings of a "
-                    "Stable Diffusion model."
-                )
-    if type(config.get(ZEROS, True)) is not bool:
-        raise ValueError(f"{label}: {ZEROS}: wanted true or false.")
-    for part in TOKENIZERS[family]:
-        settings = config.get(part)
-        if settings is not None and not (
-            isinstance(settings, dict)
-            and settings.keys() == {"name", "max_length"}
-            and settings["name"] in ("clip", "open_clip")
-            and type(settings["max_length"]) is int
-            and 2 <= settings["max_length"] <= 1000
-        ):
-            raise ValueError(f"{label}: {part} is {shown(settings)}: wanted name and max_length.")
-    return config
-
-
-def _check_settings(file: LdmFile, part: str, settings: Mapping[str, Any]) -> None:
-    """Refuse settings that contradict each other."""
-    if part.startswith("text"):
-        tokenizer = file.config.get(part.replace("text_encoder", "tokenizer"))
-        longest = settings["max_position_embeddings"]
-        fit = settings["hidden_size"] % settings["num_attention_heads"] == 0
-        fit = fit and (tokenizer is None or tokenizer["max_length"] <= longest)
-        fit = fit and settings["vocab_size"] >= 49408  # of CLIP's BPE
-    else:
-        blocks = len(settings["block_out_channels"])
-        fit = all(len(value) == blocks for value in settings.values() if isinstance(value, list))
-        groups = settings["norm_num_groups"]
-        fit = fit and all(size % groups == 0 for size in settings["block_out_channels"])
-    if not fit:
-        raise ValueError(f"{file.path}: the settings of its {part} contradict each other.")
-
-
-def _bound_work(file: LdmFile, part: str, settings: Mapping[str, Any]) -> None:
-    """Refuse settings with more layers than the file has tensors, which cannot belong to it."""
-    if part.startswith("text"):
-        layers = settings["num_hidden_layers"]
-    else:
-        blocks = len(settings["block_out_channels"])
-        inner = settings.get("transformer_layers_per_block", 1)
-        per_block = inner if isinstance(inner, list) else [inner] * blocks
-        layers = settings["layers_per_block"] * sum(per_block)
-    tensors = sum(name.startswith(PREFIXES[file.family][part]) for name in file.shapes)
-    if layers > tensors:
-        raise ValueError(f"{file.path}: its {part} has {tensors} tensors for {layers} layers.")
 
 
 def _convert(
@@ -512,6 +294,8 @@ def _convert(
     try:
         if part == "unet":
             converted = rules.convert_ldm_unet_checkpoint(tensors, dict(config))
+        elif part == "vae" and any(name.startswith("decoder.up_blocks.") for name in tensors):
+            converted = tensors  # the names of diffusers
         elif part == "vae":
             converted = rules.convert_ldm_vae_checkpoint(tensors, dict(config))
         elif PREFIXES[file.family][part].endswith(".transformer."):
@@ -529,10 +313,57 @@ def _convert(
         raise ValueError(f"{file.path}: its {part} lacks tensors of {NAMES[file.family]}.")
     if not part.startswith("text"):
         return cast(dict[str, Tensor], converted)
-    # Releases of transformers differ in this prefix; files may hold unused tensors.
+    # Releases of transformers differ in this prefix; what is left out, is checked apart.
     plain = {name.removeprefix("text_model."): tensor for name, tensor in converted.items()}
     renamed = {name: plain.get(name.removeprefix("text_model.")) for name in expected}
     return {name: tensor for name, tensor in renamed.items() if tensor is not None}
+
+
+def _refuse_left_out(
+    file: LdmFile,
+    part: str,
+    config: Mapping[str, Any],
+    expected: Mapping[str, tuple[int, ...]],
+) -> None:
+    """Refuse tensors of a part that its model does not have.
+
+    Raises:
+        ValueError: The file holds such tensors.
+    """
+    with torch.device("meta"):
+        empty = {name: torch.empty(shape) for name, shape in expected.items()}
+    known: Iterable[str]
+    if part == "unet":
+        known = ldm_unet(empty, config)
+    elif part == "vae":
+        known = [*ldm_vae(empty, len(config["block_out_channels"])), *empty]
+    elif PREFIXES[file.family][part].endswith(".transformer."):
+        known = ldm_clip(empty)
+    else:
+        known = ldm_open_clip(empty)
+    prefix = PREFIXES[file.family][part]
+    names = {_plain(name) for name in known}
+    unused = None  # Stable Diffusion 2 has one more layer than it uses
+    if file.family == "v2" and part == "text_encoder":
+        unused = f"{prefix}transformer.resblocks.{config['num_hidden_layers']}."
+    for name in file.shapes:
+        if not name.startswith(prefix) or _IDLE.fullmatch(name):
+            continue
+        if unused is not None and name.startswith(unused):
+            continue
+        if _plain(name.removeprefix(prefix)) not in names:
+            raise ValueError(
+                f"{file.path} holds {name!r}, which {NAMES[file.family]} does not have and which "
+                "would be left out: it is another model."
+            )
+
+
+def _plain(name: str) -> str:
+    """Return one of the spellings that files have for the same tensor."""
+    name = name.removeprefix("text_model.")
+    for new, old in {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}.items():
+        name = re.sub(rf"(\.mid\.attn_1)\.{re.escape(new)}\.", rf"\1.{old}.", name)
+    return name.replace(".mid.attn_1.group_norm.", ".mid.attn_1.norm.")
 
 
 def _compare(
@@ -541,10 +372,13 @@ def _compare(
     actual: Mapping[str, tuple[int, ...]],
     expected: Mapping[str, tuple[int, ...]],
 ) -> None:
-    kind = NAMES[file.family] if part not in file.config else "its metadata"
+    kind = NAMES[file.family]
     for name in sorted(expected.keys() | actual.keys()):
         if expected.get(name) == actual.get(name):
             continue
         have = f"has shape {actual[name]}" if name in actual else "is missing"
         want = f"{expected[name]} wanted" if name in expected else "not wanted"
-        raise ValueError(f"{file.path}: its {part} does not match {kind}: {name} {have}, {want}.")
+        raise ValueError(
+            f"{file.path}: its {part} does not match {kind}: {name} {have}, {want}. Single files "
+            "hold models of that size only: use the diffusers folder of another model."
+        )

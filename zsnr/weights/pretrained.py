@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, get_args
@@ -18,16 +19,24 @@ from torch import Tensor, nn
 from zsnr.untrusted import clipped, read_json
 from zsnr.weights.header import read_header
 from zsnr.weights.ldm_file import (
+    PREFIXES,
     config_folder,
     file_index,
-    is_single_file,
     open_ldm_file,
     part_config,
     read_part,
 )
+from zsnr.weights.source import (
+    WEIGHT_STEMS,
+    find_file,
+    find_variant,
+    find_weights,
+    is_local,
+    is_single_file,
+)
+from zsnr.weights.source import local_path as local_path
 
 _MAX_LAYERS = 1000
-_HUB = " A name that is not a local folder is looked up on the hub."
 Precision = Literal["float32", "float16", "bfloat16"]
 
 _WEIGHTLESS: ContextVar[bool] = ContextVar("weightless", default=False)
@@ -54,6 +63,54 @@ def is_weightless() -> bool:
 def reason(error: BaseException) -> str:
     """Return a library's error message for an untrusted file, as one short line."""
     return clipped(str(error).strip() or repr(error), 300)
+
+
+_PRECISIONS = {
+    **dict.fromkeys(("float32", "fp32", "full", "32"), torch.float32),
+    **dict.fromkeys(("float16", "fp16", "half", "16"), torch.float16),
+    **dict.fromkeys(("bfloat16", "bf16"), torch.bfloat16),
+}
+_DTYPE: ContextVar[torch.dtype | None] = ContextVar("dtype", default=None)
+
+
+def as_dtype(dtype: torch.dtype | str, name: str = "dtype") -> torch.dtype:
+    """Return the torch dtype that a dtype, or a name such as "float16" or "bf16", stands for.
+
+    Raises:
+        ValueError: It is not one that weights are computed in.
+    """
+    found = _PRECISIONS.get(str(dtype).removeprefix("torch."))
+    if found is None:
+        raise ValueError(f"{name}={dtype!r} is unknown. Known: float32, float16, bfloat16.")
+    return found
+
+
+@contextmanager
+def loading_in(dtype: torch.dtype | None) -> Iterator[None]:
+    """Load networks and text encoders in one data type, instead of that of their files."""
+    token = _DTYPE.set(dtype)
+    try:
+        yield
+    finally:
+        _DTYPE.reset(token)
+
+
+def stored_dtype(source: str, subfolder: str) -> torch.dtype:
+    """Return the data type that most weights of a part have in their files; float32 if unknown."""
+    prefix = ""
+    if is_single_file(source):
+        file = open_ldm_file(source)
+        prefix = PREFIXES[file.family].get(subfolder, "")
+    counts: Counter[str] = Counter()
+    for path in (p for stem in WEIGHT_STEMS for p in find_weights(source, subfolder, stem)):
+        header = read_header(path)
+        for name, shape in header.shapes.items():
+            if name.startswith(prefix):
+                counts[header.dtypes[name]] += math.prod(shape)
+    most = counts.most_common(1)
+    return {"F16": torch.float16, "BF16": torch.bfloat16}.get(
+        most[0][0] if most else "", torch.float32
+    )
 
 
 def check_precision(dtype: str, name: str = "dtype") -> torch.dtype:
@@ -111,19 +168,35 @@ def load_pretrained(
             except ValueError as error:
                 raise ValueError(str(error).replace(folder_of_file, source)) from error
     where = source if subfolder is None else f"{source} (subfolder {subfolder})"
-    folder = Path(source) if subfolder is None else Path(source) / subfolder
-    looks_local = Path(source).exists() or source.startswith((".", "/", "~"))
     _refuse_pickle(source)
-    if looks_local and not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds no config.json: wanted a folder with {label}.")
+    root = local_path(source, subfolder)
+    assert root is not None
+    folder = root / (subfolder or "")
+    if not (folder / "config.json").is_file():
+        shown_folder = folder if is_local(source) else where
+        raise ValueError(f"{shown_folder} holds no config.json: wanted a folder with {label}.")
     try:
         check_depth(read_config(source, subfolder) or {})
         return cls.from_pretrained(
-            source, subfolder=subfolder or "", use_safetensors=True, **(options or {})
+            str(root),
+            subfolder=subfolder or "",
+            use_safetensors=True,
+            **_loading_options(cls, source, subfolder),
+            **(options or {}),
         )
     except Exception as error:  # an untrusted config may fail in any way
-        hint = "" if looks_local else _HUB
-        raise ValueError(f"Cannot load {label} from {where}: {reason(error)}{hint}") from error
+        raise ValueError(f"Cannot load {label} from {where}: {reason(error)}") from error
+
+
+def _loading_options(cls: Any, source: str, subfolder: str | None) -> dict[str, Any]:
+    """Return what from_pretrained needs: the only variant that exists, and no code of others."""
+    if isinstance(cls, SimpleNamespace):
+        return {}
+    options: dict[str, Any] = {}
+    if cls.__module__.partition(".")[0] == "transformers":
+        options["trust_remote_code"] = False
+    variant = find_variant(source, subfolder)
+    return options if variant is None else {**options, "variant": variant}
 
 
 def load_whole(
@@ -148,14 +221,19 @@ def load_whole(
     Raises:
         ValueError: The object cannot be loaded, or its weights are incomplete.
     """
+    dtype = _DTYPE.get()
+    if dtype is not None:
+        of_transformers = cls.__module__.partition(".")[0] == "transformers"
+        options = {"dtype" if of_transformers else "torch_dtype": dtype, **(options or {})}
     unloaded = SimpleNamespace(from_pretrained=partial(_from_config, cls))
     if is_weightless():
         return load_pretrained(unloaded, source, subfolder, label=label, options=options)
     if is_single_file(source):
         with torch.device("meta"):
             model = load_pretrained(unloaded, source, subfolder, label=label)
-        dtype = (options or {}).get("torch_dtype", torch.float32)
-        return _fill(model, source, str(subfolder), dtype)
+        _fill(model, source, str(subfolder), _dtype_of(options))
+        check_finite(source, label, model.named_parameters())
+        return model
     _check_filled(unloaded, source, subfolder, label, spare)
     all_options = {**(options or {}), "output_loading_info": True}
     model, info = load_pretrained(cls, source, subfolder, label=label, options=all_options)
@@ -167,7 +245,52 @@ def load_whole(
             f"The weights in {source} lack {len(lacking)} of the tensors, such as {min(lacking)}: "
             "wanted weights that match its config."
         )
+    _refuse_left_out(source, label, map(str, info["unexpected_keys"]))
+    check_finite(source, label, model.named_parameters())
     return model
+
+
+def _dtype_of(options: Mapping[str, Any] | None) -> torch.dtype:
+    options = options or {}
+    dtype: torch.dtype = options.get("torch_dtype", options.get("dtype", torch.float32))
+    return dtype
+
+
+# What a file may hold beside the part that is read: the other half of CLIP, T5 or BERT.
+_IDLE = re.compile(
+    r"(vision_model|visual_projection|visual|decoder|lm_head|cls|pooler|text_projection)\b.*"
+    r"|(.*\.)?(position_ids|logit_scale)"
+)
+
+
+def _refuse_left_out(source: str, label: str, names: Iterable[str]) -> None:
+    """Refuse weights that the library leaves out although they change the result.
+
+    Raises:
+        ValueError: The file holds such weights.
+    """
+    unknown = sorted(name for name in names if _IDLE.fullmatch(name) is None)
+    if unknown:
+        raise ValueError(
+            f"{source} holds {len(unknown)} tensors that {label} of its config does not have, such "
+            f"as {unknown[0]}: they would be left out. Wanted weights that match its config."
+        )
+
+
+def check_finite(source: str, label: str, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse weights with inf or NaN, which would only generate black images.
+
+    Raises:
+        ValueError: A weight is not finite.
+    """
+    for name, weight in weights:
+        if weight.is_meta or not weight.is_floating_point() or not weight.numel():
+            continue
+        if not torch.stack(torch.aminmax(weight.detach())).isfinite().all():
+            raise ValueError(
+                f"The weights of {label} in {source} are not finite: the file is broken ({name}). "
+                "Download or export it again."
+            )
 
 
 def _check_filled(
@@ -178,8 +301,9 @@ def _check_filled(
     Raises:
         ValueError: The files have too few weights, or are not safetensors.
     """
-    stems = ("diffusion_pytorch_model", "model")
-    files = next((paths for stem in stems if (paths := find_weights(source, subfolder, stem))), [])
+    files = next(
+        (paths for stem in WEIGHT_STEMS if (paths := find_weights(source, subfolder, stem))), []
+    )
     if not files:
         return  # the library reports what is missing, and allocates nothing
     stored = sum(math.prod(shape) for path in files for shape in read_header(path).shapes.values())
@@ -228,6 +352,7 @@ def _from_config(
     subfolder: str,
     use_safetensors: bool,
     torch_dtype: Any = None,
+    dtype: Any = None,
 ) -> Any:
     """Build a model like from_pretrained, without reading weights."""
     if hasattr(cls, "load_config"):  # diffusers
@@ -236,10 +361,10 @@ def _from_config(
     from transformers import AutoConfig, AutoModel
 
     if cls is AutoModel:
-        config = AutoConfig.from_pretrained(source, subfolder=subfolder)
-        return AutoModel.from_config(config, dtype=config.dtype)
+        config = AutoConfig.from_pretrained(source, subfolder=subfolder, trust_remote_code=False)
+        return AutoModel.from_config(config, dtype=dtype or config.dtype, trust_remote_code=False)
     config = cls.config_class.from_pretrained(source, subfolder=subfolder)
-    return cls._from_config(config, dtype=config.dtype)
+    return cls._from_config(config, dtype=dtype or config.dtype)
 
 
 def _refuse_pickle(source: str) -> None:
@@ -273,76 +398,23 @@ def load_index(source: str) -> dict[str, Any]:
     if is_single_file(source):
         return file_index(open_ldm_file(source))
     _refuse_pickle(source)
-    if source.startswith((".", "/", "~")) and not Path(source).exists():
+    root = local_path(source)
+    assert root is not None
+    if not root.exists():
         raise ValueError(f"{source}: no such folder or checkpoint.")
-    if Path(source).is_file():
+    if root.is_file():
         raise ValueError(
             f"{source} is not a model: wanted a .ckpt, a .safetensors file, a folder or a hub id."
         )
-    if Path(source).exists() and not (Path(source) / "model_index.json").is_file():
+    if not (root / "model_index.json").is_file():
         raise ValueError(f"{source} holds no model_index.json: wanted a diffusers folder.")
     try:
-        index: Any = DiffusionPipeline.load_config(source)
+        index: Any = DiffusionPipeline.load_config(str(root))
     except Exception as error:  # an untrusted file may fail in any way
-        hint = "" if Path(source).exists() else _HUB
-        raise ValueError(
-            f"Cannot read model_index.json of {source}: {reason(error)}{hint}"
-        ) from error
+        raise ValueError(f"Cannot read model_index.json of {source}: {reason(error)}") from error
     if not isinstance(index, Mapping):
         raise ValueError(f"Cannot read model_index.json of {source}: wanted an object.")
     return dict(index)
-
-
-def find_file(source: str, subfolder: str | None, name: str) -> Path | None:
-    """Find a file of a local folder, or of a hub id in the local cache, without network."""
-    if Path(source).exists() or source.startswith((".", "/", "~")):
-        path = Path(source, subfolder or "", name)
-        return path if path.is_file() else None
-    from huggingface_hub import try_to_load_from_cache
-
-    cached = try_to_load_from_cache(source, str(Path(subfolder or "", name)))
-    return Path(cached) if isinstance(cached, str) else None
-
-
-def fetch_file(source: str, name: str) -> Path | None:
-    """Find an optional file of a local folder, or of a hub id, from which it is downloaded."""
-    if Path(source).exists() or source.startswith((".", "/", "~")):
-        return find_file(source, None, name)
-    return _fetch_from_hub(source, name)
-
-
-@cache  # without network, each attempt takes half a minute
-def _fetch_from_hub(source: str, name: str) -> Path | None:
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-
-    try:
-        known = try_to_load_from_cache(source, name)
-        if known is not None:  # a path, or a mark that the cached revision does not have the file
-            return Path(known) if isinstance(known, str) else None
-        return Path(hf_hub_download(source, name))
-    except Exception:  # without it, or without network; whether the model is there, its parts tell
-        return None
-
-
-def find_weights(source: str, subfolder: str | None, stem: str) -> list[Path]:
-    """Find STEM.safetensors, or the shards listed in its index; [] unless all exist.
-
-    For a single file, that file is returned, which holds all parts.
-    """
-    if is_single_file(source):
-        return [Path(source)]
-    single = find_file(source, subfolder, f"{stem}.safetensors")
-    if single is not None:
-        return [single]
-    index = find_file(source, subfolder, f"{stem}.safetensors.index.json")
-    if index is None:
-        return []
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(map(_is_file_name, weight_map.values())):
-        raise ValueError(f"{index} does not list the file of each tensor.")
-    names = sorted({*weight_map.values()})
-    shards = [find_file(source, subfolder, name) for name in names]
-    return [path for path in shards if path is not None] if all(shards) else []
 
 
 def read_config(source: str, subfolder: str | None) -> dict[str, Any] | None:
@@ -355,16 +427,3 @@ def read_config(source: str, subfolder: str | None) -> dict[str, Any] | None:
             return None
         config = read_json(path)
     return {k: v for k, v in config.items() if k != "transformers_version" and k[0] != "_"}
-
-
-def _is_file_name(value: object) -> bool:
-    return isinstance(value, str) and Path(value).name == value
-
-
-def digest(paths: Sequence[Path]) -> str | None:
-    """Hash the concatenated contents of files; None if there are no files."""
-    content = hashlib.blake2b(digest_size=16)
-    for path in paths:
-        with path.open("rb") as file:
-            hashlib.file_digest(file, lambda: content)
-    return content.hexdigest() if paths else None

@@ -1,0 +1,424 @@
+"""Verdicts on the settings of other trainers.
+
+They are kohya's scripts, OneTrainer, SimpleTuner and the scripts of diffusers.
+
+Which flags go together is settled by three numbers: the SNR that the schedule ends at, the share of
+the loss weight that is left for t >= 900, and the signal that the choice of noise brings back at T.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zsnr.doctor.diagnosis import Diagnosis, judge, schedule_facts
+from zsnr.loss import LossWeighting, WeightingName
+from zsnr.prediction import PredictionType
+from zsnr.schedule import NoiseSchedule
+from zsnr.untrusted import check_size, clipped, parse_object, shown
+
+_MAX_BYTES = 1 << 20
+_NOISY = 900  # the timesteps that decide brightness and layout
+_TRUE = ("true", "1", "yes", "on")
+_FALSE = ("false", "0", "no", "off", "none", "null", "")
+_Weight = Callable[[NoiseSchedule, PredictionType], Tensor]  # -> lambda_t, (T,)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a trainer's settings say about schedule, loss and noise.
+
+    Args:
+        program: The trainer.
+        prediction_type: What the network is trained to predict. None = by flow matching.
+        zero_terminal_snr: Whether the schedule is rescaled.
+        weights: Weights of the loss by their name; they are multiplied.
+        snr_before_rescale: Whether the weights are those of the schedule before the rescale.
+        noise_offset: Strength of offset noise.
+        multires: Whether the noise is pyramid (multi-resolution) noise.
+        nearest_of: K, if the nearest of K noises is chosen for each sample ("immiscible").
+        last_timestep: The noisiest timestep that is trained.
+        spacings: Timestep spacings of previews, by the name of their setting.
+    """
+
+    program: str
+    prediction_type: PredictionType | None
+    zero_terminal_snr: bool
+    weights: Mapping[str, _Weight] = field(default_factory=dict)
+    snr_before_rescale: bool = False
+    noise_offset: float = 0.0
+    multires: bool = False
+    nearest_of: int = 0
+    last_timestep: int = 999
+    spacings: Mapping[str, str] = field(default_factory=dict)
+
+
+def read_settings(path: Path) -> dict[str, Any] | None:
+    """Read a trainer's settings as one flat mapping, names without leading dashes.
+
+    Args:
+        path: A .toml or .json file, or a script or text with a command line.
+
+    Returns:
+        The settings; None if the file holds none of a known trainer.
+
+    Raises:
+        ValueError: The file is too large, or cannot be read.
+    """
+    check_size(path, _MAX_BYTES)
+    data = path.read_bytes()
+    match path.suffix.lower():
+        case ".toml":
+            try:
+                settings = _flat(tomllib.loads(data.decode("utf-8", "strict")))
+            except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+                raise ValueError(f"{path} is not readable TOML: {error}") from error
+        case ".json":
+            settings = _flat(parse_object(data, str(path)))
+        case _:
+            settings = dict(_options(data.decode("utf-8", "replace")))
+    return settings if _program(settings) is not None else None
+
+
+def examine_recipe(target: str, settings: Mapping[str, Any]) -> Diagnosis:
+    """Judge a trainer's settings.
+
+    Raises:
+        ValueError: They are of no known trainer, or a value is not what it must be.
+    """
+    recipe = read_recipe(settings)
+    kind = f"settings of {recipe.program}"
+    if recipe.prediction_type is None:
+        reason = "cannot be told: it trains by flow matching, which has no schedule of betas"
+        return Diagnosis(target, kind, "unknown", reason)
+    schedule = NoiseSchedule(zero_terminal_snr=recipe.zero_terminal_snr)
+    prediction = recipe.prediction_type
+    warnings, changes = [], []
+    facts: dict[str, Any] = {"prediction_type": prediction, **schedule_facts(schedule)}
+    lacking = None
+    possible = not (recipe.zero_terminal_snr and prediction == "epsilon")
+    if possible:
+        share, last = weight_shares(recipe)
+        facts |= {
+            "loss_weights": ", ".join(recipe.weights) or "uniform",
+            "loss_weight_t900": share,
+            "terminal_loss_weight": last,
+        }
+        if recipe.zero_terminal_snr and recipe.weights and share < 0.01:
+            names = " and ".join(recipe.weights)
+            lacking = (
+                f"zero SNR, but {names} leaves {100 * share:.2g} % of the loss weight for "
+                f"t >= {_NOISY} (uniform: 10 %): starting from pure noise is hardly trained"
+            )
+            changes.append(f"leave out {names}: a uniform loss trains all timesteps")
+        elif recipe.weights and share < 0.05:
+            warnings.append(_share_text(recipe, share))
+    if recipe.last_timestep < schedule.num_timesteps - 1:
+        lacking = lacking or (
+            f"timesteps above t = {recipe.last_timestep} are never trained, and sampling from pure "
+            "noise starts at t = 999"
+        )
+        changes.append("train up to the last timestep")
+    verdict, reason = judge(schedule, prediction, {}, lacking if recipe.zero_terminal_snr else None)
+    if verdict == "fixed":
+        reason = f"SNR_T = 0 and {prediction}: sample from the last timestep (trailing)"
+    elif verdict == "flawed":
+        changes.insert(0, "train v prediction with zero terminal SNR")
+        if lacking:
+            warnings.append(lacking)
+    elif not possible:
+        changes.insert(0, "train v prediction: with zero terminal SNR, eps says nothing about x_0")
+    warnings += _noise_warnings(recipe)
+    for name, spacing in recipe.spacings.items():
+        if spacing != "trailing":
+            warnings.append(f"{name}={spacing}: previews do not start at T. Use trailing")
+    return Diagnosis(target, kind, verdict, reason, facts, tuple(warnings), tuple(changes))
+
+
+def trained_with(metadata: Mapping[str, str]) -> Recipe | None:
+    """Return what kohya's scripts wrote about the training of a file; None = nothing."""
+    settings = {name[3:]: text for name, text in metadata.items() if name.startswith("ss_")}
+    if "debiased_estimation" in settings:
+        settings["debiased_estimation_loss"] = settings["debiased_estimation"]
+    try:
+        return _kohya(settings) if settings else None
+    except ValueError:  # a value of another program, which is no reason to refuse the file
+        return None
+
+
+def recipe_warnings(recipe: Recipe) -> list[str]:
+    """Return what is wrong with the loss and the noise of a recipe, in sentences."""
+    warnings = [*_noise_warnings(recipe)]
+    if recipe.weights and recipe.prediction_type is not None:
+        possible = recipe.snr_before_rescale or recipe.prediction_type != "epsilon"
+        if possible or not recipe.zero_terminal_snr:
+            share, _ = weight_shares(recipe)
+            if share < 0.05:
+                warnings.append(_share_text(recipe, share))
+    return warnings
+
+
+def _share_text(recipe: Recipe, share: float) -> str:
+    return (
+        f"{' and '.join(recipe.weights)} leaves {100 * share:.2g} % of the loss weight for "
+        f"t >= {_NOISY} (uniform: 10 %), which decide brightness and layout"
+    )
+
+
+def weight_shares(recipe: Recipe) -> tuple[float, float]:
+    """Return the share of the loss weight for t >= 900, and the last weight over the mean."""
+    assert recipe.prediction_type is not None
+    rescaled = recipe.zero_terminal_snr and not recipe.snr_before_rescale
+    schedule = NoiseSchedule(zero_terminal_snr=rescaled)
+    table = torch.ones_like(schedule.snr)
+    for weight in recipe.weights.values():
+        table = table * weight(schedule, recipe.prediction_type)
+    table[recipe.last_timestep + 1 :] = 0
+    return float(table[_NOISY:].sum() / table.sum()), float(table[-1] / table.mean())
+
+
+def nearest_noise_leak(count: int, dimensions: int = 64 * 64 * 4) -> tuple[float, float]:
+    """Compute what choosing the nearest of K noises to x_0 leaves of the image at T.
+
+    Chosen by the inner product with x_0, the noise has the mean m along x_0 / |x_0|, the expected
+    maximum of K standard normals. For x_0 of unit variance in N dimensions, |x_0| = sqrt(N), so
+    x_T = eps holds m / sqrt(N) of x_0, as much as a schedule with that sqrt(abar_T). Chosen by the
+    squared distance, which the norm of the noise takes part in, it is sqrt(2 / 3) of that.
+
+    Args:
+        count: K.
+        dimensions: N.
+
+    Returns:
+        m, and m / sqrt(N).
+    """
+    x = torch.linspace(0, 12, 12_001, dtype=torch.float64)
+    above = torch.special.ndtr(-x)
+    mean = float(torch.trapezoid(1 - (1 - above) ** count - above**count, x))
+    return mean, mean / math.sqrt(dimensions)
+
+
+def _noise_warnings(recipe: Recipe) -> Iterator[str]:
+    kinds = []
+    if recipe.noise_offset:
+        kinds.append(f"offset noise of {recipe.noise_offset:g}")
+    if recipe.multires:
+        kinds.append("multi-resolution noise")
+    for kind in kinds:
+        if recipe.zero_terminal_snr:
+            yield (
+                f"{kind} beside zero terminal SNR: it was made for schedules that keep signal, and "
+                "trains on noise that sampling never starts from"
+            )
+        else:
+            yield f"{kind} hides the flaw of the schedule and does not repair it"
+    if recipe.nearest_of > 1:
+        mean, leak = nearest_noise_leak(recipe.nearest_of)
+        yield (
+            f"the nearest of {recipe.nearest_of} noises has a mean of up to {mean:.2f} along the "
+            f"image: it leaves as much of it at T as sqrt(abar_T) = {leak:.3f} (64x64x4 latents of "
+            "unit variance). Pairing noises within a batch does not"
+        )
+
+
+# What the programs' settings mean
+
+
+def read_recipe(settings: Mapping[str, Any]) -> Recipe:
+    """Return what settings mean to the trainer that reads them, with its defaults.
+
+    Raises:
+        ValueError: They are of no known trainer, or a value is not what it must be.
+    """
+    program = _program(settings)
+    if program is None:
+        raise ValueError("These are settings of no trainer that is known here.")
+    return {
+        "kohya's scripts": _kohya,
+        "OneTrainer": _onetrainer,
+        "SimpleTuner": _simpletuner,
+        "diffusers' scripts": _diffusers,
+    }[program](settings)
+
+
+_KOHYA = (
+    *("v_parameterization", "zero_terminal_snr", "min_snr_gamma", "debiased_estimation_loss"),
+    *("scale_v_pred_loss_like_noise_pred", "v_pred_like_loss", "multires_noise_iterations"),
+    *("network_module", "ip_noise_gamma", "adaptive_noise_scale", "noise_offset_type"),
+    *("sdxl_prediction_type", "caption_extension", "network_dim", "enable_bucket"),
+)
+_ONETRAINER = (
+    *("rescale_noise_scheduler_to_zero_terminal_snr", "force_v_prediction", "loss_weight_fn"),
+    *("force_epsilon_prediction", "training_method", "offset_noise_weight"),
+)
+_SIMPLETUNER = (
+    *("model_family", "inference_scheduler_timestep_spacing", "data_backend_config"),
+    *("training_scheduler_timestep_spacing", "lora_type", "snr_weight"),
+)
+_DIFFUSERS = ("snr_gamma", "pretrained_model_name_or_path", "prediction_type", "dataset_name")
+
+
+def _program(settings: Mapping[str, Any]) -> str | None:
+    """Recognize the trainer by the names of its settings."""
+    for program, names in (
+        ("OneTrainer", _ONETRAINER),
+        ("SimpleTuner", _SIMPLETUNER),
+        ("kohya's scripts", _KOHYA),
+        ("diffusers' scripts", _DIFFUSERS),
+    ):
+        if any(name in settings for name in names):
+            return program
+    return None
+
+
+def _kohya(settings: Mapping[str, Any]) -> Recipe:
+    weights: dict[str, _Weight] = {}
+    gamma = _number(settings, "min_snr_gamma")
+    if gamma:
+        weights["min-SNR"] = _weighting("min_snr", gamma)
+    if _flag(settings, "scale_v_pred_loss_like_noise_pred"):
+        weights["scale_v_pred_loss_like_noise_pred"] = _weighting("snr")
+    if _flag(settings, "debiased_estimation_loss"):
+        weights["debiased estimation"] = lambda schedule, kind: (
+            1 / (schedule.snr + 1)
+            if kind == "v_prediction"
+            else schedule.snr.clamp(max=1000).rsqrt()
+        )
+    said = str(settings.get("sdxl_prediction_type", ""))
+    v = _flag(settings, "v_parameterization") or said == "v_prediction"
+    flow = _flag(settings, "flow_model") or said == "rectified_flow"
+    last = _number(settings, "max_timestep")
+    return Recipe(
+        "kohya's scripts",
+        None if flow else "v_prediction" if v else "epsilon",
+        _flag(settings, "zero_terminal_snr"),
+        weights,
+        snr_before_rescale=True,
+        noise_offset=_number(settings, "noise_offset"),
+        multires=_number(settings, "multires_noise_iterations") > 0,
+        nearest_of=int(_number(settings, "immiscible_noise") or _number(settings, "immiscible")),
+        last_timestep=min(999, int(last) - 1) if last else 999,
+    )
+
+
+def _onetrainer(settings: Mapping[str, Any]) -> Recipe:
+    weights: dict[str, _Weight] = {}
+    strength = _number(settings, "loss_weight_strength") or 5.0
+    match str(settings.get("loss_weight_fn", "CONSTANT")).upper():
+        case "MIN_SNR_GAMMA":
+            weights["min-SNR"] = _weighting("min_snr", strength)
+        case "DEBIASED_ESTIMATION":
+            weights["debiased estimation"] = lambda schedule, kind: (
+                schedule.snr.clamp(max=1000) + (kind == "v_prediction")
+            ).rsqrt()
+        case "P2":
+            weights["P2"] = lambda schedule, _: (1 + schedule.snr) ** -strength
+        case "CONSTANT" | "SIGMA" | "":
+            pass
+        case other:
+            raise ValueError(f"loss_weight_fn={shown(other)} is unknown.")
+    zero = _flag(settings, "rescale_noise_scheduler_to_zero_terminal_snr")
+    v = zero or _flag(settings, "force_v_prediction")
+    strength_limit = settings.get("max_noising_strength")
+    last = 999
+    if strength_limit is not None:
+        last = min(999, max(0, int(1000 * _number(settings, "max_noising_strength")) - 1))
+    return Recipe(
+        "OneTrainer",
+        "v_prediction" if v else "epsilon",
+        zero,
+        weights,
+        noise_offset=_number(settings, "offset_noise_weight"),
+        last_timestep=last,
+    )
+
+
+def _simpletuner(settings: Mapping[str, Any]) -> Recipe:
+    recipe = replace(_diffusers(settings), program="SimpleTuner")
+    names = ("training_scheduler_timestep_spacing", "inference_scheduler_timestep_spacing")
+    spacings = {name: str(settings[name]) for name in names[1:] if name in settings}
+    family = str(settings.get("model_family", "sdxl")).lower()
+    if family not in ("sdxl", "sd1x", "sd2x", "sd15", "sd21", "kolors", "legacy"):
+        return replace(recipe, prediction_type=None, spacings={})
+    return replace(recipe, spacings=spacings)
+
+
+def _diffusers(settings: Mapping[str, Any]) -> Recipe:
+    weights: dict[str, _Weight] = {}
+    gamma = _number(settings, "snr_gamma")
+    if gamma:
+        weights["min-SNR"] = _weighting("min_snr", gamma)
+    said = str(settings.get("prediction_type") or "epsilon").lower()
+    kinds: dict[str, PredictionType | None] = {
+        "epsilon": "epsilon",
+        "v_prediction": "v_prediction",
+        "sample": "sample",
+        "flow_matching": None,
+    }
+    if said not in kinds:
+        raise ValueError(f"prediction_type={shown(said)} is unknown. Known: {', '.join(kinds)}.")
+    offset = "offset_noise" not in settings or _flag(settings, "offset_noise")
+    return Recipe(
+        "diffusers' scripts",
+        kinds[said],
+        _flag(settings, "rescale_betas_zero_snr"),
+        weights,
+        noise_offset=_number(settings, "noise_offset") if offset else 0.0,
+    )
+
+
+def _weighting(name: WeightingName, gamma: float = 5.0) -> _Weight:
+    return LossWeighting(name, gamma, allow_zero_terminal_weight=True).table
+
+
+# Reading
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of all sections by their own names, without leading dashes."""
+    values: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            values = {**_flat(value), **values}
+        else:
+            values[str(name).lstrip("-")] = value
+    return values
+
+
+def _options(text: str) -> Iterator[tuple[str, Any]]:
+    """Yield the options of a command line."""
+    text = re.sub(r"(?m)^\s*(#|REM\b).*$", "", text)
+    text = re.sub(r"[\\`^]\s*\n", " ", text)
+    for match in re.finditer(r"--([A-Za-z]\w*)(?:[= ]\s*(\"[^\"]*\"|'[^']*'|(?!--)\S+))?", text):
+        value = match[2]
+        yield match[1], True if value is None else value.strip("\"'")
+
+
+def _flag(settings: Mapping[str, Any], name: str) -> bool:
+    value = str(settings.get(name, False)).strip().lower()
+    if value in _TRUE:
+        return True
+    if value in _FALSE:
+        return False
+    raise ValueError(f"{name}={shown(settings[name])}: wanted true or false.")
+
+
+def _number(settings: Mapping[str, Any], name: str) -> float:
+    value = settings.get(name)
+    if value is None or str(value).strip().lower() in _FALSE or value is True:
+        return 0.0
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}={clipped(str(value))}: wanted a number.") from error
+    if not math.isfinite(number):
+        raise ValueError(f"{name}={value}: wanted a finite number.")
+    return number
