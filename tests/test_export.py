@@ -872,3 +872,41 @@ def test_a_checkpoint_that_cannot_go_is_refused_before_its_weights(tmp_path, mon
     command = ["export", str(tmp_path / "pixels.ckpt"), "--output", str(tmp_path / "out")]
     assert main(command) == 2
     assert "PixelCodec" in capsys.readouterr().err
+
+
+def test_an_export_is_uploaded(run, capsys, monkeypatch):
+    done = []
+
+    class Hub:
+        def create_repo(self, repo, **options):
+            done.append((repo, options))
+            return f"https://hub/{repo}"
+
+        def upload_folder(self, *, repo_id, folder_path):
+            done.append(sorted(path.name for path in folder_path.iterdir()))
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "token")
+    command = ["export", str(run), "--output", str(run / "pushed"), "--push", "me/model"]
+    assert main(command) == 0
+    assert capsys.readouterr().out == f"{run / 'pushed'}\nhttps://hub/me/model\n"
+    assert done[0] == ("me/model", {"private": True, "exist_ok": True})
+    assert {"README.md", "model_index.json", "unet"} <= {*done[1]}
+
+    monkeypatch.setattr(Hub, "upload_folder", lambda *_, **__: 1 / 0)
+    command[3] = str(run / "kept")
+    assert main(command) == 2
+    assert f"{run / 'kept'} is complete, but was not uploaded" in capsys.readouterr().err
+    assert (run / "kept" / "model_index.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("repo", "token", "message"),
+    [("model", "x", "wanted OWNER/NAME"), ("me/model", None, "nobody is logged in to the hub")],
+)
+def test_an_upload_that_cannot_be_is_refused_first(run, capsys, monkeypatch, repo, token, message):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: token)
+    command = ["export", str(run), "--output", str(run / "never"), "--push", repo]
+    assert main(command) == 2
+    assert message in capsys.readouterr().err
+    assert not (run / "never").exists()

@@ -29,6 +29,7 @@ def export(
     raw: bool = False,
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None,
     zero_terminal_snr: bool = False,
+    push: str | None = None,
 ) -> Result:
     """Write a model for diffusers, ComfyUI and A1111.
 
@@ -49,16 +50,20 @@ def export(
         dtype: Data type of the weights.
         raw: Write the raw weights instead of the averaged ones.
         prediction_type: What the network predicts. Default: what the model declares.
+        push: Also upload it to this model repository on the hub, OWNER/NAME. A new one is private.
         zero_terminal_snr: Take Stable Diffusion's schedule with zero terminal SNR instead of the
             schedule that the model declares.
     """
     from zsnr.checkpoints.run_folder import resolve_model
     from zsnr.files import check_new
+    from zsnr.interop import hub
     from zsnr.interop.export import Form, export_diffusers, read_exportable
     from zsnr.interop.lora import write_lora
 
     path = Path(output).expanduser()
     check_new(path)
+    if push is not None:
+        hub.check_push(push)
     kind = _format(path, format, merge)
     adapters = kind in _LAYOUTS
     form: Form = "lora" if adapters else "single-file" if kind == "single-file" else "diffusers"
@@ -91,7 +96,11 @@ def export(
         "image_size": model.image_size,
         "terminal_snr": float(model.schedule.snr[-1]),
     }
-    return Result(written, str(path))
+    if push is None:
+        return Result(written, str(path))
+    print(printable(f"uploading to {push}"), file=sys.stderr)
+    address = hub.push(path, push)
+    return Result({**written, "hub": address}, f"{path}\n{address}")
 
 
 def _format(path: Path, asked: Format | None, merge: bool) -> Format:
