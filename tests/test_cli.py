@@ -355,7 +355,7 @@ def test_an_own_sampler_by_its_class_path(run, folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model.lerning_rate", "1"], "Did you mean model.learning_rate?"),
+        (["--model.lerning_rate", "1"], "Did you mean --model.learning_rate?"),
         (["--modle.x=1"], "modle.x"),
         (["-c", "BAD"], "model has no `schedul`. Did you mean `schedule`?"),
         (["-c", "/nowhere.yaml"], "/nowhere.yaml cannot be read: No such file"),
@@ -367,7 +367,7 @@ def test_an_own_sampler_by_its_class_path(run, folder, tmp_path, monkeypatch):
         (["--model.sampling.sampler.eta=0.5"], "Known: DDIM, DDPM, DEIS, DPMpp2M"),
         (["--num-steps=0"], "num_steps=0: wanted an int of at least 1"),
         (["--sampler", "plms"], "Sampler 'plms' is unknown. Known: 'ddim'"),
-        (["--model.codec.init_args.patchsize=3"], "Did you mean model.codec.init_args.patch_size?"),
+        (["--model.codec.init_args.patchsize=3"], "Did you mean --model.codec.init_args.patch_size?"),
         (["--model.schedule.betas=sigmoid"], "'linear', 'cosine', 'scaled_linear'"),
         (["--trainer.max_steps=many"], "trainer.max_steps"),
         (["--model.prediction_type=epsilon"], "no x_0 at t=999"),

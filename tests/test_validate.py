@@ -297,7 +297,7 @@ def test_a_model_that_has_collapsed_is_no_error(folder, run, tmp_path, capsys, m
         (["--metrics.output", "OUT/a.txt"], "a name that ends in .json"),
         (["--metrics.output", "CONFIG"], "ends in .json"),
         (["--metrics.save_images", "SHARDS"], "exists: choose another name"),
-        (["--metrics.featurs", "x"], "Did you mean metrics.features?"),
+        (["--metrics.featurs", "x"], "Did you mean --metrics.features?"),
         (["--metrics.features.class_path", "nowhere.Net"], "nowhere"),
     ],
 )
