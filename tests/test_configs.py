@@ -361,7 +361,7 @@ def test_a_checkpoint_may_name_the_class_of_an_argument(tmp_path, capsys):
 def test_an_option_of_a_list_is_one_of_its_last_class():
     callback = ["--trainer.callbacks+=zsnr.training.Previews", "--trainer.callbacks.prompts=[a]"]
     parse_fit(["-c", TINY, *callback, "--trainer.callbacks.init_args.every_n_steps=4"])
-    with pytest.raises(ValueError, match="Did you mean trainer.callbacks.init_args.every_n_steps"):
+    with pytest.raises(ValueError, match="Did you mean --trainer.callbacks.init_args.every_n_steps"):
         parse_fit(["-c", TINY, *callback, "--trainer.callbacks.init_args.every_n_step=4"])
 
 

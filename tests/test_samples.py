@@ -260,7 +260,7 @@ def test_a_folder_without_data_says_what_it_holds(tmp_path, capsys):
     assert f"There are some in {tmp_path / 'train'}." in failed(capsys, tmp_path)
 
 
-@pytest.mark.filterwarnings("ignore:An embedded color profile")
+@pytest.mark.filterwarnings("ignore:The embedded color profile")
 def test_large_metadata_of_a_png_is_no_fault(tmp_path):
     text = PngImagePlugin.PngInfo()
     text.add_text("workflow", '{"node": 1}, ' * 120000, zip=True)

@@ -21,6 +21,7 @@ from zsnr.data.local_cache import LocalCache
 from zsnr.data.scan import FIELD, file_state, make_index
 from zsnr.data.sources import Shard, Sources, find_shards
 from zsnr.data.storage import Retries, Storage, StorageError, is_remote
+from zsnr.failures import tame_output
 from zsnr.locks import Lock
 from zsnr.public import public_url
 from zsnr.untrusted import clipped
@@ -173,7 +174,7 @@ def load_index(
     unwritten: list[str] = []
     pool: Executor = ThreadPoolExecutor(8)
     if processes > 1:
-        pool = ProcessPoolExecutor(processes, get_context("spawn"))
+        pool = ProcessPoolExecutor(processes, get_context("spawn"), initializer=tame_output)
     try:
         with progress_bar(len(shards), "index", "shard", show=progress, delay=2) as bar:
             for part, passing, reason in pool.map(load, shards):
