@@ -332,7 +332,16 @@ MISTAKES = [
     ("-c", "-c names no file"),
     ("--nonsense 3", "There is no option --nonsense. `zsnr fit --help` shows the options."),
 ]
-INTERNALS = ("NestedArg", "Parser key", "Union", "Namespace", "Traceback", "<class", "typing.", "class_path '")
+INTERNALS = (
+    "NestedArg",
+    "Parser key",
+    "Union",
+    "Namespace",
+    "Traceback",
+    "<class",
+    "typing.",
+    "class_path '",
+)
 
 
 @pytest.mark.parametrize(("typed", "answer"), MISTAKES)
@@ -361,7 +370,9 @@ def test_a_checkpoint_may_name_the_class_of_an_argument(tmp_path, capsys):
 def test_an_option_of_a_list_is_one_of_its_last_class():
     callback = ["--trainer.callbacks+=zsnr.training.Previews", "--trainer.callbacks.prompts=[a]"]
     parse_fit(["-c", TINY, *callback, "--trainer.callbacks.init_args.every_n_steps=4"])
-    with pytest.raises(ValueError, match="Did you mean --trainer.callbacks.init_args.every_n_steps"):
+    with pytest.raises(
+        ValueError, match="Did you mean --trainer.callbacks.init_args.every_n_steps"
+    ):
         parse_fit(["-c", TINY, *callback, "--trainer.callbacks.init_args.every_n_step=4"])
 
 

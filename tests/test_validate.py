@@ -277,7 +277,7 @@ def test_a_model_that_has_collapsed_is_no_error(folder, run, tmp_path, capsys, m
         (["--metrics.num_images", "13"], "captions of 12 images, and num_images=13"),
         (["--metrics.num_images", "0"], "num_images=0"),
         (["--metrics.batch_size", "0"], "metrics.batch_size=0"),
-        (["--metrics.real", "/nowhere"], "No shards at /nowhere"),
+        (["--metrics.real", "/nowhere"], "/nowhere does not exist"),
         (["--metrics.statistics", "OUT/real.npz"], "ending in .safetensors"),
         (
             ["--metrics.statistics", "CONFIG/r.safetensors"],

@@ -430,7 +430,7 @@ def _index_folder(shard: Shard, storage: Storage) -> ShardIndex:
             if len(spans) == 1:
                 tip = f"; {unread[0]} is not read: write it as {METADATA}" if unread else ""
                 raise ValueError(
-                    f"it has no caption: no {Path(text).name}, no line in {METADATA}{tip}"
+                    f"it has no caption: no .txt file of its name, no line in {METADATA}{tip}"
                 )
             rows.add(key, size, spans, _filterable(fields), text_fields(content, fields))
         except (ValueError, EOFError, *_OF_THE_FILE) as error:

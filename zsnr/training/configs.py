@@ -36,7 +36,7 @@ from zsnr.training.settings import (
 )
 from zsnr.training.short_options import SHORT_OPTIONS, option_values
 from zsnr.training.suggestions import find_class, known_text, no_class, spelled, suggest
-from zsnr.untrusted import clipped, compose_yaml, parse_yaml, read_yaml_text, shown
+from zsnr.untrusted import clipped, compose_yaml, near_path, parse_yaml, read_yaml_text, shown
 
 _TAG = "tag:yaml.org,2002:"
 _NUMBERS = (int, float)
@@ -144,9 +144,7 @@ def config_files(arguments: Sequence[str]) -> Iterator[Path]:
 
 def _read(path: Path) -> Any:
     if not path.exists():
-        beside = [str(each) for each in path.parent.glob("*.yaml")]
-        near = difflib.get_close_matches(str(path), beside, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
+        hint = near_path(path)
         if not path.suffix:
             hint = f" `zsnr configs copy {path}` copies a shipped file of that name." + hint
         raise ValueError(f"{path} cannot be read: No such file or directory.{hint}")
