@@ -434,6 +434,18 @@ def test_the_ledger(tmp_path):
     assert summarize([]) == ""
 
 
+def test_a_folder_of_images_takes_no_folder_for_its_index(tmp_path, capsys):
+    source, output = tmp_path / "photos", tmp_path / "index"
+    source.mkdir()
+    (source / "a.png").write_bytes(tiny.png((9, 9, 9)))
+    (source / "a.txt").write_text("a")
+    assert main(["data", "index", str(source), "--output", str(output)]) == 2
+    assert "a folder of images, which has no index file" in capsys.readouterr().err
+    assert not output.exists()
+    assert main(["data", "index", str(source)]) == 0
+    assert "have no index file: they are listed each time" in capsys.readouterr().out
+
+
 def test_one_cause_is_one_line_with_two_examples(tmp_path):
     for name in ("IMG", "DSC_7", "a", "my photo 3", "c.v1.2"):
         PIL.Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.jpg")

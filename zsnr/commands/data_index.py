@@ -29,7 +29,8 @@ def data_index(
 
     Args:
         source: A folder of shards or images, a pattern such as 'https://host/{000..099}.tar', ...
-        output: Folder for the index files. Shards behind an address need it.
+        output: Folder for the index files. Shards behind an address need it; folders of images
+            have no index files.
         ledger: Write a list of what is broken, as JSON lines, to this file.
         timeout: Seconds until a server counts as stalled.
         processes: Number of processes that read shards at once. Default: threads of one process.

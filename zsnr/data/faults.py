@@ -143,6 +143,10 @@ class Tally:
         self._groups[group] = count + 1, examples
 
     def summary(self, kinds: Sequence[str] = _KINDS) -> str:
+        """List the reasons, most common first, with two examples each, on one line."""
+        return "; ".join(self.reasons(kinds))
+
+    def reasons(self, kinds: Sequence[str] = _KINDS) -> list[str]:
         """List the reasons, most common first, with two examples each."""
         groups = [group for (kind, _), group in self._groups.items() if kind in kinds]
         lines = []
@@ -154,7 +158,7 @@ class Tally:
             lines.append(f"{count} x {first.kind}: {first.reason} ({such_as}{_places(examples)})")
         if len(groups) > _MAX_LISTED:
             lines.append(f"and {len(groups) - _MAX_LISTED} other reasons")
-        return "; ".join(lines)
+        return lines
 
 
 def _cause(fault: Fault) -> str:
