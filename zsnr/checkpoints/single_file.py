@@ -63,6 +63,12 @@ _SILENT = {
     "scaling_factor",
     "shift_factor",
 }
+# What a UNet is conditioned on, by its addition_embed_type
+_POOLED = {
+    None: "the tokens of the prompt alone",
+    "text": "a vector pooled from the prompt too (pooled_context: true)",
+    "text_time": "the pooled prompt and the image size too",
+}
 _IRRELEVANT = {
     "bos_token_id",
     "eos_token_id",
@@ -273,17 +279,18 @@ def _parts(model: Model) -> tuple[Family, dict[str, _Part], dict[str, dict[str, 
     """
     _check_marks(model)
     if not isinstance(model.codec, AutoencoderKLCodec):
-        raise _cannot_hold(f"{type(model.codec).__name__}: it supports AutoencoderKLCodec only")
+        raise _cannot_hold(f"a codec other than AutoencoderKL, {_name(model.codec)}", folder=False)
     if isinstance(model.unet, AdaptedUNet):
-        raise _cannot_hold("adapters beside the UNet: merge them first")
+        raise _cannot_hold("adapters beside the UNet, which --merge merges into it")
     family, parts, tokenizers = _text_parts(model.conditioner)
     codec, unet = model.codec.load(), model.unet.unet
-    unet_settings = _settings("unet", "UNet", type(unet), unet.config)
-    if (unet_settings["addition_embed_type"] == "text_time") != (family == "xl"):
+    pooled, usual = unet.config.get("addition_embed_type"), "text_time" if family == "xl" else None
+    if pooled != usual:
         raise _cannot_hold(
-            f"a UNet with addition_embed_type={unet_settings['addition_embed_type']!r} beside a "
-            f"{type(model.conditioner).__name__}"
+            f"a UNet that is conditioned on {_POOLED.get(pooled, pooled)}, where that of "
+            f"{NAMES[family]} is conditioned on {_POOLED[usual]}"
         )
+    unet_settings = _settings("unet", "UNet", type(unet), unet.config)
     parts["unet"] = _Part(unet_settings, lambda: ldm_unet(unet.state_dict(), unet_settings))
     vae = codec._vae
     vae_settings = {
@@ -306,12 +313,13 @@ def is_marked_schedule(schedule: NoiseSchedule) -> bool:
 def _check_marks(model: Model) -> None:
     """Refuse a model whose schedule or prediction type the marks cannot express."""
     if model.prediction_type not in ("v_prediction", "epsilon"):
-        raise _cannot_hold(f"prediction_type={model.prediction_type!r}: it has no mark for that")
+        raise _cannot_hold(
+            f"prediction_type={model.prediction_type!r}, for which files have no mark"
+        )
     if not is_marked_schedule(model.schedule):
         raise _cannot_hold(
-            "this schedule: its marks stand for Stable Diffusion's schedule (scaled_linear, "
-            "0.00085 to 0.012, 1000 timesteps) with or without zero_terminal_snr, and every "
-            "reader would sample on that"
+            "another noise schedule than Stable Diffusion's (scaled_linear, 0.00085 to 0.012, 1000 "
+            "timesteps, with or without zero_terminal_snr), on which every program would sample it"
         )
 
 
@@ -322,16 +330,21 @@ def _text_parts(
     if isinstance(conditioner, SDXLConditioner):
         return _sdxl_text_parts(conditioner)
     if not isinstance(conditioner, TransformersConditioner):
-        raise _cannot_hold(f"{type(conditioner).__name__}: it supports CLIP text encoders only")
+        raise _cannot_hold(f"no CLIP text encoder but {_name(conditioner)}", folder=False)
     encoder: Any = conditioner.encoder
     if encoder.config.model_type != "clip_text_model":
-        raise _cannot_hold(
-            f"a text encoder of type {encoder.config.model_type!r}: it supports CLIP's only"
-        )
+        kind = encoder.config.model_type
+        raise _cannot_hold(f"no CLIP text encoder but one of type {kind!r}", folder=False)
     if conditioner._use_mask:
-        raise _cannot_hold("use_mask: true; readers do not mask padding in the text encoder")
+        raise _cannot_hold(
+            "use_mask: true, but other programs do not mask padding in the text encoder",
+            folder=False,
+        )
     if conditioner._layer != -1 and not conditioner._final_norm:
-        raise _cannot_hold("final_norm: false; readers apply the final norm to the context")
+        raise _cannot_hold(
+            "final_norm: false, but other programs apply the final norm to the context",
+            folder=False,
+        )
     layers = int(encoder.config.num_hidden_layers)
     # hidden_states[i] is the output of i layers; that of the last layer, [-1], includes the norm.
     used = layers if conditioner._layer == -1 else range(layers + 1)[conditioner._layer]
@@ -342,7 +355,7 @@ def _text_parts(
         "num_hidden_layers": used,
     }
     if used == 0 or (family == "v2" and used > 23):
-        raise _cannot_hold(f"a text encoder with {used} layers: wanted 1 to 23 for SD 2")
+        raise _cannot_hold(f"a text encoder with {used} layers, where SD 2 has 1 to 23")
     # Stable Diffusion 2's files also hold the layer after the last one that is used.
     stored_layers = used if family == "v1" else used + 1
     rename = ldm_clip if family == "v1" else ldm_open_clip
@@ -376,8 +389,8 @@ def _sdxl_text_parts(
         actual = _tokenizer(tokenize, conditioner._max_length, encoder)
         if actual != expected:
             raise _cannot_hold(
-                f"the {part} of this SDXL, which adds other tokens after the prompt: readers use "
-                f"the one that this package calls {expected!r}"
+                f"a {part} that adds other tokens after the prompt than the one other programs "
+                f"use, which this package calls {expected!r}"
             )
         tokenizers[part] = {"name": expected, "max_length": conditioner._max_length}
     return "xl", parts, tokenizers
@@ -408,7 +421,7 @@ def _tokenizer(tokenize: Tokenizer, max_length: int, encoder: Any) -> str:
         fits = ids.shape == expected.shape and bool(expected.max() < len(rows))
         if fits and rows[ids].equal(rows[expected]):
             return name
-    raise _cannot_hold("a tokenizer other than CLIP's, which readers use")
+    raise _cannot_hold("a tokenizer other than CLIP's, which other programs use")
 
 
 def _settings(part: str, label: str, cls: type, config: Any) -> dict[str, Any]:
@@ -430,7 +443,7 @@ def _settings(part: str, label: str, cls: type, config: Any) -> dict[str, Any]:
             if name in ("self", "dropout") or name in checks:
                 continue
             if plain.get(name, default) != default:
-                raise _cannot_hold(f"a {label} with {name}={plain[name]!r}: wanted {default!r}")
+                raise _cannot_hold(f"a {label} with {name}={plain[name]!r} instead of {default!r}")
     return settings
 
 
@@ -458,8 +471,8 @@ def _is_custom_size(
         name, value = min(different.items())
         part, _, key = name.partition(".")
         raise _cannot_hold(
-            f"{name}={value!r} in a model of {NAMES[family]}'s size: readers would use that "
-            f"model's value, {public[part][key]!r}"
+            f"{name}={value!r} and otherwise {NAMES[family]}'s size, so that other programs would "
+            f"use that model's value, {public[part][key]!r}"
         )
     return bool(different)
 
@@ -539,8 +552,23 @@ def _cast(weights: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[Tensor]
         yield cast.view(-1).view(torch.uint8)
 
 
-def _cannot_hold(feature: str) -> ValueError:
+def _name(part: object) -> str:
+    return type(part).__name__
+
+
+def _cannot_hold(feature: str, folder: bool = True) -> ValueError:
+    """Say why a model cannot be a single file, and the way out.
+
+    Args:
+        feature: What it has, as an object of "has".
+        folder: Whether a diffusers folder can hold the model.
+    """
+    way_out = (
+        "Write a diffusers folder instead, with an --output that does not end in .safetensors."
+        if folder
+        else "Use the checkpoint itself, as `zsnr sample` does."
+    )
     return ValueError(
-        f"A single file in the ldm layout cannot hold {feature}. Export to a diffusers folder, or "
-        "use the checkpoint."
+        "This model cannot be a single file, which other programs read as Stable Diffusion 1, 2 or "
+        f"XL: it has {feature}. {way_out}"
     )

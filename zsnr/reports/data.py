@@ -186,7 +186,9 @@ def write_data_report(
 def report_text(facts: Mapping[str, Any], page: Path) -> str:
     """Write the main findings of a report for a terminal."""
     size = facts["image_size"]
-    origin = "as --image-size says" if facts["image_size_is_given"] else "the default of --image-size"
+    origin = (
+        "as --image-size says" if facts["image_size_is_given"] else "the default of --image-size"
+    )
     pixels = facts["spaces"][0]
     used = f", of which {facts['kept']} are used" * (facts["kept"] < facts["samples"])
     rows = [
