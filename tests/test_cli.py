@@ -24,6 +24,7 @@ from zsnr.commands.figure import figure
 from zsnr.commands.options import SamplerOptions, SamplingOptions
 from zsnr.commands.parsing import make_parser, parameters_of, parse_arguments
 from zsnr.commands.sample import sample
+from zsnr.files import path_metavar
 from zsnr.guidance import Guidance
 from zsnr.pipeline import TextToImage
 from zsnr.progress import progress_bar
@@ -506,7 +507,8 @@ def test_the_help_of_a_command_describes_every_parameter_of_its_function(command
             assert f"--{name.replace('_', '-')}" in text
     assert ("--json" in text) == hasattr(hints["return"], "to_json")
     if "output" in parameters:
-        assert "-o PATH, --output PATH" in text
+        kind = path_metavar(described["output"])
+        assert f"-o {kind}, --output {kind}" in text
 
 
 @pytest.mark.parametrize("command", FUNCTIONS)
@@ -525,6 +527,21 @@ def test_every_mistyped_option_gets_a_suggestion(command, capsys):
             error = capsys.readouterr().err.splitlines()
             assert len(error) == 1
             assert error[0].startswith(f"zsnr: error: unknown option {wrong}; did you mean --")
+
+
+@pytest.mark.parametrize(
+    ("description", "metavar"),
+    [
+        ("New folder for the page.", "FOLDER"),
+        ("The folder that `zsnr data index --output` wrote.", "FOLDER"),
+        ("New .json file for the grid.", "FILE"),
+        ("File with the prompts, .txt or .jsonl.", "FILE"),
+        ("File or folder to write, which must not exist.", "PATH"),
+        ("Shards of a folder.", "PATH"),
+    ],
+)
+def test_a_path_stands_for_a_folder_or_a_file(description, metavar):
+    assert path_metavar(description) == metavar
 
 
 def test_commands_are_listed_in_groups_a_line_each(capsys):

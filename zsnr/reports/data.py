@@ -186,9 +186,8 @@ def write_data_report(
 def report_text(facts: Mapping[str, Any], page: Path) -> str:
     """Write the main findings of a report for a terminal."""
     size = facts["image_size"]
-    origin = (
-        "as --image-size says" if facts["image_size_is_given"] else "the default of --image-size"
-    )
+    given = facts["image_size_is_given"]
+    origin = "as --image-size says" if given else "the default of --image-size"
     pixels = facts["spaces"][0]
     used = f", of which {facts['kept']} are used" * (facts["kept"] < facts["samples"])
     rows = [
@@ -196,8 +195,8 @@ def report_text(facts: Mapping[str, Any], page: Path) -> str:
         (
             "captions",
             f"samples without one, which are left out: {facts['without_caption']}; empty: "
-            f"{_percent(facts['empty_captions'])}; longer than the {CLIP_TOKENS} tokens of CLIP: at "
-            f"least {_percent(facts['captions_cut_by_clip'])}",
+            f"{_percent(facts['empty_captions'])}; longer than the {CLIP_TOKENS} tokens of CLIP: "
+            f"at least {_percent(facts['captions_cut_by_clip'])}",
         ),
         ("image size", f"{size} pixels ({origin})"),
         ("", f"{_percent(facts['smaller_than_image_size'])} of the images have a side below it"),

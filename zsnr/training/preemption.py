@@ -17,8 +17,8 @@ from zsnr.stops import stop_on, stop_on_first, stop_on_second
 from zsnr.training.checkpointing import Checkpoints
 
 _INTERRUPT = (
-    b"\nzsnr: Ctrl-C: the run ends after this step, with a checkpoint. Press Ctrl-C again to end it "
-    b"at once, without one.\n"
+    b"\nzsnr: Ctrl-C: the run ends after this step, with a checkpoint. "
+    b"Press Ctrl-C again to end it at once, without one.\n"
 )
 _received: set[int] = set()
 
