@@ -24,6 +24,7 @@ from zsnr.commands.figure import figure
 from zsnr.commands.options import SamplerOptions, SamplingOptions
 from zsnr.commands.parsing import make_parser, parameters_of, parse_arguments
 from zsnr.commands.sample import sample
+from zsnr.files import path_metavar
 from zsnr.guidance import Guidance
 from zsnr.pipeline import TextToImage
 from zsnr.progress import progress_bar
@@ -355,7 +356,7 @@ def test_an_own_sampler_by_its_class_path(run, folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model.lerning_rate", "1"], "Did you mean model.learning_rate?"),
+        (["--model.lerning_rate", "1"], "Did you mean --model.learning_rate?"),
         (["--modle.x=1"], "modle.x"),
         (["-c", "BAD"], "model has no `schedul`. Did you mean `schedule`?"),
         (["-c", "/nowhere.yaml"], "/nowhere.yaml cannot be read: No such file"),
@@ -367,7 +368,10 @@ def test_an_own_sampler_by_its_class_path(run, folder, tmp_path, monkeypatch):
         (["--model.sampling.sampler.eta=0.5"], "Known: DDIM, DDPM, DEIS, DPMpp2M"),
         (["--num-steps=0"], "num_steps=0: wanted an int of at least 1"),
         (["--sampler", "plms"], "Sampler 'plms' is unknown. Known: 'ddim'"),
-        (["--model.codec.init_args.patchsize=3"], "Did you mean model.codec.init_args.patch_size?"),
+        (
+            ["--model.codec.init_args.patchsize=3"],
+            "Did you mean --model.codec.init_args.patch_size?",
+        ),
         (["--model.schedule.betas=sigmoid"], "'linear', 'cosine', 'scaled_linear'"),
         (["--trainer.max_steps=many"], "trainer.max_steps"),
         (["--model.prediction_type=epsilon"], "no x_0 at t=999"),
@@ -392,10 +396,10 @@ def test_an_own_sampler_by_its_class_path(run, folder, tmp_path, monkeypatch):
             "is for models of pixels",
         ),
         (["--data.image_size=15"], "height=15: wanted a positive multiple of 2"),
-        (["--data.train=/nowhere"], "No shards at /nowhere"),
+        (["--data.train=/nowhere"], "/nowhere does not exist"),
         (["--data.batch_size=0"], "data.batch_size=0"),
         (["--trainer.max_steps=-1"], "trainer.max_steps is not set"),
-        (["--ckpt_path=/nowhere.ckpt"], "/nowhere.ckpt is not a file"),
+        (["--ckpt_path=/nowhere.ckpt"], "/nowhere.ckpt does not exist"),
         (["--ckpt_path=CONFIG"], "is not a readable checkpoint"),
         (["--data.num_workers=-1"], "data.num_workers=-1"),
         (["--trainer.accelerator=gpu"], "gpu"),
@@ -432,10 +436,17 @@ def test_wrong_input_is_one_line_and_exit_code_2(folder, tmp_path, capsys, optio
         (["report", "RUN", "--data", "DATA"], "`python -m zsnr.reports.run RUN --data DATA`"),
         (["compare", "a.ckpt", "b.ckpt"], "write `zsnr compare models MODEL MODEL -o PAGE`"),
         (["compare", "--oracle", "x"], "write `zsnr compare oracle DATA -o PAGE`"),
-        (["compare", "modles", "x"], "unknown command compare modles; did you mean models?"),
+        (["compare", "modles", "x"], "compare modles; did you mean `zsnr compare models`?"),
+        (["data", "reprot", "x"], "data reprot; did you mean `zsnr data report`?"),
+        (["configs", "shwo"], "configs shwo; did you mean `zsnr configs show`?"),
+        (["checkpoint", "consolidat"], "did you mean `zsnr checkpoint consolidate`?"),
+        (["timesteps", "optimise"], "did you mean `zsnr timesteps optimize`?"),
+        (["dta", "report"], "unknown command dta; did you mean `zsnr data report`?"),
+        (["config"], "unknown command config; did you mean `zsnr configs`?"),
+        (["index", "photos"], "unknown command index; did you mean `zsnr data index`?"),
         (["compare"], "`zsnr compare` needs one of: models, oracle"),
         ([], "a command is missing"),
-        (["dcotor", "x"], "unknown command dcotor; did you mean doctor?"),
+        (["dcotor", "x"], "unknown command dcotor; did you mean `zsnr doctor`?"),
         (["frobnicate"], "unknown command frobnicate; `zsnr --help` lists the commands"),
         (["configs", "show", "nothing"], "Known: "),
         (["configs", "show", "quikstart"], "did you mean quickstart?"),
@@ -496,7 +507,9 @@ def test_the_help_of_a_command_describes_every_parameter_of_its_function(command
             assert f"--{name.replace('_', '-')}" in text
     assert ("--json" in text) == hasattr(hints["return"], "to_json")
     if "output" in parameters:
-        assert re.search("-o( PATH)?, --output PATH", text)  # Python 3.13 names PATH once
+        kind = path_metavar(described["output"])
+        # Python 3.13 names the path once.
+        assert re.search(f"-o( {kind})?, --output {kind}", text)
 
 
 @pytest.mark.parametrize("command", FUNCTIONS)
@@ -515,6 +528,21 @@ def test_every_mistyped_option_gets_a_suggestion(command, capsys):
             error = capsys.readouterr().err.splitlines()
             assert len(error) == 1
             assert error[0].startswith(f"zsnr: error: unknown option {wrong}; did you mean --")
+
+
+@pytest.mark.parametrize(
+    ("description", "metavar"),
+    [
+        ("New folder for the page.", "FOLDER"),
+        ("The folder that `zsnr data index --output` wrote.", "FOLDER"),
+        ("New .json file for the grid.", "FILE"),
+        ("File with the prompts, .txt or .jsonl.", "FILE"),
+        ("File or folder to write, which must not exist.", "PATH"),
+        ("Shards of a folder.", "PATH"),
+    ],
+)
+def test_a_path_stands_for_a_folder_or_a_file(description, metavar):
+    assert path_metavar(description) == metavar
 
 
 def test_commands_are_listed_in_groups_a_line_each(capsys):

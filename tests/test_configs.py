@@ -64,6 +64,8 @@ ORIGINAL = "model:\n  target: ldm.models.LatentDiffusion\n  params: {parameteriz
         ("trainer: {precison: 32}", "trainer has no `precison`. Did you mean `precision`"),
         ("trainr: {max_steps: 3}", "there is no `trainr`. Did you mean `trainer`"),
         ("model: {schedule: {beta_strat: 1}}", "model.schedule has no `beta_strat`. Did you mean"),
+        ("trainer: {steps: 3}", "trainer has no `steps`. Did you mean trainer.max_steps?"),
+        ("model: {cfg: 3}", "model has no `cfg`. Did you mean model.sampling.guidance.scale?"),
         ("model: {lora: {ranks: 3}}", "model.lora has no `ranks`. Did you mean `rank`"),
         (
             "model: {unet: {norm_group: 3}}",
@@ -115,7 +117,7 @@ ORIGINAL = "model:\n  target: ldm.models.LatentDiffusion\n  params: {parameteriz
         ),
         (
             "model: {optimizer: {class_path: AdamW, init_args: {learning_rate: 1}}}",
-            "Did you mean --lr, or model.optimizer.init_args.lr in a YAML file?",
+            "Did you mean model.optimizer.init_args.lr?",
         ),
         (
             "model: {unet: {class_path: zsnr.networks.UNet, init_args: {confg: {}}}}",
@@ -231,14 +233,14 @@ MISTAKES = [
     ("--model.learning_rate 1e-4", "wanted settings by name: warmup_steps, decay, final. The"),
     ("--batchsize 8", "no option --batchsize. Did you mean --batch-size?"),
     ("--batch_size 8", "no option --batch_size. Did you mean --batch-size?"),
-    ("--data.batchsize 8", "data has no `batchsize`. Did you mean data.batch_size?"),
+    ("--data.batchsize 8", "data has no `batchsize`. Did you mean --data.batch_size?"),
     ("--data.batch_size eight", "data.batch_size: `eight` is text: wanted a whole number"),
     ("--data.batch_size 2.5", "data.batch_size: `2.5` is not a whole number"),
-    ("--trainer.batch_size 8", "trainer has no `batch_size`. Did you mean data.batch_size?"),
+    ("--trainer.batch_size 8", "trainer has no `batch_size`. Did you mean --data.batch_size?"),
     ("--max_steps 10", "no option --max_steps. Did you mean --max-steps?"),
     ("--max-step 10", "no option --max-step. Did you mean --max-steps?"),
     ("--epochs 3", "no option --epochs. Did you mean --max-steps?"),
-    ("--trainer.max_stepss=3", "trainer has no `max_stepss`. Did you mean trainer.max_steps?"),
+    ("--trainer.max_stepss=3", "trainer has no `max_stepss`. Did you mean --trainer.max_steps?"),
     ("--resolution 256", "no option --resolution. Did you mean --data.image_size?"),
     ("--gpus 2", "no option --gpus. Did you mean --trainer.devices?"),
     ("--resume last", "no option --resume. Did you mean --ckpt_path?"),
@@ -256,31 +258,38 @@ MISTAKES = [
     ("--model.optimizer torch.nn.Linear", "'torch.nn.Linear' is not a Optimizer"),
     (
         "--model.optimizer.beta 3",
-        "model.optimizer has no `beta`. Did you mean model.optimizer.betas",
+        "model.optimizer has no `beta`. Did you mean --model.optimizer.betas",
     ),
     ("--model.codec PixelCodecc", "no class 'PixelCodecc'. Did you mean PixelCodec?"),
     ("--model.codec mine.Codec", "'mine.Codec' cannot be imported: No module named 'mine'"),
-    ("--model.codec.patchsize 2", "Did you mean model.codec.patch_size?"),
+    ("--model.codec.patchsize 2", "Did you mean --model.codec.patch_size?"),
     (
         "--model.codec.init_args.patch 4",
-        "model.codec.init_args has no `patch`. Did you mean model.codec.init_args.patch_size?",
+        "model.codec.init_args has no `patch`. Did you mean --model.codec.init_args.patch_size?",
     ),
     ("--model.codec.init_args={patch: 4}", "has no `patch`. Did you mean `patch_size`?"),
-    ("--model.codec.init_args.size 4", "has no `size`. Known: patch_size, scale, shift."),
-    ("--model.codec.init_arg.patch_size 4", "`init_arg`. Did you mean model.codec.init_args?"),
-    ("--model.codec.class_pth PixelCodec", "Did you mean model.codec.class_path?"),
+    ("--model.codec.init_args.size 4", "Did you mean --model.codec.init_args.patch_size?"),
+    ("--model.codec.init_args.vae 4", "has no `vae`. Known: patch_size, scale, shift."),
+    ("--model.schedule.zero_snr true", "Did you mean --model.schedule.zero_terminal_snr?"),
+    ("--data.filters.fild 1", "data.filters has no `fild`. Did you mean --data.filters.field?"),
+    ("--data.train.pth x", "data.train has no `pth`. Did you mean --data.train.path?"),
+    ("--data.val.weight 3", "data.val: zsnr.data.sources.Source needs path."),
+    ("--data.image_size.height 3", "data.image_size has no `height`: it takes a whole number."),
+    ("--trainer.devices.x 3", "trainer.devices has no `x`: it takes text or a whole number or a"),
+    ("--model.codec.init_arg.patch_size 4", "`init_arg`. Did you mean --model.codec.init_args?"),
+    ("--model.codec.class_pth PixelCodec", "Did you mean --model.codec.class_path?"),
     ("--model.codec.class_path PixelCodecc", "Did you mean PixelCodec?"),
     ("--model.codec.dict_kwargs.patch 4", "takes no arguments but those of init_args: patch_size"),
     (
         "--model.conditioner.init_args.max_len 4",
-        "Did you mean model.conditioner.init_args.max_length?",
+        "Did you mean --model.conditioner.init_args.max_length?",
     ),
     (
         "--model.optimizer.init_args.learning_rate 1",
-        "Did you mean --lr, or model.optimizer.init_args.lr in a YAML file?",
+        "Did you mean --lr?",
     ),
     ("--model.optimizer.init_args.momentum 1", "Known: lr, betas, eps, weight_decay, amsgrad, "),
-    ("--model.unet.block 4", "Did you mean model.unet.block_out_channels?"),
+    ("--model.unet.block 4", "Did you mean --model.unet.block_out_channels?"),
     (
         "--model.sampling.sampler.init_args.eta 1",
         "model.sampling.sampler names no class, so it has no `eta`: name one first, as in "
@@ -292,7 +301,7 @@ MISTAKES = [
         "--model.codec.patch_size two",
         "model.codec.patch_size: `two` is text: wanted a whole number",
     ),
-    ("--model.ema.decai 0.9", "model.ema has no `decai`. Did you mean model.ema.decay?"),
+    ("--model.ema.decai 0.9", "model.ema has no `decai`. Did you mean --model.ema.decay?"),
     ("--model.ema.decay much", "model.ema.decay: `much` is text: wanted a number"),
     ("--model.loss.name minsnr", "`minsnr` is unknown: wanted 'uniform', 'min_snr'"),
     ("--model.prediction_type v", "wanted 'epsilon', 'sample', 'v_prediction'"),
@@ -316,14 +325,23 @@ MISTAKES = [
         "--data.filters=[{field: L, one_of: [en, no]}]",
         "the second item, `no`, is the boolean false",
     ),
-    ("--data.caption.fields x", "data has no `caption`. Did you mean data.captions?"),
-    ("--chekpoint.keep 3", "no option --chekpoint.keep. Did you mean checkpoint.keep?"),
+    ("--data.caption.fields x", "data has no `caption`. Did you mean --data.captions?"),
+    ("--chekpoint.keep 3", "no option --chekpoint.keep. Did you mean --checkpoint.keep?"),
     ("--metrics.features.class_path mine.Net", "'mine.Net' cannot be imported: No module named"),
     ("data/train", "'data/train' belongs to no option"),
     ("-c", "-c names no file"),
     ("--nonsense 3", "There is no option --nonsense. `zsnr fit --help` shows the options."),
 ]
-INTERNALS = ("Parser key", "Union", "Namespace", "Traceback", "<class", "typing.", "class_path '")
+INTERNALS = (
+    "NestedArg",
+    "Parser key",
+    "Union",
+    "Namespace",
+    "Traceback",
+    "<class",
+    "typing.",
+    "class_path '",
+)
 
 
 @pytest.mark.parametrize(("typed", "answer"), MISTAKES)
@@ -337,7 +355,7 @@ def test_a_typical_mistake_names_the_setting_and_the_way_out(typed, answer):
 
 def test_a_checkpoint_may_name_the_class_of_an_argument(tmp_path, capsys):
     check_configs(["--model.codec.init_args.scale=2"], complete=False)
-    with pytest.raises(ValueError, match="Did you mean model.codec.init_args?"):
+    with pytest.raises(ValueError, match="Did you mean --model.codec.init_args?"):
         check_configs(["--model.codec.init_arg.scale=2"], complete=False)
     path = write_checkpoint(tmp_path / "checkpoints" / "a.ckpt")
     predict = ["predict", "--ckpt_path", str(path), "--prompts=x", "--output=x"]
@@ -352,7 +370,9 @@ def test_a_checkpoint_may_name_the_class_of_an_argument(tmp_path, capsys):
 def test_an_option_of_a_list_is_one_of_its_last_class():
     callback = ["--trainer.callbacks+=zsnr.training.Previews", "--trainer.callbacks.prompts=[a]"]
     parse_fit(["-c", TINY, *callback, "--trainer.callbacks.init_args.every_n_steps=4"])
-    with pytest.raises(ValueError, match="Did you mean trainer.callbacks.init_args.every_n_steps"):
+    with pytest.raises(
+        ValueError, match="Did you mean --trainer.callbacks.init_args.every_n_steps"
+    ):
         parse_fit(["-c", TINY, *callback, "--trainer.callbacks.init_args.every_n_step=4"])
 
 

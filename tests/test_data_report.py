@@ -122,6 +122,35 @@ def test_the_report(tmp_path, capsys):
     assert "is not empty and stays as it is" in capsys.readouterr().err
 
 
+def test_the_main_findings_are_printed(tmp_path, capsys):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    captions = ["red", "", "word " * 75, "word " * 76, None, None]
+    for i, caption in enumerate(captions):
+        (photos / f"{i}.png").write_bytes(tiny.png((40 * i,) * 3, (20, 24)))
+        if caption is not None:
+            (photos / f"{i}.txt").write_text(caption)
+    command = ["data", "report", str(photos), "-o"]
+    assert main([*command, str(tmp_path / "a")]) == 0
+    told = capsys.readouterr().out
+    wanted = (
+        "samples without one, which are left out: 2; empty: 25.0 %; "
+        "longer than the 75 tokens of CLIP: at least 25.0 %"
+    )
+    assert wanted in told
+    assert "512 pixels (the default of --image-size)" in told
+    assert "100.0 % of the images have a side below it" in told
+    assert "2 x sample: it has no caption: no .txt file of its name" in told
+    assert told.splitlines()[-1].split() == ["page", str(tmp_path / "a" / "index.html")]
+    page = Page(tmp_path / "a" / "index.html").text
+    assert "512 pixels, which is the default of --image-size" in page
+    assert "in training" not in page
+    assert main([*command, str(tmp_path / "b"), "--image-size", "20"]) == 0
+    assert "20 pixels (as --image-size says)" in capsys.readouterr().out
+    page = Page(tmp_path / "b" / "index.html").text
+    assert "0.0 % of the images have a side below 20 pixels, which is the size given as" in page
+
+
 def test_text_of_others_stays_text(tmp_path):
     folder = tmp_path / HOSTILE.replace("/", "")
     for i in range(2):

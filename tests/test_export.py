@@ -835,7 +835,7 @@ def test_a_folder_is_exported_again(exported, tmp_path):
     [
         (["{run}/checkpoints/last.ckpt", "--output", "{run}"], "exists: choose another name"),
         (["{run}/checkpoints/last.ckpt", "--output", "{run}/config.yaml/x"], "cannot be written"),
-        (["{run}/nothing.ckpt", "--output", "{run}/x"], "is not a file: wanted a checkpoint"),
+        (["{run}/nothing.ckpt", "--output", "{run}/x"], "does not exist: wanted a checkpoint"),
         (["{run}/shards", "--output", "{run}/x"], "holds no model_index.json"),
         (["{run}/shards", "--output", "{run}/x", "--raw"], "omit --raw"),
         (

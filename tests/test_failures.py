@@ -14,6 +14,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.seed import seed_everything
 
+from zsnr import failures
 from zsnr.cli import main
 from zsnr.failures import told
 from zsnr.files import replacing
@@ -185,6 +186,19 @@ def test_warnings_and_logs_are_escaped(monkeypatch):
     logging.getLogger("a.stranger").warning("%s", STEERING)
     warnings.showwarning(UserWarning(STEERING), UserWarning, "a.py", 1)
     assert said.getvalue().isascii()
+
+
+def test_a_warning_of_this_package_is_a_sentence_on_one_line():
+    main(["schedule"])
+    ours, other = (
+        warnings.formatwarning(f"A profile\n{STEERING}", UserWarning, path, 7)
+        for path in (failures.__file__, "/a/stranger.py")
+    )
+    assert ours.isascii()
+    assert other.isascii()
+    assert ours.startswith("zsnr: warning: A profile ")
+    assert ours.count("\n") == 1
+    assert other.startswith("/a/stranger.py:7: UserWarning: A profile")
 
 
 def test_a_terminal_without_unicode_shows_escapes(tmp_path):

@@ -327,12 +327,12 @@ def test_profiles_of_other_modes():
 def test_a_profile_that_does_not_fit_is_ignored_and_the_image_is_not(mode, content, reason):
     image = Image.fromarray(noise(16, 16)).convert(mode)
     colors._to_srgb.cache_clear()
-    with pytest.warns(UserWarning, match=f"color profile is ignored: .*{reason}"):
+    with pytest.warns(UserWarning, match=f"color profile of an image is ignored: .*{reason}"):
         found = decode_image(encoded(image, "TIFF", icc_profile=content), 16, 16)
     assert torch.equal(found, decode_image(encoded(image, "TIFF"), 16, 16))
 
 
-@pytest.mark.filterwarnings("ignore:An embedded color profile")
+@pytest.mark.filterwarnings("ignore:The embedded color profile")
 @pytest.mark.parametrize("behind", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 def test_large_texts_and_profiles_do_not_make_pixels_unreadable(packed, behind):

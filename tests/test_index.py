@@ -6,6 +6,7 @@ import os
 import tarfile
 
 import numpy as np
+import PIL.Image
 import pytest
 import tiny
 from hypothesis import given, settings
@@ -100,10 +101,23 @@ def test_patterns_and_folders_of_other_file_systems():
         find_shards("memory://nothing/")
 
 
-@pytest.mark.parametrize("source", ["nowhere", "nowhere-*.tar", "{0..3}.tar"])
-def test_nothing_there(tmp_path, source):
-    with pytest.raises(FileNotFoundError, match="No shards at .*wanted .tar files"):
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        ("nowhere", "does not exist"),
+        ("nowhere-*.tar", "matches no file"),
+        ("{0..3}.tar", "matches no file"),
+        ("photoz", "does not exist: .* Did you mean PLACE/photos[?]"),
+        ("photoz/train", "does not exist: .* Did you mean PLACE/photos[?]"),
+        ("photoz/*.tar", "matches no file: .* Did you mean PLACE/photos[?]"),
+    ],
+)
+def test_nothing_there(tmp_path, source, problem):
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(FileNotFoundError, match=problem.replace("PLACE", str(tmp_path))):
         find_shards(str(tmp_path / source))
+    with pytest.raises(FileNotFoundError, match="No shards at .*photos: .* It is empty"):
+        find_shards(str(tmp_path / "photos"))
     with pytest.raises(FileNotFoundError, match="empty"):
         find_shards([])
 
@@ -418,6 +432,38 @@ def test_the_ledger(tmp_path):
     assert ledger.met.samples == 2
     assert "3 x" not in summarize(wanted)
     assert summarize([]) == ""
+
+
+def test_a_folder_of_images_takes_no_folder_for_its_index(tmp_path, capsys):
+    source, output = tmp_path / "photos", tmp_path / "index"
+    source.mkdir()
+    (source / "a.png").write_bytes(tiny.png((9, 9, 9)))
+    (source / "a.txt").write_text("a")
+    assert main(["data", "index", str(source), "--output", str(output)]) == 2
+    assert "a folder of images, which has no index file" in capsys.readouterr().err
+    assert not output.exists()
+    assert main(["data", "index", str(source)]) == 0
+    assert "have no index file: they are listed each time" in capsys.readouterr().out
+
+
+def test_one_cause_is_one_line_with_two_examples(tmp_path):
+    for name in ("IMG", "DSC_7", "a", "my photo 3", "c.v1.2"):
+        PIL.Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.jpg")
+    told = summarize(index(tmp_path).faults)
+    assert told == (
+        "5 x sample: it has no caption: no .txt file of its name, no line in metadata.jsonl "
+        f"(such as 'DSC_7.jpg' and 'IMG.jpg' in {tmp_path})"
+    )
+    keys = ("clip", "a", "a.b")
+    faults = [
+        Fault("sample", "0.tar", key, f"2 files, such as {key}.v1.jpg and {key}.txt: no")
+        for key in keys
+    ]
+    assert summarize(faults).startswith("3 x sample: 2 files, such as clip.v1.jpg and clip.txt: no")
+    apart = [Fault("sample", "0.tar", "a", "broken"), Fault("sample", "1.tar", "b", "broken")]
+    assert summarize(apart) == "2 x sample: broken ('a' in 0.tar and 'b' in 1.tar)"
+    lost = Fault("shard", "0.tar", None, "it is gone")
+    assert summarize([lost]) == "1 x shard: it is gone (in 0.tar)"
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def test_the_page_of_a_run(run, capsys, monkeypatch):
     assert capsys.readouterr().out.strip() == str(run / "index.html")
     page = Page(run / "index.html")
     assert page.headings == [
-        "Run run <b>",
+        "Samples and data of the run run <b>",
         "Samples from text prompts",
         "Unconditional samples",
         "Brightness",
@@ -113,7 +113,7 @@ def test_the_page_of_a_run(run, capsys, monkeypatch):
         "Retained spread",
     ]
     assert "2 prompted and 3 unconditional samples" in page.text
-    assert "4 trailing steps, guidance scale 3, rescale 0.7, method apg." in page.text
+    assert "guidance scale 3 and guidance rescale 0.7, method apg." in page.text
     assert len(page.images) == 5
     assert page.captions[0].startswith("<script>alert(1)</script>")
     assert page.captions[0].endswith(", seed 7")
@@ -137,5 +137,5 @@ def test_a_run_that_cannot_be_reported(run, tmp_path, capsys):
     assert "manifest.jsonl is missing: run `zsnr predict" in capsys.readouterr().err
     assert main([str(run), "--data", str(tmp_path / "nowhere")]) == 2
     err = capsys.readouterr().err
-    assert "No shards at" in err
+    assert "does not exist: wanted a folder of images" in err
     assert err.count("\n") == 1

@@ -385,7 +385,7 @@ def test_the_rate_is_measured(plan, tmp_path, train):
         ([TINY, "--trainer.strategy", "fsdp"], "trainer.strategy=fsdp is not one that plan knows"),
         ([TINY, "--trainer.precision", "64-true"], "not one that plan knows"),
         ([TINY, "--trainer.precision", "bf16-true"], "averaged weights in half precision"),
-        ([TINY, "--data.batch_siez", "3"], "Did you mean data.batch_size?"),
+        ([TINY, "--data.batch_siez", "3"], "Did you mean --data.batch_size?"),
         ([TINY, "--model.conditioner.config", "null"], "needs either `pretrained` or `config`"),
         ([TINY, "--data.max_batch_size_per_device", "0"], "wanted at least 1"),
         ([TINY, *SHARDED, SHARD_RANKS, "2"], "does not divide the 1 ranks"),

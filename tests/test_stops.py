@@ -1,6 +1,7 @@
 """Runs that are stopped, killed, damaged or stuck."""
 
 import json
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -30,7 +31,7 @@ from zsnr.checkpoints.run_folder import find_last, steps
 from zsnr.cli import main
 from zsnr.elastic import former_failure, note_failure
 from zsnr.locks import LOCK, Lock, LockedError, unfinished
-from zsnr.stops import stopping
+from zsnr.stops import stop_on_first, stop_on_second, stopping
 from zsnr.training import Checkpoints, Preemption, Watchdog
 from zsnr.training.run_lock import RunLock
 from zsnr.training.strategy import meet
@@ -44,7 +45,10 @@ class SignalAt(Callback):
 
     def on_before_backward(self, trainer, module, loss):
         if trainer.global_step == self.step and trainer.global_rank == self.rank:
-            os.kill(os.getpid(), self.number)
+            workers = [child.pid for child in multiprocessing.active_children()]
+            reached = workers if self.number == signal.SIGINT else []  # as by a terminal
+            for process in [*reached, os.getpid()]:
+                os.kill(process, self.number)
 
 
 class Validations(Callback):
@@ -89,20 +93,26 @@ def test_a_signal_saves_stops_and_requeues(shards, tmp_path, scontrol, number, a
     signal.signal(number, before)
 
 
-@pytest.mark.parametrize(("step", "code"), [(1, 143), (3, 0)])
-def test_a_run_that_is_stopped_early_is_no_success(shards, tmp_path, step, code):
-    before = signal.getsignal(signal.SIGTERM)
-    stop = {"step": step, "number": int(signal.SIGTERM)}
+@pytest.mark.parametrize(
+    ("step", "number", "code"),
+    [(1, signal.SIGTERM, 143), (1, signal.SIGINT, 130), (3, signal.SIGINT, 0)],
+)
+def test_a_run_that_is_stopped_early_is_no_success(shards, tmp_path, capfd, step, number, code):
+    before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    stop = {"step": step, "number": int(number)}
     callbacks = [{"class_path": "test_stops.SignalAt", "init_args": stop}]
     more = tmp_path / "more.yaml"
     more.write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
     try:
-        found = main([*config(tmp_path, shards), "-c", str(more)])
+        found = main([*config(tmp_path, shards), "-c", str(more), "--data.num_workers", "1"])
     except SystemExit as end:
         found = end.code
     assert found == code
     assert steps(tmp_path / "run/checkpoints")[-1].name == f"step-{step + 1:08d}.ckpt"
-    signal.signal(signal.SIGTERM, before)
+    said = capfd.readouterr()
+    assert ("Press Ctrl-C again to end it at once" in said.err) == (number == signal.SIGINT)
+    assert ("resume: run the same command with --ckpt_path last" in said.out) == (code != 0)
+    assert before == [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
 
 
 def test_a_signal_stops_whatever_min_steps_says(shards, tmp_path):
@@ -536,6 +546,51 @@ def test_a_second_signal_ends_at_once(monkeypatch):
             time.sleep(0.01)
             signal.raise_signal(signal.SIGINT)
             assert ended.wait(10)
+
+    with pytest.raises(SystemExit):
+        hang()
+    assert left[0] == 130
+
+
+def test_a_first_signal_may_only_ask(monkeypatch):
+    asked = []
+
+    def twice():
+        stop_on_second(signal.SIGINT, lambda: asked.append(1))
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # within a second, as a launcher may send it
+
+    with stopping(alone=False):
+        twice()
+        stop_on_first(signal.SIGINT)
+        with pytest.raises(SystemExit, match="130"):
+            signal.raise_signal(signal.SIGINT)
+    monkeypatch.setattr("zsnr.stops._TWICE", -1.0)
+    with stopping(alone=False), pytest.raises(SystemExit, match="130"):
+        twice()
+    assert asked == [1, 1]
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with stopping(alone=False):
+        twice()
+    assert signal.signal(signal.SIGINT, before) == signal.SIG_IGN
+    assert asked == [1, 1]
+
+
+def test_a_second_ctrl_c_ends_what_does_not_return(monkeypatch):
+    left, ended = [], threading.Event()
+    monkeypatch.setattr("zsnr.stops._TWICE", 0.0)
+    monkeypatch.setattr("zsnr.stops.GRACE", 0.05)
+    monkeypatch.setattr("zsnr.stops.leave", lambda code: (left.append(code), ended.set()))
+
+    @stopping(alone=True)
+    def hang():
+        stop_on_second(signal.SIGINT, lambda: None)
+        signal.raise_signal(signal.SIGINT)
+        try:
+            time.sleep(0.01)
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            assert ended.wait(20)
 
     with pytest.raises(SystemExit):
         hang()

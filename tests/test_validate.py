@@ -277,7 +277,7 @@ def test_a_model_that_has_collapsed_is_no_error(folder, run, tmp_path, capsys, m
         (["--metrics.num_images", "13"], "captions of 12 images, and num_images=13"),
         (["--metrics.num_images", "0"], "num_images=0"),
         (["--metrics.batch_size", "0"], "metrics.batch_size=0"),
-        (["--metrics.real", "/nowhere"], "No shards at /nowhere"),
+        (["--metrics.real", "/nowhere"], "/nowhere does not exist"),
         (["--metrics.statistics", "OUT/real.npz"], "ending in .safetensors"),
         (
             ["--metrics.statistics", "CONFIG/r.safetensors"],
@@ -297,7 +297,7 @@ def test_a_model_that_has_collapsed_is_no_error(folder, run, tmp_path, capsys, m
         (["--metrics.output", "OUT/a.txt"], "a name that ends in .json"),
         (["--metrics.output", "CONFIG"], "ends in .json"),
         (["--metrics.save_images", "SHARDS"], "exists: choose another name"),
-        (["--metrics.featurs", "x"], "Did you mean metrics.features?"),
+        (["--metrics.featurs", "x"], "Did you mean --metrics.features?"),
         (["--metrics.features.class_path", "nowhere.Net"], "nowhere"),
     ],
 )

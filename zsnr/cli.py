@@ -20,7 +20,7 @@ from zsnr.untrusted import printable
 TRAINING = {
     "fit": "Train from YAML, with validation and previews.",
     "validate": "Compute the validation loss of a checkpoint.",
-    "test": "Do the same as validate.",
+    "test": "Compute the validation loss of a checkpoint, as validate does.",
     "predict": "Make the images of a prompts file, on one or more devices.",
 }
 # Commands by group: name -> the module of zsnr.commands, and the function where its name differs

@@ -53,11 +53,15 @@ def is_ours(error: BaseException) -> bool:
     if type(error).__module__.startswith("zsnr."):
         return True
     frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
+    return bool(frames) and _is_our_file(frames[-1].filename)
+
+
+def _is_our_file(name: str) -> bool:
+    return Path(name).is_relative_to(Path(__file__).parent)
 
 
 def tame_output() -> None:
-    """Escape control characters and unprintable characters in all output."""
+    """Escape control and unprintable characters in all output; warnings are plain sentences."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -73,6 +77,8 @@ class _Record(logging.LogRecord):
 def _format_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: object = None
 ) -> str:
+    if _is_our_file(filename):  # what the user should know, and not a fault of the code
+        return f"zsnr: warning: {printable(' '.join(str(message).split()))}\n"
     return printable(f"{filename}:{lineno}: {category.__name__}: {message}\n")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 import warnings
@@ -37,6 +38,14 @@ def side_file(path: str | Path) -> Iterator[None]:
                 f"{name} cannot be written, and the run continues without it: {kind}{reason}",
                 stacklevel=3,
             )
+
+
+def path_metavar(description: str) -> str:
+    """Return what stands for a path in help: FOLDER or FILE, as its description begins, or PATH."""
+    noun = re.match(
+        r"(?:the |new |yaml |new \S+ )?(folder|file)\b(?! or folder)", description, re.I
+    )
+    return noun[1].upper() if noun else "PATH"
 
 
 class HeldFolder:

@@ -1,4 +1,7 @@
-"""Handling of SIGTERM and SIGINT: a clean stop with exit code 143 or 130; a second signal kills."""
+"""Handling of SIGTERM and SIGINT: a clean stop with exit code 143 or 130; a second signal kills.
+
+Where a first Ctrl-C only asks for a stop, as in training, the second one is the clean stop.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
@@ -60,6 +63,25 @@ def stop_on(number: int) -> None:
         signal.signal(number, _stop)
 
 
+def stop_on_second(number: int, on_first: Callable[[], object]) -> None:
+    """Call a function at the first signal, and stop at one that comes over a second later.
+
+    A signal at which the process would not stop is left alone, such as one that is ignored.
+
+    Args:
+        number: The signal.
+        on_first: What the first signal does instead.
+    """
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(number) is _stop:
+        signal.signal(number, _StopOnSecond(on_first))
+
+
+def stop_on_first(number: int) -> None:
+    """Undo `stop_on_second`."""
+    if isinstance(signal.getsignal(number), _StopOnSecond):
+        stop_on(number)
+
+
 def leave(code: int) -> None:
     """End this process and its child processes immediately."""
     for child in multiprocessing.active_children():
@@ -73,6 +95,30 @@ def leave(code: int) -> None:
 def _stop(number: int, frame: FrameType | None) -> None:
     signal.signal(number, _wait)  # cleaning up is not interrupted
     raise SystemExit(128 + number)
+
+
+class _StopOnSecond:
+    """A handler that calls a function once, and stops at later signals."""
+
+    def __init__(self, on_first: Callable[[], object]) -> None:
+        self._on_first = on_first
+        self._first: float | None = None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self._first is None:
+            self._first = time.monotonic()
+            self._on_first()
+        elif self.stops():
+            _stop(number, frame)
+
+    def stops(self) -> bool:
+        return self._first is not None and time.monotonic() - self._first > _TWICE
+
+
+def _stops(number: int) -> bool:
+    """Whether the process stops at a signal, or does so already."""
+    handler = signal.getsignal(number)
+    return handler in (_stop, _wait) or (isinstance(handler, _StopOnSecond) and handler.stops())
 
 
 def _wait(number: int, frame: FrameType | None) -> None:
@@ -103,7 +149,7 @@ class _Watch:
                     break
                 if not numbers:
                     return
-                number = next((n for n in numbers if signal.getsignal(n) in (_stop, _wait)), None)
+                number = next(filter(_stops, numbers), None)
                 if number is None:
                     continue
                 now = time.monotonic()
@@ -120,5 +166,5 @@ def _forget() -> None:
     with suppress(ValueError):
         signal.set_wakeup_fd(-1)
     for number in _SIGNALS:
-        if signal.getsignal(number) in (_stop, _wait):
+        if _stops(number) or isinstance(signal.getsignal(number), _StopOnSecond):
             signal.signal(number, signal.SIG_DFL)

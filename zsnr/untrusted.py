@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import json
 import math
@@ -49,7 +50,8 @@ def open_regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
         if _is_of_machine(error):
             raise
         reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{path} cannot be read: {reason}.") from error
+        near = near_path(path) if isinstance(error, FileNotFoundError) else ""
+        raise ValueError(f"{path} cannot be read: {reason}.{near}") from error
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
@@ -60,6 +62,21 @@ def open_regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
             raise ValueError(f"{path} is {disguised_as}.")
         file.seek(0)
         yield file, status.st_size
+
+
+def near_path(path: Path) -> str:
+    """Suggest a path like one that does not exist: " Did you mean X?", or "" if there is none.
+
+    Args:
+        path: The path, of which the first part that does not exist is taken for mistyped.
+    """
+    first = next((each for each in (path, *path.parents) if each.parent.is_dir()), path)
+    try:
+        names = {name for name in os.listdir(first.parent) if name[0] != "."} - {first.name}
+    except OSError:
+        return ""
+    near = difflib.get_close_matches(first.name, names, n=1, cutoff=0.7)
+    return f" Did you mean {first.parent / near[0]}?" if near else ""
 
 
 def disguise(head: bytes) -> str | None:

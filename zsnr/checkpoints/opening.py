@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from zsnr.checkpoints import sharded
-from zsnr.untrusted import open_archive
+from zsnr.untrusted import near_path, open_archive
 
 KEY = "zsnr"
 
@@ -32,8 +32,8 @@ def open_checkpoint(path: str | Path) -> dict[str, Any]:
         checkpoint = open_archive(path)
     else:
         raise ValueError(
-            f"{path} is not a file: wanted a checkpoint (.ckpt) that training wrote, a file or a "
-            "sharded folder."
+            f"{path} {'is not a file' if path.exists() else 'does not exist'}: wanted a checkpoint "
+            f"(.ckpt) that training wrote, a file or a sharded folder.{near_path(path)}"
         )
     description = checkpoint.get(KEY)
     if not isinstance(description, dict):

@@ -18,6 +18,7 @@ from pathlib import Path
 from zsnr.agreement import is_first_process
 from zsnr.checkpoints.opening import open_checkpoint
 from zsnr.checkpoints.sharded import is_sharded
+from zsnr.untrusted import near_path
 from zsnr.weights.source import is_local
 
 
@@ -104,4 +105,5 @@ def check_model(source: str) -> None:
     if not (hub_id or Path(source).expanduser().exists()):
         raise ValueError(
             f"{source} does not exist: wanted a checkpoint, folder, single file or hub id."
+            f"{near_path(Path(source).expanduser())}"
         )

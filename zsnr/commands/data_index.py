@@ -29,14 +29,15 @@ def data_index(
 
     Args:
         source: A folder of shards or images, a pattern such as 'https://host/{000..099}.tar', ...
-        output: Folder for the index files. Shards behind an address need it.
-        ledger: Write a list of what is broken, as JSON lines, to this file.
+        output: Folder for the index files. Shards behind an address need it; folders of images
+            have no index files.
+        ledger: File for a list of what is broken, as JSON lines.
         timeout: Seconds until a server counts as stalled.
         processes: Number of processes that read shards at once. Default: threads of one process.
         attempts: Number of attempts at one read.
         header: Send 'NAME: VALUE' to http servers, such as 'Authorization: Bearer ${TOKEN}', where
             ${TOKEN} is an environment variable. May be repeated.
-        local_cache: Keep whole remote shards in this folder, as training does.
+        local_cache: Folder that keeps whole remote shards, as training does.
         max_gib: Largest size of --local-cache, in GiB.
     """
     from zsnr.data.index import write_indices

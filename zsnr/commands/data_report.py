@@ -14,7 +14,7 @@ def data_report(
     source: Sequence[str],
     *,
     output: str | Path,
-    image_size: int = 512,
+    image_size: int | None = None,
     samples: int = 2000,
     filter: Sequence[str] = (),
     missing: Literal["error", "keep", "drop"] = "error",
@@ -32,7 +32,7 @@ def data_report(
     Args:
         source: A folder of shards or images, a pattern such as 'https://host/{000..099}.tar', ...
         output: New folder for the report.
-        image_size: Height and width of the images in training, in pixels.
+        image_size: Height and width of the images in training, in pixels. Default: 512.
         samples: Number of images to look at, evenly from the whole dataset.
         filter: Such as 'aesthetic>=5', 'pwatermark<=0.8' or 'LANGUAGE in en,de'. May be repeated.
         missing: What filters do with samples that lack the field.
@@ -45,12 +45,12 @@ def data_report(
     """
     from zsnr.data.buckets import AspectBuckets
     from zsnr.data.filters import parse_filter
-    from zsnr.reports.data import write_data_report
+    from zsnr.reports.data import IMAGE_SIZE, report_text, write_data_report
 
     measured = find_codec(codec, codec_subfolder)
     if measured is not None:
-        measured.latent_shape(image_size, image_size)
-    report, facts = write_data_report(
+        measured.latent_shape(*(image_size or IMAGE_SIZE,) * 2)
+    page, facts = write_data_report(
         list(source),
         Path(output).expanduser(),
         image_size=image_size,
@@ -61,4 +61,4 @@ def data_report(
         device=default_device(device),
         index_folder=path_or_none(index),
     )
-    return Result(facts, str(report))
+    return Result(facts, report_text(facts, page))

@@ -35,8 +35,8 @@ def export(
 
     The model is written so that other programs sample it correctly: a diffusers folder with a
     scheduler config that declares schedule, prediction type and spacing, and a model card; or a
-    single file in the layout that ComfyUI and A1111 read. Averaged weights are written, unless
-    --raw is given.
+    single file in the layout that ComfyUI and A1111 read, for models that are built like Stable
+    Diffusion 1, 2 or XL. Averaged weights are written, unless --raw is given.
 
     Args:
         checkpoint: A checkpoint of zsnr (file or shards), the folder of a run (its last checkpoint

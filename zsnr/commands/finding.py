@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from zsnr.commands.parsing import UsageError, suggestion
+from zsnr.commands.parsing import UsageError
 from zsnr.untrusted import clipped
 
 _HELP = ("-h", "--help")
@@ -35,7 +36,7 @@ def find_command(
     """
     names = [name for group in groups.values() for name in group]
     first, second = [*arguments, "", ""][:2]
-    inner = [name.split()[1] for name in names if name.startswith(f"{first} ")]
+    inner = {name.split()[1]: name for name in names if name.startswith(f"{first} ")}
     if first in names:
         return first
     if f"{first} {second}" in names:
@@ -63,12 +64,21 @@ def find_command(
     see = "`zsnr --help` lists the commands"
     if not first:
         raise UsageError(f"a command is missing; {see}")
-    near = suggestion(first, {part for name in names for part in (name, name.split()[0])})
+    whole = {name: name for name in names}
+    parts = {name.split()[0]: name.split()[0] for name in names}
+    parts |= {name.split()[-1]: name for name in names}
+    near = _meant(f"{first} {second}", whole, 0.8) or _meant(first, whole | parts)
     raise UsageError(f"unknown command {clipped(first)}{near or f'; {see}'}")
 
 
-def _refuse_subcommand(first: str, second: str, inner: Sequence[str]) -> None:
-    near = "" if second.startswith("--oracle") else suggestion(second, inner)
+def _meant(typed: str, commands: Mapping[str, str], cutoff: float = 0.6) -> str:
+    """Suggest the command that is probably meant, from what people may write for each."""
+    near = difflib.get_close_matches(typed, commands, n=1, cutoff=cutoff)
+    return f"; did you mean `zsnr {commands[near[0]]}`?" if near else ""
+
+
+def _refuse_subcommand(first: str, second: str, inner: Mapping[str, str]) -> None:
+    near = "" if second.startswith("--oracle") else _meant(second, inner)
     if first == "compare" and second and not near:
         form = "oracle DATA" if second.startswith("--oracle") else "models MODEL MODEL"
         raise UsageError(f"`zsnr compare` has two forms: write `zsnr compare {form} -o PAGE`")

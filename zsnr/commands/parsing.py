@@ -21,11 +21,12 @@ from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origi
 from docstring_parser import Docstring, DocstringStyle, parse
 
 from zsnr.commands.result import Printable
+from zsnr.files import path_metavar
 from zsnr.untrusted import clipped
 
 SHORT = {"output": "-o", "config": "-c"}
 _SETTINGS = "settings"
-_METAVARS: dict[Any, str] = {int: "N", float: "X", Path: "PATH"}
+_METAVARS: dict[Any, str] = {int: "N", float: "X"}
 _WANTED = {int: "a whole number", float: "a number", str: "text"}
 
 
@@ -167,8 +168,8 @@ def _add(parser: ArgumentParser, parameter: inspect.Parameter, hint: Any, text: 
     options["type"] = _reader(_flag(name) if is_option else places.upper(), kind)
     if get_origin(kind) is Literal:
         options["metavar"] = f"{{{','.join(map(str, get_args(kind)))}}}"
-    elif Path in get_args(hint):
-        options["metavar"] = _METAVARS[Path]
+    elif Path in get_args(hint) and is_option:
+        options["metavar"] = path_metavar(text)
     elif kind is str and bool in get_args(hint):
         options["metavar"] = "true|false"
     else:

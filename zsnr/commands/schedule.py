@@ -28,7 +28,7 @@ def schedule(
             doctor` reads: a folder, scheduler_config.json, .safetensors file, checkpoint or YAML.
         num_steps: Number of sampling steps that the timesteps are for.
         spacing: Print only this spacing. May be repeated.
-        plot: Write a PNG to this path, which must not exist.
+        plot: New .png file for the plot.
         open: Open a .ckpt that has no run.json beside it; only tensors and plain values are read.
     """
     from zsnr.files import check_new

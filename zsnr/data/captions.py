@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 TEXT = "txt"
 """Name of the sample's text file, beside the fields of its json."""
 
+NO_CAPTION = "it has no caption"
+"""How the reason begins why a sample without a caption is broken."""
+
 TEXTS = "texts"
 """The column of the index that lists the fields with texts, see `text_fields`."""
 
@@ -100,7 +103,7 @@ class Captions:
         """Return the reason why a sample without a usable caption is broken."""
         condition = "is empty or not" if self.empty == "drop" else "is not"
         names = ", ".join(self.fields or _USUAL)
-        return f"it has no caption: no text in {names}, or it {condition} UTF-8"
+        return f"{NO_CAPTION}: no text in {names}, or it {condition} UTF-8"
 
     def _accepts(self, texts: str) -> bool:
         filled, blank = parse_text_fields(texts)

@@ -47,7 +47,8 @@ class Profile:
 
 
 def ignore_profile(reason: str) -> None:
-    warnings.warn(f"An embedded color profile is ignored: {reason}.", stacklevel=2)
+    """Warn that an image is read as if it had no color profile."""
+    warnings.warn(f"The embedded color profile of an image is ignored: {reason}.", stacklevel=2)
 
 
 @lru_cache(maxsize=16)

@@ -10,7 +10,7 @@ import warnings
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import NoneType
 from typing import Literal
 
@@ -113,7 +113,7 @@ class PackedFaults(Collection[Fault]):
 
 
 class Tally:
-    """Running counts of faults by reason, with one example each, in bounded memory.
+    """Running counts of faults by reason, with two examples each, in bounded memory.
 
     Attributes:
         samples: Number of broken samples.
@@ -123,7 +123,7 @@ class Tally:
     def __init__(self, faults: Iterable[Fault] = ()) -> None:
         self.samples = 0
         self.shards: set[str] = set()
-        self._groups: dict[tuple[str, str], tuple[int, Fault]] = {}
+        self._groups: dict[tuple[str, str], tuple[int, list[Fault]]] = {}
         for fault in faults:
             self.add(fault)
 
@@ -133,27 +133,57 @@ class Tally:
             self.samples += 1
         elif fault.kind == "shard":
             self.shards.add(fault.shard)
-        # "44 bytes not processed" and "23 bytes" are one reason.
-        group = (fault.kind, re.sub(r"\d+", "#", fault.reason))
+        group = (fault.kind, _cause(fault))
         if group not in self._groups and len(self._groups) >= _MAX_REASONS:
             group = (fault.kind, "")
-        count, first = self._groups.get(group, (0, fault))
-        self._groups[group] = count + 1, first
+        count, examples = self._groups.get(group, (0, []))
+        places = {(each.shard, each.key) for each in examples}
+        if len(examples) < 2 and (fault.shard, fault.key) not in places:
+            examples = [*examples, fault]
+        self._groups[group] = count + 1, examples
 
     def summary(self, kinds: Sequence[str] = _KINDS) -> str:
-        """List the reasons, most common first, with an example each."""
-        groups = [(n, first) for (kind, _), (n, first) in self._groups.items() if kind in kinds]
+        """List the reasons, most common first, with two examples each, on one line."""
+        return "; ".join(self.reasons(kinds))
+
+    def reasons(self, kinds: Sequence[str] = _KINDS) -> list[str]:
+        """List the reasons, most common first, with two examples each."""
+        groups = [group for (kind, _), group in self._groups.items() if kind in kinds]
         lines = []
-        for count, first in sorted(groups, key=lambda group: group[0], reverse=True)[:_MAX_LISTED]:
-            where = first.shard if first.key is None else f"{first.shard}, sample {first.key!r}"
-            lines.append(f"{count} x {first.kind}: {first.reason} (first: {where})")
+        for count, examples in sorted(groups, key=lambda group: group[0], reverse=True)[
+            :_MAX_LISTED
+        ]:
+            first = examples[0]
+            such_as = "such as " * (count > len(examples))
+            lines.append(f"{count} x {first.kind}: {first.reason} ({such_as}{_places(examples)})")
         if len(groups) > _MAX_LISTED:
             lines.append(f"and {len(groups) - _MAX_LISTED} other reasons")
-        return "; ".join(lines)
+        return lines
+
+
+def _cause(fault: Fault) -> str:
+    """Return a reason without what differs between samples: numbers, and names of their files."""
+    reason = fault.reason
+    if fault.key:
+        name = re.escape(PurePosixPath(fault.key).stem)
+        reason = re.sub(rf"(?<!\w){name}\.\S+", "#", reason)
+    return re.sub(r"\d+", "#", reason)
+
+
+def _places(faults: Sequence[Fault]) -> str:
+    """Say where examples of a fault are."""
+    keys = [repr(fault.key) for fault in faults if fault.key is not None]
+    shards = list(dict.fromkeys(fault.shard for fault in faults))
+    if keys and len(shards) == 1:
+        return f"{' and '.join(keys)} in {shards[0]}"
+    return " and ".join(
+        f"in {fault.shard}" if fault.key is None else f"{fault.key!r} in {fault.shard}"
+        for fault in faults
+    )
 
 
 def summarize(faults: Iterable[Fault]) -> str:
-    """Count faults by reason, most common first, with an example each."""
+    """Count faults by reason, most common first, with two examples each."""
     return Tally(faults).summary()
 
 

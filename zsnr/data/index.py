@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zsnr.data.captions import TEXTS, Captions, field_names
-from zsnr.data.faults import Fault, Ledger, as_utf8, summarize
+from zsnr.data.faults import Fault, Ledger, Tally, as_utf8, summarize
 from zsnr.data.index_file import Part, read_footer, read_rows, write_index
 from zsnr.data.local_cache import LocalCache
 from zsnr.data.scan import FIELD, file_state, make_index
 from zsnr.data.sources import Shard, Sources, find_shards
 from zsnr.data.storage import Retries, Storage, StorageError, is_remote
+from zsnr.failures import tame_output
 from zsnr.locks import Lock
 from zsnr.public import public_url
 from zsnr.untrusted import clipped
@@ -173,7 +174,7 @@ def load_index(
     unwritten: list[str] = []
     pool: Executor = ThreadPoolExecutor(8)
     if processes > 1:
-        pool = ProcessPoolExecutor(processes, get_context("spawn"))
+        pool = ProcessPoolExecutor(processes, get_context("spawn"), initializer=tame_output)
     try:
         with progress_bar(len(shards), "index", "shard", show=progress, delay=2) as bar:
             for part, passing, reason in pool.map(load, shards):
@@ -226,7 +227,8 @@ def write_indices(
 
     Raises:
         OSError: An index file cannot be written.
-        ValueError: The shards are remote and `folder` is None, or no sample is usable.
+        ValueError: The shards are remote and `folder` is None, no sample is usable, or a folder of
+            images is given and would have an index file in `folder`.
     """
     import pyarrow.compute as pc
 
@@ -235,6 +237,13 @@ def write_indices(
     if remote and folder is None:
         name = public_url(remote[0])
         raise ValueError(f"{name} is remote: set --output FOLDER for its index.")
+    if folder is not None and all(index_path(shard, folder) is None for shard in shards):
+        name = public_url(shards[0].url)
+        raise ValueError(
+            f"{name} is a folder of images, which has no index file: it is listed again each time "
+            "it is used, so --output would stay empty. Leave it out; --ledger FILE writes what is "
+            "broken."
+        )
     passing: list[Fault] = []
     storage = Storage(
         Retries(attempts, timeout=timeout, outage=0.0),
@@ -288,14 +297,12 @@ def write_indices(
         low, middle, high = pc.quantile(table.column(name), [0, 0.5, 1]).to_pylist()
         lines.append(f"  {name}: {low:.0f} to {high:.0f} pixels, median {middle:.0f}")
     lines += [f"  field {name}: in {count} samples" for name, count in fields.items()]
-    if broken:
-        lines.append(f"broken: {summarize(broken)}")
+    lines += [f"broken: {reason}" for reason in Tally(broken).reasons()]
     if other_fields:
         lines.append(tip)
-    if notes:
-        lines.append(f"not read: {summarize(notes)}")
+    lines += [f"not read: {reason}" for reason in Tally(notes).reasons()]
     if any(index_path(shard, folder) is None for shard in index.shards):
-        lines.append("folders of images have no index file: they are indexed each time")
+        lines.append("Folders of images have no index file: they are listed each time.")
     return facts, "\n".join(lines)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from zsnr.assets import resolve_asset
-from zsnr.untrusted import parse_json, read_text, shown
+from zsnr.untrusted import near_path, parse_json, read_text, shown
 
 _MAX_IMAGES = 1_000_000
 _MAX_SIDE = 2**16  # pixels
@@ -71,7 +71,7 @@ def read_prompts(path: str | Path, seed: int = 0) -> list[PromptRequest]:
     if path.suffix not in (".txt", ".jsonl"):
         raise ValueError(f"{path}: wanted a prompts file that ends in .txt or .jsonl.")
     if not path.exists():
-        raise ValueError(f"{path}: no such prompts file.")
+        raise ValueError(f"{path}: no such prompts file.{near_path(path)}")
     lines = read_text(path).split("\n")
     requests: list[PromptRequest] = []
     for number, text in enumerate(lines, start=1):

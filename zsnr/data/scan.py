@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from zsnr.data.captions import TEXTS, is_text, parse_record, text_fields
+from zsnr.data.captions import NO_CAPTION, TEXTS, is_text, parse_record, text_fields
 from zsnr.data.faults import Fault, as_utf8
 from zsnr.data.formats import HeaderCut, image_size
 from zsnr.data.sources import IMAGE_SUFFIXES, METADATA, Shard, folder_files
@@ -365,7 +365,7 @@ def _add_member(rows: _Rows, file: BinaryIO, key: str, parts: dict[str, tuple[in
         spans = {"image": parts[suffix], "text": text, "json": record}
         spans_present = {part: span for part, span in spans.items() if span is not None}
         if spans_present.keys() <= {"image"}:
-            raise ValueError("it has no caption (txt or json)")
+            raise ValueError(f"{NO_CAPTION} (txt or json)")
         size = _measure(file, *_bounded("image", spans_present["image"]))
         content = {
             part: _read(file, *_bounded(part, span))
@@ -430,7 +430,7 @@ def _index_folder(shard: Shard, storage: Storage) -> ShardIndex:
             if len(spans) == 1:
                 tip = f"; {unread[0]} is not read: write it as {METADATA}" if unread else ""
                 raise ValueError(
-                    f"it has no caption: no {Path(text).name}, no line in {METADATA}{tip}"
+                    f"{NO_CAPTION}: no .txt file of its name, no line in {METADATA}{tip}"
                 )
             rows.add(key, size, spans, _filterable(fields), text_fields(content, fields))
         except (ValueError, EOFError, *_OF_THE_FILE) as error:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from zsnr.data.storage import Storage, is_remote, local_path
 from zsnr.public import public_url
-from zsnr.untrusted import parse_object, read_small
+from zsnr.untrusted import near_path, parse_object, read_small
 
 IMAGE_SUFFIXES = (
     *("jpg", "jpeg", "png", "webp", "gif", "jfif", "jpe", "mpo", "apng", "bmp", "tif", "tiff"),
@@ -256,6 +256,12 @@ def _expand(item: str) -> list[str]:
     else:
         shards, packed = _local_files(path), []
     if not any(p.exists() for p in shards):
+        if not path.is_dir():
+            problem = "does not exist" if shards == [path] else "matches no file"
+            raise FileNotFoundError(
+                f"{item} {problem}: wanted a folder of images or of shards, or .tar files."
+                f"{near_path(path)}"
+            )
         tip = f" {packed[0]} is compressed: unpack it." if packed else _describe_contents(path)
         raise FileNotFoundError(
             f"No shards at {item}: wanted .tar files with images and captions, such as "
@@ -295,8 +301,6 @@ def _expanded(pattern: str) -> list[str]:
 
 def _describe_contents(path: Path) -> str:
     """Describe a folder that is not a source: a subfolder with shards, or its kinds of files."""
-    if not path.is_dir():
-        return ""
     below = next(path.rglob("*.[tT][aA][rR]"), None)
     if below is not None:
         return f" There are some in {below.parent}."

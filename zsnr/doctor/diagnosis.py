@@ -146,8 +146,7 @@ def _rows(facts: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
             case "snr_T" | "sqrt_abar_T":
                 yield {"snr_T": "SNR_T", "sqrt_abar_T": "sqrt(abar_T)"}[key], f"{value:.6g}"
             case "kept_brightness":
-                part = "all" if value["fraction"] == 1 else f"{value['fraction']:.3g}"
-                yield "brightness", f"{part} of the range retained (assumed scale: {SCALE})"
+                yield "brightness", _brightness_text(value["fraction"])
             case "first_timestep":
                 yield "starts at", _starts_text(value)
             case "off_grid_steps":
@@ -168,11 +167,25 @@ def _rows(facts: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
             case "defaults_taken":
                 yield "not in the file", ", ".join(value) + " (the class's defaults)"
             case "terminal_loss_weight":
-                yield "weight at T", f"{value:.3g} of the mean, by {facts['loss_weighting']!r}"
+                weighting = facts["loss_weighting"]
+                yield (
+                    "loss",
+                    f"{weighting!r}; the last timestep has {value:.3g} times the mean weight",
+                )
             case "loss_weighting":
                 continue
             case _:
                 yield name, f"{value:g}" if isinstance(value, float) else clipped(str(value), 200)
+
+
+def _brightness_text(fraction: float) -> str:
+    """Say how much of the brightness of the training images samples can reach."""
+    if fraction == 1:
+        return "samples can span the whole range of the training images"
+    return (
+        f"samples can span about {100 * fraction:.1f} % of the range of the training images "
+        f"(estimated for latents whose mean has a signal-to-noise ratio of {SCALE})"
+    )
 
 
 def _schedule_text(settings: Mapping[str, Any]) -> str:

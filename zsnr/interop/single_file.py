@@ -50,6 +50,12 @@ _IRRELEVANT = (
     *("_class_name", "model_type", "architectures", "bos_token_id", "eos_token_id", "pad_token_id"),
     *("force_upcast", "projection_dim", "sample_size", "upcast_attention", "dropout"),
 )
+# What a UNet is conditioned on, by its addition_embed_type
+_POOLED = {
+    None: "the tokens of the prompt alone",
+    "text": "a vector pooled from the prompt too (pooled_context: true)",
+    "text_time": "the pooled prompt and the image size too",
+}
 # Without "!", which transformers treats as padding if that is the padding token.
 _LENGTH = 77  # tokens of a prompt
 _PROBES = (
@@ -190,11 +196,17 @@ def _parts(model: Model) -> tuple[Family, dict[str, _Weights]]:
     """
     _check_marks(model)
     if not isinstance(model.codec, AutoencoderKLCodec):
-        raise _cannot_hold(f"{type(model.codec).__name__}: it supports AutoencoderKLCodec only")
+        raise _cannot_hold(f"a codec other than AutoencoderKL, {_name(model.codec)}", folder=False)
     if isinstance(model.unet, AdaptedUNet):
-        raise _cannot_hold("adapters beside the UNet: merge them first")
+        raise _cannot_hold("adapters beside the UNet, which --merge merges into it")
     family, parts = _text_parts(model.conditioner)
     codec, unet = model.codec.load(), model.unet.unet
+    pooled, usual = unet.config.get("addition_embed_type"), "text_time" if family == "xl" else None
+    if pooled != usual:
+        raise _cannot_hold(
+            f"a UNet that is conditioned on {_POOLED.get(pooled, pooled)}, where that of "
+            f"{NAMES[family]} is conditioned on {_POOLED[usual]}"
+        )
     vae = codec._vae
     scales = {"scaling_factor": float(codec.scale), "shift_factor": float(codec.shift) or None}
     _check_public(family, "unet", type(unet), unet.config)
@@ -208,12 +220,13 @@ def _parts(model: Model) -> tuple[Family, dict[str, _Weights]]:
 def _check_marks(model: Model) -> None:
     """Refuse a model whose schedule or prediction type the marks cannot express."""
     if model.prediction_type not in ("v_prediction", "epsilon"):
-        raise _cannot_hold(f"prediction_type={model.prediction_type!r}: it has no mark for that")
+        raise _cannot_hold(
+            f"prediction_type={model.prediction_type!r}, for which files have no mark"
+        )
     if not is_stable_diffusions(model.schedule):
         raise _cannot_hold(
-            "this schedule: its marks stand for Stable Diffusion's schedule (scaled_linear, "
-            "0.00085 to 0.012, 1000 timesteps) with or without zero_terminal_snr, and every "
-            "reader would sample on that"
+            "another noise schedule than Stable Diffusion's (scaled_linear, 0.00085 to 0.012, 1000 "
+            "timesteps, with or without zero_terminal_snr), on which every program would sample it"
         )
 
 
@@ -222,16 +235,21 @@ def _text_parts(conditioner: Conditioner) -> tuple[Family, dict[str, _Weights]]:
     if isinstance(conditioner, SDXLConditioner):
         return "xl", _sdxl_text_parts(conditioner)
     if not isinstance(conditioner, TransformersConditioner):
-        raise _cannot_hold(f"{type(conditioner).__name__}: it supports CLIP text encoders only")
+        raise _cannot_hold(f"no CLIP text encoder but {_name(conditioner)}", folder=False)
     encoder: Any = conditioner.encoder
     if encoder.config.model_type != "clip_text_model":
-        raise _cannot_hold(
-            f"a text encoder of type {encoder.config.model_type!r}: it supports CLIP's only"
-        )
+        kind = encoder.config.model_type
+        raise _cannot_hold(f"no CLIP text encoder but one of type {kind!r}", folder=False)
     if conditioner._use_mask:
-        raise _cannot_hold("use_mask: true; readers do not mask padding in the text encoder")
+        raise _cannot_hold(
+            "use_mask: true, but other programs do not mask padding in the text encoder",
+            folder=False,
+        )
     if conditioner._layer != -1 and not conditioner._final_norm:
-        raise _cannot_hold("final_norm: false; readers apply the final norm to the context")
+        raise _cannot_hold(
+            "final_norm: false, but other programs apply the final norm to the context",
+            folder=False,
+        )
     layers = int(encoder.config.num_hidden_layers)
     # hidden_states[i] is the output of i layers; that of the last layer, [-1], includes the norm.
     used = layers if conditioner._layer == -1 else range(layers + 1)[conditioner._layer]
@@ -257,8 +275,8 @@ def _sdxl_text_parts(conditioner: SDXLConditioner) -> dict[str, _Weights]:
     ):
         if _tokenizer(tokenize, encoder) != expected:
             raise _cannot_hold(
-                f"the {part} of this SDXL, which adds other tokens after the prompt: readers use "
-                f"the one that this package calls {expected!r}"
+                f"a {part} that adds other tokens after the prompt than the one other programs "
+                f"use, which this package calls {expected!r}"
             )
     _check_public("xl", "text_encoder", type(first), first.config.to_dict())
     _check_public("xl", "text_encoder_2", type(second), second.config.to_dict())
@@ -270,7 +288,7 @@ def _sdxl_text_parts(conditioner: SDXLConditioner) -> dict[str, _Weights]:
 
 def _check_length(max_length: int) -> None:
     if max_length != _LENGTH:
-        raise _cannot_hold(f"prompts of {max_length} tokens: readers use {_LENGTH}")
+        raise _cannot_hold(f"prompts of {max_length} tokens, where other programs use {_LENGTH}")
 
 
 def _first_layers(weights: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
@@ -291,7 +309,7 @@ def _tokenizer(tokenize: Tokenizer, encoder: Any) -> str:
         fits = ids.shape == expected.shape and bool(expected.max() < len(rows))
         if fits and rows[ids].equal(rows[expected]):
             return name
-    raise _cannot_hold("a tokenizer other than CLIP's, which readers use")
+    raise _cannot_hold("a tokenizer other than CLIP's, which other programs use")
 
 
 def _check_public(family: Family, part: str, cls: type, config: Mapping[str, Any]) -> None:
@@ -313,8 +331,8 @@ def _check_public(family: Family, part: str, cls: type, config: Mapping[str, Any
         ):
             label = part.replace("_", " ").replace("unet", "UNet").replace("vae", "VAE")
             raise _cannot_hold(
-                f"a {label} with {name}={actual!r}: only models of the size of Stable Diffusion 1, "
-                f"2 and XL have this layout, and {NAMES[family]} has {value!r}"
+                f"a {label} with {name}={actual!r}, where {NAMES[family]}, whose settings every "
+                f"program assumes, has {value!r}"
             )
 
 
@@ -394,8 +412,23 @@ def _cast(weights: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[Tensor]
         yield cast.view(-1).view(torch.uint8)
 
 
-def _cannot_hold(feature: str) -> ValueError:
+def _name(part: object) -> str:
+    return type(part).__name__
+
+
+def _cannot_hold(feature: str, folder: bool = True) -> ValueError:
+    """Say why a model cannot be a single file, and the way out.
+
+    Args:
+        feature: What it has, as an object of "has".
+        folder: Whether a diffusers folder can hold the model.
+    """
+    way_out = (
+        "Write a diffusers folder instead, with an --output that does not end in .safetensors."
+        if folder
+        else "Use the checkpoint itself, as `zsnr sample` does."
+    )
     return ValueError(
-        f"A single file in the ldm layout cannot hold {feature}. Export to a diffusers folder, or "
-        "use the checkpoint."
+        "This model cannot be a single file, which other programs read as Stable Diffusion 1, 2 or "
+        f"XL: it has {feature}. {way_out}"
     )

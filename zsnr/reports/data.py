@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -15,8 +16,9 @@ from torch import Tensor
 from zsnr import __version__
 from zsnr.codecs import LatentCodec
 from zsnr.data.buckets import AspectBuckets
+from zsnr.data.captions import NO_CAPTION
 from zsnr.data.dataset import ShardDataset
-from zsnr.data.faults import Fault, summarize
+from zsnr.data.faults import Fault, Tally, summarize
 from zsnr.data.filters import Filter
 from zsnr.data.images import to_unit_range
 from zsnr.data.index import counted, load_index
@@ -43,6 +45,13 @@ if TYPE_CHECKING:
 
 ORIGINAL = NoiseSchedule(zero_terminal_snr=False)
 
+IMAGE_SIZE = 512
+"""Height and width of the images where nothing else is said, in pixels."""
+
+CLIP_TOKENS = 75
+"""Tokens of a caption that CLIP's text encoder reads; the rest is cut off."""
+
+_CLIP_PIECE = re.compile(r"[^\W\d_]+|\d|(?:[^\s\w]|_)+")  # each is one of CLIP's tokens, or several
 _SMALL = 64  # pixels a side for statistics of means, which hardly depend on it
 _ORACLE = 256  # images that the exact denoiser knows
 _LATENTS = 200  # images that are encoded
@@ -87,7 +96,7 @@ def write_data_report(
     sources: Sources,
     folder: Path,
     *,
-    image_size: int = 512,
+    image_size: int | None = None,
     most: int = 2000,
     filters: Sequence[Filter] = (),
     aspect: AspectBuckets | None = None,
@@ -100,7 +109,7 @@ def write_data_report(
     Args:
         sources: The data.
         folder: Where to write; must be empty or not exist.
-        image_size: Height and width in training, in pixels.
+        image_size: Height and width in training, in pixels. None = `IMAGE_SIZE`.
         most: Largest number of images that are read, evenly spaced.
         filters: The filters of the training.
         aspect: Count the samples of each of these buckets.
@@ -115,6 +124,8 @@ def write_data_report(
         ValueError: The folder is not empty, fewer than two images can be read, or a source is a
             cache of latents.
     """
+    size_is_given = image_size is not None
+    image_size = IMAGE_SIZE if image_size is None else image_size
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise ValueError(f"{folder} is not empty and stays as it is: choose another --output.")
     for option, value, least in (("samples", most, 2), ("image-size", image_size, 1)):
@@ -134,15 +145,14 @@ def write_data_report(
         spaces.append(_latent_space(samples, codec, image_size, device))
     faults = [*samples.faults, *faults]
     facts = _facts(samples, images, captions, faults, image_size, spaces)
+    facts["image_size_is_given"] = size_is_given
     values = {
         "title": "Data report",
         "zsnr_version": __version__,
         "sources": public_paths(sources),
         "containers": counted(samples.shards),
-        "broken": summarize([fault for fault in faults if fault.kind != "note"]),
-        "not_read": summarize([fault for fault in faults if fault.kind == "note"]),
         "facts": facts,
-        "image_size": image_size,
+        "clip_tokens": CLIP_TOKENS,
         "quantiles": _QUANTILES,
         "sizes": _quantile_rows(facts, ("height", "width", "megapixels", "aspect_ratio")),
         "captions": _quantile_rows(facts, ("caption_words", "caption_characters")),
@@ -173,6 +183,44 @@ def write_data_report(
     return page, facts
 
 
+def report_text(facts: Mapping[str, Any], page: Path) -> str:
+    """Write the main findings of a report for a terminal."""
+    size = facts["image_size"]
+    given = facts["image_size_is_given"]
+    origin = "as --image-size says" if given else "the default of --image-size"
+    pixels = facts["spaces"][0]
+    used = f", of which {facts['kept']} are used" * (facts["kept"] < facts["samples"])
+    rows = [
+        ("samples", f"{facts['samples']}{used}; {facts['looked_at']} images were looked at"),
+        (
+            "captions",
+            f"samples without one, which are left out: {facts['without_caption']}; empty: "
+            f"{_percent(facts['empty_captions'])}; longer than the {CLIP_TOKENS} tokens of CLIP: "
+            f"at least {_percent(facts['captions_cut_by_clip'])}",
+        ),
+        ("image size", f"{size} pixels ({origin})"),
+        ("", f"{_percent(facts['smaller_than_image_size'])} of the images have a side below it"),
+        (
+            "brightness",
+            f"mean {facts['brightness_mean']:.2f}, standard deviation "
+            f"{facts['brightness_std']:.2f}, from -1 (black) to 1 (white)",
+        ),
+        (
+            "",
+            f"sampling on the original schedule would retain {_percent(pixels['kept'])} of the "
+            f"spread at {size} pixels",
+        ),
+        *(("broken", reason) for reason in facts["broken"] or ["nothing"]),
+        *(("not read", reason) for reason in facts["not_read"]),
+        ("page", str(page)),
+    ]
+    return "\n".join(f"{name:12}{text}" for name, text in rows)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
 def public_paths(sources: Sources) -> list[str]:
     """List the paths of sources without passwords, tokens and commands."""
     paths = (source.path for source in as_sources(sources))
@@ -197,6 +245,9 @@ def _facts(
         "kept": len(samples),
         "removed": samples.removed,
         "faults": sum(fault.kind != "note" for fault in faults),
+        "broken": Tally(faults).reasons(("shard", "sample", "passing")),
+        "not_read": Tally(faults).reasons(("note",)),
+        "image_size": image_size,
         "looked_at": len(images),
         "height": _quantiles(heights),
         "width": _quantiles(widths),
@@ -205,7 +256,9 @@ def _facts(
         "smaller_than_image_size": _share(samples.size.min(1) < image_size),
         "caption_words": _quantiles([len(text.split()) for text in captions]),
         "caption_characters": _quantiles([len(text) for text in captions]),
+        "without_caption": sum(fault.reason.startswith(NO_CAPTION) for fault in faults),
         "empty_captions": _share([not text for text in captions]),
+        "captions_cut_by_clip": _share([_is_cut_by_clip(text) for text in captions]),
         "brightness_mean": float(values.mean()),
         "brightness_std": float(values.std()),
         "darker_than_-0.8": _share((values < -0.8).tolist()),
@@ -213,6 +266,11 @@ def _facts(
         "buckets": _buckets(samples),
         "spaces": [vars(space) for space in spaces],
     }
+
+
+def _is_cut_by_clip(caption: str) -> bool:
+    """Whether a caption surely has more tokens than CLIP reads, whatever its vocabulary joins."""
+    return len(_CLIP_PIECE.findall(caption)) > CLIP_TOKENS
 
 
 def measure_space(name: str, latents: Tensor, size: int | None = None) -> SpaceReport:

@@ -108,7 +108,7 @@ def write_report(run_folder: str | Path, data: str | Sequence[str]) -> Path:
     }
     retained = {name: kept_fraction(ORIGINAL, mode) for name, mode in modes.items()}
     values = {
-        "title": f"Run {run.absolute().name}",
+        "title": f"Samples and data of the run {run.absolute().name}",
         "zsnr_version": __version__,
         "sampling": _sampling_text(samples[0]),
         "prompted": _gallery(prompted),
@@ -204,9 +204,9 @@ def _sampling_text(sample: Mapping[str, Any]) -> str:
         if name != "guidance_interval"
     )
     return (
-        f"Sampled with {sample['sampler']}, {sample['num_steps']} {sample['spacing']} steps, "
-        f"guidance scale {sample['guidance_scale']:g}, rescale "
-        f"{sample['guidance_rescale']:g}{others}."
+        f"The images were sampled with the sampler {sample['sampler']} in {sample['num_steps']} "
+        f"steps (timestep spacing {sample['spacing']}), guidance scale "
+        f"{sample['guidance_scale']:g} and guidance rescale {sample['guidance_rescale']:g}{others}."
     )
 
 

@@ -35,8 +35,8 @@ from zsnr.training.settings import (
     words_for,
 )
 from zsnr.training.short_options import SHORT_OPTIONS, option_values
-from zsnr.training.suggestions import ELSEWHERE, find_class, known_text, no_class, suggest
-from zsnr.untrusted import clipped, compose_yaml, parse_yaml, read_yaml_text, shown
+from zsnr.training.suggestions import find_class, known_text, no_class, spelled, suggest
+from zsnr.untrusted import clipped, compose_yaml, near_path, parse_yaml, read_yaml_text, shown
 
 _TAG = "tag:yaml.org,2002:"
 _NUMBERS = (int, float)
@@ -144,9 +144,7 @@ def config_files(arguments: Sequence[str]) -> Iterator[Path]:
 
 def _read(path: Path) -> Any:
     if not path.exists():
-        beside = [str(each) for each in path.parent.glob("*.yaml")]
-        near = difflib.get_close_matches(str(path), beside, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
+        hint = near_path(path)
         if not path.suffix:
             hint = f" `zsnr configs copy {path}` copies a shipped file of that name." + hint
         raise ValueError(f"{path} cannot be read: No such file or directory.{hint}")
@@ -167,7 +165,8 @@ class _Check:
     def __init__(self, complete: bool) -> None:
         self.complete = complete
         self.classes: dict[str, Any] = {"model.optimizer": default_optimizer()}
-        self.shell = False  # whether a value stands on the command line, where text is not quoted
+        self.typed = False  # whether a setting stands on the command line
+        self.shell = False  # whether its value is text, which need not be quoted there
 
     def document(self, node: Any) -> None:
         if node is None:
@@ -210,7 +209,7 @@ class _Check:
         if not dot or group not in GROUPS:
             known = [short for short in SHORT_OPTIONS if short.startswith("--")]
             known += [f"--{setting}" for setting in (*LOOSE, "config", "help", "print_config")]
-            hint = suggest(f"--{name}", {each: each for each in known})
+            hint = suggest(f"--{name}", {each: each for each in known}, typed=True)
             raise ValueError(f"There is no option --{_said(name)}. {hint}")
         if text is None:
             raise ValueError(f"--{name} needs a value.")
@@ -218,11 +217,11 @@ class _Check:
             node = compose_yaml(text)
         except ValueError:
             node = yaml.ScalarNode(f"{_TAG}str", text)
-        self.shell = not isinstance(node, yaml.CollectionNode)
+        self.typed, self.shell = True, not isinstance(node, yaml.CollectionNode)
         try:
             self._key(name.removesuffix("+"), node or yaml.ScalarNode(f"{_TAG}null", ""))
         finally:
-            self.shell = False
+            self.typed = self.shell = False
 
     def _key(self, name: str, node: Any) -> None:
         """Check a value of a setting whose name has dots."""
@@ -240,8 +239,12 @@ class _Check:
             if cls is None:  # a class that is not known here
                 near = difflib.get_close_matches(part, _CLASS_KEYS, n=1, cutoff=0.8)
                 if is_class and near and near[0] != part:
+                    meant = spelled(f"{said}.{near[0]}", self.typed)
+                    raise ValueError(f"{said} has no `{_said(part)}`. Did you mean {meant}?")
+                options = options_of(hint)
+                if not is_class and _are_simple(options, is_list=False):
                     raise ValueError(
-                        f"{said} has no `{_said(part)}`. Did you mean {said}.{near[0]}?"
+                        f"{where} has no `{_said(part)}`: it takes {_wanted(options)}."
                     )
                 return
             if is_class and part == "dict_kwargs":
@@ -253,7 +256,7 @@ class _Check:
                     return
                 where = f"{where}.{part}"
                 is_class = where in CLASSES or where in self.classes or _is_class(hint)
-                cls = self.classes.get(where) if is_class else dataclass_of(hint)
+                cls = self.classes.get(where) if is_class else _group_of(hint)
             said = f"{said}.{part}"
         if hint is not None:
             self._value(node, hint, where)
@@ -283,11 +286,11 @@ class _Check:
         if takes_any and not (beside and difflib.get_close_matches(name, beside, cutoff=0.8)):
             return None
         siblings = {
-            each: f"{place}.{each}" if dotted else f"`{each}`" for each in (*hints, *beside)
+            each: spelled(f"{place}.{each}", self.typed) if dotted else f"`{each}`"
+            for each in (*hints, *beside)
         }
-        if where == "model.optimizer":
-            siblings["learning_rate"] = ELSEWHERE["learning_rate"]
-        hint = suggest(name, siblings, elsewhere=not is_class)
+        elsewhere = not is_class or name == "learning_rate"
+        hint = suggest(name, siblings, self.typed, elsewhere)
         raise ValueError(f"{place} has no `{_said(name)}`. {hint}")
 
     def _settings(self, node: Any, hint: Any, where: str) -> None:
@@ -462,6 +465,12 @@ def _is_class(hint: Any) -> bool:
     return _base_of(hint) is not object and not any(
         dataclasses.is_dataclass(option) or get_origin(option) is dict for option in options
     )
+
+
+def _group_of(hint: Any) -> Any:
+    """Return the dataclass whose fields a type has: its own, or those of a list's only item."""
+    items = [item_of(option) for option in options_of(hint)]
+    return next(filter(None, map(dataclass_of, [hint, *items])), None)
 
 
 def _listed(where: str) -> str:

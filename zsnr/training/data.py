@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -487,10 +488,16 @@ class DataModule(L.LightningDataModule):
             dataset,
             num_workers=self.num_workers,
             collate_fn=Shared(collated, self.num_workers),
+            worker_init_fn=_ignore_interrupts,
             persistent_workers=self.num_workers > 0,
             pin_memory=module is not None and module.device.type == "cuda",
             **batching,
         )
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Let Ctrl-C, which a terminal sends to workers too, only reach the process they work for."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def batches_by_bucket(samples: Samples, rows: Iterable[int], size: int) -> list[list[int]]:

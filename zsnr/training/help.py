@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any, NamedTuple, get_origin
 
+from zsnr.files import path_metavar
 from zsnr.guidance import Guidance
 from zsnr.training.settings import (
     BASES,
@@ -160,6 +161,15 @@ _TRAINER_TEXTS = {
     "again; 0 stands for never.",
     "model_registry": "Name of the model in Lightning's model registry.",
 }
+_METAVARS = {
+    **dict.fromkeys(("data.train", "data.val", "metrics.real"), "DATA"),
+    **dict.fromkeys(("model.unet", "metrics.clip"), "MODEL"),
+    **dict.fromkeys(("model.compile", "model.sampling.spacing", "trainer.accelerator"), "NAME"),
+    "data.prompts": "FILE",
+    "trainer.devices": "DEVICES",
+    "trainer.val_check_interval": "N",
+}
+"""What stands for a value that is text of a kind."""
 _MAIN_TEXTS = {
     "-c, --config FILE": "YAML file with settings. It may be repeated: later files override "
     "earlier ones.",
@@ -242,7 +252,9 @@ def _overview(command: str) -> str:
             default = "the checkpoint's"
         texts = {**_SHORT_TEXTS, **(_PREDICT_TEXTS if command == "predict" else {})}
         text = texts.get(name) or _first_sentence(line.text if line else "")
-        metavar = "TEXT" if name == "--sampler" else line.metavar if line else "X"
+        metavar = "NAME" if name == "--sampler" else line.metavar if line else "X"
+        if name == "--output":
+            metavar = "FOLDER"
         shown = f"-o, {name}" if name == "--output" else name
         lines += _entry(f"{shown} {metavar}", _with_default(text, default))
     if command == "predict":
@@ -319,6 +331,9 @@ def _read(group: str, prefix: str, cls: Any, values: Any) -> Iterator[DescribedS
         text = texts.get(setting.name, "")
         if group == "trainer":
             text = _TRAINER_TEXTS.get(name) or _plain(text)
+        metavar = _metavar(setting.hint, f"{group}.{name}")
+        if metavar == "TEXT":
+            metavar = path_metavar(text).replace("PATH", _METAVARS.get(f"{group}.{name}", "TEXT"))
         if f"{group}.{name}" == "model.optimizer":
             default = default_optimizer()
         if f"{group}.{name}" == "trainer.max_steps":  # Lightning's default has no end
@@ -326,7 +341,7 @@ def _read(group: str, prefix: str, cls: Any, values: Any) -> Iterator[DescribedS
         yield DescribedSetting(
             name,
             setting.hint,
-            _metavar(setting.hint, f"{group}.{name}"),
+            metavar,
             _shown(default),
             _sentence(text),
         )

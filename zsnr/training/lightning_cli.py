@@ -48,7 +48,7 @@ from zsnr.training.image_metrics import check_files
 from zsnr.training.loggers import begin_loggers, continue_loggers, default_loggers
 from zsnr.training.messages import short_message
 from zsnr.training.module import LatentDiffusion
-from zsnr.training.preemption import EXIT_CODE, listen, restarted, stopped_early
+from zsnr.training.preemption import listen, restarted, stopped_early
 from zsnr.training.run_lock import RunLock
 from zsnr.training.settings import DEFAULTS, GROUPS, LINKED
 from zsnr.training.short_options import expand_short_options, option_values
@@ -293,7 +293,7 @@ def run(arguments: Sequence[str]) -> None:
     Raises:
         ValueError: The command line or a YAML is wrong; one line.
         SystemExit: Help was printed; or a signal has stopped training before its end, and the code
-            is 143.
+            is 143, or 130 for Ctrl-C.
     """
     command = arguments[0]
     asked, topic = _help_topic(arguments[1:])
@@ -316,9 +316,9 @@ def run(arguments: Sequence[str]) -> None:
     )
     stopped = stopped_early(cli.trainer, cli.model)
     if command == "fit":
-        print_summary(cli.trainer, stopped)
+        print_summary(cli.trainer, bool(stopped))
     if stopped:
-        raise SystemExit(EXIT_CODE)
+        raise SystemExit(stopped)
 
 
 def _help_topic(settings: Sequence[str]) -> tuple[bool, str | None]:

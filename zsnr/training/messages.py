@@ -55,9 +55,9 @@ def short_message(message: str) -> str:
                 "`zsnr configs list` shows those that come with the package."
             )
         return f"{wanted} is not set."
-    lacks = re.search(r"class_path '([\w.]+)': .*arguments are required: ([\w., ]+)", line)
+    lacks = re.search(r"class_path '([\w.]+)': .*arguments are required: (\w+(?:, \w+)*)", line)
     if lacks:
-        return f"{_setting(keys)}{lacks[1]} needs {lacks[2].strip()}."
+        return f"{_setting(keys)}{lacks[1]} needs {lacks[2]}."
     refused = re.search(r"class_path '([\w.]+)': Option '(\w+)' is not accepted", line)
     if refused:
         return f"{keys[0]}.init_args has no `{refused[2]}`.{_argument_hint(*refused.groups())}"

@@ -184,6 +184,7 @@ class LatentDiffusion(L.LightningModule):
         self.compile_backend, self.max_skipped_steps = compile, max_skipped_steps
         self._ready = False  # compiled, and sharded if the strategy does
         self.stop_requested, self.requeue_requested = False, False  # by a signal to this process
+        self.interrupted = False  # whether that was Ctrl-C
         self.save_requested = False  # by rank 0
         self.stop_agreed, self.requeue_agreed, self.save_agreed = False, False, False  # by all
         self.validation_cut = False  # cut short by a signal

@@ -12,12 +12,14 @@ import lightning as L
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from zsnr.stops import stop_on
+from zsnr.agreement import is_first_process
+from zsnr.stops import stop_on, stop_on_first, stop_on_second
 from zsnr.training.checkpointing import Checkpoints
 
-EXIT_CODE = 143
-"""Exit code of a run that a signal has stopped before its end, so that a script stops with it."""
-
+_INTERRUPT = (
+    b"\nzsnr: Ctrl-C: the run ends after this step, with a checkpoint. "
+    b"Press Ctrl-C again to end it at once, without one.\n"
+)
 _received: set[int] = set()
 
 
@@ -28,13 +30,22 @@ def listen(*signals: signal.Signals) -> None:
             signal.signal(number, lambda number, frame: _received.add(number))
 
 
+def _interrupt() -> None:
+    """Note Ctrl-C, and say what it does."""
+    _received.add(signal.SIGINT)
+    if is_first_process():
+        os.write(2, _INTERRUPT)  # a handler may interrupt a print
+
+
 def asked() -> bool:
     """Whether a signal has asked this process to stop."""
     return bool(_received)
 
 
 class Preemption(L.Callback):
-    """Saves a checkpoint and stops on SIGTERM or SIGUSR1; under SLURM, SIGUSR1 requeues the job.
+    """Saves a checkpoint and stops on SIGTERM, SIGUSR1, or Ctrl-C in a terminal.
+
+    Under SLURM, SIGUSR1 also requeues the job; a second Ctrl-C ends the run at once.
 
     A signal handler that saved a checkpoint would interrupt the communication of the ranks and wait
     for them forever. The signal is therefore noted, and all ranks learn of it in the reduction that
@@ -45,6 +56,7 @@ class Preemption(L.Callback):
         # replaces Lightning's handlers, which save at once, and its question to rank 0 whether it
         # has had a signal, for which the device would wait in every micro-batch
         listen(signal.SIGTERM, signal.SIGUSR1)
+        stop_on_second(signal.SIGINT, _interrupt)
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
@@ -79,6 +91,7 @@ class Preemption(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
         if not pl_module.stop_agreed or trainer.should_stop:
             return
+        pl_module.interrupted = signal.SIGINT in _received
         step = trainer.global_step
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, Checkpoints):
@@ -92,6 +105,7 @@ class Preemption(L.Callback):
         trainer.should_stop = True
 
     def teardown(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        stop_on_first(signal.SIGINT)
         _received.clear()
 
 
@@ -113,11 +127,18 @@ def _stop_at_once() -> None:
     stop_on(signal.SIGTERM)
 
 
-def stopped_early(trainer: L.Trainer, module: Any) -> bool:
-    """Whether a signal has stopped the run before its end, and SLURM does not restart it."""
+def stopped_early(trainer: L.Trainer, module: Any) -> int:
+    """Return the exit code of a run that a signal has stopped before its end.
+
+    Returns:
+        143, or 130 for Ctrl-C, so that a script stops with the run. 0 = the run was at its end, or
+        SLURM restarts it.
+    """
     requeued = module.requeue_agreed and "SLURM_JOB_ID" in os.environ
     ended = 0 <= trainer.max_steps <= trainer.global_step
-    return module.stop_agreed and not requeued and not ended
+    if not module.stop_agreed or requeued or ended:
+        return 0
+    return 128 + (signal.SIGINT if module.interrupted else signal.SIGTERM)
 
 
 def requeue() -> None:

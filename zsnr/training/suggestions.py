@@ -10,12 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from zsnr.training.settings import known_classes, names
+from zsnr.training.short_options import SHORT_OPTIONS
 from zsnr.untrusted import clipped, shown
 
 ELSEWHERE = {
-    **dict.fromkeys(
-        ("lr", "learning_rate"), "--lr, or model.optimizer.init_args.lr in a YAML file"
-    ),
+    **dict.fromkeys(("lr", "learning_rate"), "--lr"),
     **dict.fromkeys(("steps", "epochs", "max_train_steps", "num_epochs"), "--max-steps"),
     **dict.fromkeys(("train_batch_size", "batch", "bs"), "--batch-size"),
     **dict.fromkeys(("resolution", "size"), "--data.image_size"),
@@ -28,7 +27,7 @@ ELSEWHERE = {
     "optimizer": "--model.optimizer",
     "lr_scheduler": "--model.learning_rate.decay",
 }
-"""Settings by the names that they have in other programs."""
+"""Options by the names that they have in other programs."""
 
 
 def find_class(path: Any, base: type[Any], where: str) -> Any:
@@ -86,31 +85,45 @@ def known_text(base: type[Any]) -> str:
     return f" Known: {listed}, or the import path of your own." if known else ""
 
 
-def suggest(called: str, siblings: Mapping[str, str], elsewhere: bool = True) -> str:
+def spelled(name: str, typed: bool) -> str:
+    """Spell an option, or a setting that is named in full.
+
+    Args:
+        name: Such as "--lr" or "model.ema.decay".
+        typed: Whether it is for the command line; else it is for a YAML file.
+    """
+    name = name if typed else SHORT_OPTIONS.get(name, name)
+    return "--" * typed + name.removeprefix("--")
+
+
+def suggest(
+    called: str, siblings: Mapping[str, str], typed: bool = False, elsewhere: bool = True
+) -> str:
     """Say what setting was probably meant.
 
     Args:
         called: The name that does not exist.
         siblings: The names that exist at the same place, and how a suggestion spells each.
+        typed: Whether it is an option of the command line; else it stands in a YAML file.
         elsewhere: Whether it may be a setting of another place.
     """
     plain = called.lstrip("-").replace("-", "_").lower()
     last = plain.rpartition(".")[2]
     if elsewhere and last in ELSEWHERE:
-        return f"Did you mean {ELSEWHERE[last]}?"
+        return f"Did you mean {spelled(ELSEWHERE[last], typed)}?"
     near = difflib.get_close_matches(called, siblings, n=1, cutoff=0.75)
     same = [each for each in names() if elsewhere and each.rpartition(".")[2] == last]
     if not near and same:
-        return f"Did you mean {same[0]}?"
-    near = near or [each for each in siblings if each.startswith(f"{plain}_")]
+        return f"Did you mean {spelled(same[0], typed)}?"
+    words = set(plain.split("_"))
+    near = near or [each for each in siblings if words <= set(each.split("_"))]
     near = near or difflib.get_close_matches(called, siblings, n=1, cutoff=0.65)
     if near:
         return f"Did you mean {siblings[near[0]]}?"
     dotted = {each.rpartition(".")[2]: each for each in reversed(names())} if elsewhere else {}
     near = difflib.get_close_matches(last, dotted, n=1, cutoff=0.75)
     if near:
-        return f"Did you mean {dotted[near[0]]}?"
+        return f"Did you mean {spelled(dotted[near[0]], typed)}?"
     if called.startswith("--"):
         return "`zsnr fit --help` shows the options."
-    known = [each for each, spelled in siblings.items() if not spelled.startswith("--")]
-    return f"Known: {', '.join(known)}."
+    return f"Known: {', '.join(siblings)}."
