@@ -16,6 +16,7 @@ import torch.distributed.checkpoint
 import torch.distributed.fsdp
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins import MixedPrecision
 from torch.distributed.tensor import DTensor, Shard
 
 from zsnr.checkpoints.checkpoint_file import read_checkpoint
@@ -74,6 +75,13 @@ def strategy(name, **options):
     if name in ("sharded", "full"):
         return FullyShardedStrategy(save_distributed_checkpoint=name == "sharded", **options)
     return {"one": "auto", "ddp": "ddp"}[name]
+
+
+def scaled():
+    """What 16-mixed is on a GPU, in the dtype that a CPU can compute in."""
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))
+    plugin.precision = "bf16-mixed"
+    return {"plugins": [plugin]}
 
 
 class Watch(Callback):

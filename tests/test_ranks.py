@@ -157,18 +157,14 @@ def test_clipped_gradients_have_the_norm(shards, tmp_path):
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("bad", [(), (1,)])
 def test_scaled_gradients_are_clipped_and_guarded_unscaled(shards, tmp_path, fused, bad):
-    from lightning.pytorch.plugins import MixedPrecision
-
     plain = cells.fit(shards, tmp_path / "plain", steps=3, callbacks=[Poison(bad, 3)])
-    scaled = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))
-    scaled.precision = "bf16-mixed"  # what a CPU can do
     run = cells.fit(
         shards,
         tmp_path / "scaled",
         steps=3,
         callbacks=[Poison(bad, 3)],
         model={"optimizer": lambda p: torch.optim.AdamW(p, lr=2e-3, fused=fused)},
-        trainer_options={"plugins": [scaled], "gradient_clip_val": 100.0},
+        trainer_options={**cells.scaled(), "gradient_clip_val": 100.0},
     )
     for a, b in zip(run["logged"], plain["logged"], strict=True):
         assert math.isfinite(a["train/grad_norm"]) == math.isfinite(b["train/grad_norm"])
