@@ -249,8 +249,8 @@ def collectives(shards, root, kind, accumulation, strategy_options):
         callbacks=[Preemption(), Around({2: profile})],
         model={"optimizer": fused},
         data_options={
-            "batch_size": 2 * int(os.environ["WORLD_SIZE"]),
-            "max_batch_size_per_device": 2 // accumulation,
+            "batch_size": 4 * int(os.environ["WORLD_SIZE"]),
+            "max_batch_size_per_device": 4 // accumulation,
         },
         trainer_options=QUIET,
         strategy_options=strategy_options,
@@ -272,15 +272,16 @@ def collectives(shards, root, kind, accumulation, strategy_options):
 def test_accumulation_adds_no_reduction_of_gradients(
     ranks, shards, tmp_path, number, kind, options
 ):
-    [once, *_], [twice, *_] = (
+    [once, *_], [four, *_] = (
         ranks[number](collectives, shards, tmp_path / str(passes), kind, passes, options)
-        for passes in (1, 2)
+        for passes in (1, 4)
     )
     gathers, scatters = (f"_{name}_base_" for name in ("allgather", "reduce_scatter"))
-    assert {*once, *twice} <= {"allreduce_", gathers, scatters}
-    assert once["allreduce_"] == twice["allreduce_"]
-    expected = 2 if options.get("reduce_every_micro_batch") else 1
-    assert twice.get(scatters, 0) == expected * once.get(scatters, 0)
+    assert {*once, *four} <= {"allreduce_", gathers, scatters}
+    assert once["allreduce_"] == four["allreduce_"]
+    assert four.get(gathers, 0) == 4 * once.get(gathers, 0)
+    expected = 4 if options.get("reduce_every_micro_batch") else 1
+    assert four.get(scatters, 0) == expected * once.get(scatters, 0)
     if kind == "ddp":
         assert once == {"allreduce_": 2}  # the gradients, and what the ranks agree on
     elif not options:
