@@ -221,8 +221,14 @@ def test_the_fused_kernel_is_the_default_on_a_gpu(make):
         assert not skips_on_device(made(GPU, **chosen))
 
 
-def test_an_optimizer_without_a_fused_kernel_stays_as_it_is():
-    optimizer = torch.optim.RMSprop([torch.nn.Parameter(torch.ones(2))])
+@pytest.mark.parametrize(
+    ("make", "sharded"), [(torch.optim.RMSprop, False), (torch.optim.SGD, True)]
+)
+def test_an_optimizer_without_a_fused_kernel_stays_as_it_is(make, sharded):
+    weight = torch.nn.Parameter(torch.ones(2))
+    if sharded:
+        weight.to_local = weight.detach  # as a DTensor has it
+    optimizer = make([weight])
     assert with_kernel(optimizer, GPU) is optimizer
     assert not skips_on_device(optimizer)
 

@@ -11,6 +11,7 @@ from torch.amp import GradScaler
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 _FUSED = (Adam, AdamW, SGD)  # Adagrad's kernel is for the CPU alone in PyTorch 2.6
+_FUSED_SHARDED = (Adam, AdamW)  # SGD's takes no DTensor
 _KERNEL = ("fused", "foreach", "capturable", "differentiable")
 
 
@@ -21,7 +22,11 @@ def with_kernel(optimizer: Optimizer, device: torch.device) -> Optimizer:
     """
     settings = optimizer.defaults
     chosen = any(settings.get(name) for name in _KERNEL) or settings.get("fused") is False
-    if device.type == "cuda" and type(optimizer) in _FUSED and not chosen:
+    sharded = any(
+        hasattr(p, "to_local") for group in optimizer.param_groups for p in group["params"]
+    )
+    known = type(optimizer) in (_FUSED_SHARDED if sharded else _FUSED)
+    if device.type == "cuda" and known and not chosen:
         arguments = inspect.signature(type(optimizer)).parameters
         settings = {name: value for name, value in settings.items() if name in arguments}
         groups = [
