@@ -269,7 +269,7 @@ def test_validate_and_predict_with_unequal_work(ranks, shards, alone, sharded, t
         metrics = ranks[number](cells.evaluate, shards, tmp_path, kind, checkpoint)[0]
         assert metrics == pytest.approx(alone, rel=1e-5)
         out = tmp_path / f"{kind}-images"
-        for _ in range(2):  # the second finds all done
+        for _ in range(2 if kind == "ddp" else 1):  # the second finds all done
             ranks[number](cells.predict, shards, tmp_path, kind, checkpoint, str(out), prompts)
         assert sorted(p.name for p in out.glob("*.png")) == sorted(wanted)
         lines = (out / "manifest.jsonl").read_text().splitlines()
