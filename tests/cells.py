@@ -16,6 +16,7 @@ import torch.distributed.checkpoint
 import torch.distributed.fsdp
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins import MixedPrecision
 from torch.distributed.tensor import DTensor, Shard
 
 from zsnr.checkpoints.checkpoint_file import read_checkpoint
@@ -74,6 +75,13 @@ def strategy(name, **options):
     if name in ("sharded", "full"):
         return FullyShardedStrategy(save_distributed_checkpoint=name == "sharded", **options)
     return {"one": "auto", "ddp": "ddp"}[name]
+
+
+def scaled():
+    """What 16-mixed is on a GPU, in the dtype that a CPU can compute in."""
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))
+    plugin.precision = "bf16-mixed"
+    return {"plugins": [plugin]}
 
 
 class Watch(Callback):
@@ -135,15 +143,22 @@ def fit(
     callbacks=(),
     previews=False,
     logger=False,
+    saves=True,
     **checkpoints,
 ):
-    """Train, and return what is to be compared; weights are whole."""
+    """Train, and return what is to be compared; weights are whole.
+
+    Ranks that shard take longer to save the last checkpoint than for all steps: `saves` = False
+    where no test reads it.
+    """
     quiet()
     net = module(**(model or {}))
     watch = Watch(net.ema_config)
     watch.stop_at = stop_at
-    checkpoints = {"every_n_train_steps": every, **checkpoints}
-    callbacks = [watch, Checkpoints(f"{root}/checkpoints", **checkpoints), *callbacks]
+    callbacks = [watch, *callbacks]
+    if saves:
+        checkpoints = {"every_n_train_steps": every, **checkpoints}
+        callbacks.insert(1, Checkpoints(f"{root}/checkpoints", **checkpoints))
     if previews:
         callbacks.append(Previews(["a", "b", "c"], every_n_steps=2))
     settings = {
@@ -153,6 +168,7 @@ def fit(
         "max_steps": steps,
         "max_epochs": -1,
         "logger": logger,
+        "enable_checkpointing": saves,
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "use_distributed_sampler": False,
@@ -210,7 +226,7 @@ def fit_text(folder, root, kind, layer):
     """Train a text encoder along, of which an earlier layer is taken."""
     torch.manual_seed(0)
     text = tiny.conditioner(trainable=True, layers=3, layer=layer, final_norm=False)
-    return fit(folder, root, kind, steps=3, model={"conditioner": text})
+    return fit(folder, root, kind, steps=3, model={"conditioner": text}, saves=False)
 
 
 def fit_sdxl(folder, root, kind, source):
@@ -220,7 +236,7 @@ def fit_sdxl(folder, root, kind, source):
         "conditioner": SDXLConditioner(source),
         "unet": source,
     }
-    return fit(folder, root, kind, model=model, previews=True)
+    return fit(folder, root, kind, model=model, previews=True, saves=False)
 
 
 def _local(p):

@@ -526,6 +526,95 @@ def test_other_loggers_get_pictures_settings_and_scalars(tmp_path, monkeypatch):
     assert "epoch" not in names
 
 
+class Unreachable(Recorder):
+    """A logger that asks its server even for its name, as MLflow's does; nobody answers."""
+
+    tries = 0
+
+    @property
+    def name(self):
+        return self.experiment
+
+    @property
+    def experiment(self):
+        Unreachable.tries += 1
+        raise ConnectionError("nobody answers")
+
+    def log_metrics(self, metrics, step=None):
+        self.experiment.log(metrics)
+
+
+def test_a_server_that_cannot_be_reached_is_asked_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("zsnr.files._WARNED", set())
+    monkeypatch.setattr(Unreachable, "tries", 0)
+    tiny.write_shards(tmp_path / "shards", [6])
+    logger = {"class_path": "test_board.Unreachable", "init_args": {"file": f"{tmp_path}/log"}}
+    with pytest.warns(UserWarning, match="The log of Unreachable .* nobody answers") as told:
+        fit(tmp_path, "--data.val", "null", logger=logger)
+    assert len([line for line in told if "nobody answers" in str(line.message)]) == 1
+    assert Unreachable.tries == 1
+    assert (tmp_path / "run" / "run_config.yaml").exists()
+
+
+LOGGED_AT = {"train/loss": [0, 1, 2, 3], "luma_mean/previews": [1, 3], "val/loss": [1, 3]}
+
+
+def logged_to_wandb(folder, monkeypatch):
+    """Train with W&B offline; return settings, the steps of each tag, and files of images."""
+    monkeypatch.setenv("WANDB_MODE", "offline")  # Lightning sets it too
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    wandb = pytest.importorskip("wandb")
+    rows = []
+
+    def log(run, values, *args, real=wandb.Run.log, **kwargs):
+        rows.append(values)
+        real(run, values, *args, **kwargs)
+
+    monkeypatch.setattr(wandb.Run, "log", log)
+    arguments = {"offline": True, "save_dir": str(folder)}
+    try:
+        fit(folder, logger={"class_path": "WandbLogger", "init_args": arguments})
+        settings = dict(wandb.run.config)
+    finally:
+        wandb.teardown()
+    names = {name for row in rows for name in row}
+    at = {name: [row["trainer/global_step"] for row in rows if name in row] for name in names}
+    return settings, at, folder.glob("wandb/offline-run-*/files/media/images/*.png")
+
+
+def logged_to_mlflow(folder, monkeypatch):
+    """The same with MLflow in files."""
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    mlflow = pytest.importorskip("mlflow")
+    uri = f"file:{folder}/mlruns"
+    fit(folder, logger={"class_path": "MLFlowLogger", "init_args": {"tracking_uri": uri}})
+    client = mlflow.MlflowClient(uri)
+    experiment = client.get_experiment_by_name("lightning_logs").experiment_id
+    [run] = client.search_runs([experiment])
+    history = {n: client.get_metric_history(run.info.run_id, n) for n in run.data.metrics}
+    at = {name: [value.step for value in values] for name, values in history.items()}
+    return run.data.params, at, folder.glob("mlruns/*/*/artifacts/images/*.png")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("train", [logged_to_wandb, logged_to_mlflow])
+def test_wandb_and_mlflow_get_scalars_settings_and_images(tmp_path, monkeypatch, train):
+    monkeypatch.setattr("zsnr.files._WARNED", set())
+    tiny.write_shards(tmp_path / "shards", [6])
+    tiny.write_shards(tmp_path / "shards", [VAL], "val")
+    settings, at, images = train(tmp_path, monkeypatch)
+    assert str(settings["batch_size"]) == "4"
+    assert str(settings["schedule.zero_terminal_snr"]) == "True"
+    assert {name: at[name] for name in LOGGED_AT} == LOGGED_AT
+    assert "epoch" not in at
+    grids = [Image.open(path) for path in images if path.name.startswith("previews")]
+    written = Image.open(tmp_path / "run/previews/step-00000004.png")
+    assert len(grids) == 2
+    assert written.tobytes() in [grid.convert(written.mode).tobytes() for grid in grids]
+
+
 def test_a_config_for_all_to_see_has_no_secrets():
     shown = public_config(
         yaml.safe_dump(

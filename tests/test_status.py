@@ -62,6 +62,12 @@ def test_a_run_that_trains(run):
     assert json.loads(replace(facts, loss=float("nan")).to_json())["loss"] is None
 
 
+@pytest.mark.parametrize("place", ["", "metrics/version_0/"])
+def test_the_config_lies_in_the_folder_or_beside_the_logs(run, place):
+    (run / "tensorboard" / "run_config.yaml").rename(run / place / "run_config.yaml")
+    assert status(run).max_steps == 100
+
+
 def test_a_run_that_was_stopped_is_resumed_by_the_same_command(run):
     facts = status(run / "checkpoints" / "step-00000030.ckpt")
     assert (facts.state, facts.seconds_left) == ("stopped", None)

@@ -64,13 +64,15 @@ def model(schedule=None, **options):
     torch.manual_seed(0)
     codec = PixelCodec(2)
     text = conditioner()
-    return Model(
-        codec=codec,
-        conditioner=text,
-        unet=UNet(UNET, channels=codec.channels, context_dim=text.context_dim).eval(),
-        schedule=schedule or NoiseSchedule(),
-        **{"prediction_type": "v_prediction", "image_size": 16, **options},
-    )
+    settings = {
+        "codec": codec,
+        "conditioner": text,
+        "unet": UNet(UNET, channels=codec.channels, context_dim=text.context_dim).eval(),
+        "schedule": schedule or NoiseSchedule(),
+        "prediction_type": "v_prediction",
+        "image_size": 16,
+    }
+    return Model(**{**settings, **options})
 
 
 def png(colour, size=(20, 24), mode="RGB"):

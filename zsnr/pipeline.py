@@ -382,8 +382,8 @@ class TextToImage:
             cond = conditioner(prompts)
             if guidance.guides and guidance.against == "negative":
                 uncond = conditioner.null().expand(len(prompts))
-                nonempty = torch.tensor([text != "" for text in negatives])
-                if nonempty.any():
+                if any(negatives):
+                    nonempty = torch.tensor([text != "" for text in negatives])
                     uncond = conditioner(negatives).where(nonempty, uncond)
         if self.model.unet.takes_sizes:
             sizes = torch.tensor([[*size, 0, 0, *size]], device=cond.context.device)

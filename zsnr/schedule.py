@@ -23,6 +23,12 @@ BetaKind = Literal["linear", "cosine", "scaled_linear"]
 # beta_start and beta_end by kind, where None asks for them
 USUAL_BETAS = {"linear": (0.0001, 0.02), "scaled_linear": (0.00085, 0.012)}
 MAX_TIMESTEPS = 100_000  # the tables are Python floats, and published schedules have 1000
+WITHOUT_FLOAT64 = {"mps"}  # types of devices
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """Return float64, or float32 where the device has no float64."""
+    return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
 
 
 class DeviceTables:
@@ -55,7 +61,7 @@ class DeviceTables:
         tables = self._on_device.get(index.device)
         if tables is not None and type(index) is Tensor:
             return tables
-        dtype = torch.float32 if index.device.type == "mps" else torch.float64
+        dtype = widest(index.device)
         tables = tuple(torch.tensor(v, dtype=dtype, device=index.device) for v in self.values)
         if type(tables[0]) is Tensor:  # a fake tensor must not outlive its mode
             self._on_device[index.device] = tables

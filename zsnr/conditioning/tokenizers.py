@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -88,6 +89,7 @@ class PromptTokenizer:
         return Tokens(tuple(ids for ids, _ in parts), parts[0][1], empty)
 
 
+@lru_cache(maxsize=8)  # reading the vocabulary takes 0.1 s; nothing changes a tokenizer
 def bpe_tokenizer(name: str, max_length: int) -> tuple[Tokenizer, int]:
     """Make CLIP's BPE tokenizer from the vocabulary in the package open_clip, without network.
 

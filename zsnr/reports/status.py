@@ -235,10 +235,12 @@ def _hung(folder: Path) -> list[str]:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """Read the newest run_config.yaml beside the logs."""
+    """Read the newest run_config.yaml, in the folder of the run or beside its logs."""
     from zsnr.untrusted import read_yaml
 
-    files = [*folder.glob("*/run_config.yaml"), *folder.glob("*/*/run_config.yaml")]
+    files = [
+        path for depth in ("", "*/", "*/*/") for path in folder.glob(f"{depth}run_config.yaml")
+    ]
     for path in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True):
         try:
             values = read_yaml(path)

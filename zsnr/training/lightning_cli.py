@@ -45,7 +45,12 @@ from zsnr.training.facts import public_config
 from zsnr.training.from_checkpoint import checkpoint_config
 from zsnr.training.help import help_text
 from zsnr.training.image_metrics import check_files
-from zsnr.training.loggers import begin_loggers, continue_loggers, default_loggers
+from zsnr.training.loggers import (
+    begin_loggers,
+    config_folder,
+    continue_loggers,
+    default_loggers,
+)
 from zsnr.training.messages import short_message
 from zsnr.training.module import LatentDiffusion
 from zsnr.training.preemption import listen, restarted, stopped_early
@@ -68,7 +73,7 @@ class SaveConfigOfFit(SaveConfigCallback):
         if stage != "fit" or self.already_saved:
             return
         self.already_saved = True
-        folder = Path(trainer.log_dir or ".")  # of the first rank; all ranks ask for it
+        folder = config_folder(trainer)
         if not trainer.is_global_zero:
             return
         path = folder / self.config_filename

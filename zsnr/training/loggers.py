@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger, Logger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
@@ -24,6 +24,7 @@ from zsnr.files import replacing, side_file
 from zsnr.untrusted import clipped, read_small
 
 if TYPE_CHECKING:
+    import lightning as L
     from PIL.Image import Image
 
 _MAX_TEXT, _MAX_HEADER = 1 << 26, 1 << 20  # bytes of metrics.csv, and of its first line
@@ -59,12 +60,16 @@ class _SideFiles(Logger):
 
 
 class _SideExperiment(_SideFiles):
-    """The same for a logger that opens its files at the first use."""
+    """The same for a logger that opens its files, or reaches its server, at the first use."""
+
+    _unreachable = False  # a server, which is not tried again: it may take minutes to fail
 
     @property
     def experiment(self) -> Any:
-        with _side(self):
-            return super().experiment
+        if not self._unreachable:
+            with _side(self):
+                return super().experiment
+            self._unreachable = not isinstance(self, TensorBoardLogger | CSVLogger)
         return DummyLogger().experiment
 
 
@@ -76,7 +81,8 @@ def guard_loggers(loggers: Iterable[Logger]) -> None:
             mixed = _SideExperiment if hasattr(cls, "experiment") else _SideFiles
             # the name of a local class, which no config can name
             name = f"guard_loggers.<locals>.Guarded{cls.__name__}"
-            logger.__class__ = type(name, (mixed, cls), {"__module__": __name__})
+            said = {"__module__": __name__, "logs_to": cls.__name__}
+            logger.__class__ = type(name, (mixed, cls), said)
         if isinstance(logger, TensorBoardLogger):
             _guard_events()
 
@@ -107,11 +113,23 @@ def _guard_events() -> None:
 
 
 def _side(logger: Logger) -> AbstractContextManager[None]:
-    return side_file(f"{logger.save_dir or '.'}/{logger.name}")
+    if isinstance(logger, TensorBoardLogger | CSVLogger):
+        return side_file(f"{logger.save_dir or '.'}/{logger.name}")
+    # another logger may ask its server for its name
+    return side_file(f"The log of {getattr(logger, 'logs_to', type(logger).__name__)}")
+
+
+def config_folder(trainer: L.Trainer) -> Path:
+    """Return the folder for the configuration of a run: beside its logs if they are files.
+
+    All ranks call it.
+    """
+    files = isinstance(trainer.logger, TensorBoardLogger | CSVLogger)
+    return Path((trainer.log_dir if files else trainer.default_root_dir) or ".")
 
 
 def log_image(loggers: Iterable[Any], name: str, image: Image, step: int) -> None:
-    """Show an image in TensorBoard and W&B.
+    """Show an image in TensorBoard, W&B and MLflow.
 
     Args:
         loggers: Loggers of the trainer.
@@ -123,10 +141,12 @@ def log_image(loggers: Iterable[Any], name: str, image: Image, step: int) -> Non
 
     for logger in loggers:
         with _side(logger):
-            if hasattr(logger, "log_image"):  # W&B
-                logger.log_image(name, [image], step=step)
-            elif isinstance(logger, TensorBoardLogger):
+            if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image(name, np.asarray(image), step, dataformats="HWC")
+            elif isinstance(logger, MLFlowLogger):
+                logger.experiment.log_image(logger.run_id, image, key=name, step=step)
+            elif hasattr(logger, "log_image"):  # W&B
+                logger.log_image(name, [image], step=step)
 
 
 def log_luma(loggers: Iterable[Any], name: str, means: Tensor, pixels: Tensor, step: int) -> None:
@@ -174,7 +194,7 @@ def log_settings(
     compared: Iterable[str],
     metrics: Iterable[str],
 ) -> None:
-    """Log the settings of a run: a few in TensorBoard's table of runs, all in W&B's.
+    """Log the settings of a run: a few in TensorBoard's table of runs, all elsewhere.
 
     Args:
         loggers: Loggers of the trainer.

@@ -58,6 +58,7 @@ from zsnr.training.guard import (
 )
 from zsnr.training.learning_rate import LearningRate
 from zsnr.training.loggers import guard_loggers
+from zsnr.training.optimizer import skip_where, skips_on_device, with_kernel
 from zsnr.training.prepared import DRAWS, PROMPTS, TOKENS, Preparation
 from zsnr.training.progress import Progress
 from zsnr.training.resuming import Verdict, changes, check_changes, flat, verdict_on
@@ -380,8 +381,7 @@ class LatentDiffusion(L.LightningModule):
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         trained = (p for p in self.trained.parameters() if p.requires_grad)
-        optimizer: torch.optim.Optimizer = self.make_optimizer(trained)
-        return optimizer
+        return with_kernel(self.make_optimizer(trained), self.trainer.strategy.root_device)
 
     def configure_optimizers(self) -> Any:
         optimizer = self._new_optimizer()
@@ -418,8 +418,7 @@ class LatentDiffusion(L.LightningModule):
         self.settle()
         self.record()
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        decides = getattr(optimizer, "_step_supports_amp_scaling", False)  # it may skip by itself
-        if scaler is not None and decides:
+        if scaler is not None and skips_on_device(optimizer):
             scaler.unscale_(optimizer)  # a fused optimizer would unscale later, by itself
         failed = getattr(self.trainer.datamodule, "failure", None) is not None
         self._report = StepReport(
@@ -432,11 +431,10 @@ class LatentDiffusion(L.LightningModule):
         self._micro_batches, self.save_requested = [], False
         if self.trainer.world_size == 1:
             self.stop_agreed, self.requeue_agreed = self.stop_requested, self.requeue_requested
-        if scaler is None and decides and not self._reads_now(self._report.step):
-            optimizer.found_inf = self._report.skips  # type: ignore[attr-defined]
-            return
-        if decides:
-            optimizer.found_inf = None  # type: ignore[attr-defined]
+        if skips_on_device(optimizer):
+            skip_where(optimizer, self._report.skips, scaler)
+            if not self._reads_now(self._report.step):
+                return
         self._read(self._report)
         self.record()
         if not self._report.numbers.finite:

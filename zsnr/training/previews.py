@@ -32,8 +32,8 @@ class Previews(Callback):
     """Images sampled from fixed prompts and seeds at regular steps of training.
 
     They are sampled as predict samples, by model.sampling. Each grid, with prompt and seed below
-    every image, is written to the folder `previews` of the run and shown in TensorBoard and W&B.
-    The mean luma of the images goes to all loggers, and its histograms to TensorBoard.
+    every image, is written to the folder `previews` of the run and shown in TensorBoard, W&B and
+    MLflow. The mean luma of the images goes to all loggers, and its histograms to TensorBoard.
 
     Args:
         prompts: Text prompts, one for each image. "" = an image without a prompt.

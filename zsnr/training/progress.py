@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zsnr.schedule import widest
 from zsnr.training.tags import TERMINAL, quarters
 
 
@@ -73,7 +74,7 @@ class Progress:
 
 def wide(device: torch.device) -> torch.dtype:
     """Return the dtype to sum in: float64, where a device has it."""
-    return torch.float32 if device.type == "mps" else torch.float64
+    return widest(device)
 
 
 class NonFiniteError(ValueError):
