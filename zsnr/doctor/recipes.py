@@ -108,7 +108,7 @@ def examine_recipe(target: str, settings: Mapping[str, Any]) -> Diagnosis:
     if possible:
         share, last = weight_shares(recipe)
         facts |= {
-            "loss_weights": ", ".join(recipe.weights) or "uniform",
+            "loss_weighting": ", ".join(recipe.weights) or "uniform",
             "loss_weight_t900": share,
             "terminal_loss_weight": last,
         }
@@ -263,11 +263,14 @@ _SIMPLETUNER = (
     *("model_family", "inference_scheduler_timestep_spacing", "data_backend_config"),
     *("training_scheduler_timestep_spacing", "lora_type", "snr_weight"),
 )
-_DIFFUSERS = ("snr_gamma", "pretrained_model_name_or_path", "prediction_type", "dataset_name")
+_DIFFUSERS = ("snr_gamma", "pretrained_model_name_or_path", "dataset_name", "train_data_dir")
+_SCHEDULER = {"_class_name", "beta_schedule", "beta_start", "trained_betas"}
 
 
 def _program(settings: Mapping[str, Any]) -> str | None:
     """Recognize the trainer by the names of its settings."""
+    if _SCHEDULER & settings.keys():
+        return None  # the config of a scheduler
     for program, names in (
         ("OneTrainer", _ONETRAINER),
         ("SimpleTuner", _SIMPLETUNER),
