@@ -336,7 +336,7 @@ def _plain(root, kind, **options):
         default_root_dir=root,
         **options,
     )
-    trainer.strategy.checkpoint_io = CheckpointFiles()
+    trainer.strategy.checkpoint_io = CheckpointFiles(with_optimizers=False)
     return trainer
 
 

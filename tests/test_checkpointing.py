@@ -2,26 +2,27 @@
 
 import errno
 import threading
+from pathlib import Path
 
 import cells
 import pytest
 import tiny
 import torch
+import torch.distributed.checkpoint.state_dict_loader as state_dict_loader
 from lightning.pytorch.callbacks import Callback
 
 from zsnr.checkpoints import read_checkpoint, sharded
 from zsnr.checkpoints.run_facts import read_run_facts
-from zsnr.training.checkpointing import on_host
+from zsnr.cli import main
+from zsnr.training.checkpoint_files import on_host
 
 STEPS = 4
 
 
 def fit(shards, root, *callbacks, asynchronous=True, **options):
     quiet = {"limit_val_batches": 0}
-    options = {"every": 1, "trainer_options": quiet, "keep": 9, **options}
-    return cells.fit(
-        shards, root, steps=STEPS, callbacks=callbacks, asynchronous=asynchronous, **options
-    )
+    options = {"every": 1, "trainer_options": quiet, "keep": 9, "steps": STEPS, **options}
+    return cells.fit(shards, root, callbacks=callbacks, asynchronous=asynchronous, **options)
 
 
 def written(root):
@@ -128,3 +129,63 @@ def test_reading_fills_no_unet_with_random_numbers_first(shards, tmp_path, monke
     path.write_bytes(b"")  # the weights are no view of the file
     assert all(weight.isfinite().all() for weight in state.values())
     assert type(model.conditioner) is type(conditioner)
+
+
+class Interrupt(Callback):
+    def on_train_start(self, trainer, module):
+        raise InterruptedError
+
+
+def test_no_command_reads_a_checkpoint_whole(ranks, shards, tmp_path, monkeypatch):
+    """Weights are memory-mapped, and the optimizer's state is read by training alone."""
+    fit(shards, tmp_path / "file", asynchronous=False, every=STEPS)
+    ranks[2](fit, shards, tmp_path / "folder", kind="sharded", asynchronous=False, every=STEPS)
+    load, fill = torch.load, state_dict_loader.load
+    read = []  # what the optimizer's state is taken from: files, and names in folders
+
+    class Noted(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            if function.__name__ in ("clone", "to", "cpu", "copy_", "__deepcopy__"):
+                read.append("a file")
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    def noted(source, *args, **kwargs):
+        loaded = load(source, *args, **kwargs)
+        if isinstance(source, Path) and source.suffix == ".ckpt":
+            assert kwargs["mmap"]
+            for state in loaded["optimizer_states"][0]["state"].values():
+                state.update({name: value.as_subclass(Noted) for name, value in state.items()})
+        return loaded
+
+    def filled(tensors, *args, **kwargs):
+        read.extend(name for name in tensors if name.startswith("optimizer_states"))
+        fill(tensors, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "load", noted)
+    monkeypatch.setattr(state_dict_loader, "load", filled)
+    for kind in ("file", "folder"):
+        [path] = written(tmp_path / kind)
+        cells.evaluate(shards, tmp_path, "one", str(path))
+        images = str(tmp_path / f"{kind}-images")
+        cells.predict(shards, tmp_path, "one", str(path), images, [{"prompt": "grey"}])
+        read_checkpoint(path)
+        assert main(["doctor", str(path)]) == 0
+        assert read == []
+        with pytest.raises(InterruptedError):
+            root = tmp_path / f"{kind}-resumed"
+            fit(shards, root, Interrupt(), steps=STEPS + 1, checkpoint=str(path))
+        assert read
+        read.clear()
+
+
+def test_a_resumed_optimizer_does_not_depend_on_its_file(shards, tmp_path):
+    fit(shards, tmp_path, asynchronous=False, every=STEPS)
+    [path] = written(tmp_path)
+
+    class Damage(Callback):
+        def on_train_start(self, trainer, module):
+            path.write_bytes(b"")
+
+    run = fit(shards, tmp_path, Damage(), steps=STEPS + 1, checkpoint=str(path))
+    assert all(weight.isfinite().all() for weight in run["weights"].values())

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import lightning as L
-from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import Tensor
 
 from zsnr.agreement import on_first_rank, raise_on_all
 from zsnr.checkpoints import sharded
@@ -24,6 +18,7 @@ from zsnr.checkpoints.run_facts import NAME, add_start, read_run_facts, write_ru
 from zsnr.checkpoints.run_folder import step_of, steps
 from zsnr.files import HeldFolder, side_file
 from zsnr.locks import remove_leftovers, unfinished
+from zsnr.training.checkpoint_files import CheckpointFiles
 from zsnr.training.facts import run_facts, start_facts
 from zsnr.training.progress import NonFiniteError, first_not_finite
 from zsnr.training.strategy import meet
@@ -272,91 +267,6 @@ class Checkpoints(Checkpoint):
             with side_file(Path(self.dirpath) / NAME):
                 self._check_folders()  # a deleted folder must not be made again
                 write_run_facts(Path(self.dirpath), run_facts(trainer, module, self._history))
-
-
-class CheckpointFiles(TorchCheckpointIO):
-    """Reads and writes checkpoint files, and reads folders of shards."""
-
-    _defer, _background = False, False
-    _thread: Thread | None = None
-    problem: Exception | None = None
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
-    ) -> None:
-        try:
-            if not self._background:
-                _save(checkpoint, Path(path))
-                return
-            copied = on_host(checkpoint)
-        except Exception as error:  # of any kind: the other ranks must not wait
-            if not self._defer:
-                raise
-            self.problem = error
-            return
-        self._thread = Thread(target=self._save_copy, args=(copied, Path(path)))
-        self._thread.start()
-
-    def _save_copy(self, checkpoint: dict[str, Any], path: Path) -> None:
-        try:
-            _save(checkpoint, path)
-        except Exception as error:  # `wait` tells it
-            self.problem = error
-
-    def wait(self) -> Exception | None:
-        """Wait for the checkpoint that is being written, and return its error."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        return self.problem
-
-    @contextmanager
-    def deferring(self, background: bool) -> Iterator[None]:
-        """Keep an error as `problem`, because rank 0 saves alone while the others wait for it.
-
-        Args:
-            background: Whether a file is written by a thread; `wait` then waits for it.
-        """
-        self._defer, self._background, self.problem = True, background, None
-        try:
-            yield
-        finally:
-            self._defer = self._background = False
-
-    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        if sharded.is_sharded(path):
-            return sharded.consolidate(path)
-        checkpoint: dict[str, Any] = super().load_checkpoint(path, *args, **kwargs)
-        return checkpoint
-
-    def remove_checkpoint(self, path: Any) -> None:
-        sharded.remove(Path(path))
-
-
-def _save(checkpoint: dict[str, Any], path: Path) -> None:
-    if path.is_dir():
-        sharded.remove(path)
-    sharded.save_file(checkpoint, path)
-
-
-def on_host(value: Any, copies: dict[int, Any] | None = None) -> Any:
-    """Copy what a checkpoint holds to the host's memory, where training does not change it.
-
-    Tensors that occur several times stay one.
-    """
-    copies = {} if copies is None else copies
-    if isinstance(value, Tensor):
-        if id(value) not in copies:
-            copies[id(value)] = value.detach().to("cpu", copy=True)
-        return copies[id(value)]
-    if isinstance(value, Mapping):
-        copied: Any = copy.copy(value)  # with the metadata of a state dict
-        for name, part in value.items():
-            copied[name] = on_host(part, copies)
-        return copied
-    if type(value) in (list, tuple):
-        return type(value)(on_host(part, copies) for part in value)
-    return copy.deepcopy(value)
 
 
 def _set_aside(folder: Path, step: int) -> None:

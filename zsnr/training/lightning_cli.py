@@ -30,7 +30,8 @@ from zsnr.public import MARK, left_out
 from zsnr.samplers.recommend import resolve_sampling
 from zsnr.schedule import NoiseSchedule
 from zsnr.training.board import TrainingBoard
-from zsnr.training.checkpointing import CheckpointFiles, Checkpoints
+from zsnr.training.checkpoint_files import CheckpointFiles
+from zsnr.training.checkpointing import Checkpoints
 from zsnr.training.checks import (
     check_guidance,
     check_lora,
@@ -124,7 +125,9 @@ class ZsnrCLI(LightningCLI):
             super().instantiate_classes()
         except (ValueError, TypeError, MisconfigurationException) as error:
             raise ValueError(short_message(str(error))) from error
-        self.trainer.strategy.checkpoint_io = CheckpointFiles()
+        self.trainer.strategy.checkpoint_io = CheckpointFiles(
+            with_optimizers=self.subcommand == "fit"
+        )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = self._get(self.config_init, "trainer")

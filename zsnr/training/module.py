@@ -40,6 +40,7 @@ from zsnr.prediction import PredictionType
 from zsnr.pretrained import is_weightless
 from zsnr.schedule import NoiseSchedule
 from zsnr.training.adaptation import Start, read_start
+from zsnr.training.checkpoint_files import unmap
 from zsnr.training.checks import (
     check_guidance,
     check_lora,
@@ -380,6 +381,7 @@ class LatentDiffusion(L.LightningModule):
     def _new_optimizer(self) -> torch.optim.Optimizer:
         trained = (p for p in self.trained.parameters() if p.requires_grad)
         optimizer: torch.optim.Optimizer = self.make_optimizer(trained)
+        optimizer.register_load_state_dict_post_hook(unmap)
         return optimizer
 
     def configure_optimizers(self) -> Any:

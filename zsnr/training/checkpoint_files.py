@@ -1,0 +1,120 @@
+"""Reading and writing of checkpoints for Lightning, in this thread or in another one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+from lightning.fabric.plugins import TorchCheckpointIO
+from torch import Tensor
+from torch.optim import Optimizer
+
+from zsnr.checkpoints import sharded
+from zsnr.untrusted import open_archive
+
+
+class CheckpointFiles(TorchCheckpointIO):
+    """Reads and writes checkpoint files, and reads folders of shards.
+
+    Args:
+        with_optimizers: Whether the optimizer states of a folder of shards are read, which only
+            training needs. Those of a file stay on disk until they are used.
+    """
+
+    def __init__(self, with_optimizers: bool = True) -> None:
+        self.with_optimizers = with_optimizers
+        self.problem: Exception | None = None
+        self._defer, self._background = False, False
+        self._thread: Thread | None = None
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        try:
+            if not self._background:
+                _save(checkpoint, Path(path))
+                return
+            copied = on_host(checkpoint)
+        except Exception as error:  # of any kind: the other ranks must not wait
+            if not self._defer:
+                raise
+            self.problem = error
+            return
+        self._thread = Thread(target=self._save_copy, args=(copied, Path(path)))
+        self._thread.start()
+
+    def _save_copy(self, checkpoint: dict[str, Any], path: Path) -> None:
+        try:
+            _save(checkpoint, path)
+        except Exception as error:  # `wait` tells it
+            self.problem = error
+
+    def wait(self) -> Exception | None:
+        """Wait for the checkpoint that is being written, and return its error."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        return self.problem
+
+    @contextmanager
+    def deferring(self, background: bool) -> Iterator[None]:
+        """Keep an error as `problem`, because rank 0 saves alone while the others wait for it.
+
+        Args:
+            background: Whether a file is written by a thread; `wait` then waits for it.
+        """
+        self._defer, self._background, self.problem = True, background, None
+        try:
+            yield
+        finally:
+            self._defer = self._background = False
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Read a checkpoint; the tensors of a file are memory-mapped, see `unmap`."""
+        if sharded.is_sharded(path):
+            return sharded.consolidate(path, with_optimizers=self.with_optimizers)
+        return open_archive(Path(path))
+
+    def remove_checkpoint(self, path: Any) -> None:
+        sharded.remove(Path(path))
+
+
+def unmap(optimizer: Optimizer) -> None:
+    """Copy the state that an optimizer has taken from a memory-mapped checkpoint as it is.
+
+    The file may be overwritten while the run goes on. What was moved to a device is a copy already.
+    """
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.device.type == "cpu":
+                state[name] = value.clone()
+
+
+def _save(checkpoint: dict[str, Any], path: Path) -> None:
+    if path.is_dir():
+        sharded.remove(path)
+    sharded.save_file(checkpoint, path)
+
+
+def on_host(value: Any, copies: dict[int, Any] | None = None) -> Any:
+    """Copy what a checkpoint holds to the host's memory, where training does not change it.
+
+    Tensors that occur several times stay one.
+    """
+    copies = {} if copies is None else copies
+    if isinstance(value, Tensor):
+        if id(value) not in copies:
+            copies[id(value)] = value.detach().to("cpu", copy=True)
+        return copies[id(value)]
+    if isinstance(value, Mapping):
+        copied: Any = copy.copy(value)  # with the metadata of a state dict
+        for name, part in value.items():
+            copied[name] = on_host(part, copies)
+        return copied
+    if type(value) in (list, tuple):
+        return type(value)(on_host(part, copies) for part in value)
+    return copy.deepcopy(value)
