@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import logging
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import tiny
@@ -37,6 +38,7 @@ from zsnr.training import (
     PredictionWriter,
     Previews,
 )
+from zsnr.training.deferred import deferred_weights
 
 BATCH = 8
 DECAY = 0.9
@@ -135,11 +137,14 @@ def fit(
     callbacks=(),
     previews=False,
     logger=False,
+    deferred=False,
     **checkpoints,
 ):
     """Train, and return what is to be compared; weights are whole."""
     quiet()
-    net = module(**(model or {}))
+    with deferred_weights() if deferred else nullcontext():
+        net = module(**(model or {}))
+    assert next(net.trained["unet"].parameters()).is_meta == deferred
     watch = Watch(net.ema_config)
     watch.stop_at = stop_at
     checkpoints = {"every_n_train_steps": every, **checkpoints}

@@ -172,8 +172,8 @@ def test_no_command_reads_a_checkpoint_whole(ranks, shards, tmp_path, monkeypatc
         read_checkpoint(path)
         assert main(["doctor", str(path)]) == 0
         assert read == []
+        root = tmp_path / f"{kind}-resumed"
         with pytest.raises(InterruptedError):
-            root = tmp_path / f"{kind}-resumed"
             fit(shards, root, Interrupt(), steps=STEPS + 1, checkpoint=str(path))
         assert read
         read.clear()

@@ -290,6 +290,16 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         return _shapes(path, file)
 
 
+def map_tensors(path: Path) -> dict[str, Tensor]:
+    """Open a file's tensors by their names, memory-mapped.
+
+    Raises:
+        ValueError: The file does not exist, or is not a safetensors file.
+    """
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in _shapes(path, file)}
+
+
 def part_config(file: LdmFile, part: str) -> dict[str, Any]:
     """Return a part's settings in the form of a config.json.
 
@@ -346,7 +356,7 @@ def config_folder(source: str, part: str) -> Iterator[str]:
 
 
 def read_part(
-    source: str, part: str, expected: Mapping[str, tuple[int, ...]], dtype: torch.dtype
+    source: str, part: str, expected: Mapping[str, tuple[int, ...]], dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
     """Read a part's weights under diffusers' or transformers' names.
 
@@ -354,7 +364,7 @@ def read_part(
         source: The file.
         part: "unet", "vae", "text_encoder" or "text_encoder_2".
         expected: Shapes of the weights in the part's model, by name.
-        dtype: Data type of the result.
+        dtype: Data type of the result. None = as in the file, whose tensors are memory-mapped.
 
     Raises:
         ValueError: The file's tensors do not match; no weights are read in this case.
@@ -372,8 +382,9 @@ def read_part(
             f"{len(converted)}: it is another model."
         )
     with _opened(file.path) as opened:
-        # Copied, because truncating a memory-mapped file would kill the process.
-        tensors = {name: opened.get_tensor(name).to(dtype, copy=True) for name in shapes}
+        tensors = {name: opened.get_tensor(name) for name in shapes}
+        if dtype is not None:  # copied, because truncating a mapped file would kill the process
+            tensors = {name: weight.to(dtype, copy=True) for name, weight in tensors.items()}
     return {
         name: tensor.contiguous()
         for name, tensor in _convert(file, part, config, tensors, expected).items()

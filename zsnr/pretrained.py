@@ -19,6 +19,7 @@ from zsnr.ldm_file import (
     config_folder,
     file_index,
     is_single_file,
+    map_tensors,
     open_ldm_file,
     part_config,
     read_part,
@@ -343,6 +344,31 @@ def find_weights(source: str, subfolder: str | None, stem: str) -> list[Path]:
     names = sorted({*weight_map.values()})
     shards = [find_file(source, subfolder, name) for name in names]
     return [path for path in shards if path is not None] if all(shards) else []
+
+
+def map_weights(
+    source: str, subfolder: str, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Tensor] | None:
+    """Open the memory-mapped weights of a model of diffusers.
+
+    Args:
+        source: A local folder, a single file in the ldm layout, or a hub id in the local cache.
+        subfolder: Folder inside it; for a single file, the part of that name.
+        shapes: Shapes of the model's weights by name.
+
+    Returns:
+        The weights by name. None = the files are not here, or name or shape them differently.
+
+    Raises:
+        ValueError: A file is damaged, or a single file does not match.
+    """
+    if is_single_file(source):
+        return read_part(source, subfolder, shapes, None)
+    weights: dict[str, Tensor] = {}
+    for path in find_weights(source, subfolder, "diffusion_pytorch_model"):
+        weights |= map_tensors(path)
+    same = {name: tuple(weight.shape) for name, weight in weights.items()} == dict(shapes)
+    return weights if same else None
 
 
 def read_config(source: str, subfolder: str | None) -> dict[str, Any] | None:

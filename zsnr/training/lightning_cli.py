@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from zsnr.training.checks import (
 from zsnr.training.configs import check_configs, config_files, list_overrides, read_safely
 from zsnr.training.console import print_summary, progress_callbacks, quiet_lightning
 from zsnr.training.data import DataModule, check_shards, read_requests
+from zsnr.training.deferred import deferred_weights
 from zsnr.training.facts import public_config
 from zsnr.training.from_checkpoint import checkpoint_config
 from zsnr.training.help import help_text
@@ -121,8 +123,11 @@ class ZsnrCLI(LightningCLI):
         """Let no checkpoint's hyper_parameters name classes that the config does not."""
 
     def instantiate_classes(self) -> None:
+        settings = self.config[self.subcommand] if self.subcommand else None
+        shards = self.subcommand == "fit" and is_sharded(settings.trainer)
         try:
-            super().instantiate_classes()
+            with deferred_weights() if shards else nullcontext():
+                super().instantiate_classes()
         except (ValueError, TypeError, MisconfigurationException) as error:
             raise ValueError(short_message(str(error))) from error
         self.trainer.strategy.checkpoint_io = CheckpointFiles(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -49,6 +50,7 @@ from zsnr.training.checks import (
     check_shapes,
     check_unsharded,
 )
+from zsnr.training.deferred import defer
 from zsnr.training.ema import EMAConfig, averaged_copy, update_average
 from zsnr.training.global_batch import GlobalBatch
 from zsnr.training.guard import (
@@ -164,7 +166,11 @@ class LatentDiffusion(L.LightningModule):
         self.sampling, self.image_size, self.seed = sampling, image_size, seed
         codec.latent_shape(image_size, image_size)  # refuses sizes it cannot encode
         self.objective = Objective(schedule, prediction_type, loss, offset_noise)
-        self.trained = nn.ModuleDict({"unet": _new_unet(unet, codec, conditioner, lora)})
+        make = partial(_new_unet, unet, codec, conditioner, lora)
+        source = unet if isinstance(unet, str) else None
+        weighted = isinstance(unet, UNet) or lora is not None
+        self._deferred = None if weighted else defer(make, source)
+        self.trained = nn.ModuleDict({"unet": self._deferred.unet if self._deferred else make()})
         # Frozen parts stay out of state dict, optimizer, EMA and any sharding: a plain container.
         self._frozen: dict[str, Any] = {"codec": codec}
         if conditioner.trainable:
@@ -320,6 +326,22 @@ class LatentDiffusion(L.LightningModule):
                 if modules is not None:
                     blocks = self._unet_of(modules).blocks()
                     strategy.shard(modules.values(), blocks, ema=modules is self.ema)
+        self._fill_deferred()
+
+    def _fill_deferred(self) -> None:
+        """Allocate this rank's part of a deferred UNet, and fill it unless a checkpoint will."""
+        deferred, self._deferred = self._deferred, None
+        if deferred is None:
+            return
+        unets = [self._unet_of(part) for part in (self.trained, self.ema) if part is not None]
+        for unet in unets:
+            unet.to_empty(device=self.trainer.strategy.root_device)
+        if self.trainer.ckpt_path is None:
+            deferred.fill(unets[0])
+            for average in unets[1:]:
+                pairs = zip(average.parameters(), unets[0].parameters(), strict=True)
+                for mine, theirs in pairs:
+                    local(mine.detach()).copy_(local(theirs.detach()))
 
     @staticmethod
     def _unet_of(modules: nn.ModuleDict) -> UNet:

@@ -23,6 +23,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from zsnr.checkpoints import sharded
+from zsnr.training.deferred import deferred_weights
 from zsnr.training.progress import wide
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -110,6 +111,12 @@ class FullyShardedStrategy(ModelParallelStrategy):
                 part.set_requires_all_reduce(wanted, recurse=False)
             else:
                 part.set_requires_gradient_sync(wanted, recurse=False)
+
+    @contextmanager
+    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        """Defer the weights of a LatentDiffusion that is built in `with trainer.init_module()`."""
+        with deferred_weights(), self.precision_plugin.tensor_init_context():
+            yield
 
     def setup(self, trainer: Trainer) -> None:
         trainer.fit_loop.epoch_loop.val_loop.inference_mode = False  # FSDP gathers in no_grad only
