@@ -1,8 +1,10 @@
 """Checkpoints that are written while training goes on."""
 
 import errno
+import os
 import threading
 from pathlib import Path
+from unittest import mock
 
 import cells
 import pytest
@@ -10,9 +12,11 @@ import tiny
 import torch
 import torch.distributed.checkpoint.state_dict_loader as state_dict_loader
 from lightning.pytorch.callbacks import Callback
+from torch.distributed.checkpoint import FileSystemWriter
 
 from zsnr.checkpoints import read_checkpoint, sharded
 from zsnr.checkpoints.run_facts import read_run_facts
+from zsnr.checkpoints.run_folder import find_last
 from zsnr.cli import main
 from zsnr.training.checkpoint_files import on_host
 
@@ -85,10 +89,78 @@ def test_what_cannot_be_written_stops_the_run_at_the_next_one(shards, tmp_path, 
 
 
 def test_ranks_wait_for_each_other(ranks, shards, tmp_path):
-    for kind in ("ddp", "full"):  # folders of shards are never written in the background
+    for kind in ("ddp", "full"):
         ranks[2](fit, shards, tmp_path / kind, kind=kind, every=2)
         names = [path.name for path in written(tmp_path / kind)]
         assert names == ["step-00000002.ckpt", "step-00000004.ckpt"]
+
+
+def test_shards_hold_what_a_waiting_run_writes(ranks, shards, tmp_path):
+    for name, asynchronous in (("waits", False), ("goes on", True)):
+        options = {"kind": "sharded", "asynchronous": asynchronous, "every": 2}
+        ranks[2](fit, shards, tmp_path / name, **options)
+    assert len(written(tmp_path / "waits")) == 2
+    pairs = zip(written(tmp_path / "waits"), written(tmp_path / "goes on"), strict=True)
+    for one, other in pairs:
+        mine, theirs = map(sharded.consolidate, (one, other))
+        assert mine.keys() == theirs.keys()
+        for part in ("state_dict", "optimizer_states", "progress", "loops", "lr_schedulers"):
+            torch.testing.assert_close(mine[part], theirs[part], rtol=0, atol=0)
+
+
+def fit_slowly(shards, root, rank_1="writes"):
+    """Train, on each rank, and write the shards of step 2 only in step 3.
+
+    Returns:
+        Whether each write has seen that; and the step and the error where the run stopped.
+    """
+    begun, seen, write = threading.Event(), [], FileSystemWriter.write_data
+
+    class Steps(Callback):
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            if trainer.global_step == 2:
+                begun.set()
+
+        def on_train_batch_end(self, trainer, *_):
+            self.done = trainer.global_step
+
+    def later(writer, plan, planner):
+        seen.append(begun.wait(60))
+        if rank_1 != "writes" and torch.distributed.get_rank() == 1:
+            if rank_1 == "fails":
+                raise OSError(errno.ENOSPC, "No space left on device")
+            if len(seen) == 2:
+                os._exit(1)
+        return write(writer, plan, planner)
+
+    steps, error = Steps(), None
+    with mock.patch.object(FileSystemWriter, "write_data", later):
+        try:
+            fit(shards, root, steps, kind="sharded", every=2)
+        except OSError as failure:
+            error = str(failure)
+    return seen, steps.done, error
+
+
+def test_training_goes_on_while_shards_are_written(ranks, shards, tmp_path):
+    results = ranks[2](fit_slowly, shards, tmp_path)
+    assert results == [([True, True], 4, None)] * 2
+    assert [path.name for path in written(tmp_path)] == ["step-00000002.ckpt", "step-00000004.ckpt"]
+
+
+def test_shards_that_one_rank_cannot_write_stop_all_at_the_next_checkpoint(ranks, shards, tmp_path):
+    for seen, step, error in ranks[2](fit_slowly, shards, tmp_path, "fails"):
+        assert (seen, step) == ([True], 3)
+        assert "step-00000002.ckpt could not be written: " in error
+        assert "No space left" in error
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["run.json"]
+
+
+def test_a_kill_while_shards_are_written_leaves_the_checkpoint_before(ranks, shards, tmp_path):
+    with pytest.raises(AssertionError, match="rank 1 died"):
+        ranks[2](fit_slowly, shards, tmp_path, "dies")
+    assert find_last(tmp_path).name == "step-00000002.ckpt"
+    assert len(written(tmp_path)) == 1
 
 
 def test_a_copy_keeps_structure_and_what_is_shared():

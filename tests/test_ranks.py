@@ -245,7 +245,9 @@ def test_weights_that_are_made_on_each_rank_for_its_shards_are_the_same(
     ranks, shards, sharded, tmp_path
 ):
     torch.manual_seed(1)
-    UNet(tiny.UNET, 12, tiny.conditioner().context_dim).unet.save_pretrained(tmp_path / "p" / "unet")
+    UNet(tiny.UNET, 12, tiny.conditioner().context_dim).unet.save_pretrained(
+        tmp_path / "p" / "unet"
+    )
     start = {"model": {"unet": str(tmp_path / "p")}}
     whole = ranks[2](cells.fit, shards, tmp_path / "whole", "sharded", **start)[0]
     checkpoint = checkpoint_of(sharded["root"], 2)

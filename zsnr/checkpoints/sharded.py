@@ -34,7 +34,9 @@ def is_sharded(path: str | Path) -> bool:
     return (Path(path) / INDEX).is_file() and (Path(path) / REST).is_file()
 
 
-def write_sharded(checkpoint: dict[str, Any], folder: Path) -> None:
+def write_sharded(
+    checkpoint: dict[str, Any], folder: Path, group: dist.ProcessGroup | None = None
+) -> None:
     """Write a checkpoint whose tensors are sharded over the ranks; every rank calls it.
 
     The folder gets its name once it is complete.
@@ -42,6 +44,7 @@ def write_sharded(checkpoint: dict[str, Any], folder: Path) -> None:
     Args:
         checkpoint: Lightning's checkpoint, with DTensors.
         folder: Output folder, shared by all ranks; an existing one is replaced.
+        group: As in `on_first_rank`.
 
     Raises:
         OSError: The folder cannot be written, or the ranks do not share it.
@@ -69,9 +72,9 @@ def write_sharded(checkpoint: dict[str, Any], folder: Path) -> None:
         replace_folder(part, folder)
 
     try:
-        shared = on_first_rank(begin)
-        save(dict(tensors), storage_writer=FileSystemWriter(shared))
-        on_first_rank(complete)
+        shared = on_first_rank(begin, group)
+        save(dict(tensors), storage_writer=FileSystemWriter(shared), process_group=group)
+        on_first_rank(complete, group)
     except (Exception, CheckpointException) as error:  # on all ranks
         shutil.rmtree(part, ignore_errors=True)
         is_torch_error = isinstance(error, CheckpointException)

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import torch.distributed as dist
 from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
 from torch.optim import Optimizer
 
+from zsnr.agreement import raise_on_all
 from zsnr.checkpoints import sharded
 from zsnr.untrusted import open_archive
 
 
 class CheckpointFiles(TorchCheckpointIO):
-    """Reads and writes checkpoint files, and reads folders of shards.
+    """Reads and writes checkpoints, files and folders of shards.
 
     Args:
         with_optimizers: Whether the optimizer states of a folder of shards are read, which only
@@ -30,6 +32,7 @@ class CheckpointFiles(TorchCheckpointIO):
         self.problem: Exception | None = None
         self._defer, self._background = False, False
         self._thread: Thread | None = None
+        self._group: dist.ProcessGroup | None = None  # of the threads of all ranks
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
@@ -44,14 +47,43 @@ class CheckpointFiles(TorchCheckpointIO):
                 raise
             self.problem = error
             return
-        self._thread = Thread(target=self._save_copy, args=(copied, Path(path)))
-        self._thread.start()
+        self._start(lambda: _save(copied, Path(path)))
 
-    def _save_copy(self, checkpoint: dict[str, Any], path: Path) -> None:
+    def save_shards(self, checkpoint: dict[str, Any], folder: Path) -> None:
+        """Write a checkpoint whose tensors are sharded over the ranks; every rank calls it.
+
+        Args:
+            checkpoint: Lightning's checkpoint, with DTensors.
+            folder: Output folder, shared by all ranks.
+
+        Raises:
+            OSError: The folder cannot be written; where a thread writes it, `wait` tells it.
+            RuntimeError: A rank has no memory for a copy of its shards.
+        """
+        if not self._background:
+            sharded.write_sharded(checkpoint, folder)
+            return
+        problem, copied = None, {}
         try:
-            _save(checkpoint, path)
-        except Exception as error:  # `wait` tells it
-            self.problem = error
+            copied = on_host(checkpoint)
+        except Exception as error:  # no rank must wait for the thread of this one
+            problem = error
+        raise_on_all(problem)
+        if self._group is None and dist.is_initialized():  # training uses the default group
+            self._group = dist.new_group(backend="gloo")
+        self._start(lambda: sharded.write_sharded(copied, folder, self._group))
+
+    def _start(self, work: Callable[[], None]) -> None:
+        """Write in a thread."""
+
+        def run() -> None:
+            try:
+                work()
+            except Exception as error:  # `wait` tells it
+                self.problem = error
+
+        self._thread = Thread(target=run)
+        self._thread.start()
 
     def wait(self) -> Exception | None:
         """Wait for the checkpoint that is being written, and return its error."""
@@ -65,7 +97,7 @@ class CheckpointFiles(TorchCheckpointIO):
         """Keep an error as `problem`, because rank 0 saves alone while the others wait for it.
 
         Args:
-            background: Whether a file is written by a thread; `wait` then waits for it.
+            background: Whether a thread writes the checkpoint; `wait` then waits for it.
         """
         self._defer, self._background, self.problem = True, background, None
         try:

@@ -42,9 +42,9 @@ class Checkpoints(Checkpoint):
         keep: Number of the newest checkpoints to keep.
         keep_every_n_steps: Checkpoints at multiples of this number of steps are kept forever. None
             = none of them.
-        asynchronous: Whether training goes on while a checkpoint in one file is written: it is
-            copied to the host's memory first. The next checkpoint, and the end of the run, wait
-            for it. Folders of shards are written at once. None = on a GPU.
+        asynchronous: Whether training goes on while a checkpoint is written: it is copied to the
+            host's memory first, of shards on each rank. The next checkpoint, and the end of the
+            run, wait for it. None = on a GPU.
 
     Raises:
         ValueError: A number is out of range, or the folder is an address.

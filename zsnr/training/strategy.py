@@ -23,6 +23,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from zsnr.checkpoints import sharded
+from zsnr.training.checkpoint_files import CheckpointFiles
 from zsnr.training.deferred import deferred_weights
 from zsnr.training.progress import wide
 
@@ -136,7 +137,9 @@ class FullyShardedStrategy(ModelParallelStrategy):
     ) -> None:
         path = Path(self.broadcast(str(filepath)))
         if self._save_distributed_checkpoint:
-            sharded.write_sharded(checkpoint, path)
+            files = self.checkpoint_io
+            files = files if isinstance(files, CheckpointFiles) else CheckpointFiles()
+            files.save_shards(checkpoint, path)
             return
         checkpoint = sharded.gather(checkpoint, keep=self.is_global_zero)
         if self.is_global_zero:
