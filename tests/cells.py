@@ -145,6 +145,7 @@ def fit(
     with deferred_weights() if deferred else nullcontext():
         net = module(**(model or {}))
     assert next(net.trained["unet"].parameters()).is_meta == deferred
+    net.resumes = deferred and checkpoint is not None  # otherwise that is not known
     watch = Watch(net.ema_config)
     watch.stop_at = stop_at
     checkpoints = {"every_n_train_steps": every, **checkpoints}

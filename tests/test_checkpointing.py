@@ -7,17 +7,23 @@ from pathlib import Path
 from unittest import mock
 
 import cells
+import fsspec
 import pytest
 import tiny
 import torch
 import torch.distributed.checkpoint.state_dict_loader as state_dict_loader
+import yaml
+from fsspec.implementations.memory import MemoryFileSystem
 from lightning.pytorch.callbacks import Callback
 from torch.distributed.checkpoint import FileSystemWriter
 
 from zsnr.checkpoints import read_checkpoint, sharded
+from zsnr.checkpoints.remote import Mirror
 from zsnr.checkpoints.run_facts import read_run_facts
-from zsnr.checkpoints.run_folder import find_last
+from zsnr.checkpoints.run_folder import find_last, resolve_model
 from zsnr.cli import main
+from zsnr.pipeline import TextToImage
+from zsnr.training import Checkpoints
 from zsnr.training.checkpoint_files import on_host
 
 STEPS = 4
@@ -261,3 +267,117 @@ def test_a_resumed_optimizer_does_not_depend_on_its_file(shards, tmp_path):
 
     run = fit(shards, tmp_path, Damage(), steps=STEPS + 1, checkpoint=str(path))
     assert all(weight.isfinite().all() for weight in run["weights"].values())
+
+
+# Object storage
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """An address whose files this process keeps in its memory."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    memory = fsspec.filesystem("memory")
+    yield "memory://bucket/run"
+    if memory.exists("/bucket"):
+        memory.rm("/bucket", recursive=True)
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """Let a run wait for each copy, so that none is left out."""
+    copy = Mirror.copy
+
+    def wait(mirror, *args):
+        copy(mirror, *args)
+        mirror.wait()
+
+    monkeypatch.setattr(Mirror, "copy", wait)
+
+
+def held(bucket):
+    files, path = fsspec.url_to_fs(bucket)
+    return sorted(name.rpartition("/")[2] for name in files.ls(path, detail=False))
+
+
+def names(*steps):
+    return [f"step-{step:08d}.ckpt" for step in steps]
+
+
+def test_checkpoints_are_copied_and_removed_in_object_storage(shards, tmp_path, bucket, at_once):
+    run = fit(shards, tmp_path / "run", mirror=bucket, keep=2, asynchronous=False)
+    assert held(bucket) == names(3, 4)
+    for address in (bucket, f"{bucket}/last.ckpt", f"{bucket}/step-00000004.ckpt"):
+        path = Path(resolve_model(address))
+        assert path.read_bytes() == written(tmp_path / "run")[-1].read_bytes()
+        assert main(["doctor", address, "--open"]) == 0
+    assert len(list((tmp_path / "cache").rglob("step-*.ckpt"))) == 1
+    unet = TextToImage.from_pretrained(bucket, device="cpu").model.unet
+    assert torch.equal(unet.unet.conv_in.weight, run["ema"]["unet.unet.conv_in.weight"])
+    # a run that resumes from there on another machine, at an earlier step
+    checkpoint = resolve_model(f"{bucket}/step-00000003.ckpt")
+    on = fit(shards, tmp_path / "on", mirror=bucket, checkpoint=checkpoint, steps=5, every=2)
+    assert len(on["logged"]) == 2
+    assert held(bucket) == names(3, 4, 5)
+    again = fit(shards, tmp_path / "again", mirror=bucket, checkpoint=checkpoint, every=9)
+    assert held(bucket) == [
+        "step-00000003.ckpt",
+        "step-00000004.ckpt",
+        "step-00000005.ckpt.abandoned",
+    ]
+    for name, weight in run["weights"].items():
+        assert torch.equal(again["weights"][name], weight)
+
+
+def test_a_new_run_does_not_mix_with_the_copies_of_another(shards, tmp_path, bucket, capsys):
+    fsspec.filesystem("memory").pipe("/bucket/run/step-00000004.ckpt", b"a checkpoint")
+    values = {
+        "trainer": {"accelerator": "cpu", "max_steps": 1, "default_root_dir": str(tmp_path)},
+        "model": tiny.MODEL,
+        "data": {"train": f"{shards}/train-*.tar", "image_size": 16, "batch_size": 4},
+        "checkpoint": {"mirror": bucket},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    assert main(["fit", "-c", str(tmp_path / "config.yaml")]) == 2
+    assert f"mirror={bucket} holds checkpoints of an earlier run" in capsys.readouterr().err
+
+
+def test_storage_that_fails_warns_once_and_ends_no_run(shards, tmp_path, bucket, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    told = []
+    monkeypatch.setattr("zsnr.files.warnings.warn", lambda text, **_: told.append(text))
+    monkeypatch.setattr(MemoryFileSystem, "_open", full)
+    run = fit(shards, tmp_path, mirror=bucket)
+    assert len(run["logged"]) == len(written(tmp_path)) == STEPS
+    [line] = [text for text in told if bucket in text]
+    assert "the run continues without it: [Errno 28] No space left" in line
+    with pytest.raises(ValueError, match="is not a checkpoint, and holds none"):
+        resolve_model(bucket)
+
+
+def test_shards_are_copied_and_an_incomplete_copy_is_left_out(ranks, shards, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    address = f"file://{tmp_path}/bucket"
+    ranks[2](fit, shards, tmp_path / "run", kind="sharded", every=STEPS, mirror=address)
+    [original] = written(tmp_path / "run")
+    incomplete = tmp_path / "bucket" / "step-00000009.ckpt"
+    incomplete.mkdir()
+    (incomplete / "__0_0.distcp").write_bytes(b"cut")
+    copied = Path(resolve_model(address))
+    assert copied.name == original.name
+    wanted, got = (sharded.consolidate(path)["state_dict"] for path in (original, copied))
+    torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+
+
+def test_addresses_that_are_wrong_are_refused():
+    with pytest.raises(ValueError, match="Set checkpoint.mirror to the address"):
+        Checkpoints("s3://bucket/run")
+    for address, reason in (
+        ("runs/mine", "wanted an address such as s3://bucket/run"),
+        ("nothing://bucket", "Protocol not known: nothing"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            Checkpoints(mirror=address)
+    with pytest.raises(ValueError, match="is not a checkpoint, and holds none"):
+        resolve_model("memory://nothing/here")

@@ -32,7 +32,7 @@ class CheckpointFiles(TorchCheckpointIO):
         self.problem: Exception | None = None
         self._defer, self._background = False, False
         self._thread: Thread | None = None
-        self._group: dist.ProcessGroup | None = None  # of the threads of all ranks
+        self._group: Any = None  # of the threads of all ranks
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None

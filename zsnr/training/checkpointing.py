@@ -14,10 +14,12 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from zsnr.agreement import on_first_rank, raise_on_all
 from zsnr.checkpoints import sharded
+from zsnr.checkpoints.remote import Mirror, is_address
 from zsnr.checkpoints.run_facts import NAME, add_start, read_run_facts, write_run_facts
 from zsnr.checkpoints.run_folder import step_of, steps
 from zsnr.files import HeldFolder, side_file
 from zsnr.locks import remove_leftovers, unfinished
+from zsnr.public import public_url
 from zsnr.training.checkpoint_files import CheckpointFiles
 from zsnr.training.facts import run_facts, start_facts
 from zsnr.training.progress import NonFiniteError, first_not_finite
@@ -45,9 +47,12 @@ class Checkpoints(Checkpoint):
         asynchronous: Whether training goes on while a checkpoint is written: it is copied to the
             host's memory first, of shards on each rank. The next checkpoint, and the end of the
             run, wait for it. None = on a GPU.
+        mirror: Address in object storage, such as s3://bucket/run, to which every complete
+            checkpoint is copied while training goes on, and where old ones are removed too. A run
+            resumes from there by --ckpt_path ADDRESS. None = no copies.
 
     Raises:
-        ValueError: A number is out of range, or the folder is an address.
+        ValueError: A number is out of range, the folder is an address, or the mirror is none.
     """
 
     def __init__(
@@ -58,6 +63,7 @@ class Checkpoints(Checkpoint):
         keep: int = 2,
         keep_every_n_steps: int | None = None,
         asynchronous: bool | None = None,
+        mirror: str | None = None,
     ) -> None:
         if every_n_train_steps < 0:
             raise ValueError(
@@ -71,11 +77,12 @@ class Checkpoints(Checkpoint):
             raise ValueError(
                 f"checkpoint.keep_every_n_steps={keep_every_n_steps}: wanted at least 1."
             )
-        if dirpath is not None and "://" in dirpath:
+        if dirpath is not None and is_address(dirpath):
             raise ValueError(
-                f"checkpoint.dirpath={dirpath}: wanted a local folder; mount the bucket, or copy "
-                "the checkpoints there afterwards."
+                f"checkpoint.dirpath={public_url(dirpath)}: wanted a local folder. Set "
+                "checkpoint.mirror to the address, to which every checkpoint is then copied."
             )
+        self._mirror = None if mirror is None else Mirror(mirror)
         self.dirpath, self.keep = dirpath, keep
         self.every_n_train_steps, self.every_n_minutes = every_n_train_steps, every_n_minutes
         self.keep_every_n_steps, self.asynchronous = keep_every_n_steps, asynchronous
@@ -180,6 +187,8 @@ class Checkpoints(Checkpoint):
             if isinstance(files, CheckpointFiles) and files.wait() is None:
                 self._conclude(trainer, self._pending)
             self._pending = None
+        if self._mirror is not None:
+            self._mirror.wait()
         for folder in self._held:
             folder.close()
 
@@ -250,9 +259,17 @@ class Checkpoints(Checkpoint):
             with side_file(folder / "last.ckpt"):
                 _link(folder / "last.ckpt", path.name)
             with side_file(folder):
-                for old in steps(folder)[: -self.keep]:
-                    if self.keep_every_n_steps is None or step_of(old) % self.keep_every_n_steps:
-                        sharded.remove(old)
+                removed = [old for old in steps(folder)[: -self.keep] if not self._stays(old)]
+                for old in removed:
+                    sharded.remove(old)
+                if self._mirror is not None:
+                    self._mirror.copy(path, [old.name for old in removed])
+
+    def _stays(self, checkpoint: Path) -> bool:
+        """Whether an old checkpoint is kept, or still being copied."""
+        every = self.keep_every_n_steps
+        copied = self._mirror is not None and self._mirror.copying == checkpoint
+        return copied or (every is not None and step_of(checkpoint) % every == 0)
 
     def _check_folders(self) -> None:
         """Check on rank 0 that the folder of the run is still the one that it began in."""

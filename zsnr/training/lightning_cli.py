@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zsnr.agreement import is_first_process
 from zsnr.checkpoints.checkpoint_file import KEY, open_checkpoint
+from zsnr.checkpoints.remote import Mirror
 from zsnr.checkpoints.run_folder import find_last, resolve_model
 from zsnr.data.order import accumulation
 from zsnr.data.sources import Source
@@ -123,8 +124,7 @@ class ZsnrCLI(LightningCLI):
         """Let no checkpoint's hyper_parameters name classes that the config does not."""
 
     def instantiate_classes(self) -> None:
-        settings = self.config[self.subcommand] if self.subcommand else None
-        shards = self.subcommand == "fit" and is_sharded(settings.trainer)
+        shards = self.subcommand == "fit" and is_sharded(self.config.fit.trainer)
         try:
             with deferred_weights() if shards else nullcontext():
                 super().instantiate_classes()
@@ -160,6 +160,7 @@ class ZsnrCLI(LightningCLI):
         for callback in self.trainer.checkpoint_callbacks:
             if isinstance(callback, Checkpoints):
                 callback.resumed_from = Path(checkpoint).name if checkpoint else ""
+        self.model.resumes = checkpoint is not None
         lock = RunLock(folder)
         lock.take(self.trainer, self.model)
         self.trainer.callbacks.insert(0, lock)
@@ -202,6 +203,8 @@ class ZsnrCLI(LightningCLI):
         if checkpoint is None:
             if self.subcommand != "fit" and not isinstance(model.unet, str):
                 raise ValueError(f"{self.subcommand} needs a checkpoint: --ckpt_path CHECKPOINT.")
+            if self.subcommand == "fit" and config.checkpoint.mirror is not None:
+                Mirror(config.checkpoint.mirror).check_new()
         else:
             check_resumed(
                 open_checkpoint(checkpoint)[KEY],

@@ -189,6 +189,7 @@ class LatentDiffusion(L.LightningModule):
             raise ValueError(f"model.compile={compile!r}: no such backend. Known: {known}.")
         self.lora = lora
         self.compile_backend, self.max_skipped_steps = compile, max_skipped_steps
+        self.resumes = False  # with all weights of a checkpoint; Lightning tells it late
         self._ready = False  # compiled, and sharded if the strategy does
         self.stop_requested, self.requeue_requested = False, False  # by a signal to this process
         self.save_requested = False  # by rank 0
@@ -336,7 +337,7 @@ class LatentDiffusion(L.LightningModule):
         unets = [self._unet_of(part) for part in (self.trained, self.ema) if part is not None]
         for unet in unets:
             unet.to_empty(device=self.trainer.strategy.root_device)
-        if self.trainer.ckpt_path is None:
+        if not self.resumes:
             deferred.fill(unets[0])
             for average in unets[1:]:
                 pairs = zip(average.parameters(), unets[0].parameters(), strict=True)
