@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 
 from zsnr.checkpoints.checkpoint_file import read_checkpoint
@@ -263,6 +264,17 @@ def test_weights_that_are_made_on_each_rank_for_its_shards_are_the_same(
             assert run[part].keys() == same[part].keys()
             for key, weight in same[part].items():
                 assert torch.equal(run[part][key], weight)
+
+
+def test_a_module_of_lightning_is_built_without_weights():
+    trainer = Trainer(
+        accelerator="cpu", devices=1, logger=False, strategy=cells.strategy("sharded")
+    )
+    with trainer.init_module():
+        module = cells.module()
+    for part in (module.trained, module.ema):
+        assert all(weight.is_meta for weight in part["unet"].parameters())
+        assert not any(weight.is_meta for weight in part["conditioner"].parameters())
 
 
 def test_consolidating(shards, sharded, tmp_path, capsys):

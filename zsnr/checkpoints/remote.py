@@ -20,6 +20,7 @@ from zsnr.files import side_file
 from zsnr.locks import Lock, unfinished
 from zsnr.public import public_text, public_url
 from zsnr.remote import filesystem
+from zsnr.untrusted import printable
 
 _BLOCK = 16 << 20  # bytes
 _PATIENCE = 600.0  # seconds that the end of a run waits for a copy
@@ -41,8 +42,7 @@ def fetch_checkpoint(address: str) -> Path:
         The copy, in ~/.cache/zsnr/checkpoints.
 
     Raises:
-        ValueError: There is no checkpoint, or the storage cannot be read.
-        OSError: The copy cannot be written.
+        ValueError: There is no checkpoint, or it cannot be copied.
     """
     with _told(address):
         files, path = filesystem(address)
@@ -56,18 +56,18 @@ def fetch_checkpoint(address: str) -> Path:
             f"{public_url(address)} is not a checkpoint, and holds none: wanted a file or folder "
             "step-*.ckpt that training wrote, or the folder that they are in."
         )
-    for name in names:
+    *newer, last = names
+    for name in newer:
         with _told(address):
             copy = _fetch(files, name)
-        if named or name is names[-1]:
-            return copy
         try:
             open_checkpoint(copy)
         except ValueError as error:
             warnings.warn(f"{error} Looking for an earlier one.", stacklevel=2)
         else:
             return copy
-    raise AssertionError("the last name is returned")
+    with _told(address):
+        return _fetch(files, last)
 
 
 def _newest_first(files: Any, folder: str) -> list[str]:
@@ -102,7 +102,7 @@ def _fetch(files: Any, path: str) -> Path:
         if copy.exists():
             return copy
         size = sum(files.size(name) or 0 for name in names) / 2**30
-        print(f"copying {path} ({size:.2f} GiB) to {copy}", file=sys.stderr)
+        print(printable(f"copying {path} ({size:.2f} GiB) to {copy}"), file=sys.stderr)
         part = unfinished(copy)
         try:
             if folder:
@@ -121,11 +121,13 @@ def _told(address: str) -> Iterator[None]:
     """Raise errors of a client of storage, which has its own exceptions, in one line."""
     try:
         yield
-    except (ValueError, AssertionError):
+    except ValueError:
         raise
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{public_url(address)} cannot be read: {public_text(reason)}") from error
+        raise ValueError(
+            f"{public_url(address)} cannot be copied: {public_text(reason)}"
+        ) from error
 
 
 class Mirror:
@@ -207,6 +209,9 @@ class Mirror:
                 return
             with side_file(public_url(self.address)):
                 self._copy(self.copying, removed)
+                removed.clear()
+            with self._lock:
+                self._removed |= removed
 
     def _copy(self, checkpoint: Path, removed: set[str]) -> None:
         files, target = self._files, f"{self._root}/{checkpoint.name}"

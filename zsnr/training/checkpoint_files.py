@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from zsnr.agreement import raise_on_all
 from zsnr.checkpoints import sharded
+from zsnr.checkpoints.run_folder import resolve_model
 from zsnr.untrusted import open_archive
 
 
@@ -107,6 +108,7 @@ class CheckpointFiles(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Read a checkpoint; the tensors of a file are memory-mapped, see `unmap`."""
+        path = resolve_model(path)
         if sharded.is_sharded(path):
             return sharded.consolidate(path, with_optimizers=self.with_optimizers)
         return open_archive(Path(path))

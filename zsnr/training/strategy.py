@@ -23,6 +23,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from zsnr.checkpoints import sharded
+from zsnr.checkpoints.run_folder import resolve_model
 from zsnr.training.checkpoint_files import CheckpointFiles
 from zsnr.training.deferred import deferred_weights
 from zsnr.training.progress import wide
@@ -149,7 +150,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         self, checkpoint_path: Any, weights_only: bool | None = None
     ) -> dict[str, Any]:
         assert self.lightning_module is not None
-        path = Path(self.broadcast(str(checkpoint_path)))
+        path = Path(resolve_model(self.broadcast(str(checkpoint_path))))
         return sharded.restore(path, self.lightning_module, self.optimizers)
 
     # Called by configure_model
