@@ -5,6 +5,7 @@ import logging
 import struct
 import warnings
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -34,6 +35,7 @@ from zsnr.conditioning.tokenizers import bpe_tokenizer
 from zsnr.networks import UNet
 from zsnr.pipeline import TextToImage
 from zsnr.sampling import Sampling, choose_sampling, describe_sampling
+from zsnr.training.deferred import defer, deferred_weights
 
 # The small models of these tests are custom, and each export says so.
 pytestmark = pytest.mark.filterwarnings("ignore:Non-standard Stable Diffusion")
@@ -181,6 +183,26 @@ def images(source, **options):
         progress=False,
     )
     return [np.asarray(image) for image in made]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_weights_that_are_read_once_they_are_sharded_are_the_same(
+    folders, files, tmp_path, family, dtype
+):
+    path = tmp_path / "half.safetensors"
+    half = {name: weight.to(dtype) for name, weight in load_file(files[family]).items()}
+    rewrite(files[family], path, change=lambda _: half)
+    for source in (str(folders[family]), str(path)):
+        make = partial(UNet, pretrained=source)
+        with deferred_weights():
+            deferred = defer(make, source)
+        assert all(weight.is_meta for weight in deferred.unet.parameters())
+        unet = deferred.unet.to_empty(device="cpu")
+        deferred.fill(unet)
+        wanted = make().state_dict()
+        for name, weight in unet.state_dict().items():
+            assert torch.equal(weight, wanted[name].float())
 
 
 def rewrite(source, target, metadata=None, change=None):
