@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import logging
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import tiny
@@ -38,6 +39,7 @@ from zsnr.training import (
     PredictionWriter,
     Previews,
 )
+from zsnr.training.deferred import deferred_weights
 
 BATCH = 8
 DECAY = 0.9
@@ -144,6 +146,7 @@ def fit(
     previews=False,
     logger=False,
     saves=True,
+    deferred=False,
     **checkpoints,
 ):
     """Train, and return what is to be compared; weights are whole.
@@ -152,7 +155,10 @@ def fit(
     where no test reads it.
     """
     quiet()
-    net = module(**(model or {}))
+    with deferred_weights() if deferred else nullcontext():
+        net = module(**(model or {}))
+    assert next(net.trained["unet"].parameters()).is_meta == deferred
+    net.resumes = deferred and checkpoint is not None  # otherwise that is not known
     watch = Watch(net.ema_config)
     watch.stop_at = stop_at
     callbacks = [watch, *callbacks]
@@ -352,7 +358,7 @@ def _plain(root, kind, **options):
         default_root_dir=root,
         **options,
     )
-    trainer.strategy.checkpoint_io = CheckpointFiles()
+    trainer.strategy.checkpoint_io = CheckpointFiles(with_optimizers=False)
     return trainer
 
 

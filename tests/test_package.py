@@ -22,6 +22,7 @@ FLOORS = (
         "untrusted",
         "render",
         "public",
+        "remote",
         "locks",
         "agreement",
         "stops",

@@ -13,11 +13,13 @@ import pytest
 import tiny
 import torch
 import yaml
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 
 from zsnr.checkpoints.checkpoint_file import read_checkpoint
 from zsnr.cli import main
 from zsnr.data.order import accumulation
+from zsnr.networks import UNet
 from zsnr.training import EMAConfig
 from zsnr.training.guard import sums_by_group
 from zsnr.training.progress import NonFiniteError, Progress
@@ -239,6 +241,41 @@ def test_resuming_on_the_same_ranks_is_the_same_run(ranks, shards, sharded, tmp_
     for part in ("weights", "ema"):
         for name, weight in sharded[part].items():
             assert torch.equal(on[part][name], weight)
+
+
+def test_weights_that_are_made_on_each_rank_for_its_shards_are_the_same(
+    ranks, shards, sharded, tmp_path
+):
+    torch.manual_seed(1)
+    UNet(tiny.UNET, 12, tiny.conditioner().context_dim).unet.save_pretrained(
+        tmp_path / "p" / "unet"
+    )
+    start = {"model": {"unet": str(tmp_path / "p")}}
+    whole = ranks[2](cells.fit, shards, tmp_path / "whole", "sharded", **start)[0]
+    checkpoint = checkpoint_of(sharded["root"], 2)
+    for name, options, same, begin in (
+        ("random", {}, sharded, 0),
+        ("pretrained", start, whole, 0),
+        ("resumed", {"checkpoint": checkpoint}, sharded, 2),
+    ):
+        root = tmp_path / name
+        run = ranks[2](cells.fit, shards, root, "sharded", deferred=True, **options)[0]
+        assert losses(run) == losses(same)[begin:]
+        for part in ("weights", "ema") if begin else ("start", "weights", "ema"):
+            assert run[part].keys() == same[part].keys()
+            for key, weight in same[part].items():
+                assert torch.equal(run[part][key], weight)
+
+
+def test_a_module_of_lightning_is_built_without_weights():
+    trainer = Trainer(
+        accelerator="cpu", devices=1, logger=False, strategy=cells.strategy("sharded")
+    )
+    with trainer.init_module():
+        module = cells.module()
+    for part in (module.trained, module.ema):
+        assert all(weight.is_meta for weight in part["unet"].parameters())
+        assert not any(weight.is_meta for weight in part["conditioner"].parameters())
 
 
 def test_consolidating(shards, sharded, tmp_path, capsys):

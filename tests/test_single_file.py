@@ -5,6 +5,7 @@ import logging
 import struct
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,6 +31,7 @@ from zsnr.interop.single_file import check_single_file
 from zsnr.networks import UNet
 from zsnr.pipeline import TextToImage
 from zsnr.sampling import Sampling, choose_sampling, describe_sampling
+from zsnr.training.deferred import defer, deferred_weights
 from zsnr.weights import ldm_file as layout
 from zsnr.weights.ldm_layout import ldm_clip, ldm_open_clip, ldm_unet, ldm_vae
 
@@ -192,6 +194,26 @@ def images(source, **options):
         progress=False,
     )
     return [np.asarray(image) for image in made]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_weights_that_are_read_once_they_are_sharded_are_the_same(
+    folders, files, tmp_path, family, dtype
+):
+    path = tmp_path / "half.safetensors"
+    half = {name: weight.to(dtype) for name, weight in load_file(files[family]).items()}
+    rewrite(files[family], path, change=lambda _: half)
+    for source in (str(folders[family]), str(path)):
+        make = partial(UNet, pretrained=source)
+        with deferred_weights():
+            deferred = defer(make, source)
+        assert all(weight.is_meta for weight in deferred.unet.parameters())
+        unet = deferred.unet.to_empty(device="cpu")
+        deferred.fill(unet)
+        wanted = make().state_dict()
+        for name, weight in unet.state_dict().items():
+            assert torch.equal(weight, wanted[name].float())
 
 
 def rewrite(source, target, metadata=None, change=None):

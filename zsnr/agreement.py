@@ -14,8 +14,12 @@ T = TypeVar("T")
 _Failure = tuple[type[Exception], str]
 
 
-def on_first_rank(work: Callable[[], T]) -> T:
+def on_first_rank(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Do something on rank 0 while the other ranks wait, and return its result on all of them.
+
+    Args:
+        work: What rank 0 does.
+        group: All ranks, in a group of their own where a thread calls it. None = the default group.
 
     Raises:
         Exception: The work raised it on rank 0; on other ranks a LockedError, ValueError, OSError
@@ -29,7 +33,7 @@ def on_first_rank(work: Callable[[], T]) -> T:
         except Exception as error:  # the other ranks must not wait forever
             failure, shared[0] = error, _as_message(error)
     if dist.is_initialized():
-        dist.broadcast_object_list(shared, src=0)
+        dist.broadcast_object_list(shared, src=0, group=group)
     _raise(failure, shared[0])
     result: T = shared[1]
     return result

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from zsnr.agreement import is_first_process
 from zsnr.checkpoints.opening import open_checkpoint
+from zsnr.checkpoints.remote import fetch_checkpoint, is_address
 from zsnr.checkpoints.sharded import is_sharded
 from zsnr.untrusted import near_path
 from zsnr.weights.source import is_local
@@ -80,13 +81,17 @@ def is_checkpoint(source: str | Path) -> bool:
 def resolve_model(source: str | Path) -> str:
     """Return the checkpoint that is meant where a model's name is the folder of a run.
 
-    That is the newest one that can be read, see `find_last`. Every other name (a checkpoint, a
+    That is the newest one that can be read, see `find_last`. Where the name is an address, such as
+    s3://bucket/run, it is a local copy, see `fetch_checkpoint`. Every other name (a checkpoint, a
     single file, a diffusers folder, a hub id) is returned as it is, but for `~`.
 
     Raises:
-        ValueError: The folder has checkpoints, but none can be read.
+        ValueError: The folder has checkpoints, but none can be read; or there is nothing at the
+            address.
     """
     name = str(source)
+    if is_address(name):
+        return str(fetch_checkpoint(name))
     path = Path(name).expanduser()
     if path.is_dir() and not (is_sharded(path) or (path / "model_index.json").exists()):
         newest = find_last(path)
@@ -102,7 +107,7 @@ def check_model(source: str) -> None:
         ValueError: It is so.
     """
     hub_id = source.partition("@")[0].count("/") == 1 and not is_local(source)
-    if not (hub_id or Path(source).expanduser().exists()):
+    if not (hub_id or is_address(source) or Path(source).expanduser().exists()):
         raise ValueError(
             f"{source} does not exist: wanted a checkpoint, folder, single file or hub id."
             f"{near_path(Path(source).expanduser())}"

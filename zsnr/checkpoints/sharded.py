@@ -34,7 +34,9 @@ def is_sharded(path: str | Path) -> bool:
     return (Path(path) / INDEX).is_file() and (Path(path) / REST).is_file()
 
 
-def write_sharded(checkpoint: dict[str, Any], folder: Path) -> None:
+def write_sharded(
+    checkpoint: dict[str, Any], folder: Path, group: dist.ProcessGroup | None = None
+) -> None:
     """Write a checkpoint whose tensors are sharded over the ranks; every rank calls it.
 
     The folder gets its name once it is complete.
@@ -42,6 +44,7 @@ def write_sharded(checkpoint: dict[str, Any], folder: Path) -> None:
     Args:
         checkpoint: Lightning's checkpoint, with DTensors.
         folder: Output folder, shared by all ranks; an existing one is replaced.
+        group: As in `on_first_rank`.
 
     Raises:
         OSError: The folder cannot be written, or the ranks do not share it.
@@ -69,9 +72,9 @@ def write_sharded(checkpoint: dict[str, Any], folder: Path) -> None:
         replace_folder(part, folder)
 
     try:
-        shared = on_first_rank(begin)
-        save(dict(tensors), storage_writer=FileSystemWriter(shared))
-        on_first_rank(complete)
+        shared = on_first_rank(begin, group)
+        save(dict(tensors), storage_writer=FileSystemWriter(shared), process_group=group)
+        on_first_rank(complete, group)
     except (Exception, CheckpointException) as error:  # on all ranks
         shutil.rmtree(part, ignore_errors=True)
         is_torch_error = isinstance(error, CheckpointException)
@@ -160,13 +163,18 @@ def _unwritten(path: Path, reason: str) -> OSError:
     return OSError(f"{path} could not be written: {reason}{free}")
 
 
-def consolidate(folder: str | Path) -> dict[str, Any]:
+def consolidate(folder: str | Path, *, with_optimizers: bool = True) -> dict[str, Any]:
     """Read a sharded checkpoint as the full checkpoint that training on one device would write.
+
+    Args:
+        folder: A sharded checkpoint.
+        with_optimizers: Whether to read the tensors of the optimizer states too.
 
     Raises:
         ValueError: The folder is damaged.
     """
-    rest, tensors = read_rest(folder), read_tensors(folder)
+    rest = read_rest(folder)
+    tensors = read_tensors(folder, "" if with_optimizers else "state_dict/")
     try:
         return _merge(rest, tensors)
     except (LookupError, TypeError, ValueError) as error:
@@ -184,7 +192,7 @@ def restore(
         optimizers: Optimizers to load.
 
     Returns:
-        The other contents of the checkpoint.
+        The checkpoint without its weights and optimizer states.
 
     Raises:
         ValueError: The checkpoint is damaged, or belongs to another model.
@@ -208,16 +216,18 @@ def restore(
         full = open_archive(path)
         _check_names(path, parameters, set(full["state_dict"]))
         for name, tensor in parameters.items():
-            tensor.copy_(_sharded_as(full["state_dict"][name], tensor))
+            copy_part(tensor, full["state_dict"][name])
         for number, optimizer in enumerate(optimizers):
             for index, state in full["optimizer_states"][number]["state"].items():
-                parameter = _parameters(optimizer)[index]
+                parameter = _parameters(optimizer)[index].detach()
                 for key, value in state.items():
                     if isinstance(value, Tensor) and value.shape == parameter.shape:
-                        state[key] = _sharded_as(value, parameter)
+                        state[key] = torch.empty_like(parameter, dtype=value.dtype)
+                        copy_part(state[key], value)
     for optimizer, state in zip(optimizers, full["optimizer_states"], strict=False):
         optimizer.load_state_dict(state)
-    return {key: value for key, value in full.items() if key != "state_dict"}
+    rest = {key: value for key, value in full.items() if key != "state_dict"}
+    return {**rest, "optimizer_states": []}
 
 
 def gather(checkpoint: dict[str, Any], keep: bool) -> dict[str, Any]:
@@ -280,15 +290,26 @@ def _like(optimizer: torch.optim.Optimizer, name: str, size: torch.Size) -> Tens
     return torch.empty_like(parameter) if same else torch.empty(size)
 
 
-def _sharded_as(full: Tensor, like: Tensor) -> Tensor:
-    """Return this rank's part of a tensor that every rank has."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
+def copy_part(target: Tensor, full: Tensor) -> None:
+    """Copy this rank's part of a tensor into a DTensor, or the whole of it into another tensor.
 
-    if not isinstance(like, DTensor):
-        return full
-    return distribute_tensor(
-        full.to(like.device), like.device_mesh, like.placements, src_data_rank=None
+    No more than the part is read where the tensor is memory-mapped.
+    """
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    if not isinstance(target, DTensor):
+        target.copy_(full)
+        return
+    if full.shape != target.shape:
+        raise ValueError(
+            f"A tensor has the shape {tuple(full.shape)}: wanted {tuple(target.shape)}."
+        )
+    shape, offset = compute_local_shape_and_global_offset(
+        target.shape, target.device_mesh, target.placements
     )
+    part = full[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
+    target.to_local().copy_(part)
 
 
 def _checked_index(folder: Path) -> Any:

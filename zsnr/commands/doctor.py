@@ -27,9 +27,9 @@ def doctor(
 
     Args:
         target: A diffusers folder, a scheduler_config.json, a .safetensors file, a checkpoint or
-            the folder of a run of zsnr, a YAML of `zsnr fit`, or the settings of another trainer
-            (kohya's scripts, OneTrainer, SimpleTuner or diffusers' scripts: TOML, JSON, or a script
-            with the command line).
+            the folder of a run of zsnr, also in object storage, a YAML of `zsnr fit`, or the
+            settings of another trainer (kohya's scripts, OneTrainer, SimpleTuner or diffusers'
+            scripts: TOML, JSON, or a script with the command line).
         num_steps: A number of steps to examine besides 10, 20, 25, 30 and 50. May be repeated.
         open: Open a .ckpt that has no run.json beside it; only tensors and plain values are read.
         fix: Write a corrected scheduler_config.fixed.json beside the config of the scheduler.

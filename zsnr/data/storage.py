@@ -24,6 +24,7 @@ from urllib.parse import unquote
 
 from zsnr.data.local_cache import Copy, LocalCache
 from zsnr.public import public_url
+from zsnr.remote import filesystem
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -31,15 +32,6 @@ if TYPE_CHECKING:
 
 LONGEST_WAIT = 60.0  # seconds between two attempts, unless a server asks for more
 SLOWEST = 16 * 1024  # bytes per second below which a server counts as stalled
-PACKAGES = {  # Python packages of fsspec's protocols
-    "s3": "s3fs",
-    "s3a": "s3fs",
-    "gs": "gcsfs",
-    "gcs": "gcsfs",
-    "az": "adlfs",
-    "abfs": "adlfs",
-    "hf": "huggingface_hub",
-}
 _SECRET = r"auth|cookie|token|key|secret|password|credential"  # in names of secret headers
 _VARIABLE = r"\$\{(\w+)\}"
 _CHUNK = 8 << 20  # bytes of one request when a whole shard is downloaded
@@ -474,7 +466,7 @@ class Storage:
 
     def _ask_other(self, url: str) -> int:
         with _passing_other():
-            files, path = _filesystem(url)
+            files, path = filesystem(url)
             total = files.info(path).get("size")
         if total is None:
             raise StorageError(f"{public_url(url)} has no size: wanted a file.")
@@ -486,7 +478,7 @@ class Storage:
             total = self._ask_other(url)
         _refuse_end(url, offset, size, self._same_size(url, total, expected_size))
         with _passing_other():
-            files, path = _filesystem(url)
+            files, path = filesystem(url)
             data: bytes = files.cat_file(path, start=offset, end=offset + size)
         if len(data) != size:
             raise _PassingError("body cut short")
@@ -702,27 +694,9 @@ def _passing(url: str, timeout: float) -> Iterator[None]:
         raise _PassingError(next(reasons_by_type, type(cause).__name__)) from error
 
 
-def _filesystem(url: str) -> tuple[Any, str]:
-    from fsspec.core import url_to_fs
-
-    try:
-        filesystem: tuple[Any, str] = url_to_fs(url)
-    except ImportError as error:
-        package = PACKAGES.get(url.partition("://")[0])
-        raise ValueError(
-            f"{public_url(url)}: {error}" + f": `pip install {package}`." * bool(package)
-        ) from error
-    except ValueError as error:
-        raise ValueError(
-            f"{public_url(url)}: {error}. Wanted a path, http(s)://, pipe:COMMAND or a protocol of "
-            f"fsspec, such as {', '.join(f'{name}://' for name in PACKAGES)}."
-        ) from error
-    return filesystem
-
-
 def _matches(pattern: str) -> list[str]:
     with _passing_other():
-        files, path = _filesystem(pattern)
+        files, path = filesystem(pattern)
         files.invalidate_cache()  # an empty listing may have been caused by an outage
         names = sorted(files.glob(path))
     scheme = pattern.partition("://")[0]

@@ -75,16 +75,21 @@ def examine(
 
     Args:
         target: A diffusers folder, a scheduler_config.json, a .safetensors file, a checkpoint
-            or folder of checkpoints of this package, a YAML of `zsnr fit`, or the settings of
-            another trainer (TOML, JSON or a script with its command line).
+            or folder of checkpoints of this package, also in object storage, a YAML of
+            `zsnr fit`, or the settings of another trainer (TOML, JSON or a script with its command
+            line).
         num_steps: Step counts to examine in addition to the usual ones.
         open_pickle: Open a checkpoint without run.json; reads tensors and plain values only.
 
     Returns:
         A diagnosis; its verdict is "unreadable" if the target cannot be read.
     """
+    from zsnr.checkpoints.remote import fetch_checkpoint, is_address
+
     try:
-        return _examine(str(target), Path(target).expanduser(), num_steps, open_pickle)
+        remote = is_address(target)
+        path = fetch_checkpoint(str(target)) if remote else Path(target).expanduser()
+        return _examine(str(target), path, num_steps, open_pickle)
     except (ValueError, OSError, RuntimeError, RecursionError) as error:
         reason = clipped(str(error), 600) or type(error).__name__
         return Diagnosis(str(target), "unreadable", "unreadable", reason)

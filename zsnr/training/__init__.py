@@ -2,7 +2,8 @@
 
 from zsnr.training.board import TrainingBoard
 from zsnr.training.callbacks import PredictionWriter
-from zsnr.training.checkpointing import CheckpointFiles, Checkpoints
+from zsnr.training.checkpoint_files import CheckpointFiles
+from zsnr.training.checkpointing import Checkpoints
 from zsnr.training.data import DataModule
 from zsnr.training.ema import EMAConfig
 from zsnr.training.image_metrics import ImageMetrics

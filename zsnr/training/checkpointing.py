@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import lightning as L
-from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import Tensor
 
 from zsnr.agreement import on_first_rank, raise_on_all
 from zsnr.checkpoints import sharded
+from zsnr.checkpoints.remote import Mirror, is_address
 from zsnr.checkpoints.run_facts import NAME, add_start, read_run_facts, write_run_facts
 from zsnr.checkpoints.run_folder import step_of, steps
 from zsnr.files import HeldFolder, side_file
 from zsnr.locks import remove_leftovers, unfinished
+from zsnr.public import public_url
+from zsnr.training.checkpoint_files import CheckpointFiles
 from zsnr.training.facts import run_facts, start_facts
 from zsnr.training.progress import NonFiniteError, first_not_finite
 from zsnr.training.strategy import meet
@@ -47,12 +44,15 @@ class Checkpoints(Checkpoint):
         keep: Number of the newest checkpoints to keep.
         keep_every_n_steps: Checkpoints at multiples of this number of steps are kept forever. None
             = none of them.
-        asynchronous: Whether training goes on while a checkpoint in one file is written: it is
-            copied to the host's memory first. The next checkpoint, and the end of the run, wait
-            for it. Folders of shards are written at once. None = on a GPU.
+        asynchronous: Whether training goes on while a checkpoint is written: it is copied to the
+            host's memory first, of shards on each rank. The next checkpoint, and the end of the
+            run, wait for it. None = on a GPU.
+        mirror: Address in object storage, such as s3://bucket/run, to which every complete
+            checkpoint is copied while training goes on, and where old ones are removed too. A run
+            resumes from there by --ckpt_path ADDRESS. None = no copies.
 
     Raises:
-        ValueError: A number is out of range, or the folder is an address.
+        ValueError: A number is out of range, the folder is an address, or the mirror is none.
     """
 
     def __init__(
@@ -63,6 +63,7 @@ class Checkpoints(Checkpoint):
         keep: int = 2,
         keep_every_n_steps: int | None = None,
         asynchronous: bool | None = None,
+        mirror: str | None = None,
     ) -> None:
         if every_n_train_steps < 0:
             raise ValueError(
@@ -76,11 +77,12 @@ class Checkpoints(Checkpoint):
             raise ValueError(
                 f"checkpoint.keep_every_n_steps={keep_every_n_steps}: wanted at least 1."
             )
-        if dirpath is not None and "://" in dirpath:
+        if dirpath is not None and is_address(dirpath):
             raise ValueError(
-                f"checkpoint.dirpath={dirpath}: wanted a local folder; mount the bucket, or copy "
-                "the checkpoints there afterwards."
+                f"checkpoint.dirpath={public_url(dirpath)}: wanted a local folder. Set "
+                "checkpoint.mirror to the address, to which every checkpoint is then copied."
             )
+        self._mirror = None if mirror is None else Mirror(mirror)
         self.dirpath, self.keep = dirpath, keep
         self.every_n_train_steps, self.every_n_minutes = every_n_train_steps, every_n_minutes
         self.keep_every_n_steps, self.asynchronous = keep_every_n_steps, asynchronous
@@ -185,6 +187,8 @@ class Checkpoints(Checkpoint):
             if isinstance(files, CheckpointFiles) and files.wait() is None:
                 self._conclude(trainer, self._pending)
             self._pending = None
+        if self._mirror is not None:
+            self._mirror.wait()
         for folder in self._held:
             folder.close()
 
@@ -255,9 +259,17 @@ class Checkpoints(Checkpoint):
             with side_file(folder / "last.ckpt"):
                 _link(folder / "last.ckpt", path.name)
             with side_file(folder):
-                for old in steps(folder)[: -self.keep]:
-                    if self.keep_every_n_steps is None or step_of(old) % self.keep_every_n_steps:
-                        sharded.remove(old)
+                removed = [old for old in steps(folder)[: -self.keep] if not self._stays(old)]
+                for old in removed:
+                    sharded.remove(old)
+                if self._mirror is not None:
+                    self._mirror.copy(path, [old.name for old in removed])
+
+    def _stays(self, checkpoint: Path) -> bool:
+        """Whether an old checkpoint is kept, or still being copied."""
+        every = self.keep_every_n_steps
+        copied = self._mirror is not None and self._mirror.copying == checkpoint
+        return copied or (every is not None and step_of(checkpoint) % every == 0)
 
     def _check_folders(self) -> None:
         """Check on rank 0 that the folder of the run is still the one that it began in."""
@@ -272,91 +284,6 @@ class Checkpoints(Checkpoint):
             with side_file(Path(self.dirpath) / NAME):
                 self._check_folders()  # a deleted folder must not be made again
                 write_run_facts(Path(self.dirpath), run_facts(trainer, module, self._history))
-
-
-class CheckpointFiles(TorchCheckpointIO):
-    """Reads and writes checkpoint files, and reads folders of shards."""
-
-    _defer, _background = False, False
-    _thread: Thread | None = None
-    problem: Exception | None = None
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
-    ) -> None:
-        try:
-            if not self._background:
-                _save(checkpoint, Path(path))
-                return
-            copied = on_host(checkpoint)
-        except Exception as error:  # of any kind: the other ranks must not wait
-            if not self._defer:
-                raise
-            self.problem = error
-            return
-        self._thread = Thread(target=self._save_copy, args=(copied, Path(path)))
-        self._thread.start()
-
-    def _save_copy(self, checkpoint: dict[str, Any], path: Path) -> None:
-        try:
-            _save(checkpoint, path)
-        except Exception as error:  # `wait` tells it
-            self.problem = error
-
-    def wait(self) -> Exception | None:
-        """Wait for the checkpoint that is being written, and return its error."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        return self.problem
-
-    @contextmanager
-    def deferring(self, background: bool) -> Iterator[None]:
-        """Keep an error as `problem`, because rank 0 saves alone while the others wait for it.
-
-        Args:
-            background: Whether a file is written by a thread; `wait` then waits for it.
-        """
-        self._defer, self._background, self.problem = True, background, None
-        try:
-            yield
-        finally:
-            self._defer = self._background = False
-
-    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        if sharded.is_sharded(path):
-            return sharded.consolidate(path)
-        checkpoint: dict[str, Any] = super().load_checkpoint(path, *args, **kwargs)
-        return checkpoint
-
-    def remove_checkpoint(self, path: Any) -> None:
-        sharded.remove(Path(path))
-
-
-def _save(checkpoint: dict[str, Any], path: Path) -> None:
-    if path.is_dir():
-        sharded.remove(path)
-    sharded.save_file(checkpoint, path)
-
-
-def on_host(value: Any, copies: dict[int, Any] | None = None) -> Any:
-    """Copy what a checkpoint holds to the host's memory, where training does not change it.
-
-    Tensors that occur several times stay one.
-    """
-    copies = {} if copies is None else copies
-    if isinstance(value, Tensor):
-        if id(value) not in copies:
-            copies[id(value)] = value.detach().to("cpu", copy=True)
-        return copies[id(value)]
-    if isinstance(value, Mapping):
-        copied: Any = copy.copy(value)  # with the metadata of a state dict
-        for name, part in value.items():
-            copied[name] = on_host(part, copies)
-        return copied
-    if type(value) in (list, tuple):
-        return type(value)(on_host(part, copies) for part in value)
-    return copy.deepcopy(value)
 
 
 def _set_aside(folder: Path, step: int) -> None:

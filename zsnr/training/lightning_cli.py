@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zsnr.agreement import is_first_process
 from zsnr.checkpoints.checkpoint_file import KEY, open_checkpoint
+from zsnr.checkpoints.remote import Mirror
 from zsnr.checkpoints.run_folder import find_last, resolve_model
 from zsnr.data.order import accumulation
 from zsnr.data.sources import Source
@@ -30,7 +32,8 @@ from zsnr.public import MARK, left_out
 from zsnr.samplers.recommend import resolve_sampling
 from zsnr.schedule import NoiseSchedule
 from zsnr.training.board import TrainingBoard
-from zsnr.training.checkpointing import CheckpointFiles, Checkpoints
+from zsnr.training.checkpoint_files import CheckpointFiles
+from zsnr.training.checkpointing import Checkpoints
 from zsnr.training.checks import (
     check_guidance,
     check_lora,
@@ -41,6 +44,7 @@ from zsnr.training.checks import (
 from zsnr.training.configs import check_configs, config_files, list_overrides, read_safely
 from zsnr.training.console import print_summary, progress_callbacks, quiet_lightning
 from zsnr.training.data import DataModule, check_shards, read_requests
+from zsnr.training.deferred import deferred_weights
 from zsnr.training.facts import public_config
 from zsnr.training.from_checkpoint import checkpoint_config
 from zsnr.training.help import help_text
@@ -125,11 +129,15 @@ class ZsnrCLI(LightningCLI):
         """Let no checkpoint's hyper_parameters name classes that the config does not."""
 
     def instantiate_classes(self) -> None:
+        shards = self.subcommand == "fit" and is_sharded(self.config.fit.trainer)
         try:
-            super().instantiate_classes()
+            with deferred_weights() if shards else nullcontext():
+                super().instantiate_classes()
         except (ValueError, TypeError, MisconfigurationException) as error:
             raise ValueError(short_message(str(error))) from error
-        self.trainer.strategy.checkpoint_io = CheckpointFiles()
+        self.trainer.strategy.checkpoint_io = CheckpointFiles(
+            with_optimizers=self.subcommand == "fit"
+        )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = self._get(self.config_init, "trainer")
@@ -157,6 +165,7 @@ class ZsnrCLI(LightningCLI):
         for callback in self.trainer.checkpoint_callbacks:
             if isinstance(callback, Checkpoints):
                 callback.resumed_from = Path(checkpoint).name if checkpoint else ""
+        self.model.resumes = checkpoint is not None
         lock = RunLock(folder)
         lock.take(self.trainer, self.model)
         self.trainer.callbacks.insert(0, lock)
@@ -199,6 +208,8 @@ class ZsnrCLI(LightningCLI):
         if checkpoint is None:
             if self.subcommand != "fit" and not isinstance(model.unet, str):
                 raise ValueError(f"{self.subcommand} needs a checkpoint: --ckpt_path CHECKPOINT.")
+            if self.subcommand == "fit" and config.checkpoint.mirror is not None:
+                Mirror(config.checkpoint.mirror).check_new()
         else:
             check_resumed(
                 open_checkpoint(checkpoint)[KEY],

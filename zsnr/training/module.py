@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -39,6 +40,7 @@ from zsnr.pipeline import (
 from zsnr.prediction import PredictionType
 from zsnr.schedule import NoiseSchedule
 from zsnr.training.adaptation import Start, read_start
+from zsnr.training.checkpoint_files import unmap
 from zsnr.training.checks import (
     check_guidance,
     check_lora,
@@ -47,6 +49,7 @@ from zsnr.training.checks import (
     check_shapes,
     check_unsharded,
 )
+from zsnr.training.deferred import defer
 from zsnr.training.ema import EMAConfig, averaged_copy, update_average
 from zsnr.training.global_batch import GlobalBatch
 from zsnr.training.guard import (
@@ -164,7 +167,11 @@ class LatentDiffusion(L.LightningModule):
         self.sampling, self.image_size, self.seed = sampling, image_size, seed
         codec.latent_shape(image_size, image_size)  # refuses sizes it cannot encode
         self.objective = Objective(schedule, prediction_type, loss, offset_noise)
-        self.trained = nn.ModuleDict({"unet": _new_unet(unet, codec, conditioner, lora)})
+        make = partial(_new_unet, unet, codec, conditioner, lora)
+        source = unet if isinstance(unet, str) else None
+        weighted = isinstance(unet, UNet) or lora is not None
+        self._deferred = None if weighted else defer(make, source)
+        self.trained = nn.ModuleDict({"unet": self._deferred.unet if self._deferred else make()})
         # Frozen parts stay out of state dict, optimizer, EMA and any sharding: a plain container.
         self._frozen: dict[str, Any] = {"codec": codec}
         if conditioner.trainable:
@@ -183,6 +190,7 @@ class LatentDiffusion(L.LightningModule):
             raise ValueError(f"model.compile={compile!r}: no such backend. Known: {known}.")
         self.lora = lora
         self.compile_backend, self.max_skipped_steps = compile, max_skipped_steps
+        self.resumes = False  # with all weights of a checkpoint; Lightning tells it late
         self._ready = False  # compiled, and sharded if the strategy does
         self.stop_requested, self.requeue_requested = False, False  # by a signal to this process
         self.interrupted = False  # whether that was Ctrl-C
@@ -321,6 +329,22 @@ class LatentDiffusion(L.LightningModule):
                 if modules is not None:
                     blocks = self._unet_of(modules).blocks()
                     strategy.shard(modules.values(), blocks, ema=modules is self.ema)
+        self._fill_deferred()
+
+    def _fill_deferred(self) -> None:
+        """Allocate this rank's part of a deferred UNet, and fill it unless a checkpoint will."""
+        deferred, self._deferred = self._deferred, None
+        if deferred is None:
+            return
+        unets = [self._unet_of(part) for part in (self.trained, self.ema) if part is not None]
+        for unet in unets:
+            unet.to_empty(device=self.trainer.strategy.root_device)
+        if not self.resumes:
+            deferred.fill(unets[0])
+            for average in unets[1:]:
+                pairs = zip(average.parameters(), unets[0].parameters(), strict=True)
+                for mine, theirs in pairs:
+                    local(mine.detach()).copy_(local(theirs.detach()))
 
     @staticmethod
     def _unet_of(modules: nn.ModuleDict) -> UNet:
@@ -381,7 +405,9 @@ class LatentDiffusion(L.LightningModule):
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         trained = (p for p in self.trained.parameters() if p.requires_grad)
-        return with_kernel(self.make_optimizer(trained), self.trainer.strategy.root_device)
+        optimizer = with_kernel(self.make_optimizer(trained), self.trainer.strategy.root_device)
+        optimizer.register_load_state_dict_post_hook(unmap)
+        return optimizer
 
     def configure_optimizers(self) -> Any:
         optimizer = self._new_optimizer()

@@ -23,6 +23,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from zsnr.checkpoints import sharded
+from zsnr.checkpoints.run_folder import resolve_model
+from zsnr.training.checkpoint_files import CheckpointFiles
+from zsnr.training.deferred import deferred_weights
 from zsnr.training.progress import wide
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -111,6 +114,12 @@ class FullyShardedStrategy(ModelParallelStrategy):
             else:
                 part.set_requires_gradient_sync(wanted, recurse=False)
 
+    @contextmanager
+    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        """Defer the weights of a LatentDiffusion that is built in `with trainer.init_module()`."""
+        with deferred_weights(), self.precision_plugin.tensor_init_context():
+            yield
+
     def setup(self, trainer: Trainer) -> None:
         trainer.fit_loop.epoch_loop.val_loop.inference_mode = False  # FSDP gathers in no_grad only
         super().setup(trainer)
@@ -129,7 +138,9 @@ class FullyShardedStrategy(ModelParallelStrategy):
     ) -> None:
         path = Path(self.broadcast(str(filepath)))
         if self._save_distributed_checkpoint:
-            sharded.write_sharded(checkpoint, path)
+            files = self.checkpoint_io
+            files = files if isinstance(files, CheckpointFiles) else CheckpointFiles()
+            files.save_shards(checkpoint, path)
             return
         checkpoint = sharded.gather(checkpoint, keep=self.is_global_zero)
         if self.is_global_zero:
@@ -139,7 +150,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         self, checkpoint_path: Any, weights_only: bool | None = None
     ) -> dict[str, Any]:
         assert self.lightning_module is not None
-        path = Path(self.broadcast(str(checkpoint_path)))
+        path = Path(resolve_model(self.broadcast(str(checkpoint_path))))
         return sharded.restore(path, self.lightning_module, self.optimizers)
 
     # Called by configure_model

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from zsnr.schedule import MAX_TIMESTEPS, NoiseSchedule
 from zsnr.untrusted import clipped, open_regular, other_format
 
@@ -67,6 +69,16 @@ def read_header(path: str | Path) -> Header:
             {name: tensor.get_dtype() for name, tensor in slices.items()},
             file.metadata() or {},
         )
+
+
+def map_tensors(path: Path) -> dict[str, Tensor]:
+    """Open a file's tensors by their names, memory-mapped.
+
+    Raises:
+        ValueError: As in `open_safetensors`.
+    """
+    with open_safetensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def read_schedule(path: Path, header: Header) -> NoiseSchedule | None:

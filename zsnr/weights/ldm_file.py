@@ -163,7 +163,7 @@ def config_folder(source: str, part: str) -> Iterator[str]:
 
 
 def read_part(
-    source: str, part: str, expected: Mapping[str, tuple[int, ...]], dtype: torch.dtype
+    source: str, part: str, expected: Mapping[str, tuple[int, ...]], dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
     """Read a part's weights under diffusers' or transformers' names.
 
@@ -171,7 +171,7 @@ def read_part(
         source: The file.
         part: "unet", "vae", "text_encoder" or "text_encoder_2".
         expected: Shapes of the weights in the part's model, by name.
-        dtype: Data type of the result.
+        dtype: Data type of the result. None = as in the file, whose tensors are memory-mapped.
 
     Raises:
         ValueError: The file's tensors do not match; no weights are read in this case.
@@ -185,8 +185,9 @@ def read_part(
     _compare(file, part, {name: tuple(t.shape) for name, t in converted.items()}, expected)
     _refuse_left_out(file, part, config, expected)
     with open_safetensors(file.path) as opened:
-        # Copied, because truncating a memory-mapped file would kill the process.
-        tensors = {name: opened.get_tensor(name).to(dtype, copy=True) for name in shapes}
+        tensors = {name: opened.get_tensor(name) for name in shapes}
+        if dtype is not None:  # copied, because truncating a mapped file would kill the process
+            tensors = {name: weight.to(dtype, copy=True) for name, weight in tensors.items()}
     return {
         name: tensor.contiguous()
         for name, tensor in _convert(file, part, config, tensors, expected).items()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from zsnr.untrusted import clipped, read_json
-from zsnr.weights.header import read_header
+from zsnr.weights.header import map_tensors, read_header
 from zsnr.weights.ldm_file import (
     PREFIXES,
     config_folder,
@@ -415,6 +415,31 @@ def load_index(source: str) -> dict[str, Any]:
     if not isinstance(index, Mapping):
         raise ValueError(f"Cannot read model_index.json of {source}: wanted an object.")
     return dict(index)
+
+
+def map_weights(
+    source: str, subfolder: str, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Tensor] | None:
+    """Open the memory-mapped weights of a model of diffusers.
+
+    Args:
+        source: A local folder, a single file in the ldm layout, or a hub id in the local cache.
+        subfolder: Folder inside it; for a single file, the part of that name.
+        shapes: Shapes of the model's weights by name.
+
+    Returns:
+        The weights by name. None = the files are not here, or name or shape them differently.
+
+    Raises:
+        ValueError: A file is damaged, or a single file does not match.
+    """
+    if is_single_file(source):
+        return read_part(source, subfolder, shapes, None)
+    weights: dict[str, Tensor] = {}
+    for path in find_weights(source, subfolder, WEIGHT_STEMS[0]):
+        weights |= map_tensors(path)
+    same = {name: tuple(weight.shape) for name, weight in weights.items()} == dict(shapes)
+    return weights if same else None
 
 
 def read_config(source: str, subfolder: str | None) -> dict[str, Any] | None:
