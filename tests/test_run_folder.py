@@ -225,7 +225,7 @@ def test_every_reader_of_a_run_means_the_same_checkpoint(tmp_path, monkeypatch):
         raise NotImplementedError
 
     for name in (
-        *("zsnr.pipeline.read_checkpoint", "zsnr.reports.figures.open_checkpoint"),
+        *("zsnr.interop.models.read_checkpoint", "zsnr.reports.figures.open_checkpoint"),
         *("zsnr.interop.export.open_checkpoint", "zsnr.reports.compare.open_checkpoint"),
         "zsnr.training.lightning_cli.checkpoint_config",
     ):
