@@ -7,9 +7,11 @@ import warnings
 import pytest
 import torch
 from safetensors.torch import save_file
+from test_checkpoints import tiny_stable_diffusion
 
 from zsnr import NoiseSchedule
 from zsnr.doctor.examine import examine
+from zsnr.interop import read_diffusers_folder
 from zsnr.interop.declarations import declares, read_declaration, settle
 
 PLAIN, ZERO = NoiseSchedule(zero_terminal_snr=False), NoiseSchedule()
@@ -172,3 +174,48 @@ def test_a_stored_table_is_the_schedule():
     declared = declares({"alphas_cumprod": (50,), "v_pred": (0,)}, {}, table=cosine)
     assert declared.schedule == cosine
     assert declared.said_by["schedule"] == "the stored alphas_cumprod"
+
+
+# Folders of diffusers
+
+CLASSES = (
+    "DDIMScheduler",
+    "EulerDiscreteScheduler",
+    "PNDMScheduler",
+    "DPMSolverMultistepScheduler",
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("folder") / "model"
+    tiny_stable_diffusion(path)
+    return path
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", None])
+@pytest.mark.parametrize("rescale", [True, False, None])
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("where", ["index", "config"])
+def test_folders_mean_the_same_to_both(folder, name, where, rescale, prediction_type):
+    """Of the class in model_index.json, or else in the config; with the class's defaults."""
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", name] if where == "index" else None
+    (folder / "model_index.json").write_text(json.dumps(index))
+    config = {
+        "_class_name": "LMSDiscreteScheduler" if where == "index" else name,
+        **({} if rescale is None else {"rescale_betas_zero_snr": rescale}),
+        **({} if prediction_type is None else {"prediction_type": prediction_type}),
+    }
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    found = examine(folder)
+    model = read_diffusers_folder(str(folder))
+    assert found.facts["prediction_type"] == model.prediction_type
+    assert model.prediction_type == (prediction_type or "epsilon")
+    assert found.facts["scheduler"] == name
+    dropped = "drops rescale_betas_zero_snr" in found.reason
+    zero = float(model.schedule.snr[-1]) == 0
+    assert zero == bool(rescale)
+    assert zero == (found.facts["snr_T"] == 0 or dropped)
+    betas = (found.facts["schedule"]["beta_start"], found.facts["schedule"]["beta_end"])
+    assert (model.schedule.beta_start, model.schedule.beta_end) == betas

@@ -20,8 +20,10 @@ from zsnr.interop.declared import (
     Declared,
     declare,
     first_timestep,
+    index_class,
     longer_grids,
     off_grid_steps,
+    with_class_of,
 )
 from zsnr.interop.ldm_yaml import LdmYaml, declared_by, is_ldm, read_beside
 from zsnr.loss import LossWeighting
@@ -130,9 +132,9 @@ def fix(target: str | Path, *, in_place: bool = False) -> list[str]:
         )
     index, config_path = _scheduler_files(path)
     config = read_json(config_path)
-    index_class = None if index is None else _index_class(read_json(index))
-    if index_class is not None:
-        config["_class_name"] = index_class
+    named = None if index is None else index_class(read_json(index))
+    if named is not None:
+        config["_class_name"] = named
     fixed = _fixed(config)
     class_name = fixed["_class_name"]
     output = config_path if in_place else config_path.with_name(_FIXED)
@@ -140,7 +142,7 @@ def fix(target: str | Path, *, in_place: bool = False) -> list[str]:
         raise ValueError(f"{output} exists: move it away, or use --in-place.")
     _write_json(output, fixed)
     report = [f"Wrote {output}."]
-    if index is not None and class_name != index_class:
+    if index is not None and class_name != named:
         if in_place:
             _write_json(index, {**read_json(index), "scheduler": ["diffusers", class_name]})
             report.append(f"Wrote {index}.")
@@ -250,28 +252,19 @@ def _check_inside(file: Path, folder: Path) -> None:
         raise ValueError(f"{file} is a link out of {folder}: wanted a file inside the folder.")
 
 
-def _index_class(index: Mapping[str, Any]) -> str | None:
-    """Return the class that model_index.json names, which a pipeline uses."""
-    entry = index.get("scheduler")
-    if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str):
-        return entry[1]
-    return None
-
-
 def _examine_diffusers(target: str, folder: Path, num_steps: Sequence[int]) -> Diagnosis:
     index_path, path = _scheduler_files(folder)
     assert index_path is not None
     index, config = read_json(index_path), read_json(path)
     facts: dict[str, Any] = {}
     warnings = []
-    index_class, config_class = _index_class(index), config.get("_class_name")
-    if index_class is not None:
-        config["_class_name"] = index_class
-        if config_class is not None and config_class != index_class:
-            warnings.append(
-                f"model_index.json names {shown(index_class)}, {_CONFIG} {shown(config_class)}: "
-                "diffusers uses the first."
-            )
+    named, config_class = index_class(index), config.get("_class_name")
+    config = with_class_of(index, config)
+    if named is not None and config_class is not None and config_class != named:
+        warnings.append(
+            f"model_index.json names {shown(named)}, {_CONFIG} {shown(config_class)}: "
+            "diffusers uses the first."
+        )
     unet = folder / "unet" / "config.json"
     if unet.exists():
         _check_inside(unet, folder)
@@ -281,7 +274,7 @@ def _examine_diffusers(target: str, folder: Path, num_steps: Sequence[int]) -> D
         f"scheduler/{line}" if line.startswith(_CONFIG) else line for line in diagnosis.changes
     ]
     for i, line in enumerate(changes):
-        if "_class_name" in line and index_class is not None:
+        if "_class_name" in line and named is not None:
             fixed_class = _fixed(config)["_class_name"]
             changes[i : i + 1] = [f'model_index.json: "scheduler": ["diffusers", "{fixed_class}"]']
             changes += [line] if config_class != fixed_class else []

@@ -292,6 +292,20 @@ def schedule_from_diffusers(config: Mapping[str, Any]) -> NoiseSchedule:
     return rescaled(declared.schedule) if declared.drops_rescale else declared.schedule
 
 
+def index_class(index: Mapping[str, Any]) -> str | None:
+    """Return the scheduler's class that model_index.json names, which a pipeline uses."""
+    entry = index.get("scheduler")
+    if isinstance(entry, list | tuple) and len(entry) == 2 and isinstance(entry[1], str):
+        return entry[1]
+    return None
+
+
+def with_class_of(index: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a scheduler's config with the class that model_index.json names, if it names one."""
+    name = index_class(index)
+    return dict(config) if name is None else {**config, "_class_name": name}
+
+
 def rescaled(schedule: NoiseSchedule) -> NoiseSchedule:
     """Rescale a schedule as diffusers does: by Algorithm 1, including the capped cosine."""
     if schedule.betas == "cosine" and not schedule.zero_terminal_snr:

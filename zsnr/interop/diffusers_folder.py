@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 from zsnr.checkpoints.exported_sampling import folder_sampling
 from zsnr.checkpoints.model import Model
 from zsnr.codecs import AutoencoderKLCodec
 from zsnr.conditioning import Conditioner, SDXLConditioner, TransformersConditioner
-from zsnr.interop.declared import schedule_from_diffusers
+from zsnr.interop.declared import declare, schedule_from_diffusers, with_class_of
 from zsnr.networks import UNet
-from zsnr.prediction import PredictionType
 from zsnr.schedule import NoiseSchedule
 from zsnr.weights.pretrained import load_index, reason
 from zsnr.weights.source import local_path
@@ -48,6 +47,8 @@ def read_diffusers_folder(source: str, schedule: NoiseSchedule | None = None) ->
         ) from error
     if not isinstance(config, Mapping):
         raise ValueError(f"Cannot read the scheduler's config in {source}: wanted an object.")
+    config = with_class_of(index, config)
+    prediction_type = declare(config).prediction_type
     sampling = folder_sampling(source)
     codec = AutoencoderKLCodec(source, subfolder="vae")
     conditioner: Conditioner
@@ -68,7 +69,7 @@ def read_diffusers_folder(source: str, schedule: NoiseSchedule | None = None) ->
         conditioner=conditioner,
         unet=unet,
         schedule=schedule or schedule_from_diffusers(config),
-        prediction_type=cast(PredictionType, config.get("prediction_type", "epsilon")),
+        prediction_type=prediction_type,
         image_size=_side(source, unet.unet.config["sample_size"]) * codec.factor,
         sampling=sampling,
     )
