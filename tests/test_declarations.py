@@ -35,6 +35,7 @@ SAID = {  # by spelling: marks, metadata, prediction type, zero terminal SNR
         word: ((), {"modelspec.prediction_type": word}, "epsilon", False)
         for word in ("epsilon", "eps", "Epsilon")
     },
+    "ComfyUI's epsilon": ((), {"modelspec.predict_key": "epsilon"}, "epsilon", False),
     "another word": ((), {"modelspec.prediction_type": "flow"}, None, None),
     "sample": ((), {"modelspec.prediction_type": "sample"}, "sample", None),
     **{

@@ -277,6 +277,10 @@ def test_which_classes_survive_zero_snr(theirs, name):
         ({"_class_name": "MyScheduler"}, "Known: DDIMScheduler"),
         ({"_class_name": ["DDIMScheduler"]}, "a list is unknown"),
         ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, "flow matching"),
+        (
+            {"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"},
+            "no schedule of betas",
+        ),
         ({"prediction_type": "v"}, "Known: 'epsilon'"),
         ({"prediction_type": None}, "prediction_type=None"),
         ({"prediction_type": {}}, "prediction_type=a dict"),

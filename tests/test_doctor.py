@@ -295,6 +295,8 @@ def test_the_hubs_cache_links_into_its_own_store(tmp_path):
 # Single files
 
 UNET = {"model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": (4, 1024)}
+VAE = {"encoder.conv_in.weight": (4, 3, 3, 3), "decoder.conv_in.weight": (4, 4, 3, 3)}
+FLUX_LORA = {"lora_unet_double_blocks_0_img_attn_proj.lora_down.weight": (4, 8)}
 LORA = {"lora_unet_down_blocks_0_attentions_0_attn2_to_k.lora_down.weight": (4, 768)}
 
 
@@ -334,7 +336,15 @@ ZERO, SIGNAL = NoiseSchedule().alphas_cumprod, NoiseSchedule(zero_terminal_snr=F
         ),
         ({"shapes": LORA, "metadata": {"ss_zero_terminal_snr": "True"}}, "unknown", "not what it"),
         ({"shapes": LORA}, "unknown", "an adapter has no schedule of its own"),
-        ({"shapes": {"x": (2,)}}, "unreadable", "match no known Stable Diffusion"),
+        ({"shapes": {"x": (2,)}}, "unreadable", "no tensor's name starts with 'model."),
+        ({"shapes": VAE}, "unreadable", "it holds only a VAE, which --vae takes"),
+        ({"shapes": {"double_blocks.0.x": (2,)}}, "unknown", "trained by flow matching"),
+        (
+            {"shapes": FLUX_LORA, "metadata": {"modelspec.prediction_type": "epsilon"}},
+            "unknown",
+            "flow",
+        ),
+        ({"shapes": {**UNET, "edm_vpred.sigma_max": ()}}, "unknown", "EDM's noise levels"),
         ({"shapes": {"x": (2,)}, "marks": ("v_pred",)}, "flawed", "by the mark v_pred"),
         ({"shapes": THEIRS}, "unreadable", "the folder that holds model_index.json"),
         ({"shapes": THEIRS, "marks": ("v_pred", "ztsnr")}, "fixed", "both marks"),

@@ -13,6 +13,7 @@ from zsnr.doctor.recipes import nearest_noise_leak, read_recipe, weight_shares
 
 KOHYA = {"pretrained_model_name_or_path": "sdxl.safetensors", "network_module": "networks.lora"}
 V0 = {**KOHYA, "v_parameterization": True, "zero_terminal_snr": True}
+GUI = {**V0, "sdxl": True, "t5xxl": "", "flux1_checkbox": False, "noise_offset_type": "Original"}
 ONE = {"training_method": "LORA", "model_type": "STABLE_DIFFUSION_XL_10_BASE"}
 ONE0 = {**ONE, "rescale_noise_scheduler_to_zero_terminal_snr": True}
 TUNER = {"model_family": "sdxl", "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
@@ -64,7 +65,13 @@ CASES = [  # settings, verdict, words in the reason or the warnings
     ),
     ({"model_family": "flux", "lora_type": "standard"}, "unknown", "flow matching"),
     ({f"--{name}": value for name, value in TUNER.items()}, "fixed", ""),
-    (SCRIPT, "flawed", "keeps signal"),
+    (SCRIPT, "flawed", "examine the base model too"),
+    ({**SCRIPT, "pretrained_model_name_or_path": "a/FLUX.1-dev"}, "unknown", "flow matching"),
+    ({**KOHYA, "network_module": "networks.lora_flux", "t5xxl": "x"}, "unknown", "flow matching"),
+    ({"LoRA_type": "Flux1", "flux1_checkbox": True, "network_dim": 4}, "unknown", "flow matching"),
+    ({**GUI, "noise_offset": 0.1, "noise_offset_type": "Multires"}, "fixed", ""),
+    ({**GUI, "multires_noise_iterations": 6}, "fixed", ""),
+    ({**ONE, "model_type": "STABLE_DIFFUSION_35"}, "unknown", "flow matching"),
     ({**SCRIPT, "snr_gamma": 5.0, "noise_offset": 0.1}, "flawed", "hides the flaw"),
     ({**SCRIPT, "prediction_type": "v_prediction"}, "flawed", "keeps signal"),
 ]
@@ -78,6 +85,9 @@ def test_verdicts(tmp_path, settings, verdict, words):
     assert found.verdict == verdict, found.reason
     assert words in " ".join((found.reason, *found.warnings))
     assert found.kind.startswith("settings of ")
+    text = found.to_text()
+    assert found.reason in text
+    assert ("loss at t >= 900" in text) == ("loss_weight_t900" in found.facts)
     if verdict in ("flawed", "inconsistent"):
         assert found.changes
 
@@ -102,6 +112,40 @@ def test_one_recipe_in_every_spelling(tmp_path):
     found = [examine(path) for path in (toml, script, batch)]
     assert {f.verdict for f in found} == {"inconsistent"}
     assert len({(f.reason, f.warnings) for f in found}) == 1
+
+
+def test_a_command_line_and_its_config_file_are_one_recipe(tmp_path):
+    (tmp_path / "a.toml").write_text("v_parameterization = true\nmin_snr_gamma = 5\n")
+    script = tmp_path / "train.sh"
+    line = "accelerate launch --config_file=a.yaml sdxl_train.py --config_file={} {}\npause\n"
+    script.write_text(line.format("/workspace/a.toml", "--zero_terminal_snr"))
+    assert "min-SNR leaves 0.29 %" in examine(script).reason
+    script.write_text(line.format("a", "--min_snr_gamma=0 --zero_terminal_snr "))
+    assert examine(script).verdict == "fixed"
+    script.write_text(line.format("b.toml", "--zero_terminal_snr"))
+    found = examine(script)
+    assert found.verdict == "unreadable"
+    assert "b.toml (config_file), which is not beside it" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "dataset.toml",
+            '[general]\nenable_bucket = true\ncaption_extension = ".txt"',
+            "supported",
+        ),
+        ("deep.toml", "a = " + "[" * 5000, "deep.toml is not readable TOML"),
+        ("scheduler_config.json", '{"prediction_type": "epsilon"}', "keeps signal"),
+    ],
+)
+def test_what_is_no_recipe(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_text(content)
+    found = examine(path)
+    assert not found.kind.startswith("settings of ")
+    assert message in found.reason
 
 
 def test_metadata_of_kohya(tmp_path):
@@ -133,6 +177,8 @@ def test_metadata_of_kohya(tmp_path):
         ({**V0, "v_parameterization": "maybe"}, "v_parameterization='maybe': wanted true or false"),
         ({**ONE0, "loss_weight_fn": "MYSTERY"}, "loss_weight_fn='MYSTERY' is unknown"),
         ({**TUNER, "prediction_type": "x"}, "prediction_type='x' is unknown"),
+        ({**TUNER, "model_family": "pixart_sigma"}, "only Stable Diffusion's schedule is judged"),
+        ({**ONE, "model_type": "FLUX_DEV_1"}, "only Stable Diffusion's schedule is judged"),
     ],
 )
 def test_wrong_values_are_named(tmp_path, settings, message):

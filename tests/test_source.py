@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_checkpoints import tiny_stable_diffusion
 
+from zsnr.cli import main
 from zsnr.codecs import AutoencoderKLCodec
 from zsnr.conditioning import TransformersConditioner
 from zsnr.interop.models import choose_dtype, with_vae
@@ -20,7 +21,7 @@ from zsnr.networks import UNet
 from zsnr.pipeline import TextToImage
 from zsnr.weights import source as sources
 from zsnr.weights.pretrained import as_dtype, load_whole, stored_dtype
-from zsnr.weights.source import find_variant, find_weights, local_path, prefer_variant
+from zsnr.weights.source import at_revision, find_variant, find_weights, local_path, prefer_variant
 
 SHA = "0" * 40
 
@@ -187,9 +188,12 @@ def test_a_home_folder_is_expanded_everywhere(monkeypatch, folder, tmp_path):
     assert images(name) == images(str(folder))
 
 
-def test_a_revision_of_a_path_is_refused(folder):
+def test_a_revision_of_a_path_is_refused(folder, capsys):
     with pytest.raises(ValueError, match="revision='main' belongs to a hub id"):
         TextToImage.from_pretrained(folder, revision="main")
+    assert main(["sample", str(folder), "a cat", "--revision", "main"]) == 2
+    assert "revision='main' belongs to a hub id" in capsys.readouterr().err
+    assert at_revision("me/model@main", "fp16") == "me/model@fp16"
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "tokenizer"])
@@ -372,3 +376,80 @@ def test_images_are_decoded_one_at_a_time(folder, monkeypatch):
     monkeypatch.setattr(pipe.model.codec, "decode", watching)
     pipe(["a"] * 3, num_steps=2, progress=False)
     assert rows == [1, 1, 1]
+
+
+def downloads(monkeypatch, tmp_path, folder, repo="me/model"):
+    """Let the hub have a folder, of which nothing is in the cache; returns the files it gave."""
+    sources._download.cache_clear()
+    cache, given = tmp_path / "hub", []
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    home = cache / f"models--{repo.replace('/', '--')}"
+    files = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+
+    def model_info(self, repo_id, revision=None, files_metadata=False):
+        siblings = [SimpleNamespace(rfilename=name, size=9) for name in files]
+        return SimpleNamespace(sha=SHA, siblings=siblings)
+
+    def download(repo_id, revision=None, allow_patterns=None, local_files_only=False):
+        snapshot = home / "snapshots" / SHA
+        if local_files_only and not snapshot.exists():
+            raise FileNotFoundError
+        for name in allow_patterns or ():
+            (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(folder / name, snapshot / name)
+            given.append(name)
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    return given
+
+
+def test_a_first_download_has_the_data_type_of_the_file(monkeypatch, tmp_path, copy):
+    as_variant(copy, "fp16", torch.float16)
+    downloads(monkeypatch, tmp_path, copy)
+    assert choose_dtype("auto", "me/model", torch.device("cuda")) == torch.float16
+
+
+@pytest.mark.parametrize("subfolder", ["", "vae"])
+def test_another_vae_is_downloaded_from_either_place(monkeypatch, tmp_path, folder, subfolder):
+    given = downloads(monkeypatch, tmp_path, folder if subfolder else folder / "vae")
+    pipe = TextToImage.from_pretrained(folder, device="cpu", vae="me/model")
+    assert pipe.model.codec.settings()["subfolder"] == (subfolder or None)
+    weights = [name for name in given if name.endswith(".safetensors")]
+    assert {name.rpartition("/")[0] for name in weights} == {subfolder}
+
+
+@pytest.mark.parametrize("fault", ["none", "pickle", "shard"])
+def test_missing_weights_are_named(copy, fault, capfd):
+    path = next((copy / "unet").glob("*.safetensors"))
+    if fault == "shard":
+        in_shards(copy)
+        next((copy / "unet").glob("*-00002-of*")).unlink()
+    else:
+        path.unlink()
+        if fault == "pickle":
+            path.with_suffix(".bin").write_bytes(b"\x80")
+    with pytest.raises(ValueError, match=r"\(subfolder unet\) holds no complete weights of a UNet"):
+        TextToImage.from_pretrained(copy, device="cpu")
+    assert "An error occurred" not in capfd.readouterr().err
+
+
+def test_an_overflow_of_float16_is_not_called_a_broken_file(copy):
+    path = next((copy / "unet").glob("*.safetensors"))
+    tensors = load_file(path)
+    tensors["conv_in.bias"][0] = 1e6
+    save_file(tensors, path, {"format": "pt"})
+    TextToImage.from_pretrained(copy, device="cpu")
+    with pytest.raises(ValueError, match=r"not finite in float16 \(conv_in.bias\): use bfloat16"):
+        TextToImage.from_pretrained(copy, device="cpu", dtype="float16")
+
+
+def test_a_cached_model_is_exported_without_network(monkeypatch, tmp_path, folder):
+    from zsnr.interop.export import export_diffusers, read_exportable
+
+    in_cache(monkeypatch, tmp_path, folder)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    model, _ = read_exportable("somebody/model@main")
+    export_diffusers(model, tmp_path / "exported")
+    assert images(str(tmp_path / "exported")) == images(str(folder))

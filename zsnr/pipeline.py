@@ -31,7 +31,7 @@ from zsnr.sampling import describe_guidance as describe_guidance
 from zsnr.sampling import describe_sampling as describe_sampling
 from zsnr.schedule import NoiseSchedule
 from zsnr.weights.pretrained import loading_in
-from zsnr.weights.source import is_local, prefer_variant
+from zsnr.weights.source import at_revision, prefer_variant
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -121,11 +121,7 @@ class TextToImage:
         Raises:
             ValueError: The source cannot be read, or lacks the raw weights that were requested.
         """
-        source = resolve_model(path_or_hub)
-        if revision is not None:
-            if is_local(source):
-                raise ValueError(f"revision={revision!r} belongs to a hub id: {source} is a path.")
-            source = f"{source.partition('@')[0]}@{revision}"
+        source = at_revision(resolve_model(path_or_hub), revision)
         if raw_beside:
             check_raw_beside(source)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

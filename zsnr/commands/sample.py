@@ -69,6 +69,7 @@ def sample(
     from zsnr.noise import sample_generator
     from zsnr.pipeline import TextToImage, write_sample
     from zsnr.sampling import choose_sampling, recorded_guidance
+    from zsnr.weights.source import at_revision
 
     if num_images < 1 or batch_size < 1:
         raise ValueError("--num-images and --batch-size: wanted at least 1.")
@@ -82,7 +83,7 @@ def sample(
     check_new(folder)
     given = read_sampling(sampling)
     chosen = choose_sampling(
-        sampling_of(model if revision is None else f"{model}@{revision}"),
+        sampling_of(at_revision(model, revision)),
         sampler=given.get("sampler"),
         num_steps=given.get("num_steps"),
         spacing=given.get("spacing"),

@@ -172,6 +172,8 @@ def _rows(facts: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
                     "loss",
                     f"{weighting!r}; the last timestep has {value:.3g} times the mean weight",
                 )
+            case "loss_weight_t900":
+                yield "loss at t >= 900", f"{100 * value:.2g} % of the weight (uniform: 10 %)"
             case "loss_weighting":
                 continue
             case _:

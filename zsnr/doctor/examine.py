@@ -161,7 +161,7 @@ def _examine(target: str, path: Path, num_steps: Sequence[int], open_pickle: boo
             raise ValueError(f"num_steps={S}: wanted 1 to {MAX_TIMESTEPS}.")
     if not path.exists():
         hint = ""
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", target):
+        if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", target):
             hint = (
                 " The doctor reads local files only: for a model on the hub, first download "
                 f"model_index.json and scheduler/{_CONFIG}."

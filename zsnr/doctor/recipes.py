@@ -47,6 +47,8 @@ class Recipe:
         nearest_of: K, if the nearest of K noises is chosen for each sample ("immiscible").
         last_timestep: The noisiest timestep that is trained.
         spacings: Timestep spacings of previews, by the name of their setting.
+        base_decides: Whether the schedule is that of the base model, and Stable Diffusion's is
+            taken for it.
     """
 
     program: str
@@ -59,6 +61,7 @@ class Recipe:
     nearest_of: int = 0
     last_timestep: int = 999
     spacings: Mapping[str, str] = field(default_factory=dict)
+    base_decides: bool = False
 
 
 def read_settings(path: Path) -> dict[str, Any] | None:
@@ -78,14 +81,34 @@ def read_settings(path: Path) -> dict[str, Any] | None:
     match path.suffix.lower():
         case ".toml":
             try:
-                settings = _flat(tomllib.loads(data.decode("utf-8", "strict")))
-            except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+                settings = _flat(tomllib.loads(data.decode("utf-8-sig")))
+            except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
                 raise ValueError(f"{path} is not readable TOML: {error}") from error
         case ".json":
             settings = _flat(parse_object(data, str(path)))
         case _:
             settings = dict(_options(data.decode("utf-8", "replace")))
+            name = settings.get("config_file")
+            if isinstance(name, str) and not name.endswith((".yaml", ".yml")):  # of accelerate
+                settings = {**_config_file(path, name), **settings}
     return settings if _program(settings) is not None else None
+
+
+def _config_file(script: Path, name: str) -> dict[str, Any]:
+    """Read the TOML that a command line of kohya's scripts names, which it overrides.
+
+    Raises:
+        ValueError: It is not there, or cannot be read.
+    """
+    path = Path(name.replace("\\", "/"))
+    path = path if path.suffix else path.with_suffix(".toml")
+    for place in (script.parent / path, script.parent / path.name):
+        if place.is_file():
+            return read_settings(place) or {}
+    raise ValueError(
+        f"{script} takes the rest of its settings from {clipped(name)} (config_file), which is not "
+        "beside it: put it there."
+    )
 
 
 def examine_recipe(target: str, settings: Mapping[str, Any]) -> Diagnosis:
@@ -136,6 +159,11 @@ def examine_recipe(target: str, settings: Mapping[str, Any]) -> Diagnosis:
             warnings.append(lacking)
     elif not possible:
         changes.insert(0, "train v prediction: with zero terminal SNR, eps says nothing about x_0")
+    if recipe.base_decides:
+        warnings.append(
+            f"{recipe.program} take the schedule of the base model, here Stable Diffusion's: "
+            "examine the base model too"
+        )
     warnings += _noise_warnings(recipe)
     for name, spacing in recipe.spacings.items():
         if spacing != "trailing":
@@ -253,7 +281,11 @@ _KOHYA = (
     *("v_parameterization", "zero_terminal_snr", "min_snr_gamma", "debiased_estimation_loss"),
     *("scale_v_pred_loss_like_noise_pred", "v_pred_like_loss", "multires_noise_iterations"),
     *("network_module", "ip_noise_gamma", "adaptive_noise_scale", "noise_offset_type"),
-    *("sdxl_prediction_type", "caption_extension", "network_dim", "enable_bucket"),
+    *("sdxl_prediction_type", "network_dim", "network_alpha", "save_model_as", "optimizer_type"),
+)
+_KOHYA_FLOW = (
+    *("lora_flux", "oft_flux", "lora_sd3", "lora_lumina", "lora_hunyuan_image", "lora_anima"),
+    *("lora_wan", "lora_qwen_image", "lora_flux_2", "lora_zimage"),
 )
 _ONETRAINER = (
     *("rescale_noise_scheduler_to_zero_terminal_snr", "force_v_prediction", "loss_weight_fn"),
@@ -263,6 +295,7 @@ _SIMPLETUNER = (
     *("model_family", "inference_scheduler_timestep_spacing", "data_backend_config"),
     *("training_scheduler_timestep_spacing", "lora_type", "snr_weight"),
 )
+# Not prediction_type, which the configs of schedulers have too.
 _DIFFUSERS = ("snr_gamma", "pretrained_model_name_or_path", "dataset_name", "train_data_dir")
 _SCHEDULER = {"_class_name", "beta_schedule", "beta_start", "trained_betas"}
 
@@ -297,19 +330,30 @@ def _kohya(settings: Mapping[str, Any]) -> Recipe:
         )
     said = str(settings.get("sdxl_prediction_type", ""))
     v = _flag(settings, "v_parameterization") or said == "v_prediction"
-    flow = _flag(settings, "flow_model") or said == "rectified_flow"
+    flow = _flag(settings, "flow_model") or said == "rectified_flow" or _kohya_flow(settings)
     last = _number(settings, "max_timestep")
+    noise = str(settings.get("noise_offset_type", "")).lower()  # the GUI uses one of the two kinds
     return Recipe(
         "kohya's scripts",
         None if flow else "v_prediction" if v else "epsilon",
         _flag(settings, "zero_terminal_snr"),
         weights,
         snr_before_rescale=True,
-        noise_offset=_number(settings, "noise_offset"),
-        multires=_number(settings, "multires_noise_iterations") > 0,
+        noise_offset=0.0 if noise == "multires" else _number(settings, "noise_offset"),
+        multires=noise != "original" and _number(settings, "multires_noise_iterations") > 0,
         nearest_of=int(_number(settings, "immiscible_noise") or _number(settings, "immiscible")),
         last_timestep=min(999, int(last) - 1) if last else 999,
     )
+
+
+def _kohya_flow(settings: Mapping[str, Any]) -> bool:
+    """Whether a transformer is trained, as by the scripts for Flux and Stable Diffusion 3."""
+    for name in ("flux1_checkbox", "sd3_checkbox"):
+        if name in settings and _flag(settings, name):
+            return True
+    module = str(settings.get("network_module", "")).rpartition(".")[2]
+    gui = "LoRA_type" in settings or "sdxl" in settings  # it writes all settings, used or not
+    return module in _KOHYA_FLOW or bool(settings.get("t5xxl") and not gui)
 
 
 def _onetrainer(settings: Mapping[str, Any]) -> Recipe:
@@ -328,6 +372,10 @@ def _onetrainer(settings: Mapping[str, Any]) -> Recipe:
             pass
         case other:
             raise ValueError(f"loss_weight_fn={shown(other)} is unknown.")
+    model = str(settings.get("model_type", "STABLE_DIFFUSION")).upper()
+    if not model.startswith("STABLE_DIFFUSION"):
+        raise ValueError(f"model_type={shown(model)}: only Stable Diffusion's schedule is judged.")
+    flow = model.startswith("STABLE_DIFFUSION_3")
     zero = _flag(settings, "rescale_noise_scheduler_to_zero_terminal_snr")
     v = zero or _flag(settings, "force_v_prediction")
     strength_limit = settings.get("max_noising_strength")
@@ -336,7 +384,7 @@ def _onetrainer(settings: Mapping[str, Any]) -> Recipe:
         last = min(999, max(0, int(1000 * _number(settings, "max_noising_strength")) - 1))
     return Recipe(
         "OneTrainer",
-        "v_prediction" if v else "epsilon",
+        None if flow else "v_prediction" if v else "epsilon",
         zero,
         weights,
         noise_offset=_number(settings, "offset_noise_weight"),
@@ -345,10 +393,12 @@ def _onetrainer(settings: Mapping[str, Any]) -> Recipe:
 
 
 def _simpletuner(settings: Mapping[str, Any]) -> Recipe:
-    recipe = replace(_diffusers(settings), program="SimpleTuner")
+    recipe = replace(_diffusers(settings), program="SimpleTuner", base_decides=False)
     names = ("training_scheduler_timestep_spacing", "inference_scheduler_timestep_spacing")
     spacings = {name: str(settings[name]) for name in names[1:] if name in settings}
     family = str(settings.get("model_family", "sdxl")).lower()
+    if family in ("pixart_sigma", "deepfloyd"):
+        raise ValueError(f"model_family={family}: only Stable Diffusion's schedule is judged.")
     if family not in ("sdxl", "sd1x", "sd2x", "sd15", "sd21", "kolors", "legacy"):
         return replace(recipe, prediction_type=None, spacings={})
     return replace(recipe, spacings=spacings)
@@ -369,12 +419,18 @@ def _diffusers(settings: Mapping[str, Any]) -> Recipe:
     if said not in kinds:
         raise ValueError(f"prediction_type={shown(said)} is unknown. Known: {', '.join(kinds)}.")
     offset = "offset_noise" not in settings or _flag(settings, "offset_noise")
+    base = str(settings.get("pretrained_model_name_or_path", "")).lower()
+    flow = (
+        re.search(r"flux|stable-diffusion-3|\bsd3|sana|hidream|lumina|qwen", base) is not None
+        or "weighting_scheme" in settings
+    )
     return Recipe(
         "diffusers' scripts",
-        kinds[said],
+        None if flow else kinds[said],
         _flag(settings, "rescale_betas_zero_snr"),
         weights,
         noise_offset=_number(settings, "noise_offset") if offset else 0.0,
+        base_decides=True,
     )
 
 
@@ -400,7 +456,7 @@ def _options(text: str) -> Iterator[tuple[str, Any]]:
     """Yield the options of a command line."""
     text = re.sub(r"(?m)^\s*(#|REM\b).*$", "", text)
     text = re.sub(r"[\\`^]\s*\n", " ", text)
-    for match in re.finditer(r"--([A-Za-z]\w*)(?:[= ]\s*(\"[^\"]*\"|'[^']*'|(?!--)\S+))?", text):
+    for match in re.finditer(r"--([A-Za-z]\w*)(?:[= ][ \t]*(\"[^\"]*\"|'[^']*'|(?!--)\S+))?", text):
         value = match[2]
         yield match[1], True if value is None else value.strip("\"'")
 

@@ -10,6 +10,7 @@ from zsnr.doctor.recipes import recipe_warnings, trained_with
 from zsnr.interop.declarations import Declaration, read_declaration, telling
 from zsnr.untrusted import clipped
 from zsnr.weights.header import Header
+from zsnr.weights.ldm_file import instead, other_process
 
 _MARKS = "`zsnr export` writes single files with both marks"
 _START = "a single file stores no spacing: start at T (trailing, or the tool's `sgm_uniform`)"
@@ -30,6 +31,10 @@ def examine_single(target: str, path: Path) -> Diagnosis:
         ValueError: The file is not readable, or holds no model of a known kind.
     """
     header, declared = read_declaration(path)
+    other = other_process(header.shapes)
+    if other is not None:
+        reason = f"cannot be told: {other}, and not on a schedule of betas"
+        return Diagnosis(target, "safetensors file", "unknown", reason)
     kind = _kind(header, declared)
     silent = declared.prediction_type is None and declared.schedule is None
     if silent and kind.endswith("of diffusers"):
@@ -39,8 +44,8 @@ def examine_single(target: str, path: Path) -> Diagnosis:
         )
     if silent and kind == "other":
         raise ValueError(
-            f"{path} does not declare a schedule, and its tensor names match no known Stable "
-            "Diffusion model."
+            f"{path} does not declare a schedule, and is not a single-file Stable Diffusion "
+            f"model: {instead(header.shapes)}."
         )
     verdict, reason = _judge(declared)
     metadata = {key: clipped(text, 60) for key, text in telling(header.metadata).items()}

@@ -52,9 +52,9 @@ _ADAPTERS = {  # a part of the tensors' names, by the kind of adapter, the speci
 _ENDINGS = {True: "zero terminal SNR", False: "a schedule that keeps signal"}
 _BY_EPSILON = "epsilon prediction"
 _TELLING = (
-    *("modelspec.prediction_type", "prediction_type", "modelspec.architecture"),
-    *("modelspec.title", "ss_v_parameterization", "ss_zero_terminal_snr"),
-    *("ss_base_model_version", "ss_network_module"),
+    *("modelspec.prediction_type", "modelspec.predict_key", "prediction_type"),
+    *("modelspec.architecture", "modelspec.title", "ss_v_parameterization"),
+    *("ss_zero_terminal_snr", "ss_base_model_version", "ss_network_module"),
 )
 
 
@@ -214,7 +214,8 @@ def _predictions(
 ) -> Iterator[tuple[str, PredictionType]]:
     if marks["v_pred"]:
         yield "the mark v_pred", "v_prediction"
-    for name in ("modelspec.prediction_type", "prediction_type"):
+    # predict_key is what ComfyUI writes.
+    for name in ("modelspec.prediction_type", "modelspec.predict_key", "prediction_type"):
         word = re.sub(r"[\W_]", "", metadata.get(name, "").lower())
         if word in _PREDICTIONS:
             yield f"the metadata ({name})", _PREDICTIONS[word]

@@ -232,6 +232,11 @@ def declare(config: Mapping[str, Any]) -> Declared:
         raise ValueError(
             f"Scheduler class {shown(name)} is unknown. Known: {', '.join(SCHEDULERS)}."
         )
+    if name == "EulerDiscreteScheduler" and config.get("timestep_type") == "continuous":
+        raise ValueError(
+            "timestep_type='continuous' has its own noise levels, up to sigma_max, and no schedule "
+            "of betas."
+        )
     cls = SCHEDULERS[name]
     values = {key: config.get(key, default) for key, default in cls.defaults.items()}
     flag, count = _reader(values, bool), _reader(values, int)

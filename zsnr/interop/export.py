@@ -35,7 +35,7 @@ from zsnr.lora import is_adapted
 from zsnr.prediction import PredictionType
 from zsnr.schedule import NoiseSchedule
 from zsnr.weights.pretrained import Precision, cast_weight, check_precision, read_config
-from zsnr.weights.source import is_single_file
+from zsnr.weights.source import is_single_file, local_path
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DiffusionPipeline
@@ -427,7 +427,9 @@ def _tokenizer(source: str, subfolder: str | None, length: int, tokenize: Tokeni
     if source in BPE or is_single_file(source):  # a single file always uses CLIP's tokenizer
         [ids] = tokenize([""])[0].tolist()
         return _clip_tokenizer("open_clip" if ids[-1] == 0 else "clip", length)
-    tokenizer = AutoTokenizer.from_pretrained(source, subfolder=subfolder or "")
+    tokenizer = AutoTokenizer.from_pretrained(
+        str(local_path(source, subfolder)), subfolder=subfolder or "", trust_remote_code=False
+    )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.model_max_length = length

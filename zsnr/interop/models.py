@@ -14,7 +14,7 @@ from zsnr.interop.single_file import read_single_file
 from zsnr.prediction import PredictionType
 from zsnr.schedule import NoiseSchedule
 from zsnr.weights.pretrained import as_dtype, stored_dtype
-from zsnr.weights.source import find_file, is_single_file
+from zsnr.weights.source import fetch_file, find_file, is_single_file
 
 
 def read_model(
@@ -96,7 +96,7 @@ def with_vae(
         settings |= {"pretrained": vae, "subfolder": None, "scale": None, "shift": None}
         if is_single_file(vae):
             settings |= {"scale": codec.scale, "shift": codec.shift}
-        elif find_file(vae, "vae", "config.json") or not find_file(vae, None, "config.json"):
+        elif find_file(vae, "vae", "config.json") or not fetch_file(vae, "config.json"):
             settings["subfolder"] = "vae"
     other = AutoencoderKLCodec(**{**settings, "dtype": "float32"})
     if dtype is None and default == torch.float16 and other.overflows_in_float16:

@@ -33,6 +33,7 @@ from zsnr.weights.ldm_file import (
     ZEROS,
     Family,
     LdmFile,
+    instead,
     open_ldm_file,
     part_tokenizer,
 )
@@ -146,7 +147,9 @@ def read_single_file(
             does not declare its prediction type and that must be known.
     """
     file = open_ldm_file(source)
-    _, declaration = read_declaration(source)
+    if file.family == "vae":
+        raise ValueError(f"{source} is not a model: {instead(file.shapes)}.")
+    _, declaration = read_declaration(file.path)
     schedule, prediction_type = settle(source, declaration, schedule, prediction_type)
     sampling = file_sampling(file)
     codec = AutoencoderKLCodec(source, subfolder="vae")

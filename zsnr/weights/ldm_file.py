@@ -67,7 +67,7 @@ TOKENIZERS: dict[Family, dict[str, str]] = {
 # hold beside the part that reads prompts.
 _IDLE = re.compile(
     r"(model_ema|loss|denoiser|first_stage_model\.loss|embedding_manager)\..*"
-    r"|(alphas_cumprod|betas|sqrt_|log_one_minus|posterior_|lvlb_weights|logvar|edm_).*"
+    r"|(alphas_cumprod|betas|sqrt_|log_one_minus|posterior_|lvlb_weights|logvar).*"
     r"|scale_factor|global_step|v_pred|ztsnr"
     r"|.*\.(position_ids|logit_scale)"
     r"|(cond_stage_model\.(model|transformer)|conditioner\.embedders\.0\.transformer)"
@@ -194,7 +194,7 @@ def read_part(
     }
 
 
-def _is_vae(shapes: Mapping[str, tuple[int, ...]]) -> bool:
+def _is_vae(shapes: Mapping[str, Any]) -> bool:
     """Whether a file holds a VAE alone, under the layout's names or those of diffusers."""
     return {"encoder.conv_in.weight", "decoder.conv_in.weight"} <= shapes.keys()
 
@@ -203,9 +203,11 @@ def _family(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Family:
     def has(prefix: str) -> bool:
         return any(name.startswith(prefix) for name in shapes)
 
-    others = any("double_blocks." in name or "joint_blocks." in name for name in shapes)
-    if others or not (has("model.diffusion_model.") or has("first_stage_model.")):
-        raise ValueError(f"{path} is not a single-file Stable Diffusion model: {_instead(shapes)}.")
+    other = other_process(shapes)
+    if other is not None or not (has("model.diffusion_model.") or has("first_stage_model.")):
+        raise ValueError(
+            f"{path} is not a single-file Stable Diffusion model: {other or instead(shapes)}."
+        )
     first = shapes.get("model.diffusion_model.input_blocks.0.0.weight")
     if first is not None and len(first) == 4 and first[1] > 4:
         raise ValueError(
@@ -231,15 +233,26 @@ def _family(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Family:
     return families[0]
 
 
-def _instead(shapes: Mapping[str, tuple[int, ...]]) -> str:
+def other_process(shapes: Mapping[str, Any]) -> str | None:
+    """Say which other process than a schedule of betas a file's network is trained on, if any."""
+    if any(re.search(r"(double|single|joint|single_transformer)_blocks[._]", n) for n in shapes):
+        return "it is a transformer, trained by flow matching"
+    edm = next((name for name in shapes if name.startswith("edm_")), None)
+    if edm is not None:
+        return f"it is trained on EDM's noise levels ({edm}), as CosXL and Playground 2.5 are"
+    return None
+
+
+def instead(shapes: Mapping[str, Any]) -> str:
+    """Say what a file that is no model holds instead."""
     if any(".lora_" in name or name.startswith("lora_") for name in shapes):
         return "it is a LoRA: use the model that it was trained on"
+    if _is_vae(shapes):
+        return "it holds only a VAE, which --vae takes"
     if any(name.startswith(("down_blocks.", "decoder.", "encoder.")) for name in shapes):
         return "it holds only one part. Use the diffusers folder that it is from"
     if any("text_model." in name for name in shapes):
         return "it holds only a text encoder. Use the diffusers folder that it is from"
-    if any("double_blocks." in name or "joint_blocks." in name for name in shapes):
-        return "it is a transformer, trained by flow matching"
     return "no tensor's name starts with 'model.diffusion_model.'"
 
 

@@ -33,8 +33,8 @@ from zsnr.weights.source import (
     find_weights,
     is_local,
     is_single_file,
+    local_path,
 )
-from zsnr.weights.source import local_path as local_path
 
 _MAX_LAYERS = 1000
 Precision = Literal["float32", "float16", "bfloat16"]
@@ -101,6 +101,7 @@ def stored_dtype(source: str, subfolder: str) -> torch.dtype:
     if is_single_file(source):
         file = open_ldm_file(source)
         prefix = PREFIXES[file.family].get(subfolder, "")
+    local_path(source, subfolder)  # a hub id that is not in the cache is downloaded
     counts: Counter[str] = Counter()
     for path in (p for stem in WEIGHT_STEMS for p in find_weights(source, subfolder, stem)):
         header = read_header(path)
@@ -287,6 +288,11 @@ def check_finite(source: str, label: str, weights: Iterable[tuple[str, Tensor]])
         if weight.is_meta or not weight.is_floating_point() or not weight.numel():
             continue
         if not torch.stack(torch.aminmax(weight.detach())).isfinite().all():
+            if weight.dtype == torch.float16:
+                raise ValueError(
+                    f"The weights of {label} in {source} are not finite in float16 ({name}): use "
+                    "bfloat16 or float32, or another file if it is broken."
+                )
             raise ValueError(
                 f"The weights of {label} in {source} are not finite: the file is broken ({name}). "
                 "Download or export it again."
@@ -299,16 +305,22 @@ def _check_filled(
     """Refuse a config whose network has more weights than its files, before memory is allocated.
 
     Raises:
-        ValueError: The files have too few weights, or are not safetensors.
+        ValueError: The files have too few weights, are incomplete, or are not safetensors.
     """
-    files = next(
-        (paths for stem in WEIGHT_STEMS if (paths := find_weights(source, subfolder, stem))), []
-    )
-    if not files:
-        return  # the library reports what is missing, and allocates nothing
-    stored = sum(math.prod(shape) for path in files for shape in read_header(path).shapes.values())
     with torch.device("meta"):
         model = load_pretrained(unloaded, source, subfolder, label=label)
+    root = str(local_path(source, subfolder))
+    files = next(
+        (paths for stem in WEIGHT_STEMS if (paths := find_weights(root, subfolder, stem))), []
+    )
+    if not files:
+        where = source if subfolder is None else f"{source} (subfolder {subfolder})"
+        raise ValueError(
+            f"{where} holds no complete weights of {label}: wanted "
+            f"{' or '.join(f'{stem}.safetensors' for stem in WEIGHT_STEMS)}, or all shards of it. "
+            "Pickles (.bin) are never opened."
+        )
+    stored = sum(math.prod(shape) for path in files for shape in read_header(path).shapes.values())
     needed = sum(
         weight.numel()
         for name, weight in model.named_parameters()

@@ -46,6 +46,19 @@ def is_local(source: str) -> bool:
     return source.startswith((".", "/", "~")) or os.path.exists(source) or _id(source) is None
 
 
+def at_revision(source: str, revision: str | None) -> str:
+    """Return a hub id with another revision; None = the name as it is.
+
+    Raises:
+        ValueError: The name is that of a path, which has no revisions.
+    """
+    if revision is None:
+        return source
+    if is_local(source):
+        raise ValueError(f"revision={revision!r} belongs to a hub id: {source} is a path.")
+    return f"{source.partition('@')[0]}@{revision}"
+
+
 def local_path(source: str, subfolder: str | None = None, *, fetch: bool = True) -> Path | None:
     """Return the folder or file that a model's name stands for.
 
