@@ -170,6 +170,12 @@ def test_adapters_have_no_schedule_of_their_own(tmp_path, tensors, kind):
     assert found.facts["model"] == kind.replace("unknown", "SDXL")
 
 
+def test_what_the_loader_refuses_is_said(tmp_path):
+    first = {"model.diffusion_model.input_blocks.0.0.weight": (320, 9, 3, 3)}
+    found = examine(write(tmp_path / "i.safetensors", {**MODELS["SDXL"], **first}, ("v_pred",)))
+    assert any("zsnr does not load it: " in w and "inpainting" in w for w in found.warnings)
+
+
 def test_a_stored_table_is_the_schedule():
     cosine = NoiseSchedule("cosine", 50)
     declared = declares({"alphas_cumprod": (50,), "v_pred": (0,)}, {}, table=cosine)

@@ -148,6 +148,17 @@ def test_what_is_no_recipe(tmp_path, name, content, message):
     assert message in found.reason
 
 
+def test_variables_of_a_script_are_not_read(tmp_path):
+    script = tmp_path / "train.sh"
+    script.write_text(
+        'python train.py --v_parameterization --zero_terminal_snr --min_snr_gamma="$gamma" '
+        "--network_dim ${dim}\n"
+    )
+    found = examine(script)
+    assert found.verdict == "fixed"
+    assert "variables of the script set them: min_snr_gamma, network_dim" in found.warnings[0]
+
+
 def test_metadata_of_kohya(tmp_path):
     path = tmp_path / "a.safetensors"
     name = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k.lora_down.weight"

@@ -104,6 +104,13 @@ def test_a_variant_is_preferred_if_it_is_named(copy):
     assert stored_dtype(str(copy), "unet") == torch.float32
 
 
+def test_a_variant_that_is_not_there_is_refused(folder):
+    with pytest.raises(ValueError, match="no weights of the variant 'int8'"):
+        TextToImage.from_pretrained(folder, variant="int8", device="cpu")
+    with pytest.raises(ValueError, match="device='nope' is not a device"):
+        TextToImage.from_pretrained(folder, device="nope")
+
+
 def in_cache(monkeypatch, tmp_path, folder, repo="somebody/model"):
     """Put a folder into a cache of the hub, under a commit that "main" names."""
     home = tmp_path / "hub" / f"models--{repo.replace('/', '--')}"
@@ -133,7 +140,7 @@ def test_a_cached_model_needs_no_network(monkeypatch, tmp_path, folder):
 
 def test_what_is_not_cached_is_downloaded_once(monkeypatch, tmp_path, folder):
     """Settings, and one set of the weights of the part that is read; nothing else."""
-    sources._download.cache_clear()
+    sources._attempt.cache_clear()
     extra = ["README.md", "unet/diffusion_pytorch_model.bin", "evil.py", "unet/x.fp16.onnx"]
     files = [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()]
     files += [f.replace(".safetensors", ".fp16.safetensors") for f in files if "tensors" in f]
@@ -162,11 +169,11 @@ def test_what_is_not_cached_is_downloaded_once(monkeypatch, tmp_path, folder):
     assert asked[-1] == [config, "unet/diffusion_pytorch_model.fp16.safetensors"]
     local_path("me/model")
     assert asked[-1] == ["model_index.json"]
-    sources._download.cache_clear()
+    sources._attempt.cache_clear()
 
 
 def test_without_network_the_error_is_one_line(monkeypatch, tmp_path):
-    sources._download.cache_clear()
+    sources._attempt.cache_clear()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
 
     def model_info(*args, **kwargs):
@@ -176,7 +183,7 @@ def test_without_network_the_error_is_one_line(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="not in the local cache, and cannot be downloaded") as e:
         TextToImage.from_pretrained("somebody/nothing")
     assert "\n" not in str(e.value)
-    sources._download.cache_clear()
+    sources._attempt.cache_clear()
 
 
 def test_a_home_folder_is_expanded_everywhere(monkeypatch, folder, tmp_path):
@@ -380,7 +387,7 @@ def test_images_are_decoded_one_at_a_time(folder, monkeypatch):
 
 def downloads(monkeypatch, tmp_path, folder, repo="me/model"):
     """Let the hub have a folder, of which nothing is in the cache; returns the files it gave."""
-    sources._download.cache_clear()
+    sources._attempt.cache_clear()
     cache, given = tmp_path / "hub", []
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
     home = cache / f"models--{repo.replace('/', '--')}"

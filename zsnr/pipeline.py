@@ -31,7 +31,7 @@ from zsnr.sampling import describe_guidance as describe_guidance
 from zsnr.sampling import describe_sampling as describe_sampling
 from zsnr.schedule import NoiseSchedule
 from zsnr.weights.pretrained import loading_in
-from zsnr.weights.source import at_revision, prefer_variant
+from zsnr.weights.source import at_revision, has_variant, prefer_variant
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -124,7 +124,12 @@ class TextToImage:
         source = at_revision(resolve_model(path_or_hub), revision)
         if raw_beside:
             check_raw_beside(source)
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        try:
+            device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        except RuntimeError as error:
+            raise ValueError(f"device={device!r} is not a device, such as 'cuda'.") from error
+        if variant is not None and not has_variant(source, "unet", variant):
+            raise ValueError(f"{source} has no weights of the variant {variant!r} of its UNet.")
         with prefer_variant(variant):
             chosen = choose_dtype(dtype, source, device)
             with loading_in(chosen):

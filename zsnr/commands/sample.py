@@ -24,7 +24,7 @@ def sample(
     device: str | None = None,
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None,
     zero_terminal_snr: bool = False,
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto",
+    dtype: str = "auto",
     vae: str | None = None,
     offload: bool = False,
     revision: str | None = None,
@@ -55,7 +55,8 @@ def sample(
         prediction_type: What the network predicts. Default: what the model declares.
         zero_terminal_snr: Take Stable Diffusion's schedule with zero terminal SNR instead of the
             schedule that the model declares.
-        dtype: Data type of all parts. auto: on a GPU that of the file, on a CPU float32.
+        dtype: Data type of all parts: float32, float16 or bfloat16. auto: on a GPU that of the
+            file, on a CPU float32.
         vae: Another VAE: a folder, a hub id or a .safetensors file.
         offload: Keep only the part in use on the device, to save GPU memory.
         revision: Branch, tag or commit of a hub id. Default: main.

@@ -16,6 +16,7 @@ from zsnr.doctor.recipes import examine_recipe, read_settings
 from zsnr.doctor.single_file import examine_single
 from zsnr.files import replacing
 from zsnr.guidance import Guidance
+from zsnr.interop.declarations import FAMILIES
 from zsnr.interop.declared import (
     Declared,
     declare,
@@ -67,7 +68,6 @@ _COMPARED_SPACINGS = {
 _SHOWN_GUIDANCE = ("guidance_method", "guidance_against", "guidance_curve", "guidance_interval")
 _CONFIG = "scheduler_config.json"
 _FIXED = "scheduler_config.fixed.json"
-_FAMILIES = {768: "SD 1", 1024: "SD 2", 2048: "SDXL"}
 
 
 def examine(
@@ -289,7 +289,7 @@ def _examine_diffusers(target: str, folder: Path, num_steps: Sequence[int]) -> D
 
 def _unet_facts(config: Mapping[str, Any]) -> str:
     width, size = config.get("cross_attention_dim"), config.get("sample_size")
-    family = _FAMILIES.get(width) if isinstance(width, int) else None
+    family = FAMILIES.get(width) if isinstance(width, int) else None
     parts = [family or "UNet"]
     if isinstance(width, int) and 0 < width < 10**6:
         parts.append(f"context of {width}")

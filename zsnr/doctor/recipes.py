@@ -88,10 +88,18 @@ def read_settings(path: Path) -> dict[str, Any] | None:
             settings = _flat(parse_object(data, str(path)))
         case _:
             settings = dict(_options(data.decode("utf-8", "replace")))
+            variables = [
+                n for n, value in settings.items() if re.search(r"[$%]\w|\$\{", str(value))
+            ]
+            settings = {n: value for n, value in settings.items() if n not in variables}
+            settings[_VARIABLES] = ", ".join(variables)
             name = settings.get("config_file")
             if isinstance(name, str) and not name.endswith((".yaml", ".yml")):  # of accelerate
                 settings = {**_config_file(path, name), **settings}
     return settings if _program(settings) is not None else None
+
+
+_VARIABLES = "set by variables of the script"
 
 
 def _config_file(script: Path, name: str) -> dict[str, Any]:
@@ -125,6 +133,10 @@ def examine_recipe(target: str, settings: Mapping[str, Any]) -> Diagnosis:
     schedule = NoiseSchedule(zero_terminal_snr=recipe.zero_terminal_snr)
     prediction = recipe.prediction_type
     warnings, changes = [], []
+    if settings.get(_VARIABLES):
+        warnings.append(
+            f"not read, because variables of the script set them: {settings[_VARIABLES]}"
+        )
     facts: dict[str, Any] = {"prediction_type": prediction, **schedule_facts(schedule)}
     lacking = None
     possible = not (recipe.zero_terminal_snr and prediction == "epsilon")

@@ -10,7 +10,7 @@ from zsnr.doctor.recipes import recipe_warnings, trained_with
 from zsnr.interop.declarations import Declaration, read_declaration, telling
 from zsnr.untrusted import clipped
 from zsnr.weights.header import Header
-from zsnr.weights.ldm_file import instead, other_process
+from zsnr.weights.ldm_file import instead, open_ldm_file, other_process
 
 _MARKS = "`zsnr export` writes single files with both marks"
 _START = "a single file stores no spacing: start at T (trailing, or the tool's `sgm_uniform`)"
@@ -59,6 +59,9 @@ def examine_single(target: str, path: Path) -> Diagnosis:
         "metadata": metadata,
     }
     warnings = [f"{text}; the first is followed" for text in declared.contradictions]
+    refusal = _refusal(path, header)
+    if refusal is not None:
+        warnings.append(f"zsnr does not load it: {refusal}")
     trained = trained_with(header.metadata)
     if trained is not None:
         warnings += recipe_warnings(trained)
@@ -119,6 +122,17 @@ def _judge(declared: Declaration) -> tuple[Verdict, str]:
         return "fixed", f"{where}: {prediction} on a schedule that ends at SNR 0"
     assert declared.schedule is not None
     return "flawed", f"{prediction} by {by}: {signal(declared.schedule)}"
+
+
+def _refusal(path: Path, header: Header) -> str | None:
+    """Return why the loader refuses a model in one file, if it does."""
+    if not any(name.startswith("model.diffusion_model.") for name in header.shapes):
+        return None
+    try:
+        open_ldm_file(path)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _missing_marks(declared: Declaration) -> list[str]:

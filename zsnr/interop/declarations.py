@@ -40,7 +40,7 @@ _ENCODERS = {  # text encoders that only one family has
     "SD 2": ("cond_stage_model.model.",),
     "SD 1": ("cond_stage_model.transformer.",),
 }
-_WIDTHS = {768: "SD 1", 1024: "SD 2", 2048: "SDXL"}
+FAMILIES = {768: "SD 1", 1024: "SD 2", 2048: "SDXL"}  # by the width of the context
 _ADAPTERS = {  # a part of the tensors' names, by the kind of adapter, the special ones first
     "DoRA": ("dora_scale", "lora_magnitude_vector"),
     "LoHa": ("hada_w1",),
@@ -322,7 +322,7 @@ def _family(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]) 
     if any(".label_emb." in name for name in shapes):
         return "SDXL"
     widths = {_context_width(name, shapes) for name in shapes if "attn2" in name} - {None}
-    families = {_WIDTHS[width] for width in widths if width in _WIDTHS}
+    families = {FAMILIES[width] for width in widths if width in FAMILIES}
     if len(families) == 1:
         return families.pop()
     said = " ".join(

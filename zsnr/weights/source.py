@@ -125,6 +125,19 @@ def find_weights(source: str, subfolder: str | None, stem: str) -> list[Path]:
     return []
 
 
+def has_variant(source: str, subfolder: str, variant: str) -> bool:
+    """Whether a part has weights of a variant, such as "fp16"; downloads them from the hub.
+
+    Raises:
+        ValueError: The hub id cannot be downloaded.
+    """
+    with prefer_variant(variant):
+        root = local_path(source, subfolder)
+        return root is not None and any(
+            _weights(root / subfolder, stem, variant) for stem in WEIGHT_STEMS
+        )
+
+
 def find_variant(source: str, subfolder: str | None) -> str | None:
     """Return the variant of a part's weights, such as "fp16", where there are no others."""
     for stem in WEIGHT_STEMS:
@@ -206,13 +219,21 @@ def _is_complete(root: Path, subfolder: str | None) -> bool:
     return any(find_weights(str(root), subfolder, stem) for stem in WEIGHT_STEMS)
 
 
-@cache  # without network, each attempt takes half a minute
 def _download(source: str, subfolder: str | None, variant: str | None) -> Path:
     """Download one folder of a hub id.
 
     Raises:
         ValueError: The hub does not have it, or cannot be reached.
     """
+    found = _attempt(source, subfolder, variant)
+    if isinstance(found, str):
+        raise ValueError(found)
+    return found
+
+
+@cache  # also a failure: without network, each attempt takes half a minute
+def _attempt(source: str, subfolder: str | None, variant: str | None) -> Path | str:
+    """Download one folder of a hub id; return it, or why it cannot be."""
     from huggingface_hub import HfApi, snapshot_download
 
     match = _id(source)
@@ -233,10 +254,10 @@ def _download(source: str, subfolder: str | None, variant: str | None) -> Path:
         )
     except Exception as error:  # no network, no such model, no permission, or another failure
         reason = clipped(str(error).strip().partition("\n")[0] or repr(error), 300)
-        raise ValueError(
+        return (
             f"{source} is not in the local cache, and cannot be downloaded: {reason} (A name that "
             "is not a local folder is looked up on the hub.)"
-        ) from error
+        )
 
 
 def _needed(names: Iterable[str], subfolder: str | None, variant: str | None) -> Iterator[str]:
