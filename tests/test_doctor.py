@@ -19,7 +19,8 @@ from zsnr import DDIM, DPMpp2M, NoiseSchedule, get_timesteps
 from zsnr.checkpoints import run_facts
 from zsnr.cli import main
 from zsnr.doctor.diagnosis import kept_brightness
-from zsnr.doctor.examine import DEFAULT_SAMPLING, MODEL_KEYS, SAMPLING_KEYS, examine, fix
+from zsnr.doctor.examine import examine, fix
+from zsnr.doctor.runs import DEFAULT_SAMPLING, MODEL_KEYS, SAMPLING_KEYS
 from zsnr.interop.declared import SCHEDULERS
 from zsnr.oracle import GaussianDenoiser
 
