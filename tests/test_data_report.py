@@ -122,6 +122,28 @@ def test_the_report(tmp_path, capsys):
     assert "is not empty and stays as it is" in capsys.readouterr().err
 
 
+def test_captions_that_are_cut_are_counted(tmp_path, capsys):
+    for i, words in enumerate((10, 74, 75, 76, 200)):
+        (tmp_path / f"{i}.png").write_bytes(tiny.png((40 * i,) * 3))
+        (tmp_path / f"{i}.txt").write_text("cat " * words)
+    command = ["data", "report", str(tmp_path), "--image-size", "16", "--json"]
+    assert main([*command, "--output", str(tmp_path / "a")]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["caption_tokens"][::2] == [10, 75, 200]
+    assert (facts["cut_captions"], facts["token_limit"]) == (0.4, 75)
+    text = Page(tmp_path / "a" / "index.html").text
+    assert "40.0 % have more than 75 tokens of CLIP" in text
+    assert "With max_tokens: 225, a setting of CLIP conditioners, it reads all of them." in text
+    tiny.letters_tokenizer().save_pretrained(tmp_path / "letters")
+    options = ["--tokenizer", str(tmp_path / "letters"), "--max-tokens", "225"]
+    assert main([*command, "--output", str(tmp_path / "b"), *options]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["caption_tokens"][4] == 600
+    assert (facts["cut_captions"], facts["token_limit"]) == (0.6, 230)
+    assert main([*command, "--output", str(tmp_path / "c"), "--max-tokens", "0"]) == 2
+    assert "max_tokens=0: wanted 1 to 7500" in capsys.readouterr().err
+
+
 def test_text_of_others_stays_text(tmp_path):
     folder = tmp_path / HOSTILE.replace("/", "")
     for i in range(2):

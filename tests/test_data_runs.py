@@ -511,6 +511,28 @@ def test_training_from_the_cache_is_training_from_the_pictures(cached, dtype):
     assert broken[0] == broken[1] & {f.key for f in ledgers[0]}
 
 
+def test_a_cache_holds_the_chunks_of_long_captions(tmp_path, capsys):
+    from zsnr.assets import resolve_asset
+
+    (tmp_path / "vae").symlink_to(resolve_asset("asset:openmoji_vae"))
+    words = "a photo of a black cat"
+    captions = [f"{words} {i}" if i % 4 == 0 else f"cat {i}" for i in range(8)]
+    path = config(tmp_path, train=str(tiny.write_captions(tmp_path / "shards", captions)))
+    make = ["data", "cache", "-c", str(path), "--text", "--dtype", "float32", "--output"]
+    long = "--model.conditioner.init_args.max_tokens=12"
+    with pytest.warns(UserWarning, match="^2 of 8 captions are cut: .* 6 tokens, .* has 7. Lost"):
+        assert main([*make, str(tmp_path / "cut")]) == 0
+    assert main([*make, str(tmp_path / "cache"), long]) == 0
+    for out, train in (("plain", "shards"), ("fast", "cache")):
+        options = [long, f"--data.train={tmp_path / train}", "--trainer.max_steps=2"]
+        assert fit(path, tmp_path / out, *options) == 0
+    theirs, mine = (losses(tmp_path / "log" / "lightning_logs" / f"version_{i}") for i in (0, 1))
+    assert mine == pytest.approx(theirs, rel=1e-5)
+    capsys.readouterr()
+    assert fit(path, tmp_path / "no", f"--data.train={tmp_path / 'cache'}") == 2
+    assert "made with conditioner {'num_chunks': 2}" in capsys.readouterr().err
+
+
 def test_a_cache_is_resumed_and_shared(cached, capsys):
     folder, path = cached
     make = ["data", "cache", "-c", str(path), "--dtype", "float32"]

@@ -93,6 +93,15 @@ def test_ranks_and_strategies_change_nothing_but_rounding(ranks, shards, alone, 
             assert local["unet.unet.conv_in.weight"] == (whole[0] // shard, *whole[1:])
 
 
+def test_captions_that_are_cut_are_counted_over_all_ranks(ranks, tmp_path):
+    captions = ["a very long caption of many words", *"abcdefg"]  # on one of the ranks
+    folder = tiny.write_captions(tmp_path / "shards", captions)
+    tiny.write_captions(folder, ["a"], "val")
+    for run in ranks[2](cells.fit, folder, tmp_path, "ddp", 3, model={"caption_dropout": 0.0}):
+        assert [row["train/cut_captions"] for row in run["logged"]] == [1, 2, 3]
+        assert run["progress"]["cut_captions"] == 3
+
+
 def test_compiled_blocks_change_nothing_but_rounding(ranks, shards, tmp_path):
     """With few blocks, since each rank compiles each of them twice, for training and without."""
     small = {"unet": dataclasses.replace(tiny.UNET, block_out_channels=(16,), attention=(False,))}

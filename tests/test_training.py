@@ -276,6 +276,35 @@ def test_a_resumed_run_is_the_same_run(tmp_path):
     )
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_captions_that_are_cut_are_warned_of_once_and_counted(tmp_path, workers):
+    captions = [f"{'a very long caption with many words ' * (i % 4 == 1)}{i}" for i in range(8)]
+    folder = tiny.write_captions(tmp_path / "shards", captions)
+
+    def fit(steps, checkpoint=None, **options):
+        model = module(caption_dropout=0.0, **options)
+        loop = trainer(tmp_path, steps, log_every_n_steps=1)
+        loader = data(folder, num_workers=workers, batch_size=8)
+        loop.fit(model, datamodule=loader, ckpt_path=checkpoint)
+        return loop
+
+    with pytest.warns(UserWarning, match="cut") as caught:
+        loop = fit(3)
+    [told] = [str(w.message) for w in caught if "cut" in str(w.message)]
+    assert told.startswith(
+        "Step 0: 2 of 8 captions are cut: the text encoder reads 6 tokens, the longest has 8. Lost "
+        "are the words 'words 1' of 'a very long caption with many words 1'. Set max_tokens=12 to"
+    )
+    assert loop.callback_metrics["train/cut_captions"] == 6
+    loop.save_checkpoint(tmp_path / "a.ckpt")
+    loop = fit(4, tmp_path / "a.ckpt")  # a warning would be an error
+    assert loop.callback_metrics["train/cut_captions"] == 8
+    conditioner = tiny.conditioner(trainable=True, max_tokens=12)
+    loop = fit(1, conditioner=conditioner)
+    assert "train/cut_captions" not in loop.callback_metrics
+    assert loop.lightning_module.model().conditioner.context_length == 16
+
+
 class StopAt(Callback):
     def __init__(self, step):
         self.step = step

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import operator
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 from zsnr.checkpoints import Model, read_checkpoint
 from zsnr.checkpoints.run_folder import is_checkpoint, resolve_model
 from zsnr.codecs import LatentCodec, PixelCodec
+from zsnr.conditioning.cuts import describe_cuts, longest_cut
 from zsnr.denoiser import Conditioning, Denoiser, Network
 from zsnr.files import replacing
 from zsnr.guidance import Guidance
@@ -76,6 +78,7 @@ class TextToImage:
         self.model = model
         self.network: Network = network or model.unet
         self.name = name
+        self.warned_of: set[str] = set()  # prompts that a warning has counted as cut
 
     @classmethod
     def from_pretrained(
@@ -87,6 +90,8 @@ class TextToImage:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         raw_beside: bool = False,
+        max_tokens: int | None = None,
+        clip_skip: int | None = None,
     ) -> TextToImage:
         """Load a model.
 
@@ -101,9 +106,15 @@ class TextToImage:
             dtype: Data type of the UNet's weights. None = that of the file.
             raw_beside: Also load the raw weights beside the averaged ones, for guidance against
                 "raw". Only checkpoints of this package have both.
+            max_tokens: Number of tokens of a prompt that CLIP reads, in chunks of 75, such as 225.
+                None = as the model was trained, else 75.
+            clip_skip: Layer of the text encoder whose output is the context, counted from the end:
+                1 = the last, 2 = the penultimate, each with the final norm. None = as the model was
+                trained.
 
         Raises:
-            ValueError: The source cannot be read, or lacks the raw weights that were requested.
+            ValueError: The source cannot be read, or lacks the raw weights that were requested; or
+                its text encoder has no max_tokens or clip_skip.
         """
         source = resolve_model(path_or_hub)
         if raw_beside:
@@ -118,6 +129,7 @@ class TextToImage:
             model = read_diffusers_folder(source, schedule)
         if prediction_type is not None:
             model = replace(model, prediction_type=prediction_type)
+        model.conditioner.configure(max_tokens=max_tokens, clip_skip=clip_skip)
         model.codec.load()
         model.conditioner.load()
         for unet in (model.unet, model.raw_unet):
@@ -134,6 +146,15 @@ class TextToImage:
         if self.model.raw_unet is not None:
             self.model.raw_unet.to(device)
         return self
+
+    def warn_of_cuts(self, prompts: Sequence[str]) -> None:
+        """Warn once of the prompts that are longer than the text encoder reads."""
+        known = {"", *self.warned_of}
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
+        cuts = self.model.conditioner.cuts(new)
+        if cuts:
+            self.warned_of.update(cut.prompt for cut in cuts)
+            warnings.warn(describe_cuts(longest_cut(cuts), len(cuts), len(new)), stacklevel=4)
 
     @torch.no_grad()  # a sharded network cannot be gathered in inference mode
     def __call__(
@@ -214,6 +235,7 @@ class TextToImage:
 
         for seed in seeds:
             sample_generator(seed)  # refuses a wrong seed before anything slow
+        self.warn_of_cuts([*prompts, *negatives])
         facts = self.describe(sampling)
         images: list[Image] = []
         batches = range(0, len(prompts), batch_size)
@@ -284,6 +306,7 @@ class TextToImage:
         prompts, negatives = _prompts(prompts, negative_prompts)
         guidance = guidance or choose_sampling(self.model.sampling).guidance
         self._check_guidance(guidance, negatives)
+        self.warn_of_cuts([*prompts, *negatives])
         size = self.model.image_size
         cond, uncond = self._conditioning(
             prompts,
@@ -308,6 +331,7 @@ class TextToImage:
 
         return {
             "model": self.name,
+            **self.model.conditioner.configured,
             **describe_sampling(sampling),
             "prediction_type": self.model.prediction_type,
             "schedule": self.model.schedule.settings(),

@@ -24,6 +24,8 @@ def sample(
     device: str | None = None,
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None,
     zero_terminal_snr: bool = False,
+    max_tokens: int | None = None,
+    clip_skip: int | None = None,
     **sampling: Unpack[SamplingOptions],
 ) -> Result:
     """Make images of text prompts with any model.
@@ -50,6 +52,10 @@ def sample(
         prediction_type: What the network predicts. Default: what the model declares.
         zero_terminal_snr: Take Stable Diffusion's schedule with zero terminal SNR instead of the
             schedule that the model declares.
+        max_tokens: Number of tokens of a prompt that CLIP reads, in chunks of 75, such as 225.
+            Default: as the model was trained, else 75.
+        clip_skip: Layer of the text encoder that the context is taken from, counted from the end: 1
+            is the last, 2 the penultimate. Default: as the model was trained.
         **sampling: How to sample, such as num_steps=8.
     """
     from zsnr.checkpoints.checkpoint_file import sampling_of
@@ -89,6 +95,8 @@ def sample(
         prediction_type=prediction_type,
         device=device,
         raw_beside=raw_beside,
+        max_tokens=max_tokens,
+        clip_skip=clip_skip,
     )
     with new_folder(folder) as unfinished:
         images = pipe(

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from zsnr.conditioning.base import Conditioner
-from zsnr.conditioning.tokenizers import CLIPTokenizer, PromptTokenizer, Tokens
+from zsnr.conditioning.tokenizers import (
+    CLIPTokenizer,
+    PromptTokenizer,
+    Tokenizer,
+    Tokens,
+    join_chunks,
+    split_chunks,
+)
 from zsnr.denoiser import Conditioning
 from zsnr.weights.pretrained import digest, find_file, is_weightless
 
@@ -25,6 +32,10 @@ class OpenClipConditioner(Conditioner):
             None = untrained weights, to be trained jointly.
         layer: "penultimate" (Stable Diffusion 2) or "last", both with the final layer norm.
         trainable: Train it jointly with the UNet; otherwise it is frozen.
+        max_tokens: Number of tokens of a prompt that are read, in chunks of 75: 75, 150 or 225,
+            which kohya's sd-scripts calls max_token_length. Every prompt takes as many chunks, each
+            with its own start and end token, and the context holds them one after the other. None =
+            one chunk.
     """
 
     tokenizer: PromptTokenizer
@@ -36,6 +47,7 @@ class OpenClipConditioner(Conditioner):
         pretrained: str | None = None,
         layer: Literal["penultimate", "last"] = "penultimate",
         trainable: bool = False,
+        max_tokens: int | None = None,
     ) -> None:
         super().__init__(trainable, pretrained is not None)
         import open_clip
@@ -57,10 +69,11 @@ class OpenClipConditioner(Conditioner):
             "pretrained": pretrained,
             "layer": layer,
             "trainable": trainable,
+            **({} if max_tokens is None else {"max_tokens": max_tokens}),
         }
         tokenizer = open_clip.get_tokenizer(model)
-        self._max_length = int(tokenizer.context_length)
-        self.tokenizer = PromptTokenizer(CLIPTokenizer(tokenizer))
+        self.max_length = int(tokenizer.context_length)
+        self.tokenizer = PromptTokenizer(_tokenizer(tokenizer), max_tokens=max_tokens)
         self.layer = layer
         self.context_dim = int(text.width)
         if not self.reloadable:
@@ -69,6 +82,7 @@ class OpenClipConditioner(Conditioner):
     def forward(self, prompts: Sequence[str] | Tokens) -> Conditioning:
         [ids] = self._tokens(prompts, self.positional_embedding.device).ids
         with torch.set_grad_enabled(self.trainable and torch.is_grad_enabled()):
+            ids = split_chunks(ids, self.tokenizer.num_chunks)
             x: Tensor = self.token_embedding(ids) + self.positional_embedding[: ids.shape[1]]
             blocks = self.transformer.resblocks
             if not getattr(self.transformer, "batch_first", True):
@@ -77,12 +91,13 @@ class OpenClipConditioner(Conditioner):
                 x = block(x, attn_mask=self.attn_mask)
             if not getattr(self.transformer, "batch_first", True):
                 x = x.transpose(0, 1)
-            return Conditioning(self.ln_final(x))
+            return Conditioning(join_chunks(self.ln_final(x), self.tokenizer.num_chunks))
 
-    @property
-    def max_length(self) -> int:
-        """L, tokens per prompt."""
-        return self._max_length
+    def _skip_layers(self, clip_skip: int) -> None:
+        layers: dict[int, Literal["penultimate", "last"]] = {1: "last", 2: "penultimate"}
+        if clip_skip not in layers:
+            raise ValueError(f"clip_skip={clip_skip}: wanted 1 or 2 for a text tower of open_clip.")
+        self.layer = self._settings["layer"] = layers[clip_skip]
 
     def settings(self) -> dict[str, Any]:
         return dict(self._settings)
@@ -93,6 +108,7 @@ class OpenClipConditioner(Conditioner):
         return {
             "model": model,
             "layer": self.layer,
+            **self.tokenizer.decisive(),
             "weights": None if file is None else digest([file]),
         }
 
@@ -111,6 +127,24 @@ class OpenClipConditioner(Conditioner):
             raise ValueError(f"Cannot load {model} from {pretrained!r}: {reason}") from error
         text = getattr(clip, "text", clip)  # CLIP has a flat tower, CustomTextCLIP has .text
         return {name: getattr(text, name, None) for name in self.parts}
+
+
+class _Uncounted:
+    """A tokenizer of open_clip that is not CLIP's, as a Tokenizer."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        ids: Tensor = self._tokenizer(list(prompts))
+        return ids, torch.ones_like(ids, dtype=torch.bool)
+
+
+def _tokenizer(tokenizer: Any) -> Tokenizer:
+    import open_clip
+
+    is_clip = isinstance(tokenizer, open_clip.SimpleTokenizer) and tokenizer.reduction_fn is None
+    return CLIPTokenizer(tokenizer) if is_clip else _Uncounted(tokenizer)
 
 
 def _check_tag(model: str, pretrained: str | None) -> None:

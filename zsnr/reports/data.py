@@ -14,6 +14,13 @@ from torch import Tensor
 
 from zsnr import __version__
 from zsnr.codecs import LatentCodec
+from zsnr.conditioning.tokenizers import (
+    BPE,
+    ChunkTokenizer,
+    PromptTokenizer,
+    bpe_tokenizer,
+    transformers_tokenizer,
+)
 from zsnr.data.buckets import AspectBuckets
 from zsnr.data.dataset import ShardDataset
 from zsnr.data.faults import Fault, summarize
@@ -94,6 +101,8 @@ def write_data_report(
     codec: LatentCodec | None = None,
     device: str = "cpu",
     index_folder: Path | None = None,
+    tokenizer: str = "clip",
+    max_tokens: int | None = None,
 ) -> tuple[Path, dict[str, Any]]:
     """Write FOLDER/index.html, a page that stands alone.
 
@@ -107,6 +116,10 @@ def write_data_report(
         codec: Measure its latents too.
         device: Where the codec computes.
         index_folder: Where index files are. None = beside the shards.
+        tokenizer: Tokenizer that counts the captions' tokens: "clip", or a folder or hub id of
+            transformers.
+        max_tokens: Number of tokens of a caption that the text encoder reads, see
+            TransformersConditioner. None = those of one chunk.
 
     Returns:
         Path of the page, and its figures as plain values.
@@ -123,6 +136,7 @@ def write_data_report(
     cached = [shard.url for shard in find_shards(sources) if shard.kind == "cache"]
     if cached:
         raise ValueError(f"{cached[0]} holds no images: give the shards it was cached from.")
+    counter, limit = _counter(tokenizer, max_tokens)
     names = [each.field for each in filters]
     index = load_index(sources, Storage(), folder=index_folder, fields=names)
     samples = select(index, image_size, filters=filters, aspect=aspect)
@@ -133,7 +147,13 @@ def write_data_report(
     if codec is not None:
         spaces.append(_latent_space(samples, codec, image_size, device))
     faults = [*samples.faults, *faults]
-    facts = _facts(samples, images, captions, faults, image_size, spaces)
+    num_tokens = [len(tokens) for tokens in counter.encode(captions)]
+    facts = {
+        **_facts(samples, images, captions, faults, image_size, spaces),
+        "caption_tokens": _quantiles(num_tokens),
+        "token_limit": limit,
+        "cut_captions": _share([count > limit for count in num_tokens]),
+    }
     values = {
         "title": "Data report",
         "zsnr_version": __version__,
@@ -145,7 +165,11 @@ def write_data_report(
         "image_size": image_size,
         "quantiles": _QUANTILES,
         "sizes": _quantile_rows(facts, ("height", "width", "megapixels", "aspect_ratio")),
-        "captions": _quantile_rows(facts, ("caption_words", "caption_characters")),
+        "captions": _quantile_rows(
+            facts, ("caption_words", "caption_characters", "caption_tokens")
+        ),
+        "max_tokens": -(-max(num_tokens) // counter.room) * counter.room,
+        "tokenizer": "CLIP" if tokenizer in BPE else tokenizer,
         **_charts(samples, images, captions),
         "extremes": _extremes(images, captions),
         "trace": f"{ORIGINAL.alphas_cumprod[-1] ** 0.5:.4f}",
@@ -171,6 +195,15 @@ def write_data_report(
     with replacing(page) as beside:
         beside.write_text(render_page("data.html", values), encoding="utf-8")
     return page, facts
+
+
+def _counter(tokenizer: str, max_tokens: int | None) -> tuple[ChunkTokenizer, int]:
+    """Return a tokenizer, and the number of tokens of a prompt that its text encoder reads."""
+    if tokenizer in BPE:
+        counter, _ = bpe_tokenizer(tokenizer, 77)
+    else:
+        counter, _, _ = transformers_tokenizer(tokenizer, None, None)
+    return counter, PromptTokenizer(counter, max_tokens=max_tokens).num_chunks * counter.room
 
 
 def public_paths(sources: Sources) -> list[str]:

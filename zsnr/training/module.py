@@ -55,6 +55,7 @@ from zsnr.training.guard import (
     StepReport,
     check_last_steps,
     record_skipped,
+    warn_of_cut_captions,
 )
 from zsnr.training.learning_rate import LearningRate
 from zsnr.training.loggers import guard_loggers
@@ -190,6 +191,8 @@ class LatentDiffusion(L.LightningModule):
         self._micro_batches: list[MicroBatch] = []  # of the current step
         self._progress = Progress(schedule.num_timesteps, terminal_window)
         self._report: StepReport | None = None  # of the last step, until its average is updated
+        self._cut: StepReport | None = None  # of the first step with captions that are cut
+        self._cut_prompts: set[str] = set()  # that a warning has counted
         self._unrecorded: StepReport | None = None  # of a step that all ranks are to record
         self._first_step = 0  # of this start of the run
         self.changed_settings: dict[str, list[Any]] = {}  # since the checkpoint, by name
@@ -242,7 +245,9 @@ class LatentDiffusion(L.LightningModule):
             for part, _ in modes:
                 part.eval()
             source = None if self._trainer is None else self._trainer.ckpt_path
-            yield TextToImage(model, name=str(source or ""))
+            pipe = TextToImage(model, name=str(source or ""))
+            pipe.warned_of = self._cut_prompts
+            yield pipe
         finally:
             for part, mode in modes:
                 part.train(mode)
@@ -397,7 +402,8 @@ class LatentDiffusion(L.LightningModule):
         batch = self.prepared(batch, training=True)
         noised = self._noised(batch)
         losses = self._losses(batch, noised, ema=False)
-        self._micro_batches.append(MicroBatch(batch["key"], losses.detach(), noised[2]))
+        cuts = batch[TOKENS].cuts if TOKENS in batch else ()
+        self._micro_batches.append(MicroBatch(batch["key"], losses.detach(), noised[2], cuts))
         return losses.mean()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -450,6 +456,8 @@ class LatentDiffusion(L.LightningModule):
         self.log_agreed("train/learning_rate", optimizer.param_groups[0]["lr"])
         self.log_agreed("train/terminal_exposures", self._progress.terminal)
         self.log_agreed("train/skipped_steps", self._progress.skipped)
+        if self._progress.cut_captions:
+            self.log_agreed("train/cut_captions", self._progress.cut_captions)
         for tag, mean in self._progress.means().items():
             self.log_agreed(tag, mean)
 
@@ -484,6 +492,9 @@ class LatentDiffusion(L.LightningModule):
         numbers, progress = report.numbers, self._progress
         self.stop_agreed, self.requeue_agreed = numbers.stop, numbers.requeue
         self.save_agreed = numbers.save
+        if numbers.cut_captions and not progress.cut_captions:
+            self._cut = report
+        progress.cut_captions += numbers.cut_captions
         if numbers.finite and not numbers.failed:
             progress.skipped_in_a_row = 0
             progress.add(numbers.totals, numbers.counts)
@@ -496,10 +507,15 @@ class LatentDiffusion(L.LightningModule):
     def record(self) -> None:
         """Record a step that was skipped, or stop a run that failed; every rank calls it.
 
+        The first captions that are cut are warned of.
+
         Raises:
             StorageError, BudgetError: A rank could not read its batch.
             NonFiniteError: Too many steps in a row were not finite.
         """
+        cut, self._cut = self._cut, None
+        if cut is not None:
+            warn_of_cut_captions(cut)
         report, self._unrecorded = self._unrecorded, None
         if report is None:
             return
@@ -604,6 +620,12 @@ class LatentDiffusion(L.LightningModule):
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end
+
+    def on_predict_start(self) -> None:
+        """Warn of all prompts that are cut, before the first batch."""
+        requests: list[PromptRequest] = getattr(self.trainer.datamodule, "requests", [])
+        with self.pipeline() as pipe:
+            pipe.warn_of_cuts([text for r in requests for text in (r.prompt, r.negative_prompt)])
 
     def predict_step(self, batch: list[PromptRequest], batch_idx: int) -> list[Any]:
         if not batch:
