@@ -12,6 +12,7 @@ from torch import nn
 
 from zsnr import EmpiricalDenoiser, Guidance, LossWeighting, NoiseSchedule
 from zsnr.codecs import AutoencoderKLCodec, PixelCodec
+from zsnr.data.caption_tags import Tags
 from zsnr.draws import training_draws, validation_draws
 from zsnr.pipeline import Sampling, TextToImage
 from zsnr.training import (
@@ -303,6 +304,28 @@ def test_captions_that_are_cut_are_warned_of_once_and_counted(tmp_path, workers)
     loop = fit(1, conditioner=conditioner)
     assert "train/cut_captions" not in loop.callback_metrics
     assert loop.lightning_module.model().conditioner.context_length == 16
+
+
+def test_tags_of_a_resumed_run_are_those_of_the_whole_run(tmp_path):
+    tiny.write_captions(tmp_path / "shards", [f"{i}, a, b" for i in range(6)])
+    some = Tags(keep=1, dropout=0.2)
+
+    def fit(steps, checkpoint=None, tags=some):
+        model, loop = module(), trainer(tmp_path, steps)
+        loader = data(tmp_path / "shards", tags=tags)
+        loop.fit(model, datamodule=loader, ckpt_path=checkpoint)
+        return model, loop
+
+    whole, _ = fit(4)
+    _, first = fit(2)
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    second, _ = fit(4, tmp_path / "a.ckpt")
+    close(weights(whole), weights(second))
+    plain, _ = fit(4, tags=None)
+    with pytest.raises(AssertionError):
+        close(weights(whole), weights(plain))
+    with pytest.raises(ValueError, match="tags.dropout was 0.2, is 0.1 now; tags.keep was 1, is 0"):
+        fit(4, tmp_path / "a.ckpt", Tags(dropout=0.1))
 
 
 class StopAt(Callback):
