@@ -645,13 +645,19 @@ def test_sample_reads_long_prompts(run, tmp_path, capsys):
     assert "clip_skip=9: wanted 1 to" in capsys.readouterr().err
 
 
-def test_predict_warns_once_of_prompts_that_are_cut(run, folder, tmp_path):
+def test_predict_and_compare_warn_once_of_prompts_that_are_cut(run, folder, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("".join(f"grey {i} on a black background and more\n" for i in range(3)))
     options = ["--prompts", str(prompts), "--output", str(tmp_path / "out")]
     with pytest.warns(UserWarning, match="3 of 3 prompts are cut") as caught:
         assert predict(folder, *options, "--data.predict_batch_size", "1") == 0
     assert sum("cut" in str(warning.message) for warning in caught) == 1
+    compared = ["compare", "models", str(run), "--vary", "num_steps=1,2", "--batch-size", "1"]
+    options = ["--prompts", str(prompts), "--count", "1", "-o", str(tmp_path / "page")]
+    with pytest.warns(UserWarning, match="3 of 3 prompts are cut") as caught:
+        assert main([*compared, *options]) == 0
+    # Python shows a text once
+    assert len({str(w.message) for w in caught if "cut" in str(w.message)}) == 1
 
 
 def test_images_without_seeds_have_one_after_the_other(run, tmp_path, monkeypatch):

@@ -306,6 +306,16 @@ def test_captions_that_are_cut_are_warned_of_once_and_counted(tmp_path, workers)
     assert loop.lightning_module.model().conditioner.context_length == 16
 
 
+def test_previews_warn_once_of_prompts_that_are_cut(tmp_path):
+    long = "a very long prompt with many words"
+    previews = Previews([f"{long} {i}" for i in range(3)], every_n_steps=1)
+    with pytest.warns(UserWarning, match="3 of 3 prompts are cut") as caught:
+        trainer(tmp_path, 2, callbacks=[previews]).fit(
+            module(), datamodule=data(tmp_path / "shards")
+        )
+    assert sum("cut" in str(warning.message) for warning in caught) == 1
+
+
 def test_tags_of_a_resumed_run_are_those_of_the_whole_run(tmp_path):
     tiny.write_captions(tmp_path / "shards", [f"{i}, a, b" for i in range(6)])
     some = Tags(keep=1, dropout=0.2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import operator
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from torch import Tensor
 from zsnr.checkpoints import Model, read_checkpoint
 from zsnr.checkpoints.run_folder import is_checkpoint, resolve_model
 from zsnr.codecs import LatentCodec, PixelCodec
+from zsnr.conditioning import Conditioner
 from zsnr.conditioning.cuts import describe_cuts, longest_cut
 from zsnr.denoiser import Conditioning, Denoiser, Network
 from zsnr.files import replacing
@@ -62,6 +63,27 @@ def check_steps(sampling: Sampling, schedule: NoiseSchedule) -> None:
     assert isinstance(sampler, Sampler)
     if sampling.guidance.method == "cfg_pp" and type(sampler).sample is Sampler.sample:
         sampler.plan(schedule, sampling.timesteps(schedule), sampling.guidance)
+
+
+def report_cuts(
+    conditioner: Conditioner,
+    prompts: Sequence[str],
+    reported: set[str],
+    report: Callable[[str], None],
+) -> None:
+    """Report the prompts that are longer than the text encoder reads, together, and each once.
+
+    Args:
+        conditioner: The text encoder.
+        prompts: The prompts that will be sampled.
+        reported: Prompts that have been reported; those that are reported now are added.
+        report: Takes the message.
+    """
+    new = [text for text in dict.fromkeys(prompts) if text and text not in reported]
+    cuts = conditioner.cuts(new)
+    if cuts:
+        reported.update(cut.prompt for cut in cuts)
+        report(describe_cuts(longest_cut(cuts), len(cuts), len(new)))
 
 
 class TextToImage:
@@ -149,12 +171,12 @@ class TextToImage:
 
     def warn_of_cuts(self, prompts: Sequence[str]) -> None:
         """Warn once of the prompts that are longer than the text encoder reads."""
-        known = {"", *self.warned_of}
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
-        cuts = self.model.conditioner.cuts(new)
-        if cuts:
-            self.warned_of.update(cut.prompt for cut in cuts)
-            warnings.warn(describe_cuts(longest_cut(cuts), len(cuts), len(new)), stacklevel=4)
+        report_cuts(
+            self.model.conditioner,
+            prompts,
+            self.warned_of,
+            lambda message: warnings.warn(message, stacklevel=6),
+        )
 
     @torch.no_grad()  # a sharded network cannot be gathered in inference mode
     def __call__(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from typing import Any
@@ -35,6 +35,7 @@ from zsnr.pipeline import (
     check_steps,
     check_threshold,
     describe_sampling,
+    report_cuts,
 )
 from zsnr.prediction import PredictionType
 from zsnr.schedule import NoiseSchedule
@@ -621,11 +622,14 @@ class LatentDiffusion(L.LightningModule):
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end
 
+    def warn_of_cuts(self, prompts: Sequence[str]) -> None:
+        """Warn once, on rank 0, of the prompts that are cut when the model samples them."""
+        conditioner = self.model(ema=False).conditioner
+        report_cuts(conditioner, prompts, self._cut_prompts, rank_zero_warn)
+
     def on_predict_start(self) -> None:
-        """Warn of all prompts that are cut, before the first batch."""
         requests: list[PromptRequest] = getattr(self.trainer.datamodule, "requests", [])
-        with self.pipeline() as pipe:
-            pipe.warn_of_cuts([text for r in requests for text in (r.prompt, r.negative_prompt)])
+        self.warn_of_cuts([text for r in requests for text in (r.prompt, r.negative_prompt)])
 
     def predict_step(self, batch: list[PromptRequest], batch_idx: int) -> list[Any]:
         if not batch:
