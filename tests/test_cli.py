@@ -637,10 +637,11 @@ def test_sample_reads_long_prompts(run, tmp_path, capsys):
     with pytest.warns(UserWarning, match="'and a white frame'") as caught:
         assert main(["sample", str(run), prompt, "-o", str(tmp_path / "a")]) == 0
     assert len(caught) == 1
-    options = ["--max-tokens", "10", "--clip-skip", "1"]
+    options = ["--max-tokens", "10", "--clip-skip", "1", "--prompt-weights"]
+    prompt = prompt.replace("white", "(white:1.2)")
     assert main(["sample", str(run), prompt, *options, "-o", str(tmp_path / "b")]) == 0
     facts = png_facts(tmp_path / "b" / "00001-0.png")
-    assert (facts["max_tokens"], facts["clip_skip"]) == (10, 1)
+    assert (facts["max_tokens"], facts["clip_skip"], facts["prompt_weights"]) == (10, 1, True)
     assert main(["sample", str(run), prompt, "--clip-skip", "9", "-o", str(tmp_path / "c")]) == 2
     assert "clip_skip=9: wanted 1 to" in capsys.readouterr().err
 

@@ -14,6 +14,7 @@ from zsnr.conditioning import (
     Remembered,
     TransformersConditioner,
 )
+from zsnr.conditioning.prompt_weights import parse_weights
 from zsnr.conditioning.tokenizers import bpe_tokenizer, transformers_tokenizer
 from zsnr.denoiser import Conditioning
 from zsnr.described import build, describe
@@ -248,6 +249,7 @@ def test_a_conditioner_is_configured_in_place(tmp_path):
     ("model_type", "options", "message"),
     [
         ("t5", {"max_tokens": 12}, "only CLIP's text encoders read a prompt in chunks"),
+        ("t5", {"prompt_weights": True}, "only CLIP's text encoders take weights"),
         ("bert", {"clip_skip": 2}, "it is for CLIP's text encoders"),
         ("clip_text_model", {"max_tokens": 0}, "max_tokens=0: wanted 1 to 600, such as 18 for 3"),
         ("clip_text_model", {"max_tokens": 601}, "max_tokens=601: wanted 1 to 600"),
@@ -261,7 +263,7 @@ def test_what_cannot_be_configured_is_refused(model_type, options, message):
 
 
 def test_other_conditioners_have_no_such_settings():
-    for options in ({"max_tokens": 75}, {"clip_skip": 2}):
+    for options in ({"max_tokens": 75}, {"clip_skip": 2}, {"prompt_weights": True}):
         with pytest.raises(ValueError, match="a NullConditioner has no such setting"):
             NullConditioner(4).configure(**options)
 
@@ -284,6 +286,79 @@ def test_what_is_cut_is_said():
     [cut] = small("t5").cuts([LONG])
     assert cut.max_tokens is None
     assert NullConditioner(4).cuts([LONG]) == ()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "wanted"),
+    [
+        ("", []),
+        ("normal text: 1.2", [("normal text: 1.2", 1)]),
+        ("an (important) word", [("an ", 1), ("important", 1.1), (" word", 1)]),
+        ("(unbalanced", [("unbalanced", 1.1)]),
+        ("[unbalanced", [("unbalanced", 1 / 1.1)]),
+        ("un) balanced]", [("un) balanced]", 1)]),
+        (r"\(literal\] \\ a\b", [(r"(literal] \ ab", 1)]),
+        (r"cat \(animal\:1.2)", [(r"cat (animal:1.2)", 1)]),
+        ("(unnecessary)(parens)", [("unnecessaryparens", 1.1)]),
+        ("(a:1.5)(b: .5 )[(c:+1.)]", [("a", 1.5), ("b", 0.5), ("c", 1 / 1.1)]),
+        ("(a:1.2.3) (b:x)", [("a:1.2.3", 1.1), (" ", 1), ("b:x", 1.1)]),
+        (
+            "a (((house:1.3)) [on] a (hill:0.5), sun, (((sky))).",
+            [
+                ("a ", 1),
+                ("house", 1.3 * 1.21),
+                (" ", 1.1),
+                ("on", 1),
+                (" a ", 1.1),
+                ("hill", 0.55),
+                (", sun, ", 1.1),
+                ("sky", 1.4641),
+                (".", 1.1),
+            ],
+        ),
+    ],
+)
+def test_weights_are_read_as_a1111_reads_them(prompt, wanted):
+    parsed = parse_weights(prompt)
+    assert [text for text, _ in parsed] == [text for text, _ in wanted]
+    assert [weight for _, weight in parsed] == pytest.approx([weight for _, weight in wanted])
+
+
+@pytest.mark.parametrize("kind", ["transformers", "open_clip"])
+def test_weights_multiply_the_context_of_their_tokens(kind, tmp_path, tiny_open_clip):
+    if kind == "transformers":
+        plain, weighted = frozen(tmp_path, max_tokens=12), frozen(tmp_path, max_tokens=12)
+    else:
+        name, weights = tiny_open_clip
+        plain, weighted = (OpenClipConditioner(name, str(weights), max_tokens=12) for _ in "ab")
+    for conditioner in (plain, weighted):  # of new weights the mean is 0
+        names = dict(conditioner.load().named_parameters())
+        [bias] = [
+            names[name] for name in names if "ln_final.bias" in name or "layer_norm.bias" in name
+        ]
+        bias.data += torch.linspace(0, 1, 16)
+    weighted.configure(prompt_weights=True)
+    prompts = ["a (red:1.5) house", "a photo of a cat and [two dogs]", "a cat", ""]
+    got = weighted(prompts).context
+    wanted = plain(["a red house", "a photo of a cat and two dogs", "a cat", ""]).context
+    assert torch.equal(got[2:], wanted[2:])
+    factors = torch.ones(2, 16)
+    factors[0, 2] = 1.5
+    factors[1, [9, 10]] = 1 / 1.1
+    for row, (changed, z) in enumerate(zip(got, wanted[:2], strict=False)):
+        for chunk in (slice(0, 8), slice(8, 16)):
+            each = z[chunk] * factors[row, chunk, None]
+            if (factors[row, chunk] != 1).any():
+                each = each * z[chunk].mean() / each.mean()
+            torch.testing.assert_close(changed[chunk], each, rtol=0, atol=1e-6)
+    assert torch.equal(weighted(weighted.tokenizer(prompts)).context, got)
+    assert weighted.fingerprint() == {**plain.fingerprint(), "prompt_weights": True}
+    assert build(describe(weighted), Conditioner).tokenizer.prompt_weights
+    assert (
+        plain.cuts([f"({LONG}:1.1)"])[0].num_tokens
+        > weighted.cuts([f"({LONG}:1.1)"])[0].num_tokens
+        == 13
+    )
 
 
 def test_tokenizers_are_the_libraries(tmp_path):
@@ -380,6 +455,10 @@ def test_described_conditioners_are_built_again():
         ({"config": {"model_type": "gtp"}, "tokenizer": "open_clip"}, "'gtp' is not one of"),
         ({"pretrained": "./nowhere", "tokenizer": "open_clip"}, "holds no config.json"),
         ({"pretrained": "./nowhere"}, "Cannot load a tokenizer from ./nowhere"),
+        (
+            {"config": CONFIGS["clip_text_model"], "tokenizer": "clip", "max_length": 1},
+            "max_length=1: wanted at least 2",
+        ),
     ],
 )
 def test_wrong_settings_are_refused(options, message):

@@ -95,6 +95,17 @@ def test_long_prompts_are_encoded_in_chunks_by_both_encoders(made):
     assert describe(other) == describe(conditioner)
     assert build(describe(conditioner), Conditioner).context_length == 24
     assert other.fingerprint() == conditioner.fingerprint()
+    other.configure(prompt_weights=True)
+    got, plain = other(["abc (d:2) e", "b", ""]), conditioner(["abc d e", "b", ""])
+    assert torch.equal(got.pooled, plain.pooled)
+    assert torch.equal(got.context[1:], plain.context[1:])
+    assert torch.equal(got.context[0, 12:], plain.context[0, 12:])
+    for part in (slice(16), slice(16, 40)):  # the encoders' means are restored one by one
+        z = plain.context[0, :12, part].clone()
+        mean = z.mean()
+        z[4] *= 2
+        wanted = z * mean / z.mean()
+        torch.testing.assert_close(got.context[0, :12, part], wanted, rtol=0, atol=1e-6)
     with pytest.raises(ValueError, match="clip_skip=1: SDXL's UNet was trained with the penult"):
         other.configure(clip_skip=1)
 

@@ -114,6 +114,7 @@ class TextToImage:
         raw_beside: bool = False,
         max_tokens: int | None = None,
         clip_skip: int | None = None,
+        prompt_weights: bool | None = None,
     ) -> TextToImage:
         """Load a model.
 
@@ -133,10 +134,12 @@ class TextToImage:
             clip_skip: Layer of the text encoder whose output is the context, counted from the end:
                 1 = the last, 2 = the penultimate, each with the final norm. None = as the model was
                 trained.
+            prompt_weights: Whether weights such as (word:1.2) in prompts are read, as in A1111.
+                None = as the model was trained.
 
         Raises:
             ValueError: The source cannot be read, or lacks the raw weights that were requested; or
-                its text encoder has no max_tokens or clip_skip.
+                its text encoder lacks a setting.
         """
         source = resolve_model(path_or_hub)
         if raw_beside:
@@ -151,7 +154,9 @@ class TextToImage:
             model = read_diffusers_folder(source, schedule)
         if prediction_type is not None:
             model = replace(model, prediction_type=prediction_type)
-        model.conditioner.configure(max_tokens=max_tokens, clip_skip=clip_skip)
+        model.conditioner.configure(
+            max_tokens=max_tokens, clip_skip=clip_skip, prompt_weights=prompt_weights
+        )
         model.codec.load()
         model.conditioner.load()
         for unet in (model.unet, model.raw_unet):

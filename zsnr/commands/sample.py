@@ -26,6 +26,7 @@ def sample(
     zero_terminal_snr: bool = False,
     max_tokens: int | None = None,
     clip_skip: int | None = None,
+    prompt_weights: bool = False,
     **sampling: Unpack[SamplingOptions],
 ) -> Result:
     """Make images of text prompts with any model.
@@ -56,6 +57,7 @@ def sample(
             Default: as the model was trained, else 75.
         clip_skip: Layer of the text encoder that the context is taken from, counted from the end: 1
             is the last, 2 the penultimate. Default: as the model was trained.
+        prompt_weights: Read weights such as (word:1.2) in prompts, as A1111 does.
         **sampling: How to sample, such as num_steps=8.
     """
     from zsnr.checkpoints.checkpoint_file import sampling_of
@@ -97,6 +99,7 @@ def sample(
         raw_beside=raw_beside,
         max_tokens=max_tokens,
         clip_skip=clip_skip,
+        prompt_weights=prompt_weights or None,
     )
     with new_folder(folder) as unfinished:
         images = pipe(

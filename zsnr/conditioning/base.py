@@ -43,14 +43,14 @@ class Conditioner(nn.Module):
     max_length: int = 1
     tokenizer: PromptTokenizer | None = None
     parts: ClassVar[tuple[str, ...]] = ()
-    _settings: dict[str, Any]
     _place: Tensor
     _half_place: Tensor
 
     def __init__(self, trainable: bool = False, pretrained: bool = True) -> None:
         super().__init__()
         self.trainable, self.pretrained = trainable, pretrained
-        self.configured: dict[str, int] = {}
+        self.configured: dict[str, Any] = {}
+        self._settings: dict[str, Any] = {}
         self._loaded = False
         self._default_dtype = torch.get_default_dtype()
         if self.reloadable:
@@ -84,7 +84,13 @@ class Conditioner(nn.Module):
         """Return those prompts that are longer than it reads, as far as its tokens are counted."""
         return () if self.tokenizer is None else self.tokenizer.cuts(prompts)
 
-    def configure(self, *, max_tokens: int | None = None, clip_skip: int | None = None) -> None:
+    def configure(
+        self,
+        *,
+        max_tokens: int | None = None,
+        clip_skip: int | None = None,
+        prompt_weights: bool | None = None,
+    ) -> None:
         """Change how prompts are encoded, in place.
 
         Args:
@@ -92,15 +98,19 @@ class Conditioner(nn.Module):
                 unchanged.
             clip_skip: The context is the hidden state -clip_skip: 1 = that of the last layer, 2 =
                 the penultimate one. None = unchanged.
+            prompt_weights: Whether weights such as (word:1.2) are read. None = unchanged.
 
         Raises:
             ValueError: The text encoder has no such setting, or the number is out of range.
         """
-        if max_tokens is not None:
+        read = {"max_tokens": max_tokens, "prompt_weights": prompt_weights}
+        read = {name: value for name, value in read.items() if value is not None}
+        if read:
             if self.tokenizer is None:
-                raise self._lacks("max_tokens", max_tokens)
-            self.tokenizer = self.tokenizer.with_max_tokens(max_tokens)
-            self._settings["max_tokens"] = self.configured["max_tokens"] = max_tokens
+                raise self._lacks(*next(iter(read.items())))
+            self.tokenizer = self.tokenizer.changed(max_tokens, prompt_weights)
+            self._settings |= read
+            self.configured |= read
         if clip_skip is not None:
             self._skip_layers(clip_skip)
             self.configured["clip_skip"] = clip_skip

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from zsnr.conditioning.base import Conditioner
+from zsnr.conditioning.prompt_weights import weigh
 from zsnr.conditioning.tokenizers import (
     CLIPTokenizer,
     PromptTokenizer,
@@ -36,6 +37,8 @@ class OpenClipConditioner(Conditioner):
             which kohya's sd-scripts calls max_token_length. Every prompt takes as many chunks, each
             with its own start and end token, and the context holds them one after the other. None =
             one chunk.
+        prompt_weights: Read weights such as (word:1.2) in prompts, as A1111 does: the context of a
+            token is multiplied by its weight, and the mean of each chunk is restored.
     """
 
     tokenizer: PromptTokenizer
@@ -48,6 +51,7 @@ class OpenClipConditioner(Conditioner):
         layer: Literal["penultimate", "last"] = "penultimate",
         trainable: bool = False,
         max_tokens: int | None = None,
+        prompt_weights: bool = False,
     ) -> None:
         super().__init__(trainable, pretrained is not None)
         import open_clip
@@ -69,20 +73,23 @@ class OpenClipConditioner(Conditioner):
             "pretrained": pretrained,
             "layer": layer,
             "trainable": trainable,
-            **({} if max_tokens is None else {"max_tokens": max_tokens}),
         }
         tokenizer = open_clip.get_tokenizer(model)
         self.max_length = int(tokenizer.context_length)
-        self.tokenizer = PromptTokenizer(_tokenizer(tokenizer), max_tokens=max_tokens)
+        self.tokenizer = PromptTokenizer(
+            _tokenizer(tokenizer), max_tokens=max_tokens, prompt_weights=prompt_weights
+        )
+        self._settings |= self.tokenizer.settings()
         self.layer = layer
         self.context_dim = int(text.width)
         if not self.reloadable:
             self.load()
 
     def forward(self, prompts: Sequence[str] | Tokens) -> Conditioning:
-        [ids] = self._tokens(prompts, self.positional_embedding.device).ids
+        tokens = self._tokens(prompts, self.positional_embedding.device)
+        [ids], n = tokens.ids, self.tokenizer.num_chunks
         with torch.set_grad_enabled(self.trainable and torch.is_grad_enabled()):
-            ids = split_chunks(ids, self.tokenizer.num_chunks)
+            ids = split_chunks(ids, n)
             x: Tensor = self.token_embedding(ids) + self.positional_embedding[: ids.shape[1]]
             blocks = self.transformer.resblocks
             if not getattr(self.transformer, "batch_first", True):
@@ -91,7 +98,10 @@ class OpenClipConditioner(Conditioner):
                 x = block(x, attn_mask=self.attn_mask)
             if not getattr(self.transformer, "batch_first", True):
                 x = x.transpose(0, 1)
-            return Conditioning(join_chunks(self.ln_final(x), self.tokenizer.num_chunks))
+            x = self.ln_final(x)
+            if tokens.weights:
+                x = weigh(x, split_chunks(tokens.weights[0], n))
+            return Conditioning(join_chunks(x, n))
 
     def _skip_layers(self, clip_skip: int) -> None:
         layers: dict[int, Literal["penultimate", "last"]] = {1: "last", 2: "penultimate"}

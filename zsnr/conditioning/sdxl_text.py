@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from zsnr.conditioning.base import Conditioner
+from zsnr.conditioning.prompt_weights import weigh
 from zsnr.conditioning.tokenizers import (
     PromptTokenizer,
     Tokens,
@@ -44,6 +45,8 @@ class SDXLConditioner(Conditioner):
             150 or 225, which kohya's sd-scripts calls max_token_length. Every prompt takes as many
             chunks, each with its own start and end token, and the context holds them one after the
             other; the pooled embedding is that of the first. None = one chunk.
+        prompt_weights: Read weights such as (word:1.2) in prompts, as A1111 does: the context of a
+            token is multiplied by its weight, and the mean of each chunk is restored.
 
     Raises:
         ValueError: Parts are missing or incompatible.
@@ -58,6 +61,7 @@ class SDXLConditioner(Conditioner):
         max_length: int | None = None,
         zero_null: bool | None = None,
         max_tokens: int | None = None,
+        prompt_weights: bool = False,
     ) -> None:
         super().__init__()
         if zero_null is None:
@@ -67,15 +71,11 @@ class SDXLConditioner(Conditioner):
             "pretrained": pretrained,
             "max_length": max_length,
             "zero_null": zero_null,  # a checkpoint stores the folder's setting
-            **({} if max_tokens is None else {"max_tokens": max_tokens}),
         }
         first, second = (_clip_config(pretrained, folder) for folder in _ENCODERS)
         self.context_dim = int(first.hidden_size + second.hidden_size)
         self.pooled_dim = int(second.projection_dim)
         loaded = [transformers_tokenizer(pretrained, name, max_length) for name in _TOKENIZERS]
-        self.tokenizer = PromptTokenizer(
-            *(tokenize for tokenize, _, _ in loaded), max_tokens=max_tokens
-        )
         lengths = [length for _, _, length in loaded]
         if lengths[0] != lengths[1]:
             raise ValueError(
@@ -89,6 +89,12 @@ class SDXLConditioner(Conditioner):
                 f"{longest} tokens. Longer prompts are read in chunks: set max_tokens."
             )
         self.max_length = self._max_length = lengths[0]
+        self.tokenizer = PromptTokenizer(
+            *(tokenize for tokenize, _, _ in loaded),
+            max_tokens=max_tokens,
+            prompt_weights=prompt_weights,
+        )
+        self._settings |= self.tokenizer.settings()
 
     @torch.no_grad()
     def forward(self, prompts: Sequence[str] | Tokens) -> Conditioning:
@@ -98,7 +104,11 @@ class SDXLConditioner(Conditioner):
             encoder(split_chunks(ids, n), output_hidden_states=True)
             for encoder, ids in zip((self.encoder, self.encoder_2), tokens.ids, strict=True)
         )
-        context = torch.cat([out.hidden_states[-2] for out in (first, second)], dim=-1)
+        contexts = [out.hidden_states[-2] for out in (first, second)]
+        if tokens.weights:
+            weights = [split_chunks(each, n) for each in tokens.weights]
+            contexts = [weigh(*each) for each in zip(contexts, weights, strict=True)]
+        context = torch.cat(contexts, dim=-1)
         context, pooled = join_chunks(context, n), second.text_embeds[::n]
         cond = Conditioning(context, pooled=pooled)
         if not self._zero_null:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from zsnr.conditioning.cuts import Cut
+from zsnr.conditioning.prompt_weights import parse_weights
 from zsnr.untrusted import check_size, shown
 from zsnr.weights.ldm_file import is_single_file, open_ldm_file, part_tokenizer
 from zsnr.weights.pretrained import digest, find_file, reason
@@ -53,12 +54,14 @@ class Tokens:
         mask: True from the start to the end token of each chunk, by the first tokenizer, (B, L).
         empty: Whether the prompt is "", (B,).
         cuts: The prompts that are cut.
+        weights: Weights of the tokens of each tokenizer, (B, L). Empty = prompts have no weights.
     """
 
     ids: tuple[Tensor, ...]
     mask: Tensor
     empty: Tensor
     cuts: tuple[Cut, ...] = ()
+    weights: tuple[Tensor, ...] = ()
 
     def __len__(self) -> int:
         return len(self.empty)
@@ -72,8 +75,9 @@ class Tokens:
         return self._map(Tensor.pin_memory)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Tokens:
-        ids = tuple(map(change, self.ids))
-        return replace(self, ids=ids, mask=change(self.mask), empty=change(self.empty))
+        ids, weights = (tuple(map(change, parts)) for parts in (self.ids, self.weights))
+        mask, empty = change(self.mask), change(self.empty)
+        return replace(self, ids=ids, mask=mask, empty=empty, weights=weights)
 
 
 class ChunkTokenizer(ABC):
@@ -116,21 +120,36 @@ class PromptTokenizer:
         tokenizers: One for each text encoder.
         max_tokens: Number of tokens of a prompt that are read, rounded up to whole chunks; CLIP's
             chunks hold 75. None = one chunk.
-        joins: Whether the text encoder can join chunks.
+        prompt_weights: Read weights such as (word:1.2) in prompts, see `parse_weights`.
+        is_clip: Whether the text encoder is CLIP's, which max_tokens and prompt_weights need.
 
     Raises:
-        ValueError: max_tokens is out of range, or the text encoder cannot join chunks.
+        ValueError: max_tokens is out of range, or the text encoder is not CLIP's; or a chunk has no
+            room for start and end token.
     """
 
     def __init__(
-        self, *tokenizers: Tokenizer, max_tokens: int | None = None, joins: bool = True
+        self,
+        *tokenizers: Tokenizer,
+        max_tokens: int | None = None,
+        prompt_weights: bool = False,
+        is_clip: bool = True,
     ) -> None:
-        self.tokenizers, self._joins = tokenizers, joins
+        self.tokenizers, self._is_clip = tokenizers, is_clip
         self._first = tokenizers[0] if isinstance(tokenizers[0], ChunkTokenizer) else None
-        self.num_chunks = 1
+        self.max_tokens, self.prompt_weights, self.num_chunks = max_tokens, prompt_weights, 1
+        if self._first is not None and self._first.room < 0:
+            length = self._first.length
+            raise ValueError(f"max_length={length}: wanted at least {length - self._first.room}.")
+        clip = self._first is not None and is_clip
+        if prompt_weights and not clip:
+            raise ValueError(
+                "prompt_weights: only CLIP's text encoders take weights such as (word:1.2). Leave "
+                "it out."
+            )
         if max_tokens is None:
             return
-        if self._first is None or not joins:
+        if self._first is None or not clip:
             raise ValueError(
                 f"max_tokens={shown(max_tokens)}: only CLIP's text encoders read a prompt in "
                 "chunks; this one reads as many tokens as its max_length."
@@ -144,36 +163,71 @@ class PromptTokenizer:
             )
         self.num_chunks = -(-max_tokens // room)
 
-    def with_max_tokens(self, max_tokens: int) -> PromptTokenizer:
-        """Return the same tokenizer for prompts of another length."""
-        return PromptTokenizer(*self.tokenizers, max_tokens=max_tokens, joins=self._joins)
+    def changed(self, max_tokens: int | None, prompt_weights: bool | None) -> PromptTokenizer:
+        """Return the same tokenizer with other settings; None = the same setting."""
+        return PromptTokenizer(
+            *self.tokenizers,
+            max_tokens=self.max_tokens if max_tokens is None else max_tokens,
+            prompt_weights=self.prompt_weights if prompt_weights is None else prompt_weights,
+            is_clip=self._is_clip,
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """Return max_tokens and prompt_weights where they are not the defaults."""
+        weights = {"prompt_weights": True} if self.prompt_weights else {}
+        return weights if self.max_tokens is None else {"max_tokens": self.max_tokens, **weights}
 
     def decisive(self) -> dict[str, Any]:
-        """Return the part of a fingerprint that says how many chunks there are, if several."""
-        return {} if self.num_chunks == 1 else {"num_chunks": self.num_chunks}
+        """Return what determines embeddings beside the vocabulary, where it is not the default."""
+        weights = {"prompt_weights": True} if self.prompt_weights else {}
+        return weights if self.num_chunks == 1 else {"num_chunks": self.num_chunks, **weights}
 
     def __deepcopy__(self, memo: Any) -> PromptTokenizer:
         return self  # nothing changes it
 
     def __call__(self, prompts: Sequence[str]) -> Tokens:
         cuts: tuple[Cut, ...] = ()
-        parts = []
+        parts, all_weights = [], []
         for tokenize in self.tokenizers:
             if isinstance(tokenize, ChunkTokenizer):
-                tokens = tokenize.encode(prompts)
+                tokens, weights = self._encode(tokenize, prompts)
                 if tokenize is self._first:
                     cuts = self._cuts(tokenize, prompts, tokens)
                 parts.append(self._chunks(tokenize, tokens))
+                if self.prompt_weights:
+                    all_weights.append(self._weights(tokenize, weights))
             else:
                 parts.append(tokenize(prompts))
         empty = torch.tensor([prompt == "" for prompt in prompts], dtype=torch.bool)
-        return Tokens(tuple(ids for ids, _ in parts), parts[0][1], empty, cuts)
+        ids = tuple(ids for ids, _ in parts)
+        return Tokens(ids, parts[0][1], empty, cuts, tuple(all_weights))
 
     def cuts(self, prompts: Sequence[str]) -> tuple[Cut, ...]:
         """Return those prompts that are cut, by the first tokenizer."""
         if self._first is None:
             return ()
-        return self._cuts(self._first, prompts, self._first.encode(prompts))
+        return self._cuts(self._first, prompts, self._encode(self._first, prompts)[0])
+
+    def _encode(
+        self, tokenizer: ChunkTokenizer, prompts: Sequence[str]
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """Return the tokens of each prompt, and their weights where prompts have some."""
+        if not self.prompt_weights:
+            return tokenizer.encode(prompts), []
+        texts = [parse_weights(prompt) for prompt in prompts]
+        encoded = iter(tokenizer.encode([text for each in texts for text, _ in each]))
+        pairs = [[(i, w) for _, w in each for i in next(encoded)] for each in texts]
+        return [[i for i, _ in each] for each in pairs], [[w for _, w in each] for each in pairs]
+
+    def _weights(self, tokenizer: ChunkTokenizer, weights: list[list[float]]) -> Tensor:
+        """Return the weights of all tokens of all chunks, (B, num_chunks L)."""
+        n, room = self.num_chunks, tokenizer.room
+        rows = torch.ones(len(weights), n, tokenizer.length)
+        for row, each in zip(rows, weights, strict=True):
+            for i, chunk in enumerate(row):
+                part = each[i * room : (i + 1) * room]
+                chunk[1 : 1 + len(part)] = torch.tensor(part)  # after the start token
+        return rows.flatten(1)
 
     def _chunks(self, tokenizer: ChunkTokenizer, tokens: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Return ids and mask of all chunks, (B, num_chunks L)."""
@@ -195,7 +249,7 @@ class PromptTokenizer:
                 len(each),
                 limit,
                 _text_from(tokenizer, each[: limit + _LOST], limit),
-                -(-len(each) // room) * room if self._joins and room else None,
+                -(-len(each) // room) * room if self._is_clip and room else None,
             )
             for prompt, each in zip(prompts, tokens, strict=True)
             if len(each) > limit
@@ -311,6 +365,8 @@ class _Padded(ChunkTokenizer):
     """A tokenizer of transformers, padded to L tokens."""
 
     def __init__(self, tokenizer: Any, length: int) -> None:
+        if tokenizer.pad_token_id is None:
+            raise ValueError("it has no padding token.")
         [alone] = self._read(tokenizer, ["a"], False)
         [whole] = self._read(tokenizer, ["a"], True)
         starts = (i for i in range(len(whole)) if whole[i : i + len(alone)] == alone)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from zsnr.conditioning.base import Conditioner
+from zsnr.conditioning.prompt_weights import weigh
 from zsnr.conditioning.tokenizers import (
     BPE,
     PromptTokenizer,
@@ -59,6 +60,8 @@ class TransformersConditioner(Conditioner):
             75, 150 or 225, which kohya's sd-scripts calls max_token_length. Every prompt takes as
             many chunks, each with its own start and end token, and the context holds them one after
             the other. None = one chunk.
+        prompt_weights: Read weights such as (word:1.2) in prompts, as A1111 does: the context of a
+            token is multiplied by its weight, and the mean of each chunk is restored.
     """
 
     tokenizer: PromptTokenizer
@@ -77,6 +80,7 @@ class TransformersConditioner(Conditioner):
         use_mask: bool | None = None,
         trainable: bool = False,
         max_tokens: int | None = None,
+        prompt_weights: bool = False,
     ) -> None:
         super().__init__(trainable, pretrained is not None)
         if (pretrained is None) == (config is None):
@@ -94,7 +98,6 @@ class TransformersConditioner(Conditioner):
             "final_norm": final_norm,
             "use_mask": use_mask,
             "trainable": trainable,
-            **({} if max_tokens is None else {"max_tokens": max_tokens}),
         }
         self._subfolder = default_part(str(pretrained), subfolder, "text_encoder")
         if tokenizer in BPE:
@@ -111,7 +114,10 @@ class TransformersConditioner(Conditioner):
         else:
             encoder_config = pretrained_config(pretrained, self._subfolder)
         is_clip = encoder_config.model_type.startswith("clip")
-        self.tokenizer = PromptTokenizer(tokenize, max_tokens=max_tokens, joins=is_clip)
+        self.tokenizer = PromptTokenizer(
+            tokenize, max_tokens=max_tokens, prompt_weights=prompt_weights, is_clip=is_clip
+        )
+        self._settings |= self.tokenizer.settings()
         self._num_layers: int = encoder_config.num_hidden_layers if is_clip else 0
         if is_clip and max_length > encoder_config.max_position_embeddings:
             raise ValueError(
@@ -137,6 +143,8 @@ class TransformersConditioner(Conditioner):
                 norm = _final_norm(self.encoder)
                 if self._final_norm and norm is not None:
                     context = norm(context)
+            if tokens.weights:
+                context = weigh(context, split_chunks(tokens.weights[0], n))
         return Conditioning(join_chunks(context, n), tokens.mask if self._use_mask else None)
 
     def _skip_layers(self, clip_skip: int) -> None:
