@@ -660,6 +660,35 @@ def test_sample_with_options(run, tmp_path, capsys):
     assert facts["guidance_curve"] == [[-6, 1], [0, 7.5]]
 
 
+def test_sample_reads_long_prompts(run, tmp_path, capsys):
+    prompt = "grey 1 on a black background and a white frame"
+    with pytest.warns(UserWarning, match="'and a white frame'") as caught:
+        assert main(["sample", str(run), prompt, "-o", str(tmp_path / "a")]) == 0
+    assert len(caught) == 1
+    options = ["--max-tokens", "10", "--clip-skip", "1", "--prompt-weights"]
+    prompt = prompt.replace("white", "(white:1.2)")
+    assert main(["sample", str(run), prompt, *options, "-o", str(tmp_path / "b")]) == 0
+    facts = png_facts(tmp_path / "b" / "00001-0.png")
+    assert (facts["max_tokens"], facts["clip_skip"], facts["prompt_weights"]) == (10, 1, True)
+    assert main(["sample", str(run), prompt, "--clip-skip", "9", "-o", str(tmp_path / "c")]) == 2
+    assert "clip_skip=9: wanted 1 to" in capsys.readouterr().err
+
+
+def test_predict_and_compare_warn_once_of_prompts_that_are_cut(run, folder, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"grey {i} on a black background and more\n" for i in range(3)))
+    options = ["--prompts", str(prompts), "--output", str(tmp_path / "out")]
+    with pytest.warns(UserWarning, match="3 of 3 prompts are cut") as caught:
+        assert predict(folder, *options, "--data.predict_batch_size", "1") == 0
+    assert sum("cut" in str(warning.message) for warning in caught) == 1
+    compared = ["compare", "models", str(run), "--vary", "num_steps=1,2", "--batch-size", "1"]
+    options = ["--prompts", str(prompts), "--count", "1", "-o", str(tmp_path / "page")]
+    with pytest.warns(UserWarning, match="3 of 3 prompts are cut") as caught:
+        assert main([*compared, *options]) == 0
+    # Python shows a text once
+    assert len({str(w.message) for w in caught if "cut" in str(w.message)}) == 1
+
+
 def test_images_without_seeds_have_one_after_the_other(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     prompts = ["grey 1", "grey 2"]

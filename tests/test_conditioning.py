@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from hashlib import blake2b
 
@@ -13,6 +14,8 @@ from zsnr.conditioning import (
     Remembered,
     TransformersConditioner,
 )
+from zsnr.conditioning.prompt_weights import parse_weights
+from zsnr.conditioning.tokenizers import bpe_tokenizer, transformers_tokenizer
 from zsnr.denoiser import Conditioning
 from zsnr.described import build, describe
 
@@ -128,6 +131,262 @@ def test_penultimate_layer_is_transformers():
     torch.testing.assert_close(last, norms[0](out.hidden_states[-1]))
 
 
+LONG = "a photo of a black cat and two dogs on a red sofa"  # 13 tokens
+
+
+def by_hand(prompts, pieces, num_chunks, encode):
+    """Encode each chunk of six tokens alone, and concatenate the contexts of a prompt's chunks."""
+    bpe = open_clip_tokenizer()
+    rows = []
+    for prompt in prompts:
+        tokens, chunks = bpe.encode(prompt)[: num_chunks * 6], []
+        for i in range(num_chunks):
+            ids = [bpe.sot_token_id, *tokens[6 * i : 6 * i + 6], bpe.eot_token_id]
+            padding = [0 if pieces == "open_clip" else bpe.eot_token_id] * (8 - len(ids))
+            chunks.append(encode(torch.tensor([ids + padding]))[0])
+        rows.append(torch.cat(chunks))
+    return torch.stack(rows)
+
+
+def open_clip_tokenizer():
+    import open_clip
+
+    return open_clip.SimpleTokenizer()
+
+
+@pytest.mark.parametrize("tokenizer", ["clip", "open_clip"])
+@pytest.mark.parametrize(("layer", "final_norm"), [(-1, True), (-2, True), (-2, False)])
+def test_long_prompts_are_encoded_in_chunks(tokenizer, layer, final_norm):
+    torch.manual_seed(0)
+    conditioner = TransformersConditioner(
+        config={"model_type": "clip_text_model", **SMALL},
+        tokenizer=tokenizer,
+        max_length=8,
+        layer=layer,
+        final_norm=final_norm,
+        max_tokens=13,  # three chunks
+    ).eval()
+    encoder = conditioner.encoder
+
+    def encode(ids):
+        out = encoder(ids, output_hidden_states=True)
+        norms = [m for n, m in encoder.named_modules() if n.endswith("final_layer_norm")]
+        hidden = out.hidden_states[layer]
+        return norms[0](hidden) if final_norm else hidden
+
+    prompts = [LONG, "", "a cat", f"{LONG} {LONG}", "a b c d e f"]
+    cond = conditioner(prompts)
+    assert cond.context.shape == (5, 24, 16)
+    assert cond.mask is None
+    assert conditioner.context_length == 24
+    wanted = by_hand(prompts, tokenizer, 3, encode)
+    torch.testing.assert_close(cond.context, wanted, rtol=0, atol=1e-6)
+    tokens = conditioner.tokenizer(prompts)
+    assert torch.equal(conditioner(tokens).context, cond.context)
+    assert [cut.prompt for cut in tokens.cuts] == [prompts[3]]
+    alone = conditioner(["a cat"]).context
+    torch.testing.assert_close(alone, cond.context[2:3], rtol=0, atol=1e-6)
+    torch.testing.assert_close(conditioner.null().context, cond.context[1:2], rtol=0, atol=1e-6)
+
+
+def test_one_chunk_changes_nothing():
+    plain, chunked = small(), small(max_tokens=6)
+    for prompts in ([LONG], ["a cat", ""]):
+        assert torch.equal(plain(prompts).context, chunked(prompts).context)
+    assert "max_tokens" not in plain.settings()
+    assert chunked.settings()["max_tokens"] == 6
+
+
+def test_chunks_of_an_open_clip_tower(tiny_open_clip):
+    name, weights = tiny_open_clip
+    one = OpenClipConditioner(name, str(weights))
+    three = OpenClipConditioner(name, str(weights), max_tokens=18)
+    wanted = by_hand([LONG, "a"], "open_clip", 3, lambda ids: one(tokens_of(one, ids)).context)
+    torch.testing.assert_close(three([LONG, "a"]).context, wanted, rtol=0, atol=1e-6)
+    assert three.fingerprint() == {**one.fingerprint(), "num_chunks": 3}
+    one.configure(max_tokens=18, clip_skip=1)
+    assert one.settings() == {**three.settings(), "layer": "last"}
+    assert one.configured == {"max_tokens": 18, "clip_skip": 1}
+    with pytest.raises(ValueError, match="clip_skip=3: wanted 1 or 2"):
+        one.configure(clip_skip=3)
+
+
+def tokens_of(conditioner, ids):
+    return dataclasses.replace(conditioner.tokenizer([""]), ids=(ids,))
+
+
+def test_chunks_are_trained_masked_and_described():
+    trained = small(trainable=True, max_tokens=12, use_mask=True).train()
+    cond = trained([LONG, "a"])
+    assert cond.mask.sum(1).tolist() == [16, 3 + 2]
+    cond.context.sum().backward()
+    assert trained.encoder.get_input_embeddings().weight.grad.abs().sum() > 0
+    again = build(describe(trained), Conditioner)
+    assert again.context_length == 16
+    assert again.settings() == trained.settings()
+
+
+def test_a_conditioner_is_configured_in_place(tmp_path):
+    conditioner, wanted = frozen(tmp_path), frozen(tmp_path, layer=-2, max_tokens=12)
+    plain = conditioner.fingerprint()
+    conditioner.configure()
+    assert conditioner.fingerprint() == plain
+    conditioner.configure(max_tokens=12, clip_skip=2)
+    assert conditioner.settings() == wanted.settings()
+    assert (
+        conditioner.fingerprint()
+        == wanted.fingerprint()
+        == {**plain, "layer": -2} | {"num_chunks": 2}
+    )
+    assert torch.equal(conditioner([LONG]).context, wanted([LONG]).context)
+    remembered = Remembered(wanted)
+    assert torch.equal(remembered([LONG, "a"]).context, wanted([LONG, "a"]).context)
+    assert remembered.context_length == 16
+    assert remembered.cuts([f"{LONG} b"])[0].lost == "sofa b"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options", "message"),
+    [
+        ("t5", {"max_tokens": 12}, "only CLIP's text encoders read a prompt in chunks"),
+        ("t5", {"prompt_weights": True}, "only CLIP's text encoders take weights"),
+        ("bert", {"clip_skip": 2}, "it is for CLIP's text encoders"),
+        ("clip_text_model", {"max_tokens": 0}, "max_tokens=0: wanted 1 to 600, such as 18 for 3"),
+        ("clip_text_model", {"max_tokens": 601}, "max_tokens=601: wanted 1 to 600"),
+        ("clip_text_model", {"clip_skip": 0}, "clip_skip=0: wanted 1 to 2"),
+        ("clip_text_model", {"clip_skip": 3}, "clip_skip=3: wanted 1 to 2"),
+    ],
+)
+def test_what_cannot_be_configured_is_refused(model_type, options, message):
+    with pytest.raises(ValueError, match=message):
+        small(model_type).configure(**options)
+
+
+def test_other_conditioners_have_no_such_settings():
+    for options in ({"max_tokens": 75}, {"clip_skip": 2}, {"prompt_weights": True}):
+        with pytest.raises(ValueError, match="a NullConditioner has no such setting"):
+            NullConditioner(4).configure(**options)
+
+
+def test_longer_chunks_than_the_encoder_has_positions_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"max_length=225: .* has 16 positions. .* max_tokens=225"):
+        frozen(tmp_path, max_length=225)
+
+
+def test_what_is_cut_is_said():
+    conditioner = small()
+    assert conditioner.cuts(["a b c d e f", ""]) == ()
+    [cut] = conditioner.cuts([LONG, "a cat"])
+    assert (cut.prompt, cut.num_tokens, cut.limit, cut.max_tokens) == (LONG, 13, 6, 18)
+    assert cut.lost == "and two dogs on a red sofa"
+    [cut] = conditioner.cuts(
+        ["ein B\u00e4r \u65e5\u672c"]
+    )  # seven tokens; the last is half a letter
+    assert cut.lost == "\u672c"
+    [cut] = small("t5").cuts([LONG])
+    assert cut.max_tokens is None
+    assert NullConditioner(4).cuts([LONG]) == ()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "wanted"),
+    [
+        ("", []),
+        ("normal text: 1.2", [("normal text: 1.2", 1)]),
+        ("an (important) word", [("an ", 1), ("important", 1.1), (" word", 1)]),
+        ("(unbalanced", [("unbalanced", 1.1)]),
+        ("[unbalanced", [("unbalanced", 1 / 1.1)]),
+        ("un) balanced]", [("un) balanced]", 1)]),
+        (r"\(literal\] \\ a\b", [(r"(literal] \ ab", 1)]),
+        (r"cat \(animal\:1.2)", [(r"cat (animal:1.2)", 1)]),
+        ("(unnecessary)(parens)", [("unnecessaryparens", 1.1)]),
+        ("(a:1.5)(b: .5 )[(c:+1.)]", [("a", 1.5), ("b", 0.5), ("c", 1 / 1.1)]),
+        ("(a:1.2.3) (b:x)", [("a:1.2.3", 1.1), (" ", 1), ("b:x", 1.1)]),
+        (
+            "a (((house:1.3)) [on] a (hill:0.5), sun, (((sky))).",
+            [
+                ("a ", 1),
+                ("house", 1.3 * 1.21),
+                (" ", 1.1),
+                ("on", 1),
+                (" a ", 1.1),
+                ("hill", 0.55),
+                (", sun, ", 1.1),
+                ("sky", 1.4641),
+                (".", 1.1),
+            ],
+        ),
+    ],
+)
+def test_weights_are_read_as_a1111_reads_them(prompt, wanted):
+    parsed = parse_weights(prompt)
+    assert [text for text, _ in parsed] == [text for text, _ in wanted]
+    assert [weight for _, weight in parsed] == pytest.approx([weight for _, weight in wanted])
+
+
+@pytest.mark.parametrize("kind", ["transformers", "open_clip"])
+def test_weights_multiply_the_context_of_their_tokens(kind, tmp_path, tiny_open_clip):
+    if kind == "transformers":
+        plain, weighted = frozen(tmp_path, max_tokens=12), frozen(tmp_path, max_tokens=12)
+    else:
+        name, weights = tiny_open_clip
+        plain, weighted = (OpenClipConditioner(name, str(weights), max_tokens=12) for _ in "ab")
+    for conditioner in (plain, weighted):  # of new weights the mean is 0
+        names = dict(conditioner.load().named_parameters())
+        [bias] = [
+            names[name] for name in names if "ln_final.bias" in name or "layer_norm.bias" in name
+        ]
+        bias.data += torch.linspace(0, 1, 16)
+    weighted.configure(prompt_weights=True)
+    prompts = ["a (red:1.5) house", "a photo of a cat and [two dogs]", "a cat", ""]
+    got = weighted(prompts).context
+    wanted = plain(["a red house", "a photo of a cat and two dogs", "a cat", ""]).context
+    assert torch.equal(got[2:], wanted[2:])
+    factors = torch.ones(2, 16)
+    factors[0, 2] = 1.5
+    factors[1, [9, 10]] = 1 / 1.1
+    for row, (changed, z) in enumerate(zip(got, wanted[:2], strict=False)):
+        for chunk in (slice(0, 8), slice(8, 16)):
+            each = z[chunk] * factors[row, chunk, None]
+            if (factors[row, chunk] != 1).any():
+                each = each * z[chunk].mean() / each.mean()
+            torch.testing.assert_close(changed[chunk], each, rtol=0, atol=1e-6)
+    assert torch.equal(weighted(weighted.tokenizer(prompts)).context, got)
+    assert weighted.fingerprint() == {**plain.fingerprint(), "prompt_weights": True}
+    assert build(describe(weighted), Conditioner).tokenizer.prompt_weights
+    assert (
+        plain.cuts([f"({LONG}:1.1)"])[0].num_tokens
+        > weighted.cuts([f"({LONG}:1.1)"])[0].num_tokens
+        == 13
+    )
+
+
+def test_tokenizers_are_the_libraries(tmp_path):
+    """Ids and masks of chunks are those that the tokenizers' own truncation and padding give."""
+    import open_clip
+    from transformers import BertTokenizer
+
+    prompts = ["", "a", "a b c d e f", LONG, "!", "caf\u00e9 \u732b 1.5"]
+    for kind, padding in (("open_clip", 0), ("clip", 49407)):
+        ids, mask = bpe_tokenizer(kind, 8)[0](prompts)
+        theirs = open_clip.SimpleTokenizer(context_length=8)(prompts)
+        assert torch.equal(ids, theirs.where(mask, torch.tensor(padding)))
+        assert mask.sum(1).tolist() == [2, 3, 8, 8, 3, 8]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdef", "cat", "photo"]
+    bert = BertTokenizer(vocab={word: i for i, word in enumerate(words)}, model_max_length=8)
+    left = tiny.letters_tokenizer(padding_side="left")
+    for i, auto in enumerate((tiny.letters_tokenizer(), left, bert)):
+        auto.save_pretrained(tmp_path / str(i))
+        mine, _, length = transformers_tokenizer(str(tmp_path / str(i)), None, 8)
+        ids, mask = mine(prompts)
+        theirs = auto(
+            prompts, padding="max_length", truncation=True, max_length=8, return_tensors="pt"
+        )
+        assert length == 8
+        assert torch.equal(ids, theirs["input_ids"])
+        assert torch.equal(mask, theirs["attention_mask"].bool())
+
+
 def test_pretrained_encoder_and_tokenizer_from_folders(tmp_path):
     small().encoder.save_pretrained(tmp_path / "text_encoder")
     conditioner = TransformersConditioner(
@@ -196,6 +455,10 @@ def test_described_conditioners_are_built_again():
         ({"config": {"model_type": "gtp"}, "tokenizer": "open_clip"}, "'gtp' is not one of"),
         ({"pretrained": "./nowhere", "tokenizer": "open_clip"}, "holds no config.json"),
         ({"pretrained": "./nowhere"}, "Cannot load a tokenizer from ./nowhere"),
+        (
+            {"config": CONFIGS["clip_text_model"], "tokenizer": "clip", "max_length": 1},
+            "max_length=1: wanted at least 2",
+        ),
     ],
 )
 def test_wrong_settings_are_refused(options, message):

@@ -17,6 +17,7 @@ from safetensors.torch import save
 from zsnr.data import storage
 from zsnr.data.buckets import AspectBuckets
 from zsnr.data.cache import CacheDataset
+from zsnr.data.caption_tags import Tags
 from zsnr.data.captions import Captions
 from zsnr.data.dataset import Pixels, ShardDataset, collate
 from zsnr.data.faults import BudgetError
@@ -126,6 +127,43 @@ def test_bad_caption_settings():
         Captions({"txt": 0.0})
     with pytest.raises(ValueError, match="wanted 'keep' or 'drop'"):
         Captions(empty="no")
+
+
+def test_tags_are_shuffled_and_left_out():
+    caption = "trigger, 1girl,solo , , long hair,"
+    assert Tags()("", 3) == Tags(dropout=0.5, keep=2)("", 3) == ""
+    shuffled = {Tags(keep=1)(caption, seed) for seed in range(100)}
+    assert len(shuffled) == 6
+    for each in shuffled:
+        assert each.startswith("trigger, ")
+        assert sorted(each.split(", ")) == ["1girl", "long hair", "solo", "trigger"]
+    assert len({Tags()(caption, seed) for seed in range(400)}) == 24
+    drop = Tags(shuffle=False, keep=1, dropout=0.3)
+    several = [drop(caption, seed).split(", ") for seed in range(4000)]
+    for tag, share in (("trigger", 1), ("1girl", 0.7), ("solo", 0.7), ("long hair", 0.7)):
+        assert np.mean([tag in each for each in several]) == pytest.approx(share, abs=0.03)
+    order = ["trigger", "1girl", "solo", "long hair"]
+    assert all(each == [tag for tag in order if tag in each] for each in several)
+    together = np.mean(["1girl" in each and "solo" in each for each in several])
+    assert together == pytest.approx(0.49, abs=0.03)  # each is drawn by itself
+    assert Tags(keep=9)(caption, 5) == "trigger, 1girl, solo, long hair"
+    assert Tags(keep=2, separator=";")("a, b;c;d", 0) == "a, b; c; d"
+    assert Tags(shuffle=False, dropout=0.01, separator=" ")("a  b", 0) == "a b"
+    assert Tags()(caption, 1) == Tags()(caption, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keep": -1}, "tags.keep=-1: wanted 0 or more"),
+        ({"dropout": 1.0}, r"tags.dropout=1: wanted a number in \[0, 1\)"),
+        ({"separator": ""}, "tags.separator is empty"),
+        ({"shuffle": False, "keep": 2}, "data.tags changes nothing"),
+    ],
+)
+def test_bad_settings_of_tags_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Tags(**options)
 
 
 def test_crops_and_flips_belong_to_the_position():

@@ -135,7 +135,7 @@ def test_the_main_findings_are_printed(tmp_path, capsys):
     told = capsys.readouterr().out
     wanted = (
         "samples without one, which are left out: 2; empty: 25.0 %; "
-        "longer than the 75 tokens of CLIP: at least 25.0 %"
+        "longer than the 75 tokens that clip reads: 25.0 %"
     )
     assert wanted in told
     assert "512 pixels (the default of --image-size)" in told
@@ -149,6 +149,28 @@ def test_the_main_findings_are_printed(tmp_path, capsys):
     assert "20 pixels (as --image-size says)" in capsys.readouterr().out
     page = Page(tmp_path / "b" / "index.html").text
     assert "0.0 % of the images have a side below 20 pixels, which is the size given as" in page
+
+
+def test_captions_that_are_cut_are_counted(tmp_path, capsys):
+    for i, words in enumerate((10, 74, 75, 76, 200)):
+        (tmp_path / f"{i}.png").write_bytes(tiny.png((40 * i,) * 3))
+        (tmp_path / f"{i}.txt").write_text("cat " * words)
+    command = ["data", "report", str(tmp_path), "--image-size", "16", "--json"]
+    assert main([*command, "--output", str(tmp_path / "a")]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["caption_tokens"][::2] == [10, 75, 200]
+    assert (facts["cut_captions"], facts["token_limit"]) == (0.4, 75)
+    text = Page(tmp_path / "a" / "index.html").text
+    assert "40.0 % have more than 75 tokens of CLIP" in text
+    assert "With max_tokens: 225, a setting of CLIP conditioners, it reads all of them." in text
+    tiny.letters_tokenizer().save_pretrained(tmp_path / "letters")
+    options = ["--tokenizer", str(tmp_path / "letters"), "--max-tokens", "225"]
+    assert main([*command, "--output", str(tmp_path / "b"), *options]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["caption_tokens"][4] == 600
+    assert (facts["cut_captions"], facts["token_limit"]) == (0.6, 230)
+    assert main([*command, "--output", str(tmp_path / "c"), "--max-tokens", "0"]) == 2
+    assert "max_tokens=0: wanted 1 to 7500" in capsys.readouterr().err
 
 
 def test_text_of_others_stays_text(tmp_path):

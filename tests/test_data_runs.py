@@ -21,6 +21,7 @@ from zsnr.cli import main
 from zsnr.codecs import AutoencoderKLCodec
 from zsnr.conditioning import TransformersConditioner
 from zsnr.data.buckets import AspectBuckets
+from zsnr.data.caption_tags import Tags
 from zsnr.data.captions import Captions
 from zsnr.data.dataset import Pixels
 from zsnr.data.faults import BudgetError, read_ledger
@@ -59,9 +60,9 @@ def photographs(folder, counts, broken=(), kind="JPEG"):
     return folder
 
 
-def module(source, **options):
+def module(source, val=None, **options):
     settings = {"image_size": 16, "batch_size": 6, "num_workers": 0, "retries": QUICK}
-    return DataModule(source, **{**settings, **options})
+    return DataModule(source, val, **{**settings, **options})
 
 
 def take(data, steps, rank=0, ranks=1, first=0, folder=None, accumulate=1):
@@ -126,6 +127,33 @@ def test_ranks_workers_and_stops_change_nothing(tmp_path, workers):
     assert accumulated == whole
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_tags_belong_to_the_position(tmp_path, workers):
+    captions = [f"trigger {i}, a, b, c, d, e" for i in range(8)]
+    source = str(tiny.write_captions(tmp_path / "shards", captions))
+    tags = Tags(keep=1, dropout=0.2)
+    whole = rows(take(module(source, tags=tags, batch_size=4), 6))
+    parts = {}
+    for first, steps in ((0, 2), (2, 4)):
+        for rank in range(2):
+            data = module(source, tags=tags, batch_size=4, num_workers=workers)
+            parts |= rows(take(data, steps, rank, 2, first))
+    assert parts == whole
+    plain = rows(take(module(source, batch_size=4), 6))
+    texts = {}
+    for position, (key, caption, image) in plain.items():
+        assert whole[position][::2] == (key, image)
+        first, *others = whole[position][1].split(", ")
+        assert first == caption.split(", ")[0]
+        assert {*others} <= {*"abcde"}
+        texts.setdefault(key, set()).add(tuple(others))
+    assert min(map(len, texts.values())) > 1  # another order in another epoch
+    data = module(source, source, tags=tags, batch_size=4)
+    take(data, 0)
+    data.trainer.lightning_module = None
+    assert {row[1] for row in rows(data.val_dataloader()).values()} == {*captions}
+
+
 def test_moved_shards_are_the_same_data(tmp_path):
     photographs(tmp_path / "photographs", [7, 5])
     write_openmoji_shards(
@@ -169,6 +197,7 @@ def test_other_data_or_settings_do_not_resume_silently(tmp_path):
         ({"seed": 1}, "seed"),
         ({"pixels": Pixels(flip=True)}, "pixels"),
         ({"captions": Captions({"alt": 1.0})}, "captions"),
+        ({"tags": Tags()}, "tags"),
         ({"filters": [Filter("score", max=8)]}, "samples"),
         ({"aspect": AspectBuckets(8, 4)}, "samples"),
         ({"batch_size": 4, "accept_changed_data": True}, None),
@@ -509,6 +538,38 @@ def test_training_from_the_cache_is_training_from_the_pictures(cached, dtype):
     broken = [{f.key for f in ledger if f.kind == "sample"} for ledger in ledgers]
     assert broken[1] <= {"00002", "00013"}
     assert broken[0] == broken[1] & {f.key for f in ledgers[0]}
+
+
+def test_a_cache_holds_the_chunks_of_long_captions(tmp_path, capsys):
+    from zsnr.assets import resolve_asset
+
+    (tmp_path / "vae").symlink_to(resolve_asset("asset:openmoji_vae"))
+    words = "a photo of a black cat"
+    captions = [f"{words} {i}" if i % 4 == 0 else f"cat {i}" for i in range(8)]
+    path = config(tmp_path, train=str(tiny.write_captions(tmp_path / "shards", captions)))
+    make = ["data", "cache", "-c", str(path), "--text", "--dtype", "float32", "--output"]
+    long = "--model.conditioner.init_args.max_tokens=12"
+    with pytest.warns(UserWarning, match="^2 of 8 captions are cut: .* 6 tokens, .* has 7. Lost"):
+        assert main([*make, str(tmp_path / "cut")]) == 0
+    assert main([*make, str(tmp_path / "cache"), long]) == 0
+    for out, train in (("plain", "shards"), ("fast", "cache")):
+        options = [long, f"--data.train={tmp_path / train}", "--trainer.max_steps=2"]
+        assert fit(path, tmp_path / out, *options) == 0
+    theirs, mine = (losses(tmp_path / "log" / "lightning_logs" / f"version_{i}") for i in (0, 1))
+    assert mine == pytest.approx(theirs, rel=1e-5)
+    capsys.readouterr()
+    assert fit(path, tmp_path / "no", f"--data.train={tmp_path / 'cache'}") == 2
+    assert "made with conditioner {'num_chunks': 2}" in capsys.readouterr().err
+    tags = "--data.tags.keep=1"
+    assert fit(path, tmp_path / "no", long, f"--data.train={tmp_path / 'cache'}", tags) == 2
+    assert "so data.tags would have no effect. Cache without --text" in capsys.readouterr().err
+    assert main([*make, str(tmp_path / "no"), tags]) == 2
+    assert "--text: cached text embeddings are those of" in capsys.readouterr().err
+    del make[-3:-1]  # --dtype
+    make.remove("--text")
+    assert main([*make, str(tmp_path / "images"), tags]) == 0
+    images = f"--data.train={tmp_path / 'images'}"
+    assert fit(path, tmp_path / "yes", long, images, tags, "--trainer.max_steps=1") == 0
 
 
 def test_a_cache_is_resumed_and_shared(cached, capsys):

@@ -22,7 +22,7 @@ from zsnr import (
     trailing,
 )
 from zsnr.checkpoints import Model
-from zsnr.checkpoints.checkpoint_file import describe_model
+from zsnr.checkpoints.checkpoint_file import KEY, describe_model
 from zsnr.codecs import PixelCodec
 from zsnr.conditioning import NullConditioner
 from zsnr.networks import UNet
@@ -48,6 +48,62 @@ def test_a_seed_is_a_picture_whatever_stands_beside_it(pipe):
     for other in (small, turned):
         assert np.abs(together - other).max() <= 1  # one rounding of 255
     assert np.abs(together[0] - together[2]).max() > 5
+
+
+LONG = "a cat that sits on a red sofa on a black background"  # 12 tokens; the model reads 6
+
+
+def test_a_cut_prompt_is_warned_of_once(pipe):
+    pipe.warned_of.clear()
+    with pytest.warns(UserWarning, match="cut") as caught:
+        pipe([LONG, "a dog", LONG, ""], negative_prompts=["", f"{LONG} {LONG}", "", ""], **FAST)
+    pipe([LONG], batch_size=1, **FAST)  # another warning would be an error
+    pipe.denoiser([LONG])
+    assert [str(warning.message) for warning in caught] == [
+        "2 of 3 prompts are cut: the text encoder reads 6 tokens, the longest has 24. Lost are the "
+        "words 'red sofa on a black background a cat that sits on a red sofa on a black "
+        f"background' of '{LONG} {LONG}'. Set max_tokens=24 to read all of it: --max-tokens 24 in "
+        "`zsnr sample`, model.conditioner.init_args.max_tokens in a config."
+    ]
+    assert caught[0].filename == __file__
+    pipe.warned_of.clear()
+    with pytest.warns(UserWarning, match="^The prompt is cut: .* 6 tokens, it has 12. Lost are"):
+        pipe.denoiser([LONG])
+
+
+def test_long_prompts_are_read_to_their_end():
+    pipe = TextToImage(tiny.model())
+    pipe.warned_of.add(white := LONG.replace("black", "white"))
+    pipe.warned_of.add(LONG)
+    black = arrays(pipe([LONG], seeds=[1], **FAST))
+    assert np.array_equal(black, arrays(pipe([white], seeds=[1], **FAST)))
+    pipe.model.conditioner.configure(max_tokens=12)
+    images = pipe([LONG, white, "a dog"], seeds=[1, 1, 1], **FAST)
+    together = arrays(images)
+    assert np.abs(together[0] - together[1]).max() > 1
+    alone = [arrays(pipe([prompt], seeds=[1], **FAST))[0] for prompt in (LONG, white, "a dog")]
+    assert np.abs(together - np.stack(alone)).max() <= 1  # one rounding of 255
+    facts = json.loads(images[0].info["zsnr"])
+    assert facts["max_tokens"] == 12
+    assert "clip_skip" not in facts
+
+
+def test_a_saved_model_is_read_with_other_settings(tmp_path):
+    path = tmp_path / "model.ckpt"
+    model = tiny.model()
+    checkpoint = {
+        KEY: describe_model(model),
+        "state_dict": {
+            **{f"trained.unet.{n}": w for n, w in model.unet.state_dict().items()},
+            **{f"trained.conditioner.{n}": w for n, w in model.conditioner.state_dict().items()},
+        },
+    }
+    torch.save(checkpoint, path)
+    options = {"max_tokens": 12, "clip_skip": 1, "device": "cpu"}
+    pipe = TextToImage.from_pretrained(path, **options)
+    assert pipe.model.conditioner([LONG]).context.shape == (1, 16, 16)
+    with pytest.raises(ValueError, match="clip_skip=2: wanted 1 to 1"):
+        TextToImage.from_pretrained(path, **{**options, "clip_skip": 2})
 
 
 def test_it_is_the_paper_by_hand(pipe):
@@ -175,13 +231,11 @@ def test_sizes_and_samplers(pipe):
 
 def test_a_png_says_how_to_make_it_again(pipe, tmp_path):
     path = tmp_path / "deep" / "a.png"
-    first = pipe(
-        ["ein Bär\n日本"], seeds=[7], sampler=DDIM(eta=0.5), guidance=Guidance(2.0), **FAST
-    )[0]
+    first = pipe(["Bär\n日本"], seeds=[7], sampler=DDIM(eta=0.5), guidance=Guidance(2.0), **FAST)[0]
     save_png(first, path)
     with Image.open(path) as image:
         facts = json.loads(image.info["zsnr"])
-    assert facts["prompt"] == "ein Bär\n日本"
+    assert facts["prompt"] == "Bär\n日本"
     again = pipe(
         [facts["prompt"]],
         negative_prompts=[facts["negative_prompt"]],

@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 
 from zsnr.checkpoints.checkpoint_file import read_checkpoint
 from zsnr.cli import main
+from zsnr.data.caption_tags import Tags
 from zsnr.data.order import accumulation
 from zsnr.networks import UNet
 from zsnr.training import EMAConfig
@@ -94,6 +95,25 @@ def test_ranks_and_strategies_change_nothing_but_rounding(ranks, shards, alone, 
         whole = alone["weights"]["unet.unet.conv_in.weight"].shape
         for local in (runs[0]["local"], runs[0]["local_ema"]):
             assert local["unet.unet.conv_in.weight"] == (whole[0] // shard, *whole[1:])
+
+
+def test_captions_that_are_cut_are_counted_over_all_ranks(ranks, tmp_path):
+    captions = ["a very long caption of many words", *"abcdefg"]  # on one of the ranks
+    folder = tiny.write_captions(tmp_path / "shards", captions)
+    tiny.write_captions(folder, ["a"], "val")
+    for run in ranks[2](cells.fit, folder, tmp_path, "ddp", 3, model={"caption_dropout": 0.0}):
+        assert [row["train/cut_captions"] for row in run["logged"]] == [1, 2, 3]
+        assert run["progress"]["cut_captions"] == 3
+
+
+def test_ranks_train_on_the_same_tags(ranks, tmp_path):
+    captions = [f"{i}, a, b" for i in range(8)]
+    folder = tiny.write_captions(tmp_path / "shards", captions)
+    tiny.write_captions(folder, ["a"], "val")
+    options = {"steps": 2, "data_options": {"tags": Tags(keep=1, dropout=0.2)}}
+    alone = cells.fit(folder, tmp_path / "alone", **options)
+    for run in ranks[2](cells.fit, folder, tmp_path / "ranks", "ddp", **options):
+        same_run(run, alone)
 
 
 def test_compiled_blocks_change_nothing_but_rounding(ranks, shards, tmp_path):

@@ -62,6 +62,54 @@ def test_embeddings_are_diffusers(made, zero_null):
     assert (null.abs().max() == 0) == (zero_null is None)
 
 
+def test_long_prompts_are_encoded_in_chunks_by_both_encoders(made):
+    folder, theirs = made
+    conditioner = SDXLConditioner(str(folder), max_tokens=20)  # two chunks of ten
+    prompts = ["abc d efg h abcdef gh", "b", "", "abcdefghijklmnopqrstuvwxyz"]
+    cond = conditioner(prompts)
+    contexts, pooled = [], []
+    for prompt in prompts:
+        chunks, firsts = [], []
+        for i in range(2):
+            hidden = []
+            for tokenizer, encoder in (
+                (theirs.tokenizer, theirs.text_encoder),
+                (theirs.tokenizer_2, theirs.text_encoder_2),
+            ):
+                tokens = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+                ids = [0, *tokens[10 * i : 10 * i + 10], 1]
+                ids += [tokenizer.pad_token_id] * (12 - len(ids))
+                out = encoder(torch.tensor([ids]), output_hidden_states=True)
+                hidden.append(out.hidden_states[-2][0])
+            chunks.append(torch.cat(hidden, dim=-1))
+            firsts.append(out.text_embeds[0])
+        contexts.append(torch.cat(chunks) * (prompt != ""))
+        pooled.append(firsts[0] * (prompt != ""))
+    torch.testing.assert_close(cond.context, torch.stack(contexts), rtol=0, atol=1e-6)
+    torch.testing.assert_close(cond.pooled, torch.stack(pooled), rtol=0, atol=1e-6)
+    [cut] = conditioner.cuts(prompts)
+    assert (cut.num_tokens, cut.limit, cut.lost, cut.max_tokens) == (26, 20, "uvwxyz", 30)
+    assert conditioner.context_length == 24
+    other = SDXLConditioner(str(folder))
+    other.configure(max_tokens=20, clip_skip=2)
+    assert describe(other) == describe(conditioner)
+    assert build(describe(conditioner), Conditioner).context_length == 24
+    assert other.fingerprint() == conditioner.fingerprint()
+    other.configure(prompt_weights=True)
+    got, plain = other(["abc (d:2) e", "b", ""]), conditioner(["abc d e", "b", ""])
+    assert torch.equal(got.pooled, plain.pooled)
+    assert torch.equal(got.context[1:], plain.context[1:])
+    assert torch.equal(got.context[0, 12:], plain.context[0, 12:])
+    for part in (slice(16), slice(16, 40)):  # the encoders' means are restored one by one
+        z = plain.context[0, :12, part].clone()
+        mean = z.mean()
+        z[4] *= 2
+        wanted = z * mean / z.mean()
+        torch.testing.assert_close(got.context[0, :12, part], wanted, rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="clip_skip=1: SDXL's UNet was trained with the penult"):
+        other.configure(clip_skip=1)
+
+
 @pytest.mark.peer
 @pytest.mark.parametrize(("num_steps", "scale", "rescale"), [(10, 4.0, 0.7), (8, 7.5, 0.0)])
 def test_images_are_diffusers(made, num_steps, scale, rescale):

@@ -12,6 +12,7 @@ from torch import nn
 
 from zsnr import EmpiricalDenoiser, Guidance, LossWeighting, NoiseSchedule
 from zsnr.codecs import AutoencoderKLCodec, PixelCodec
+from zsnr.data.caption_tags import Tags
 from zsnr.draws import training_draws, validation_draws
 from zsnr.pipeline import Sampling, TextToImage
 from zsnr.training import (
@@ -274,6 +275,67 @@ def test_a_resumed_run_is_the_same_run(tmp_path):
     assert not torch.equal(
         whole.ema["unet"].unet.conv_in.weight, whole.trained["unet"].unet.conv_in.weight
     )
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_captions_that_are_cut_are_warned_of_once_and_counted(tmp_path, workers):
+    captions = [f"{'a very long caption with many words ' * (i % 4 == 1)}{i}" for i in range(8)]
+    folder = tiny.write_captions(tmp_path / "shards", captions)
+
+    def fit(steps, checkpoint=None, **options):
+        model = module(caption_dropout=0.0, **options)
+        loop = trainer(tmp_path, steps, log_every_n_steps=1)
+        loader = data(folder, num_workers=workers, batch_size=8)
+        loop.fit(model, datamodule=loader, ckpt_path=checkpoint)
+        return loop
+
+    with pytest.warns(UserWarning, match="cut") as caught:
+        loop = fit(3)
+    [told] = [str(w.message) for w in caught if "cut" in str(w.message)]
+    assert told.startswith(
+        "Step 0: 2 of 8 captions are cut: the text encoder reads 6 tokens, the longest has 8. Lost "
+        "are the words 'words 1' of 'a very long caption with many words 1'. Set max_tokens=12 to"
+    )
+    assert loop.callback_metrics["train/cut_captions"] == 6
+    loop.save_checkpoint(tmp_path / "a.ckpt")
+    loop = fit(4, tmp_path / "a.ckpt")  # a warning would be an error
+    assert loop.callback_metrics["train/cut_captions"] == 8
+    conditioner = tiny.conditioner(trainable=True, max_tokens=12)
+    loop = fit(1, conditioner=conditioner)
+    assert "train/cut_captions" not in loop.callback_metrics
+    assert loop.lightning_module.model().conditioner.context_length == 16
+
+
+def test_previews_warn_once_of_prompts_that_are_cut(tmp_path):
+    long = "a very long prompt with many words"
+    previews = Previews([f"{long} {i}" for i in range(3)], every_n_steps=1)
+    with pytest.warns(UserWarning, match="3 of 3 prompts are cut") as caught:
+        trainer(tmp_path, 2, callbacks=[previews]).fit(
+            module(), datamodule=data(tmp_path / "shards")
+        )
+    assert sum("cut" in str(warning.message) for warning in caught) == 1
+
+
+def test_tags_of_a_resumed_run_are_those_of_the_whole_run(tmp_path):
+    tiny.write_captions(tmp_path / "shards", [f"{i}, a, b" for i in range(6)])
+    some = Tags(keep=1, dropout=0.2)
+
+    def fit(steps, checkpoint=None, tags=some):
+        model, loop = module(), trainer(tmp_path, steps)
+        loader = data(tmp_path / "shards", tags=tags)
+        loop.fit(model, datamodule=loader, ckpt_path=checkpoint)
+        return model, loop
+
+    whole, _ = fit(4)
+    _, first = fit(2)
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    second, _ = fit(4, tmp_path / "a.ckpt")
+    close(weights(whole), weights(second))
+    plain, _ = fit(4, tags=None)
+    with pytest.raises(AssertionError):
+        close(weights(whole), weights(plain))
+    with pytest.raises(ValueError, match="tags.dropout was 0.2, is 0.1 now; tags.keep was 1, is 0"):
+        fit(4, tmp_path / "a.ckpt", Tags(dropout=0.1))
 
 
 class StopAt(Callback):

@@ -105,6 +105,17 @@ def write_shards(folder, counts, split="train"):
     return folder
 
 
+def write_captions(folder, captions, split="train"):
+    """Write a shard of a picture for each caption."""
+    folder.mkdir(parents=True, exist_ok=True)
+    members = {}
+    for i, caption in enumerate(captions):
+        members[f"{i:05d}.png"] = png((i, i, i))
+        members[f"{i:05d}.txt"] = caption.encode()
+    write_shard(folder / f"{split}-000000.tar", members)
+    return folder
+
+
 SCHEDULER = {  # what diffusers must be told of the paper's schedule and sampling
     "beta_start": 0.00085,
     "beta_end": 0.012,

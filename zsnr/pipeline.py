@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import operator
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from torch import Tensor
 from zsnr.checkpoints import Model
 from zsnr.checkpoints.run_folder import is_checkpoint, resolve_model
 from zsnr.codecs import LatentCodec, PixelCodec
+from zsnr.conditioning import Conditioner
+from zsnr.conditioning.cuts import describe_cuts, longest_cut
 from zsnr.denoiser import Conditioning, Denoiser, Network
 from zsnr.files import replacing
 from zsnr.guidance import Guidance
@@ -64,6 +67,27 @@ def check_steps(sampling: Sampling, schedule: NoiseSchedule) -> None:
         sampler.plan(schedule, sampling.timesteps(schedule), sampling.guidance)
 
 
+def report_cuts(
+    conditioner: Conditioner,
+    prompts: Sequence[str],
+    reported: set[str],
+    report: Callable[[str], None],
+) -> None:
+    """Report the prompts that are longer than the text encoder reads, together, and each once.
+
+    Args:
+        conditioner: The text encoder.
+        prompts: The prompts that will be sampled.
+        reported: Prompts that have been reported; those that are reported now are added.
+        report: Takes the message.
+    """
+    new = [text for text in dict.fromkeys(prompts) if text and text not in reported]
+    cuts = conditioner.cuts(new)
+    if cuts:
+        reported.update(cut.prompt for cut in cuts)
+        report(describe_cuts(longest_cut(cuts), len(cuts), len(new)))
+
+
 class TextToImage:
     """A latent diffusion model as a function from prompts to images.
 
@@ -80,6 +104,7 @@ class TextToImage:
         self.name = name
         self._offload = False
         self._device: torch.device | None = None  # of the part in use, with offload
+        self.warned_of: set[str] = set()  # prompts that a warning has counted as cut
 
     @classmethod
     def from_pretrained(
@@ -96,6 +121,9 @@ class TextToImage:
         revision: str | None = None,
         variant: str | None = None,
         raw_beside: bool = False,
+        max_tokens: int | None = None,
+        clip_skip: int | None = None,
+        prompt_weights: bool | None = None,
     ) -> TextToImage:
         """Load a model.
 
@@ -117,9 +145,17 @@ class TextToImage:
             variant: Variant of the weights that is preferred if there are several, such as "fp16".
             raw_beside: Also load the raw weights beside the averaged ones, for guidance against
                 "raw". Only checkpoints of this package have both.
+            max_tokens: Number of tokens of a prompt that CLIP reads, in chunks of 75, such as 225.
+                None = as the model was trained, else 75.
+            clip_skip: Layer of the text encoder whose output is the context, counted from the end:
+                1 = the last, 2 = the penultimate, each with the final norm. None = as the model was
+                trained.
+            prompt_weights: Whether weights such as (word:1.2) in prompts are read, as in A1111.
+                None = as the model was trained.
 
         Raises:
-            ValueError: The source cannot be read, or lacks the raw weights that were requested.
+            ValueError: The source cannot be read, or lacks the raw weights that were requested; or
+                its text encoder lacks a setting.
         """
         source = at_revision(resolve_model(path_or_hub), revision)
         if raw_beside:
@@ -134,6 +170,9 @@ class TextToImage:
             chosen = choose_dtype(dtype, source, device)
             with loading_in(chosen):
                 model = read_model(source, schedule, prediction_type, raw_beside)
+                model.conditioner.configure(
+                    max_tokens=max_tokens, clip_skip=clip_skip, prompt_weights=prompt_weights
+                )
                 model = with_vae(model, vae, vae_dtype, chosen)
                 model.codec.load()
                 model.conditioner.load()
@@ -155,6 +194,15 @@ class TextToImage:
         if self.model.raw_unet is not None:
             self.model.raw_unet.to(device)
         return self
+
+    def warn_of_cuts(self, prompts: Sequence[str]) -> None:
+        """Warn once of the prompts that are longer than the text encoder reads."""
+        report_cuts(
+            self.model.conditioner,
+            prompts,
+            self.warned_of,
+            lambda message: warnings.warn(message, stacklevel=6),
+        )
 
     @torch.no_grad()  # a sharded network cannot be gathered in inference mode
     def __call__(
@@ -235,6 +283,7 @@ class TextToImage:
 
         for seed in seeds:
             sample_generator(seed)  # refuses a wrong seed before anything slow
+        self.warn_of_cuts([*prompts, *negatives])
         facts = self.describe(sampling)
         images: list[Image] = []
         batches = range(0, len(prompts), batch_size)
@@ -309,6 +358,7 @@ class TextToImage:
         prompts, negatives = _prompts(prompts, negative_prompts)
         guidance = guidance or choose_sampling(self.model.sampling).guidance
         self._check_guidance(guidance, negatives)
+        self.warn_of_cuts([*prompts, *negatives])
         size = self.model.image_size
         cond, uncond = self._conditioning(
             prompts,
@@ -343,6 +393,7 @@ class TextToImage:
 
         return {
             "model": self.name,
+            **self.model.conditioner.configured,
             **describe_sampling(sampling),
             "prediction_type": self.model.prediction_type,
             "schedule": self.model.schedule.settings(),

@@ -60,7 +60,7 @@ def data_cache(
     from zsnr.data.cache import Cache, filter_facts, image_facts, shard_files, write_cache
     from zsnr.data.faults import check_budget, summarize
     from zsnr.locks import Lock
-    from zsnr.training.data import DataModule, describe_samples
+    from zsnr.training.data import DataModule, check_tags, describe_samples
     from zsnr.training.lightning_cli import build, check_environment, parse_fit
 
     check_environment()
@@ -79,6 +79,7 @@ def data_cache(
     codec.latent_shape(data.image_size, data.image_size)
     conditioner: Any = None
     if text:
+        check_tags(data.tags, "--text")
         conditioner = build("conditioner", Conditioner, values.model.conditioner)
     folder = Path(output).expanduser()
     with Lock(folder / f".share-{rank:05d}-of-{ranks:05d}.lock", folder):

@@ -23,11 +23,14 @@ def data_report(
     codec_subfolder: str | None = None,
     device: str | None = None,
     index: str | Path | None = None,
+    tokenizer: str = "clip",
+    max_tokens: int | None = None,
 ) -> Result:
     """Describe a dataset: sizes, captions, brightness, schedule.
 
     A report with images is written into a new folder: sizes, aspect ratios, caption lengths, what
-    filters keep, brightness, and how much of its range the original schedule would retain.
+    filters keep, brightness, and how much of its range the original schedule would retain. Captions
+    that the text encoder would cut are counted.
 
     Args:
         source: A folder of shards or images, a pattern such as 'https://host/{000..099}.tar', ...
@@ -42,6 +45,9 @@ def data_report(
         codec_subfolder: Folder of the codec inside --codec, such as vae.
         device: Device to encode on. Default: the GPU if there is one.
         index: The folder that `zsnr data index --output` wrote.
+        tokenizer: Tokenizer that counts the captions' tokens: clip, or a folder or hub id.
+        max_tokens: Number of tokens that the text encoder reads. Default: those of one chunk, which
+            are 75 for CLIP.
     """
     from zsnr.data.buckets import AspectBuckets
     from zsnr.data.filters import parse_filter
@@ -60,5 +66,7 @@ def data_report(
         codec=measured,
         device=default_device(device),
         index_folder=path_or_none(index),
+        tokenizer=tokenizer,
+        max_tokens=max_tokens,
     )
     return Result(facts, report_text(facts, page))

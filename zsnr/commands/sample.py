@@ -29,6 +29,9 @@ def sample(
     offload: bool = False,
     revision: str | None = None,
     variant: str | None = None,
+    max_tokens: int | None = None,
+    clip_skip: int | None = None,
+    prompt_weights: bool = False,
     **sampling: Unpack[SamplingOptions],
 ) -> Result:
     """Make images of text prompts with any model.
@@ -61,6 +64,11 @@ def sample(
         offload: Keep only the part in use on the device, to save GPU memory.
         revision: Branch, tag or commit of a hub id. Default: main.
         variant: Variant of the weights to prefer if there are several, such as fp16.
+        max_tokens: Number of tokens of a prompt that CLIP reads, in chunks of 75, such as 225.
+            Default: as the model was trained, else 75.
+        clip_skip: Layer of the text encoder that the context is taken from, counted from the end: 1
+            is the last, 2 the penultimate. Default: as the model was trained.
+        prompt_weights: Read weights such as (word:1.2) in prompts, as A1111 does.
         **sampling: How to sample, such as num_steps=8.
     """
     from zsnr.checkpoints.checkpoint_file import sampling_of
@@ -106,6 +114,9 @@ def sample(
         revision=revision,
         variant=variant,
         raw_beside=raw_beside,
+        max_tokens=max_tokens,
+        clip_skip=clip_skip,
+        prompt_weights=prompt_weights or None,
     )
     with new_folder(folder) as unfinished:
         images = pipe(

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from zsnr.conditioning.cuts import Cut
 from zsnr.conditioning.tokenizers import PromptTokenizer, Tokens
 from zsnr.denoiser import Conditioning
 from zsnr.described import class_path
@@ -30,6 +31,8 @@ class Conditioner(nn.Module):
         pooled_dim: P of the pooled embedding (B, P); 0 = there is none.
         trainable: Whether training updates it. A frozen conditioner is not part of a state dict.
         pretrained: Whether its weights can be loaded again from its settings alone.
+        max_length: Tokens of a chunk, with start and end; 1 where they are not counted.
+        configured: The settings that `configure` has changed.
         tokenizer: Converts prompts to the Tokens that `forward` takes as well. None = it takes
             prompts only. The workers that load training data call it.
         parts: Names of the modules, parameters and buffers that `_read` returns.
@@ -37,6 +40,7 @@ class Conditioner(nn.Module):
 
     context_dim: int
     pooled_dim: int = 0
+    max_length: int = 1
     tokenizer: PromptTokenizer | None = None
     parts: ClassVar[tuple[str, ...]] = ()
     _place: Tensor
@@ -45,6 +49,8 @@ class Conditioner(nn.Module):
     def __init__(self, trainable: bool = False, pretrained: bool = True) -> None:
         super().__init__()
         self.trainable, self.pretrained = trainable, pretrained
+        self.configured: dict[str, Any] = {}
+        self._settings: dict[str, Any] = {}
         self._loaded = False
         self._default_dtype = torch.get_default_dtype()
         if self.reloadable:
@@ -54,6 +60,11 @@ class Conditioner(nn.Module):
             half = torch.empty(0, dtype=torch.float16)
             self.register_buffer("_half_place", half, persistent=False)
             self.eval()
+
+    @property
+    def context_length(self) -> int:
+        """L of the context (B, L, D): the tokens of all chunks."""
+        return self.max_length * (1 if self.tokenizer is None else self.tokenizer.num_chunks)
 
     @property
     def reloadable(self) -> bool:
@@ -68,6 +79,50 @@ class Conditioner(nn.Module):
         """Encode the null prompt, one row, for caption dropout and guidance."""
         encoded: Conditioning = self([""])
         return encoded
+
+    def cuts(self, prompts: Sequence[str]) -> tuple[Cut, ...]:
+        """Return those prompts that are longer than it reads, as far as its tokens are counted."""
+        return () if self.tokenizer is None else self.tokenizer.cuts(prompts)
+
+    def configure(
+        self,
+        *,
+        max_tokens: int | None = None,
+        clip_skip: int | None = None,
+        prompt_weights: bool | None = None,
+    ) -> None:
+        """Change how prompts are encoded, in place.
+
+        Args:
+            max_tokens: Number of tokens of a prompt that are read, see PromptTokenizer. None =
+                unchanged.
+            clip_skip: The context is the hidden state -clip_skip: 1 = that of the last layer, 2 =
+                the penultimate one. None = unchanged.
+            prompt_weights: Whether weights such as (word:1.2) are read. None = unchanged.
+
+        Raises:
+            ValueError: The text encoder has no such setting, or the number is out of range.
+        """
+        read = {"max_tokens": max_tokens, "prompt_weights": prompt_weights}
+        read = {name: value for name, value in read.items() if value is not None}
+        if read:
+            if self.tokenizer is None:
+                raise self._lacks(*next(iter(read.items())))
+            self.tokenizer = self.tokenizer.changed(max_tokens, prompt_weights)
+            self._settings |= read
+            self.configured |= read
+        if clip_skip is not None:
+            self._skip_layers(clip_skip)
+            self.configured["clip_skip"] = clip_skip
+
+    def _skip_layers(self, clip_skip: int) -> None:
+        """Take the context from another layer."""
+        raise self._lacks("clip_skip", clip_skip)
+
+    def _lacks(self, name: str, value: Any) -> ValueError:
+        return ValueError(
+            f"{name}={value}: a {type(self).__name__} has no such setting. Leave it out."
+        )
 
     def _tokens(self, prompts: Sequence[str] | Tokens, device: torch.device) -> Tokens:
         """Return the tokens of prompts on a device."""

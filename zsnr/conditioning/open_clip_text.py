@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from zsnr.conditioning.base import Conditioner
-from zsnr.conditioning.tokenizers import CLIPTokenizer, PromptTokenizer, Tokens
+from zsnr.conditioning.prompt_weights import weigh
+from zsnr.conditioning.tokenizers import (
+    CLIPTokenizer,
+    PromptTokenizer,
+    Tokenizer,
+    Tokens,
+    join_chunks,
+    split_chunks,
+)
 from zsnr.denoiser import Conditioning
 from zsnr.weights.pretrained import is_weightless
 from zsnr.weights.source import digest, find_file
@@ -26,6 +34,12 @@ class OpenClipConditioner(Conditioner):
             None = untrained weights, to be trained jointly.
         layer: "penultimate" (Stable Diffusion 2) or "last", both with the final layer norm.
         trainable: Train it jointly with the UNet; otherwise it is frozen.
+        max_tokens: Number of tokens of a prompt that are read, in chunks of 75: 75, 150 or 225,
+            which kohya's sd-scripts calls max_token_length. Every prompt takes as many chunks, each
+            with its own start and end token, and the context holds them one after the other. None =
+            one chunk.
+        prompt_weights: Read weights such as (word:1.2) in prompts, as A1111 does: the context of a
+            token is multiplied by its weight, and the mean of each chunk is restored.
     """
 
     tokenizer: PromptTokenizer
@@ -37,6 +51,8 @@ class OpenClipConditioner(Conditioner):
         pretrained: str | None = None,
         layer: Literal["penultimate", "last"] = "penultimate",
         trainable: bool = False,
+        max_tokens: int | None = None,
+        prompt_weights: bool = False,
     ) -> None:
         super().__init__(trainable, pretrained is not None)
         import open_clip
@@ -60,16 +76,21 @@ class OpenClipConditioner(Conditioner):
             "trainable": trainable,
         }
         tokenizer = open_clip.get_tokenizer(model)
-        self._max_length = int(tokenizer.context_length)
-        self.tokenizer = PromptTokenizer(CLIPTokenizer(tokenizer))
+        self.max_length = int(tokenizer.context_length)
+        self.tokenizer = PromptTokenizer(
+            _tokenizer(tokenizer), max_tokens=max_tokens, prompt_weights=prompt_weights
+        )
+        self._settings |= self.tokenizer.settings()
         self.layer = layer
         self.context_dim = int(text.width)
         if not self.reloadable:
             self.load()
 
     def forward(self, prompts: Sequence[str] | Tokens) -> Conditioning:
-        [ids] = self._tokens(prompts, self.positional_embedding.device).ids
+        tokens = self._tokens(prompts, self.positional_embedding.device)
+        [ids], n = tokens.ids, self.tokenizer.num_chunks
         with torch.set_grad_enabled(self.trainable and torch.is_grad_enabled()):
+            ids = split_chunks(ids, n)
             x: Tensor = self.token_embedding(ids) + self.positional_embedding[: ids.shape[1]]
             blocks = self.transformer.resblocks
             if not getattr(self.transformer, "batch_first", True):
@@ -78,12 +99,16 @@ class OpenClipConditioner(Conditioner):
                 x = block(x, attn_mask=self.attn_mask)
             if not getattr(self.transformer, "batch_first", True):
                 x = x.transpose(0, 1)
-            return Conditioning(self.ln_final(x))
+            x = self.ln_final(x)
+            if tokens.weights:
+                x = weigh(x, split_chunks(tokens.weights[0], n))
+            return Conditioning(join_chunks(x, n))
 
-    @property
-    def max_length(self) -> int:
-        """L, tokens per prompt."""
-        return self._max_length
+    def _skip_layers(self, clip_skip: int) -> None:
+        layers: dict[int, Literal["penultimate", "last"]] = {1: "last", 2: "penultimate"}
+        if clip_skip not in layers:
+            raise ValueError(f"clip_skip={clip_skip}: wanted 1 or 2 for a text tower of open_clip.")
+        self.layer = self._settings["layer"] = layers[clip_skip]
 
     def settings(self) -> dict[str, Any]:
         return dict(self._settings)
@@ -94,6 +119,7 @@ class OpenClipConditioner(Conditioner):
         return {
             "model": model,
             "layer": self.layer,
+            **self.tokenizer.decisive(),
             "weights": None if file is None else digest([file]),
         }
 
@@ -112,6 +138,24 @@ class OpenClipConditioner(Conditioner):
             raise ValueError(f"Cannot load {model} from {pretrained!r}: {reason}") from error
         text = getattr(clip, "text", clip)  # CLIP has a flat tower, CustomTextCLIP has .text
         return {name: getattr(text, name, None) for name in self.parts}
+
+
+class _Uncounted:
+    """A tokenizer of open_clip that is not CLIP's, as a Tokenizer."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        ids: Tensor = self._tokenizer(list(prompts))
+        return ids, torch.ones_like(ids, dtype=torch.bool)
+
+
+def _tokenizer(tokenizer: Any) -> Tokenizer:
+    import open_clip
+
+    is_clip = isinstance(tokenizer, open_clip.SimpleTokenizer) and tokenizer.reduction_fn is None
+    return CLIPTokenizer(tokenizer) if is_clip else _Uncounted(tokenizer)
 
 
 def _check_tag(model: str, pretrained: str | None) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 
 from zsnr.conditioning.base import Conditioner
+from zsnr.conditioning.cuts import Cut
 from zsnr.denoiser import Conditioning
 
 
@@ -88,6 +89,13 @@ class Remembered(Conditioner):
                 self._rows = rows
                 self.inner.release()
         return Conditioning.cat([rows[prompt] for prompt in prompts]).to(self._place.device)
+
+    @property
+    def context_length(self) -> int:
+        return self.inner.context_length
+
+    def cuts(self, prompts: Sequence[str]) -> tuple[Cut, ...]:
+        return self.inner.cuts(prompts)
 
     def settings(self) -> dict[str, Any]:
         return self.inner.settings()

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from zsnr.conditioning.base import Conditioner
+from zsnr.conditioning.prompt_weights import weigh
 from zsnr.conditioning.tokenizers import (
     BPE,
     PromptTokenizer,
     Tokens,
     bpe_tokenizer,
+    join_chunks,
+    split_chunks,
     tokenizer_digest,
     transformers_tokenizer,
 )
@@ -38,14 +41,21 @@ class TransformersConditioner(Conditioner):
             `pretrained`.
         subfolder: Folder of the encoder inside `pretrained`, such as "text_encoder".
         tokenizer_subfolder: Folder of the tokenizer, such as "tokenizer".
-        max_length: L, tokens per prompt; longer prompts are truncated. None = the tokenizer's
-            length, at most 512.
-        layer: Index of the hidden state that is the context: -1 = last, -2 = penultimate.
+        max_length: L, tokens of a prompt, with start and end; of a chunk where there are several.
+            Longer prompts are truncated. None = the tokenizer's length, at most 512.
+        layer: Index of the hidden state that is the context: -1 = last, -2 = penultimate, which
+            other programs call clip_skip 1 and 2.
         final_norm: Apply the encoder's final layer norm to an earlier hidden state, as in Stable
             Diffusion 2. The last hidden state always includes it.
         use_mask: Mask padding in the encoder and the network. Stable Diffusion's CLIP does not; T5
             and BERT require it. None = by model type.
         trainable: Train it jointly with the UNet; otherwise it is frozen.
+        max_tokens: Number of tokens of a prompt that CLIP reads, in chunks of max_length tokens:
+            75, 150 or 225, which kohya's sd-scripts calls max_token_length. Every prompt takes as
+            many chunks, each with its own start and end token, and the context holds them one after
+            the other. None = one chunk.
+        prompt_weights: Read weights such as (word:1.2) in prompts, as A1111 does: the context of a
+            token is multiplied by its weight, and the mean of each chunk is restored.
     """
 
     tokenizer: PromptTokenizer
@@ -63,6 +73,8 @@ class TransformersConditioner(Conditioner):
         final_norm: bool = True,
         use_mask: bool | None = None,
         trainable: bool = False,
+        max_tokens: int | None = None,
+        prompt_weights: bool = False,
     ) -> None:
         super().__init__(trainable, pretrained is not None)
         if (pretrained is None) == (config is None):
@@ -89,42 +101,60 @@ class TransformersConditioner(Conditioner):
             source = tokenizer or str(pretrained)
             folder = tokenizer_subfolder if tokenizer_subfolder else None
             tokenize, vocabulary, max_length = transformers_tokenizer(source, folder, max_length)
-        self.tokenizer = PromptTokenizer(tokenize)
-        self._vocabulary, self._max_length = vocabulary, max_length
+        self._vocabulary, self.max_length = vocabulary, max_length
         self._layer, self._final_norm = layer, final_norm
         if pretrained is None:
             encoder_config = self.encoder.config
         else:
             encoder_config = pretrained_config(pretrained, self._subfolder)
-        self._use_mask = (
-            not encoder_config.model_type.startswith("clip") if use_mask is None else use_mask
+        is_clip = encoder_config.model_type.startswith("clip")
+        self.tokenizer = PromptTokenizer(
+            tokenize, max_tokens=max_tokens, prompt_weights=prompt_weights, is_clip=is_clip
         )
+        self._settings |= self.tokenizer.settings()
+        self._num_layers: int = encoder_config.num_hidden_layers if is_clip else 0
+        if is_clip and max_length > encoder_config.max_position_embeddings:
+            raise ValueError(
+                f"max_length={max_length}: the text encoder has "
+                f"{encoder_config.max_position_embeddings} positions. Longer prompts are read in "
+                f"chunks: set max_tokens={max_length}."
+            )
+        self._use_mask = not is_clip if use_mask is None else use_mask
         self.context_dim = int(encoder_config.hidden_size)
         if not self.reloadable:
             self.load()
 
     def forward(self, prompts: Sequence[str] | Tokens) -> Conditioning:
         tokens = self._tokens(prompts, next(self.encoder.parameters()).device)
-        [ids], mask = tokens.ids, tokens.mask
+        [ids], n = tokens.ids, self.tokenizer.num_chunks
         with torch.set_grad_enabled(self.trainable and torch.is_grad_enabled()):
             # Stable Diffusion's CLIP attends to padding: a mask would change tokens after the end.
-            attention_mask = mask.long() if self._use_mask else None
-            out = self.encoder(ids, attention_mask=attention_mask, output_hidden_states=True)
+            mask = split_chunks(tokens.mask, n).long() if self._use_mask else None
+            out = self.encoder(split_chunks(ids, n), attention_mask=mask, output_hidden_states=True)
             context: Tensor = out.last_hidden_state
             if self._layer != -1:
                 context = out.hidden_states[self._layer]
                 norm = _final_norm(self.encoder)
                 if self._final_norm and norm is not None:
                     context = norm(context)
-        return Conditioning(context, mask if self._use_mask else None)
+            if tokens.weights:
+                context = weigh(context, split_chunks(tokens.weights[0], n))
+        return Conditioning(join_chunks(context, n), tokens.mask if self._use_mask else None)
 
-    @property
-    def max_length(self) -> int:
-        """L, tokens per prompt."""
-        return self._max_length
+    def _skip_layers(self, clip_skip: int) -> None:
+        if not self._num_layers:
+            raise ValueError(
+                f"clip_skip={clip_skip}: it is for CLIP's text encoders. Leave it out."
+            )
+        if not 1 <= clip_skip <= self._num_layers:
+            raise ValueError(
+                f"clip_skip={clip_skip}: wanted 1 to {self._num_layers}, the number of layers of "
+                "the text encoder."
+            )
+        self._layer = self._settings["layer"] = -clip_skip
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Return token ids (B, L) and a mask (B, L), True up to the end token."""
+        """Return token ids (B, L) of one chunk and a mask (B, L), True up to the end token."""
         [tokenize] = self.tokenizer.tokenizers
         return tokenize(prompts)
 
@@ -140,17 +170,18 @@ class TransformersConditioner(Conditioner):
             "tokenizer": tokenizer
             if tokenizer in BPE
             else tokenizer_digest(tokenizer or source, settings["tokenizer_subfolder"]),
-            "max_length": self._max_length,
+            "max_length": self.max_length,
             "layer": self._layer,
             "final_norm": self._final_norm,
             "use_mask": self._use_mask,
+            **self.tokenizer.decisive(),
             "weights": digest(find_weights(source, subfolder, "model")),
         }
 
     def _read(self) -> dict[str, nn.Module]:
         settings = self._settings
         if settings["config"] is not None:
-            return {"encoder": _new_encoder(settings["config"], self._vocabulary, self._max_length)}
+            return {"encoder": _new_encoder(settings["config"], self._vocabulary, self.max_length)}
         return {"encoder": pretrained_encoder(str(settings["pretrained"]), self._subfolder)}
 
 

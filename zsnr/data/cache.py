@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tarfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from zsnr.codecs import LatentCodec
 from zsnr.conditioning import Conditioner
+from zsnr.conditioning.cuts import Cut, describe_cuts, longest_cut
 from zsnr.data.captions import Captions
 from zsnr.data.dataset import Pixels, ShardDataset
 from zsnr.data.faults import Fault, as_utf8
@@ -374,6 +376,7 @@ def write_cache(
             done += len(rows)
             if on_shard is not None:
                 on_shard(faults, done)
+    encoder.warn_of_cuts()
     return faults
 
 
@@ -424,6 +427,8 @@ class _Encoder:
     ) -> None:
         self._codec, self._conditioner, self._flip = codec, conditioner, flip
         self._dtype, self._device = getattr(torch, cache.dtype), device
+        self._captions, self._cut = 0, 0
+        self._longest: Cut | None = None
 
     @torch.no_grad()
     def __call__(self, items: Sequence[Mapping[str, Any]]) -> list[bytes]:
@@ -439,12 +444,28 @@ class _Encoder:
                     "A sample has several captions, so its embedding cannot be cached: name one "
                     "field in data.captions.fields, or cache without --text."
                 )
-            columns |= _columns(self._conditioner([item["caption"] for item in items]))
+            captions = [item["caption"] for item in items]
+            columns |= _columns(self._conditioner(captions))
+            self._count(captions, self._conditioner.cuts(captions))
         tensors = {n: x.to("cpu", _stored_dtype(x, self._dtype)) for n, x in columns.items()}
         return [
             save({name: column[i].contiguous() for name, column in tensors.items()})
             for i in range(len(items))
         ]
+
+    def _count(self, captions: Sequence[str], cuts: Sequence[Cut]) -> None:
+        self._captions += len(captions)
+        self._cut += len(cuts)
+        if cuts:
+            longest = longest_cut(cuts)
+            self._longest = longest_cut([self._longest or longest, longest])
+
+    def warn_of_cuts(self) -> None:
+        """Warn of the captions that were cut."""
+        if self._longest is not None:
+            warnings.warn(
+                describe_cuts(self._longest, self._cut, self._captions, "caption"), stacklevel=3
+            )
 
 
 def _columns(cond: Conditioning) -> dict[str, Tensor]:

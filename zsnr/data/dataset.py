@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch.utils.data import Dataset
 
+from zsnr.data.caption_tags import Tags
 from zsnr.data.captions import Captions
 from zsnr.data.faults import BudgetError, Fault
 from zsnr.data.formats import MAX_PIXELS
@@ -23,7 +24,7 @@ from zsnr.data.storage import Retries, Storage, StorageError, is_remote
 from zsnr.noise import derive_seed
 from zsnr.public import public_url
 
-_CROP, _CAPTION = 3, 4  # streams of the run's seed; training.draws uses the first three
+_CROP, _CAPTION, _TAGS = 3, 4, 5  # streams of the run's seed; draws.py uses the first three
 _TRIES = 32  # consecutive samples that may be broken
 _GAP = 64 << 10  # bytes between two parts of a sample that are read rather than skipped
 _THREADS = 8  # concurrent reads from a server
@@ -89,10 +90,11 @@ class ShardDataset(Dataset[dict[str, Any]]):
         order: Maps positions to rows. None = the order of the index.
         pixels: Cropping and mirroring of images.
         captions: Choice of the caption among a sample's texts.
+        tags: Changes of captions that are lists of tags. None = captions are as they are.
         retries: Retry policy for reads.
         headers: Headers of requests to http servers.
         local_cache: Cache of whole remote shards on local disk. None = samples are read remotely.
-        seed: Seed of crops and captions, which are functions of the position.
+        seed: Seed of crops, captions and tags, which are functions of the position.
     """
 
     def __init__(
@@ -102,6 +104,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
         *,
         pixels: Pixels = Pixels(),
         captions: Captions = Captions(),
+        tags: Tags | None = None,
         retries: Retries = Retries(),
         headers: Mapping[str, str] | None = None,
         local_cache: LocalCache | None = None,
@@ -109,7 +112,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
     ) -> None:
         self.samples = samples
         self._order = AsIndexed(samples) if order is None else order
-        self._pixels, self._captions, self._seed = pixels, captions, seed
+        self._pixels, self._captions, self._tags, self._seed = pixels, captions, tags, seed
         self._storage = Storage(retries, headers=headers, local_cache=local_cache)
         self._remote = any(is_remote(shard.url) for shard in samples.shards)
         self._process: _Process | None = None
@@ -185,7 +188,10 @@ class ShardDataset(Dataset[dict[str, Any]]):
         return {"image": pixels, "caption": caption, "sizes": sizes}
 
     def _caption(self, text: bytes | None, record: bytes | None, position: int) -> str:
-        return self._captions.choose(text, record, derive_seed(self._seed, _CAPTION, position))
+        seed = self._seed
+        caption = self._captions.choose(text, record, derive_seed(seed, _CAPTION, position))
+        tags = self._tags
+        return caption if tags is None else tags(caption, derive_seed(seed, _TAGS, position))
 
     def _decode(self, data: bytes, row: int, position: int) -> torch.Tensor:
         height, width = self.samples.shapes[self.samples.bucket[row]]

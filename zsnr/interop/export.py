@@ -260,7 +260,7 @@ def _pipeline(model: Model, scheduler: Any, dtype: torch.dtype) -> DiffusionPipe
         for end, tokenize in zip(("", "_2"), conditioner.tokenizer.tokenizers, strict=True):
             encoder, source = getattr(conditioner, f"encoder{end}"), conditioner.settings()
             tokenizer = _tokenizer(
-                source["pretrained"], f"tokenizer{end}", conditioner._max_length, tokenize
+                source["pretrained"], f"tokenizer{end}", conditioner.max_length, tokenize
             )
             config, state = _config(encoder), dict(encoder.state_dict())
             parts[f"text_encoder{end}"] = _encoder(type(encoder), config, state, tokenizer, dtype)

@@ -422,6 +422,7 @@ def _sample_arm(
     files = [""] * len(requests)
     values = {name: torch.empty(len(requests)) for name in MEASURES}
     bar.set_postfix_str(arm.name, refresh=False)
+    pipe.warn_of_cuts([text for r in requests for text in (r.prompt, r.negative_prompt)])
     for batch in _batches(requests, batch_size):
         rows, asked = [i for i, _ in batch], [request for _, request in batch]
         generated = pipe(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -15,6 +14,13 @@ from torch import Tensor
 
 from zsnr import __version__
 from zsnr.codecs import LatentCodec
+from zsnr.conditioning.tokenizers import (
+    BPE,
+    ChunkTokenizer,
+    PromptTokenizer,
+    bpe_tokenizer,
+    transformers_tokenizer,
+)
 from zsnr.data.buckets import AspectBuckets
 from zsnr.data.captions import NO_CAPTION
 from zsnr.data.dataset import ShardDataset
@@ -48,10 +54,6 @@ ORIGINAL = NoiseSchedule(zero_terminal_snr=False)
 IMAGE_SIZE = 512
 """Height and width of the images where nothing else is said, in pixels."""
 
-CLIP_TOKENS = 75
-"""Tokens of a caption that CLIP's text encoder reads; the rest is cut off."""
-
-_CLIP_PIECE = re.compile(r"[^\W\d_]+|\d|(?:[^\s\w]|_)+")  # each is one of CLIP's tokens, or several
 _SMALL = 64  # pixels a side for statistics of means, which hardly depend on it
 _ORACLE = 256  # images that the exact denoiser knows
 _LATENTS = 200  # images that are encoded
@@ -103,6 +105,8 @@ def write_data_report(
     codec: LatentCodec | None = None,
     device: str = "cpu",
     index_folder: Path | None = None,
+    tokenizer: str = "clip",
+    max_tokens: int | None = None,
 ) -> tuple[Path, dict[str, Any]]:
     """Write FOLDER/index.html, a page that stands alone.
 
@@ -116,6 +120,10 @@ def write_data_report(
         codec: Measure its latents too.
         device: Where the codec computes.
         index_folder: Where index files are. None = beside the shards.
+        tokenizer: Tokenizer that counts the captions' tokens: "clip", or a folder or hub id of
+            transformers.
+        max_tokens: Number of tokens of a caption that the text encoder reads, see
+            TransformersConditioner. None = those of one chunk.
 
     Returns:
         Path of the page, and its figures as plain values.
@@ -134,6 +142,7 @@ def write_data_report(
     cached = [shard.url for shard in find_shards(sources) if shard.kind == "cache"]
     if cached:
         raise ValueError(f"{cached[0]} holds no images: give the shards it was cached from.")
+    counter, limit = _counter(tokenizer, max_tokens)
     names = [each.field for each in filters]
     index = load_index(sources, Storage(), folder=index_folder, fields=names)
     samples = select(index, image_size, filters=filters, aspect=aspect)
@@ -144,18 +153,28 @@ def write_data_report(
     if codec is not None:
         spaces.append(_latent_space(samples, codec, image_size, device))
     faults = [*samples.faults, *faults]
-    facts = _facts(samples, images, captions, faults, image_size, spaces)
-    facts["image_size_is_given"] = size_is_given
+    num_tokens = [len(tokens) for tokens in counter.encode(captions)]
+    facts = {
+        **_facts(samples, images, captions, faults, image_size, spaces),
+        "image_size_is_given": size_is_given,
+        "tokenizer": tokenizer,
+        "caption_tokens": _quantiles(num_tokens),
+        "token_limit": limit,
+        "cut_captions": _share([count > limit for count in num_tokens]),
+    }
     values = {
         "title": "Data report",
         "zsnr_version": __version__,
         "sources": public_paths(sources),
         "containers": counted(samples.shards),
         "facts": facts,
-        "clip_tokens": CLIP_TOKENS,
         "quantiles": _QUANTILES,
         "sizes": _quantile_rows(facts, ("height", "width", "megapixels", "aspect_ratio")),
-        "captions": _quantile_rows(facts, ("caption_words", "caption_characters")),
+        "captions": _quantile_rows(
+            facts, ("caption_words", "caption_characters", "caption_tokens")
+        ),
+        "max_tokens": -(-max(num_tokens) // counter.room) * counter.room,
+        "tokenizer": "CLIP" if tokenizer in BPE else tokenizer,
         **_charts(samples, images, captions),
         "extremes": _extremes(images, captions),
         "trace": f"{ORIGINAL.alphas_cumprod[-1] ** 0.5:.4f}",
@@ -195,8 +214,8 @@ def report_text(facts: Mapping[str, Any], page: Path) -> str:
         (
             "captions",
             f"samples without one, which are left out: {facts['without_caption']}; empty: "
-            f"{_percent(facts['empty_captions'])}; longer than the {CLIP_TOKENS} tokens of CLIP: "
-            f"at least {_percent(facts['captions_cut_by_clip'])}",
+            f"{_percent(facts['empty_captions'])}; longer than the {facts['token_limit']} tokens "
+            f"that {facts['tokenizer']} reads: {_percent(facts['cut_captions'])}",
         ),
         ("image size", f"{size} pixels ({origin})"),
         ("", f"{_percent(facts['smaller_than_image_size'])} of the images have a side below it"),
@@ -219,6 +238,15 @@ def report_text(facts: Mapping[str, Any], page: Path) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
+
+
+def _counter(tokenizer: str, max_tokens: int | None) -> tuple[ChunkTokenizer, int]:
+    """Return a tokenizer, and the number of tokens of a prompt that its text encoder reads."""
+    if tokenizer in BPE:
+        counter, _ = bpe_tokenizer(tokenizer, 77)
+    else:
+        counter, _, _ = transformers_tokenizer(tokenizer, None, None)
+    return counter, PromptTokenizer(counter, max_tokens=max_tokens).num_chunks * counter.room
 
 
 def public_paths(sources: Sources) -> list[str]:
@@ -258,7 +286,6 @@ def _facts(
         "caption_characters": _quantiles([len(text) for text in captions]),
         "without_caption": sum(fault.reason.startswith(NO_CAPTION) for fault in faults),
         "empty_captions": _share([not text for text in captions]),
-        "captions_cut_by_clip": _share([_is_cut_by_clip(text) for text in captions]),
         "brightness_mean": float(values.mean()),
         "brightness_std": float(values.std()),
         "darker_than_-0.8": _share((values < -0.8).tolist()),
@@ -266,11 +293,6 @@ def _facts(
         "buckets": _buckets(samples),
         "spaces": [vars(space) for space in spaces],
     }
-
-
-def _is_cut_by_clip(caption: str) -> bool:
-    """Whether a caption surely has more tokens than CLIP reads, whatever its vocabulary joins."""
-    return len(_CLIP_PIECE.findall(caption)) > CLIP_TOKENS
 
 
 def measure_space(name: str, latents: Tensor, size: int | None = None) -> SpaceReport:

@@ -209,7 +209,7 @@ class TrainingBoard(Paced):
 def flops_per_image(module: LatentDiffusion) -> float | None:
     """Count the operations of the network in training, per image; None if that is not possible."""
     model = module.model(ema=False)
-    length = getattr(model.conditioner, "max_length", 1)
+    length = model.conditioner.context_length
     pooled = torch.empty(1, model.conditioner.pooled_dim, device="meta")
     cond = Conditioning(
         torch.empty(1, length, model.conditioner.context_dim, device="meta"),

@@ -28,6 +28,7 @@ from zsnr.data.cache import (
     select_cached,
     text_embedding,
 )
+from zsnr.data.caption_tags import Tags
 from zsnr.data.captions import Captions
 from zsnr.data.dataset import Pixels, ShardDataset, collate
 from zsnr.data.faults import BudgetError, Fault, Ledger, check_budget, summarize
@@ -92,6 +93,7 @@ class DataModule(L.LightningDataModule):
             optionally negative_prompt, seed, count, height and width.
         prompt_seed: Seed of the prompts that have none of their own.
         predict_batch_size: Number of images per device that predict samples at a time.
+        tags: Shuffling and dropout of tags in training captions. None = captions are as they are.
 
     Raises:
         ValueError: A number is out of range, or the headers are malformed.
@@ -121,6 +123,7 @@ class DataModule(L.LightningDataModule):
         prompts: str | list[dict[str, Any]] | None = None,
         prompt_seed: int = 0,
         predict_batch_size: int = 8,
+        tags: Tags | None = None,
     ) -> None:
         super().__init__()
         at_least_1 = {
@@ -146,7 +149,7 @@ class DataModule(L.LightningDataModule):
         self.max_batch_size_per_device = max_batch_size_per_device
         self.val_samples, self.seed = val_samples, seed
         self.filters, self.aspect = filters or [], aspect
-        self.pixels, self.captions = pixels, captions
+        self.pixels, self.captions, self.tags = pixels, captions, tags
         self.window_shards, self.retries = window_shards, retries
         self.headers, self.local_cache = headers, local_cache
         self.index_folder = None if index is None else Path(index).expanduser()
@@ -201,6 +204,7 @@ class DataModule(L.LightningDataModule):
             "image_size": self.image_size,
             "pixels": asdict(self.pixels),
             "captions": asdict(self.captions),
+            "tags": None if self.tags is None else asdict(self.tags),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -294,6 +298,8 @@ class DataModule(L.LightningDataModule):
         if cache is not None:
             facts = image_facts(self.image_size, self.aspect, self.pixels)
             check_cache(name, cache, images=facts, captions=asdict(self.captions))
+            if name == "data.train" and cache.conditioner is not None:
+                check_tags(self.tags, f"{name}={cache.folder}")
             self.caches[name] = cache
         samples = self._selection(sources)
         rank_zero_info(describe_samples(samples, name))
@@ -343,6 +349,7 @@ class DataModule(L.LightningDataModule):
             order,
             pixels=self.pixels,
             captions=self.captions,
+            tags=self.tags,
             seed=self.seed,
             **self.reading(),
         )
@@ -548,6 +555,23 @@ def read_requests(prompts: str | list[dict[str, Any]] | None, seed: int = 0) -> 
     read: Any = read_prompts if isinstance(prompts, str) else parse_prompts
     requests: list[PromptRequest] = read(prompts, seed)
     return requests
+
+
+def check_tags(tags: Tags | None, cache: str) -> None:
+    """Refuse changes of captions whose embeddings are cached: they would have no effect.
+
+    Args:
+        tags: The changes. None = there are none.
+        cache: The setting that stands for the embeddings, for the message.
+
+    Raises:
+        ValueError: There are such changes.
+    """
+    if tags is not None:
+        raise ValueError(
+            f"{cache}: cached text embeddings are those of unchanged captions, so data.tags would "
+            "have no effect. Cache without --text, or leave data.tags out."
+        )
 
 
 def check_shards(train: Sources | None, val: Sources | None) -> None:

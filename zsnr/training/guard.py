@@ -19,8 +19,10 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from zsnr.conditioning.cuts import Cut, describe_cuts, longest_cut
 from zsnr.files import side_file
 from zsnr.training.progress import NonFiniteError, Progress, wide
 from zsnr.training.strategy import squared_norm
@@ -35,11 +37,19 @@ _CURE = (
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One micro-batch of a step: keys of its samples, their losses (B,) and timesteps (B,)."""
+    """One micro-batch of a step.
+
+    Args:
+        keys: Keys of its samples.
+        losses: Their losses, (B,).
+        t: Their timesteps, (B,).
+        cuts: Those of their captions that are cut.
+    """
 
     keys: list[str]
     losses: Tensor
     t: Tensor
+    cuts: tuple[Cut, ...] = ()
 
 
 class StepReport:
@@ -68,7 +78,9 @@ class StepReport:
         losses = torch.cat([batch.losses for batch in batches])
         groups = sums_by_group(losses, torch.cat([batch.t for batch in batches]), num_timesteps)
         parts = [groups.new_full((1,), float(request)) for request in requests]
-        self._sums = torch.cat([*parts, squared_norm(grads).to(groups)[None], groups.flatten()])
+        parts.append(squared_norm(grads).to(groups)[None])
+        parts.append(groups.new_full((1,), float(sum(len(batch.cuts) for batch in batches))))
+        self._sums = torch.cat([*parts, groups.flatten()])
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(self._sums)
         self._host, self._copied = self._sums, None
@@ -92,7 +104,7 @@ class StepReport:
         """The sums on the host, which waits for the device to have computed them."""
         if self._copied is not None:
             self._copied.synchronize()
-        stop, requeue, save, failed, squared, *by_group = self._host.tolist()
+        stop, requeue, save, failed, squared, cut, *by_group = self._host.tolist()
         half = len(by_group) // 2
         return Numbers(
             stop=stop > 0,
@@ -100,6 +112,7 @@ class StepReport:
             save=save > 0,
             failed=failed > 0,
             grad_norm=math.sqrt(squared),
+            cut_captions=round(cut),
             totals=by_group[:half],
             counts=by_group[half:],
         )
@@ -115,6 +128,7 @@ class Numbers:
         save: Whether a rank asks for a checkpoint.
         failed: Whether a rank could not read its batch.
         grad_norm: Norm of the gradient before it is clipped.
+        cut_captions: Number of captions that are cut.
         totals: Sums of the losses by group of timesteps, as Progress has them.
         counts: Numbers of samples in these sums.
     """
@@ -124,6 +138,7 @@ class Numbers:
     save: bool
     failed: bool
     grad_norm: float
+    cut_captions: int
     totals: list[float]
     counts: list[float]
 
@@ -144,6 +159,23 @@ def sums_by_group(losses: Tensor, t: Tensor, num_timesteps: int) -> Tensor:
     dtype = wide(losses.device)
     values = torch.stack([losses.to(dtype), torch.ones_like(losses, dtype=dtype)])
     return losses.new_zeros(2, 5, dtype=dtype).index_add_(1, group, values)
+
+
+def warn_of_cut_captions(report: StepReport) -> None:
+    """Warn of a step's captions that are cut; every rank calls it."""
+    cuts = [cut for batch in report.batches for cut in batch.cuts]
+    longest: list[Any] = [longest_cut(cuts) if cuts else None]
+    if dist.is_initialized():
+        mine, longest = longest[0], [None] * dist.get_world_size()
+        dist.all_gather_object(longest, mine)
+    numbers = report.numbers
+    message = describe_cuts(
+        longest_cut([cut for cut in longest if cut is not None]),
+        numbers.cut_captions,
+        round(sum(numbers.counts)),
+        "caption",
+    )
+    rank_zero_warn(f"Step {report.step}: {message} train/cut_captions in the log counts them.")
 
 
 def record_skipped(trainer: L.Trainer, report: StepReport, in_a_row: int, allowed: int) -> None:

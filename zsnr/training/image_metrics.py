@@ -248,6 +248,7 @@ class ImageMetrics(Callback):
         brightness = {name: metric.to(device) for name, metric in brightness.items()}
 
         bar = trainer.is_global_zero and trainer.progress_bar_callback is not None
+        module.warn_of_cuts([request.caption for request in self._requests])
         starts = range(0, len(numbers), self.batch_size)
         problem: Exception | None = None
         for start in tqdm(starts, "image metrics", unit="batch", disable=not bar):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -36,6 +36,7 @@ from zsnr.pipeline import (
     check_steps,
     check_threshold,
     describe_sampling,
+    report_cuts,
 )
 from zsnr.prediction import PredictionType
 from zsnr.schedule import NoiseSchedule
@@ -58,6 +59,7 @@ from zsnr.training.guard import (
     StepReport,
     check_last_steps,
     record_skipped,
+    warn_of_cut_captions,
 )
 from zsnr.training.learning_rate import LearningRate
 from zsnr.training.loggers import guard_loggers
@@ -200,6 +202,8 @@ class LatentDiffusion(L.LightningModule):
         self._micro_batches: list[MicroBatch] = []  # of the current step
         self._progress = Progress(schedule.num_timesteps, terminal_window)
         self._report: StepReport | None = None  # of the last step, until its average is updated
+        self._cut: StepReport | None = None  # of the first step with captions that are cut
+        self._cut_prompts: set[str] = set()  # that a warning has counted
         self._unrecorded: StepReport | None = None  # of a step that all ranks are to record
         self._first_step = 0  # of this start of the run
         self.changed_settings: dict[str, list[Any]] = {}  # since the checkpoint, by name
@@ -252,7 +256,9 @@ class LatentDiffusion(L.LightningModule):
             for part, _ in modes:
                 part.eval()
             source = None if self._trainer is None else self._trainer.ckpt_path
-            yield TextToImage(model, name=str(source or ""))
+            pipe = TextToImage(model, name=str(source or ""))
+            pipe.warned_of = self._cut_prompts
+            yield pipe
         finally:
             for part, mode in modes:
                 part.train(mode)
@@ -424,7 +430,8 @@ class LatentDiffusion(L.LightningModule):
         batch = self.prepared(batch, training=True)
         noised = self._noised(batch)
         losses = self._losses(batch, noised, ema=False)
-        self._micro_batches.append(MicroBatch(batch["key"], losses.detach(), noised[2]))
+        cuts = batch[TOKENS].cuts if TOKENS in batch else ()
+        self._micro_batches.append(MicroBatch(batch["key"], losses.detach(), noised[2], cuts))
         return losses.mean()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -475,6 +482,8 @@ class LatentDiffusion(L.LightningModule):
         self.log_agreed("train/learning_rate", optimizer.param_groups[0]["lr"])
         self.log_agreed("train/terminal_exposures", self._progress.terminal)
         self.log_agreed("train/skipped_steps", self._progress.skipped)
+        if self._progress.cut_captions:
+            self.log_agreed("train/cut_captions", self._progress.cut_captions)
         for tag, mean in self._progress.means().items():
             self.log_agreed(tag, mean)
 
@@ -509,6 +518,9 @@ class LatentDiffusion(L.LightningModule):
         numbers, progress = report.numbers, self._progress
         self.stop_agreed, self.requeue_agreed = numbers.stop, numbers.requeue
         self.save_agreed = numbers.save
+        if numbers.cut_captions and not progress.cut_captions:
+            self._cut = report
+        progress.cut_captions += numbers.cut_captions
         if numbers.finite and not numbers.failed:
             progress.skipped_in_a_row = 0
             progress.add(numbers.totals, numbers.counts)
@@ -521,10 +533,15 @@ class LatentDiffusion(L.LightningModule):
     def record(self) -> None:
         """Record a step that was skipped, or stop a run that failed; every rank calls it.
 
+        The first captions that are cut are warned of.
+
         Raises:
             StorageError, BudgetError: A rank could not read its batch.
             NonFiniteError: Too many steps in a row were not finite.
         """
+        cut, self._cut = self._cut, None
+        if cut is not None:
+            warn_of_cut_captions(cut)
         report, self._unrecorded = self._unrecorded, None
         if report is None:
             return
@@ -629,6 +646,15 @@ class LatentDiffusion(L.LightningModule):
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end
+
+    def warn_of_cuts(self, prompts: Sequence[str]) -> None:
+        """Warn once, on rank 0, of the prompts that are cut when the model samples them."""
+        conditioner = self.model(ema=False).conditioner
+        report_cuts(conditioner, prompts, self._cut_prompts, rank_zero_warn)
+
+    def on_predict_start(self) -> None:
+        requests: list[PromptRequest] = getattr(self.trainer.datamodule, "requests", [])
+        self.warn_of_cuts([text for r in requests for text in (r.prompt, r.negative_prompt)])
 
     def predict_step(self, batch: list[PromptRequest], batch_idx: int) -> list[Any]:
         if not batch:

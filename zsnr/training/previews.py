@@ -86,6 +86,7 @@ class Previews(Callback):
         each = -(-len(self.prompts) // ranks)
         mine = [(rank + i * ranks) % len(self.prompts) for i in range(each)]
         sampling = module.sampling
+        module.warn_of_cuts(self.prompts)
         with module.pipeline() as pipe, trainer.precision_plugin.predict_step_context():
             images = pipe(
                 [self.prompts[i] for i in mine],

@@ -30,6 +30,7 @@ class Progress:
         terminal: Number of samples at the last timestep in the whole run.
         skipped: Number of steps that were not finite.
         skipped_in_a_row: How many of the most recent steps were not finite.
+        cut_captions: Number of captions that were longer than the text encoder reads.
     """
 
     num_timesteps: int
@@ -40,6 +41,7 @@ class Progress:
     terminal: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
+    cut_captions: int = 0
 
     def add(self, totals: list[float], counts: list[float]) -> None:
         """Add the sums of one step, taken over all ranks."""

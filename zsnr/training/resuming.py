@@ -49,6 +49,7 @@ _GROUPS: tuple[tuple[Verdict, Sequence[str]], ...] = (
             *_under("data", "aspect aspect.step aspect.max_ratio"),
             *_under("data", "pixels pixels.crop pixels.flip pixels.max_pixels"),
             *_under("data", "captions captions.fields captions.empty"),
+            *_under("data", "tags tags.shuffle tags.keep tags.dropout tags.separator"),
         ],
     ),
     (  # they change what is learned from now on, and are changed on purpose

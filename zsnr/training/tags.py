@@ -21,6 +21,8 @@ TAGS: dict[str, dict[str, str]] = {
         "train/gpu_memory": "GiB of a GPU's memory that rank 0 has reserved, at most so far.",
         "train/skipped_steps": "Optimizer steps skipped so far because the loss or the gradient "
         "was not finite.",
+        "train/cut_captions": "Captions so far that were longer than the text encoder reads. It "
+        "is logged once there are any.",
         "train/terminal_exposures": "Training samples so far that drew the last timestep, T - 1.",
         TERMINAL: "Mean training loss at the last timestep, over its most recent exposures; "
         "model.terminal_window sets how many.",
