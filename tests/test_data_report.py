@@ -168,7 +168,7 @@ def test_captions_that_are_cut_are_counted(tmp_path, capsys):
     assert main([*command, "--output", str(tmp_path / "b"), *options]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["caption_tokens"][4] == 600
-    assert (facts["cut_captions"], facts["token_limit"]) == (0.6, 230)
+    assert (facts["cut_captions"], facts["token_limit"]) == (0.2, 230)
     assert main([*command, "--output", str(tmp_path / "c"), "--max-tokens", "0"]) == 2
     assert "max_tokens=0: wanted 1 to 7500" in capsys.readouterr().err
 
