@@ -492,7 +492,7 @@ def test_a_conditioner_needs_no_weights_until_it_is_used(tmp_path, tiny_open_cli
         assert not conditioner.train().training
         assert conditioner.fingerprint()["weights"] is None
         for use in (conditioner.load, conditioner.null, lambda c=conditioner: c(["a"])):
-            with pytest.raises(ValueError, match="Cannot load (a text encoder|zsnr-tiny) from"):
+            with pytest.raises(ValueError, match="(Cannot load|holds no complete weights of) (a text encoder|zsnr-tiny)"):
                 use()
     (tmp_path / "text" / "model.safetensors").write_bytes(b"garbage")
     with pytest.raises(ValueError, match="is not a readable .safetensors file: Error while"):
@@ -664,7 +664,7 @@ def test_known_prompts_load_nothing(tmp_path):
     assert torch.equal(remembered(["", ""]).context, rows.context[[1, 1]])
     assert remembered.load().context_dim == 16
     assert list(remembered.parameters()) == []
-    with pytest.raises(ValueError, match="Cannot load a text encoder"):
+    with pytest.raises(ValueError, match="holds no complete weights of a text encoder"):
         remembered(["", "a black cat"])
     assert remembered.to("meta")([""]).context.device.type == "meta"
     moved = Remembered(conditioner.to("meta"))
