@@ -167,6 +167,16 @@ def files(models, tmp_path_factory):
     return made
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_file_needs_what_its_folder_needs(folders, files, family, capsys):
+    needs = []
+    for source in (folders[family], files[family]):
+        assert main(["plan", str(source), "--predict", "--height", "32", "--json"]) == 0
+        needs.append(json.loads(capsys.readouterr().out))
+    names = ("weights", "working", "rows", "dtypes")
+    assert [needs[0][name] for name in names] == [needs[1][name] for name in names]
+
+
 def state(model):
     """All weights of a model."""
     parts = {"unet": model.unet.unet, "vae": model.codec._vae, "text": model.conditioner.encoder}
