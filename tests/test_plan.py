@@ -539,6 +539,8 @@ def test_checkpoints_and_configs_are_planned_for_sampling(plan, tmp_path):
         ([TINY, "--data.max_batch_size_per_device", "0"], "wanted at least 1"),
         ([TINY, *SHARDED, SHARD_RANKS, "2"], "does not divide the 1 ranks"),
         (["nowhere.yaml"], "nowhere.yaml"),
+        (["runs/a.ckpt"], "not a config, but a model: add --predict"),
+        ([str(ROOT)], "not a config, but a model: add --predict"),
         (["nowhere", "--predict"], "nowhere does not exist"),
         (["nowhere", "--predict", "--data.train", "x"], "a model, which has no settings: leave"),
         ([TINY, "--offload"], "--offload is of sampling, which --predict plans: leave it out"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 from zsnr.commands.options import refuse
@@ -28,6 +29,7 @@ def plan(
     width: int | None = None,
     guidance_scale: float | None = None,
     max_rows: int | None = None,
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None,
     settings: Sequence[str] = (),
 ) -> Result:
     """Estimate the memory and the time that a training run needs, or the memory of sampling.
@@ -68,6 +70,7 @@ def plan(
             Default: what the model declares, else 7.5.
         max_rows: Largest number of rows of one call of the UNet, as TextToImage takes it. Default:
             two for each image with guidance, else one.
+        prediction_type: What the network predicts, for files that do not declare it.
         settings: Settings of `zsnr fit`, which override the files.
     """
     from zsnr.files import check_temporary
@@ -81,6 +84,7 @@ def plan(
         "width": width,
         "guidance_scale": guidance_scale,
         "max_rows": max_rows,
+        "prediction_type": prediction_type,
     }
     training = {
         "ranks": ranks,
@@ -103,6 +107,11 @@ def plan(
     check_temporary()
     if predict:
         return _plan_sampling(files, settings, sampling, memory)
+    for path in map(Path, files):
+        if path.is_dir() or path.suffix in (".safetensors", ".ckpt"):
+            raise ValueError(
+                f"{path} is not a config, but a model: add --predict to plan sampling."
+            )
     from zsnr.planning.plan import make_plan
     from zsnr.training.lightning_cli import parse_fit
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from zsnr.checkpoints import Model
 from zsnr.checkpoints.checkpoint_file import sampling_of
@@ -17,7 +18,9 @@ from zsnr.interop.models import choose_dtype, load_parts, read_model
 from zsnr.pipeline import TextToImage
 from zsnr.planning.estimate import GIB, modules_of, show_bytes, show_images, verdict
 from zsnr.planning.memory import LiveBytes, fake_tensors, size_of, tensors_of, with_fake_tensors
+from zsnr.prediction import PredictionType
 from zsnr.sampling import choose_sampling
+from zsnr.schedule import NoiseSchedule
 from zsnr.weights.pretrained import loading_in, without_weights
 
 PHASES = {"encoding": "text_encoder", "denoising": "unet", "decoding": "vae"}  # and the part in use
@@ -36,6 +39,8 @@ class Request:
         width: Width in pixels. None = the size that the model was trained at.
         guidance_scale: The guidance scale; 1 = no guidance. None = as the model declares.
         max_rows: Largest number of rows of one call of the UNet. None = no limit.
+        prediction_type: What the network predicts, on which the size of Stable Diffusion 2 depends.
+            None = what the model declares.
     """
 
     dtype: str = "auto"
@@ -46,6 +51,7 @@ class Request:
     width: int | None = None
     guidance_scale: float | None = None
     max_rows: int | None = None
+    prediction_type: PredictionType | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_rows"):
@@ -109,7 +115,12 @@ def read_weightless(source: str, request: Request) -> Model:
     declared = choose_sampling(sampling_of(source)).guidance
     with torch.device("meta"), without_weights():
         with loading_in(chosen):
-            model = read_model(source, raw_beside=declared.against == "raw")
+            model = read_model(
+                source,
+                NoiseSchedule(zero_terminal_snr=False),  # on which memory does not depend
+                prediction_type=request.prediction_type,
+                raw_beside=declared.against == "raw",
+            )
         return load_parts(model, chosen, vae_tiling=request.vae_tiling)
 
 
@@ -330,7 +341,7 @@ def _changes(request: Request, other: Request) -> str:
 
 def _dtypes(model: Model) -> dict[str, str]:
     """Name the data type of each part that has weights."""
-    modules = {
+    modules: dict[str, list[nn.Module]] = {
         "text_encoder": [model.conditioner],
         "unet": [model.unet],
         "vae": modules_of(model.codec),
