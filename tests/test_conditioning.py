@@ -492,7 +492,10 @@ def test_a_conditioner_needs_no_weights_until_it_is_used(tmp_path, tiny_open_cli
         assert not conditioner.train().training
         assert conditioner.fingerprint()["weights"] is None
         for use in (conditioner.load, conditioner.null, lambda c=conditioner: c(["a"])):
-            with pytest.raises(ValueError, match="(Cannot load|holds no complete weights of) (a text encoder|zsnr-tiny)"):
+            with pytest.raises(
+                ValueError,
+                match="(Cannot load|holds no complete weights of) (a text encoder|zsnr-tiny)",
+            ):
                 use()
     (tmp_path / "text" / "model.safetensors").write_bytes(b"garbage")
     with pytest.raises(ValueError, match="is not a readable .safetensors file: Error while"):

@@ -3,6 +3,8 @@
 import contextlib
 import itertools
 import json
+import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,21 @@ import torch
 import yaml
 from torch import nn
 
+from zsnr import Guidance
+from zsnr.checkpoints.checkpoint_file import describe_model
 from zsnr.cli import main
 from zsnr.codecs import PixelCodec
 from zsnr.networks import UNet, UNetConfig
-from zsnr.planning.estimate import GIB, Parts, Sharding, gathered_size, shard_size, training_pass
+from zsnr.pipeline import TextToImage
+from zsnr.planning.estimate import (
+    GIB,
+    Parts,
+    Sharding,
+    gathered_size,
+    modules_of,
+    shard_size,
+    training_pass,
+)
 from zsnr.planning.memory import (
     LiveBytes,
     kept_for_backward,
@@ -23,8 +36,10 @@ from zsnr.planning.memory import (
     tensors_of,
 )
 from zsnr.planning.plan import make_plan
+from zsnr.planning.sampling import Request, plan_sampling, read_weightless, sampling_need
 from zsnr.training import LatentDiffusion
 from zsnr.training.lightning_cli import parse_fit
+from zsnr.weights.ldm_file import PUBLIC
 
 ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / "configs" / "tiny.yaml")
@@ -373,6 +388,140 @@ def test_the_rate_is_measured(plan, tmp_path, train):
     assert facts["hours"] > 0
 
 
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory):
+    """A small model with the parts of SDXL."""
+    folder = tmp_path_factory.mktemp("sdxl")
+    tiny.sdxl_folder(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def real_sdxl(sdxl, tmp_path_factory):
+    """The folder of a model of SDXL's size, without weights."""
+    folder = tmp_path_factory.mktemp("real") / "sdxl"
+    shutil.copytree(sdxl, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    for part, config in PUBLIC["xl"].items():
+        (folder / part / "config.json").write_text(json.dumps(config))
+    for path in folder.glob("tokenizer*/tokenizer_config.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": 77}))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": "float32"},
+        {"dtype": "float32", "batch_size": 3, "width": 32},
+        {"dtype": "float32", "batch_size": 3, "max_rows": 2},
+        {"dtype": "float32", "batch_size": 2, "guidance_scale": 1.0},
+        {"dtype": "bfloat16", "batch_size": 2},
+    ],
+)
+def test_sampling_needs_what_it_really_takes(sdxl, options):
+    request = Request(height=64, **{"width": 64, **options})
+    foretold = sampling_need(read_weightless(str(sdxl), request), request)
+    pipe = TextToImage.from_pretrained(sdxl, dtype=request.dtype, device="cpu")
+    model = pipe.model
+    parts = {
+        "text_encoder": tensors_of(model.conditioner),
+        "unet": tensors_of(model.unet),
+        "vae": tensors_of(*modules_of(model.codec)),
+    }
+    assert foretold.weights == {name: size_of(part) for name, part in parts.items()}
+    peaks = []
+    with LiveBytes(tensor for part in parts.values() for tensor in part) as live:
+        pipe(
+            ["a"] * request.batch_size,
+            negative_prompts=["b"] * request.batch_size,
+            height=64,
+            width=request.width,
+            num_steps=2,
+            guidance=Guidance(request.guidance_scale or 5),
+            batch_size=request.batch_size,
+            max_rows=request.max_rows,
+            progress=False,
+            callback=lambda *_: peaks.append(live.restart()),
+        )
+    assert foretold.working["denoising"] == pytest.approx(peaks[0], rel=0.1)
+    assert foretold.working["decoding"] == pytest.approx(live.peak, rel=0.1)
+    assert 0 < foretold.working["encoding"] < foretold.working["denoising"]
+
+
+def test_sdxl_fits_into_12_gib(real_sdxl):
+    plans = {}
+    for dtype in ("float16", "float32"):
+        request = Request(dtype=dtype, offload=dtype == "float16")
+        plans[dtype] = plan_sampling(partial(read_weightless, real_sdxl), request)
+    half, full = plans["float16"], plans["float32"]
+    weights, working = half.need.weights, half.need.working
+    assert half.dtypes == {"text_encoder": "float16", "unet": "float16", "vae": "float32"}
+    assert (half.height, half.width, half.rows) == (1024, 1024, 2)
+    assert weights["unet"] == 2 * 2_567_463_684  # the parameters of the public model
+    assert weights["vae"] == 4 * 83_653_863
+    assert half.total == weights["unet"] + working["denoising"]
+    assert half.total / GIB == pytest.approx(5.09, abs=0.01)
+    assert half.need.total(offload=False) == sum(weights.values()) + working["decoding"]
+    assert half.need.peaks(offload=True)["decoding"] == weights["vae"] + working["decoding"]
+    assert half.need.total(offload=False) < 12 * GIB < full.total
+    assert max(map(len, full.table().splitlines())) <= 100
+
+
+@pytest.mark.parametrize(
+    ("options", "memory", "change"),
+    [
+        ({}, 0.85, "--dtype float16"),
+        ({"dtype": "float16"}, 0.95, "--offload"),
+        ({"dtype": "float16", "height": 128, "width": 128, "guidance_scale": 1.0}, 0.72, "--vae-t"),
+        ({"batch_size": 4}, 0.42, "--batch-size 2"),
+    ],
+)
+def test_sampling_that_does_not_fit_has_a_way_out(plan, sdxl, options, memory, change, capsys):
+    request = Request(**options)
+    total = sampling_need(read_weightless(str(sdxl), request), request).total(offload=False)
+    given = [
+        word
+        for name, value in options.items()
+        for word in (f"--{name.replace('_', '-')}", str(value))
+    ]
+    limit = ["--memory", str(memory * total / GIB)]
+    facts, code = plan(str(sdxl), "--predict", *given, *limit)
+    assert code == 1
+    assert change in facts["way_out"]
+    way_out = facts["way_out"].removeprefix("way out: ").rpartition(":")[0].split()
+    assert main(["plan", str(sdxl), "--predict", *given, *way_out, *limit]) == 0
+    text = capsys.readouterr().out
+    assert "to spare" in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_checkpoints_and_configs_are_planned_for_sampling(plan, tmp_path):
+    model, weights = tiny.model(), {}
+    for prefix in ("ema", "trained"):
+        for part in ("unet", "conditioner"):
+            state = getattr(model, part).state_dict()
+            weights |= {f"{prefix}.{part}.{name}": weight for name, weight in state.items()}
+    torch.save({"zsnr": describe_model(model), "state_dict": weights}, tmp_path / "a.ckpt")
+    sizes = {"text_encoder": size_of(tensors_of(model.conditioner)), "vae": 0}
+    sizes["unet"] = size_of(tensors_of(model.unet))
+    sampling = {"guidance_against": "raw", "guidance_scale": 2.0}
+    declared = {"zsnr": describe_model(model), "state_dict": weights, "run": {"sampling": sampling}}
+    torch.save(declared, tmp_path / "raw.ckpt")
+    for name in ("a.ckpt", "raw.ckpt"):
+        facts, code = plan(f"{tmp_path}/{name}", "--predict")
+        raw = name == "raw.ckpt"
+        assert code == 0
+        assert facts["weights"] == {**sizes, "unet": sizes["unet"] * (1 + raw)}
+        assert facts["rows"] == 2 - raw
+    facts, _ = plan(f"{tmp_path}/a.ckpt", "--predict", "--dtype", "float16")
+    assert facts["weights"]["unet"] == sizes["unet"] / 2
+    trained = module()
+    facts, _ = plan(TINY, "--predict", "--data.image_size", "32")
+    assert facts["weights"]["unet"] == size_of(tensors_of(trained.trained["unet"]))
+    assert facts["weights"]["text_encoder"] == size_of(tensors_of(trained.trained["conditioner"]))
+    assert (facts["height"], facts["rows"], facts["dtypes"]["unet"]) == (32, 2, "float32")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -390,6 +539,15 @@ def test_the_rate_is_measured(plan, tmp_path, train):
         ([TINY, "--data.max_batch_size_per_device", "0"], "wanted at least 1"),
         ([TINY, *SHARDED, SHARD_RANKS, "2"], "does not divide the 1 ranks"),
         (["nowhere.yaml"], "nowhere.yaml"),
+        (["runs/a.ckpt"], "not a config, but a model: add --predict"),
+        ([str(ROOT)], "not a config, but a model: add --predict"),
+        (["nowhere", "--predict"], "nowhere does not exist"),
+        (["nowhere", "--predict", "--data.train", "x"], "a model, which has no settings: leave"),
+        ([TINY, "--offload"], "--offload is of sampling, which --predict plans: leave it out"),
+        ([TINY, "--predict", "--ranks", "2"], "--ranks is of training, and --predict plans"),
+        ([TINY, "--predict", "--batch-size", "0"], "batch_size=0: wanted at least 1"),
+        ([TINY, "--predict", "--height", "17"], "height=17: wanted a positive multiple of 2"),
+        ([TINY, "--predict", "--vae-tiling"], "vae_tiling=True: the model's codec is a PixelCodec"),
     ],
 )
 def test_wrong_input_exits_with_2(capsys, arguments, message):

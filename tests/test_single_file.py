@@ -169,6 +169,28 @@ def files(models, tmp_path_factory):
     return made
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_file_needs_what_its_folder_needs(folders, files, family, capsys):
+    needs = []
+    for source in (folders[family], files[family]):
+        assert main(["plan", str(source), "--predict", "--height", "32", "--json"]) == 0
+        needs.append(json.loads(capsys.readouterr().out))
+    names = ("weights", "working", "rows", "dtypes")
+    assert [needs[0][name] for name in names] == [needs[1][name] for name in names]
+
+
+def test_a_plan_of_sampling_may_be_told_what_a_file_does_not_declare(files, tmp_path, capsys):
+    def without_marks(tensors):
+        return {name: tensor for name, tensor in tensors.items() if tensor.numel()}
+
+    path = rewrite(files["v2"], tmp_path / "v2.safetensors", {}, without_marks)
+    assert main(["plan", path, "--predict"]) == 2
+    assert "with --prediction-type on the command line" in capsys.readouterr().err
+    told = ["--prediction-type", "v_prediction", "--json"]
+    assert main(["plan", path, "--predict", *told]) == 0
+    assert json.loads(capsys.readouterr().out)["height"] == 768
+
+
 def state(model):
     """All weights of a model."""
     parts = {"unet": model.unet.unet, "vae": model.codec._vae, "text": model.conditioner.encoder}

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from test_checkpoints import tiny_stable_diffusion
@@ -354,6 +355,11 @@ def test_another_vae(folder, copy):
     assert images(str(folder), vae=str(copy)) == images(str(folder))
     with pytest.raises(ValueError, match="holds no config.json"):
         with_vae(pipe.model, str(copy / "tokenizer"))
+    assert with_vae(pipe.model, None) is pipe.model
+    tiled = TextToImage.from_pretrained(folder, device="cpu", vae_tiling=True).model.codec
+    assert tiled.settings() == {**pipe.model.codec.settings(), "tiling": True}
+    with pytest.raises(ValueError, match="vae_tiling=True: the model's codec is a PixelCodec"):
+        with_vae(tiny.model(), None, tiling=True)
 
 
 def test_offload_keeps_one_part_on_the_device(folder, monkeypatch):

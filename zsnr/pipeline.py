@@ -22,7 +22,7 @@ from zsnr.conditioning.cuts import describe_cuts, longest_cut
 from zsnr.denoiser import Conditioning, Denoiser, Network
 from zsnr.files import replacing
 from zsnr.guidance import Guidance
-from zsnr.interop.models import choose_dtype, read_model, with_vae
+from zsnr.interop.models import choose_dtype, load_parts, read_model
 from zsnr.noise import SampleNoise, sample_generator
 from zsnr.prediction import PredictionType, check_prediction_type
 from zsnr.progress import progress_bar
@@ -117,6 +117,7 @@ class TextToImage:
         dtype: torch.dtype | str = "auto",
         vae: str | None = None,
         vae_dtype: torch.dtype | str | None = None,
+        vae_tiling: bool = False,
         offload: bool = False,
         revision: str | None = None,
         variant: str | None = None,
@@ -139,6 +140,7 @@ class TextToImage:
                 if the file has it, else float32.
             vae: Another VAE: a folder, a hub id, or a .safetensors file.
             vae_dtype: Data type of the VAE. None = `dtype`, or float32 if it overflows in float16.
+            vae_tiling: Decode in overlapping tiles: less memory for large images.
             offload: Keep only the part in use on the device: less GPU memory, more time.
             revision: Branch, tag or commit of a hub id, which OWNER/NAME@REVISION names too. None =
                 main.
@@ -170,15 +172,10 @@ class TextToImage:
             chosen = choose_dtype(dtype, source, device)
             with loading_in(chosen):
                 model = read_model(source, schedule, prediction_type, raw_beside)
-                model.conditioner.configure(
-                    max_tokens=max_tokens, clip_skip=clip_skip, prompt_weights=prompt_weights
-                )
-                model = with_vae(model, vae, vae_dtype, chosen)
-                model.codec.load()
-                model.conditioner.load()
-            for unet in (model.unet, model.raw_unet):
-                if unet is not None:
-                    unet.to(dtype=chosen).eval().requires_grad_(False)
+            model.conditioner.configure(
+                max_tokens=max_tokens, clip_skip=clip_skip, prompt_weights=prompt_weights
+            )
+            model = load_parts(model, chosen, vae, vae_dtype, vae_tiling)
         pipe = cls(model, name=source)
         pipe._offload = offload
         return pipe.to(device)

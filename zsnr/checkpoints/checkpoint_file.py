@@ -25,7 +25,7 @@ from zsnr.prediction import PredictionType
 from zsnr.schedule import NoiseSchedule
 from zsnr.untrusted import shown
 from zsnr.weights.ldm_file import open_ldm_file
-from zsnr.weights.pretrained import reason
+from zsnr.weights.pretrained import is_weightless, reason
 from zsnr.weights.source import is_single_file
 
 MAX_IMAGE_SIZE = 2**16  # pixels
@@ -46,7 +46,7 @@ def describe_model(model: Model) -> dict[str, Any]:
 def read_checkpoint(
     path: str | Path, *, ema: bool = True, base: str | None = None, raw_beside: bool = False
 ) -> Model:
-    """Read a checkpoint that training wrote, on the CPU.
+    """Read a checkpoint that training wrote, on the CPU; see also `without_weights`.
 
     Args:
         path: The .ckpt file or sharded folder.
@@ -68,6 +68,22 @@ def read_checkpoint(
     schedule = _check_description(path, description)
     if base is not None:
         description = {**description, "unet": with_base(description["unet"], base)}
+
+    def with_unet(unet: UNet, raw_unet: UNet | None = None) -> Model:
+        return Model(
+            codec=build(description["codec"], LatentCodec),  # type: ignore[type-abstract]
+            conditioner=build(description["conditioner"], Conditioner),  # type: ignore[type-abstract]
+            unet=unet,
+            schedule=schedule,
+            prediction_type=description["prediction_type"],
+            image_size=description["image_size"],
+            raw_unet=raw_unet,
+            sampling=declared_sampling(checkpoint),
+        )
+
+    if is_weightless():
+        raw = build(description["unet"], UNet) if raw_beside else None
+        return with_unet(build(description["unet"], UNet), raw)
     prefix, weights = _weights(path, checkpoint, ema)
     if raw_beside and prefix != "ema":
         raise ValueError(
@@ -76,15 +92,7 @@ def read_checkpoint(
         )
     _check_fits(path, description["unet"], UNet, weights, f"{prefix}.unet.")
     _check_fits(path, description["conditioner"], Conditioner, weights, f"{prefix}.conditioner.")
-    model = Model(
-        codec=build(description["codec"], LatentCodec),  # type: ignore[type-abstract]
-        conditioner=build(description["conditioner"], Conditioner),  # type: ignore[type-abstract]
-        unet=_read_unet(path, description["unet"], weights, f"{prefix}.unet."),
-        schedule=schedule,
-        prediction_type=description["prediction_type"],
-        image_size=description["image_size"],
-        sampling=declared_sampling(checkpoint),
-    )
+    model = with_unet(_read_unet(path, description["unet"], weights, f"{prefix}.unet."))
     if model.conditioner.trainable:
         _load(model.conditioner, weights, f"{prefix}.conditioner.", path)
     if not raw_beside:

@@ -81,7 +81,7 @@ class AutoencoderKLCodec(LatentCodec):
         self.overflows_in_float16 = bool(config["force_upcast"])
         overflows = dtype == "float16" and self.overflows_in_float16
         self._dtype: torch.dtype = torch.float32 if overflows else as_dtype(dtype)
-        self._device = torch.device("cpu")
+        self._device = torch.get_default_device()  # as that of modules
         self._loaded: AutoencoderKL | None = None
         self.channels = config["latent_channels"]
         self.factor = 2 ** (len(config["block_out_channels"]) - 1)

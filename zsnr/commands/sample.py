@@ -26,6 +26,7 @@ def sample(
     zero_terminal_snr: bool = False,
     dtype: str = "auto",
     vae: str | None = None,
+    vae_tiling: bool = False,
     offload: bool = False,
     revision: str | None = None,
     variant: str | None = None,
@@ -61,6 +62,7 @@ def sample(
         dtype: Data type of all parts: float32, float16 or bfloat16. auto: on a GPU that of the
             file, on a CPU float32.
         vae: Another VAE: a folder, a hub id or a .safetensors file.
+        vae_tiling: Decode in overlapping tiles, to save GPU memory for large images.
         offload: Keep only the part in use on the device, to save GPU memory.
         revision: Branch, tag or commit of a hub id. Default: main.
         variant: Variant of the weights to prefer if there are several, such as fp16.
@@ -110,6 +112,7 @@ def sample(
         device=device,
         dtype=dtype,
         vae=vae,
+        vae_tiling=vae_tiling,
         offload=offload,
         revision=revision,
         variant=variant,

@@ -13,7 +13,7 @@ from zsnr.interop.diffusers_folder import read_diffusers_folder
 from zsnr.interop.single_file import read_single_file
 from zsnr.prediction import PredictionType
 from zsnr.schedule import NoiseSchedule
-from zsnr.weights.pretrained import as_dtype, stored_dtype
+from zsnr.weights.pretrained import as_dtype, loading_in, stored_dtype
 from zsnr.weights.source import fetch_file, find_file, is_single_file
 
 
@@ -66,32 +66,66 @@ def choose_dtype(dtype: torch.dtype | str, source: str, device: torch.device) ->
     return torch.float32 if device.type == "cpu" else stored_dtype(source, "unet")
 
 
+def load_parts(
+    model: Model,
+    dtype: torch.dtype | None,
+    vae: str | None = None,
+    vae_dtype: torch.dtype | str | None = None,
+    vae_tiling: bool = False,
+) -> Model:
+    """Load the VAE and the text encoders of a model for sampling, and cast its networks.
+
+    Args:
+        model: The model.
+        dtype: What `choose_dtype` returned.
+        vae: See `with_vae`.
+        vae_dtype: See `with_vae`.
+        vae_tiling: See `with_vae`.
+
+    Raises:
+        ValueError: A part cannot be loaded.
+    """
+    with loading_in(dtype):
+        model = with_vae(model, vae, vae_dtype, dtype, vae_tiling)
+        model.codec.load()
+        model.conditioner.load()
+    for unet in (model.unet, model.raw_unet):
+        if unet is not None:
+            unet.to(dtype=dtype).eval().requires_grad_(False)
+    return model
+
+
 def with_vae(
     model: Model,
     vae: str | None,
     dtype: torch.dtype | str | None = None,
     default: torch.dtype | None = None,
+    tiling: bool = False,
 ) -> Model:
-    """Return a model with another VAE, or with its own in another data type.
+    """Return a model with another VAE, or with its own in another data type or in tiles.
 
     Args:
         model: The model.
         vae: A folder, a hub id or a .safetensors file; None = the model's own.
         dtype: Data type of the VAE. None = `default`, or float32 where it overflows in that.
         default: Data type of the other parts; None = as the model describes its VAE.
+        tiling: Decode in tiles; False = as the model describes its VAE.
 
     Raises:
         ValueError: The VAE cannot be read, or has other latents than the model's.
     """
     codec = model.codec
     if not isinstance(codec, AutoencoderKLCodec):
-        if vae is not None:
+        if vae is not None or tiling:
+            option = "vae_tiling=True" if vae is None else f"vae={vae!r}"
             raise ValueError(
-                f"vae={vae!r}: the model's codec is a {type(codec).__name__}, and its network was "
+                f"{option}: the model's codec is a {type(codec).__name__}, and its network was "
                 "not trained on the latents of a VAE."
             )
         return model
     settings = codec.settings()
+    if tiling:
+        settings["tiling"] = True
     if vae is not None:
         settings |= {"pretrained": vae, "subfolder": None, "scale": None, "shift": None}
         if is_single_file(vae):

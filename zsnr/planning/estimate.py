@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, UnsupportedFakeTensorException
 
 from zsnr.codecs import LatentCodec
 from zsnr.conditioning import Conditioner
@@ -19,6 +18,7 @@ from zsnr.denoiser import Conditioning
 from zsnr.networks import UNet
 from zsnr.planning.memory import (
     LiveBytes,
+    fake_tensors,
     kept_for_backward,
     norms_in_float32,
     size_of,
@@ -128,13 +128,8 @@ class Parts:
         Raises:
             ValueError: The control flow of a part depends on the values of tensors.
         """
-        try:
-            with FakeTensorMode(), torch.autocast("cpu", self.autocast, self.autocast is not None):
-                yield
-        except UnsupportedFakeTensorException as error:
-            raise ValueError(
-                f"This model cannot be planned: its flow depends on values of tensors, at {error}."
-            ) from error
+        with fake_tensors(), torch.autocast("cpu", self.autocast, self.autocast is not None):
+            yield
 
 
 @dataclass(frozen=True)
@@ -430,19 +425,7 @@ class Plan:
             f"  {name:{width}}  {show_bytes(size):>10}  {note}".rstrip()
             for name, size, note in rows
         ]
-        if self.on_gpu:
-            lines.append(
-                "not included: the CUDA context and memory fragmentation, 1 to 2 GiB on a GPU"
-            )
-        if self.memory is not None:
-            left = self.memory - self.need.total
-            lines.append(
-                f"fits in {show_bytes(self.memory)}, {show_bytes(left)} to spare"
-                if left >= 0
-                else f"does not fit in {show_bytes(self.memory)}: {show_bytes(-left)} too much"
-            )
-        if self.way_out is not None:
-            lines.append(self.way_out)
+        lines += verdict(self.need.total, self.memory, self.way_out, on_gpu=self.on_gpu)
         return "\n".join(lines)
 
     def _head(self) -> list[str]:
@@ -461,8 +444,8 @@ class Plan:
         lines = [
             f"parameters: {', '.join(parts)}",
             f"{where}, {how}, precision {self.precision}{checkpointing}",
-            f"{_images(self.batch_size)} of {self.image_size}x{self.image_size} per step = "
-            f"{_ranks(sharding)} x {_images(layout.micro_batch)}"
+            f"{show_images(self.batch_size)} of {self.image_size}x{self.image_size} per step = "
+            f"{_ranks(sharding)} x {show_images(layout.micro_batch)}"
             f"{passes}",
         ]
         if self.images is None:
@@ -487,7 +470,7 @@ class Plan:
             ("gathered by FSDP", need.gathered, "peak" if need.gathered else ""),
             ("codec", need.codec, ""),
             ("text encoder", need.text_encoder, ""),
-            ("activations", need.activations, f"stored for {_images(self.layout.micro_batch)}"),
+            ("activations", need.activations, f"stored for {show_images(self.layout.micro_batch)}"),
             ("working memory", need.working, "peak"),
         ]
 
@@ -567,6 +550,21 @@ def show_bytes(size: float) -> str:
     return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / MIB:.2f} MiB"
 
 
+def verdict(total: int, memory: int | None, way_out: str | None, *, on_gpu: bool) -> list[str]:
+    """Return the lines under a table: what it leaves out, and whether its total fits."""
+    lines = []
+    if on_gpu:
+        lines.append("not included: the CUDA context and memory fragmentation, 1 to 2 GiB on a GPU")
+    if memory is not None:
+        left = memory - total
+        lines.append(
+            f"fits in {show_bytes(memory)}, {show_bytes(left)} to spare"
+            if left >= 0
+            else f"does not fit in {show_bytes(memory)}: {show_bytes(-left)} too much"
+        )
+    return lines if way_out is None else [*lines, way_out]
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -575,7 +573,8 @@ def _ranks(sharding: Sharding) -> str:
     return f"{sharding.ranks} rank{'s' * (sharding.ranks > 1)}"
 
 
-def _images(count: int) -> str:
+def show_images(count: int) -> str:
+    """Write a number of images."""
     return f"{count} image{'s' * (count > 1)}"
 
 

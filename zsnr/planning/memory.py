@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, UnsupportedFakeTensorException
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -52,6 +53,22 @@ def with_fake_tensors(
 
 
 @contextmanager
+def fake_tensors() -> Iterator[None]:
+    """Compute with fake tensors.
+
+    Raises:
+        ValueError: The control flow of a part depends on the values of tensors.
+    """
+    try:
+        with FakeTensorMode():
+            yield
+    except UnsupportedFakeTensorException as error:
+        raise ValueError(
+            f"This model cannot be planned: its flow depends on values of tensors, at {error}."
+        ) from error
+
+
+@contextmanager
 def kept_for_backward(known: Iterable[Tensor]) -> Iterator[dict[int, int]]:
     """Collect what autograd stores for the backward pass: the bytes of each storage.
 
@@ -85,6 +102,11 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._seen = {_key(tensor) for tensor in known}
+
+    def restart(self) -> int:
+        """Return the peak, and measure another from now on."""
+        peak, self.peak = self.peak, self.now
+        return peak
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None

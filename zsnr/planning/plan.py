@@ -10,10 +10,12 @@ import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import OptimizerCallable
 
+from zsnr.checkpoints import Model
 from zsnr.codecs import LatentCodec
 from zsnr.conditioning import Conditioner
 from zsnr.data.cache import Cache, find_cache
 from zsnr.data.order import accumulation
+from zsnr.interop.models import load_parts
 from zsnr.lora import AdaptedUNet, LoRA
 from zsnr.networks import UNet, UNetConfig
 from zsnr.planning.estimate import (
@@ -28,12 +30,14 @@ from zsnr.planning.estimate import (
     state_per_byte,
     trainable,
 )
+from zsnr.planning.sampling import Request
+from zsnr.schedule import NoiseSchedule
 from zsnr.training.checks import check_unsharded
 from zsnr.training.data import DataModule
 from zsnr.training.ema import update_average
 from zsnr.training.lightning_cli import build, check_model, is_sharded
 from zsnr.training.module import LatentDiffusion
-from zsnr.weights.pretrained import without_weights
+from zsnr.weights.pretrained import as_dtype, loading_in, without_weights
 
 # Lightning's names of precision: of the weights, and of autocast.
 _PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
@@ -110,6 +114,32 @@ def make_plan(
         if limit is not None and too_much
         else None,
     )
+
+
+def read_for_sampling(config: Any, request: Request) -> Model:
+    """Build the model of a training config on the meta device, in the data types of sampling.
+
+    Args:
+        config: What parse_fit returned.
+        request: What is sampled.
+
+    Raises:
+        ValueError: The config is wrong.
+    """
+    check_model(config.model)
+    chosen = None if request.dtype == "auto" else as_dtype(request.dtype)
+    with loading_in(chosen):
+        parts = read_parts(config, build("data", DataModule, config.data))
+    model = Model(
+        codec=parts.codec,
+        conditioner=parts.conditioner,
+        unet=parts.unet,
+        schedule=NoiseSchedule(),
+        prediction_type="v_prediction",
+        image_size=parts.image_size,
+    )
+    with torch.device("meta"), without_weights():
+        return load_parts(model, chosen, vae_tiling=request.vae_tiling)
 
 
 def read_sharding(trainer: Any, ranks: int | None, ranks_per_node: int | None) -> Sharding:
@@ -217,7 +247,7 @@ def read_parts(config: Any, data: DataModule) -> Parts:
             unet.to(dtype)
         if conditioner.trainable:
             conditioner.to(dtype)
-        codec.to("meta").load()
+        codec.load()
         conditioner.load()
     return Parts(
         unet=unet,
