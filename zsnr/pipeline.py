@@ -19,6 +19,8 @@ from zsnr.denoiser import Conditioning, Denoiser, Network
 from zsnr.files import replacing
 from zsnr.guidance import Guidance
 from zsnr.interop import read_diffusers_folder, read_single_file
+from zsnr.interop.adapter_file import AdapterFile
+from zsnr.interop.adapter_merge import MergedAdapter, merge_adapter
 from zsnr.noise import SampleNoise, sample_generator
 from zsnr.prediction import PredictionType, check_prediction_type
 from zsnr.progress import progress_bar
@@ -69,13 +71,21 @@ class TextToImage:
         model: The parts of the model. With `raw_unet`, guidance against "raw" is possible.
         network: Network that replaces the model's UNet. None = the UNet.
         name: Name of the model in the metadata of its images, such as its path.
+        loras: Adapters that are merged into the model, for the metadata of its images.
     """
 
-    def __init__(self, model: Model, network: Network | None = None, name: str = "") -> None:
+    def __init__(
+        self,
+        model: Model,
+        network: Network | None = None,
+        name: str = "",
+        loras: Sequence[MergedAdapter] = (),
+    ) -> None:
         check_prediction_type(model.prediction_type, model.schedule)
         self.model = model
         self.network: Network = network or model.unet
         self.name = name
+        self.loras = tuple(loras)
 
     @classmethod
     def from_pretrained(
@@ -134,6 +144,30 @@ class TextToImage:
         if self.model.raw_unet is not None:
             self.model.raw_unet.to(device)
         return self
+
+    def load_lora(self, path: str | Path | AdapterFile, scale: float = 1.0) -> None:
+        """Merge an adapter of any program into the weights; several add up.
+
+        LoRA (also of convolutions), LoHa, LoKr, DoRA and full differences are read, in the layouts
+        of kohya's scripts, LyCORIS, OneTrainer, ComfyUI, diffusers and peft. Every tensor of the
+        file is used, or the file is refused and nothing changes. To take an adapter out again, load
+        the model again.
+
+        Args:
+            path: A .safetensors file, a folder of peft or diffusers that holds one, or an opened
+                file.
+            scale: What the change is multiplied by; see `zsnr.interop.adapter_merge` for DoRA.
+
+        Raises:
+            ValueError: The file is damaged, of another kind or for another model; or the weights
+                are sharded, quantized or not those that the pipeline samples with.
+        """
+        if self.network is not self.model.unet:
+            raise ValueError(
+                "This pipeline samples with another network than its model's UNet: load the "
+                "adapter into a pipeline of the model itself, before its network is wrapped."
+            )
+        self.loras = (*self.loras, merge_adapter(self.model, path, scale))
 
     @torch.no_grad()  # a sharded network cannot be gathered in inference mode
     def __call__(
@@ -308,6 +342,7 @@ class TextToImage:
 
         return {
             "model": self.name,
+            **({"loras": [lora.facts() for lora in self.loras]} if self.loras else {}),
             **describe_sampling(sampling),
             "prediction_type": self.model.prediction_type,
             "schedule": self.model.schedule.settings(),
