@@ -13,12 +13,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from zsnr.interop.declarations import Declaration, read_declaration
 from zsnr.untrusted import clipped, parse_object, read_json, shown
 from zsnr.weights.header import Header
 
+T = TypeVar("T")
 ADAPTER_NAMES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 _PEFT_CONFIG = "adapter_config.json"
 _DIFFUSERS_CONFIG = "lora_adapter_metadata"
@@ -212,8 +213,10 @@ def open_adapter(path: str | Path) -> AdapterFile:
     for layer in layers.values():
         _check_parts(path, header, layer)
     configs = _configs(path, header, layers)
-    name = given.name if given.is_dir() or path.name not in ADAPTER_NAMES else path.parent.name
-    return AdapterFile(path, name, header, declaration, layers, configs, tuple(idle))
+    named = path.parent if given.is_dir() or path.name in ADAPTER_NAMES else path
+    return AdapterFile(
+        path, named.resolve().name, header, declaration, layers, configs, tuple(idle)
+    )
 
 
 def _find(path: Path) -> Path:
@@ -263,10 +266,10 @@ def _check_parts(path: Path, header: Header, layer: Mapping[str, str]) -> None:
     parts = layer.keys() - _ASIDE
     first = min(layer[part] for part in (parts or layer))
     if parts not in _COMPLETE and layer.keys() != {"diff_bias"}:
-        larger = [complete - parts for complete in _COMPLETE if complete > parts]
+        larger = [sorted(complete - parts) for complete in _COMPLETE if complete > parts]
         if not larger:
             raise ValueError(f"{path}: {first} and its partners are of different adapters.")
-        lacking = ", ".join(sorted(min(larger, key=len)))
+        lacking = ", ".join(min(larger, key=len))
         raise ValueError(f"{path}: {first} has no partner ({lacking}): the file is incomplete.")
     wrong = {"magnitude", "up_bias"} & layer.keys() if "down" not in parts else set()
     wrong |= {"alpha", "dora_scale"} & layer.keys() if parts <= {"diff"} else set()
@@ -361,6 +364,6 @@ def _pattern(
         yield end, _number(path, f"{name}[{end}]", value, least)
 
 
-def _by_end(values: Mapping[str, Any], layer: str, default: Any) -> Any:
+def _by_end(values: Mapping[str, T], layer: str, default: T | None) -> T | None:
     ends = (end for end in values if layer == end or layer.endswith(f".{end}"))
     return next((values[end] for end in ends), default)

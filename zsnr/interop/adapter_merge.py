@@ -398,9 +398,8 @@ def _with_norms(weight: Tensor, norms: Tensor, *, on_output: bool) -> Tensor:
     kept = 0 if on_output else 1
     others = [i for i in range(weight.ndim) if i != kept]
     shape = [len(norms) if i == kept else 1 for i in range(weight.ndim)]
-    return weight * (
-        norms.reshape(shape) / torch.linalg.vector_norm(weight, dim=others, keepdim=True)
-    )
+    lengths: Tensor = torch.linalg.vector_norm(weight, dim=others, keepdim=True)
+    return weight * (norms.reshape(shape) / lengths)
 
 
 def _whole(parts: Mapping[str, Tensor]) -> Tensor:
