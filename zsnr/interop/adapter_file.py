@@ -269,11 +269,15 @@ def _check_parts(path: Path, header: Header, layer: Mapping[str, str]) -> None:
         larger = [sorted(complete - parts) for complete in _COMPLETE if complete > parts]
         if not larger:
             raise ValueError(f"{path}: {first} and its partners are of different adapters.")
-        lacking = ", ".join(min(larger, key=len))
-        raise ValueError(f"{path}: {first} has no partner ({lacking}): the file is incomplete.")
+        lacking: list[str] = min(larger, key=len)
+        raise ValueError(
+            f"{path}: {first} has no partner ({', '.join(lacking)}): the file is incomplete."
+        )
     wrong = {"magnitude", "up_bias"} & layer.keys() if "down" not in parts else set()
     wrong |= {"alpha", "dora_scale"} & layer.keys() if parts <= {"diff"} else set()
-    wrong |= {"magnitude", "dora_scale"} & layer.keys() if "up_bias" in layer else set()
+    wrong |= (
+        {"magnitude", "dora_scale", "diff_bias"} & layer.keys() if "up_bias" in layer else set()
+    )
     wrong |= {"magnitude"} & layer.keys() if "dora_scale" in layer else set()
     if wrong:
         raise ValueError(f"{path}: {layer[min(wrong)]} does not belong to {first}.")

@@ -34,7 +34,6 @@ from zsnr.interop.declarations import Declaration
 from zsnr.interop.ldm_layout import ldm_unet
 from zsnr.networks import UNet
 from zsnr.weights.header import open_safetensors
-from zsnr.weights.pretrained import cast_weight
 
 _PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _FAMILIES = {768: "SD 1", 1024: "SD 2"}
@@ -117,10 +116,11 @@ def merge_adapter(
         for layer, name in pairs
     ]
     for change in changes:  # all are checked before the first is made
-        _changed(change, scale)
+        if not _is_bounded(change, scale):
+            _changed(file, change, scale)
     _warn(file, model)
     for change in changes:
-        for parameter, value in _changed(change, scale):
+        for parameter, value in _changed(file, change, scale):
             parameter.data.copy_(value)
     if any(layer.part != "UNet" for layer, _ in pairs):
         conditioner.pretrained = False  # its settings alone no longer tell its weights
@@ -139,7 +139,7 @@ def _read(file: AdapterFile) -> dict[str, Tensor]:
             for name in parts.values():
                 # Copied, because truncating a memory-mapped file would kill the process.
                 tensors[name] = opened.get_tensor(name).clone()
-                if not tensors[name].float().isfinite().all():
+                if not all(end.isfinite() for end in tensors[name].float().aminmax()):
                     raise ValueError(
                         f"{file.path}: {name} has values that are not finite: the adapter is "
                         "broken."
@@ -354,43 +354,61 @@ def _check_weights(file: AdapterFile, layer: _Layer) -> None:
     raise ValueError(f"{file.path}: the weights of {layer.name} are {kind}.")
 
 
-def _changed(change: _Change, scale: float) -> list[tuple[nn.Parameter, Tensor]]:
-    """Return the changed parameters of a layer with their new values.
+def _is_bounded(change: _Change, scale: float) -> bool:
+    """Whether a plain LoRA is known to give values that the weight's dtype can hold.
+
+    By Cauchy and Schwarz, |W + s D| is at most |W| + |s| (alpha / r) |B_i| |A_j|, with the rows of
+    B and the columns of A, which takes much less time than the product.
+    """
+    if not {"down", "up"} <= change.parts.keys() <= {"down", "up", "alpha"}:
+        return False
+    weight = change.layer.weight.data
+    up, down = (change.parts[part].float().flatten(1) for part in ("up", "down"))
+    largest = max(abs(float(end)) for end in weight.aminmax())
+    lengths = float(up.norm(dim=1).max() * down.norm(dim=0).max())
+    bound = largest + abs(scale * change.factor) * lengths
+    return bound < 0.99 * torch.finfo(weight.dtype).max
+
+
+def _changed(file: AdapterFile, change: _Change, scale: float) -> list[tuple[nn.Parameter, Tensor]]:
+    """Return the changed parameters of a layer with their new values, in float32 at least.
 
     Raises:
-        ValueError: A new value is not finite in the parameter's dtype.
+        ValueError: The parameter's dtype cannot hold a new value.
     """
     layer, weight = change.layer, change.layer.weight
     exact = torch.promote_types(weight.dtype, torch.float32)
     parts = {part: t.to(weight.device, exact) for part, t in change.parts.items()}
     changed = []
     if parts.keys() - {"diff_bias"}:
-        merged = _merged(weight.data.to(exact), parts, change.factor, scale)
-        changed.append((weight, cast_weight(f"{layer.name}.weight", merged, weight.dtype)))
-    bias = layer.bias
-    if bias is not None:
-        added = [
-            factor * parts[part]
-            for part, factor in (("diff_bias", scale), ("up_bias", scale * change.factor))
-            if part in parts
-        ]
-        if added:
-            new = bias.data.to(exact) + sum(added)
-            changed.append((bias, cast_weight(f"{layer.name}.bias", new, bias.dtype)))
+        changed.append((weight, _merged(weight.data, parts, change.factor, scale)))
+    for part, factor in (("diff_bias", scale), ("up_bias", scale * change.factor)):
+        if part in parts and layer.bias is not None:
+            changed.append((layer.bias, torch.add(layer.bias.data, parts[part], alpha=factor)))
+    for parameter, value in changed:
+        low, high = value.aminmax()
+        most = torch.finfo(parameter.dtype).max
+        if not (-most <= low and high <= most):  # NaN neither
+            kind = str(parameter.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{file.path}: with scale {scale:g}, {layer.name} gets values that {kind} cannot "
+                "hold: lower the scale, or load the model in another dtype."
+            )
     return changed
 
 
 def _merged(weight: Tensor, parts: Mapping[str, Tensor], factor: float, scale: float) -> Tensor:
     """Return W with the change of an adapter, see the formulas above."""
-    change = factor * _whole(parts).reshape(weight.shape)
-    if "magnitude" in parts:
-        return _with_norms(weight + scale * change, parts["magnitude"].flatten(), on_output=True)
-    if "dora_scale" in parts:
-        norms = parts["dora_scale"]
-        on_output = len(norms) == len(weight)
-        changed = _with_norms(weight + change, norms.flatten(), on_output=on_output)
-        return weight + scale * (changed - weight)
-    return weight + scale * change
+    change = _whole(parts).reshape(weight.shape)
+    if "dora_scale" not in parts:
+        merged = torch.add(weight, change, alpha=scale * factor)
+        norms = parts.get("magnitude")
+        return merged if norms is None else _with_norms(merged, norms.flatten(), on_output=True)
+    norms = parts["dora_scale"]
+    on_output = len(norms) == len(weight)
+    merged = torch.add(weight, change, alpha=factor)
+    merged = _with_norms(merged, norms.flatten(), on_output=on_output)
+    return torch.add(weight, merged - weight, alpha=scale)
 
 
 def _with_norms(weight: Tensor, norms: Tensor, *, on_output: bool) -> Tensor:
