@@ -23,6 +23,7 @@ from zsnr.interop.adapter_merge import merge_adapter
 from zsnr.interop.lora import ldm_name, merge, write_lora
 from zsnr.lora import AdaptedUNet, LoRA
 from zsnr.pipeline import TextToImage
+from zsnr.reports.arms import make_arms
 
 FAMILIES = ("v1", "xl")
 DOWN = "down_blocks.1.attentions.0"
@@ -987,6 +988,16 @@ def test_compare_refuses_before_it_samples(folders, tmp_path, capsys):
     assert main(["compare", "models", model, "--vary", vary, "-o", str(tmp_path / "p")]) == 2
     assert "No such file" in capsys.readouterr().err
     assert not (tmp_path / "p").exists()
+
+
+def test_arms_with_loras(style):
+    name = str(style)
+    [arm] = make_arms(["m"], [f"lora={name}:0.5+{name}"])
+    assert arm.lora == ((name, 0.5), (name, 1.0))
+    with pytest.raises(ValueError, match="wanted FILE or FILE:SCALE, several with"):
+        make_arms(["m"], [f"lora={name}:x"])
+    with pytest.raises(ValueError, match="An exact denoiser has no weights to merge a LoRA into"):
+        make_arms((), [f"lora={name}"], exact=True)
 
 
 @pytest.mark.parametrize("output", ["folder", "file.safetensors"])
