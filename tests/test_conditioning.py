@@ -494,7 +494,7 @@ def test_a_conditioner_needs_no_weights_until_it_is_used(tmp_path, tiny_open_cli
         for use in (conditioner.load, conditioner.null, lambda c=conditioner: c(["a"])):
             with pytest.raises(
                 ValueError,
-                match="(Cannot load|holds no complete weights of) (a text encoder|zsnr-tiny)",
+                match="Cannot load zsnr|complete weights of a text",
             ):
                 use()
     (tmp_path / "text" / "model.safetensors").write_bytes(b"garbage")

@@ -22,6 +22,8 @@ from zsnr.conditioning.cuts import describe_cuts, longest_cut
 from zsnr.denoiser import Conditioning, Denoiser, Network
 from zsnr.files import replacing
 from zsnr.guidance import Guidance
+from zsnr.interop.adapter_file import AdapterFile
+from zsnr.interop.adapter_merge import MergedAdapter, merge_adapter
 from zsnr.interop.models import choose_dtype, load_parts, read_model
 from zsnr.noise import SampleNoise, sample_generator
 from zsnr.prediction import PredictionType, check_prediction_type
@@ -95,9 +97,16 @@ class TextToImage:
         model: The parts of the model. With `raw_unet`, guidance against "raw" is possible.
         network: Network that replaces the model's UNet. None = the UNet.
         name: Name of the model in the metadata of its images, such as its path.
+        loras: Adapters that are merged into the model, for the metadata of its images.
     """
 
-    def __init__(self, model: Model, network: Network | None = None, name: str = "") -> None:
+    def __init__(
+        self,
+        model: Model,
+        network: Network | None = None,
+        name: str = "",
+        loras: Sequence[MergedAdapter] = (),
+    ) -> None:
         check_prediction_type(model.prediction_type, model.schedule)
         self.model = model
         self.network: Network = network or model.unet
@@ -105,6 +114,7 @@ class TextToImage:
         self._offload = False
         self._device: torch.device | None = None  # of the part in use, with offload
         self.warned_of: set[str] = set()  # prompts that a warning has counted as cut
+        self.loras = tuple(loras)
 
     @classmethod
     def from_pretrained(
@@ -200,6 +210,30 @@ class TextToImage:
             self.warned_of,
             lambda message: warnings.warn(message, stacklevel=6),
         )
+
+    def load_lora(self, path: str | Path | AdapterFile, scale: float = 1.0) -> None:
+        """Merge an adapter of any program into the weights; several add up.
+
+        LoRA (also of convolutions), LoHa, LoKr, DoRA and full differences are read, in the layouts
+        of kohya's scripts, LyCORIS, OneTrainer, ComfyUI, diffusers and peft. Every tensor of the
+        file is used, or the file is refused and nothing changes. To take an adapter out again, load
+        the model again.
+
+        Args:
+            path: A .safetensors file, a folder of peft or diffusers that holds one, or an opened
+                file.
+            scale: What the change is multiplied by; see `zsnr.interop.adapter_merge` for DoRA.
+
+        Raises:
+            ValueError: The file is damaged, of another kind or for another model; or the weights
+                are sharded, quantized or not those that the pipeline samples with.
+        """
+        if self.network is not self.model.unet:
+            raise ValueError(
+                "This pipeline samples with another network than its model's UNet: load the "
+                "adapter into a pipeline of the model itself, before its network is wrapped."
+            )
+        self.loras = (*self.loras, merge_adapter(self.model, path, scale))
 
     @torch.no_grad()  # a sharded network cannot be gathered in inference mode
     def __call__(
@@ -391,6 +425,7 @@ class TextToImage:
         return {
             "model": self.name,
             **self.model.conditioner.configured,
+            **({"loras": [lora.facts() for lora in self.loras]} if self.loras else {}),
             **describe_sampling(sampling),
             "prediction_type": self.model.prediction_type,
             "schedule": self.model.schedule.settings(),

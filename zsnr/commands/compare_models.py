@@ -36,6 +36,7 @@ def compare_models(
     Examples:
         zsnr compare models a.ckpt b.ckpt -o page
         zsnr compare models a.ckpt --vary guidance_rescale=0,0.35,0.7,1 -o sweep
+        zsnr compare models a.safetensors --vary lora=none,b.safetensors:0.5,b.safetensors -o loras
         zsnr compare models --arm 'model=a.ckpt spacing=leading' --arm model=b.ckpt -o page
 
     Args:
@@ -44,8 +45,9 @@ def compare_models(
             trainings.
         output: New folder for the page.
         arm: An arm as 'SETTING=VALUE ...'. May be repeated. Settings: name, model, schedule
-            (original or rescaled; default: as the model declares), and the sampling options below
-            by their names, such as num_steps.
+            (original or rescaled; default: as the model declares), lora (FILE or FILE:SCALE of an
+            adapter to merge, several with + between, or none), and the sampling options below by
+            their names, such as num_steps.
         vary: SETTING=VALUE,VALUE,... makes one arm with each value out of every arm. May be
             repeated.
         prompts: A .txt or .jsonl file, whose lines may name group and brightness_rank; 'data' for

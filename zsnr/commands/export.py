@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -25,6 +26,7 @@ def export(
     format: Format | None = None,
     merge: bool = False,
     base: str | None = None,
+    lora: Sequence[str] = (),
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
     raw: bool = False,
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None,
@@ -47,6 +49,8 @@ def export(
             of kohya's scripts.
         merge: Write the whole model, with its adapters merged.
         base: Where the model under the adapters is, if it has moved.
+        lora: An adapter file (LoRA, LoHa, LoKr, DoRA) of any program to merge into the model, as
+            FILE or FILE:SCALE, such as style.safetensors:0.8. May be repeated.
         dtype: Data type of the weights.
         raw: Write the raw weights instead of the averaged ones.
         prediction_type: What the network predicts. Default: what the model declares.
@@ -57,6 +61,8 @@ def export(
     from zsnr.checkpoints.run_folder import resolve_model
     from zsnr.files import check_new
     from zsnr.interop import hub
+    from zsnr.interop.adapter_file import read_loras
+    from zsnr.interop.adapter_merge import merge_adapter
     from zsnr.interop.export import Form, export_diffusers, read_exportable
     from zsnr.interop.lora import write_lora
 
@@ -66,6 +72,12 @@ def export(
         hub.check_push(push)
     kind = _format(path, format, merge)
     adapters = kind in _LAYOUTS
+    if adapters and lora:
+        raise ValueError(
+            f"--lora is merged into a whole model, but --format {kind} writes adapters alone: "
+            "leave one of them out."
+        )
+    loras = read_loras(lora)
     form: Form = "lora" if adapters else "single-file" if kind == "single-file" else "diffusers"
     model, facts = read_exportable(
         resolve_model(checkpoint),
@@ -76,6 +88,9 @@ def export(
         schedule=zero_schedule(zero_terminal_snr),
         prediction_type=prediction_type,
     )
+    if loras:
+        merged = [merge_adapter(model, file, scale) for file, scale in loras]
+        facts["loras"] = [each.facts() for each in merged]
     print(printable(f"writing {path}"), file=sys.stderr)
     metadata = {"zsnr.run": json.dumps(facts)}
     if adapters:

@@ -22,6 +22,7 @@ def sample(
     width: int | None = None,
     batch_size: int = 8,
     device: str | None = None,
+    lora: Sequence[str] = (),
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None,
     zero_terminal_snr: bool = False,
     dtype: str = "auto",
@@ -43,6 +44,7 @@ def sample(
 
     Examples:
         zsnr sample runs/quickstart "a red apple" --num-images 4
+        zsnr sample model.safetensors "a red apple" --lora style.safetensors:0.8
 
     Args:
         model: A checkpoint, the folder of a run (its last checkpoint is taken), a diffusers folder,
@@ -56,6 +58,8 @@ def sample(
         width: Width of the images, in pixels. Default: the size that the model was trained at.
         batch_size: Number of images sampled at a time.
         device: Device to sample on. Default: the GPU if there is one.
+        lora: An adapter (LoRA, LoHa, LoKr, DoRA) of any program to merge into the model, as FILE or
+            FILE:SCALE, such as style.safetensors:0.8. May be repeated.
         prediction_type: What the network predicts. Default: what the model declares.
         zero_terminal_snr: Take Stable Diffusion's schedule with zero terminal SNR instead of the
             schedule that the model declares.
@@ -77,6 +81,7 @@ def sample(
     from zsnr.checkpoints.run_folder import check_model
     from zsnr.data.prompts import PromptRequest
     from zsnr.files import check_new, new_folder
+    from zsnr.interop.adapter_file import read_loras
     from zsnr.noise import sample_generator
     from zsnr.pipeline import TextToImage, write_sample
     from zsnr.sampling import choose_sampling, recorded_guidance
@@ -92,6 +97,7 @@ def sample(
     check_device(device)
     folder = _new_name() if output is None else Path(output).expanduser()
     check_new(folder)
+    loras = read_loras(lora)
     given = read_sampling(sampling)
     chosen = choose_sampling(
         sampling_of(at_revision(model, revision)),
@@ -121,6 +127,8 @@ def sample(
         clip_skip=clip_skip,
         prompt_weights=prompt_weights or None,
     )
+    for file, scale in loras:
+        pipe.load_lora(file, scale)
     with new_folder(folder) as unfinished:
         images = pipe(
             [request.prompt for request in requests],

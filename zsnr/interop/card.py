@@ -43,8 +43,8 @@ def model_card(name: str, facts: Mapping[str, Any]) -> str:
         facts: What is known: `schedule` (settings), `prediction_type`, `image_size`, `dtype`,
             `pipeline` (class in diffusers), and of run.json what there is: `sampling`, `loss`,
             `data`, `global_step`, `batch_size`, `learning_rate`, `ema`, `metrics`, `start`,
-            `caption_dropout`, `offset_noise`, `versions`, `zsnr_version`. What is missing is
-            called not recorded.
+            `caption_dropout`, `offset_noise`, `versions`, `zsnr_version`; `loras`, the names and
+            scales of merged adapters. What is missing is called not recorded.
     """
     schedule = NoiseSchedule.from_settings(facts["schedule"])
     last = schedule.num_timesteps - 1
@@ -152,6 +152,7 @@ def _training(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("offset noise", facts.get("offset_noise")),
         ("averaging of weights", facts.get("ema")),
         ("weights here", facts.get("weights")),
+        *([("merged adapters", facts["loras"])] if facts.get("loras") else []),
         ("stored as", facts.get("dtype")),
         *(sorted((_mapping(facts.get("metrics")) or {"val/loss": None}).items())),
         ("zsnr", facts.get("zsnr_version")),

@@ -11,6 +11,7 @@ from pathlib import Path, PurePath
 from typing import Any, Literal, get_args
 
 from zsnr.guidance import Curve, Guidance, GuidanceMethod, GuidanceSource
+from zsnr.interop.adapter_file import parse_lora
 from zsnr.pipeline import check_steps
 from zsnr.reports.schedule import both
 from zsnr.samplers import Sampler, get_sampler
@@ -51,6 +52,7 @@ class Arm:
             declares, if the sampler is the one that it declares.
         timesteps: Timesteps that the model declares, if its spacing is a grid file; the file need
             not exist. Empty = those of the spacing.
+        lora: Adapter files that are merged into each model, with their scales.
     """
 
     name: str = ""
@@ -71,6 +73,7 @@ class Arm:
     guidance_against: GuidanceSource = Guidance.against
     sampler_options: tuple[tuple[str, Any], ...] = ()
     timesteps: tuple[int, ...] = ()
+    lora: tuple[tuple[str, float], ...] = ()
 
     def schedule_of(self, declared: NoiseSchedule) -> NoiseSchedule:
         """Return the schedule to sample on.
@@ -157,6 +160,24 @@ def _pairs_or_none(text: str) -> Curve | None:
     return None if text == "none" else tuple(map(_pair, text.split("/")))
 
 
+def _loras(text: str) -> tuple[tuple[str, float], ...]:
+    words = [] if text == "none" else text.split("+")
+    loras = []
+    while words:
+        n = next((n for n in range(1, len(words) + 1) if _is_lora("+".join(words[:n]))), 1)
+        loras.append(parse_lora("+".join(words[:n])))
+        words = words[n:]
+    return tuple(loras)
+
+
+def _is_lora(text: str) -> bool:
+    """Whether it is FILE or FILE:SCALE of an existing file, whose name may hold a plus."""
+    try:
+        return Path(parse_lora(text)[0]).expanduser().exists()
+    except ValueError:
+        return False
+
+
 GUIDANCE = tuple(f"guidance_{option.name}" for option in fields(Guidance))
 """The settings of guidance, by the names of the command-line options."""
 
@@ -175,11 +196,13 @@ _PARSED: Mapping[str, Callable[[str], Any]] = {
     "guidance_apg_parallel": float,
     "guidance_apg_norm": _or_none,
     "guidance_against": str,
+    "lora": _loras,
 }
 _WANTED: Mapping[Callable[[str], Any], str] = {
     _pair_or_none: "LOW:HIGH, such as 0.3:5 or 0.3:inf, or none",
     _pairs_or_none: "knots LOG_SNR:W with slashes between, such as -6:1/0:7.5, or none",
     _flag: "true or false",
+    _loras: "FILE or FILE:SCALE, several with + between, such as a.safetensors:0.8, or none",
     _or_none: "a number or none",
     int: "an integer",
 }
@@ -188,6 +211,7 @@ SETTINGS = tuple(_PARSED)
 
 _LABELS: Mapping[str, Callable[[Any], str]] = {
     "models": lambda models: ", ".join(models),
+    "lora": lambda loras: lora_text(loras) if loras else "no LoRA",
     "schedule": lambda kind: f"{kind} schedule" if kind else "declared schedule",
     "spacing": str,
     "sampler": str,
@@ -222,6 +246,11 @@ def guidance_text(value: Any) -> str:
         case tuple() | list():
             return ":".join(map(guidance_text, value))
     return str(value)
+
+
+def lora_text(loras: Sequence[tuple[str, float]]) -> str:
+    """Write adapters as `parse_setting` reads them."""
+    return "+".join(name if scale == 1 else f"{name}:{scale:g}" for name, scale in loras)
 
 
 def make_arms(
@@ -283,6 +312,8 @@ def make_arms(
     for arm in arms:
         if exact and any(getattr(arm, name) != getattr(defaults, name) for name in GUIDANCE):
             raise ValueError("An exact denoiser of one dataset has no guidance: leave it out.")
+        if exact and arm.lora:
+            raise ValueError("An exact denoiser has no weights to merge a LoRA into: leave it out.")
         if arm.schedule not in (None, *get_args(ScheduleKind)):
             known = ", ".join(get_args(ScheduleKind))
             raise ValueError(f"schedule={arm.schedule!r} is unknown. Known: {known}.")
@@ -417,14 +448,18 @@ def _paths(text: str) -> tuple[str, ...]:
 
 def _named(arms: Sequence[Arm]) -> list[Arm]:
     """Name each arm after the settings in which it differs from the others."""
-    short = _short(arms)
+    short, files = _short(arms), _lora_names(arms)
     named: list[Arm] = []
     for arm in arms:
         alike = [other for other in arms if other.name == arm.name] if arm.name else arms
         parts = [arm.name] if arm.name else []
         for name in _LABELS:
             if name in differing(alike):
-                value = short[arm.models] if name == "models" else getattr(arm, name)
+                value = getattr(arm, name)
+                if name == "models":
+                    value = short[value]
+                elif name == "lora":
+                    value = [(files[path], scale) for path, scale in value]
                 parts.append(_LABELS[name](value))
         alone = ", ".join(PurePath(model).name for model in arm.models) or "exact denoiser"
         named.append(replace(arm, name=", ".join(parts) or alone))
@@ -438,6 +473,16 @@ def _named(arms: Sequence[Arm]) -> list[Arm]:
             f"{arm.spacing}, which 'auto' may also resolve to. Wanted arms that differ."
         )
     return named
+
+
+def _lora_names(arms: Sequence[Arm]) -> dict[str, str]:
+    """Name adapters by their files without ending, by their paths where two have one name."""
+    paths = list(dict.fromkeys(path for arm in arms for path, _ in arm.lora))
+    names = [PurePath(path).name.removesuffix(".safetensors") for path in paths]
+    return {
+        path: name if names.count(name) == 1 else path
+        for path, name in zip(paths, names, strict=True)
+    }
 
 
 def _short(arms: Sequence[Arm]) -> dict[tuple[str, ...], tuple[str, ...]]:

@@ -26,6 +26,7 @@ from zsnr.data.samples import select
 from zsnr.data.sources import Sources, find_shards
 from zsnr.data.storage import Storage
 from zsnr.files import check_new, new_folder
+from zsnr.interop.adapter_file import open_adapter
 from zsnr.metrics import kept_fraction, mean_mode
 from zsnr.noise import derive_seed, sample_generator
 from zsnr.pipeline import (
@@ -98,7 +99,7 @@ def compare_models(
         _requests(prompts, count, seed, [])
     for arm in arms:
         check_models(arm)
-    paths = list(dict.fromkeys(path for arm in arms for path in arm.models))
+    loads = list(dict.fromkeys((path, arm.lora) for arm in arms for path in arm.models))
 
     images: Tensor | None = None
     captions: list[str] = []
@@ -108,10 +109,12 @@ def compare_models(
     schedules: dict[str, NoiseSchedule] = {}
     retained: dict[str, float | None] = {}
     with new_folder(output) as folder:
-        for number, path in enumerate(paths):
-            arms_of_model = [arm for arm in arms if path in arm.models]
+        for number, (path, loras) in enumerate(loads):
+            arms_of_model = [arm for arm in arms if path in arm.models and arm.lora == loras]
             raw_beside = any(arm.guidance_against == "raw" for arm in arms_of_model)
             pipe = TextToImage.from_pretrained(path, device=device, raw_beside=raw_beside)
+            for file, scale in loras:
+                pipe.load_lora(file, scale)
             for arm in arms_of_model:
                 arm.check(pipe.model.schedule)
                 check_threshold(arm.sampling().guidance, pipe.model.codec)
@@ -140,7 +143,7 @@ def compare_models(
                     place += f"/model-{arm.models.index(path) + 1}"
                 model = replace(pipe.model, schedule=schedule)
                 images_of[arm.name, path] = _sample_arm(
-                    TextToImage(model, pipe.network, path),
+                    TextToImage(model, pipe.network, path, pipe.loras),
                     arm,
                     requests,
                     folder,
@@ -362,6 +365,8 @@ def check_images(data: Sources) -> None:
 
 def check_models(arm: Arm) -> None:
     """Refuse what can be known to fail without loading a model."""
+    for file, _ in arm.lora:
+        open_adapter(file)
     first: NoiseSchedule | None = None
     for path in map(resolve_model, arm.models):
         if arm.guidance_against == "raw":

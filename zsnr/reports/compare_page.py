@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zsnr.reports.arms import GUIDANCE, Arm, guidance_text
+from zsnr.reports.arms import GUIDANCE, Arm, guidance_text, lora_text
 from zsnr.reports.charts import COLORS, draw_brightness_histograms, draw_group_means
 from zsnr.reports.page import draw_chart, embed, images_per_column, render_page
 
@@ -88,6 +88,7 @@ def _settings(facts: Mapping[str, Any]) -> dict[str, Any]:
     if exact:
         names.remove("models")
     else:
+        names += ["lora"] * any(arm["settings"]["lora"] for arm in facts["arms"])
         names += ["guidance_scale", "guidance_rescale"]
         names += [
             name
@@ -124,6 +125,8 @@ def _setting(arm: Mapping[str, Any], name: str) -> str | list[str]:
         kind = "custom table" if settings["alphas_cumprod_table"] else settings["betas"]
         return f"{kind}, {'rescaled' if arm['snr_T'] == 0 else 'original'}"
     value = arm["settings"][name]
+    if name == "lora":
+        return lora_text(value) or "none"
     if name in GUIDANCE[2:]:
         if name == "guidance_interval" and value is not None:
             value = [math.inf if end is None else end for end in value]
