@@ -882,6 +882,13 @@ def test_an_adapter_of_another_prediction_type_is_warned_of(
     assert message is None or message in texts[0]
 
 
+def test_an_adapter_of_peft_without_its_config_is_warned_of(load, tmp_path):
+    name = f"base_model.model.{LAYERS[0]}"
+    tensors = {f"{name}.lora_A.weight": randn(3, 32), f"{name}.lora_B.weight": randn(32, 3)}
+    with pytest.warns(UserWarning, match="which says alpha: alpha = rank is taken"):
+        merge_adapter(load(), saved(tmp_path, tensors))
+
+
 def test_marks_are_declarations_and_embeddings_are_idle(load, tmp_path):
     model = load()
     tensors = one_layer(layers_of(model))

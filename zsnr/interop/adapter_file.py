@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -299,7 +300,15 @@ def _configs(
     """Read peft's config beside the file, or that of diffusers in the metadata."""
     beside = path.parent / _PEFT_CONFIG
     if any("base_model.model." in name for parts in layers.values() for name in parts.values()):
-        return {"": _config(beside, read_json(beside))} if beside.is_file() else {}
+        if beside.is_file():
+            return {"": _config(beside, read_json(beside))}
+        if not any("alpha" in parts for parts in layers.values()):
+            warnings.warn(
+                f"{path} is an adapter of peft without {_PEFT_CONFIG} beside it, which says alpha: "
+                "alpha = rank is taken.",
+                stacklevel=3,
+            )
+        return {}
     if path.name == ADAPTER_NAMES[0] and beside.is_file():
         return {"": _config(beside, read_json(beside))}
     text = header.metadata.get(_DIFFUSERS_CONFIG)
