@@ -51,8 +51,6 @@ _COMPARED_SPACINGS = {
     "steps, measured without guidance",
 }
 _SHOWN_GUIDANCE = ("guidance_method", "guidance_against", "guidance_curve", "guidance_interval")
-_CONFIG = "scheduler_config.json"
-_FIXED = "scheduler_config.fixed.json"
 
 
 def examine_checkpoint(

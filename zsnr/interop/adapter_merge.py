@@ -31,9 +31,9 @@ from zsnr.conditioning import Conditioner, SDXLConditioner, TransformersConditio
 from zsnr.conditioning.remembered import Remembered
 from zsnr.interop.adapter_file import AdapterFile, check_scale, open_adapter
 from zsnr.interop.declarations import Declaration
-from zsnr.interop.ldm_layout import ldm_unet
 from zsnr.networks import UNet
 from zsnr.weights.header import open_safetensors
+from zsnr.weights.ldm_layout import ldm_unet
 
 _PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _FAMILIES = {768: "SD 1", 1024: "SD 2"}
