@@ -206,7 +206,7 @@ class PromptTokenizer:
 
     def cuts(self, prompts: Sequence[str]) -> tuple[Cut, ...]:
         """Return those prompts that are cut, by the first tokenizer."""
-        if self._first is None:
+        if self._first is None or not prompts:
             return ()
         return self._cuts(self._first, prompts, self._encode(self._first, prompts)[0])
 
