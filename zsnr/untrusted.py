@@ -79,6 +79,18 @@ def near_path(path: Path) -> str:
     return f" Did you mean {first.parent / near[0]}?" if near else ""
 
 
+def check_inside(file: Path, folder: Path) -> None:
+    """Check that a file is in the folder, or in the blob store of the folder's hub cache.
+
+    Raises:
+        ValueError: The file is a link to another place.
+    """
+    real, home = file.resolve(), folder.resolve()
+    snapshots = (above.parent / "blobs" for above in home.parents if above.name == "snapshots")
+    if not any(real.is_relative_to(place) for place in (home, *snapshots)):
+        raise ValueError(f"{file} is a link out of {folder}: wanted a file inside the folder.")
+
+
 def disguise(head: bytes) -> str | None:
     """Recognize a wrong kind of file by its first bytes, such as a saved error page.
 

@@ -170,7 +170,7 @@ def examine_recipe(target: str, settings: Mapping[str, Any]) -> Diagnosis:
         if lacking:
             warnings.append(lacking)
     elif not possible:
-        changes.insert(0, "train v prediction: with zero terminal SNR, eps says nothing about x_0")
+        changes.insert(0, "train v prediction: with zero terminal SNR, eps leaves x_0 open")
     if recipe.base_decides:
         warnings.append(
             f"{recipe.program} take the schedule of the base model, here Stable Diffusion's: "

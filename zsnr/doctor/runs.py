@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from zsnr.checkpoints.run_facts import FORMAT, NAME
-from zsnr.doctor.common import check_inside, step_counts
 from zsnr.doctor.diagnosis import TRAIN, Diagnosis, judge, late, schedule_facts
+from zsnr.doctor.schedulers import step_counts
 from zsnr.guidance import Guidance
 from zsnr.interop.ldm_yaml import LdmYaml, declared_by, is_ldm, read_beside
 from zsnr.loss import LossWeighting
@@ -20,7 +20,7 @@ from zsnr.samplers.recommend import AUTO, resolve_sampling
 from zsnr.sampling import recorded_guidance
 from zsnr.schedule import NoiseSchedule
 from zsnr.timesteps import check_timesteps, get_timesteps, is_grid_file
-from zsnr.untrusted import clipped, open_regular, read_json, read_yaml, shown
+from zsnr.untrusted import check_inside, clipped, open_regular, read_json, read_yaml, shown
 
 DEFAULT_SAMPLING = {
     "sampler": "ddim",

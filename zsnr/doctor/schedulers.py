@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from zsnr.doctor.common import check_inside, step_counts
 from zsnr.doctor.diagnosis import TRAIN, Diagnosis, Verdict, judge, late, schedule_facts
 from zsnr.files import replacing
 from zsnr.interop.declarations import FAMILIES
@@ -22,8 +21,9 @@ from zsnr.interop.declared import (
     off_grid_steps,
     with_class_of,
 )
-from zsnr.untrusted import read_json, shown
+from zsnr.untrusted import check_inside, read_json, shown
 
+NUM_STEPS = (10, 20, 25, 30, 50)
 _CONFIG = "scheduler_config.json"
 _FIXED = "scheduler_config.fixed.json"
 
@@ -300,3 +300,14 @@ def _fixed(config: Mapping[str, Any]) -> dict[str, Any]:
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     with replacing(path) as beside:
         beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def step_counts(T: int, extra: Iterable[int], declared: Declared | None) -> list[int]:
+    """Return the step counts to examine: the usual and the extra ones that the grid supports."""
+    limit = T
+    if declared is not None and declared.scheduler.grid == "distilled":
+        limit = declared.original_inference_steps
+    counts = sorted({S for S in (*NUM_STEPS, *extra) if limit >= S})
+    if declared is not None and declared.scheduler.grid == "repeated":
+        counts = [S for S in counts if S >= 4 or declared.skip_prk_steps]
+    return counts or [max(1, limit // 2)]

@@ -1,6 +1,6 @@
 """Merging of adapter files into the weights of a model.
 
-With W the weight, s the scale, alpha / r the factor that the file declares (1 if it says nothing)
+With W the weight, s the scale, alpha / r the factor that the file declares (1 if it declares none)
 and D the change, W becomes W + s D, where
 
     LoRA     D = (alpha / r) B A, with a core between both for the convolutions of LoCon,
