@@ -97,9 +97,9 @@ def test_a_codec_needs_no_weights_until_it_is_used(tmp_path):
     assert codec.to("cpu").release() is codec
     latents = codec.latents(torch.ones(1, 8, 4, 4))
     for use in (codec.load, lambda: codec.encode(torch.zeros(1, 3, 8, 8))):
-        with pytest.raises(ValueError, match="Cannot load an AutoencoderKL from .*no file named"):
+        with pytest.raises(ValueError, match="holds no complete weights of an AutoencoderKL"):
             use()
-    with pytest.raises(ValueError, match="Cannot load an AutoencoderKL"):
+    with pytest.raises(ValueError, match="Cannot load|no complete weights of an AutoencoderKL"):
         codec.decode(latents)
 
 
@@ -234,7 +234,7 @@ def test_wrong_folders_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"holds no config\.json"):
         AutoencoderKLCodec("./nowhere")
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="Cannot load an AutoencoderKL"):
+    with pytest.raises(ValueError, match="Cannot load|no complete weights of an AutoencoderKL"):
         AutoencoderKLCodec(str(tmp_path))
     tiny_vae(tmp_path)
     weights = tmp_path / "diffusion_pytorch_model.safetensors"
@@ -251,7 +251,7 @@ def test_wrong_folders_are_refused(tmp_path):
         codec.load()
     weights.unlink()
     torch.save({}, weights.with_suffix(".bin"))
-    with pytest.raises(ValueError, match="no file named diffusion_pytorch_model.safetensors"):
+    with pytest.raises(ValueError, match="wanted diffusion_pytorch_model.safetensors"):
         codec.load()
     config = tmp_path / "config.json"
     config.write_text(config.read_text().replace('"AutoencoderKL"', '"VQModel"'))

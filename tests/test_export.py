@@ -351,11 +351,7 @@ def test_from_folder_to_single_file_and_back(tmp_path, tokenizer, monkeypatch):
     )
     export_diffusers(made, tmp_path / "first")
     family = {"clip": "v1", "open_clip": "v2"}[tokenizer]
-    small = {}
-    for part, public in PUBLIC[family].items():
-        config = json.loads((tmp_path / "first" / part / "config.json").read_text())
-        small[part] = {name: config.get(name, value) for name, value in public.items()}
-    monkeypatch.setitem(PUBLIC, family, small)
+    monkeypatch.setitem(PUBLIC, family, tiny.sizes_of(tmp_path / "first", family))
     steps = ["first", "single.safetensors", "second"]
     for source, target in pairwise(steps):
         assert main(["export", str(tmp_path / source), "--output", str(tmp_path / target)]) == 0

@@ -983,7 +983,7 @@ def test_a_watchdog_is_quiet_while_all_goes_well(shards, tmp_path, capfd):
         ({"every_n_train_steps": -1}, "every_n_train_steps=-1"),
         ({"keep": 0}, "keep=0"),
         ({"keep_every_n_steps": 0}, "keep_every_n_steps=0"),
-        ({"dirpath": "s3://bucket/run"}, "mount the bucket"),
+        ({"dirpath": "s3://bucket/run"}, "Set checkpoint.mirror to the address"),
     ],
 )
 def test_wrong_settings_of_checkpoints(options, message):

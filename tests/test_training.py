@@ -509,7 +509,7 @@ def test_previews_are_guided_away_from_the_weights_in_training(tmp_path):
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (lambda path: None, "is not a file"),
+        (lambda path: None, "does not exist"),
         (lambda path: path.write_bytes(b"garbage"), "not a readable checkpoint"),
         (lambda path: path.write_bytes(b""), "is empty"),
         (lambda path: torch.save({"state_dict": {}}, path), "was not written by zsnr"),

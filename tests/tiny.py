@@ -1,6 +1,7 @@
 """Small models and data that tests make for themselves."""
 
 import io
+import json
 import tarfile
 
 import torch
@@ -11,6 +12,7 @@ from zsnr.checkpoints import Model
 from zsnr.codecs import PixelCodec
 from zsnr.conditioning import TransformersConditioner
 from zsnr.networks import UNet, UNetConfig
+from zsnr.weights.ldm_file import PUBLIC
 
 TEXT = {
     "model_type": "clip_text_model",
@@ -236,3 +238,12 @@ def losses(module, batch, draws):
     prompts = [caption if kept else "" for caption, kept in keeps]
     batch = {**batch, "draws": draws, "prompts": prompts}
     return module._losses(batch, module._noised(batch), ema=False)
+
+
+def sizes_of(folder, family):
+    """Settings of a small diffusers folder, to patch into PUBLIC in place of a public model's."""
+    small = {}
+    for part, public in PUBLIC[family].items():
+        config = json.loads((folder / part / "config.json").read_text())
+        small[part] = {name: config.get(name, value) for name, value in public.items()}
+    return small

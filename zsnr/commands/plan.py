@@ -32,7 +32,7 @@ def plan(
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None,
     settings: Sequence[str] = (),
 ) -> Result:
-    """Estimate the memory and the time that a training run needs, or the memory of sampling.
+    """Estimate the memory and time of a training run, or the memory of sampling.
 
     Neither model nor data is loaded. The plan tells the bytes on each rank, how the global batch
     is divided, images and hours. Sizes are those of weights, gradients, optimizer state, averaged

@@ -114,7 +114,8 @@ def suggest(
     near = difflib.get_close_matches(called, siblings, n=1, cutoff=0.75)
     same = [each for each in names() if elsewhere and each.rpartition(".")[2] == last]
     if not near and same:
-        return f"Did you mean {spelled(same[0], typed)}?"
+        [nearest] = difflib.get_close_matches(plain, same, n=1, cutoff=0)
+        return f"Did you mean {spelled(nearest, typed)}?"
     words = set(plain.split("_"))
     near = near or [each for each in siblings if words <= set(each.split("_"))]
     near = near or difflib.get_close_matches(called, siblings, n=1, cutoff=0.65)
