@@ -370,7 +370,8 @@ class TextToImage:
     ) -> Denoiser:
         """Return the guided denoiser of prompts, (x_t, t) -> x_0, for a custom sampling loop.
 
-        It is the denoiser that `__call__` samples with. Call it within torch.no_grad(). Its latents
+        It is the denoiser that `__call__` samples with. Call it within torch.no_grad(), and with
+        offload move the network to the device first. Its latents
         have the shape `model.codec.latent_shape(height, width)`, one row for each prompt.
 
         Args:
@@ -412,11 +413,13 @@ class TextToImage:
     def _in_use(self, *parts: Any) -> Iterator[None]:
         """Have parts on the device while they are in use, where the others are offloaded."""
         parts = tuple(part for part in parts if part is not None and self._device is not None)
-        for part in parts:
-            part.to(self._device)
-        yield
-        for part in parts:
-            part.to("cpu")
+        try:
+            for part in parts:
+                part.to(self._device)
+            yield
+        finally:
+            for part in parts:
+                part.to("cpu")
 
     def describe(self, sampling: Sampling) -> dict[str, Any]:
         """Return all settings of an image except prompt, seed and size, as plain values."""
