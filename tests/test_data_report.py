@@ -135,7 +135,7 @@ def test_the_main_findings_are_printed(tmp_path, capsys):
     told = capsys.readouterr().out
     wanted = (
         "samples without one, which are left out: 2; empty: 25.0 %; "
-        "longer than the 75 tokens that clip reads: 25.0 %"
+        "longer than the 75 tokens that CLIP reads: 25.0 %"
     )
     assert wanted in told
     assert "512 pixels (the default of --image-size)" in told

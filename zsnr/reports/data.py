@@ -157,7 +157,7 @@ def write_data_report(
     facts = {
         **_facts(samples, images, captions, faults, image_size, spaces),
         "image_size_is_given": size_is_given,
-        "tokenizer": tokenizer,
+        "tokenizer": "CLIP" if tokenizer in BPE else tokenizer,
         "caption_tokens": _quantiles(num_tokens),
         "token_limit": limit,
         "cut_captions": _share([count > limit for count in num_tokens]),
@@ -174,7 +174,6 @@ def write_data_report(
             facts, ("caption_words", "caption_characters", "caption_tokens")
         ),
         "max_tokens": -(-max(num_tokens) // counter.room) * counter.room,
-        "tokenizer": "CLIP" if tokenizer in BPE else tokenizer,
         **_charts(samples, images, captions),
         "extremes": _extremes(images, captions),
         "trace": f"{ORIGINAL.alphas_cumprod[-1] ** 0.5:.4f}",
