@@ -351,14 +351,16 @@ def transformers_tokenizer(
         return *bpe_tokenizer(name, length), length
     root = local_path(pretrained, subfolder)
     assert root is not None
-    if root.is_dir() and not (root / (subfolder or "")).is_dir():
+    if not root.is_dir():
+        raise ValueError(f"Cannot load a tokenizer from {pretrained}: there is no such folder.")
+    if not (root / (subfolder or "")).is_dir():
         raise ValueError(f"{pretrained} has no folder {subfolder!r}: wanted a tokenizer there.")
     for file in (find_file(pretrained, subfolder, name) for name in _FILES):
         if file is not None:
             check_size(file, _LARGEST)
     try:
         auto = AutoTokenizer.from_pretrained(
-            str(root), subfolder=subfolder or "", trust_remote_code=False
+            str(root.absolute()), subfolder=subfolder or "", trust_remote_code=False
         )
         if auto.pad_token is None:
             auto.pad_token = auto.eos_token

@@ -179,7 +179,7 @@ def load_pretrained(
     try:
         check_depth(read_config(source, subfolder) or {})
         return cls.from_pretrained(
-            str(root),
+            str(root.absolute()),  # a relative path could be taken for a hub id
             subfolder=subfolder or "",
             use_safetensors=True,
             **_loading_options(cls, source, subfolder),
