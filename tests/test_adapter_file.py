@@ -808,6 +808,8 @@ def test_sharded_weights_are_refused(load, tmp_path):
 
     model = load()
     path = saved(tmp_path, one_layer(layers_of(model)))
+    if dist.is_initialized():  # by another test, in a run of one process
+        dist.destroy_process_group()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         fully_shard(model.unet)
