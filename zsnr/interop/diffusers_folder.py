@@ -58,12 +58,7 @@ def read_diffusers_folder(source: str, schedule: NoiseSchedule | None = None) ->
         conditioner = TransformersConditioner(
             source, subfolder="text_encoder", tokenizer_subfolder="tokenizer"
         )
-    unet = UNet(
-        pretrained=source,
-        channels=codec.channels,
-        context_dim=conditioner.context_dim,
-        pooled_dim=conditioner.pooled_dim,
-    )
+    unet = read_unet(source, codec, conditioner)
     return Model(
         codec=codec,
         conditioner=conditioner,
@@ -72,6 +67,20 @@ def read_diffusers_folder(source: str, schedule: NoiseSchedule | None = None) ->
         prediction_type=prediction_type,
         image_size=_side(source, unet.unet.config["sample_size"]) * codec.factor,
         sampling=sampling,
+    )
+
+
+def read_unet(source: str, codec: AutoencoderKLCodec, conditioner: Conditioner) -> UNet:
+    """Read the UNet of a folder or single file, which must fit its other parts.
+
+    Raises:
+        ValueError: It cannot be read, or does not fit.
+    """
+    return UNet(
+        pretrained=source,
+        channels=codec.channels,
+        context_dim=conditioner.context_dim,
+        pooled_dim=conditioner.pooled_dim,
     )
 
 

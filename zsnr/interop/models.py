@@ -132,9 +132,10 @@ def with_vae(
             settings |= {"scale": codec.scale, "shift": codec.shift}
         elif find_file(vae, "vae", "config.json") or not fetch_file(vae, "config.json"):
             settings["subfolder"] = "vae"
-    other = AutoencoderKLCodec(**{**settings, "dtype": "float32"})
-    if dtype is None and default == torch.float16 and other.overflows_in_float16:
-        default = torch.float32
+    if dtype is None and default == torch.float16:
+        wide = codec if vae is None else AutoencoderKLCodec(**{**settings, "dtype": "float32"})
+        if wide.overflows_in_float16:
+            default = torch.float32
     wanted = default if dtype is None else dtype
     if wanted is not None:
         chosen = as_dtype(wanted, "vae_dtype")

@@ -20,8 +20,8 @@ from zsnr.conditioning import Conditioner, SDXLConditioner, TransformersConditio
 from zsnr.conditioning.tokenizers import BPE, Tokenizer, bpe_tokenizer
 from zsnr.files import check_new, new_file
 from zsnr.interop.declarations import is_stable_diffusions, read_declaration, settle
+from zsnr.interop.diffusers_folder import read_unet
 from zsnr.lora import AdaptedUNet
-from zsnr.networks import UNet
 from zsnr.prediction import PredictionType
 from zsnr.schedule import NoiseSchedule
 from zsnr.untrusted import shown
@@ -161,12 +161,7 @@ def read_single_file(
         conditioner = TransformersConditioner(
             source, tokenizer=tokenizer, subfolder="text_encoder", max_length=max_length
         )
-    unet = UNet(
-        pretrained=source,
-        channels=codec.channels,
-        context_dim=conditioner.context_dim,
-        pooled_dim=conditioner.pooled_dim,
-    )
+    unet = read_unet(source, codec, conditioner)
     return Model(
         codec=codec,
         conditioner=conditioner,
