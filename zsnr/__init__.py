@@ -18,7 +18,7 @@ from zsnr.loss import LossWeighting, diffusion_loss
 from zsnr.noise import SampleNoise, derive_seed, offset_noise
 from zsnr.objective import Objective
 from zsnr.oracle import EmpiricalDenoiser, GaussianDenoiser
-from zsnr.prediction import PredictionType, prediction_target, to_eps, to_v, to_x0
+from zsnr.prediction import PredictionType, prediction_target, to_eps, to_flow, to_v, to_x0
 from zsnr.samplers import (
     DDIM,
     DDPM,
@@ -39,7 +39,14 @@ from zsnr.samplers import (
     recommend_sampling,
     register_sampler,
 )
-from zsnr.schedule import NoiseSchedule, rescale_zero_terminal_snr
+from zsnr.schedule import (
+    NoiseSchedule,
+    RectifiedFlow,
+    Schedule,
+    rescale_zero_terminal_snr,
+    resolution_shift,
+)
+from zsnr.timestep_law import TimestepLaw
 from zsnr.timesteps import (
     TimestepSpacing,
     available_spacings,
@@ -82,8 +89,11 @@ __all__ = [
     "NoiseSchedule",
     "Objective",
     "PredictionType",
+    "RectifiedFlow",
     "SampleNoise",
     "Sampler",
+    "Schedule",
+    "TimestepLaw",
     "TimestepSpacing",
     "UniPC",
     "adaptive_projected_guidance",
@@ -109,9 +119,11 @@ __all__ = [
     "register_spacing",
     "rescale_guidance",
     "rescale_zero_terminal_snr",
+    "resolution_shift",
     "reverse_transition",
     "timestep_pairs",
     "to_eps",
+    "to_flow",
     "to_v",
     "to_x0",
     "trailing",

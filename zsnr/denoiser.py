@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from zsnr.guidance import Guidance
 from zsnr.guidance_methods import dynamic_threshold
 from zsnr.prediction import PredictionType, check_prediction_type, to_x0
-from zsnr.schedule import NoiseSchedule
+from zsnr.schedule import Schedule
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +139,11 @@ def _check_rows(conditionings: Sequence[Conditioning]) -> None:
 
 
 class Network(Protocol):
-    """A function (x_t (B, *), t (B,) int64, conditioning or None) -> raw output (B, *)."""
+    """A function (x_t (B, *), t (B,), conditioning or None) -> raw output (B, *).
+
+    t is what the schedule's `time` tells networks: the timestep itself, int64, or 1000 u in float32
+    for rectified flow.
+    """
 
     def __call__(self, x_t: Tensor, t: Tensor, conditioning: Conditioning | None) -> Tensor: ...
 
@@ -177,7 +181,7 @@ class Denoiser:
     def __init__(
         self,
         network: Network,
-        schedule: NoiseSchedule,
+        schedule: Schedule,
         prediction_type: PredictionType = "v_prediction",
         cond: Conditioning | None = None,
         uncond: Conditioning | None = None,
@@ -310,13 +314,14 @@ class Denoiser:
                 "wanted one row per sample."
             )
         x = x_t if dtype is None else x_t.to(dtype)
+        time = self.schedule.time(t)
         rows, limit = len(x_t), self.max_rows
         if limit is None or rows <= limit:
-            output = network(x, t, c)
+            output = network(x, time, c)
         else:
             spans = [(i, min(i + limit, rows)) for i in range(0, rows, limit)]
             pieces = [
-                network(x[i:j], t[i:j], None if c is None else c.rows(i, j)) for i, j in spans
+                network(x[i:j], time[i:j], None if c is None else c.rows(i, j)) for i, j in spans
             ]
             fits = all(isinstance(piece, Tensor) for piece in pieces)
             output = torch.cat(pieces) if fits else pieces[0]

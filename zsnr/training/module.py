@@ -168,7 +168,7 @@ class LatentDiffusion(L.LightningModule):
         self.make_optimizer, self.learning_rate = optimizer, learning_rate
         self.sampling, self.image_size, self.seed = sampling, image_size, seed
         codec.latent_shape(image_size, image_size)  # refuses sizes it cannot encode
-        self.objective = Objective(schedule, prediction_type, loss, offset_noise)
+        self.objective = Objective(schedule, prediction_type, loss, offset_noise=offset_noise)
         make = partial(_new_unet, unet, codec, conditioner, lora)
         source = unet if isinstance(unet, str) else None
         weighted = isinstance(unet, UNet) or lora is not None
