@@ -16,7 +16,7 @@ FLOORS = (
         *("beta_distribution", "schedule", "prediction", "loss", "timestep_law", "timesteps"),
         *("guidance_methods", "guidance", "transition", "noise"),
     ),
-    ("denoiser", "draws", "objective", "oracle", "samplers", "sampling"),
+    ("denoiser", "conversion", "draws", "objective", "oracle", "samplers", "sampling"),
     (
         "pickled",
         "untrusted",

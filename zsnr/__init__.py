@@ -4,6 +4,7 @@ Based on arXiv:2305.08891, "Common Diffusion Noise Schedules and Sample Steps ar
 namespace needs only torch; networks, training and the command line are in submodules.
 """
 
+from zsnr.conversion import ConvertedNetwork
 from zsnr.denoiser import Conditioning, Denoiser
 from zsnr.draws import Draws, training_draws
 from zsnr.guidance import Guidance
@@ -73,6 +74,7 @@ __all__ = [
     "ERSDE",
     "IPNDM",
     "Conditioning",
+    "ConvertedNetwork",
     "DPMpp2M",
     "DPMpp2MSDE",
     "DPMpp3M",
