@@ -303,7 +303,7 @@ _CONFIG = {
     "model": {
         "codec": {"class_path": "PixelCodec", "init_args": {"patch_size": 2}},
         "conditioner": {"class_path": "NullConditioner", "init_args": {"context_dim": 8}},
-        "unet": {"block_out_channels": [16, 32], "attention": [False, True], "norm_groups": 8},
+        "network": {"block_out_channels": [16, 32], "attention": [False, True], "norm_groups": 8},
         "schedule": {"betas": "scaled_linear", "num_timesteps": 1000, "zero_terminal_snr": True},
         "prediction_type": "v_prediction",
         "loss": {"name": "uniform", "gamma": 5.0},

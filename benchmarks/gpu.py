@@ -141,7 +141,7 @@ def module(size: Size, vae: Path, compiled: bool) -> Any:
     return LatentDiffusion(
         codec=AutoencoderKLCodec(str(vae)),
         conditioner=NullConditioner(size.context_dim),
-        unet=UNetConfig(**size.config),
+        network=UNetConfig(**size.config),
         caption_dropout=0.0,
         image_size=size.pixels,
         optimizer=lambda p: torch.optim.AdamW(p, **LR, fused=True),

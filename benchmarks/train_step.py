@@ -160,7 +160,7 @@ def big_module(ema: bool, image_size: int = 64) -> Any:
     return LatentDiffusion(
         codec=PixelCodec(4),
         conditioner=NullConditioner(64),
-        unet=UNetConfig(**BIG),
+        network=UNetConfig(**BIG),
         image_size=image_size,
         optimizer=lambda p: torch.optim.AdamW(p, **LR, fused=True),
         ema=EMAConfig() if ema else None,
@@ -328,7 +328,7 @@ def planned(folder: Path, ranks: int, checkpointing: bool) -> dict[str, Any]:
         "model": {
             "codec": {"class_path": "PixelCodec", "init_args": {"patch_size": 4}},
             "conditioner": {"class_path": "NullConditioner", "init_args": {"context_dim": 64}},
-            "unet": BIG,
+            "network": BIG,
             "gradient_checkpointing": checkpointing,
         },
         "data": {"train": f"{folder}/train-*.tar", "image_size": 64, "batch_size": 8},
@@ -417,7 +417,7 @@ def small_module(text: Path) -> Any:
     return LatentDiffusion(
         codec=AutoencoderKLCodec("asset:openmoji_vae"),
         conditioner=TransformersConditioner(str(text), tokenizer="open_clip", max_length=16),
-        unet=UNetConfig(**SMALL),
+        network=UNetConfig(**SMALL),
         image_size=64,
         optimizer=lambda p: torch.optim.AdamW(p, **LR, fused=True),
     )
@@ -437,7 +437,7 @@ def cache(folder: Path, text: Path, output: Path) -> Path:
                 "init_args": {"pretrained": "asset:openmoji_vae"},
             },
             "conditioner": {"class_path": "TransformersConditioner", "init_args": conditioner},
-            "unet": SMALL,
+            "network": SMALL,
         },
         "data": {"train": f"{folder}/train-*.tar", "image_size": 64, "num_workers": 0},
     }

@@ -50,7 +50,7 @@ def module(**options):
     settings = {
         "codec": PixelCodec(2),
         "conditioner": tiny.conditioner(trainable=True),
-        "unet": tiny.UNET,
+        "network": tiny.UNET,
         "image_size": 16,
         "optimizer": lambda p: torch.optim.AdamW(p, lr=2e-3),
         "learning_rate": LearningRate(2, "cosine"),
@@ -240,7 +240,7 @@ def fit_sdxl(folder, root, kind, source):
     model = {
         "codec": AutoencoderKLCodec(source, subfolder="vae"),
         "conditioner": SDXLConditioner(source),
-        "unet": source,
+        "network": source,
     }
     return fit(folder, root, kind, model=model, previews=True, saves=False)
 
@@ -364,7 +364,7 @@ def _plain(root, kind, **options):
 
 def weights_of(checkpoint):
     """Read the averaged and the raw UNet of a checkpoint."""
-    return [read_checkpoint(checkpoint, ema=ema).unet.state_dict() for ema in (True, False)]
+    return [read_checkpoint(checkpoint, ema=ema).network.state_dict() for ema in (True, False)]
 
 
 def quiet():

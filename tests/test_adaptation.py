@@ -106,7 +106,9 @@ def test_a_start_on_the_same_schedule_is_asked_at_the_same_timestep():
 
 
 def fit(root, start, steps, checkpoint=None, limit=1.0, **options):
-    net = module(unet=str(start), optimizer=lambda p: torch.optim.SGD(p, lr=options.pop("lr", 0.1)))
+    net = module(
+        network=str(start), optimizer=lambda p: torch.optim.SGD(p, lr=options.pop("lr", 0.1))
+    )
     checkpoints = Checkpoints(f"{root}/checkpoints")
     run = trainer(
         root,
@@ -180,7 +182,7 @@ def test_measuring_the_start_is_progress(start, tmp_path, monkeypatch):
     run = trainer(tmp_path, 1, callbacks=[Watchdog()])
     monkeypatch.setattr(Watchdog, "setup", lambda *args, **kwargs: None)
     source = data(tmp_path / "data", val=f"{tmp_path}/data/val-*.tar")
-    run.fit(module(unet=str(start)), datamodule=source)
+    run.fit(module(network=str(start)), datamodule=source)
     assert noted.count("measures the start") == len(source.val_dataloader()) > 1
 
 
@@ -194,7 +196,7 @@ def test_a_resumed_run_keeps_what_it_started_from(start, tmp_path):
 
 @pytest.mark.parametrize("kind", ["ddp", "sharded"])
 def test_ranks_measure_the_start_together(ranks, shards, start, tmp_path, kind):
-    model = {"unet": str(start)}
+    model = {"network": str(start)}
     alone = cells.fit(shards, tmp_path / "alone", model=model, steps=3)
     runs = ranks[2](cells.fit, shards, tmp_path, kind, model=model, steps=3, saves=False)
     names = {name for name in alone["logged"][-1] if name.startswith("adaptation/")}
@@ -231,7 +233,7 @@ def test_run_json_stands_beside_the_checkpoints(start, tmp_path):
 
 def test_run_json_has_the_validation_of_its_own_step(start, tmp_path):
     """The checkpoint of a step is written before that step is validated."""
-    net = module(unet=str(start), optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+    net = module(network=str(start), optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
     seen = []
 
     class Watch(Callback):

@@ -82,7 +82,7 @@ def load(models):
 
 def layers_of(model):
     """The layers by the names that diffusers' files give them."""
-    parts = {"unet": model.unet.unet, "text_encoder": model.conditioner.encoder}
+    parts = {"unet": model.network.unet, "text_encoder": model.conditioner.encoder}
     if "encoder_2" in model.conditioner.parts:
         parts["text_encoder_2"] = model.conditioner.encoder_2
     return {
@@ -402,7 +402,7 @@ def one_layer(layers, name=f"unet.{LAYERS[0]}", key=None, rank=3):
 
 def test_several_add_up_and_dtypes_stay(load, tmp_path):
     model, exact = load(), load()
-    model.unet.to(torch.bfloat16)
+    model.network.to(torch.bfloat16)
     exact.unet.to(torch.bfloat16).to(torch.float64)
     paths = [
         saved(tmp_path, one_layer(layers_of(model)), name=f"{i}.safetensors") for i in range(2)
@@ -430,7 +430,7 @@ def test_averaged_and_raw_weights_get_it(load, tmp_path):
     from dataclasses import replace
 
     model, other = load(), load()
-    model = replace(model, raw_unet=other.unet)
+    model = replace(model, raw_network=other.network)
     before = weights_of(other)
     tensors = one_layer(layers_of(model))
     merge_adapter(model, saved(tmp_path, tensors))
@@ -463,7 +463,7 @@ def outputs(unet, encoders, given):
 def ours(model, given):
     conditioner = model.conditioner
     encoders = [getattr(conditioner, name) for name in conditioner.parts]
-    return outputs(model.unet.unet.eval(), encoders, given)
+    return outputs(model.network.unet.eval(), encoders, given)
 
 
 @pytest.fixture(scope="module")
@@ -592,7 +592,7 @@ def test_a_folder_of_peft_gives_the_same(load, tmp_path, kind):
     config = peft_config(kind)
     if kind == "bias":
         config.target_modules = set(names)
-    adapted = peft.get_peft_model(other.unet.unet, config).eval()
+    adapted = peft.get_peft_model(other.network.unet, config).eval()
     if kind == "DoRA":
         for name, parameter in adapted.named_parameters():
             if "magnitude" in name:
@@ -641,7 +641,7 @@ def trained(folder, model):
     for name, parameter in unet.named_parameters():
         if ".lora_" in name:
             parameter.data = randn(*parameter.shape)
-    return replace(model, unet=unet)
+    return replace(model, network=unet)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -797,7 +797,7 @@ def test_a_config_is_not_believed(load, tmp_path, change, message):
 def test_weights_that_cannot_be_changed_are_named(load, tmp_path, change, message):
     model = load()
     path = saved(tmp_path, one_layer(layers_of(model)))
-    change(model.unet)
+    change(model.network)
     with pytest.raises(ValueError, match=message):
         merge_adapter(model, path)
 
@@ -812,7 +812,7 @@ def test_sharded_weights_are_refused(load, tmp_path):
         dist.destroy_process_group()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        fully_shard(model.unet)
+        fully_shard(model.network)
         with pytest.raises(ValueError, match="are sharded over devices: load the adapter before"):
             merge_adapter(model, path)
     finally:
@@ -821,7 +821,7 @@ def test_sharded_weights_are_refused(load, tmp_path):
 
 def test_a_value_that_float16_cannot_hold_changes_nothing(load, tmp_path):
     model = load()
-    model.unet.to(torch.float16)
+    model.network.to(torch.float16)
     first = one_layer(layers_of(model))
     second = one_layer(layers_of(model), f"unet.{LAYERS[1]}")
     second = {name: t * 1e4 for name, t in second.items()}

@@ -201,7 +201,7 @@ def test_reading_fills_no_unet_with_random_numbers_first(shards, tmp_path, monke
     expected, filled[:] = list(filled), []
     model = read_checkpoint(path, ema=False)
     assert filled == expected
-    state = model.unet.state_dict()
+    state = model.network.state_dict()
     for name, weight in state.items():
         assert torch.equal(weight, run["weights"][f"unet.{name}"])
     path.write_bytes(b"")  # the weights are no view of the file
@@ -311,7 +311,7 @@ def test_checkpoints_are_copied_and_removed_in_object_storage(shards, tmp_path, 
         assert path.read_bytes() == written(tmp_path / "run")[-1].read_bytes()
         assert main(["doctor", address, "--open"]) == 0
     assert len(list((tmp_path / "cache").rglob("step-*.ckpt"))) == 1
-    unet = TextToImage.from_pretrained(bucket, device="cpu").model.unet
+    unet = TextToImage.from_pretrained(bucket, device="cpu").model.network
     assert torch.equal(unet.unet.conv_in.weight, run["ema"]["unet.unet.conv_in.weight"])
     # a run that resumes from there on another machine, at an earlier step
     checkpoint = f"{bucket}/step-00000003.ckpt"

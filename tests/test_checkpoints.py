@@ -274,7 +274,7 @@ def test_mutated_checkpoints_are_read_or_refused(tmp_path):
 
     path, draw = tmp_path / "a.ckpt", random.Random(0)
     refused = foreign = 0
-    parts = ("codec", "conditioner", "unet", "schedule", "prediction_type", "image_size")
+    parts = ("codec", "conditioner", "network", "schedule", "prediction_type", "image_size")
     torch.save({"zsnr": dict.fromkeys(parts), "state_dict": {"a": torch.zeros(9)}}, path)
     whole = path.read_bytes()
     for _ in range(1000):

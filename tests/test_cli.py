@@ -408,8 +408,8 @@ def test_an_own_sampler_by_its_class_path(run, folder, tmp_path, monkeypatch):
             ["--model.codec={class_path: AutoencoderKLCodec, init_args: {pretrained: ./x}}"],
             "x holds no config.json: wanted a folder with an AutoencoderKL",
         ),
-        (["--model.unet=./nowhere"], "holds no config.json"),
-        (["--model.unet.attention=[true]"], "wanted one for each resolution"),
+        (["--model.network=./nowhere"], "holds no config.json"),
+        (["--model.network.attention=[true]"], "wanted one for each resolution"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(folder, tmp_path, capsys, options, message):

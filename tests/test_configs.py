@@ -68,9 +68,10 @@ ORIGINAL = "model:\n  target: ldm.models.LatentDiffusion\n  params: {parameteriz
         ("model: {cfg: 3}", "model has no `cfg`. Did you mean model.sampling.guidance.scale?"),
         ("model: {lora: {ranks: 3}}", "model.lora has no `ranks`. Did you mean `rank`"),
         (
-            "model: {unet: {norm_group: 3}}",
-            "model.unet has no `norm_group`. Did you mean",
+            "model: {network: {norm_group: 3}}",
+            "model.network has no `norm_group`. Did you mean",
         ),
+        ("model: {unet: {norm_groups: 3}}", "model.unet is now model.network."),
         ("model: {ema: {x: 3}}", "model.ema has no `x`. Known: decay"),
         (
             "model: {optimizer: {class_path: torch.optim.AdamW, init_args: {weight_deacy: 0}}}",
@@ -120,10 +121,10 @@ ORIGINAL = "model:\n  target: ldm.models.LatentDiffusion\n  params: {parameteriz
             "Did you mean model.optimizer.init_args.lr?",
         ),
         (
-            "model: {unet: {class_path: zsnr.networks.UNet, init_args: {confg: {}}}}",
-            "model.unet.init_args has no `confg`. Did you mean `config`",
+            "model: {network: {class_path: zsnr.networks.UNet, init_args: {confg: {}}}}",
+            "model.network.init_args has no `confg`. Did you mean `config`",
         ),
-        ("model: {unet: {class_path: zsnr.networks.Unet}}", "Did you mean zsnr.networks.UNet?"),
+        ("model: {network: {class_path: zsnr.networks.Unet}}", "Did you mean zsnr.networks.UNet?"),
         (
             "trainer: {callbacks: [{class_path: zsnr.training.Previews, init_args: {prompt: a}}]}",
             "trainer.callbacks[0].init_args has no `prompt`. Did you mean `prompts`",
@@ -289,7 +290,7 @@ MISTAKES = [
         "Did you mean --lr?",
     ),
     ("--model.optimizer.init_args.momentum 1", "Known: lr, betas, eps, weight_decay, amsgrad, "),
-    ("--model.unet.block 4", "Did you mean --model.unet.block_out_channels?"),
+    ("--model.network.block 4", "Did you mean --model.network.block_out_channels?"),
     (
         "--model.sampling.sampler.init_args.eta 1",
         "model.sampling.sampler names no class, so it has no `eta`: name one first, as in "
@@ -311,7 +312,9 @@ MISTAKES = [
     ("--cfg 3", "no option --cfg. Did you mean --guidance-scale?"),
     ("--model.sampling.sampler ddimm", "Sampler 'ddimm' is unknown. Known: 'ddim'"),
     ("--spacing trailling", "`trailling` is unknown. Did you mean `trailing`?"),
-    ("--model.unet null", "model.unet is null: wanted text or settings by name"),
+    ("--model.unet ./somewhere", "model.unet is now model.network."),
+    ("--model.unet.norm_groups 8", "model.unet is now model.network."),
+    ("--model.network null", "model.network is null: wanted text or settings by name"),
     ("--model.image_size 64", "model.image_size follows data.image_size: set that instead"),
     ("--model.lora.rank big", "model.lora.rank: `big` is text: wanted a whole number"),
     ("--data.pixels.flip maybe", "data.pixels.flip: `maybe` is unknown: wanted true or false"),
@@ -501,7 +504,7 @@ def test_a_checkpoint_is_a_config(tmp_path):
     (tmp_path / "a.yaml").write_text(yaml.safe_dump(config))
     parsed = parse_fit(["-c", str(tmp_path / "a.yaml")])
     assert parsed.model.codec.class_path == "zsnr.codecs.PixelCodec"
-    assert parsed.model.unet.init_args.config["block_out_channels"] == [16, 32]
+    assert parsed.model.network.init_args.config["block_out_channels"] == [16, 32]
     assert parsed.model.sampling.guidance.interval == (0.5, float("inf"))
     assert (parsed.model.sampling.num_steps, parsed.model.ema) == (4, None)
     assert parsed.model.sampling.sampler.class_path == "zsnr.samplers.heun.Heun"
@@ -551,7 +554,7 @@ NESTED = {"class_path": "zsnr.codecs.PixelCodec", "init_args": {"x": [{"class_pa
         ({"codec": {"class_path": "harmful.Model"}}, "cannot be imported for a checkpoint"),
         ({"codec": {"class_path": "os.system"}}, "is not a LatentCodec"),
         ({"codec": {"class_path": "zsnr.conditioning.NullConditioner"}}, "is not a LatentCodec"),
-        ({"unet": {"class_path": "torch.nn.Linear"}}, "is not a UNet"),
+        ({"network": {"class_path": "torch.nn.Linear"}}, "is not a UNet"),
         ({"codec": NESTED}, "the arguments of PixelCodec name a class"),
         ({"schedule": {"betas": "linear", "x": 1}}, "schedule has no 'x'"),
         ({"image_size": torch.zeros(1)}, "wanted plain values"),
@@ -576,5 +579,7 @@ def test_commands_that_need_a_checkpoint_say_so(command, capsys):
 
 def test_a_command_line_without_a_config_names_the_settings_that_are_missing(capsys):
     assert main(["fit"]) == 2
-    message = "error: model.codec, model.conditioner, model.unet are not set: give a config with -c"
+    message = (
+        "error: model.codec, model.conditioner, model.network are not set: give a config with -c"
+    )
     assert message in capsys.readouterr().err

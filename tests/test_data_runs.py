@@ -458,7 +458,7 @@ def config(folder, **data):
                 "init_args": {"pretrained": str(folder / "vae")},
             },
             "conditioner": {"class_path": "TransformersConditioner", "init_args": text},
-            "unet": {
+            "network": {
                 "block_out_channels": [16, 32],
                 "attention": [False, True],
                 "layers_per_block": 1,

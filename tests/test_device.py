@@ -192,7 +192,7 @@ def test_images_from_prompts(monkeypatch, against, float64):
     codec, text = AutoencoderKLCodec("asset:openmoji_vae"), tiny.conditioner()
     codec.load()
     unets = [UNet(tiny.UNET, codec.channels, text.context_dim).eval() for _ in range(2)]
-    model = tiny.model(codec=codec, conditioner=text, unet=unets[0], raw_unet=unets[1])
+    model = tiny.model(codec=codec, conditioner=text, network=unets[0], raw_network=unets[1])
     negatives = {"negative_prompts": ["", "red"]} if against == "negative" else {}
     grid = get_timesteps("trailing", 3, schedule=SCHEDULE)  # a value that is read, on the CPU
     monkeypatch.setattr(Sampling, "timesteps", lambda *_: grid)

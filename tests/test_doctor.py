@@ -440,7 +440,7 @@ def test_checkpoints_are_opened_only_when_asked(tmp_path):
 
     path = tmp_path / "a.ckpt"
     model = {key: RUN[key] for key in ("schedule", "prediction_type", "image_size")}
-    model |= {"codec": {}, "conditioner": {}, "unet": {}}
+    model |= {"codec": {}, "conditioner": {}, "network": {}}
     torch.save({KEY: model, "state_dict": {}}, path)
     closed = examine(path)
     assert closed.verdict == "unreadable"
@@ -497,6 +497,7 @@ def yaml_file(folder, model):
         ({"sampling": {"num_steps": "50"}}, "unreadable", "num_steps='50'"),
         ({"sampling": [1]}, "unreadable", "wanted settings"),
         ({"predictiontype": "epsilon"}, "unreadable", "has no 'predictiontype'. Known: codec"),
+        ({"unet": {}}, "unreadable", "model.unet is now model.network."),
         ({"sampling": {"spacings": "leading"}}, "unreadable", "model.sampling has no 'spacings'"),
         ({"sampling": {"guidance": {"phi": 0}}}, "unreadable", "Known: scale, rescale, interval"),
         ({"sampling": {"guidance": {"method": "apg", "apg_norm": 2.5}}}, "fixed", "SNR_T"),

@@ -97,7 +97,7 @@ def model(schedule=None, conditioner=None, codec=None, prediction_type="v_predic
     return Model(
         codec=codec or AutoencoderKLCodec("asset:openmoji_vae"),
         conditioner=conditioner,
-        unet=network.eval(),
+        network=network.eval(),
         schedule=schedule or NoiseSchedule(),
         prediction_type=prediction_type,
         image_size=32,
@@ -321,7 +321,7 @@ def test_sdxl_round_trip(tmp_path, force_zeros):
     tiny.sdxl_folder(tmp_path / "in", force_zeros=force_zeros)
     made, facts = read_exportable(str(tmp_path / "in"))
     with torch.no_grad():
-        for parameter in made.unet.parameters():
+        for parameter in made.network.parameters():
             parameter.mul_(1.2)
     export_diffusers(made, tmp_path / "out", facts=facts)
     pipe = StableDiffusionXLPipeline.from_pretrained(tmp_path / "out", local_files_only=True)
@@ -361,10 +361,10 @@ def test_from_folder_to_single_file_and_back(tmp_path, tokenizer, monkeypatch):
 def test_exporting_changes_nothing(exported):
     made, _ = exported
     again = model(pooled_context=True, scale_shift=True)
-    for part in ("unet", "conditioner"):
+    for part in ("network", "conditioner"):
         mine, theirs = (getattr(m, part).state_dict() for m in (made, again))
         assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
-    assert made.unet.settings() == again.unet.settings()
+    assert made.network.settings() == again.network.settings()
 
 
 def test_the_folder_tells_its_size_and_no_paths(exported, tmp_path_factory):
@@ -385,7 +385,7 @@ def test_half_precision(tmp_path, exported, dtype):
     half = getattr(torch, dtype)
     unet = load_file(tmp_path / "out/unet/diffusion_pytorch_model.safetensors")
     assert {t.dtype for t in unet.values()} == {half}
-    for name, tensor in made.unet.unet.state_dict().items():
+    for name, tensor in made.network.unet.state_dict().items():
         assert torch.equal(unet[name], tensor.to(half))
     vae = load_file(tmp_path / "out/vae/diffusion_pytorch_model.safetensors")
     assert {t.dtype for t in vae.values()} == {torch.float32 if dtype == "float16" else half}
@@ -660,7 +660,7 @@ def test_adapters_are_merged_first(tmp_path, exported):
         for parameter in adapted.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    tuned = dataclasses.replace(made, unet=adapted)
+    tuned = dataclasses.replace(made, network=adapted)
     with pytest.raises(ValueError, match=r"has LoRA adapters: merge them"):
         export_diffusers(tuned, tmp_path / "out")
     export_diffusers(merge(tuned), tmp_path / "out")
@@ -687,9 +687,9 @@ def test_a_folder_that_cannot_be_is_refused_before_anything_is_read(tmp_path, ca
     [(1e6, "float16", "float16 cannot hold"), (float("nan"), "float32", "are not finite")],
 )
 def test_weights_that_would_be_broken_are_refused(tmp_path, exported, value, dtype, message):
-    broken = copy.deepcopy(exported[0].unet)
+    broken = copy.deepcopy(exported[0].network)
     broken.unet.conv_in.weight.data[0, 0, 0, 0] = value
-    made = dataclasses.replace(exported[0], unet=broken)
+    made = dataclasses.replace(exported[0], network=broken)
     with pytest.raises(ValueError, match=f"conv_in.weight has values that {message}"):
         export_diffusers(made, tmp_path / "out", dtype=dtype)
     assert not [*tmp_path.iterdir()]

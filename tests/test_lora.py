@@ -59,7 +59,7 @@ def text(base):
 
 def parts(base, **options):
     """Arguments of cells.fit's model."""
-    return {"unet": str(base), "conditioner": text(base), "lora": SETTINGS, **options}
+    return {"network": str(base), "conditioner": text(base), "lora": SETTINGS, **options}
 
 
 def fit(base, shards, root, kind="one", **options):
@@ -247,7 +247,7 @@ def test_a_checkpoint_holds_adapters_alone(run, base):
     assert len(checkpoint["state_dict"]) == 2 * len(adapters)
     [states] = [state["state"] for state in checkpoint["optimizer_states"]]
     assert len(states) == len(adapters)
-    settings = checkpoint["zsnr"]["unet"]["init_args"]
+    settings = checkpoint["zsnr"]["network"]["init_args"]
     assert settings["pretrained"] == str(base)
     assert settings["lora"]["alpha"] == 6.0
 
@@ -256,7 +256,7 @@ def test_a_checkpoint_holds_adapters_alone(run, base):
 def test_a_checkpoint_is_a_model_again(run, ema):
     model = read_checkpoint(run["checkpoint"], ema=ema)
     weights = run["ema" if ema else "weights"]
-    for name, weight in model.unet.named_parameters():
+    for name, weight in model.network.named_parameters():
         assert torch.equal(weight, weights[f"unet.{name}"])
     merged = merge(model)
     guided = {"num_steps": 2, "seeds": [0], "progress": False}
@@ -271,7 +271,7 @@ def test_a_checkpoint_is_a_model_again(run, ema):
 
 def test_a_run_with_a_moved_base_goes_on(base, shards, run, tmp_path):
     shutil.copytree(base / "unet", tmp_path / "unet")
-    moved = {"unet": str(tmp_path)}
+    moved = {"network": str(tmp_path)}
     again = fit(base, shards, tmp_path, steps=5, checkpoint=run["checkpoint"], model=moved)
     for name, weight in run["weights"].items():
         assert torch.equal(weight, again["start"][name])
@@ -280,7 +280,7 @@ def test_a_run_with_a_moved_base_goes_on(base, shards, run, tmp_path):
 def test_a_moved_base_is_found_and_another_refused(run, base, tmp_path):
     shutil.copytree(base / "unet", tmp_path / "unet")
     model = read_checkpoint(run["checkpoint"], base=str(tmp_path))
-    assert model.unet.settings()["pretrained"] == str(tmp_path)
+    assert model.network.settings()["pretrained"] == str(tmp_path)
     with pytest.raises(ValueError, match="set its new path"):
         read_checkpoint(run["checkpoint"], base=str(tmp_path / "elsewhere"))
 
@@ -296,10 +296,12 @@ def test_a_resumed_run_is_the_same_run(base, shards, run, tmp_path):
 def test_runs_of_other_kinds_are_not_resumed(base, shards, run, tmp_path):
     torch.manual_seed(9)
     UNet(tiny.UNET, channels=12, context_dim=16).unet.save_pretrained(tmp_path / "unet")
-    with pytest.raises(ValueError, match="trained on a UNet with other weights .* than model.unet"):
-        fit(base, shards, tmp_path, checkpoint=run["checkpoint"], model={"unet": str(tmp_path)})
+    with pytest.raises(
+        ValueError, match="trained on a UNet with other weights .* than model.network"
+    ):
+        fit(base, shards, tmp_path, checkpoint=run["checkpoint"], model={"network": str(tmp_path)})
     other = dataclasses.replace(SETTINGS, alpha=1.0)
-    with pytest.raises(ValueError, match=r"unet has \{'lora': .*'alpha': 6.0.* the config has"):
+    with pytest.raises(ValueError, match=r"network has \{'lora': .*'alpha': 6.0.* the config has"):
         fit(base, shards, tmp_path / "a", checkpoint=run["checkpoint"], model={"lora": other})
     with pytest.raises(ValueError, match="holds adapters: set model.lora, as the run"):
         fit(base, shards, tmp_path / "b", checkpoint=run["checkpoint"], model={"lora": None})
@@ -368,7 +370,7 @@ def config(stable, shards, tmp_path_factory):
                 name: {"class_path": cls, "init_args": {"pretrained": str(stable), **arguments}}
                 for name, (cls, arguments) in classes.items()
             },
-            "unet": str(stable),
+            "network": str(stable),
             "lora": {"rank": 4, "alpha": 6, "target_modules": ["to_q", "to_v"]},
             "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.02}},
             "ema": {"decay": 0.5},
@@ -401,7 +403,7 @@ def test_from_yaml_to_diffusers(config, stable, capsys):
     capsys.readouterr()
 
     model = read_checkpoint(checkpoint)
-    assert model.unet.lora == LoRA(4, 6.0, ("to_q", "to_v"))
+    assert model.network.lora == LoRA(4, 6.0, ("to_q", "to_v"))
     path = write_lora(model, config / "own.safetensors")
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
     wanted = our_images(model, latents, 5)
@@ -450,7 +452,7 @@ def test_from_yaml_to_diffusers(config, stable, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model.unet", "{block_out_channels: [16, 32]}"], "adapts a pretrained UNet"),
+        (["--model.network", "{block_out_channels: [16, 32]}"], "adapts a pretrained UNet"),
         (["--model.conditioner.init_args.trainable", "true"], "set the conditioner's trainable"),
         (["--model.lora.rank", "0"], "lora.rank=0"),
         (["--model.lora.rang", "4"], "rang"),
@@ -523,7 +525,7 @@ def adapted(stable, **options):
     """The Stable Diffusion with stirred adapters."""
     model = read_diffusers_folder(str(stable))
     unet = AdaptedUNet(str(stable), dataclasses.replace(SETTINGS, **options))
-    return dataclasses.replace(model, unet=stirred(unet.eval()))
+    return dataclasses.replace(model, network=stirred(unet.eval()))
 
 
 def our_images(model, latents, num_steps):
@@ -531,7 +533,7 @@ def our_images(model, latents, num_steps):
     cond = model.conditioner(["a cat", "dog"])
     uncond = model.conditioner.null().expand(2)
     denoiser = Denoiser(
-        model.unet, model.schedule, model.prediction_type, cond, uncond, Guidance(4.0, 0.7)
+        model.network, model.schedule, model.prediction_type, cond, uncond, Guidance(4.0, 0.7)
     )
     with torch.no_grad():
         x_0 = DDIM().sample(denoiser, model.schedule, latents, trailing(num_steps))
@@ -598,7 +600,7 @@ def test_merged_is_exported_like_any_other(stable, tmp_path):
 def test_the_diffusers_layout(stable, tmp_path):
     model = adapted(stable)
     tensors = load_file(write_lora(model, tmp_path / "a.safetensors"))
-    own = lora_state_dict(model.unet)
+    own = lora_state_dict(model.network)
     assert set(tensors) == {f"unet.{name}" for name in own}
     for name, tensor in own.items():
         factor = 6 / 4 if "lora_B" in name else 1
@@ -617,7 +619,7 @@ def test_the_kohya_layout(stable, tmp_path):
     tensors = load_file(path)
     module = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0"
     name = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_out_0"
-    own = lora_state_dict(model.unet)
+    own = lora_state_dict(model.network)
     for part, ours in (("lora_down", "lora_A"), ("lora_up", "lora_B")):
         wanted = own[f"{module}.{ours}.weight"].bfloat16()
         assert torch.equal(tensors[f"{name}.{part}.weight"], wanted)
@@ -747,7 +749,7 @@ def test_wrong_exports_are_refused(stable, tmp_path):
 
 def test_what_a_precision_cannot_hold_is_refused(stable, tmp_path):
     model = adapted(stable)
-    next(iter(lora_state_dict(model.unet).values())).view(-1)[0] = 1e6
+    next(iter(lora_state_dict(model.network).values())).view(-1)[0] = 1e6
     with pytest.raises(ValueError, match="float16 cannot hold"):
         write_lora(model, tmp_path / "a.safetensors", dtype="float16")
     assert not [*tmp_path.iterdir()]
@@ -778,7 +780,7 @@ def test_adapters_of_sdxl_are_trained_and_read_by_diffusers(tmp_path, layout):
     options = {
         "codec": AutoencoderKLCodec(source, subfolder="vae"),
         "conditioner": SDXLConditioner(source),
-        "unet": source,
+        "network": source,
         "lora": SETTINGS,
         "optimizer": lambda p: torch.optim.AdamW(p, lr=0.05),
     }

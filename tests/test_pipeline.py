@@ -94,7 +94,7 @@ def test_a_saved_model_is_read_with_other_settings(tmp_path):
     checkpoint = {
         KEY: describe_model(model),
         "state_dict": {
-            **{f"trained.unet.{n}": w for n, w in model.unet.state_dict().items()},
+            **{f"trained.unet.{n}": w for n, w in model.network.state_dict().items()},
             **{f"trained.conditioner.{n}": w for n, w in model.conditioner.state_dict().items()},
         },
     }
@@ -117,7 +117,7 @@ def test_it_is_the_paper_by_hand(pipe):
         for t, s in zip(grid, [*grid[1:], -1], strict=True):
             (alpha, sigma), (alpha_s, sigma_s) = schedule(t), schedule(s)
             t = torch.tensor([t])
-            pos, neg = (model.unet(x, t, c) for c in (cond, null))
+            pos, neg = (model.network(x, t, c) for c in (cond, null))
             cfg = neg + 3.0 * (pos - neg)
             v = cfg * (0.7 * pos.std() / cfg.std() + 0.3)
             x_0, eps = alpha * x - sigma * v, sigma * x + alpha * v
@@ -292,15 +292,15 @@ def test_a_png_tells_its_guidance(pipe, guidance):
 
 def test_guidance_away_from_raw_weights(pipe):
     guidance = Guidance(3.0, 0.0, against="raw")
-    raw = copy.deepcopy(pipe.model.unet)
+    raw = copy.deepcopy(pipe.model.network)
     with torch.no_grad():
         for parameter in raw.parameters():
             parameter.mul_(0.9)
-    both = TextToImage(dataclasses.replace(pipe.model, raw_unet=raw)).to("cpu")
+    both = TextToImage(dataclasses.replace(pipe.model, raw_network=raw)).to("cpu")
     got = arrays(both(["a cat"], seeds=[4], sampler="ddim", guidance=guidance, **FAST))
     cond = pipe.model.conditioner(["a cat"])
     denoiser = Denoiser(
-        lambda x, t, c: 3 * pipe.model.unet(x, t, c) - 2 * raw(x, t, c),
+        lambda x, t, c: 3 * pipe.model.network(x, t, c) - 2 * raw(x, t, c),
         pipe.model.schedule,
         cond=cond,
     )
@@ -338,12 +338,12 @@ def test_a_checkpoint_holds_raw_weights_beside_averaged_ones(tmp_path):
         pipe = TextToImage.from_pretrained(
             tmp_path / "a.ckpt", raw_beside=True, device="cpu", dtype=torch.bfloat16
         )
-        for unet, name in ((pipe.model.unet, "ema"), (pipe.model.raw_unet, "trained")):
+        for unet, name in ((pipe.model.network, "ema"), (pipe.model.raw_network, "trained")):
             for parameter, wanted in zip(unet.parameters(), unets[name].parameters(), strict=True):
                 assert torch.equal(parameter, wanted.bfloat16())
                 assert not parameter.requires_grad
         pipe([""], guidance=Guidance(2.0, against="raw"), **FAST)
-        assert TextToImage.from_pretrained(tmp_path / "a.ckpt").model.raw_unet is None
+        assert TextToImage.from_pretrained(tmp_path / "a.ckpt").model.raw_network is None
 
 
 def test_a_threshold_is_for_pixels(pipe):

@@ -71,7 +71,7 @@ def module(**options):
     settings = {
         "codec": PixelCodec(2),
         "conditioner": tiny.conditioner(trainable=True),
-        "unet": tiny.UNET,
+        "network": tiny.UNET,
         "image_size": 16,
         **options,
     }
@@ -334,7 +334,7 @@ def test_pretrained_parts_need_their_configs_only(plan, tmp_path):
     classes["conditioner"] = ("TransformersConditioner", encoder)
     model = {k: {"class_path": cls, "init_args": args} for k, (cls, args) in classes.items()}
     config = yaml.safe_load(Path(TINY).read_text())
-    config["model"] = {**model, "unet": str(tmp_path)}
+    config["model"] = {**model, "network": str(tmp_path)}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     facts, code = plan(f"{tmp_path}/config.yaml")
     found = facts["bytes_per_rank"]
@@ -425,7 +425,7 @@ def test_sampling_needs_what_it_really_takes(sdxl, options):
     model = pipe.model
     parts = {
         "text_encoder": tensors_of(model.conditioner),
-        "unet": tensors_of(model.unet),
+        "unet": tensors_of(model.network),
         "vae": tensors_of(*modules_of(model.codec)),
     }
     assert foretold.weights == {name: size_of(part) for name, part in parts.items()}
@@ -503,7 +503,7 @@ def test_checkpoints_and_configs_are_planned_for_sampling(plan, tmp_path):
             weights |= {f"{prefix}.{part}.{name}": weight for name, weight in state.items()}
     torch.save({"zsnr": describe_model(model), "state_dict": weights}, tmp_path / "a.ckpt")
     sizes = {"text_encoder": size_of(tensors_of(model.conditioner)), "vae": 0}
-    sizes["unet"] = size_of(tensors_of(model.unet))
+    sizes["unet"] = size_of(tensors_of(model.network))
     sampling = {"guidance_against": "raw", "guidance_scale": 2.0}
     declared = {"zsnr": describe_model(model), "state_dict": weights, "run": {"sampling": sampling}}
     torch.save(declared, tmp_path / "raw.ckpt")

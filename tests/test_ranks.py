@@ -118,7 +118,9 @@ def test_ranks_train_on_the_same_tags(ranks, tmp_path):
 
 def test_compiled_blocks_change_nothing_but_rounding(ranks, shards, tmp_path):
     """With few blocks, since each rank compiles each of them twice, for training and without."""
-    small = {"unet": dataclasses.replace(tiny.UNET, block_out_channels=(16,), attention=(False,))}
+    small = {
+        "network": dataclasses.replace(tiny.UNET, block_out_channels=(16,), attention=(False,))
+    }
     alone = cells.fit(shards, tmp_path / "one", previews=True, model=small, saves=False)
     options = {
         "saves": False,
@@ -222,7 +224,7 @@ def straight_on(on, straight):
 def holds_weights(checkpoint, run):
     """Compare a checkpoint's networks with the weights of the run at that step."""
     for ema, name in ((True, "ema"), (False, "weights")):
-        for key, weight in read_checkpoint(checkpoint, ema=ema).unet.state_dict().items():
+        for key, weight in read_checkpoint(checkpoint, ema=ema).network.state_dict().items():
             assert torch.equal(weight, run[name][f"unet.{key}"])
 
 
@@ -270,7 +272,7 @@ def test_weights_that_are_made_on_each_rank_for_its_shards_are_the_same(
     UNet(tiny.UNET, 12, tiny.conditioner().context_dim).unet.save_pretrained(
         tmp_path / "p" / "unet"
     )
-    start = {"model": {"unet": str(tmp_path / "p")}}
+    start = {"model": {"network": str(tmp_path / "p")}}
     whole = ranks[2](cells.fit, shards, tmp_path / "whole", "sharded", **start)[0]
     checkpoint = checkpoint_of(sharded["root"], 2)
     for name, options, same, begin in (

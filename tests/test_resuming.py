@@ -43,7 +43,7 @@ def test_every_setting_stands_in_the_table():
     names += [f"trainer.{name}" for name in inspect.signature(Trainer).parameters]
     optimizer = inspect.signature(torch.optim.AdamW).parameters
     names += [f"optimizer.{name}" for name in optimizer if name != "params"]
-    names = {name for name in names if not name.startswith(("model.unet.", "model.optimizer"))}
+    names = {name for name in names if not name.startswith(("model.network.", "model.optimizer"))}
     assert not sorted(names - RULES.keys())
     known = {*names, "optimizer", "trainer.strategy.param_dtype", "trainer.strategy.reduce_dtype"}
     assert not sorted(RULES.keys() - known)

@@ -150,7 +150,7 @@ def test_only_folders_of_versions_are_gone_on_with(tmp_path):
 def write_checkpoints(folder, *names, sampling=None):
     """Write checkpoints that can be opened, without a model in them."""
     folder.mkdir(parents=True, exist_ok=True)
-    parts = ("codec", "conditioner", "unet", "schedule", "prediction_type", "image_size")
+    parts = ("codec", "conditioner", "network", "schedule", "prediction_type", "image_size")
     content = {"zsnr": dict.fromkeys(parts), "state_dict": {"a": torch.zeros(1)}}
     for name in names:
         steps = {"num_steps": int(name.split("-")[-1].removesuffix(".ckpt"))} if "-" in name else {}

@@ -66,7 +66,7 @@ def test_text_says_both_and_which_spacing_misses_the_end(capsys):
 
 def test_a_checkpoint_is_opened_when_asked(capsys, tmp_path):
     path, schedule = tmp_path / "a.ckpt", NoiseSchedule("cosine", 50)
-    parts = dict.fromkeys(("codec", "conditioner", "unet", "image_size"))
+    parts = dict.fromkeys(("codec", "conditioner", "network", "image_size"))
     own = {**parts, "schedule": schedule.settings(), "prediction_type": "v_prediction"}
     torch.save({"zsnr": own, "state_dict": {}}, path)
     code, _, err = run(capsys, path)

@@ -169,7 +169,7 @@ def config(folder, root, **more):
                 "class_path": "SDXLConditioner",
                 "init_args": {"pretrained": str(folder)},
             },
-            "unet": str(folder),
+            "network": str(folder),
             "caption_dropout": 0.3,
             "gradient_checkpointing": True,
             "sampling": {"num_steps": 3},
@@ -449,7 +449,7 @@ def small_module(folder, **options):
     return LatentDiffusion(
         codec=AutoencoderKLCodec(str(folder), subfolder="vae"),
         conditioner=SDXLConditioner(str(folder)),
-        unet=str(folder),
+        network=str(folder),
         image_size=16,
         **options,
     )

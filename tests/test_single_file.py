@@ -189,7 +189,7 @@ def test_a_plan_of_sampling_may_be_told_what_a_file_does_not_declare(files, tmp_
 
 def state(model):
     """All weights of a model."""
-    parts = {"unet": model.unet.unet, "vae": model.codec._vae, "text": model.conditioner.encoder}
+    parts = {"unet": model.network.unet, "vae": model.codec._vae, "text": model.conditioner.encoder}
     if "encoder_2" in model.conditioner.parts:
         parts["text_2"] = model.conditioner.encoder_2
     return {f"{k}.{n}": w for k, part in parts.items() for n, w in part.state_dict().items()}
@@ -387,13 +387,13 @@ def test_precisions(models, tmp_path, dtype):
 
 
 def test_what_a_precision_cannot_hold_is_refused(models, tmp_path):
-    model = replace(models["v1"], unet=UNet(models["v1"].unet.settings()["config"]))
+    model = replace(models["v1"], network=UNet(models["v1"].network.settings()["config"]))
     with torch.no_grad():
-        model.unet.unet.conv_in.weight[0, 0, 0, 0] = 1e5
+        model.network.unet.conv_in.weight[0, 0, 0, 0] = 1e5
     with pytest.raises(ValueError, match=r"input_blocks\.0\.0\.weight .* use bfloat16"):
         write_single_file(model, tmp_path / "x.safetensors", dtype="float16")
     with torch.no_grad():
-        model.unet.unet.conv_in.weight[0, 0, 0, 0] = torch.nan
+        model.network.unet.conv_in.weight[0, 0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match="not finite"):
         write_single_file(model, tmp_path / "x.safetensors")
     assert [*tmp_path.iterdir()] == []
@@ -578,11 +578,11 @@ REFUSALS = {
         "final_norm",
     ),
     "pooled": (
-        lambda m: {"unet": UNet(replace(tiny.UNET, pooled_context=True), 4, 16)},
+        lambda m: {"network": UNet(replace(tiny.UNET, pooled_context=True), 4, 16)},
         "a vector pooled from the prompt too .* Stable Diffusion 1 is conditioned on the tokens",
     ),
     "scale_shift": (
-        lambda m: {"unet": UNet(replace(tiny.UNET, scale_shift=True), 4, 16)},
+        lambda m: {"network": UNet(replace(tiny.UNET, scale_shift=True), 4, 16)},
         "where Stable Diffusion 1, whose settings every program assumes, has",
     ),
     "cosine": (lambda m: {"schedule": NoiseSchedule("cosine")}, "another noise schedule than"),
@@ -636,7 +636,7 @@ def test_adapters_are_refused(models, files):
 
     adapted = AdaptedUNet(pretrained=str(files["v1"]), lora=LoRA(rank=2))
     with pytest.raises(ValueError, match="which --merge merges"):
-        check_single_file(replace(models["v1"], unet=adapted))
+        check_single_file(replace(models["v1"], network=adapted))
 
 
 def test_folders_are_made_of_files_and_files_of_folders(models, files, tmp_path):
@@ -844,7 +844,7 @@ def test_a_run_starts_from_a_file(files, shards, tmp_path, family):
             "default_root_dir": str(tmp_path),
         },
         "model": {
-            "unet": source,
+            "network": source,
             "codec": {"class_path": "AutoencoderKLCodec", "init_args": {"pretrained": source}},
             "conditioner": {**text, "class_path": "SDXLConditioner"} if family == "xl" else text,
         },
@@ -860,8 +860,8 @@ def test_a_run_starts_from_a_file(files, shards, tmp_path, family):
     (checkpoint,) = tmp_path.rglob("last.ckpt")
     made = read_checkpoint(checkpoint, ema=False)
     start = read_single_file(source)
-    assert not made.unet.unet.conv_in.weight.equal(start.unet.unet.conv_in.weight)
-    assert made.unet.unet.conv_in.weight.allclose(start.unet.unet.conv_in.weight, atol=1e-3)
+    assert not made.network.unet.conv_in.weight.equal(start.network.unet.conv_in.weight)
+    assert made.network.unet.conv_in.weight.allclose(start.network.unet.conv_in.weight, atol=1e-3)
     write_single_file(made, tmp_path / "out.safetensors")
     for mine, other in zip(images(made), images(str(tmp_path / "out.safetensors")), strict=True):
         assert np.array_equal(mine, other)
@@ -897,7 +897,7 @@ def declaring(files, tmp_path):
         sampling = Sampling(**{"num_steps": 3, "guidance": Guidance(2.5, 0.6), **options})
         declared = describe_sampling(sampling)
         model = read_single_file(str(files[family]))
-        weights = {f"trained.unet.{n}": w for n, w in model.unet.state_dict().items()}
+        weights = {f"trained.unet.{n}": w for n, w in model.network.state_dict().items()}
         run = {"format": 1, "sampling": declared}
         (tmp_path / "run" / "checkpoints").mkdir(parents=True)
         torch.save(

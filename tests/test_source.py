@@ -96,9 +96,9 @@ def test_a_variant_is_preferred_if_it_is_named(copy):
         tensors = {name: torch.zeros_like(t).half() for name, t in load_file(path).items()}
         save_file(tensors, path.with_name(f"{path.stem}.fp16.safetensors"), {"format": "pt"})
     plain = TextToImage.from_pretrained(str(copy), device="cpu")
-    assert plain.model.unet.unet.conv_in.weight.any()
+    assert plain.model.network.unet.conv_in.weight.any()
     zeros = TextToImage.from_pretrained(str(copy), device="cpu", variant="fp16")
-    assert not any(p.any() for p in zeros.model.unet.parameters())
+    assert not any(p.any() for p in zeros.model.network.parameters())
     assert not any(p.any() for p in zeros.model.conditioner.encoder.parameters())
     with prefer_variant("fp16"):
         assert stored_dtype(str(copy), "unet") == torch.float16
@@ -288,7 +288,7 @@ def test_names_of_data_types(name, dtype):
 
 def dtypes(model):
     return {
-        "unet": model.unet.unet.dtype,
+        "unet": model.network.unet.dtype,
         "vae": model.codec._vae.dtype,
         "text": next(model.conditioner.encoder.parameters()).dtype,
     }
@@ -365,7 +365,7 @@ def test_another_vae(folder, copy):
 def test_offload_keeps_one_part_on_the_device(folder, monkeypatch):
     pipe = TextToImage.from_pretrained(folder, device="cpu", offload=True)
     moves = []
-    for name in ("unet", "codec", "conditioner"):
+    for name in ("network", "codec", "conditioner"):
         part = getattr(pipe.model, name)
 
         def to(device, name=name):
@@ -373,7 +373,7 @@ def test_offload_keeps_one_part_on_the_device(folder, monkeypatch):
 
         monkeypatch.setattr(part, "to", to)
     [image] = pipe(["a cat"], num_steps=2, progress=False)
-    assert moves == [(n, "cpu") for n in ("conditioner", "unet", "codec") for _ in range(2)]
+    assert moves == [(n, "cpu") for n in ("conditioner", "network", "codec") for _ in range(2)]
     assert [np.asarray(image).tolist()] == images(str(folder))
 
 

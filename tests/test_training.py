@@ -24,6 +24,7 @@ from zsnr.training import (
     Previews,
 )
 from zsnr.training.ema import averaged_copy, update_average
+from zsnr.training.from_checkpoint import checkpoint_config
 
 SHAPE, T = (12, 8, 8), 1000
 
@@ -33,7 +34,7 @@ def module(**options):
     settings = {
         "codec": PixelCodec(2),
         "conditioner": tiny.conditioner(trainable=True),
-        "unet": tiny.UNET,
+        "network": tiny.UNET,
         "image_size": 16,
         "optimizer": lambda p: torch.optim.AdamW(p, lr=2e-3),
         "sampling": Sampling(num_steps=3),
@@ -425,7 +426,7 @@ def test_a_checkpoint_goes_on_with_its_own_settings(tmp_path):
     for options, message in (
         ({"schedule": NoiseSchedule("cosine")}, "schedule has {'betas': 'scaled_linear'}"),
         ({"prediction_type": "sample"}, "prediction_type has v_prediction"),
-        ({"unet": unet}, r"unet has {'block_out_channels': \[16, 32\]"),
+        ({"network": unet}, r"network has {'block_out_channels': \[16, 32\]"),
     ):
         with pytest.raises(ValueError, match=message):
             trainer(tmp_path, 2).fit(
@@ -433,6 +434,24 @@ def test_a_checkpoint_goes_on_with_its_own_settings(tmp_path):
                 datamodule=data(tmp_path / "shards"),
                 ckpt_path=tmp_path / "a.ckpt",
             )
+
+
+def test_a_checkpoint_that_calls_its_network_unet_is_read_and_resumed(tmp_path):
+    loop = trainer(tmp_path, 1)
+    loop.fit(module(), datamodule=data(tmp_path / "shards"))
+    loop.save_checkpoint(tmp_path / "new.ckpt")
+    content = torch.load(tmp_path / "new.ckpt", weights_only=True)
+    content["zsnr"]["unet"] = content["zsnr"].pop("network")
+    torch.save(content, tmp_path / "old.ckpt")
+    resumed, read = [], []
+    for path in (tmp_path / "new.ckpt", tmp_path / "old.ckpt"):
+        model = module()
+        trainer(tmp_path, 2).fit(model, datamodule=data(tmp_path / "shards"), ckpt_path=path)
+        resumed.append(model.state_dict())
+        read.append(TextToImage.from_pretrained(path, device="cpu").model.network.state_dict())
+        assert checkpoint_config(path)["model"]["network"]["class_path"].endswith("UNet")
+    for one, other in (resumed, read):
+        assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_validation_is_fixed_and_by_stratum(tmp_path):
@@ -494,8 +513,8 @@ def test_previews_are_guided_away_from_the_weights_in_training(tmp_path):
     model.train()
     settings = {"num_steps": 3, "guidance": guidance, "progress": False}
     with model.pipeline() as own:
-        assert own.model.raw_unet is model.trained["unet"]
-        assert not own.model.raw_unet.training
+        assert own.model.raw_network is model.trained["unet"]
+        assert not own.model.raw_network.training
         images = [p(["a cat"], **settings)[0] for p in (own, pipe)]
         alone = own(["a cat"], num_steps=3, guidance=Guidance(1.0), progress=False)[0]
     assert model.trained["unet"].training

@@ -262,7 +262,7 @@ def checkpoint_of(tmp_path, settings, weights=None, **changes):
     described = {
         "codec": {"class_path": "zsnr.codecs.PixelCodec", "init_args": {}},
         "conditioner": {"class_path": "zsnr.conditioning.NullConditioner", "init_args": {}},
-        "unet": {"class_path": "zsnr.networks.UNet", "init_args": {"config": settings}},
+        "network": {"class_path": "zsnr.networks.UNet", "init_args": {"config": settings}},
         "schedule": NoiseSchedule().settings(),
         "prediction_type": "v_prediction",
         "image_size": 64,
@@ -298,9 +298,9 @@ def test_networks_that_a_checkpoint_cannot_fill_are_not_built(tmp_path, settings
         ({"schedule": {"num_timesteps": 10**9}}, "wanted an int, 2 to 100000"),
         ({"schedule": [1]}, "wanted settings by name"),
         ({"schedule": {"no": 1}}, "schedule has no 'no'"),
-        ({"unet": "x" * 10**6}, "described by"),
-        ({"unet": {"class_path": ["os.system"]}}, "class_path=a list"),
-        ({"unet": {"class_path": "zsnr.networks.UNet", "init_args": [1]}}, "wanted text"),
+        ({"network": "x" * 10**6}, "described by"),
+        ({"network": {"class_path": ["os.system"]}}, "class_path=a list"),
+        ({"network": {"class_path": "zsnr.networks.UNet", "init_args": [1]}}, "wanted text"),
     ],
 )
 def test_wrong_descriptions_are_one_line(tmp_path, changes, message):

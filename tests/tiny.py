@@ -40,7 +40,7 @@ MODEL = {  # as a YAML says it
             "config": TEXT,
         },
     },
-    "unet": {
+    "network": {
         "block_out_channels": [16, 32],
         "attention": [False, True],
         "layers_per_block": 1,
@@ -69,7 +69,7 @@ def model(schedule=None, **options):
     settings = {
         "codec": codec,
         "conditioner": text,
-        "unet": UNet(UNET, channels=codec.channels, context_dim=text.context_dim).eval(),
+        "network": UNet(UNET, channels=codec.channels, context_dim=text.context_dim).eval(),
         "schedule": schedule or NoiseSchedule(),
         "prediction_type": "v_prediction",
         "image_size": 16,

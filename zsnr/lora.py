@@ -109,8 +109,8 @@ class AdaptedUNet(UNet):
                 raise
             raise ValueError(
                 f"The adapters belong to the UNet in {pretrained}, which cannot be loaded: {error} "
-                "Restore it, or set its new path: read_checkpoint(..., base=...), or model.unet of "
-                "a config."
+                "Restore it, or set its new path: read_checkpoint(..., base=...), or model.network "
+                "of a config."
             ) from error
         self._source: dict[str, Any] = {
             "pretrained": pretrained,

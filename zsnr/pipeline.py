@@ -94,7 +94,7 @@ class TextToImage:
     """A latent diffusion model as a function from prompts to images.
 
     Args:
-        model: The parts of the model. With `raw_unet`, guidance against "raw" is possible.
+        model: The parts of the model. With `raw_network`, guidance against "raw" is possible.
         network: Network that replaces the model's UNet. None = the UNet.
         name: Name of the model in the metadata of its images, such as its path.
         loras: Adapters that are merged into the model, for the metadata of its images.
@@ -109,7 +109,7 @@ class TextToImage:
     ) -> None:
         check_prediction_type(model.prediction_type, model.schedule)
         self.model = model
-        self.network: Network = network or model.unet
+        self.network: Network = network or model.network
         self.name = name
         self._offload = False
         self._device: torch.device | None = None  # of the part in use, with offload
@@ -197,9 +197,9 @@ class TextToImage:
             device = "cpu"
         self.model.codec.to(device)
         self.model.conditioner.to(device)
-        self.model.unet.to(device)
-        if self.model.raw_unet is not None:
-            self.model.raw_unet.to(device)
+        self.model.network.to(device)
+        if self.model.raw_network is not None:
+            self.model.raw_network.to(device)
         return self
 
     def warn_of_cuts(self, prompts: Sequence[str]) -> None:
@@ -228,7 +228,7 @@ class TextToImage:
             ValueError: The file is damaged, of another kind or for another model; or the weights
                 are sharded, quantized or not those that the pipeline samples with.
         """
-        if self.network is not self.model.unet:
+        if self.network is not self.model.network:
             raise ValueError(
                 "This pipeline samples with another network than its model's UNet: load the "
                 "adapter into a pipeline of the model itself, before its network is wrapped."
@@ -270,7 +270,7 @@ class TextToImage:
             num_steps: S, see `Sampling`. A model that declares nothing is sampled in 50 steps.
             spacing: A registered timestep spacing, or the path of a grid file.
             guidance: Scale 7.5 and rescale 0.7, the paper's, if the model declares nothing.
-                Against "raw" it needs a model with `raw_unet`, and takes no negative prompts.
+                Against "raw" it needs a model with `raw_network`, and takes no negative prompts.
             sampling: All of these four at once.
             batch_size: Number of images sampled at a time.
             max_rows: Largest number of rows of one network call, to bound memory; see `Denoiser`,
@@ -336,7 +336,7 @@ class TextToImage:
                     width=width,
                     max_rows=max_rows,
                 )
-                with self._in_use(self.model.unet, self.model.raw_unet):
+                with self._in_use(self.model.network, self.model.raw_network):
                     latents = self._sample(
                         denoiser, seeds[rows], shape, sampling, timesteps, after_step
                     )
@@ -406,7 +406,7 @@ class TextToImage:
             uncond,
             guidance,
             max_rows=max_rows,
-            weak_network=self.model.raw_unet if guidance.against == "raw" else None,
+            weak_network=self.model.raw_network if guidance.against == "raw" else None,
         )
 
     @contextmanager
@@ -440,7 +440,7 @@ class TextToImage:
         check_threshold(guidance, self.model.codec)
         if guidance.against != "raw":
             return
-        if self.model.raw_unet is None:
+        if self.model.raw_network is None:
             raise ValueError(
                 "Guidance against 'raw' needs the raw weights beside the averaged ones, and this "
                 "model was loaded without them: load a .ckpt of training by "
@@ -472,7 +472,7 @@ class TextToImage:
                 if any(negatives):
                     nonempty = torch.tensor([text != "" for text in negatives])
                     uncond = conditioner(negatives).where(nonempty, uncond)
-        if self.model.unet.takes_sizes:
+        if self.model.network.takes_sizes:
             sizes = torch.tensor([[*size, 0, 0, *size]], device=cond.context.device)
             sizes = sizes.expand(len(prompts), -1)
             cond = replace(cond, sizes=sizes)

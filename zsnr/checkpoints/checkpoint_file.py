@@ -14,6 +14,7 @@ from zsnr.checkpoints import sharded
 from zsnr.checkpoints.exported_sampling import file_sampling, folder_sampling
 from zsnr.checkpoints.model import Model
 from zsnr.checkpoints.opening import KEY as KEY
+from zsnr.checkpoints.opening import current_names as current_names
 from zsnr.checkpoints.opening import open_checkpoint as open_checkpoint
 from zsnr.checkpoints.run_folder import check_model, is_checkpoint, resolve_model
 from zsnr.codecs import LatentCodec
@@ -36,7 +37,7 @@ def describe_model(model: Model) -> dict[str, Any]:
     return {
         "codec": describe(model.codec),
         "conditioner": describe(model.conditioner),
-        "unet": describe(model.unet),
+        "network": describe(model.network),
         "schedule": model.schedule.settings(),
         "prediction_type": model.prediction_type,
         "image_size": model.image_size,
@@ -67,39 +68,39 @@ def read_checkpoint(
     description = checkpoint[KEY]
     schedule = _check_description(path, description)
     if base is not None:
-        description = {**description, "unet": with_base(description["unet"], base)}
+        description = {**description, "network": with_base(description["network"], base)}
 
-    def with_unet(unet: UNet, raw_unet: UNet | None = None) -> Model:
+    def with_network(network: UNet, raw_network: UNet | None = None) -> Model:
         return Model(
             codec=build(description["codec"], LatentCodec),  # type: ignore[type-abstract]
             conditioner=build(description["conditioner"], Conditioner),  # type: ignore[type-abstract]
-            unet=unet,
+            network=network,
             schedule=schedule,
             prediction_type=description["prediction_type"],
             image_size=description["image_size"],
-            raw_unet=raw_unet,
+            raw_network=raw_network,
             sampling=declared_sampling(checkpoint),
         )
 
     if is_weightless():
-        raw = build(description["unet"], UNet) if raw_beside else None
-        return with_unet(build(description["unet"], UNet), raw)
+        raw = build(description["network"], UNet) if raw_beside else None
+        return with_network(build(description["network"], UNet), raw)
     prefix, weights = _weights(path, checkpoint, ema)
     if raw_beside and prefix != "ema":
         raise ValueError(
             f"{path} has no averaged weights, which guidance against 'raw' needs beside the raw "
             "ones. Use guidance against 'negative', or train with model.ema."
         )
-    _check_fits(path, description["unet"], UNet, weights, f"{prefix}.unet.")
+    _check_fits(path, description["network"], UNet, weights, f"{prefix}.unet.")
     _check_fits(path, description["conditioner"], Conditioner, weights, f"{prefix}.conditioner.")
-    model = with_unet(_read_unet(path, description["unet"], weights, f"{prefix}.unet."))
+    model = with_network(_read_unet(path, description["network"], weights, f"{prefix}.unet."))
     if model.conditioner.trainable:
         _load(model.conditioner, weights, f"{prefix}.conditioner.", path)
     if not raw_beside:
         return model
     prefix, weights = _weights(path, checkpoint, ema=False)
-    raw = _read_unet(path, description["unet"], weights, f"{prefix}.unet.")
-    return replace(model, raw_unet=raw)
+    raw = _read_unet(path, description["network"], weights, f"{prefix}.unet.")
+    return replace(model, raw_network=raw)
 
 
 def declared_sampling(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:

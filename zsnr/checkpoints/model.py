@@ -20,21 +20,21 @@ class Model:
     Args:
         codec: Converts images to latents and back.
         conditioner: Converts prompts to conditioning.
-        unet: The network.
+        network: The network.
         schedule: The schedule it was trained on.
         prediction_type: What the network predicts.
         image_size: Height and width it was trained at, in pixels.
-        raw_unet: The network with the weights of the last step, if `unet` has averaged weights, for
-            guidance away from it. None = not available, or not requested.
+        raw_network: The network with the weights of the last step, if `network` has averaged
+            weights, for guidance away from it. None = not available, or not requested.
         sampling: The sampling settings that the model declares, as plain values; see
             `choose_sampling`. Empty = it declares none.
     """
 
     codec: LatentCodec
     conditioner: Conditioner
-    unet: UNet
+    network: UNet
     schedule: NoiseSchedule
     prediction_type: PredictionType
     image_size: int
-    raw_unet: UNet | None = None
+    raw_network: UNet | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)

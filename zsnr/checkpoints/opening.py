@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +42,22 @@ def open_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{path} was not written by zsnr: it has no {KEY!r} entry. If it is a Stable Diffusion "
             "model in a single file, convert it to .safetensors."
         )
+    description = checkpoint[KEY] = current_names(description)
     if not (shards or _are_weights(checkpoint.get("state_dict"))):
         raise ValueError(f"{path} is damaged: it lacks weights.")
-    required = {"codec", "conditioner", "unet", "schedule", "prediction_type", "image_size"}
+    required = {"codec", "conditioner", "network", "schedule", "prediction_type", "image_size"}
     missing = sorted(required - description.keys())
     if missing:
         raise ValueError(f"{path} is damaged: it lacks {', '.join(missing)}.")
     return checkpoint
+
+
+def current_names(description: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a checkpoint's description of its model under today's names; older ones say "unet".
+
+    The names of weights are the old ones still: `trained.unet.*` are those of any network.
+    """
+    return {"network" if name == "unet" else name: part for name, part in description.items()}
 
 
 def _are_weights(value: Any) -> bool:

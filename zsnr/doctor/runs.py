@@ -32,11 +32,13 @@ DEFAULT_SAMPLING = {
 }
 # Parameters of LatentDiffusion and Sampling: without them, a typo would be judged as the default.
 MODEL_KEYS = (
-    *("codec", "conditioner", "unet", "schedule", "prediction_type", "loss", "caption_dropout"),
+    *("codec", "conditioner", "network", "schedule", "prediction_type", "loss", "caption_dropout"),
     *("offset_noise", "optimizer", "learning_rate", "ema", "sampling", "gradient_checkpointing"),
     *("compile", "max_skipped_steps", "image_size", "seed", "lora", "terminal_window"),
     "tf32",
 )
+RENAMED_KEYS = {"model.unet": "model.network"}
+"""Settings that had another name in earlier versions."""
 SAMPLING_KEYS = ("num_steps", "spacing", "sampler", "guidance")
 # The cost of spacings that leave out noise levels next to SNR 0: the spread of the brightness of
 # 64x64 images at 5 to 10 steps (5 to 25 for beta), with DDIM and DPM-Solver++ 2M.
@@ -308,6 +310,9 @@ def _check_keys(path: Path, name: str, settings: Mapping[Any, Any], known: Seque
         ValueError: A setting is unknown.
     """
     for key in settings:
+        new_name = RENAMED_KEYS.get(f"{name}.{key}")
+        if new_name is not None:
+            raise ValueError(f"{path}: {name}.{key} is now {new_name}.")
         if key not in known:
             raise ValueError(f"{path}: {name} has no {shown(key)}. Known: {', '.join(known)}.")
 

@@ -87,8 +87,8 @@ def merge_adapter(
 ) -> MergedAdapter:
     """Merge an adapter into the weights of a model, in place; several add up.
 
-    The arithmetic is in float32; weights keep their dtype. A model with `raw_unet` gets it in both
-    networks. A refused file changes nothing.
+    The arithmetic is in float32; weights keep their dtype. A model with `raw_network` gets it in
+    both networks. A refused file changes nothing.
 
     Args:
         model: The model, with loaded weights on any device.
@@ -158,7 +158,7 @@ def _layers(model: Model, conditioner: Conditioner) -> dict[str, list[_Layer]]:
         for name in dict.fromkeys(names):
             named.setdefault(name, []).append(layer)
 
-    for unet in (model.unet, model.raw_unet):
+    for unet in (model.network, model.raw_network):
         if unet is None:
             continue
         layers = {layer.name: layer for layer in _parameters(unet.unet, "UNet")}
@@ -258,9 +258,9 @@ def _with_part(file: AdapterFile, name: str) -> str:
 
 
 def _family(model: Model) -> str | None:
-    if model.unet.takes_sizes:
+    if model.network.takes_sizes:
         return "SDXL"
-    width = model.unet.unet.config["cross_attention_dim"]
+    width = model.network.unet.config["cross_attention_dim"]
     return _FAMILIES.get(width) if isinstance(width, int) else None
 
 

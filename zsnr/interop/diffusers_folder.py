@@ -62,7 +62,7 @@ def read_diffusers_folder(source: str, schedule: NoiseSchedule | None = None) ->
     return Model(
         codec=codec,
         conditioner=conditioner,
-        unet=unet,
+        network=unet,
         schedule=schedule or schedule_from_diffusers(config),
         prediction_type=prediction_type,
         image_size=_side(source, unet.unet.config["sample_size"]) * codec.factor,

@@ -123,7 +123,7 @@ def read_exportable(
         if schedule is not None or prediction_type is not None:
             raise ValueError(f"{source} records its schedule and prediction type: give neither.")
         checkpoint = open_checkpoint(path)
-        adapted = is_adapted(checkpoint[KEY]["unet"])
+        adapted = is_adapted(checkpoint[KEY]["network"])
         if (merged or form == "lora") and not adapted:
             raise ValueError(
                 f"{source} has no adapters, because it was not trained with model.lora: export the "
@@ -165,7 +165,7 @@ def check_merged(description: Mapping[str, Any]) -> None:
     Raises:
         ValueError: The UNet has adapters.
     """
-    if is_adapted(description["unet"]):
+    if is_adapted(description["network"]):
         raise ValueError(
             "The UNet has LoRA adapters: merge them (`zsnr export --merge`, or "
             "zsnr.interop.lora.merge), or write only the adapters (`--format lora`)."
@@ -191,7 +191,7 @@ def check_exportable(description: Mapping[str, Any], *, merged: bool = False) ->
             "AutoencoderKL: train with an AutoencoderKLCodec, such as asset:openmoji_vae, to "
             "export. zsnr.pipeline.TextToImage samples the checkpoint without export."
         )
-    unet = description["unet"].get("init_args", {}).get("config") or {}
+    unet = description["network"].get("init_args", {}).get("config") or {}
     if _is(conditioner, SDXLConditioner):
         kind = unet.get("addition_embed_type", "text_time")
         if kind != "text_time":
@@ -290,7 +290,7 @@ def _load_in_float32(config: Path) -> None:
 
 
 def _unet(model: Model, dtype: torch.dtype) -> nn.Module:
-    unet = model.unet.unet
+    unet = model.network.unet
     config = {**unet.config, "sample_size": model.image_size // model.codec.factor}
     return _copy(type(unet), config, unet.state_dict(), dtype)
 

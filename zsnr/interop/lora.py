@@ -28,7 +28,7 @@ def merge(model: Model) -> Model:
     Raises:
         ValueError: The model has no adapters.
     """
-    return replace(model, unet=merge_lora(_adapted(model)))
+    return replace(model, network=merge_lora(_adapted(model)))
 
 
 def write_lora(
@@ -93,11 +93,11 @@ def write_lora(
 
 
 def _adapted(model: Model) -> AdaptedUNet:
-    if not isinstance(model.unet, AdaptedUNet):
+    if not isinstance(model.network, AdaptedUNet):
         raise ValueError(
             "The model has no adapters (it was trained without model.lora): export the whole model."
         )
-    return model.unet
+    return model.network
 
 
 def _diffusers_tensors(unet: AdaptedUNet) -> dict[str, Tensor]:

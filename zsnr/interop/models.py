@@ -89,7 +89,7 @@ def load_parts(
         model = with_vae(model, vae, vae_dtype, dtype, vae_tiling)
         model.codec.load()
         model.conditioner.load()
-    for unet in (model.unet, model.raw_unet):
+    for unet in (model.network, model.raw_network):
         if unet is not None:
             unet.to(dtype=dtype).eval().requires_grad_(False)
     return model

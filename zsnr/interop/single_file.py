@@ -165,7 +165,7 @@ def read_single_file(
     return Model(
         codec=codec,
         conditioner=conditioner,
-        unet=unet,
+        network=unet,
         schedule=schedule,
         prediction_type=prediction_type,
         image_size=_image_size(file, prediction_type, codec.factor),
@@ -195,10 +195,10 @@ def _parts(model: Model) -> tuple[Family, dict[str, _Weights]]:
     _check_marks(model)
     if not isinstance(model.codec, AutoencoderKLCodec):
         raise _cannot_hold(f"a codec other than AutoencoderKL, {_name(model.codec)}", folder=False)
-    if isinstance(model.unet, AdaptedUNet):
+    if isinstance(model.network, AdaptedUNet):
         raise _cannot_hold("adapters beside the UNet, which --merge merges into it")
     family, parts = _text_parts(model.conditioner)
-    codec, unet = model.codec.load(), model.unet.unet
+    codec, unet = model.codec.load(), model.network.unet
     pooled, usual = unet.config.get("addition_embed_type"), "text_time" if family == "xl" else None
     if pooled != usual:
         raise _cannot_hold(

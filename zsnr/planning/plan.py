@@ -238,11 +238,11 @@ def read_parts(config: Any, data: DataModule) -> Parts:
             "pooled_dim": conditioner.pooled_dim,
         }
         if model.lora is not None:
-            unet: UNet = AdaptedUNet(model.unet, LoRA(**model.lora.as_dict()), **wanted)
-        elif isinstance(model.unet, str):
-            unet = UNet(pretrained=model.unet, **wanted)
+            unet: UNet = AdaptedUNet(model.network, LoRA(**model.lora.as_dict()), **wanted)
+        elif isinstance(model.network, str):
+            unet = UNet(pretrained=model.network, **wanted)
         else:
-            unet = UNet(UNetConfig(**model.unet.as_dict()), **wanted)
+            unet = UNet(UNetConfig(**model.network.as_dict()), **wanted)
         if dtype != torch.float32:  # else an adapted one keeps its base's
             unet.to(dtype)
         if conditioner.trainable:

@@ -141,17 +141,17 @@ def sampling_need(model: Model, request: Request) -> SamplingNeed:
     prompts = [""] * request.batch_size
     negatives = ["negative"] * request.batch_size if guidance.against == "negative" else None
     with fake_tensors(), torch.no_grad():
-        raw = model.raw_unet
+        raw = model.raw_network
         model = replace(
             model,
             conditioner=with_fake_tensors(model.conditioner, [model.conditioner]),
-            unet=with_fake_tensors(model.unet, [model.unet]),
-            raw_unet=None if raw is None else with_fake_tensors(raw, [raw]),
+            network=with_fake_tensors(model.network, [model.network]),
+            raw_network=None if raw is None else with_fake_tensors(raw, [raw]),
             codec=with_fake_tensors(model.codec, modules_of(model.codec)),
         )
         parts = {
             "text_encoder": tensors_of(model.conditioner),
-            "unet": tensors_of(*filter(None, (model.unet, model.raw_unet))),
+            "unet": tensors_of(*filter(None, (model.network, model.raw_network))),
             "vae": tensors_of(*modules_of(model.codec)),
         }
         working = {}
@@ -343,7 +343,7 @@ def _dtypes(model: Model) -> dict[str, str]:
     """Name the data type of each part that has weights."""
     modules: dict[str, list[nn.Module]] = {
         "text_encoder": [model.conditioner],
-        "unet": [model.unet],
+        "unet": [model.network],
         "vae": modules_of(model.codec),
     }
     found = {

@@ -130,7 +130,7 @@ def compare_models(
                 bar = _bar(arms, requests, batch_size)
             mode = None
             if images is not None:
-                device_of = next(pipe.model.unet.parameters()).device
+                device_of = next(pipe.model.network.parameters()).device
                 mode = mean_mode(encode(images[:_ENCODED], pipe.model.codec, device_of))
             for arm in arms_of_model:
                 schedule = arm.schedule_of(pipe.model.schedule)

@@ -107,7 +107,7 @@ def exact_pipeline(
     model = Model(
         codec=codec,
         conditioner=GroupConditioner(list(groups)),
-        unet=cast(UNet, _NoUNet()),
+        network=cast(UNet, _NoUNet()),
         schedule=schedule,
         prediction_type="v_prediction",
         image_size=image_size,

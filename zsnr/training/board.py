@@ -214,11 +214,11 @@ def flops_per_image(module: LatentDiffusion) -> float | None:
     cond = Conditioning(
         torch.empty(1, length, model.conditioner.context_dim, device="meta"),
         pooled=pooled if pooled.shape[1] else None,
-        sizes=torch.zeros(1, 6, device="meta") if model.unet.takes_sizes else None,
+        sizes=torch.zeros(1, 6, device="meta") if model.network.takes_sizes else None,
     )
     shape = model.codec.latent_shape(module.image_size, module.image_size)
     try:
-        return network_flops(model.unet, shape, cond)
+        return network_flops(model.network, shape, cond)
     except Exception as error:  # a network of the user's may do what no meta tensor can
         rank_zero_info(f"The network's operations are not counted: {error}")
         return None

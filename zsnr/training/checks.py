@@ -46,22 +46,22 @@ def check_guidance(guidance: Guidance, averaged: bool) -> None:
         )
 
 
-def check_lora(unet: Any, trains_text: bool) -> None:
+def check_lora(network: Any, trains_text: bool) -> None:
     """Refuse LoRA without a pretrained UNet, or with a text encoder that is trained.
 
     Nothing is loaded.
 
     Args:
-        unet: The setting model.unet.
+        network: The setting model.network.
         trains_text: Whether the text encoder is trained.
 
     Raises:
         ValueError: One of them is so, or peft is not installed.
     """
-    if not isinstance(unet, str):
+    if not isinstance(network, str):
         raise ValueError(
-            "model.lora adapts a pretrained UNet, but model.unet is the size of a new one: set "
-            "model.unet to the folder or hub id of a model, or train without model.lora."
+            "model.lora adapts a pretrained UNet, but model.network is the size of a new one: set "
+            "model.network to the folder or hub id of a model, or train without model.lora."
         )
     if trains_text:
         raise ValueError(
@@ -120,7 +120,7 @@ def check_resumed(saved: dict[str, Any], configured: dict[str, Any]) -> None:
         was = saved[name]
         if was == now:
             continue
-        if name == "unet":
+        if name == "network":
             was, now = _decisive(was), _decisive(now)
             if ("lora" in was) != ("lora" in now):
                 holds, do = ("adapters", "set") if "lora" in was else ("a whole UNet", "unset")
@@ -130,8 +130,8 @@ def check_resumed(saved: dict[str, Any], configured: dict[str, Any]) -> None:
             if was.get("weights") != now.get("weights"):
                 raise ValueError(
                     f"The checkpoint's adapters were trained on a UNet with other weights (digest "
-                    f"{was['weights']}) than model.unet has (digest {now['weights']}): give them "
-                    "the same base model."
+                    f"{was['weights']}) than model.network has (digest {now['weights']}): give "
+                    "them the same base model."
                 )
             if was == now:  # a moved folder is another name of the same weights
                 continue
@@ -144,9 +144,9 @@ def check_resumed(saved: dict[str, Any], configured: dict[str, Any]) -> None:
         )
 
 
-def _decisive(unet: dict[str, Any]) -> dict[str, Any]:
-    """Return the part of a UNet's description that a resumed run must share."""
-    settings = dict(unet["init_args"])
+def _decisive(network: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of a network's description that a resumed run must share."""
+    settings = dict(network["init_args"])
     if "lora" in settings:
         return {name: settings[name] for name in ("weights", "lora")}
     config: dict[str, Any] = settings["config"]

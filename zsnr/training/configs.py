@@ -18,6 +18,7 @@ import yaml  # type: ignore[import-untyped]
 from jsonargparse import get_loader, set_loader
 from torch import Tensor
 
+from zsnr.doctor.runs import RENAMED_KEYS
 from zsnr.public import public_text
 from zsnr.training.settings import (
     CLASSES,
@@ -281,6 +282,9 @@ class _Check:
             raise ValueError(f"{where}.{name} follows {other}: set that instead.")
         if name in hints:
             return hints[name]
+        new_name = RENAMED_KEYS.get(f"{where}.{name}")
+        if new_name is not None:
+            raise ValueError(f"{where}.{name} is now {new_name}.")
         is_class = where in self.classes
         beside = _CLASS_KEYS if is_class and place == where else ()
         if takes_any and not (beside and difflib.get_close_matches(name, beside, cutoff=0.8)):

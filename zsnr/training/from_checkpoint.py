@@ -52,12 +52,12 @@ def checkpoint_config(path: Path) -> dict[str, Any]:
         "prediction_type": description["prediction_type"],
         "ema": facts.get("ema") if "ema" in facts else _averages(checkpoint),
     }
-    unet = description["unet"]
-    if class_of(unet, UNet) is AdaptedUNet:
-        settings = unet["init_args"]
-        model |= {"unet": settings.get("pretrained"), "lora": settings.get("lora")}
+    network = description["network"]
+    if class_of(network, UNet) is AdaptedUNet:
+        settings = network["init_args"]
+        model |= {"network": settings.get("pretrained"), "lora": settings.get("lora")}
     else:
-        model["unet"] = _component(path, unet, UNet)
+        model["network"] = _component(path, network, UNet)
     loss = _mapping(facts.get("loss"))
     model["loss"] = {f.name: loss[f.name] for f in fields(LossWeighting) if f.name in loss}
     model |= {name: facts[name] for name in ("offset_noise", "caption_dropout") if name in facts}

@@ -62,7 +62,7 @@ GROUP_TEXTS = {
 """What each group of settings is about."""
 _USED = {
     "model": (
-        *("unet", "codec", "conditioner", "prediction_type", "schedule.betas"),
+        *("network", "codec", "conditioner", "prediction_type", "schedule.betas"),
         *("schedule.zero_terminal_snr", "loss.name", "caption_dropout", "optimizer"),
         *("learning_rate.warmup_steps", "learning_rate.decay", "ema.decay", "lora.rank"),
         *("gradient_checkpointing", "compile"),
@@ -163,7 +163,7 @@ _TRAINER_TEXTS = {
 }
 _METAVARS = {
     **dict.fromkeys(("data.train", "data.val", "metrics.real"), "DATA"),
-    **dict.fromkeys(("model.unet", "metrics.clip"), "MODEL"),
+    **dict.fromkeys(("model.network", "metrics.clip"), "MODEL"),
     **dict.fromkeys(("model.compile", "model.sampling.spacing", "trainer.accelerator"), "NAME"),
     "data.prompts": "FILE",
     "trainer.devices": "DEVICES",

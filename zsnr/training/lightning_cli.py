@@ -206,7 +206,7 @@ class ZsnrCLI(LightningCLI):
             config.ckpt_path = str(find_last(folder) or folder / "last.ckpt")
         checkpoint = config.ckpt_path
         if checkpoint is None:
-            if self.subcommand != "fit" and not isinstance(model.unet, str):
+            if self.subcommand != "fit" and not isinstance(model.network, str):
                 raise ValueError(f"{self.subcommand} needs a checkpoint: --ckpt_path CHECKPOINT.")
             if self.subcommand == "fit" and config.checkpoint.mirror is not None:
                 Mirror(config.checkpoint.mirror).check_new()
@@ -273,7 +273,7 @@ def check_model(model: Any) -> None:
     check_guidance(guidance, averaged=model.ema is not None)
     if model.lora is not None:
         LoRA(**model.lora.as_dict())
-        check_lora(model.unet, bool(model.conditioner.get("init_args", {}).get("trainable")))
+        check_lora(model.network, bool(model.conditioner.get("init_args", {}).get("trainable")))
 
 
 def is_sharded(trainer: Any) -> bool:
@@ -383,14 +383,14 @@ def _replaced_parts(files: Sequence[Path], settings: Sequence[str]) -> set[str]:
         values = read_yaml(path)
         model = values.get("model") if isinstance(values, dict) else None
         for name, value in (model if isinstance(model, dict) else {}).items():
-            if name == "unet" or not isinstance(value, dict) or "class_path" in value:
+            if name == "network" or not isinstance(value, dict) or "class_path" in value:
                 replaced.add(name.partition(".")[0])
     for option, _ in option_values(settings):
         group, _, name = option.partition(".")
         part, _, inside = name.partition(".")
-        if group == "model" and (part == "unet" or inside in ("", "class_path")):
+        if group == "model" and (part == "network" or inside in ("", "class_path")):
             replaced.add(part)
-    return replaced & {"codec", "conditioner", "unet"}
+    return replaced & {"codec", "conditioner", "network"}
 
 
 class _ParseOnly(ZsnrCLI):

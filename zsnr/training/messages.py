@@ -20,7 +20,7 @@ _TYPES = {
     "NoneType": "null",
 }
 _KEY = re.compile(r"Parser key \"([\w.\[\]]+)\":?")
-_REQUIRED = ("codec", "conditioner", "unet")
+_REQUIRED = ("codec", "conditioner", "network")
 
 
 def short_message(message: str) -> str:

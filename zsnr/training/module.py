@@ -18,7 +18,7 @@ from torch.optim import AdamW
 
 from zsnr.agreement import raise_on_all
 from zsnr.checkpoints import Model
-from zsnr.checkpoints.checkpoint_file import KEY, describe_model
+from zsnr.checkpoints.checkpoint_file import KEY, current_names, describe_model
 from zsnr.codecs import LatentCodec
 from zsnr.conditioning import Conditioner, Remembered
 from zsnr.data.cache import Cache, check_cache
@@ -85,7 +85,7 @@ class LatentDiffusion(L.LightningModule):
         codec: Encoder and decoder between images and latents. It is frozen.
         conditioner: Text encoder of the prompts: frozen, or trained jointly where its own setting
             `trainable` is true.
-        unet: Size of a new UNet; the folder, single file or hub id of a pretrained model, from
+        network: Size of a new UNet; the folder, single file or hub id of a pretrained model, from
             whose UNet training starts; or a UNet.
         schedule: Noise schedule of training, previews, validation and predict alike.
         prediction_type: Quantity that the network predicts: "v_prediction", "epsilon" or "sample".
@@ -108,7 +108,7 @@ class LatentDiffusion(L.LightningModule):
             or gradient is not finite. One more stops the run.
         image_size: Height and width of the images, in pixels. Set by data.image_size.
         seed: Seed of every random number in training. Set by data.seed.
-        lora: LoRA adapters to train on a frozen, pretrained `unet`. None = the whole UNet is
+        lora: LoRA adapters to train on a frozen, pretrained `network`. None = the whole UNet is
             trained.
         tf32: Whether a GPU rounds the factors of float32 products and convolutions to TF32, which
             has the range of float32 and the precision of float16. It does not concern what
@@ -125,7 +125,7 @@ class LatentDiffusion(L.LightningModule):
         self,
         codec: LatentCodec,
         conditioner: Conditioner,
-        unet: UNetConfig | UNet | str,
+        network: UNetConfig | UNet | str,
         schedule: NoiseSchedule = NoiseSchedule(),
         prediction_type: PredictionType = "v_prediction",
         loss: LossWeighting = LossWeighting(),
@@ -158,7 +158,7 @@ class LatentDiffusion(L.LightningModule):
                 "trainable: true, or give it pretrained weights."
             )
         if lora is not None:
-            check_lora(unet, conditioner.trainable)
+            check_lora(network, conditioner.trainable)
         check_guidance(sampling.guidance, averaged=ema is not None)
         check_threshold(sampling.guidance, codec)
         check_steps(sampling, schedule)
@@ -169,9 +169,9 @@ class LatentDiffusion(L.LightningModule):
         self.sampling, self.image_size, self.seed = sampling, image_size, seed
         codec.latent_shape(image_size, image_size)  # refuses sizes it cannot encode
         self.objective = Objective(schedule, prediction_type, loss, offset_noise=offset_noise)
-        make = partial(_new_unet, unet, codec, conditioner, lora)
-        source = unet if isinstance(unet, str) else None
-        weighted = isinstance(unet, UNet) or lora is not None
+        make = partial(_new_network, network, codec, conditioner, lora)
+        source = network if isinstance(network, str) else None
+        weighted = isinstance(network, UNet) or lora is not None
         self._deferred = None if weighted else defer(make, source)
         self.trained = nn.ModuleDict({"unet": self._deferred.unet if self._deferred else make()})
         # Frozen parts stay out of state dict, optimizer, EMA and any sharding: a plain container.
@@ -208,7 +208,9 @@ class LatentDiffusion(L.LightningModule):
         self._first_step = 0  # of this start of the run
         self.changed_settings: dict[str, list[Any]] = {}  # since the checkpoint, by name
         self._val_strata = validation_timesteps(schedule.num_timesteps)
-        self.start = read_start(unet) if isinstance(unet, str) and not is_weightless() else None
+        self.start = (
+            read_start(network) if isinstance(network, str) and not is_weightless() else None
+        )
         self._start_losses: list[float] = []  # of the converted start, by stratum
 
     # Parts
@@ -228,7 +230,7 @@ class LatentDiffusion(L.LightningModule):
             conditioner=weights["conditioner"]
             if "conditioner" in weights
             else self._frozen["conditioner"],
-            unet=weights["unet"],
+            network=weights["unet"],
             schedule=self.schedule,
             prediction_type=self.prediction_type,
             image_size=self.image_size,
@@ -247,9 +249,9 @@ class LatentDiffusion(L.LightningModule):
     def pipeline(self) -> Iterator[TextToImage]:
         """Lend the model as a sampling pipeline, in evaluation mode for as long as it is open."""
         model = self.model()
-        unets = [model.unet]
+        unets = [model.network]
         if self.sampling.guidance.against == "raw":
-            model = replace(model, raw_unet=self._unet_of(self.trained))
+            model = replace(model, raw_network=self._unet_of(self.trained))
             unets.append(self._unet_of(self.trained))
         modes = [(part, part.training) for part in (*unets, model.conditioner)]
         try:
@@ -698,9 +700,9 @@ class LatentDiffusion(L.LightningModule):
             self.schedule.num_timesteps, self.terminal_window, **checkpoint.get("progress", {})
         )
         self._start_losses = checkpoint.get("start_losses", [])
-        described = describe_model(self.model())
-        decisive = ("schedule", "prediction_type", "unet")
-        check_resumed(checkpoint[KEY], {name: described[name] for name in decisive})
+        saved, described = current_names(checkpoint[KEY]), describe_model(self.model())
+        decisive = ("schedule", "prediction_type", "network")
+        check_resumed(saved, {name: described[name] for name in decisive})
         averaged = any(name.startswith("ema.") for name in checkpoint.get("state_dict", ()))
         if "state_dict" in checkpoint and averaged != (self.ema is not None):
             has, remedy = ("has", "set") if averaged else ("has no", "unset")
@@ -717,9 +719,9 @@ class LatentDiffusion(L.LightningModule):
             if message is not None:
                 rank_zero_warn(message)
         for name in ("codec", "conditioner"):  # a moved folder is another name of the same weights
-            if checkpoint[KEY][name] != described[name]:
+            if saved[name] != described[name]:
                 rank_zero_warn(
-                    f"The checkpoint's {name} was {checkpoint[KEY][name]}, the config has "
+                    f"The checkpoint's {name} was {saved[name]}, the config has "
                     f"{described[name]}: make sure that they are the same."
                 )
 
@@ -773,15 +775,15 @@ class LatentDiffusion(L.LightningModule):
         model = self.model(ema=ema)
         x_t, target, t = noised
         # Text encoders may be kept in half precision.
-        dtype = next(model.unet.parameters()).dtype
+        dtype = next(model.network.parameters()).dtype
         cond = self._conditioning(model.conditioner, batch).to(self.device, dtype)
-        if model.unet.takes_sizes:
+        if model.network.takes_sizes:
             cond = replace(cond, sizes=batch.get("sizes"))
         if start is None:
-            output = model.unet(x_t, t, cond)
+            output = model.network(x_t, t, cond)
         else:
             run = (self.schedule, self.prediction_type)
-            output = start.output(model.unet, x_t, t, cond, *run)
+            output = start.output(model.network, x_t, t, cond, *run)
         return self.objective.losses(output, target, t)
 
     def _conditioning(self, conditioner: Conditioner, batch: dict[str, Any]) -> Conditioning:
@@ -808,19 +810,22 @@ class LatentDiffusion(L.LightningModule):
         return torch.autocast(self.device.type, getattr(torch, strategy.param_dtype))
 
 
-def _new_unet(
-    unet: UNetConfig | UNet | str, codec: LatentCodec, conditioner: Conditioner, lora: LoRA | None
+def _new_network(
+    network: UNetConfig | UNet | str,
+    codec: LatentCodec,
+    conditioner: Conditioner,
+    lora: LoRA | None,
 ) -> UNet:
-    if isinstance(unet, UNet):
-        return unet
+    if isinstance(network, UNet):
+        return network
     wanted: dict[str, Any] = {
         "channels": codec.channels,
         "context_dim": conditioner.context_dim,
         "pooled_dim": conditioner.pooled_dim,
     }
     if lora is not None:
-        assert isinstance(unet, str)
-        return AdaptedUNet(unet, lora, **wanted)
-    if isinstance(unet, str):
-        return UNet(pretrained=unet, **wanted)
-    return UNet(unet, **wanted)
+        assert isinstance(network, str)
+        return AdaptedUNet(network, lora, **wanted)
+    if isinstance(network, str):
+        return UNet(pretrained=network, **wanted)
+    return UNet(network, **wanted)

@@ -35,7 +35,7 @@ _GROUPS: tuple[tuple[Verdict, Sequence[str]], ...] = (
     (  # they determine the meaning of the network's output, or which weights there are
         Verdict.REFUSED,
         [
-            *_under("model", "unet schedule prediction_type ema lora image_size"),
+            *_under("model", "network schedule prediction_type ema lora image_size"),
             *_under("model.schedule", _SCHEDULE),
             *_under("model.lora", "rank alpha target_modules base_dtype"),
             "optimizer",  # its class: the state of another one would be misread
