@@ -33,7 +33,7 @@ from zsnr.pipeline import TextToImage
 from zsnr.sampling import Sampling, choose_sampling, describe_sampling
 from zsnr.training.deferred import defer, deferred_weights
 from zsnr.weights import ldm_file as layout
-from zsnr.weights.ldm_layout import ldm_clip, ldm_open_clip, ldm_unet, ldm_vae
+from zsnr.weights.ldm_layout import to_ldm
 
 FAMILIES = ("v1", "v2", "xl")
 PROMPTS = ["", "a black cat at night", "Caf\u00e9, 35mm photo; it's 8k!", "word " * 90]
@@ -264,12 +264,13 @@ def test_tokenizers_are_those_of_transformers(name, options):
 
 @pytest.mark.peer
 @pytest.mark.parametrize("family", RELEASED)
-def test_public_models_have_their_well_known_names(family):
+def test_public_models_have_their_well_known_names(family, monkeypatch):
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from diffusers.loaders import single_file_utils as theirs
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     public, prefixes = RELEASED[family], layout.PREFIXES[family]
+    monkeypatch.setitem(layout.PUBLIC, family, public)
     file = {}
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(public["unet"])
@@ -278,12 +279,9 @@ def test_public_models_have_their_well_known_names(family):
         if family == "xl":
             config = CLIPTextConfig(**public["text_encoder_2"])
             texts["text_encoder_2"] = CLIPTextModelWithProjection(config)
-    parts = {"unet": ldm_unet(unet.state_dict(), unet.config), "vae": ldm_vae(vae.state_dict(), 4)}
-    for part, text in texts.items():
-        rename = ldm_clip if prefixes[part].endswith(".transformer.") else ldm_open_clip
-        parts[part] = rename(text.state_dict())
-    for part, weights in parts.items():
-        file |= {prefixes[part] + name: weight for name, weight in weights.items()}
+    for part, model in {"unet": unet, "vae": vae, **texts}.items():
+        state = model.state_dict()
+        file |= to_ldm(state, layout.part_names(family, part, state))
 
     def shapes(weights):
         return {k.removeprefix("text_model."): tuple(w.shape) for k, w in weights.items()}
@@ -882,7 +880,7 @@ def test_nothing_is_read_of_what_does_not_fit(files, tmp_path, monkeypatch):
     from contextlib import contextmanager
 
     monkeypatch.setattr(layout, "open_safetensors", contextmanager(without_tensors))
-    with pytest.raises(ValueError, match=r"conv_out\.bias has shape \(5,\), \(4,\) wanted"):
+    with pytest.raises(ValueError, match=r"out\.2\.bias has shape \(5,\), \(4,\) wanted"):
         UNet(pretrained=path)
 
 
