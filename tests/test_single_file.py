@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import struct
 import warnings
 from dataclasses import replace
@@ -27,6 +28,8 @@ from zsnr.conditioning.tokenizers import bpe_tokenizer
 from zsnr.doctor.examine import examine
 from zsnr.interop import read_diffusers_folder, read_single_file, write_single_file
 from zsnr.interop.declarations import read_declaration, settle
+from zsnr.interop.export import export_diffusers
+from zsnr.interop.models import read_model
 from zsnr.interop.single_file import check_single_file
 from zsnr.networks import UNet
 from zsnr.pipeline import TextToImage
@@ -981,6 +984,49 @@ def test_a_declaration_that_cannot_be_sampled_is_refused(files, tmp_path, sampli
     for source in (tmp_path, path):
         with pytest.raises(ValueError, match=f"(?s){tmp_path}.*({message}|wanted a JSON object)"):
             sampling_of(str(source))
+
+
+@pytest.mark.parametrize(
+    ("family", "clip_skip"), [("v1", None), ("v1", 2), ("v2", None), ("xl", None)]
+)
+def test_an_export_reads_prompts_as_its_model(folders, tmp_path, family, clip_skip):
+    model = read_diffusers_folder(str(folders[family]))
+    model.conditioner.load()
+    model.conditioner.configure(max_tokens=150, prompt_weights=True, clip_skip=clip_skip)
+    prompts = ["a (black:1.3) cat " * 30 + end for end in ("by day", "at night")] + [""]
+    wanted = model.conditioner(prompts)
+    export_diffusers(model, tmp_path / "folder")
+    sources = [str(tmp_path / "folder")]
+    if clip_skip is None:  # other programs would take another layer of a single file
+        write_single_file(model, tmp_path / "file.safetensors")
+        sources.append(str(tmp_path / "file.safetensors"))
+    for source in sources:
+        conditioner = read_model(source).conditioner
+        conditioner.load()
+        actual = conditioner(prompts)
+        assert actual.context.shape == wanted.context.shape == (3, 154, wanted.context.shape[-1])
+        assert torch.equal(actual.context, wanted.context)
+        assert not torch.equal(actual.context[0], actual.context[1])
+        assert wanted.pooled is None or torch.equal(actual.pooled, wanted.pooled)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (["max_tokens"], "wanted settings by name|wanted a JSON object"),
+        ({"max_tokens": "many"}, "max_tokens='many': wanted 1 to"),
+        ({"prompt_weights": 1}, "prompt_weights=1: wanted true or false"),
+    ],
+)
+def test_a_declaration_of_prompts_that_cannot_be_read_is_refused(
+    folders, files, tmp_path, prompts, message
+):
+    folder = shutil.copytree(folders["v1"], tmp_path / "folder")
+    (folder / "zsnr.json").write_text(json.dumps({"format": 1, "prompts": prompts}))
+    file = rewrite(files["v1"], tmp_path / "x", {"zsnr.prompts": json.dumps(prompts)})
+    for source in (str(folder), str(Path(file).rename(f"{file}.safetensors"))):
+        with pytest.raises(ValueError, match=message):
+            read_model(source)
 
 
 def test_what_is_no_setting_of_sampling_is_not_read(tmp_path):

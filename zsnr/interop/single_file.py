@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zsnr.checkpoints.exported_sampling import METADATA, exported_sampling, file_sampling
+from zsnr.checkpoints.exported_sampling import file_settings, read_exported
 from zsnr.checkpoints.model import Model
 from zsnr.codecs import AutoencoderKLCodec
 from zsnr.conditioning import Conditioner, SDXLConditioner, TransformersConditioner
 from zsnr.conditioning.tokenizers import BPE, Tokenizer, bpe_tokenizer
 from zsnr.files import check_new, new_file
 from zsnr.interop.declarations import is_stable_diffusions, read_declaration, settle
-from zsnr.interop.diffusers_folder import read_unet
+from zsnr.interop.diffusers_folder import read_parts
 from zsnr.lora import AdaptedUNet
 from zsnr.prediction import PredictionType
 from zsnr.schedule import NoiseSchedule
@@ -35,7 +35,6 @@ from zsnr.weights.ldm_file import (
     instead,
     open_ldm_file,
     part_names,
-    part_tokenizer,
 )
 from zsnr.weights.ldm_layout import to_ldm
 from zsnr.weights.pretrained import Precision, cast_weight, check_precision
@@ -147,17 +146,8 @@ def read_single_file(
         raise ValueError(f"{source} is not a model: {instead(file.shapes)}.")
     _, declaration = read_declaration(file.path)
     schedule, prediction_type = settle(source, declaration, schedule, prediction_type)
-    sampling = file_sampling(file)
-    codec = AutoencoderKLCodec(source, subfolder="vae")
-    conditioner: Conditioner
-    if file.family == "xl":
-        conditioner = SDXLConditioner(source)
-    else:
-        tokenizer, max_length = part_tokenizer(file, "tokenizer")
-        conditioner = TransformersConditioner(
-            source, tokenizer=tokenizer, subfolder="text_encoder", max_length=max_length
-        )
-    unet = read_unet(source, codec, conditioner)
+    exported = read_exported(file)
+    codec, conditioner, unet = read_parts(source, exported, xl=file.family == "xl")
     return Model(
         codec=codec,
         conditioner=conditioner,
@@ -165,7 +155,7 @@ def read_single_file(
         schedule=schedule,
         prediction_type=prediction_type,
         image_size=_image_size(file, prediction_type, codec.factor),
-        sampling=sampling,
+        sampling=exported.sampling,
     )
 
 
@@ -358,7 +348,7 @@ def _facts(model: Model, family: Family) -> dict[str, str]:
         "modelspec.timestep_range": f"0,{model.schedule.num_timesteps - 1}",
         "zsnr.schedule": json.dumps(model.schedule.settings()),
         **_null_facts(model.conditioner),
-        **({METADATA: json.dumps(exported_sampling(model.sampling))} if model.sampling else {}),
+        **file_settings(model),
     }
 
 
