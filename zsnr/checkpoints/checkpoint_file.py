@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from zsnr.checkpoints import sharded
-from zsnr.checkpoints.exported_sampling import file_sampling, folder_sampling
+from zsnr.checkpoints.exported_sampling import read_exported
 from zsnr.checkpoints.model import Model
 from zsnr.checkpoints.opening import KEY as KEY
 from zsnr.checkpoints.opening import current_names as current_names
@@ -127,7 +127,7 @@ def sampling_of(source: str) -> Mapping[str, Any]:
     if is_checkpoint(path):
         return declared_sampling(open_checkpoint(path))
     check_model(source)
-    return file_sampling(open_ldm_file(path)) if is_single_file(path) else folder_sampling(path)
+    return read_exported(open_ldm_file(path) if is_single_file(path) else path).sampling
 
 
 def _check_description(path: Path, description: Mapping[str, Any]) -> NoiseSchedule:
