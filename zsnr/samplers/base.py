@@ -178,12 +178,12 @@ class Sampler:
         Args:
             plan: Result of `plan`.
             state: Result of `begin` or `advance`; it is not changed.
-            x_0: The denoiser's prediction at (state.x_t, state.t), (B, *).
+            x_0: The denoiser's prediction at (state.x_t, state.t), (B, *). The state holds a copy.
             randn_like: Source of noise, called if the step needs noise.
         """
         call = plan.calls[state.num_calls]
         num_x_0, num_eps = plan.memory
-        x_0s = (x_0.to(state.x_t.dtype), *state.x_0)
+        x_0s = (x_0.to(state.x_t.dtype, copy=True), *state.x_0)  # x_0 may be overwritten
         before, x_t, epses = state.before, state.x_t, state.eps
         if call.correct is not None:
             x_t = multistep(x_0s, before, call.correct, epses)
@@ -236,7 +236,7 @@ class Sampler:
             x_0 = predict(denoiser, state.x_t, call, t_row)
             state = self.advance(plan, state, x_0, randn_like)
             if call.step is not None:
-                begun = call.t, x_0
+                begun = call.t, state.x_0[0]
             if state.done or plan.calls[state.num_calls].step is not None:  # the step is complete
                 if callback is not None:
                     callback(i, *begun, state.x_t)
