@@ -107,7 +107,7 @@ class Schedule(Protocol):
     def __hash__(self) -> int: ...
 
 
-class _Tabled:
+class TabledSchedule:
     """A schedule whose scales are tables, derived from its settings once."""
 
     num_timesteps: int
@@ -207,7 +207,7 @@ class _Tabled:
 
 
 @dataclass(frozen=True)
-class NoiseSchedule(_Tabled):
+class NoiseSchedule(TabledSchedule):
     """A variance-preserving noise schedule.
 
     x_t = alpha_t x_0 + sigma_t eps,  alpha_t = sqrt(abar_t),  sigma_t = sqrt(1 - abar_t)
@@ -300,7 +300,7 @@ class NoiseSchedule(_Tabled):
 
 
 @dataclass(frozen=True)
-class RectifiedFlow(_Tabled):
+class RectifiedFlow(TabledSchedule):
     """Rectified flow: x_t = (1 - u) x_0 + u eps (Liu et al., arXiv:2209.03003).
 
     u = shift tau / (1 + (shift - 1) tau),  tau = (t + 1) / T

@@ -23,7 +23,7 @@ from zsnr.described import build, describe
 from zsnr.lora import with_base
 from zsnr.networks import UNet
 from zsnr.prediction import PredictionType
-from zsnr.schedule import NoiseSchedule
+from zsnr.schedule import Schedule, schedule_from_settings
 from zsnr.untrusted import shown
 from zsnr.weights.ldm_file import open_ldm_file
 from zsnr.weights.pretrained import is_weightless, reason
@@ -130,7 +130,7 @@ def sampling_of(source: str) -> Mapping[str, Any]:
     return read_exported(open_ldm_file(path) if is_single_file(path) else path).sampling
 
 
-def _check_description(path: Path, description: Mapping[str, Any]) -> NoiseSchedule:
+def _check_description(path: Path, description: Mapping[str, Any]) -> Schedule:
     """Return the schedule; check the prediction type and image size.
 
     Raises:
@@ -143,7 +143,7 @@ def _check_description(path: Path, description: Mapping[str, Any]) -> NoiseSched
     if type(size) is not int or not 1 <= size <= MAX_IMAGE_SIZE:
         raise ValueError(f"{path}: image_size={shown(size)}: wanted 1 to {MAX_IMAGE_SIZE} pixels.")
     try:
-        return NoiseSchedule.from_settings(description["schedule"])
+        return schedule_from_settings(description["schedule"])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

@@ -10,7 +10,7 @@ from zsnr.codecs import LatentCodec
 from zsnr.conditioning import Conditioner
 from zsnr.networks import UNet
 from zsnr.prediction import PredictionType
-from zsnr.schedule import NoiseSchedule
+from zsnr.schedule import Schedule
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +33,7 @@ class Model:
     codec: LatentCodec
     conditioner: Conditioner
     network: UNet
-    schedule: NoiseSchedule
+    schedule: Schedule
     prediction_type: PredictionType
     image_size: int
     raw_network: UNet | None = None
