@@ -230,7 +230,8 @@ class _Check:
         where, *parts = name.split(".")
         cls, hint, said, is_class = GROUPS[where], None, where, False
         for part in parts:
-            if is_class and part == "class_path":
+            several = len(dataclasses_of(hint)) > 1  # of which class_path names one
+            if (is_class or several) and part == "class_path":
                 self._class(node, where, CLASSES.get(where, _base_of(hint)))
                 return
             if is_class and self.complete and where not in self.classes:
@@ -469,8 +470,7 @@ def _base_of(hint: Any) -> type[Any]:
     """Return the only class that a type allows; object, if that says nothing of a class_path."""
     classes = [each for each in options_of(hint) if isinstance(each, type) and not is_scalar(each)]
     if len(dataclasses_of(hint)) > 1:  # of one kind, such as schedules
-        kind: type[Any] = classes[0].__mro__[1]
-        return kind
+        return _kind_of(classes[0])
     [base] = classes if len(classes) == 1 else [object]
     simple = base.__module__ == "builtins" or dataclasses.is_dataclass(base)
     return object if simple or getattr(base, "_is_protocol", False) else base
@@ -478,8 +478,14 @@ def _base_of(hint: Any) -> type[Any]:
 
 def _siblings(cls: Any) -> dict[str, type[Any]]:
     """Return the dataclasses of the same kind as a dataclass, such as the other schedules."""
-    base = cls.__mro__[1] if dataclasses.is_dataclass(cls) else object
+    base = _kind_of(cls) if dataclasses.is_dataclass(cls) else object
     return {} if base is object else known_classes(base)
+
+
+def _kind_of(cls: Any) -> type[Any]:
+    """Return the class that a dataclass is derived from."""
+    base: type[Any] = cls.__mro__[1]
+    return base
 
 
 def _is_class(hint: Any) -> bool:
