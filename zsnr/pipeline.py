@@ -36,7 +36,7 @@ from zsnr.sampling import Sampling as Sampling
 from zsnr.sampling import choose_sampling
 from zsnr.sampling import describe_guidance as describe_guidance
 from zsnr.sampling import describe_sampling as describe_sampling
-from zsnr.schedule import Schedule
+from zsnr.schedule import Schedule, noised
 from zsnr.weights.pretrained import loading_in
 from zsnr.weights.source import at_revision, has_variant, prefer_variant
 
@@ -537,7 +537,7 @@ class TextToImage:
         if edit is not None and known is not None:
             known = known.expand_as(x_T)
             unknown = edit.repainted(*shape[1:])
-            noisy = schedule.add_noise(known, x_T, timesteps[:1].to(x_T.device).expand(len(x_T)))
+            noisy = noised(known, x_T, *schedule(timesteps[:1].to(x_T.device)))
             if unknown is not None:
                 unknown = unknown.to(x_T.device)
                 conditioned = InpaintingDenoiser(

@@ -120,12 +120,9 @@ def sample(
         spacing=given.get("spacing"),
         guidance=recorded_guidance(given),
     )
-    start = {
-        "image": None if image is None else read_image(image),
-        "mask": None if mask is None else read_image(mask),
-        "strength": strength,
-    }
-    edit = read_edit(**start, corrections=mask_corrections, count=num_images * len(prompts))
+    start = None if image is None else read_image(image)
+    shape = None if mask is None else read_image(mask)
+    edit = read_edit(start, strength, shape, mask_corrections, num_images * len(prompts))
     if edit is not None:
         edit.first_step(chosen.num_steps)
         height, width = edit.size(height, width)
@@ -160,7 +157,9 @@ def sample(
             height=height,
             width=width,
             sampling=chosen,
-            **start,
+            image=start,
+            strength=strength,
+            mask=shape,
             mask_corrections=mask_corrections,
             batch_size=batch_size,
         )

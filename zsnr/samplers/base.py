@@ -21,7 +21,7 @@ from zsnr.transition import reverse_transition
 DenoiserFunction = Callable[[Tensor, Tensor], Tensor]
 RandnLike = Callable[[Tensor], Tensor]
 Coefficients = tuple[float, float, float]
-_ASSUMED = Guidance(3.0)
+ASSUMED_GUIDANCE = Guidance(3.0)
 
 
 class Changed(NamedTuple):
@@ -419,7 +419,7 @@ def guidance_of(denoiser: DenoiserFunction) -> Guidance | None:
     A function without the attribute may be guided or not. A scale of 3 is assumed: steps for that
     scale lose little at other scales, while steps for no guidance overshoot under guidance.
     """
-    guidance = getattr(denoiser, "guidance", _ASSUMED)
+    guidance = getattr(denoiser, "guidance", ASSUMED_GUIDANCE)
     return guidance if isinstance(guidance, Guidance) else None
 
 
