@@ -827,8 +827,12 @@ def test_every_shipped_config_is_parsed_and_says_what_it_does(config, capsys):
         main(["fit", *over, "-c", str(config), "--print_config"])
     assert end.value.code == 0
     model = yaml.safe_load(capsys.readouterr().out)["model"]
-    assert model["prediction_type"] == "v_prediction"
     flawed = {"original": 0.0, "offset_noise": 0.1}  # section 5.4's other arms
+    if config.stem in ("flow", "sdxl_flow"):
+        assert model["prediction_type"] == "flow"
+        assert model["schedule"]["class_path"] == "zsnr.RectifiedFlow"
+        return
+    assert model["prediction_type"] == "v_prediction"
     assert model["schedule"]["zero_terminal_snr"] == (config.stem not in flawed)
     assert model["offset_noise"] == flawed.get(config.stem, 0.0)
 
