@@ -40,15 +40,6 @@ from zsnr.weights.ldm_layout import to_ldm
 
 FAMILIES = ("v1", "v2", "xl")
 PROMPTS = ["", "a black cat at night", "Caf\u00e9, 35mm photo; it's 8k!", "word " * 90]
-SCHEDULER = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "prediction_type": "v_prediction",
-    "timestep_spacing": "trailing",
-    "rescale_betas_zero_snr": True,
-    "clip_sample": False,
-}
 RELEASED = json.loads(Path(layout.__file__).with_name("public_models.json").read_text())
 
 
@@ -131,7 +122,7 @@ def stable_diffusion(folder, family):
     pipe = cls(
         **parts,
         **tokenizers,
-        scheduler=DDIMScheduler(**SCHEDULER),
+        scheduler=DDIMScheduler(**tiny.SCHEDULER),
         **({"add_watermarker": False} if xl else others),
     )
     pipe.save_pretrained(folder)
@@ -370,7 +361,7 @@ def test_diffusers_reads_it(folders, files, family):
     options = {"config": str(folders[family]), "local_files_only": True, **none}
     theirs = cls.from_single_file(str(files[family]), **options)
     assert theirs.text_encoder.config.hidden_act == ("gelu" if family == "v2" else "quick_gelu")
-    theirs.scheduler = DDIMScheduler(**SCHEDULER)
+    theirs.scheduler = DDIMScheduler(**tiny.SCHEDULER)
     theirs.set_progress_bar_config(disable=True)
     latents = torch.cat(
         [torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(s)) for s in (5, 6)]
