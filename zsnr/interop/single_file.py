@@ -56,8 +56,8 @@ _POOLED = {
     "text": "a vector pooled from the prompt too (pooled_context: true)",
     "text_time": "the pooled prompt and the image size too",
 }
-# Without "!", which transformers treats as padding if that is the padding token.
 _LENGTH = 77  # tokens of a prompt
+# Without "!", which transformers treats as padding if that is the padding token.
 _PROBES = (
     "",
     "A black cat at night, 35mm photo; it's 8k.",

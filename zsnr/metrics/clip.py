@@ -101,7 +101,7 @@ class CLIPScore:
             return _embedding(self.network.get_text_features(input_ids=ids, attention_mask=mask))
 
         def is_cut(caption: str) -> bool:
-            return len(tokenizer(caption, verbose=False)["input_ids"]) > longest
+            return bool(len(tokenizer(caption, verbose=False)["input_ids"]) > longest)
 
         return encode_images, encode_texts, is_cut
 

@@ -111,10 +111,11 @@ def compare_models(
     schedules: dict[str, NoiseSchedule] = {}
     retained: dict[str, float | None] = {}
     with new_folder(output) as folder:
-        for number, (path, *changes) in enumerate(loads):
-            loras, max_tokens = changes
+        for number, (path, loras, max_tokens) in enumerate(loads):
             arms_of_model = [
-                arm for arm in arms if path in arm.models and [arm.lora, arm.max_tokens] == changes
+                arm
+                for arm in arms
+                if path in arm.models and (arm.lora, arm.max_tokens) == (loras, max_tokens)
             ]
             raw_beside = any(arm.guidance_against == "raw" for arm in arms_of_model)
             pipe = TextToImage.from_pretrained(
