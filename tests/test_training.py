@@ -11,9 +11,13 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from zsnr import EmpiricalDenoiser, Guidance, LossWeighting, NoiseSchedule
+from zsnr.checkpoints import read_checkpoint
 from zsnr.codecs import AutoencoderKLCodec, PixelCodec
+from zsnr.conditioning import ClassLabels, NullConditioner
 from zsnr.data.caption_tags import Tags
 from zsnr.draws import training_draws, validation_draws
+from zsnr.interop import write_single_file
+from zsnr.interop.export import export_diffusers, read_exportable
 from zsnr.pipeline import Sampling, TextToImage
 from zsnr.training import (
     DataModule,
@@ -452,6 +456,115 @@ def test_a_checkpoint_that_calls_its_network_unet_is_read_and_resumed(tmp_path):
         assert checkpoint_config(path)["model"]["network"]["class_path"].endswith("UNet")
     for one, other in (resumed, read):
         assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def own_module(**options):
+    torch.manual_seed(0)
+    return module(conditioner=NullConditioner(), network=tiny.Own(), **options)
+
+
+def test_any_module_trains_as_the_network(tmp_path):
+    """Its average, checkpointed and compiled blocks, a resumed run, and its checkpoint."""
+    (tmp_path / "shards").mkdir()
+    tiny.write_shards(tmp_path / "shards", [7, 4])
+    torch._dynamo.reset()
+    runs = {}
+    for name, options in {
+        "plain": {},
+        "recomputed": {"gradient_checkpointing": True},
+        "compiled": {"compile": "eager"},
+    }.items():
+        net, loop = own_module(**options), trainer(tmp_path, 3)
+        loop.fit(net, datamodule=data(tmp_path / "shards"))
+        runs[name] = net.state_dict()
+        loop.save_checkpoint(tmp_path / f"{name}.ckpt")
+    torch._dynamo.reset()
+    assert {name.split(".")[0] for name in runs["plain"]} == {"trained", "ema"}
+    for name in ("recomputed", "compiled"):
+        close(runs[name], runs["plain"])
+    half, loop = own_module(), trainer(tmp_path, 1)
+    loop.fit(half, datamodule=data(tmp_path / "shards"))
+    loop.save_checkpoint(tmp_path / "half.ckpt")
+    resumed = own_module()
+    trainer(tmp_path, 3).fit(
+        resumed, datamodule=data(tmp_path / "shards"), ckpt_path=tmp_path / "half.ckpt"
+    )
+    close(resumed.state_dict(), runs["plain"])
+    with resumed.pipeline() as pipe:
+        [image] = pipe(["a"], num_steps=2, progress=False)
+    again = TextToImage.from_pretrained(tmp_path / "plain.ckpt", device="cpu", network=tiny.Own())
+    [other] = again(["a"], num_steps=2, progress=False)
+    assert np.abs(np.asarray(image, float) - np.asarray(other, float)).max() <= 1
+
+
+def test_no_checkpoint_chooses_a_network_of_another_package(tmp_path):
+    net, loop = own_module(), trainer(tmp_path, 1)
+    loop.fit(net, datamodule=data(tmp_path / "shards"))
+    loop.save_checkpoint(tmp_path / "a.ckpt")
+    for read in (read_checkpoint, checkpoint_config):
+        with pytest.raises(
+            ValueError, match=r"'tiny.Own', and no checkpoint chooses code to run\. N"
+        ):
+            read(tmp_path / "a.ckpt")
+    with pytest.raises(
+        ValueError, match=r"does not record the arguments .*: give .* network=Own\("
+    ):
+        read_checkpoint(tmp_path / "a.ckpt", network=tiny.Own)
+    net.record_arguments({"depth": 2})
+    loop.save_checkpoint(tmp_path / "b.ckpt")
+    assert torch.load(tmp_path / "b.ckpt", weights_only=True)["zsnr"]["network"] == {
+        "class_path": "tiny.Own",
+        "init_args": {"depth": 2},
+    }
+    for network in (tiny.Own, tiny.Own()):
+        model = read_checkpoint(tmp_path / "b.ckpt", network=network)
+        assert model.network is not network
+        close(model.network.state_dict(), net.ema["unet"].state_dict())
+    assert "network" not in checkpoint_config(tmp_path / "b.ckpt", ["network"])["model"]
+    with pytest.raises(ValueError, match="does not fit its own description: .*layers.1.weight"):
+        read_checkpoint(tmp_path / "b.ckpt", network=tiny.Own(depth=1))
+    with pytest.raises(ValueError, match="network is a Own, the config's a UNet: a checkpoint res"):
+        trainer(tmp_path, 2).fit(
+            module(conditioner=NullConditioner()),
+            datamodule=data(tmp_path / "shards"),
+            ckpt_path=tmp_path / "b.ckpt",
+        )
+    with pytest.raises(ValueError, match="needs a UNet of diffusers, and the model's .* is a Own:"):
+        write_single_file(model, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="The network is a Own, but a Stable Diffusion pipeline"):
+        export_diffusers(model, tmp_path / "folder")
+    with pytest.raises(ValueError, match="The network is a Own, but a Stable Diffusion pipeline"):
+        read_exportable(str(tmp_path / "b.ckpt"))
+
+
+def test_class_labels_are_dropped_and_guided(tmp_path):
+    labels = ClassLabels(3)
+    net = module(conditioner=labels, network=tiny.UNET)
+    assert net.trained["unet"].unet.config["num_class_embeds"] == 4
+    batch = {
+        "image": torch.rand(3, 3, 16, 16),
+        "caption": ["0", "2", "1"],
+        "position": torch.arange(3),
+        "global_batch_size": 3,
+    }
+    seen = []
+    net.trained["unet"].unet.register_forward_pre_hook(
+        lambda _, args, given: seen.append(given["class_labels"].tolist()), with_kwargs=True
+    )
+    net.caption_dropout = 0.0
+    net._losses(*(lambda b: (b, net._noised(b)))(net.prepared(batch, True)), ema=False)
+    net.caption_dropout = 1.0
+    net._losses(*(lambda b: (b, net._noised(b)))(net.prepared(batch, True)), ema=False)
+    assert seen == [[0, 2, 1], [3, 3, 3]]
+    seen.clear()
+    net.ema = None
+    with net.pipeline() as pipe:
+        pipe(["2"], num_steps=1, guidance=Guidance(3.0), progress=False)
+        with pytest.raises(ValueError, match="'a cat' is no class"):
+            pipe(["a cat"], num_steps=1, progress=False)
+    assert seen == [[3, 2]]
+    with pytest.raises(ValueError, match="num_class_embeds=4 but the conditioner has 6 labels"):
+        module(conditioner=ClassLabels(5), network=net.trained["unet"])
 
 
 def test_validation_is_fixed_and_by_stratum(tmp_path):

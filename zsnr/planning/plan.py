@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import OptimizerCallable
+from torch import nn
 
 from zsnr.checkpoints import Model
 from zsnr.codecs import LatentCodec
@@ -17,7 +18,7 @@ from zsnr.data.cache import Cache, find_cache
 from zsnr.data.order import accumulation
 from zsnr.interop.models import load_parts
 from zsnr.lora import AdaptedUNet, LoRA
-from zsnr.networks import UNet, UNetConfig
+from zsnr.networks import UNet, UNetConfig, inputs_of
 from zsnr.planning.estimate import (
     GIB,
     Layout,
@@ -90,9 +91,9 @@ def make_plan(
     if measure:
         images_per_second = data.batch_size / seconds_per_step(config, data, layout)
     too_much = limit is not None and needed.total > limit
-    counts = {"UNet": _count(parts.unet.parameters())}
-    if isinstance(parts.unet, AdaptedUNet):
-        counts["of which trained"] = _count(trainable(parts.unet))
+    counts = {_label(parts.network): _count(parts.network.parameters())}
+    if isinstance(parts.network, AdaptedUNet):
+        counts["of which trained"] = _count(trainable(parts.network))
     text = _count(parts.conditioner.parameters())
     if text:
         counts["text encoder"] = text
@@ -133,7 +134,7 @@ def read_for_sampling(config: Any, request: Request) -> Model:
     model = Model(
         codec=parts.codec,
         conditioner=parts.conditioner,
-        unet=parts.unet,
+        network=parts.network,
         schedule=NoiseSchedule(),
         prediction_type="v_prediction",
         image_size=parts.image_size,
@@ -232,25 +233,23 @@ def read_parts(config: Any, data: DataModule) -> Parts:
         codec: Any = build("codec", LatentCodec, model.codec)
         conditioner: Any = build("conditioner", Conditioner, model.conditioner)
         codec.latent_shape(data.image_size, data.image_size)
-        wanted = {
-            "channels": codec.channels,
-            "context_dim": conditioner.context_dim,
-            "pooled_dim": conditioner.pooled_dim,
-        }
+        wanted: Any = inputs_of(codec, conditioner)
         if model.lora is not None:
-            unet: UNet = AdaptedUNet(model.network, LoRA(**model.lora.as_dict()), **wanted)
+            network: nn.Module = AdaptedUNet(model.network, LoRA(**model.lora.as_dict()), **wanted)
         elif isinstance(model.network, str):
-            unet = UNet(pretrained=model.network, **wanted)
+            network = UNet(pretrained=model.network, **wanted)
+        elif "class_path" in model.network:
+            network = build("network", nn.Module, model.network)
         else:
-            unet = UNet(UNetConfig(**model.network.as_dict()), **wanted)
+            network = UNet(UNetConfig(**model.network.as_dict()), **wanted)
         if dtype != torch.float32:  # else an adapted one keeps its base's
-            unet.to(dtype)
+            network.to(dtype)
         if conditioner.trainable:
             conditioner.to(dtype)
         codec.load()
         conditioner.load()
     return Parts(
-        unet=unet,
+        network=network,
         conditioner=conditioner,
         codec=codec,
         image_size=data.image_size,
@@ -382,6 +381,10 @@ def _devices(trainer: Any) -> int | None:
 
 def _on_gpu(trainer: Any) -> bool:
     return bool(trainer.accelerator != "cpu")
+
+
+def _label(network: nn.Module) -> str:
+    return "UNet" if isinstance(network, UNet) else type(network).__name__
 
 
 def _count(parameters: Any) -> int:

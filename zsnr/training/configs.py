@@ -457,8 +457,13 @@ def _check_takes_any(cls: Any, where: str) -> None:
 
 def _base_of(hint: Any) -> type[Any]:
     """Return the only class that a type allows; object, if that says nothing of a class_path."""
-    classes = [each for each in options_of(hint) if isinstance(each, type) and not is_scalar(each)]
-    [base] = classes if len(classes) == 1 else [object]
+    classes = [
+        each
+        for each in options_of(hint)
+        if isinstance(each, type) and not is_scalar(each) and not dataclasses.is_dataclass(each)
+    ]
+    wide = [each for each in classes if all(issubclass(other, each) for other in classes)]
+    [base] = wide if len(wide) == 1 else [object]
     simple = base.__module__ == "builtins" or dataclasses.is_dataclass(base)
     return object if simple or getattr(base, "_is_protocol", False) else base
 

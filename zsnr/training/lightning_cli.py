@@ -133,6 +133,9 @@ class ZsnrCLI(LightningCLI):
         try:
             with deferred_weights() if shards else nullcontext():
                 super().instantiate_classes()
+            network = self.config[self.subcommand].model.network
+            if isinstance(network, Namespace) and "class_path" in network:
+                self.model.record_arguments(network.get("init_args", Namespace()).as_dict())
         except (ValueError, TypeError, MisconfigurationException) as error:
             raise ValueError(short_message(str(error))) from error
         self.trainer.strategy.checkpoint_io = CheckpointFiles(
@@ -369,9 +372,7 @@ def _with_checkpoint(command: str, settings: list[str]) -> list[str]:
     if path is None or path == "last":
         return settings  # the files say what the model is, and where its checkpoints are
     checkpoint = Path(resolve_model(path))
-    config = checkpoint_config(checkpoint)
-    for name in _replaced_parts(files, settings):
-        config["model"].pop(name, None)
+    config = checkpoint_config(checkpoint, _replaced_parts(files, settings))
     text = yaml.safe_dump(config, sort_keys=False)
     return [f"--config={text}", *settings, f"--ckpt_path={checkpoint}"]
 

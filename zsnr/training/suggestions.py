@@ -56,6 +56,8 @@ def find_class(path: Any, base: type[Any], where: str) -> Any:
     except Exception as error:
         meant = base is not object and name in known_classes(base)
         hint = f" Did you mean {name}?" if meant else ""
+        if isinstance(error, ModuleNotFoundError) and not hint and "." not in module:
+            hint = " Is the folder of the file in PYTHONPATH?"
         raise ValueError(
             f"{where}: {shown(path)} cannot be imported: {clipped(str(error))}.{hint}"
         ) from error
