@@ -82,6 +82,44 @@ def list_overrides(arguments: Sequence[str]) -> list[str]:
     return lines
 
 
+def separate_networks(arguments: Sequence[str]) -> list[str]:
+    """Let a network that is named by its class replace one that is given by sizes, and the reverse.
+
+    Jsonargparse would build the settings of both into one. A name of a network between them, which
+    the next setting replaces, keeps them apart.
+
+    Args:
+        arguments: The command line, with short options expanded.
+    """
+    kind: str | None = None
+    separated: list[str] = []
+    for i, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        value = value if equals else "".join(arguments[i + 1 : i + 2])
+        node = None
+        if argument.startswith(("-c", "--config")):
+            [file, *_] = config_files([argument, *([] if equals else [value])])
+            model = _entries(_read(file)).get("model")
+            node = _entries(model).get("network") if isinstance(model, yaml.MappingNode) else None
+        elif name == "--model.network":
+            node = _composed(value)
+        named = {*_entries(node)} if isinstance(node, yaml.MappingNode) else {"class_path"}
+        if node is not None or name == "--model.network.class_path":
+            follows = "class" if named & {*_CLASS_KEYS} else "sizes"
+            if kind not in (None, follows):
+                separated.append("--model.network=replaced")
+            kind = follows
+        separated.append(argument)
+    return separated
+
+
+def _composed(text: str) -> Any:
+    try:
+        return compose_yaml(text)
+    except ValueError:
+        return yaml.ScalarNode(f"{_TAG}str", text)
+
+
 def _leaves(node: Any, where: str = "") -> Iterator[tuple[str, str]]:
     """List settings of a document with their values as text; a class stands for its setting."""
     if isinstance(node, yaml.MappingNode):
@@ -214,10 +252,7 @@ class _Check:
             raise ValueError(f"There is no option --{_said(name)}. {hint}")
         if text is None:
             raise ValueError(f"--{name} needs a value.")
-        try:
-            node = compose_yaml(text)
-        except ValueError:
-            node = yaml.ScalarNode(f"{_TAG}str", text)
+        node = _composed(text)
         self.typed, self.shell = True, not isinstance(node, yaml.CollectionNode)
         try:
             self._key(name.removesuffix("+"), node or yaml.ScalarNode(f"{_TAG}null", ""))
@@ -229,6 +264,8 @@ class _Check:
         where, *parts = name.split(".")
         cls, hint, said, is_class = GROUPS[where], None, where, False
         for part in parts:
+            if part in _CLASS_KEYS and hint is not None and _base_of(hint) is not object:
+                is_class, cls = True, self.classes.get(where)
             if is_class and part == "class_path":
                 self._class(node, where, CLASSES.get(where, _base_of(hint)))
                 return
@@ -347,7 +384,7 @@ class _Check:
         if isinstance(node, yaml.ScalarNode) and where in CLASSES:
             self._named(node, options, where)
         elif isinstance(node, yaml.ScalarNode):
-            if _is_class(hint) and node.tag != f"{_TAG}null":
+            if _base_of(hint) is not object and node.tag != f"{_TAG}null":
                 self.classes[where] = None  # a class, or a word for one, that is not looked up here
             self._scalar(node, options, where)
         elif where in CLASSES and isinstance(node, yaml.MappingNode):

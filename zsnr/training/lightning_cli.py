@@ -41,7 +41,13 @@ from zsnr.training.checks import (
     check_settings,
     check_unsharded,
 )
-from zsnr.training.configs import check_configs, config_files, list_overrides, read_safely
+from zsnr.training.configs import (
+    check_configs,
+    config_files,
+    list_overrides,
+    read_safely,
+    separate_networks,
+)
 from zsnr.training.console import print_summary, progress_callbacks, quiet_lightning
 from zsnr.training.data import DataModule, check_shards, read_requests
 from zsnr.training.deferred import deferred_weights
@@ -497,4 +503,4 @@ def _prepare(arguments: Sequence[str]) -> list[str]:
     if is_first_process():
         for line in list_overrides(settings):
             print(line, file=sys.stderr)
-    return settings
+    return separate_networks(settings)

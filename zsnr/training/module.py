@@ -136,7 +136,7 @@ class LatentDiffusion(L.LightningModule):
         self,
         codec: LatentCodec,
         conditioner: Conditioner,
-        network: UNetConfig | DiffusionNetwork | nn.Module | str,
+        network: DiffusionNetwork | nn.Module | UNetConfig | str,
         schedule: NoiseSchedule = NoiseSchedule(),
         prediction_type: PredictionType = "v_prediction",
         loss: LossWeighting = LossWeighting(),
