@@ -21,11 +21,12 @@ from zsnr.conditioning.remembered import Remembered
 from zsnr.interop import read_diffusers_folder
 from zsnr.interop.adapter_file import open_adapter, parse_lora
 from zsnr.interop.adapter_merge import merge_adapter
-from zsnr.interop.lora import ldm_name, merge, write_lora
+from zsnr.interop.lora import merge, write_lora
 from zsnr.lora import AdaptedUNet, LoRA
 from zsnr.pipeline import TextToImage
 from zsnr.reports.arms import make_arms
 from zsnr.weights.ldm_file import PUBLIC
+from zsnr.weights.ldm_layout import ldm_layers
 
 FAMILIES = ("v1", "xl")
 DOWN = "down_blocks.1.attentions.0"
@@ -497,7 +498,8 @@ def read_by_diffusers(family, layout, layers):
         if layout in ("kohya", "original"):
             key = kohya_name(name, family)
             if layout == "original" and part == "unet":
-                key = f"lora_unet_{ldm_name(rest, 2)}".replace(".", "_")
+                blocks = {"layers_per_block": 2, "up_block_types": ["CrossAttnUpBlock2D"] * 3}
+                key = f"lora_unet_{ldm_layers([rest], blocks)[rest]}".replace(".", "_")
             tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
             tensors[f"{key}.alpha"] = torch.tensor(6.0)
         elif layout == "diffusers of 2023":

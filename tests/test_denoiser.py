@@ -10,12 +10,15 @@ from zsnr import (
     Denoiser,
     Guidance,
     NoiseSchedule,
+    SampleNoise,
+    available_samplers,
     dynamic_threshold,
     get_sampler,
     get_timesteps,
     prediction_target,
     rescale_guidance,
     to_x0,
+    trailing,
 )
 
 SCHEDULE = NoiseSchedule()
@@ -504,3 +507,81 @@ def test_the_defaults_are_the_papers_to_the_bit():
     assert torch.equal(
         x_0, to_x0(rescale_guidance(cfg, cond, 0.7), X, alpha, sigma, "v_prediction")
     )
+
+
+class StaticBuffer:
+    """Writes every output into one tensor, as a replayed CUDA graph and a TensorRT engine do."""
+
+    def __init__(self, network):
+        self.network, self.buffers = network, {}
+
+    def __call__(self, x, *inputs):
+        output = self.network(x, *inputs)
+        buffer = self.buffers.setdefault(output.shape, torch.empty_like(output))
+        return buffer.copy_(output)
+
+
+GUIDANCES = {
+    "none": None,
+    "cfg": Guidance(3.0, 0.7),
+    "interval": Guidance(3.0, 0.7, interval=(0.5, 4.0)),
+    "apg": Guidance(3.0, 0.0, method="apg", apg_norm=2.0),
+    "cfg_zero_star": Guidance(3.0, 0.0, method="cfg_zero_star"),
+    "cfg_pp": Guidance(0.6, 0.0, method="cfg_pp"),
+    "curve": Guidance(1.0, 0.0, curve=((-6.0, 1.0), (0.0, 4.0))),
+    "threshold": Guidance(3.0, 0.0, threshold=0.9),
+    "raw": Guidance(2.0, 0.0, against="raw"),
+}
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+@pytest.mark.parametrize("max_rows", [None, 1])
+@pytest.mark.parametrize("method", GUIDANCES)
+@pytest.mark.parametrize("name", available_samplers())
+def test_a_network_may_write_into_one_buffer(name, method, max_rows, prediction_type):
+    guidance = GUIDANCES[method]
+    if method == "cfg_pp" and name not in ("ddim", "euler"):
+        return
+    x_T = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+
+    def network(x, t, c):
+        return (x.flip(1) + c.context.mean((1, 2)).view(-1, 1) + t.view(-1, 1) / 1000).sin()
+
+    def trajectory(network, weak):
+        denoiser = Denoiser(
+            *(network, SCHEDULE, prediction_type, contexts(1.0, 2.0), contexts(-1.0), guidance),
+            max_rows=max_rows,
+            weak_network=weak if method == "raw" else None,
+        )
+        seen, noise = [], SampleNoise([0, 1])
+        x_0 = get_sampler(name).sample(
+            *(denoiser, SCHEDULE, x_T, trailing(5)),
+            randn_like=noise.randn_like,
+            callback=lambda i, t, x_0, x_s: seen.extend([x_0, x_s]),
+        )
+        return torch.stack([*seen, x_0])
+
+    def weak(x, t, c):
+        return network(0.5 * x, t, c)
+
+    shared = StaticBuffer(network)
+    raw = StaticBuffer(weak)
+    raw.buffers = shared.buffers  # two networks of one pool of memory
+    assert torch.equal(trajectory(shared, raw), trajectory(network, weak))
+
+
+@pytest.mark.parametrize("name", available_samplers())
+def test_a_function_may_write_into_one_buffer(name):
+    def function(x_t, t):
+        return (x_t.flip(1) + t.view(-1, 1) / 1000).sin()
+
+    def trajectory(denoiser):
+        torch.manual_seed(0)
+        seen = []
+        get_sampler(name).sample(
+            *(denoiser, SCHEDULE, torch.ones(2, 3), trailing(5)),
+            callback=lambda i, t, x_0, x_s: seen.extend([x_0, x_s]),
+        )
+        return torch.stack(seen)
+
+    assert torch.equal(trajectory(StaticBuffer(function)), trajectory(function))

@@ -100,7 +100,9 @@ def test_tables_are_looked_up_where_the_timesteps_are():
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
 @pytest.mark.parametrize("strength", [0.0, 0.1])
 def test_the_objective(prediction_type, strength):
-    objective = Objective(SCHEDULE, prediction_type, LossWeighting("snr_plus_one"), strength)
+    objective = Objective(
+        SCHEDULE, prediction_type, LossWeighting("snr_plus_one"), offset_noise=strength
+    )
     draws = training_draws(0, range(4), 4, (4, 8, 8), SCHEDULE.num_timesteps)
     with accelerator():
         x_0 = torch.zeros(4, 4, 8, 8, device=CUDA)

@@ -22,13 +22,14 @@ from zsnr.conditioning import SDXLConditioner
 from zsnr.described import build, describe
 from zsnr.interop import read_diffusers_folder
 from zsnr.interop.export import export_diffusers
-from zsnr.interop.lora import ldm_name, merge, write_lora
+from zsnr.interop.lora import merge, write_lora
 from zsnr.lora import AdaptedUNet, LoRA, lora_state_dict, merge_lora
 from zsnr.networks import UNet
 from zsnr.pipeline import TextToImage
 from zsnr.planning.estimate import Parts, training_pass
 from zsnr.planning.memory import LiveBytes, kept_for_backward, size_of, tensors_of
 from zsnr.training import EMAConfig
+from zsnr.weights.ldm_layout import ldm_layers
 from zsnr.weights.pretrained import without_weights
 
 EXACT = {"rtol": 0, "atol": 0}
@@ -741,8 +742,8 @@ def test_wrong_exports_are_refused(stable, tmp_path):
         write_lora(model, tmp_path / "folder", layout="kohya")
     with pytest.raises(ValueError, match="has no adapters"):
         write_lora(read_diffusers_folder(str(stable)), tmp_path / "b.safetensors")
-    with pytest.raises(ValueError, match="conv_in is not part of an attention"):
-        ldm_name("conv_in", 2)
+    with pytest.raises(ValueError, match="no name for the weight down_blocks.0.motion.weight"):
+        ldm_layers(["down_blocks.0.motion"], model.unet.unet.config)
     assert taken.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 

@@ -26,7 +26,9 @@ def test_losses_follow_the_formula(weighting, prediction_type, strength):
         seen.append((x_t, t, conditioning))
         return 0.5 * x_t
 
-    objective = Objective(SCHEDULE, prediction_type, LossWeighting(weighting), strength)
+    objective = Objective(
+        SCHEDULE, prediction_type, LossWeighting(weighting), offset_noise=strength
+    )
     losses = objective(network, x_0, None, draws)
     [(x_t, t, conditioning)] = seen
     assert conditioning is None

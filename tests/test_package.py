@@ -13,10 +13,10 @@ ROOT = Path(__file__).parents[1]
 # floors 0 and 1 import torch only.
 FLOORS = (
     (
-        *("schedule", "prediction", "loss", "timesteps"),
+        *("beta_distribution", "schedule", "prediction", "loss", "timestep_law", "timesteps"),
         *("guidance_methods", "guidance", "transition", "noise"),
     ),
-    ("denoiser", "draws", "objective", "oracle", "samplers", "sampling"),
+    ("denoiser", "conversion", "draws", "objective", "oracle", "samplers", "sampling"),
     (
         "pickled",
         "untrusted",

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import struct
 import warnings
 from dataclasses import replace
@@ -27,13 +28,15 @@ from zsnr.conditioning.tokenizers import bpe_tokenizer
 from zsnr.doctor.examine import examine
 from zsnr.interop import read_diffusers_folder, read_single_file, write_single_file
 from zsnr.interop.declarations import read_declaration, settle
+from zsnr.interop.export import export_diffusers
+from zsnr.interop.models import read_model
 from zsnr.interop.single_file import check_single_file
 from zsnr.networks import UNet
 from zsnr.pipeline import TextToImage
 from zsnr.sampling import Sampling, choose_sampling, describe_sampling
 from zsnr.training.deferred import defer, deferred_weights
 from zsnr.weights import ldm_file as layout
-from zsnr.weights.ldm_layout import ldm_clip, ldm_open_clip, ldm_unet, ldm_vae
+from zsnr.weights.ldm_layout import to_ldm
 
 FAMILIES = ("v1", "v2", "xl")
 PROMPTS = ["", "a black cat at night", "Caf\u00e9, 35mm photo; it's 8k!", "word " * 90]
@@ -264,12 +267,13 @@ def test_tokenizers_are_those_of_transformers(name, options):
 
 @pytest.mark.peer
 @pytest.mark.parametrize("family", RELEASED)
-def test_public_models_have_their_well_known_names(family):
+def test_public_models_have_their_well_known_names(family, monkeypatch):
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from diffusers.loaders import single_file_utils as theirs
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     public, prefixes = RELEASED[family], layout.PREFIXES[family]
+    monkeypatch.setitem(layout.PUBLIC, family, public)
     file = {}
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(public["unet"])
@@ -278,12 +282,9 @@ def test_public_models_have_their_well_known_names(family):
         if family == "xl":
             config = CLIPTextConfig(**public["text_encoder_2"])
             texts["text_encoder_2"] = CLIPTextModelWithProjection(config)
-    parts = {"unet": ldm_unet(unet.state_dict(), unet.config), "vae": ldm_vae(vae.state_dict(), 4)}
-    for part, text in texts.items():
-        rename = ldm_clip if prefixes[part].endswith(".transformer.") else ldm_open_clip
-        parts[part] = rename(text.state_dict())
-    for part, weights in parts.items():
-        file |= {prefixes[part] + name: weight for name, weight in weights.items()}
+    for part, model in {"unet": unet, "vae": vae, **texts}.items():
+        state = model.state_dict()
+        file |= to_ldm(state, layout.part_names(family, part, state))
 
     def shapes(weights):
         return {k.removeprefix("text_model."): tuple(w.shape) for k, w in weights.items()}
@@ -882,7 +883,7 @@ def test_nothing_is_read_of_what_does_not_fit(files, tmp_path, monkeypatch):
     from contextlib import contextmanager
 
     monkeypatch.setattr(layout, "open_safetensors", contextmanager(without_tensors))
-    with pytest.raises(ValueError, match=r"conv_out\.bias has shape \(5,\), \(4,\) wanted"):
+    with pytest.raises(ValueError, match=r"out\.2\.bias has shape \(5,\), \(4,\) wanted"):
         UNet(pretrained=path)
 
 
@@ -983,6 +984,49 @@ def test_a_declaration_that_cannot_be_sampled_is_refused(files, tmp_path, sampli
     for source in (tmp_path, path):
         with pytest.raises(ValueError, match=f"(?s){tmp_path}.*({message}|wanted a JSON object)"):
             sampling_of(str(source))
+
+
+@pytest.mark.parametrize(
+    ("family", "clip_skip"), [("v1", None), ("v1", 2), ("v2", None), ("xl", None)]
+)
+def test_an_export_reads_prompts_as_its_model(folders, tmp_path, family, clip_skip):
+    model = read_diffusers_folder(str(folders[family]))
+    model.conditioner.load()
+    model.conditioner.configure(max_tokens=150, prompt_weights=True, clip_skip=clip_skip)
+    prompts = ["a (black:1.3) cat " * 30 + end for end in ("by day", "at night")] + [""]
+    wanted = model.conditioner(prompts)
+    export_diffusers(model, tmp_path / "folder")
+    sources = [str(tmp_path / "folder")]
+    if clip_skip is None:  # other programs would take another layer of a single file
+        write_single_file(model, tmp_path / "file.safetensors")
+        sources.append(str(tmp_path / "file.safetensors"))
+    for source in sources:
+        conditioner = read_model(source).conditioner
+        conditioner.load()
+        actual = conditioner(prompts)
+        assert actual.context.shape == wanted.context.shape == (3, 154, wanted.context.shape[-1])
+        assert torch.equal(actual.context, wanted.context)
+        assert not torch.equal(actual.context[0], actual.context[1])
+        assert wanted.pooled is None or torch.equal(actual.pooled, wanted.pooled)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (["max_tokens"], "wanted settings by name|wanted a JSON object"),
+        ({"max_tokens": "many"}, "max_tokens='many': wanted 1 to"),
+        ({"prompt_weights": 1}, "prompt_weights=1: wanted true or false"),
+    ],
+)
+def test_a_declaration_of_prompts_that_cannot_be_read_is_refused(
+    folders, files, tmp_path, prompts, message
+):
+    folder = shutil.copytree(folders["v1"], tmp_path / "folder")
+    (folder / "zsnr.json").write_text(json.dumps({"format": 1, "prompts": prompts}))
+    file = rewrite(files["v1"], tmp_path / "x", {"zsnr.prompts": json.dumps(prompts)})
+    for source in (str(folder), str(Path(file).rename(f"{file}.safetensors"))):
+        with pytest.raises(ValueError, match=message):
+            read_model(source)
 
 
 def test_what_is_no_setting_of_sampling_is_not_read(tmp_path):

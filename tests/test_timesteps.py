@@ -19,7 +19,8 @@ from zsnr import (
     trailing,
 )
 from zsnr import timesteps as module
-from zsnr.timesteps import beta, beta_quantile
+from zsnr.beta_distribution import symmetric_beta_quantile
+from zsnr.timesteps import beta
 
 
 @pytest.mark.parametrize(
@@ -161,7 +162,9 @@ def test_kl_optimal_divides_the_angle_evenly():
 def test_beta_quantiles():
     stats = pytest.importorskip("scipy.stats")
     for p in (*(i / 997 for i in range(998)), *(10.0**-n for n in range(1, 16))):
-        assert beta_quantile(p) == pytest.approx(stats.beta.ppf(p, 0.6, 0.6), rel=1e-9, abs=1e-300)
+        assert symmetric_beta_quantile(p, 0.6) == pytest.approx(
+            stats.beta.ppf(p, 0.6, 0.6), rel=1e-9, abs=1e-300
+        )
     assert beta(10).tolist() == [999, 959, 876, 765, 637, 499, 362, 234, 123, 40]
 
 

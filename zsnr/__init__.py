@@ -4,6 +4,7 @@ Based on arXiv:2305.08891, "Common Diffusion Noise Schedules and Sample Steps ar
 namespace needs only torch; networks, training and the command line are in submodules.
 """
 
+from zsnr.conversion import ConvertedNetwork
 from zsnr.denoiser import Conditioning, Denoiser
 from zsnr.draws import Draws, training_draws
 from zsnr.guidance import Guidance
@@ -18,7 +19,7 @@ from zsnr.loss import LossWeighting, diffusion_loss
 from zsnr.noise import SampleNoise, derive_seed, offset_noise
 from zsnr.objective import Objective
 from zsnr.oracle import EmpiricalDenoiser, GaussianDenoiser
-from zsnr.prediction import PredictionType, prediction_target, to_eps, to_v, to_x0
+from zsnr.prediction import PredictionType, prediction_target, to_eps, to_flow, to_v, to_x0
 from zsnr.samplers import (
     DDIM,
     DDPM,
@@ -39,7 +40,14 @@ from zsnr.samplers import (
     recommend_sampling,
     register_sampler,
 )
-from zsnr.schedule import NoiseSchedule, rescale_zero_terminal_snr
+from zsnr.schedule import (
+    NoiseSchedule,
+    RectifiedFlow,
+    Schedule,
+    rescale_zero_terminal_snr,
+    resolution_shift,
+)
+from zsnr.timestep_law import TimestepLaw
 from zsnr.timesteps import (
     TimestepSpacing,
     available_spacings,
@@ -66,6 +74,7 @@ __all__ = [
     "ERSDE",
     "IPNDM",
     "Conditioning",
+    "ConvertedNetwork",
     "DPMpp2M",
     "DPMpp2MSDE",
     "DPMpp3M",
@@ -82,8 +91,11 @@ __all__ = [
     "NoiseSchedule",
     "Objective",
     "PredictionType",
+    "RectifiedFlow",
     "SampleNoise",
     "Sampler",
+    "Schedule",
+    "TimestepLaw",
     "TimestepSpacing",
     "UniPC",
     "adaptive_projected_guidance",
@@ -109,9 +121,11 @@ __all__ = [
     "register_spacing",
     "rescale_guidance",
     "rescale_zero_terminal_snr",
+    "resolution_shift",
     "reverse_transition",
     "timestep_pairs",
     "to_eps",
+    "to_flow",
     "to_v",
     "to_x0",
     "trailing",

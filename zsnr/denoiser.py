@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from zsnr.guidance import Guidance
 from zsnr.guidance_methods import dynamic_threshold
 from zsnr.prediction import PredictionType, check_prediction_type, to_x0
-from zsnr.schedule import NoiseSchedule
+from zsnr.schedule import Schedule
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,7 +166,12 @@ def _check_rows(conditionings: Sequence[Conditioning]) -> None:
 
 
 class Network(Protocol):
-    """A function (x_t (B, *), t (B,) as the schedule tells it, conditioning or None) -> (B, *)."""
+    """A function (x_t (B, *), t (B,), conditioning or None) -> raw output (B, *).
+
+    t is what the schedule's `time` tells networks: the timestep itself, int64, or 1000 u in float32
+    for rectified flow. The output may be overwritten by the next call, as by a CUDA graph or a
+    TensorRT engine.
+    """
 
     def __call__(self, x_t: Tensor, t: Tensor, conditioning: Conditioning | None) -> Tensor: ...
 
@@ -204,7 +209,7 @@ class Denoiser:
     def __init__(
         self,
         network: Network,
-        schedule: NoiseSchedule,
+        schedule: Schedule,
         prediction_type: PredictionType = "v_prediction",
         cond: Conditioning | None = None,
         uncond: Conditioning | None = None,
@@ -292,7 +297,8 @@ class Denoiser:
 
         guidance = self.guidance
         if guidance is None or scale is None or (not isinstance(scale, Tensor) and scale == 1):
-            x_0 = to_data(self._run(self.network, self.dtype, x_t, t, self._cond, 1))
+            is_x_0 = self.prediction_type == "sample"
+            x_0 = to_data(self._run(self.network, self.dtype, x_t, t, self._cond, keep=is_x_0))
         elif guidance.guides_x0:
             cond, uncond = self._outputs(x_t, t)
             x_0 = guidance(to_data(cond), to_data(uncond), scale)
@@ -306,10 +312,11 @@ class Denoiser:
         """Compute the conditional output, and the one to guide away from."""
         if self._weak is not None:
             network, dtype, conditioning = self._weak
-            cond = self._run(self.network, self.dtype, x_t, t, self._cond, 1)
-            return cond, self._run(network, dtype, x_t, t, conditioning, 1)
+            cond = self._run(self.network, self.dtype, x_t, t, self._cond, keep=True)
+            return cond, self._run(network, dtype, x_t, t, conditioning)
         doubled = torch.cat([x_t, x_t]), torch.cat([t, t])
-        uncond, cond = self._run(self.network, self.dtype, *doubled, self._both, 2).chunk(2)
+        output = self._run(self.network, self.dtype, *doubled, self._both, times=2)
+        uncond, cond = output.chunk(2)
         return cond, uncond
 
     def _run(
@@ -319,7 +326,9 @@ class Denoiser:
         x_t: Tensor,
         t: Tensor,
         c: Conditioning | None,
-        times: int,
+        *,
+        times: int = 1,
+        keep: bool = False,
     ) -> Tensor:
         """Call a network, in several calls if there are more rows than `max_rows`.
 
@@ -330,6 +339,7 @@ class Denoiser:
             t: (times B,).
             c: The same number of rows, or None.
             times: Rows per sample.
+            keep: Copy the output, because it is needed after the network's next call.
         """
         if c is not None and len(c) != len(x_t):
             raise ValueError(
@@ -337,22 +347,32 @@ class Denoiser:
                 "wanted one row per sample."
             )
         x = x_t if dtype is None else x_t.to(dtype)
+        time = self.schedule.time(t)
         rows, limit = len(x_t), self.max_rows
         if limit is None or rows <= limit:
-            output = network(x, t, c)
-        else:
-            spans = [(i, min(i + limit, rows)) for i in range(0, rows, limit)]
-            pieces = [
-                network(x[i:j], t[i:j], None if c is None else c.rows(i, j)) for i, j in spans
-            ]
-            fits = all(isinstance(piece, Tensor) for piece in pieces)
-            output = torch.cat(pieces) if fits else pieces[0]
-        if not isinstance(output, Tensor) or output.shape != x_t.shape:
-            got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise ValueError(
-                f"The network returned {got}: wanted a tensor of shape {tuple(x_t.shape)}."
-            )
-        return output.to(torch.promote_types(x_t.dtype, torch.float32))
+            return _call(network, x, time, c, x_t.dtype, keep)
+        spans = [(i, min(i + limit, rows)) for i in range(0, rows, limit)]
+        pieces = [
+            _call(network, x[i:j], time[i:j], None if c is None else c.rows(i, j), x_t.dtype, True)
+            for i, j in spans
+        ]
+        return torch.cat(pieces)
+
+
+def _call(
+    network: Network,
+    x: Tensor,
+    t: Tensor,
+    c: Conditioning | None,
+    dtype: torch.dtype,
+    keep: bool,
+) -> Tensor:
+    """Call a network once; its output in at least float32, copied if it is kept."""
+    output = network(x, t, c)
+    if not isinstance(output, Tensor) or output.shape != x.shape:
+        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(f"The network returned {got}: wanted a tensor of shape {tuple(x.shape)}.")
+    return output.to(torch.promote_types(dtype, torch.float32), copy=keep)
 
 
 def _parameter_dtype(network: Network) -> torch.dtype | None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from zsnr.noise import derive_seed, sample_generator
+from zsnr.timestep_law import TimestepLaw
 from zsnr.timesteps import trailing
 
 _TIMESTEPS, _SAMPLES, _VALIDATION = 0, 1, 2  # independent streams of one seed
@@ -56,6 +57,7 @@ def training_draws(
     shape: Sequence[int],
     num_timesteps: int,
     caption_dropout: float = 0.0,
+    timestep_law: TimestepLaw = TimestepLaw(),
 ) -> Draws:
     """Draw timesteps stratified over the global batch, and all other numbers for each sample.
 
@@ -68,9 +70,10 @@ def training_draws(
         shape: Shape of one sample, (C, *).
         num_timesteps: T.
         caption_dropout: Probability that `keep` is False.
+        timestep_law: Distribution of the timesteps.
     """
     B, T = global_batch_size, num_timesteps
-    t = torch.tensor([_timestep(seed, *divmod(p, B), B, T) for p in positions])
+    t = torch.tensor([_timestep(seed, *divmod(p, B), B, T, timestep_law) for p in positions])
     return _draws(seed, _SAMPLES, positions, t, shape, caption_dropout)
 
 
@@ -105,11 +108,18 @@ def _draws(
     return Draws(t, *(torch.stack(rows) for rows in (keep, z, eps, d)))
 
 
-def _timestep(seed: int, step: int, slot: int, batch_size: int, num_timesteps: int) -> int:
-    """Return a random timestep of one of B equal slices of [0, T), another one for each slot."""
+def _timestep(
+    seed: int, step: int, slot: int, batch_size: int, num_timesteps: int, law: TimestepLaw
+) -> int:
+    """Return the timestep of a random number in one of B equal slices of [0, 1).
+
+    Each slot of the batch has another slice.
+    """
     permutation, offsets = _strata(seed, step, batch_size)
     T = num_timesteps
-    return (permutation[slot] * T + int(offsets[slot] * T)) // batch_size
+    if law.name == "uniform":
+        return (permutation[slot] * T + int(offsets[slot] * T)) // batch_size
+    return law.timestep((permutation[slot] + offsets[slot]) / batch_size, T)
 
 
 @lru_cache(maxsize=4)

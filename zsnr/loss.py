@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from zsnr.prediction import PredictionType, check_prediction_type
-from zsnr.schedule import NoiseSchedule, per_sample
+from zsnr.schedule import Schedule, per_sample
 
 WeightingName = Literal[
     "uniform", "min_snr", "soft_min_snr", "snr", "snr_plus_one", "truncated_snr", "debiased", "p2"
@@ -22,10 +22,12 @@ class LossWeighting:
     """The weight lambda_t of the squared error of the network's own output (equation 12).
 
     uniform is lambda_t = 1, the paper's. The others are published as a weight w_t of the squared
-    error of x_0 (or of eps; a weight u_t there is w_t = u_t SNR). The error of v is that of x_0
-    over sigma_t, and the error of eps that of x_0 times sqrt(SNR), so
+    error of x_0 (or of eps; a weight u_t there is w_t = u_t SNR). The error of x_0 is that of eps
+    over sqrt(SNR), that of v times sigma_t / (alpha_t^2 + sigma_t^2), and that of flow times
+    sigma_t / (alpha_t + sigma_t), so
 
-    lambda_t = w_t / (SNR + 1) for v_prediction,  w_t / SNR for epsilon,  w_t for sample.
+    lambda_t = w_t / SNR for epsilon,  w_t for sample,  w_t / (SNR + 1) for v_prediction on a
+    variance-preserving schedule,  w_t sigma_t^2 for flow on rectified flow.
 
     | name          | w_t                     | source                                         |
     |---------------|-------------------------|------------------------------------------------|
@@ -38,12 +40,12 @@ class LossWeighting:
     | p2            | SNR / (1 + SNR)         | Choi et al., arXiv:2204.00227 (k = 1, gamma = 1) |
 
     At zero terminal SNR, all but uniform, snr_plus_one and truncated_snr give the last timestep the
-    weight 0 under v_prediction: the timestep that determines brightness would not be trained.
+    weight 0: the timestep that determines brightness would not be trained.
 
     Args:
         name: Weighting of the timesteps: uniform (the paper's), snr_plus_one or truncated_snr; or
-            min_snr, soft_min_snr, snr, debiased or p2, which under v_prediction give the last
-            timestep of a zero-SNR schedule no weight.
+            min_snr, soft_min_snr, snr, debiased or p2, which give the last timestep of a zero-SNR
+            schedule no weight.
         gamma: The bound of min_snr and soft_min_snr, positive.
         allow_zero_terminal_weight: Accept a weighting whose last weight is 0.
     """
@@ -65,9 +67,7 @@ class LossWeighting:
                 "False."
             )
 
-    def table(
-        self, schedule: NoiseSchedule, prediction_type: PredictionType = "v_prediction"
-    ) -> Tensor:
+    def table(self, schedule: Schedule, prediction_type: PredictionType = "v_prediction") -> Tensor:
         """Compute lambda_t for every timestep.
 
         Returns:
@@ -82,9 +82,12 @@ class LossWeighting:
         if self.name == "uniform":
             return torch.ones_like(snr)
         w = self._x0_weight(snr)
+        alpha, sigma = schedule(torch.arange(schedule.num_timesteps))
         match prediction_type:
             case "v_prediction":
-                table = w / (snr + 1)
+                table = w * (sigma / (alpha**2 + sigma**2)) ** 2
+            case "flow":
+                table = w * (sigma / (alpha + sigma)) ** 2
             case "epsilon":
                 table = w / snr
             case "sample":

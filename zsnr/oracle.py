@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from zsnr.denoiser import Conditioning, Denoiser
 from zsnr.guidance import Guidance
 from zsnr.prediction import to_v
-from zsnr.schedule import NoiseSchedule, per_sample
+from zsnr.schedule import Schedule, per_sample, timesteps_at
 
 
 class GaussianDenoiser:
@@ -28,7 +28,7 @@ class GaussianDenoiser:
 
     guidance: ClassVar[None] = None
 
-    def __init__(self, schedule: NoiseSchedule, mean: Tensor | float, std: Tensor | float) -> None:
+    def __init__(self, schedule: Schedule, mean: Tensor | float, std: Tensor | float) -> None:
         self.schedule, self.mean, self.std = schedule, mean, std
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ class EmpiricalDenoiser:
 
     def __init__(
         self,
-        schedule: NoiseSchedule,
+        schedule: Schedule,
         images: Tensor,
         *,
         classes: Tensor | None = None,
@@ -166,7 +166,11 @@ class EmpiricalDenoiser:
         return weights @ classes.to(weights)
 
     def network(self, x_t: Tensor, t: Tensor, conditioning: Conditioning | None) -> Tensor:
-        """Predict v, as a `Network`; the conditioning's labels are the classes."""
+        """Predict v, as a `Network`; the conditioning's labels are the classes.
+
+        t is what a network is told, `schedule.time`.
+        """
+        t = timesteps_at(self.schedule, t)
         of = None if conditioning is None else conditioning.labels
         x_0 = self(x_t, t, of)
         return to_v(x_0, x_t.to(x_0.dtype), *self.schedule(t), "sample")

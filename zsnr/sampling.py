@@ -15,7 +15,7 @@ from zsnr.guidance import Guidance
 from zsnr.samplers import Sampler, get_sampler
 from zsnr.samplers.recommend import AUTO, resolve_sampling
 from zsnr.samplers.registry import sampler_name
-from zsnr.schedule import NoiseSchedule
+from zsnr.schedule import Schedule
 from zsnr.timesteps import check_timesteps, get_timesteps, is_grid_file, read_grid
 
 
@@ -69,7 +69,7 @@ class Sampling:
             raise ValueError(f"sampler={sampler!r}: wanted a sampler, the name of one, or 'auto'.")
         object.__setattr__(self, "sampler", sampler)
 
-    def timesteps(self, schedule: NoiseSchedule) -> Tensor:
+    def timesteps(self, schedule: Schedule) -> Tensor:
         """Return the timesteps on a schedule, as `get_timesteps` does.
 
         Raises:

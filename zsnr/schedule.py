@@ -1,7 +1,8 @@
-"""Noise schedules and their rescale to zero terminal SNR (section 3.1).
+"""Noise schedules, and their rescale to zero terminal SNR (section 3.1).
 
-`alpha_t` and `sigma_t` are scales everywhere in this package: sqrt(abar_t) and sqrt(1 - abar_t).
-Code counts timesteps t = 0 .. T-1 where the paper counts 1 .. T; t = -1 means clean data.
+`alpha_t` and `sigma_t` are scales everywhere in this package: x_t = alpha_t x_0 + sigma_t eps.
+Code counts timesteps t = 0 .. T-1 where the paper counts 1 .. T; t = -1 means clean data, whose
+scales are (1, 0).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field, fields
 from itertools import accumulate, pairwise
 from operator import mul
 from reprlib import repr as brief
-from typing import Any, Literal, overload
+from typing import Any, Literal, Protocol, Self, overload
 
 import torch
 from torch import Tensor
@@ -68,72 +69,58 @@ class DeviceTables:
         return tables
 
 
-@dataclass(frozen=True)
-class NoiseSchedule:
-    """A variance-preserving noise schedule.
+class Schedule(Protocol):
+    """A decreasing SNR curve on T timesteps: x_t = alpha_t x_0 + sigma_t eps.
 
-    x_t = alpha_t x_0 + sigma_t eps,  alpha_t^2 + sigma_t^2 = 1    (equation 4)
-
-    Equality, hash, pickle and `settings()` use the settings only; the tables are derived from them
-    once, in float64 on the CPU, and must not be changed. Checkpoints store `settings()`.
-
-    Args:
-        betas: Kind of schedule (Table 1). Must be left at its default with a custom table.
-        num_timesteps: Number of timesteps T, 2 to 100,000.
-        beta_start: First beta, in (0, 1). None = the usual value of the kind: 0.0001 for linear,
-            0.00085 for scaled_linear. Must be None for cosine and with a custom table.
-        beta_end: Last beta, in (0, 1). None = 0.02 for linear, 0.012 for scaled_linear.
-        zero_terminal_snr: Rescale to zero terminal SNR: Algorithm 1 for linear, scaled_linear and a
-            custom table; cosine drops its cap of 0.999 instead. False = the published schedule.
-        alphas_cumprod_table: Custom abar_t, T numbers, strictly decreasing in (0, 1), the last may
-            be 0. None = computed from `betas`.
+    Everything in this package that takes a schedule takes any object of this form, such as a
+    NoiseSchedule or a RectifiedFlow. Schedules are values: compared with ==, and hashable.
 
     Attributes:
-        alphas_cumprod: abar_t, shape (T,).
-        snr: abar_t / (1 - abar_t), shape (T,) (equation 5).
+        num_timesteps: T.
+        snr: (alpha_t / sigma_t)^2, shape (T,), float64 on the CPU, strictly decreasing.
         log_snr: Natural logarithm of `snr`, shape (T,); -inf where `snr` is 0.
-        beta_table: 1 - abar_t / abar_{t-1}, shape (T,).
-
-    Raises:
-        ValueError: The settings contradict each other or do not result in a decreasing table.
     """
 
-    betas: BetaKind = "scaled_linear"
-    num_timesteps: int = 1000
-    beta_start: float | None = None
-    beta_end: float | None = None
-    zero_terminal_snr: bool = True
-    alphas_cumprod_table: tuple[float, ...] | None = None
+    @property
+    def num_timesteps(self) -> int: ...
 
-    alphas_cumprod: Tensor = field(init=False, repr=False, compare=False)
-    snr: Tensor = field(init=False, repr=False, compare=False)
-    log_snr: Tensor = field(init=False, repr=False, compare=False)
-    beta_table: Tensor = field(init=False, repr=False, compare=False)
-    _scales: DeviceTables = field(init=False, repr=False, compare=False)
+    @property
+    def snr(self) -> Tensor: ...
 
-    def __post_init__(self) -> None:
-        if self.alphas_cumprod_table is not None:
-            object.__setattr__(self, "alphas_cumprod_table", _floats(self.alphas_cumprod_table))
-        if not isinstance(self.zero_terminal_snr, bool):
-            raise ValueError(
-                f"zero_terminal_snr={brief(self.zero_terminal_snr)}: wanted True or False."
-            )
-        abar = _alphas_cumprod(self)
-        if self.zero_terminal_snr:
-            abar = _rescale(abar)
-        snr = [a / (1 - a) for a in abar]
-        derived: dict[str, list[float]] = {
-            "alphas_cumprod": abar,
-            "snr": snr,
-            "log_snr": [math.log(r) if r > 0 else -math.inf for r in snr],
-            "beta_table": [1 - a / p for p, a in zip([1.0, *abar], abar, strict=False)],
-        }
-        for name, values in derived.items():
+    @property
+    def log_snr(self) -> Tensor: ...
+
+    @overload
+    def __call__(self, t: int) -> tuple[float, float]: ...
+
+    @overload
+    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def time(self, t: Tensor) -> Tensor:
+        """Return what the network is told at timesteps t."""
+        ...
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings as plain values."""
+        ...
+
+    def __hash__(self) -> int: ...
+
+
+class TabledSchedule:
+    """A schedule whose scales are tables, derived from its settings once."""
+
+    num_timesteps: int
+    _scales: DeviceTables
+
+    def _derive(
+        self, alpha: Sequence[float], sigma: Sequence[float], **tables: list[float]
+    ) -> None:
+        """Keep the tables of alpha_t and sigma_t, t = 0 .. T-1, and others as attributes."""
+        object.__setattr__(self, "_scales", DeviceTables((1.0, *alpha), (0.0, *sigma)))
+        for name, values in tables.items():
             tensor = torch.tensor(values, dtype=torch.float64, device="cpu")
             object.__setattr__(self, name, tensor)
-        alpha = (1.0, *(math.sqrt(a) for a in abar))
-        sigma = (0.0, *(math.sqrt(1 - a) for a in abar))
-        object.__setattr__(self, "_scales", DeviceTables(alpha, sigma))
 
     @overload
     def __call__(self, t: int) -> tuple[float, float]: ...
@@ -163,13 +150,17 @@ class NoiseSchedule:
             if not -1 <= t < self.num_timesteps:
                 raise IndexError(_out_of_range(self.num_timesteps))
             return self._scales.values[0][t + 1], self._scales.values[1][t + 1]
+        alpha_t, sigma_t = self._look_up(self._scales, t)
+        return alpha_t, sigma_t
+
+    def _look_up(self, tables: DeviceTables, t: Tensor) -> tuple[Tensor, ...]:
+        """Look up tables that begin with t = -1."""
         if t.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"t has dtype {t.dtype}: wanted int64, timesteps are indices.")
         try:
-            alpha_t, sigma_t = self._scales(t + 1)
+            return tables(t + 1)
         except IndexError as error:
             raise IndexError(_out_of_range(self.num_timesteps)) from error
-        return alpha_t, sigma_t
 
     def add_noise(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """Noise clean data: x_t = alpha_t x_0 + sigma_t eps    (equation 4).
@@ -185,20 +176,115 @@ class NoiseSchedule:
         Raises:
             ValueError: The shapes do not match.
         """
-        alpha_t, sigma_t, x_0, eps = aligned(*self(t), x_0, eps)
-        return alpha_t * x_0 + sigma_t * eps
+        return noised(x_0, eps, *self(t))
+
+    @classmethod
+    def from_settings(cls, settings: Any) -> Self:
+        """Build a schedule from the result of `settings`, or from settings in a file.
+
+        Raises:
+            ValueError: The values are not valid settings of a schedule.
+        """
+        if not isinstance(settings, Mapping):
+            raise ValueError(f"schedule={brief(settings)}: wanted settings by name.")
+        known = [option.name for option in fields(cls) if option.init]  # type: ignore[arg-type]
+        for name in settings:
+            if name not in known:
+                raise ValueError(f"schedule has no {brief(name)}. Known: {', '.join(known)}.")
+        return cls(**settings)
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings as plain values, such that `NoiseSchedule(**settings)` is equal."""
-        table = self.alphas_cumprod_table
-        return {
-            "betas": self.betas,
-            "num_timesteps": self.num_timesteps,
-            "beta_start": self.beta_start,
-            "beta_end": self.beta_end,
-            "zero_terminal_snr": self.zero_terminal_snr,
-            "alphas_cumprod_table": None if table is None else list(table),
+        """Return the settings as plain values, such that `from_settings(settings)` is equal."""
+        values = {
+            option.name: getattr(self, option.name)
+            for option in fields(self)  # type: ignore[arg-type]
+            if option.init
         }
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+
+    def __reduce__(self) -> tuple[Callable[..., Self], tuple[dict[str, Any]]]:
+        return type(self).from_settings, (self.settings(),)
+
+
+@dataclass(frozen=True)
+class NoiseSchedule(TabledSchedule):
+    """A variance-preserving noise schedule.
+
+    x_t = alpha_t x_0 + sigma_t eps,  alpha_t = sqrt(abar_t),  sigma_t = sqrt(1 - abar_t)
+
+    (equation 4).
+
+    Equality, hash, pickle and `settings()` use the settings only; the tables are derived from them
+    once, in float64 on the CPU, and must not be changed. Checkpoints store `settings()`.
+
+    Args:
+        betas: Kind of schedule (Table 1). Must be left at its default with a custom table.
+        num_timesteps: Number of timesteps T, 2 to 100,000.
+        beta_start: First beta, in (0, 1). None = the usual value of the kind: 0.0001 for linear,
+            0.00085 for scaled_linear. Must be None for cosine and with a custom table.
+        beta_end: Last beta, in (0, 1). None = 0.02 for linear, 0.012 for scaled_linear.
+        zero_terminal_snr: Rescale to zero terminal SNR: Algorithm 1 for linear, scaled_linear and a
+            custom table; cosine drops its cap of 0.999 instead. False = the published schedule.
+        alphas_cumprod_table: Custom abar_t, T numbers, strictly decreasing in (0, 1), the last may
+            be 0. None = computed from `betas`.
+        snr_shift: Divides the SNR of the published schedule, before the rescale:
+            abar_t / (snr_shift + (1 - snr_shift) abar_t). Larger images need more noise, see
+            `resolution_shift`; CogVideoX calls it snr_shift_scale. 1 = unchanged.
+
+    Attributes:
+        alphas_cumprod: abar_t, shape (T,).
+        snr: abar_t / (1 - abar_t), shape (T,) (equation 5).
+        log_snr: Natural logarithm of `snr`, shape (T,); -inf where `snr` is 0.
+        beta_table: 1 - abar_t / abar_{t-1}, shape (T,).
+
+    Raises:
+        ValueError: The settings contradict each other or do not result in a decreasing table.
+    """
+
+    betas: BetaKind = "scaled_linear"
+    num_timesteps: int = 1000
+    beta_start: float | None = None
+    beta_end: float | None = None
+    zero_terminal_snr: bool = True
+    alphas_cumprod_table: tuple[float, ...] | None = None
+    snr_shift: float = 1.0
+
+    alphas_cumprod: Tensor = field(init=False, repr=False, compare=False)
+    snr: Tensor = field(init=False, repr=False, compare=False)
+    log_snr: Tensor = field(init=False, repr=False, compare=False)
+    beta_table: Tensor = field(init=False, repr=False, compare=False)
+    _scales: DeviceTables = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.alphas_cumprod_table is not None:
+            object.__setattr__(self, "alphas_cumprod_table", _floats(self.alphas_cumprod_table))
+        if not isinstance(self.zero_terminal_snr, bool):
+            raise ValueError(
+                f"zero_terminal_snr={brief(self.zero_terminal_snr)}: wanted True or False."
+            )
+        abar = _shifted(_alphas_cumprod(self), positive("snr_shift", self.snr_shift))
+        if self.zero_terminal_snr:
+            abar = _rescale(abar)
+        snr = [a / (1 - a) for a in abar]
+        self._derive(
+            [math.sqrt(a) for a in abar],
+            [math.sqrt(1 - a) for a in abar],
+            alphas_cumprod=abar,
+            snr=snr,
+            log_snr=_logarithms(snr),
+            beta_table=[1 - a / p for p, a in zip([1.0, *abar], abar, strict=False)],
+        )
+
+    def time(self, t: Tensor) -> Tensor:
+        """Return what the network is told at timesteps t: t itself."""
+        return t
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings as plain values, such that `from_settings(settings)` is equal."""
+        settings = super().settings()
+        if self.snr_shift == 1:  # files without a shift remain readable by earlier versions
+            del settings["snr_shift"]
+        return settings
 
     @classmethod
     def from_alphas_cumprod(
@@ -212,23 +298,84 @@ class NoiseSchedule:
             alphas_cumprod_table=values,
         )
 
-    @classmethod
-    def from_settings(cls, settings: Any) -> NoiseSchedule:
-        """Build a schedule from the result of `settings`, or from settings in a file.
 
-        Raises:
-            ValueError: The values are not valid settings of a schedule.
-        """
-        if not isinstance(settings, Mapping):
-            raise ValueError(f"schedule={brief(settings)}: wanted settings by name.")
-        known = [option.name for option in fields(cls) if option.init]
-        for name in settings:
-            if name not in known:
-                raise ValueError(f"schedule has no {brief(name)}. Known: {', '.join(known)}.")
-        return cls(**settings)
+@dataclass(frozen=True)
+class RectifiedFlow(TabledSchedule):
+    """Rectified flow: x_t = (1 - u) x_0 + u eps (Liu et al., arXiv:2209.03003).
 
-    def __reduce__(self) -> tuple[Callable[..., NoiseSchedule], tuple[dict[str, Any]]]:
-        return NoiseSchedule.from_settings, (self.settings(),)
+    u = shift tau / (1 + (shift - 1) tau),  tau = (t + 1) / T
+
+    It ends at u = 1, zero SNR, by construction. The network is told 1000 u. The shift is that of
+    Esser et al., arXiv:2403.03206, equation 23, which divides the SNR by shift^2.
+
+    Equality, hash, pickle and `settings()` use the settings only, as with NoiseSchedule.
+
+    Args:
+        shift: 1 = u is linear in the timestep; above 1 = more noise, for larger images, positive.
+        num_timesteps: Number of timesteps T, 2 to 100,000.
+
+    Attributes:
+        snr: ((1 - u) / u)^2, shape (T,).
+        log_snr: Natural logarithm of `snr`, shape (T,); -inf at the last timestep.
+
+    Raises:
+        ValueError: A setting is out of range.
+    """
+
+    shift: float = 1.0
+    num_timesteps: int = 1000
+
+    snr: Tensor = field(init=False, repr=False, compare=False)
+    log_snr: Tensor = field(init=False, repr=False, compare=False)
+    _scales: DeviceTables = field(init=False, repr=False, compare=False)
+    _times: DeviceTables = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        T, shift = _check_num_timesteps(self.num_timesteps), positive("shift", self.shift)
+        # in integers as far as possible, so that u is exactly 1 and alpha exactly 0 at the end
+        scale = [T + (shift - 1) * (t + 1) for t in range(T)]
+        alpha = [(T - t - 1) / s for t, s in enumerate(scale)]
+        sigma = [*(shift * (t + 1) / s for t, s in enumerate(scale[:-1])), 1.0]
+        snr = [(a / s) ** 2 for a, s in zip(alpha, sigma, strict=True)]
+        if any(not a > b for a, b in pairwise(snr)) or not alpha[0] < 1:
+            raise ValueError(f"shift={self.shift}: wanted a number of moderate size, such as 3.")
+        self._derive(alpha, sigma, snr=snr, log_snr=_logarithms(snr))
+        object.__setattr__(self, "_times", DeviceTables([0.0, *(1000 * u for u in sigma)]))
+
+    def time(self, t: Tensor) -> Tensor:
+        """Return what the network is told at timesteps t: 1000 u, float32; errors as `__call__`."""
+        [times] = self._look_up(self._times, t)
+        return times.to(torch.float32)
+
+
+def schedule_from_settings(settings: Any) -> NoiseSchedule | RectifiedFlow:
+    """Build a schedule from the result of `settings`: a RectifiedFlow if they name its shift.
+
+    Raises:
+        ValueError: The values are not valid settings of a schedule.
+    """
+    flow = isinstance(settings, Mapping) and "shift" in settings
+    return (RectifiedFlow if flow else NoiseSchedule).from_settings(settings)
+
+
+def resolution_shift(size: int | tuple[int, int], base: int | tuple[int, int]) -> float:
+    """Return the `snr_shift` that keeps the SNR of an image's mean at another size.
+
+    (h w) / (h_0 w_0): averaging over more pixels removes noise, and not the mean (Hoogeboom et al.,
+    arXiv:2301.11093). The square root of it is the equivalent `shift` of a RectifiedFlow.
+
+    Args:
+        size: Side, or height and width, of the images or latents.
+        base: Those that the unshifted schedule is meant for.
+
+    Raises:
+        ValueError: A side is not positive.
+    """
+    areas = []
+    for name, sides in (("size", size), ("base", base)):
+        height, width = (sides, sides) if isinstance(sides, int) else sides
+        areas.append(positive(name, height) * positive(name, width))
+    return areas[0] / areas[1]
 
 
 def rescale_zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
@@ -299,6 +446,36 @@ def aligned(
     return per_sample(alpha_t, a), per_sample(sigma_t, a), a, b
 
 
+def noised(x_0: Tensor, eps: Tensor, alpha_t: Tensor | float, sigma_t: Tensor | float) -> Tensor:
+    """Noise clean data: alpha_t x_0 + sigma_t eps, see `NoiseSchedule.add_noise`."""
+    alpha_t, sigma_t, x_0, eps = aligned(alpha_t, sigma_t, x_0, eps)
+    return alpha_t * x_0 + sigma_t * eps
+
+
+def positive(name: str, value: Any) -> float:
+    """Return a setting that has to be a positive number.
+
+    Raises:
+        ValueError: It is not.
+    """
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number and math.isfinite(value) and value > 0):
+        raise ValueError(f"{name}={brief(value)}: wanted a positive number.")
+    return float(value)
+
+
+def timesteps_at(schedule: Schedule, time: Tensor) -> Tensor:
+    """Return the timesteps, int64, at which networks are told `time`: the nearest ones."""
+    if not time.is_floating_point():
+        return time
+    told = schedule.time(torch.arange(schedule.num_timesteps, device=time.device)).to(time.dtype)
+    return torch.bucketize(time, (told[1:] + told[:-1]) / 2)
+
+
+def _logarithms(snr: Sequence[float]) -> list[float]:
+    return [math.log(r) if r > 0 else -math.inf for r in snr]
+
+
 def _floats(table: Tensor | Sequence[float]) -> tuple[float, ...]:
     if isinstance(table, Tensor):
         if table.ndim != 1:
@@ -333,9 +510,8 @@ def beta_ends(schedule: NoiseSchedule) -> tuple[float, float]:
 
 def _alphas_cumprod(schedule: NoiseSchedule) -> list[float]:
     """Compute abar_t before any rescale; cosine is capped only without zero terminal SNR."""
-    T, ends = schedule.num_timesteps, (schedule.beta_start, schedule.beta_end)
-    if isinstance(T, bool) or not isinstance(T, int) or not 2 <= T <= MAX_TIMESTEPS:
-        raise ValueError(f"num_timesteps={brief(T)}: wanted an int, 2 to {MAX_TIMESTEPS}.")
+    T = _check_num_timesteps(schedule.num_timesteps)
+    ends = schedule.beta_start, schedule.beta_end
     if schedule.alphas_cumprod_table is not None:
         return _custom_table(schedule)
     if schedule.betas == "cosine":
@@ -362,6 +538,12 @@ def _alphas_cumprod(schedule: NoiseSchedule) -> list[float]:
     return abar
 
 
+def _check_num_timesteps(T: int) -> int:
+    if isinstance(T, bool) or not isinstance(T, int) or not 2 <= T <= MAX_TIMESTEPS:
+        raise ValueError(f"num_timesteps={brief(T)}: wanted an int, 2 to {MAX_TIMESTEPS}.")
+    return T
+
+
 def _custom_table(schedule: NoiseSchedule) -> list[float]:
     table = list(schedule.alphas_cumprod_table or ())
     if (schedule.beta_start, schedule.beta_end) != (None, None) or (
@@ -386,6 +568,15 @@ def _cosine(T: int, capped: bool) -> list[float]:
     if not capped:
         return [*(f[t] / f[0] for t in range(1, T)), 0.0]
     return list(accumulate((1 - min(1 - f[t] / f[t - 1], 0.999) for t in range(1, T + 1)), mul))
+
+
+def _shifted(abar: list[float], shift: float) -> list[float]:
+    """Divide the SNR by a number."""
+    if shift == 1:
+        return abar
+    shifted = [a / (shift + (1 - shift) * a) for a in abar]
+    _check_table(shifted, f"the table after snr_shift={shift}")
+    return shifted
 
 
 def _rescale(abar: list[float]) -> list[float]:

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from zsnr.schedule import NoiseSchedule
+from zsnr.beta_distribution import symmetric_beta_quantile
+from zsnr.schedule import NoiseSchedule, Schedule, schedule_from_settings
 
 _MAX_GRID_FILE = 2**20  # bytes
 
@@ -106,7 +107,7 @@ def linspace(num_steps: int, num_timesteps: int = 1000) -> Tensor:
 
 @register_spacing("log_snr")
 def log_snr(
-    num_steps: int, num_timesteps: int = 1000, *, schedule: NoiseSchedule | None = None
+    num_steps: int, num_timesteps: int = 1000, *, schedule: Schedule | None = None
 ) -> Tensor:
     """Start at the last timestep, then divide the log SNR evenly.
 
@@ -138,7 +139,7 @@ def log_snr(
 
 @register_spacing("karras")
 def karras(
-    num_steps: int, num_timesteps: int = 1000, *, schedule: NoiseSchedule | None = None
+    num_steps: int, num_timesteps: int = 1000, *, schedule: Schedule | None = None
 ) -> Tensor:
     """Divide (sigma_t / alpha_t)^(1/7) evenly (Karras et al., arXiv:2206.00364, equation 5).
 
@@ -151,7 +152,7 @@ def karras(
 
 @register_spacing("guided")
 def guided(
-    num_steps: int, num_timesteps: int = 1000, *, schedule: NoiseSchedule | None = None
+    num_steps: int, num_timesteps: int = 1000, *, schedule: Schedule | None = None
 ) -> Tensor:
     """Start at the last timestep, then concentrate steps where guidance acts; for few steps.
 
@@ -183,9 +184,7 @@ _BETA = 0.6
 
 
 @register_spacing("ays")
-def ays(
-    num_steps: int, num_timesteps: int = 1000, *, schedule: NoiseSchedule | None = None
-) -> Tensor:
+def ays(num_steps: int, num_timesteps: int = 1000, *, schedule: Schedule | None = None) -> Tensor:
     """Follow the noise levels of Align Your Steps for Stable Diffusion 1.
 
     Sabour et al., arXiv:2404.14507, table 3: eleven values of sigma / alpha, ten steps and the
@@ -207,7 +206,7 @@ def ays(
 
 @register_spacing("kl_optimal")
 def kl_optimal(
-    num_steps: int, num_timesteps: int = 1000, *, schedule: NoiseSchedule | None = None
+    num_steps: int, num_timesteps: int = 1000, *, schedule: Schedule | None = None
 ) -> Tensor:
     """Divide arctan(sigma_t / alpha_t) evenly (Sabour et al., arXiv:2404.14507).
 
@@ -233,35 +232,11 @@ def beta(num_steps: int, num_timesteps: int = 1000) -> Tensor:
     """
     S, T = _check_counts(num_steps, num_timesteps)
     half = (S + 1) // 2
-    lower = [beta_quantile(i / S) for i in range(S // 2 + 1)]  # q(1 - p) = 1 - q(p)
+    lower = [
+        symmetric_beta_quantile(i / S, _BETA) for i in range(S // 2 + 1)
+    ]  # q(1 - p) = 1 - q(p)
     quantiles = [1 - q for q in lower[:half]] + [lower[S - i] for i in range(half, S)]
     return _grid(_distinct([round((T - 1) * q) for q in quantiles], T))
-
-
-def beta_quantile(p: float) -> float:
-    """Compute the p-quantile of Beta(a, a) with a = 0.6.
-
-    Newton's method in w = x^a on the series of the lower half,
-    B_x(a, a) = sum_n (1 - a)_n x^(a + n) / (n! (a + n)); it is convex in w, and the iteration
-    starts above the quantile, so that it decreases towards it.
-    """
-    if p > 0.5:
-        return 1 - beta_quantile(1 - p)
-    a = _BETA
-    target = p * math.gamma(a) ** 2 / math.gamma(2 * a)
-    w = a * target
-    for _ in range(50):
-        x = w ** (1 / a)
-        total, power, n = 0.0, 1.0, 0
-        while power / (a + n) > 1e-17 * total:
-            total += power / (a + n)
-            power *= (1 - a + n) / (n + 1) * x
-            n += 1
-        lower = w - (w * total - target) * a * (1 - x) ** (1 - a)  # dB / dw = (1 - x)^(a - 1) / a
-        if not lower < w:
-            break
-        w = lower
-    return float(w ** (1 / a))
 
 
 def get_timesteps(
@@ -269,7 +244,7 @@ def get_timesteps(
     num_steps: int,
     num_timesteps: int = 1000,
     *,
-    schedule: NoiseSchedule | None = None,
+    schedule: Schedule | None = None,
 ) -> Tensor:
     """Make the grid of a registered spacing, or read a grid from a file.
 
@@ -428,7 +403,7 @@ def _read_small(path: Path) -> bytes:
     return data
 
 
-def _grid_of_file(path: Path, S: int, T: int, schedule: NoiseSchedule | None) -> Tensor:
+def _grid_of_file(path: Path, S: int, T: int, schedule: Schedule | None) -> Tensor:
     steps, settings, _ = read_grid(path)
     if steps[0] >= T:
         raise ValueError(f"{path}: timesteps run from {brief(steps[0])}: wanted {T - 1} to 0.")
@@ -444,7 +419,7 @@ def _grid_of_file(path: Path, S: int, T: int, schedule: NoiseSchedule | None) ->
                 f"{path} is a grid for a schedule of {brief(count)} timesteps, not {T}."
             )
         try:
-            file_schedule = NoiseSchedule.from_settings(settings)
+            file_schedule = schedule_from_settings(settings)
         except ValueError as error:
             raise ValueError(f"{path}: schedule: {error}") from error
         if file_schedule != (schedule or NoiseSchedule(num_timesteps=T)):
@@ -460,7 +435,7 @@ def _between(
     bounds: tuple[float, float],
     num_steps: int,
     num_timesteps: int,
-    schedule: NoiseSchedule | None,
+    schedule: Schedule | None,
     coordinate: Callable[[float], float],
 ) -> Tensor:
     """Divide an increasing function of l = log(alpha / sigma) evenly, as described in `log_snr`."""
@@ -476,7 +451,7 @@ def _between(
     return _nearest(targets, T, marks)
 
 
-def _half_log_snr(num_timesteps: int, schedule: NoiseSchedule | None) -> list[float]:
+def _half_log_snr(num_timesteps: int, schedule: Schedule | None) -> list[float]:
     table = (schedule or NoiseSchedule(num_timesteps=num_timesteps)).log_snr.tolist()
     return [level / 2 for level in table]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from zsnr.checkpoints import sharded
-from zsnr.checkpoints.exported_sampling import file_sampling, folder_sampling
+from zsnr.checkpoints.exported_sampling import read_exported
 from zsnr.checkpoints.model import Model
 from zsnr.checkpoints.opening import KEY as KEY
 from zsnr.checkpoints.opening import current_names as current_names
@@ -26,7 +26,7 @@ from zsnr.described import build, describe
 from zsnr.lora import with_base
 from zsnr.networks import DiffusionNetwork, describe_network
 from zsnr.prediction import PredictionType
-from zsnr.schedule import NoiseSchedule
+from zsnr.schedule import Schedule, schedule_from_settings
 from zsnr.untrusted import clipped, shown
 from zsnr.weights.ldm_file import open_ldm_file
 from zsnr.weights.pretrained import is_weightless, reason
@@ -189,10 +189,10 @@ def sampling_of(source: str) -> Mapping[str, Any]:
     if is_checkpoint(path):
         return declared_sampling(open_checkpoint(path))
     check_model(source)
-    return file_sampling(open_ldm_file(path)) if is_single_file(path) else folder_sampling(path)
+    return read_exported(open_ldm_file(path) if is_single_file(path) else path).sampling
 
 
-def _check_description(path: Path, description: Mapping[str, Any]) -> NoiseSchedule:
+def _check_description(path: Path, description: Mapping[str, Any]) -> Schedule:
     """Return the schedule; check the prediction type and image size.
 
     Raises:
@@ -205,7 +205,7 @@ def _check_description(path: Path, description: Mapping[str, Any]) -> NoiseSched
     if type(size) is not int or not 1 <= size <= MAX_IMAGE_SIZE:
         raise ValueError(f"{path}: image_size={shown(size)}: wanted 1 to {MAX_IMAGE_SIZE} pixels.")
     try:
-        return NoiseSchedule.from_settings(description["schedule"])
+        return schedule_from_settings(description["schedule"])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

@@ -12,7 +12,7 @@ from zsnr.codecs import LatentCodec
 from zsnr.conditioning import Conditioner
 from zsnr.networks import UNet
 from zsnr.prediction import PredictionType
-from zsnr.schedule import NoiseSchedule
+from zsnr.schedule import Schedule
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +35,7 @@ class Model:
     codec: LatentCodec
     conditioner: Conditioner
     network: nn.Module
-    schedule: NoiseSchedule
+    schedule: Schedule
     prediction_type: PredictionType
     image_size: int
     raw_network: nn.Module | None = None

@@ -32,7 +32,16 @@ DEFAULT_SAMPLING = {
 }
 # Parameters of LatentDiffusion and Sampling: without them, a typo would be judged as the default.
 MODEL_KEYS = (
-    *("codec", "conditioner", "network", "schedule", "prediction_type", "loss", "caption_dropout"),
+    *(
+        "codec",
+        "conditioner",
+        "network",
+        "schedule",
+        "prediction_type",
+        "loss",
+        "timestep_law",
+        "caption_dropout",
+    ),
     *("offset_noise", "optimizer", "learning_rate", "ema", "sampling", "gradient_checkpointing"),
     *("compile", "max_skipped_steps", "image_size", "seed", "lora", "terminal_window"),
     "tf32",

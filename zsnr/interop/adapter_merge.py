@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from zsnr.interop.adapter_file import AdapterFile, check_scale, open_adapter
 from zsnr.interop.declarations import Declaration
 from zsnr.networks import UNet
 from zsnr.weights.header import open_safetensors
-from zsnr.weights.ldm_layout import ldm_unet
+from zsnr.weights.ldm_layout import ldm_layers
 
 _PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _FAMILIES = {768: "SD 1", 1024: "SD 2"}
@@ -200,15 +200,12 @@ def _parameters(module: nn.Module, part: str) -> Iterator[_Layer]:
             yield _Layer(layer.removesuffix(".base_layer"), part, weight, bias)
 
 
-def _original_names(unet: UNet, layers: Mapping[str, _Layer]) -> dict[str, str]:
+def _original_names(unet: UNet, layers: Iterable[str]) -> dict[str, str]:
     """Return the names of a UNet's layers in the original code, or diffusers' if it has none."""
-    none = torch.empty(0)
     try:
-        original = ldm_unet({f"{name}.weight": none for name in layers}, unet.unet.config)
+        return ldm_layers(layers, unet.unet.config)
     except (ValueError, TypeError):  # a UNet of another kind
         return {name: name for name in layers}
-    names = (name.removesuffix(".weight") for name in original)
-    return dict(zip(layers, names, strict=True))
 
 
 def _encoders(used: Conditioner, conditioner: Conditioner) -> dict[str, nn.Module]:

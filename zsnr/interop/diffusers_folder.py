@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from zsnr.checkpoints.exported_sampling import folder_sampling
+from zsnr.checkpoints.exported_sampling import Exported, read_exported
 from zsnr.checkpoints.model import Model
 from zsnr.codecs import AutoencoderKLCodec
 from zsnr.conditioning import Conditioner, SDXLConditioner, TransformersConditioner
@@ -49,16 +49,8 @@ def read_diffusers_folder(source: str, schedule: NoiseSchedule | None = None) ->
         raise ValueError(f"Cannot read the scheduler's config in {source}: wanted an object.")
     config = with_class_of(index, config)
     prediction_type = declare(config).prediction_type
-    sampling = folder_sampling(source)
-    codec = AutoencoderKLCodec(source, subfolder="vae")
-    conditioner: Conditioner
-    if _has(index, "text_encoder_2"):
-        conditioner = SDXLConditioner(source)
-    else:
-        conditioner = TransformersConditioner(
-            source, subfolder="text_encoder", tokenizer_subfolder="tokenizer"
-        )
-    unet = read_unet(source, codec, conditioner)
+    exported = read_exported(source)
+    codec, conditioner, unet = read_parts(source, exported, xl=_has(index, "text_encoder_2"))
     return Model(
         codec=codec,
         conditioner=conditioner,
@@ -66,22 +58,41 @@ def read_diffusers_folder(source: str, schedule: NoiseSchedule | None = None) ->
         schedule=schedule or schedule_from_diffusers(config),
         prediction_type=prediction_type,
         image_size=_side(source, unet.unet.config["sample_size"]) * codec.factor,
-        sampling=sampling,
+        sampling=exported.sampling,
     )
 
 
-def read_unet(source: str, codec: AutoencoderKLCodec, conditioner: Conditioner) -> UNet:
-    """Read the UNet of a folder or single file, which must fit its other parts.
+def read_parts(
+    source: str, exported: Exported, *, xl: bool
+) -> tuple[AutoencoderKLCodec, Conditioner, UNet]:
+    """Read the networks of a folder or single file; codec and encoders are loaded when needed.
+
+    Args:
+        source: The folder, hub id or file.
+        exported: What it declares.
+        xl: Whether it has the two text encoders of SDXL.
 
     Raises:
-        ValueError: It cannot be read, or does not fit.
+        ValueError: A part cannot be read, or does not fit the others.
     """
-    return UNet(
+    codec = AutoencoderKLCodec(source, subfolder="vae")
+    conditioner: Conditioner
+    if xl:
+        conditioner = SDXLConditioner(source, **exported.prompts)
+    else:
+        conditioner = TransformersConditioner(
+            source,
+            subfolder="text_encoder",
+            tokenizer_subfolder="tokenizer",
+            **exported.prompts,
+        )
+    unet = UNet(
         pretrained=source,
         channels=codec.channels,
         context_dim=conditioner.context_dim,
         pooled_dim=conditioner.pooled_dim,
     )
+    return codec, conditioner, unet
 
 
 def _side(source: str, sample_size: Any) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from zsnr.checkpoints.checkpoint_file import KEY, describe_model, open_checkpoint, read_checkpoint
-from zsnr.checkpoints.exported_sampling import write_folder_sampling
+from zsnr.checkpoints.exported_sampling import write_folder_settings
 from zsnr.checkpoints.model import Model, as_unet
 from zsnr.checkpoints.run_facts import published, read_run_facts
 from zsnr.checkpoints.run_folder import is_checkpoint
@@ -52,7 +52,7 @@ def export_diffusers(
 ) -> None:
     """Write a folder that diffusers' StableDiffusion(XL)Pipeline reads, with a model card.
 
-    How the model declares that it is sampled is in `zsnr.json`, which diffusers does not read.
+    How the model is sampled and reads prompts is in `zsnr.json`, which diffusers does not read.
     The folder gets its name once it is complete. The model is not changed.
 
     Args:
@@ -77,7 +77,7 @@ def export_diffusers(
         pipeline.save_pretrained(beside, safe_serialization=True)
         for config in beside.glob("text_encoder*/config.json"):
             _load_in_float32(config)
-        write_folder_sampling(beside, model.sampling)
+        write_folder_settings(beside, model)
         card_facts = {
             **(facts or {}),
             "schedule": model.schedule.settings(),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 from zsnr.checkpoints.model import Model
 from zsnr.files import check_new, new_file
 from zsnr.lora import AdaptedUNet, lora_state_dict, merge_lora
+from zsnr.weights.ldm_layout import ldm_layers
 from zsnr.weights.pretrained import Precision, cast_weight, check_precision
 
 Layout = Literal["diffusers", "kohya"]
@@ -109,40 +109,15 @@ def _diffusers_tensors(unet: AdaptedUNet) -> dict[str, Tensor]:
 
 
 def _kohya_tensors(unet: AdaptedUNet) -> dict[str, Tensor]:
-    tensors = {}
-    for name, tensor in lora_state_dict(unet).items():
-        module, _, part = name.removesuffix(".weight").rpartition(".")
-        if _is_xl(unet):
-            module = ldm_name(module, unet.unet.config["layers_per_block"])
-        key = "lora_unet_" + module.replace(".", "_")
+    tensors, adapters = {}, lora_state_dict(unet)
+    layers = {name.rsplit(".", 2)[0] for name in adapters}
+    names = ldm_layers(layers, unet.unet.config) if _is_xl(unet) else {}
+    for name, tensor in adapters.items():
+        layer, part, _ = name.rsplit(".", 2)
+        key = "lora_unet_" + names.get(layer, layer).replace(".", "_")
         tensors[f"{key}.{'lora_down' if part == 'lora_A' else 'lora_up'}.weight"] = tensor
         tensors[f"{key}.alpha"] = torch.tensor(unet.lora.strength)
     return tensors
-
-
-def ldm_name(module: str, layers_per_block: int) -> str:
-    """Return the name of an attention's module in Stability's original code.
-
-    Args:
-        module: The module's name in diffusers, such as "down_blocks.1.attentions.0.proj_in".
-        layers_per_block: Layers per block of the UNet.
-
-    Raises:
-        ValueError: The module is not part of an attention.
-    """
-    match = re.fullmatch(r"(?:(down|up)_blocks\.(\d+)|mid_block)\.attentions\.(\d+)\.(.+)", module)
-    if match is None:
-        raise ValueError(
-            f"{module} is not part of an attention: for SDXL, kohya's layout is supported only for "
-            "attention modules. Write layout 'diffusers', or merge the adapters."
-        )
-    side, block, layer, inner = match.groups()
-    if side is None:
-        return f"middle_block.1.{inner}"
-    number = int(block) * (layers_per_block + 1) + int(layer)
-    if side == "up":
-        return f"output_blocks.{number}.1.{inner}"
-    return f"input_blocks.{number + 1}.1.{inner}"  # 0 is conv_in
 
 
 def _is_xl(unet: AdaptedUNet) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,21 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zsnr.checkpoints.exported_sampling import METADATA, exported_sampling, file_sampling
+from zsnr.checkpoints.exported_sampling import file_settings, read_exported
 from zsnr.checkpoints.model import Model, as_unet
 from zsnr.codecs import AutoencoderKLCodec
 from zsnr.conditioning import Conditioner, SDXLConditioner, TransformersConditioner
 from zsnr.conditioning.tokenizers import BPE, Tokenizer, bpe_tokenizer
 from zsnr.files import check_new, new_file
 from zsnr.interop.declarations import is_stable_diffusions, read_declaration, settle
-from zsnr.interop.diffusers_folder import read_unet
+from zsnr.interop.diffusers_folder import read_parts
 from zsnr.lora import AdaptedUNet
 from zsnr.prediction import PredictionType
 from zsnr.schedule import NoiseSchedule
 from zsnr.untrusted import shown
 from zsnr.weights.ldm_file import (
     NAMES,
-    PREFIXES,
     PUBLIC,
     TOKENIZERS,
     ZEROS,
@@ -35,9 +34,9 @@ from zsnr.weights.ldm_file import (
     LdmFile,
     instead,
     open_ldm_file,
-    part_tokenizer,
+    part_names,
 )
-from zsnr.weights.ldm_layout import ldm_clip, ldm_open_clip, ldm_unet, ldm_vae
+from zsnr.weights.ldm_layout import to_ldm
 from zsnr.weights.pretrained import Precision, cast_weight, check_precision
 
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -66,9 +65,6 @@ _PROBES = (
     "caf\u00e9 na\u00efve \u732b \U0001f431 (re-touched) [v2.1] #1 @home 50% off",
     "antidisestablishmentarianism " * 40,
 )
-
-
-_Weights = Callable[[], dict[str, Tensor]]  # a part's weights by the layout's names
 
 
 def write_single_file(
@@ -110,9 +106,8 @@ def write_single_file(
         **_facts(model, family),
     }
     weights: dict[str, Tensor] = {}
-    for name, part in parts.items():
-        prefix = PREFIXES[family][name]
-        weights.update({prefix + key: weight for key, weight in part().items()})
+    for part, state in parts.items():
+        weights |= to_ldm(state, part_names(family, part, state))
     marks = []
     if model.prediction_type == "v_prediction":
         marks.append("v_pred")
@@ -151,17 +146,8 @@ def read_single_file(
         raise ValueError(f"{source} is not a model: {instead(file.shapes)}.")
     _, declaration = read_declaration(file.path)
     schedule, prediction_type = settle(source, declaration, schedule, prediction_type)
-    sampling = file_sampling(file)
-    codec = AutoencoderKLCodec(source, subfolder="vae")
-    conditioner: Conditioner
-    if file.family == "xl":
-        conditioner = SDXLConditioner(source)
-    else:
-        tokenizer, max_length = part_tokenizer(file, "tokenizer")
-        conditioner = TransformersConditioner(
-            source, tokenizer=tokenizer, subfolder="text_encoder", max_length=max_length
-        )
-    unet = read_unet(source, codec, conditioner)
+    exported = read_exported(file)
+    codec, conditioner, unet = read_parts(source, exported, xl=file.family == "xl")
     return Model(
         codec=codec,
         conditioner=conditioner,
@@ -169,7 +155,7 @@ def read_single_file(
         schedule=schedule,
         prediction_type=prediction_type,
         image_size=_image_size(file, prediction_type, codec.factor),
-        sampling=sampling,
+        sampling=exported.sampling,
     )
 
 
@@ -183,11 +169,8 @@ def _image_size(file: LdmFile, prediction_type: PredictionType, factor: int) -> 
     return size
 
 
-def _parts(model: Model) -> tuple[Family, dict[str, _Weights]]:
-    """Convert a model to the layout.
-
-    Returns:
-        The family, and the weights of the parts.
+def _parts(model: Model) -> tuple[Family, dict[str, dict[str, Tensor]]]:
+    """Return the family that a model is of, and the weights of its parts.
 
     Raises:
         ValueError: The layout cannot hold the model.
@@ -210,10 +193,7 @@ def _parts(model: Model) -> tuple[Family, dict[str, _Weights]]:
     scales = {"scaling_factor": float(codec.scale), "shift_factor": float(codec.shift) or None}
     _check_public(family, "unet", type(unet), unet.config)
     _check_public(family, "vae", type(vae), {**vae.config, **scales})
-    unet_config, blocks = PUBLIC[family]["unet"], len(vae.config["block_out_channels"])
-    parts["unet"] = lambda: ldm_unet(unet.state_dict(), unet_config)
-    parts["vae"] = lambda: ldm_vae(vae.state_dict(), blocks)
-    return family, parts
+    return family, {**parts, "unet": unet.state_dict(), "vae": vae.state_dict()}
 
 
 def _check_marks(model: Model) -> None:
@@ -229,7 +209,7 @@ def _check_marks(model: Model) -> None:
         )
 
 
-def _text_parts(conditioner: Conditioner) -> tuple[Family, dict[str, _Weights]]:
+def _text_parts(conditioner: Conditioner) -> tuple[Family, dict[str, dict[str, Tensor]]]:
     conditioner = getattr(conditioner, "described", conditioner)
     if isinstance(conditioner, SDXLConditioner):
         return "xl", _sdxl_text_parts(conditioner)
@@ -259,13 +239,10 @@ def _text_parts(conditioner: Conditioner) -> tuple[Family, dict[str, _Weights]]:
     _check_public(family, "text_encoder", type(encoder), config)
     # Stable Diffusion 2's files also hold the layer after the last one that is used.
     stored_layers = used if family == "v1" else used + 1
-    rename = ldm_clip if family == "v1" else ldm_open_clip
-    return family, {
-        "text_encoder": lambda: rename(_first_layers(encoder.state_dict(), stored_layers))
-    }
+    return family, {"text_encoder": _first_layers(encoder.state_dict(), stored_layers)}
 
 
-def _sdxl_text_parts(conditioner: SDXLConditioner) -> dict[str, _Weights]:
+def _sdxl_text_parts(conditioner: SDXLConditioner) -> dict[str, dict[str, Tensor]]:
     first: Any = conditioner.encoder
     second: Any = conditioner.encoder_2
     _check_length(conditioner._max_length)
@@ -279,10 +256,7 @@ def _sdxl_text_parts(conditioner: SDXLConditioner) -> dict[str, _Weights]:
             )
     _check_public("xl", "text_encoder", type(first), first.config.to_dict())
     _check_public("xl", "text_encoder_2", type(second), second.config.to_dict())
-    return {
-        "text_encoder": lambda: ldm_clip(first.state_dict()),
-        "text_encoder_2": lambda: ldm_open_clip(second.state_dict()),
-    }
+    return {"text_encoder": first.state_dict(), "text_encoder_2": second.state_dict()}
 
 
 def _check_length(max_length: int) -> None:
@@ -375,7 +349,7 @@ def _facts(model: Model, family: Family) -> dict[str, str]:
         "modelspec.timestep_range": f"0,{model.schedule.num_timesteps - 1}",
         "zsnr.schedule": json.dumps(model.schedule.settings()),
         **_null_facts(model.conditioner),
-        **({METADATA: json.dumps(exported_sampling(model.sampling))} if model.sampling else {}),
+        **file_settings(model),
     }
 
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from zsnr.schedule import NoiseSchedule
+from zsnr.schedule import Schedule
 
 
 def brightness(images: Tensor) -> Tensor:
@@ -49,20 +49,21 @@ def principal_mean(latents: Tensor) -> tuple[float, float, Tensor]:
     return float((h * w * values[-1].clamp(min=0)) ** 0.5), float(direction @ center), direction
 
 
-def kept_fraction(schedule: NoiseSchedule, mode: float) -> float:
+def kept_fraction(schedule: Schedule, mode: float) -> float:
     """Compute the fraction of a mode's spread that is retained when sampling from pure noise.
 
-    1 / sqrt(abar_T S^2 + 1 - abar_T), which is 1 at zero terminal SNR.
+    sqrt((SNR_T + 1) / (SNR_T S^2 + 1)) = 1 / sqrt(abar_T S^2 + 1 - abar_T), which is 1 at zero
+    terminal SNR.
 
     Args:
         schedule: The schedule a model was trained on.
         mode: S, as measured by `mean_mode`.
     """
-    abar_T = float(schedule.alphas_cumprod[-1])
+    abar_T = _abar_T(schedule)
     return float((abar_T * mode**2 + 1 - abar_T) ** -0.5)
 
 
-def moved_mean(schedule: NoiseSchedule, mode: float, mean: float) -> float:
+def moved_mean(schedule: Schedule, mode: float, mean: float) -> float:
     """Compute the shifted mean along a mode when sampling starts from pure noise.
 
     m (1 - S a / sqrt(a^2 S^2 + 1 - a^2)) with a = sqrt(abar_T): training ends at noise with mean
@@ -74,5 +75,11 @@ def moved_mean(schedule: NoiseSchedule, mode: float, mean: float) -> float:
         mode: S.
         mean: m, along the same direction.
     """
-    a = math.sqrt(schedule.alphas_cumprod[-1])
+    a = math.sqrt(_abar_T(schedule))
     return mean * (1 - mode * a * kept_fraction(schedule, mode))
+
+
+def _abar_T(schedule: Schedule) -> float:
+    """Return SNR_T / (SNR_T + 1), abar_T of the variance-preserving schedule with that SNR."""
+    snr = float(schedule.snr[-1])
+    return snr / (snr + 1)

@@ -14,7 +14,7 @@ from torch import Tensor
 from zsnr.denoiser import Denoiser
 from zsnr.guidance import Guidance
 from zsnr.guidance_methods import inner
-from zsnr.schedule import NoiseSchedule
+from zsnr.schedule import Schedule
 from zsnr.timesteps import check_timesteps, timestep_pairs
 from zsnr.transition import reverse_transition
 
@@ -125,7 +125,7 @@ class Sampler:
     keeps_history: ClassVar[bool] = True
 
     def calls(
-        self, schedule: NoiseSchedule, grid: tuple[int, ...], guidance: Guidance | None
+        self, schedule: Schedule, grid: tuple[int, ...], guidance: Guidance | None
     ) -> Sequence[Call]:
         """Compute the network calls and the coefficients of every step.
 
@@ -138,7 +138,7 @@ class Sampler:
 
     def plan(
         self,
-        schedule: NoiseSchedule,
+        schedule: Schedule,
         timesteps: Tensor | Sequence[int],
         guidance: Guidance | None = None,
     ) -> Plan:
@@ -178,12 +178,12 @@ class Sampler:
         Args:
             plan: Result of `plan`.
             state: Result of `begin` or `advance`; it is not changed.
-            x_0: The denoiser's prediction at (state.x_t, state.t), (B, *).
+            x_0: The denoiser's prediction at (state.x_t, state.t), (B, *). The state holds a copy.
             randn_like: Source of noise, called if the step needs noise.
         """
         call = plan.calls[state.num_calls]
         num_x_0, num_eps = plan.memory
-        x_0s = (x_0.to(state.x_t.dtype), *state.x_0)
+        x_0s = (x_0.to(state.x_t.dtype, copy=True), *state.x_0)  # x_0 may be overwritten
         before, x_t, epses = state.before, state.x_t, state.eps
         if call.correct is not None:
             x_t = multistep(x_0s, before, call.correct, epses)
@@ -201,7 +201,7 @@ class Sampler:
     def sample(
         self,
         denoiser: DenoiserFunction,
-        schedule: NoiseSchedule,
+        schedule: Schedule,
         x_T: Tensor,
         timesteps: Tensor | Sequence[int],
         *,
@@ -236,7 +236,7 @@ class Sampler:
             x_0 = predict(denoiser, state.x_t, call, t_row)
             state = self.advance(plan, state, x_0, randn_like)
             if call.step is not None:
-                begun = call.t, x_0
+                begun = call.t, state.x_0[0]
             if state.done or plan.calls[state.num_calls].step is not None:  # the step is complete
                 if callback is not None:
                     callback(i, *begun, state.x_t)
@@ -251,7 +251,7 @@ def step_calls(grid: Sequence[int], steps: Sequence[MultistepCoefficients]) -> l
 
 
 def transition_steps(
-    schedule: NoiseSchedule, grid: Sequence[int], eta: float
+    schedule: Schedule, grid: Sequence[int], eta: float
 ) -> list[MultistepCoefficients]:
     """Compute first-order steps, `reverse_transition` with this eta."""
     return [
@@ -261,14 +261,14 @@ def transition_steps(
 
 
 def transition_coefficients(
-    schedule: NoiseSchedule, timesteps: Tensor | Sequence[int], eta: float
+    schedule: Schedule, timesteps: Tensor | Sequence[int], eta: float
 ) -> list[Coefficients]:
     """Compute (a, b, c) of `reverse_transition` for every step of a grid, in float64."""
     scales = [schedule(t) for t in (*check_timesteps(timesteps, schedule.num_timesteps), -1)]
     return [reverse_transition(*at_t, *at_s, eta) for at_t, at_s in pairwise(scales)]
 
 
-def log_snr_steps(schedule: NoiseSchedule, grid: Sequence[int]) -> list[float]:
+def log_snr_steps(schedule: Schedule, grid: Sequence[int]) -> list[float]:
     """Compute h = l_s - l_t of every step, l = log(alpha / sigma), half the log SNR.
 
     Infinite for the step from SNR 0 and for the step to clean data.
@@ -343,7 +343,7 @@ def _is_ddim(call: Call) -> bool:
     return len(step.a) == 1 and step.c == 0 and not step.e
 
 
-def check_schedule(denoiser: DenoiserFunction, schedule: NoiseSchedule) -> None:
+def check_schedule(denoiser: DenoiserFunction, schedule: Schedule) -> None:
     """Refuse a denoiser that was made for another schedule.
 
     Raises:

@@ -8,7 +8,7 @@ from typing import ClassVar
 from zsnr.guidance import Guidance
 from zsnr.samplers.base import Call, Sampler, step_calls, transition_steps
 from zsnr.samplers.registry import register_sampler
-from zsnr.schedule import NoiseSchedule
+from zsnr.schedule import Schedule
 
 
 @register_sampler("ddim")
@@ -29,6 +29,6 @@ class DDIM(Sampler):
             raise ValueError(f"eta={self.eta!r}: wanted a number in [0, 1].")
 
     def calls(
-        self, schedule: NoiseSchedule, grid: tuple[int, ...], guidance: Guidance | None
+        self, schedule: Schedule, grid: tuple[int, ...], guidance: Guidance | None
     ) -> list[Call]:
         return step_calls(grid, transition_steps(schedule, grid, self.eta))

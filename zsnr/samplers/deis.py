@@ -15,12 +15,12 @@ from zsnr.samplers.base import (
     transition_coefficients,
 )
 from zsnr.samplers.registry import register_sampler
-from zsnr.schedule import NoiseSchedule
+from zsnr.schedule import Schedule
 from zsnr.timesteps import timestep_pairs
 
 
 def deis_coefficients(
-    schedule: NoiseSchedule, grid: Sequence[int], order: int = 3
+    schedule: Schedule, grid: Sequence[int], order: int = 3
 ) -> list[MultistepCoefficients]:
     """Compute the steps of tAB-DEIS.
 
@@ -40,8 +40,8 @@ def deis_coefficients(
         grid: Timesteps, descending.
         order: Degree of the polynomial.
     """
-    abar = schedule.alphas_cumprod.tolist()
-    k = [math.sqrt((1 - a) / a) if a > 0 else math.inf for a in abar]
+    scales = (schedule(t) for t in range(schedule.num_timesteps))
+    k = [sigma / alpha if alpha > 0 else math.inf for alpha, sigma in scales]
     steps = []
     transitions = transition_coefficients(schedule, grid, 0.0)
     for i, ((_, s), (a, b, _)) in enumerate(zip(timestep_pairs(grid), transitions, strict=True)):
@@ -89,6 +89,6 @@ class DEIS(Sampler):
             raise ValueError(f"order={self.order!r}: wanted 2 or 3.")
 
     def calls(
-        self, schedule: NoiseSchedule, grid: tuple[int, ...], guidance: Guidance | None
+        self, schedule: Schedule, grid: tuple[int, ...], guidance: Guidance | None
     ) -> list[Call]:
         return step_calls(grid, deis_coefficients(schedule, grid, self.order))

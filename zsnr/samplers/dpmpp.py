@@ -16,11 +16,11 @@ from zsnr.samplers.base import (
     transition_coefficients,
 )
 from zsnr.samplers.registry import register_sampler
-from zsnr.schedule import NoiseSchedule
+from zsnr.schedule import Schedule
 
 
 def dpmpp_2m_coefficients(
-    schedule: NoiseSchedule, grid: Sequence[int], eta: float = 0.0
+    schedule: Schedule, grid: Sequence[int], eta: float = 0.0
 ) -> list[MultistepCoefficients]:
     """Compute the steps of DPM-Solver++ 2M in x_0 form.
 
@@ -46,7 +46,7 @@ def dpmpp_2m_coefficients(
 
 
 def dpmpp_3m_coefficients(
-    schedule: NoiseSchedule, grid: Sequence[int], refined: bool = False
+    schedule: Schedule, grid: Sequence[int], refined: bool = False
 ) -> list[MultistepCoefficients]:
     """Compute the steps of DPM-Solver++ 3M in x_0 form.
 
@@ -98,7 +98,7 @@ class DPMpp2M(Sampler):
     """
 
     def calls(
-        self, schedule: NoiseSchedule, grid: tuple[int, ...], guidance: Guidance | None
+        self, schedule: Schedule, grid: tuple[int, ...], guidance: Guidance | None
     ) -> list[Call]:
         steps = dpmpp_2m_coefficients(schedule, grid)
         return step_calls(grid, steps)
@@ -113,7 +113,7 @@ class DPMpp2MSDE(Sampler):
     """
 
     def calls(
-        self, schedule: NoiseSchedule, grid: tuple[int, ...], guidance: Guidance | None
+        self, schedule: Schedule, grid: tuple[int, ...], guidance: Guidance | None
     ) -> list[Call]:
         steps = dpmpp_2m_coefficients(schedule, grid, eta=1.0)
         return step_calls(grid, steps)
@@ -138,6 +138,6 @@ class DPMpp3M(Sampler):
             raise ValueError(f"refined={self.refined!r}: wanted true or false.")
 
     def calls(
-        self, schedule: NoiseSchedule, grid: tuple[int, ...], guidance: Guidance | None
+        self, schedule: Schedule, grid: tuple[int, ...], guidance: Guidance | None
     ) -> list[Call]:
         return step_calls(grid, dpmpp_3m_coefficients(schedule, grid, self.refined))

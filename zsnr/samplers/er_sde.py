@@ -11,13 +11,13 @@ from itertools import pairwise
 from zsnr.guidance import Guidance
 from zsnr.samplers.base import Call, MultistepCoefficients, Sampler, step_calls
 from zsnr.samplers.registry import register_sampler
-from zsnr.schedule import NoiseSchedule
+from zsnr.schedule import Schedule
 
 _NODES = 32
 
 
 def er_sde_coefficients(
-    schedule: NoiseSchedule, grid: Sequence[int], order: int = 3
+    schedule: Schedule, grid: Sequence[int], order: int = 3
 ) -> list[MultistepCoefficients]:
     """Compute the steps of ER-SDE-Solver in x_0 form.
 
@@ -118,6 +118,6 @@ class ERSDE(Sampler):
             raise ValueError(f"order={self.order!r}: wanted 1, 2 or 3.")
 
     def calls(
-        self, schedule: NoiseSchedule, grid: tuple[int, ...], guidance: Guidance | None
+        self, schedule: Schedule, grid: tuple[int, ...], guidance: Guidance | None
     ) -> list[Call]:
         return step_calls(grid, er_sde_coefficients(schedule, grid, self.order))

@@ -14,7 +14,7 @@ from zsnr.samplers.base import (
     transition_coefficients,
 )
 from zsnr.samplers.registry import register_sampler
-from zsnr.schedule import NoiseSchedule
+from zsnr.schedule import Schedule
 from zsnr.timesteps import timestep_pairs
 
 
@@ -33,7 +33,7 @@ class Heun(Sampler):
     """
 
     def calls(
-        self, schedule: NoiseSchedule, grid: tuple[int, ...], guidance: Guidance | None
+        self, schedule: Schedule, grid: tuple[int, ...], guidance: Guidance | None
     ) -> list[Call]:
         h = log_snr_steps(schedule, grid)
         calls: list[Call] = []

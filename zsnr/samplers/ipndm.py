@@ -15,7 +15,7 @@ from zsnr.samplers.base import (
     transition_coefficients,
 )
 from zsnr.samplers.registry import register_sampler
-from zsnr.schedule import NoiseSchedule
+from zsnr.schedule import Schedule
 
 # Adams-Bashforth weights of order 2 to 4 for equal steps, newest first.
 _WEIGHTS = {
@@ -26,7 +26,7 @@ _WEIGHTS = {
 
 
 def ipndm_coefficients(
-    schedule: NoiseSchedule, grid: Sequence[int], order: int = 4
+    schedule: Schedule, grid: Sequence[int], order: int = 4
 ) -> list[MultistepCoefficients]:
     """Compute the steps of iPNDM.
 
@@ -86,6 +86,6 @@ class IPNDM(Sampler):
             raise ValueError(f"order={self.order!r}: wanted 2, 3 or 4.")
 
     def calls(
-        self, schedule: NoiseSchedule, grid: tuple[int, ...], guidance: Guidance | None
+        self, schedule: Schedule, grid: tuple[int, ...], guidance: Guidance | None
     ) -> list[Call]:
         return step_calls(grid, ipndm_coefficients(schedule, grid, self.order))

@@ -12,7 +12,7 @@ from operator import mul, sub, truediv
 from zsnr.guidance import Guidance
 from zsnr.samplers.base import Call, MultistepCoefficients, Sampler, step_calls
 from zsnr.samplers.registry import register_sampler
-from zsnr.schedule import NoiseSchedule
+from zsnr.schedule import Schedule
 from zsnr.timesteps import timestep_pairs
 from zsnr.transition import reverse_transition
 
@@ -25,7 +25,7 @@ _MAX_SCALE = 20.0  # of w'; beyond it the path of a narrowed pattern overflows
 
 @lru_cache(maxsize=64)
 def multiscale_coefficients(
-    schedule: NoiseSchedule,
+    schedule: Schedule,
     grid: tuple[int, ...],
     order: int = 3,
     smallest: float = 0.05,
@@ -197,7 +197,7 @@ class Multiscale(Sampler):
             raise ValueError(f"guidance={scale!r}: wanted a finite number, or None.")
 
     def calls(
-        self, schedule: NoiseSchedule, grid: tuple[int, ...], guidance: Guidance | None
+        self, schedule: Schedule, grid: tuple[int, ...], guidance: Guidance | None
     ) -> list[Call]:
         w = [1.0 if self.guidance is None else self.guidance] * len(grid)
         if self.guidance is None and guidance is not None:

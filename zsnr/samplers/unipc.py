@@ -17,11 +17,11 @@ from zsnr.samplers.base import (
 )
 from zsnr.samplers.dpmpp import dpmpp_2m_coefficients
 from zsnr.samplers.registry import register_sampler
-from zsnr.schedule import NoiseSchedule
+from zsnr.schedule import Schedule
 
 
 def unip_coefficients(
-    schedule: NoiseSchedule, grid: Sequence[int], order: int = 2
+    schedule: Schedule, grid: Sequence[int], order: int = 2
 ) -> list[MultistepCoefficients]:
     """Compute the predictors of UniPC, with B(h) = e^h - 1 ("bh2").
 
@@ -50,7 +50,7 @@ def unip_coefficients(
 
 
 def unic_coefficients(
-    schedule: NoiseSchedule, grid: Sequence[int], order: int = 2
+    schedule: Schedule, grid: Sequence[int], order: int = 2
 ) -> list[MultistepCoefficients | None]:
     """Compute the correctors of UniPC, with B(h) = e^h - 1 ("bh2").
 
@@ -141,7 +141,7 @@ class UniPC(Sampler):
             raise ValueError(f"order={self.order!r}: wanted 2 or 3.")
 
     def calls(
-        self, schedule: NoiseSchedule, grid: tuple[int, ...], guidance: Guidance | None
+        self, schedule: Schedule, grid: tuple[int, ...], guidance: Guidance | None
     ) -> list[Call]:
         predictors = unip_coefficients(schedule, grid, self.order)
         # each corrector repeats the step that led to t

@@ -18,12 +18,10 @@ from torch import Tensor
 from zsnr.denoiser import Conditioning, Network
 from zsnr.interop import schedule_from_diffusers
 from zsnr.interop.declarations import read_declaration, settle
-from zsnr.prediction import PredictionType, to_eps, to_v, to_x0
-from zsnr.schedule import NoiseSchedule
+from zsnr.prediction import PredictionType, converted
+from zsnr.schedule import Schedule, per_sample
 from zsnr.untrusted import read_json
 from zsnr.weights.source import find_file, is_single_file
-
-_CONVERT = {"v_prediction": to_v, "sample": to_x0, "epsilon": to_eps}
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class Start:
     """
 
     source: str
-    schedule: NoiseSchedule
+    schedule: Schedule
     prediction_type: PredictionType
 
     def facts(self) -> dict[str, Any]:
@@ -54,7 +52,7 @@ class Start:
         x_t: Tensor,
         t: Tensor,
         conditioning: Conditioning | None,
-        schedule: NoiseSchedule,
+        schedule: Schedule,
         prediction_type: PredictionType,
     ) -> Tensor:
         """Convert the prediction of the pretrained network to the schedule and type of the run.
@@ -77,9 +75,13 @@ class Start:
         log_snr = schedule.log_snr.to(x_t.device)[t]
         nearest = (table[None] - log_snr[:, None]).abs().argmin(dim=1)
         nearest = torch.where(log_snr.isneginf(), len(table) - 1, nearest)
-        output = network(x_t, nearest, conditioning)
-        convert = _CONVERT[prediction_type]
-        return convert(output.float(), x_t, *schedule(t), self.prediction_type)
+        scales = schedule(t)
+        # the same x_0 and eps in the scales of the pretrained model
+        ratio = per_sample(torch.hypot(*self.schedule(nearest)) / torch.hypot(*scales), x_t)
+        output = network(ratio * x_t, self.schedule.time(nearest), conditioning).float()
+        if self.prediction_type == "v_prediction":  # the others do not depend on the scales
+            output = output / ratio
+        return converted(output, x_t, *scales, self.prediction_type, prediction_type)
 
 
 def read_start(source: str) -> Start | None:

@@ -11,14 +11,16 @@ from zsnr.guidance import Guidance
 from zsnr.lora import require_peft
 from zsnr.loss import LossWeighting
 from zsnr.prediction import PredictionType, check_prediction_type
-from zsnr.schedule import NoiseSchedule
+from zsnr.schedule import Schedule
+from zsnr.timestep_law import TimestepLaw
 from zsnr.timesteps import get_timesteps
 
 
 def check_settings(
-    schedule: NoiseSchedule,
+    schedule: Schedule,
     prediction_type: PredictionType,
     loss: LossWeighting,
+    timestep_law: TimestepLaw,
     spacing: str,
     num_steps: int,
 ) -> None:
@@ -26,10 +28,12 @@ def check_settings(
 
     Raises:
         ValueError: The network predicts epsilon at zero SNR, the loss has no weight at the last
-            timestep, or the schedule has no such grid of sampling timesteps.
+            timestep, training hardly ever visits it, or the schedule has no such grid of sampling
+            timesteps.
     """
     check_prediction_type(prediction_type, schedule)
     loss.table(schedule, prediction_type)
+    timestep_law.check(schedule.num_timesteps)
     get_timesteps(spacing, num_steps, schedule.num_timesteps, schedule=schedule)
 
 

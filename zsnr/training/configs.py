@@ -27,6 +27,7 @@ from zsnr.training.settings import (
     LOOSE,
     choices_of,
     dataclass_of,
+    dataclasses_of,
     default_optimizer,
     is_scalar,
     item_of,
@@ -332,6 +333,10 @@ class _Check:
         }
         elsewhere = not is_class or name == "learning_rate"
         hint = suggest(name, siblings, self.typed, elsewhere)
+        for other, kind in _siblings(cls).items():
+            if name in [setting.name for setting in settings_of(kind)[0]]:
+                inside = f"`class_path: {other}`, `init_args: {{{name}: ...}}`"
+                hint = f"It is a setting of {other}: {inside}."
         raise ValueError(f"{place} has no `{_said(name)}`. {hint}")
 
     def _settings(self, node: Any, hint: Any, where: str) -> None:
@@ -350,7 +355,7 @@ class _Check:
                 f"{where} names no class: wanted class_path, and init_args for its arguments."
             )
         elif where not in self.classes or not entries.keys() & {*_CLASS_KEYS}:
-            self._arguments(node, dataclass_of(hint) or self.classes.get(where), where, where)
+            self._arguments(node, self.classes.get(where) or dataclass_of(hint), where, where)
             return
         cls = self.classes.get(where)
         names = [setting.name for setting in settings_of(cls)[0]]
@@ -384,6 +389,10 @@ class _Check:
         if isinstance(node, yaml.ScalarNode) and where in CLASSES:
             self._named(node, options, where)
         elif isinstance(node, yaml.ScalarNode):
+            several = dataclasses_of(hint)[1:] and known_classes(_base_of(hint))
+            if several and node.value in several:
+                self._class(node, where, _base_of(hint))
+                return
             if _base_of(hint) is not object and node.tag != f"{_TAG}null":
                 self.classes[where] = None  # a class, or a word for one, that is not looked up here
             self._scalar(node, options, where)
@@ -437,7 +446,8 @@ class _Check:
         said, subject = _said(word), _subject(where)
         text, number = str in options, any(option in options for option in _NUMBERS)
         choices = choices_of(options)
-        group = dataclass_of(options[0] if len(options) == 1 else None)
+        groups = all(map(dataclasses.is_dataclass, options))
+        group = dataclass_of(options[0]) if groups else None
         if group is not None and not (kind == "str" and Path(word).expanduser().is_file()):
             inside = ", ".join(setting.name for setting in settings_of(group)[0])
             hint = f" {_LEARNING_RATE}" if where == "model.learning_rate" else ""
@@ -494,15 +504,21 @@ def _check_takes_any(cls: Any, where: str) -> None:
 
 def _base_of(hint: Any) -> type[Any]:
     """Return the only class that a type allows; object, if that says nothing of a class_path."""
-    classes = [
-        each
-        for each in options_of(hint)
-        if isinstance(each, type) and not is_scalar(each) and not dataclasses.is_dataclass(each)
-    ]
-    wide = [each for each in classes if all(issubclass(other, each) for other in classes)]
+    classes = [each for each in options_of(hint) if isinstance(each, type) and not is_scalar(each)]
+    if len(dataclasses_of(hint)) > 1:  # of one kind, such as schedules
+        kind: type[Any] = classes[0].__mro__[1]
+        return kind
+    plain = [each for each in classes if not dataclasses.is_dataclass(each)]
+    wide = [each for each in plain if all(issubclass(other, each) for other in plain)]
     [base] = wide if len(wide) == 1 else [object]
     simple = base.__module__ == "builtins" or dataclasses.is_dataclass(base)
     return object if simple or getattr(base, "_is_protocol", False) else base
+
+
+def _siblings(cls: Any) -> dict[str, type[Any]]:
+    """Return the dataclasses of the same kind as a dataclass, such as the other schedules."""
+    base = cls.__mro__[1] if dataclasses.is_dataclass(cls) else object
+    return {} if base is object else known_classes(base)
 
 
 def _is_class(hint: Any) -> bool:

@@ -17,7 +17,7 @@ from zsnr.networks import DiffusionNetwork
 from zsnr.samplers import get_sampler
 from zsnr.samplers.recommend import AUTO
 from zsnr.sampling import read_declared, recorded_guidance
-from zsnr.schedule import NoiseSchedule
+from zsnr.schedule import schedule_from_settings
 from zsnr.timesteps import read_grid
 from zsnr.training.settings import known_classes
 from zsnr.untrusted import shown
@@ -162,9 +162,10 @@ def _names_a_class(value: Any) -> bool:
 
 def _schedule(path: Path, settings: Any) -> dict[str, Any]:
     try:
-        return NoiseSchedule.from_settings(settings).settings()
+        schedule = schedule_from_settings(settings)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    return {"class_path": f"zsnr.{type(schedule).__name__}", "init_args": schedule.settings()}
 
 
 def _averages(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -19,7 +19,7 @@ from zsnr.training.settings import (
     LINKED,
     REQUIRED,
     choices_of,
-    dataclass_of,
+    dataclasses_of,
     default_optimizer,
     descriptions,
     is_scalar,
@@ -327,7 +327,6 @@ def _read(group: str, prefix: str, cls: Any, values: Any) -> Iterator[DescribedS
             continue
         default = setting.default if values is None else getattr(values, setting.name)
         default = DEFAULTS.get(f"{group}.{name}", default)
-        inside = dataclass_of(setting.hint)
         text = texts.get(setting.name, "")
         if group == "trainer":
             text = _TRAINER_TEXTS.get(name) or _plain(text)
@@ -345,9 +344,15 @@ def _read(group: str, prefix: str, cls: Any, values: Any) -> Iterator[DescribedS
             _shown(default),
             _sentence(text),
         )
-        if inside is not None:
+        listed: set[str] = set()
+        for inside in dataclasses_of(setting.hint):
             given = default if isinstance(default, inside) else None
-            yield from _read(group, f"{name}.", inside, given)
+            for each in _read(group, f"{name}.", inside, given):
+                if each.name in listed:
+                    continue
+                owner = f"{inside.__name__}: " if listed and given is None else ""
+                yield each._replace(text=f"{owner}{each.text}")
+            listed |= {f"{name}.{each.name}" for each in settings_of(inside)[0]}
 
 
 def default_optimizer_rate() -> float:

@@ -30,7 +30,8 @@ from zsnr.loss import LossWeighting
 from zsnr.pipeline import Sampling, check_steps
 from zsnr.public import MARK, left_out
 from zsnr.samplers.recommend import resolve_sampling
-from zsnr.schedule import NoiseSchedule
+from zsnr.schedule import NoiseSchedule, RectifiedFlow
+from zsnr.timestep_law import TimestepLaw
 from zsnr.training.board import TrainingBoard
 from zsnr.training.checkpoint_files import CheckpointFiles
 from zsnr.training.checkpointing import Checkpoints
@@ -223,7 +224,7 @@ class ZsnrCLI(LightningCLI):
             check_resumed(
                 open_checkpoint(checkpoint)[KEY],
                 {
-                    "schedule": NoiseSchedule(**model.schedule.as_dict()).settings(),
+                    "schedule": schedule_of(model).settings(),
                     "prediction_type": model.prediction_type,
                 },
             )
@@ -265,7 +266,7 @@ def check_model(model: Any) -> None:
     Raises:
         ValueError: Settings contradict each other, or are out of range.
     """
-    sampling, schedule = model.sampling, NoiseSchedule(**model.schedule.as_dict())
+    sampling, schedule = model.sampling, schedule_of(model)
     guidance = Guidance(**sampling.guidance.as_dict())
     sampler, spacing = resolve_sampling(
         sampling.sampler, sampling.spacing, sampling.num_steps, guidance
@@ -274,6 +275,7 @@ def check_model(model: Any) -> None:
         schedule,
         model.prediction_type,
         LossWeighting(**model.loss.as_dict()),
+        TimestepLaw(**model.timestep_law.as_dict()),
         spacing,
         sampling.num_steps,
     )
@@ -283,6 +285,16 @@ def check_model(model: Any) -> None:
     if model.lora is not None:
         LoRA(**model.lora.as_dict())
         check_lora(model.network, bool(model.conditioner.get("init_args", {}).get("trainable")))
+
+
+def schedule_of(model: Any) -> NoiseSchedule | RectifiedFlow:
+    """Return the schedule of a parsed config's model."""
+    settings = model.schedule.as_dict()
+    if "class_path" not in settings:
+        return NoiseSchedule(**settings)
+    classes = {cls.__name__: cls for cls in (NoiseSchedule, RectifiedFlow)}
+    name = settings["class_path"].rpartition(".")[2]
+    return classes[name](**settings.get("init_args", {}))
 
 
 def is_sharded(trainer: Any) -> bool:

@@ -49,7 +49,8 @@ from zsnr.pipeline import (
     report_cuts,
 )
 from zsnr.prediction import PredictionType
-from zsnr.schedule import NoiseSchedule
+from zsnr.schedule import NoiseSchedule, RectifiedFlow
+from zsnr.timestep_law import TimestepLaw
 from zsnr.training.adaptation import Start, read_start
 from zsnr.training.checkpoint_files import unmap
 from zsnr.training.checks import (
@@ -98,9 +99,12 @@ class LatentDiffusion(L.LightningModule):
         network: Size of a new UNet; the folder, single file or hub id of a pretrained model, from
             whose UNet training starts; or a network: in a config the class_path and init_args of
             zsnr.networks.Transformer, or of any nn.Module with forward(x_t, t, conditioning).
-        schedule: Noise schedule of training, previews, validation and predict alike.
-        prediction_type: Quantity that the network predicts: "v_prediction", "epsilon" or "sample".
+        schedule: Noise schedule of training, previews, validation and predict alike: the settings
+            of a NoiseSchedule, or RectifiedFlow by class_path.
+        prediction_type: Quantity that the network predicts: "v_prediction", "epsilon", "sample", or
+            "flow".
         loss: Weight lambda_t of the loss at each timestep.
+        timestep_law: How often training visits each timestep.
         caption_dropout: Probability that a training caption is replaced by the empty prompt, for
             classifier-free guidance.
         offset_noise: Strength of offset noise (section 5.4 of the paper), for comparison only. 0 =
@@ -137,9 +141,10 @@ class LatentDiffusion(L.LightningModule):
         codec: LatentCodec,
         conditioner: Conditioner,
         network: DiffusionNetwork | nn.Module | UNetConfig | str,
-        schedule: NoiseSchedule = NoiseSchedule(),
+        schedule: NoiseSchedule | RectifiedFlow = NoiseSchedule(),
         prediction_type: PredictionType = "v_prediction",
         loss: LossWeighting = LossWeighting(),
+        timestep_law: TimestepLaw = TimestepLaw(),
         caption_dropout: float = 0.1,
         offset_noise: float = 0.0,
         optimizer: OptimizerCallable = lambda p: AdamW(p, lr=1e-4, weight_decay=0.01, fused=True),
@@ -160,7 +165,8 @@ class LatentDiffusion(L.LightningModule):
             raise ValueError(f"model.terminal_window={terminal_window}: wanted at least 1.")
         if max_skipped_steps < 0:
             raise ValueError(f"model.max_skipped_steps={max_skipped_steps}: wanted 0 or more.")
-        check_settings(schedule, prediction_type, loss, sampling.spacing, sampling.num_steps)
+        grid = sampling.spacing, sampling.num_steps
+        check_settings(schedule, prediction_type, loss, timestep_law, *grid)
         if not 0 <= caption_dropout <= 1:
             raise ValueError(f"model.caption_dropout={caption_dropout}: wanted a number in [0, 1].")
         if not conditioner.trainable and not conditioner.pretrained:
@@ -179,7 +185,7 @@ class LatentDiffusion(L.LightningModule):
         self.make_optimizer, self.learning_rate = optimizer, learning_rate
         self.sampling, self.image_size, self.seed = sampling, image_size, seed
         codec.latent_shape(image_size, image_size)  # refuses sizes it cannot encode
-        self.objective = Objective(schedule, prediction_type, loss, offset_noise)
+        self.objective = Objective(schedule, prediction_type, loss, timestep_law, offset_noise)
         make = partial(_new_network, network, codec, conditioner, lora)
         source = network if isinstance(network, str) else None
         weighted = isinstance(network, nn.Module) or lora is not None
@@ -306,6 +312,7 @@ class LatentDiffusion(L.LightningModule):
             "trainer.gradient_clip_val": trainer.gradient_clip_val or None,
             "trainer.gradient_clip_algorithm": trainer.gradient_clip_algorithm,
             "model.loss": asdict(self.loss),
+            "model.timestep_law": asdict(self.objective.timestep_law),
             "model.caption_dropout": self.caption_dropout,
             "model.offset_noise": self.offset_strength,
             "model.learning_rate": asdict(self.learning_rate),
@@ -609,7 +616,22 @@ class LatentDiffusion(L.LightningModule):
                 f"{configured:g}, is not used."
             )
         if self.trainer.global_step == 0:
+            self._say_how_often_the_last_timestep_is_trained()
             self._measure_start()
+
+    def _say_how_often_the_last_timestep_is_trained(self) -> None:
+        law, T = self.objective.timestep_law, self.schedule.num_timesteps
+        if law.name == "uniform":
+            return
+        share, steps = law.terminal_share(T), self.trainer.max_steps
+        samples = steps * getattr(self.trainer.datamodule, "batch_size", 0)
+        exposures = (
+            f": about {share / T * samples:,.0f} exposures in this run" if samples > 0 else ""
+        )
+        rank_zero_info(
+            f"model.timestep_law is {law.name}: the last timestep, which determines the brightness "
+            f"of images, is trained {share:.2g} times as often as with uniform{exposures}."
+        )
 
     def _measure_start(self) -> None:
         """Measure the validation losses of the pretrained model, converted, before training."""
@@ -745,6 +767,7 @@ class LatentDiffusion(L.LightningModule):
             factor=self.codec.factor,
             num_timesteps=self.schedule.num_timesteps,
             caption_dropout=self.caption_dropout if training else 0.0,
+            timestep_law=self.objective.timestep_law,
             tokenizer=self.model(ema=False).conditioner.tokenizer,
             strata=None if training else self._val_strata,
         )
@@ -790,7 +813,7 @@ class LatentDiffusion(L.LightningModule):
         if takes_sizes(model.network):
             cond = replace(cond, sizes=batch.get("sizes"))
         if start is None:
-            output = model.network(x_t, t, cond)
+            output = model.network(x_t, self.schedule.time(t), cond)
         else:
             run = (self.schedule, self.prediction_type)
             output = start.output(model.network, x_t, t, cond, *run)

@@ -11,6 +11,7 @@ from torch import Tensor
 from zsnr.conditioning.tokenizers import PromptTokenizer
 from zsnr.data.cache import TEXT
 from zsnr.draws import Draws, training_draws, validation_draws
+from zsnr.timestep_law import TimestepLaw
 
 DRAWS, PROMPTS, TOKENS = "draws", "prompts", "tokens"  # keys of a batch
 
@@ -30,6 +31,7 @@ class Preparation:
         caption_dropout: Probability that a caption is replaced by the empty prompt.
         tokenizer: That of the text encoder. None = it takes prompts.
         strata: Timesteps of validation, (S,). None = draw as training does.
+        timestep_law: Distribution of the timesteps of training.
     """
 
     seed: int
@@ -39,6 +41,7 @@ class Preparation:
     caption_dropout: float = 0.0
     tokenizer: PromptTokenizer | None = None
     strata: Tensor | None = None
+    timestep_law: TimestepLaw = TimestepLaw()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Return a batch with `draws`, `prompts`, and `tokens` where there is a tokenizer.
@@ -66,4 +69,6 @@ class Preparation:
         if self.strata is not None:
             return validation_draws(self.seed, positions, self.strata, shape)
         size, T = batch["global_batch_size"], self.num_timesteps
-        return training_draws(self.seed, positions, size, shape, T, self.caption_dropout)
+        return training_draws(
+            self.seed, positions, size, shape, T, self.caption_dropout, self.timestep_law
+        )

@@ -27,7 +27,9 @@ def _under(prefix: str, names: str) -> list[str]:
     return [f"{prefix}.{name}" for name in names.split()]
 
 
-_SCHEDULE = "betas num_timesteps beta_start beta_end zero_terminal_snr alphas_cumprod_table"
+_SCHEDULE = (
+    "betas num_timesteps beta_start beta_end zero_terminal_snr alphas_cumprod_table snr_shift shift"
+)
 _GUIDANCE = (
     "scale rescale interval method curve at_zero_snr threshold apg_parallel apg_norm against"
 )
@@ -56,7 +58,8 @@ _GROUPS: tuple[tuple[Verdict, Sequence[str]], ...] = (
         Verdict.NEW,
         [
             *_under("model", "loss loss.name loss.gamma loss.allow_zero_terminal_weight"),
-            *_under("model", "caption_dropout offset_noise"),
+            *_under("model.timestep_law", "name mean std a b shift allow_rare_terminal"),
+            *_under("model", "timestep_law caption_dropout offset_noise"),
             *_under("model", "ema.decay ema.warmup ema.every_n_steps"),
             *_under("model", "learning_rate learning_rate.warmup_steps learning_rate.decay"),
             *_under("model", "learning_rate.final"),

@@ -170,9 +170,13 @@ def choices_of(options: Sequence[Any]) -> list[Any]:
 
 
 def dataclass_of(hint: Any) -> Any:
-    """Return the only dataclass that a type allows, if there is exactly one."""
-    classes = [option for option in options_of(hint) if dataclasses.is_dataclass(option)]
-    return classes[0] if len(classes) == 1 else None
+    """Return the dataclass that a type allows: the first, which needs no class_path."""
+    return next(iter(dataclasses_of(hint)), None)
+
+
+def dataclasses_of(hint: Any) -> list[Any]:
+    """List the dataclasses that a type allows."""
+    return [option for option in options_of(hint) if dataclasses.is_dataclass(option)]
 
 
 def known_classes(base: type[Any]) -> dict[str, type[Any]]:
@@ -221,8 +225,8 @@ def _names(prefix: str, cls: Any) -> Iterator[str]:
     for setting in settings_of(cls)[0]:
         name = f"{prefix}.{setting.name}"
         yield name
-        if dataclass_of(setting.hint) is not None:
-            yield from _names(name, dataclass_of(setting.hint))
+        for inside in dataclasses_of(setting.hint):
+            yield from _names(name, inside)
 
 
 def descriptions(cls: Any) -> dict[str, str]:

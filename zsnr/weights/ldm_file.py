@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal, cast
 
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from zsnr.untrusted import parse_object
 from zsnr.weights.header import open_safetensors, read_header
-from zsnr.weights.ldm_layout import ldm_clip, ldm_open_clip, ldm_unet, ldm_vae
+from zsnr.weights.ldm_layout import Network, from_ldm, ldm_names, to_ldm
 from zsnr.weights.source import is_single_file
 
 Family = Literal["v1", "v2", "xl", "vae"]
@@ -177,21 +176,40 @@ def read_part(
         ValueError: The file's tensors do not match; no weights are read in this case.
     """
     file = open_ldm_file(source)
-    config, prefix = part_config(file, part), PREFIXES[file.family][part]
-    shapes = {name: shape for name, shape in file.shapes.items() if name.startswith(prefix)}
+    part_config(file, part)  # the file has it
+    names = part_names(file.family, part, expected)
+    if file.family == "vae" and "decoder.mid_block.resnets.0.conv1.weight" in file.shapes:
+        names = {name: name for name in expected}  # diffusers' own
     with torch.device("meta"):
-        empty = {name: torch.empty(shape) for name, shape in shapes.items()}
-    converted = _convert(file, part, config, empty, expected)
-    _compare(file, part, {name: tuple(t.shape) for name, t in converted.items()}, expected)
-    _refuse_left_out(file, part, config, expected)
+        empty = {name: torch.empty(shape) for name, shape in expected.items()}
+    stored = _stored_names(file, part)
+    _check_shapes(file, part, to_ldm(empty, names), stored)
+    weights = {}
     with open_safetensors(file.path) as opened:
-        tensors = {name: opened.get_tensor(name) for name in shapes}
-        if dtype is not None:  # copied, because truncating a mapped file would kill the process
-            tensors = {name: weight.to(dtype, copy=True) for name, weight in tensors.items()}
-    return {
-        name: tensor.contiguous()
-        for name, tensor in _convert(file, part, config, tensors, expected).items()
-    }
+        for name, ldm_name in names.items():
+            weight = from_ldm(name, ldm_name, opened.get_tensor(stored[_spelled(ldm_name)]))
+            if dtype is not None:  # copied, because truncating a mapped file would kill the process
+                weight = weight.to(dtype, copy=True)
+            weights[name] = weight.contiguous()
+    return weights
+
+
+def part_names(family: Family, part: str, names: Iterable[str]) -> dict[str, str]:
+    """Return the names that a part's weights have in a single file.
+
+    Args:
+        family: The public model.
+        part: As in `read_part`.
+        names: Names in diffusers' or transformers' model.
+
+    Raises:
+        ValueError: The layout has no name for a weight.
+    """
+    prefix, network = PREFIXES[family][part], part
+    if part.startswith("text_encoder"):
+        network = "clip" if prefix.endswith(".transformer.") else "open_clip"
+    inside = ldm_names(cast(Network, network), names, PUBLIC[family][part])
+    return {name: prefix + ldm_name for name, ldm_name in inside.items()}
 
 
 def _is_vae(shapes: Mapping[str, Any]) -> bool:
@@ -295,104 +313,51 @@ def read_metadata(
     return label, parse_object(text.encode(), label)
 
 
-def _convert(
-    file: LdmFile,
-    part: str,
-    config: Mapping[str, Any],
-    tensors: dict[str, Tensor],
-    expected: Mapping[str, tuple[int, ...]],
-) -> dict[str, Tensor]:
-    """Rename tensors with the conversion rules of diffusers."""
-    from diffusers.loaders import single_file_utils as rules
-
-    try:
-        if part == "unet":
-            converted = rules.convert_ldm_unet_checkpoint(tensors, dict(config))
-        elif part == "vae" and any(name.startswith("decoder.up_blocks.") for name in tensors):
-            converted = tensors  # the names of diffusers
-        elif part == "vae":
-            converted = rules.convert_ldm_vae_checkpoint(tensors, dict(config))
-        elif PREFIXES[file.family][part].endswith(".transformer."):
-            converted = rules.convert_ldm_clip_checkpoint(tensors)
-        else:
-            size = SimpleNamespace(config=SimpleNamespace(hidden_size=config["hidden_size"]))
-            prefix = PREFIXES[file.family][part]
-            converted = rules.convert_open_clip_checkpoint(size, tensors, prefix=prefix)
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise ValueError(
-            f"{file.path}: its {part}'s tensors are not named as in {NAMES[file.family]}: {reason}"
-        ) from error
-    if any(tensor is None for tensor in converted.values()):
-        raise ValueError(f"{file.path}: its {part} lacks tensors of {NAMES[file.family]}.")
-    if not part.startswith("text"):
-        return cast(dict[str, Tensor], converted)
-    # Releases of transformers differ in this prefix; what is left out, is checked apart.
-    plain = {name.removeprefix("text_model."): tensor for name, tensor in converted.items()}
-    renamed = {name: plain.get(name.removeprefix("text_model.")) for name in expected}
-    return {name: tensor for name, tensor in renamed.items() if tensor is not None}
-
-
-def _refuse_left_out(
-    file: LdmFile,
-    part: str,
-    config: Mapping[str, Any],
-    expected: Mapping[str, tuple[int, ...]],
-) -> None:
-    """Refuse tensors of a part that its model does not have.
-
-    Raises:
-        ValueError: The file holds such tensors.
-    """
-    with torch.device("meta"):
-        empty = {name: torch.empty(shape) for name, shape in expected.items()}
-    known: Iterable[str]
-    if part == "unet":
-        known = ldm_unet(empty, config)
-    elif part == "vae":
-        known = [*ldm_vae(empty, len(config["block_out_channels"])), *empty]
-    elif PREFIXES[file.family][part].endswith(".transformer."):
-        known = ldm_clip(empty)
-    else:
-        known = ldm_open_clip(empty)
-    prefix = PREFIXES[file.family][part]
-    names = {_plain(name) for name in known}
+def _stored_names(file: LdmFile, part: str) -> dict[str, str]:
+    """Return the names of a part's tensors in a file by the layout's spelling of them."""
     unused = None  # Stable Diffusion 2 has one more layer than it uses
     if file.family == "v2" and part == "text_encoder":
-        unused = f"{prefix}transformer.resblocks.{config['num_hidden_layers']}."
-    for name in file.shapes:
-        if not name.startswith(prefix) or _IDLE.fullmatch(name):
-            continue
-        if unused is not None and name.startswith(unused):
-            continue
-        if _plain(name.removeprefix(prefix)) not in names:
-            raise ValueError(
-                f"{file.path} holds {name!r}, which {NAMES[file.family]} does not have and which "
-                "would be left out: it is another model."
-            )
+        layers = PUBLIC["v2"][part]["num_hidden_layers"]
+        unused = f"{PREFIXES['v2'][part]}transformer.resblocks.{layers}."
+    return {
+        _spelled(name): name
+        for name in file.shapes
+        if name.startswith(PREFIXES[file.family][part])
+        and not _IDLE.fullmatch(name)
+        and not (unused is not None and name.startswith(unused))
+    }
 
 
-def _plain(name: str) -> str:
+def _spelled(name: str) -> str:
     """Return one of the spellings that files have for the same tensor."""
-    name = name.removeprefix("text_model.")
+    name = name.replace(".text_model.", ".")
     for new, old in {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}.items():
-        name = re.sub(rf"(\.mid\.attn_1)\.{re.escape(new)}\.", rf"\1.{old}.", name)
+        name = name.replace(f".mid.attn_1.{new}.", f".mid.attn_1.{old}.")
     return name.replace(".mid.attn_1.group_norm.", ".mid.attn_1.norm.")
 
 
-def _compare(
-    file: LdmFile,
-    part: str,
-    actual: Mapping[str, tuple[int, ...]],
-    expected: Mapping[str, tuple[int, ...]],
+def _check_shapes(
+    file: LdmFile, part: str, wanted: Mapping[str, Tensor], stored: Mapping[str, str]
 ) -> None:
+    """Refuse a part with other tensors than its model's.
+
+    Raises:
+        ValueError: A tensor is missing, has another shape, or would be left out.
+    """
     kind = NAMES[file.family]
-    for name in sorted(expected.keys() | actual.keys()):
-        if expected.get(name) == actual.get(name):
+    spelled = {_spelled(name): (name, tuple(tensor.shape)) for name, tensor in wanted.items()}
+    for short, (name, shape) in sorted(spelled.items()):
+        actual = file.shapes[stored[short]] if short in stored else None
+        if actual == shape or (actual is not None and (*actual, 1, 1) == shape and ".attn" in name):
             continue
-        have = f"has shape {actual[name]}" if name in actual else "is missing"
-        want = f"{expected[name]} wanted" if name in expected else "not wanted"
+        have = "is missing" if actual is None else f"has shape {actual}"
         raise ValueError(
-            f"{file.path}: its {part} does not match {kind}: {name} {have}, {want}. Single files "
-            "hold models of that size only: use the diffusers folder of another model."
+            f"{file.path}: its {part} does not match {kind}: {name} {have}, {shape} wanted. Single "
+            "files hold models of that size only: use the diffusers folder of another model."
+        )
+    surplus = sorted(stored[short] for short in stored.keys() - spelled.keys())
+    if surplus:
+        raise ValueError(
+            f"{file.path} holds {surplus[0]!r}, which {kind} does not have and which would be left "
+            "out: it is another model."
         )

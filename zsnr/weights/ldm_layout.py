@@ -1,16 +1,18 @@
-"""The ldm layout: diffusers' and transformers' weights under the names of the original releases.
+"""The ldm layout: the original releases' names and forms of diffusers' and transformers' weights.
 
-Each function is the inverse of the converter with which diffusers reads such files.
+Writing and reading share one table of names for each kind of network. What is written is tested to
+be what diffusers' own converters read.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+Network = Literal["unet", "vae", "clip", "open_clip"]
 
 _UNET = {
     "time_embedding.linear_1": "time_embed.0",
@@ -21,187 +23,170 @@ _UNET = {
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
-_RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-_VAE = {"conv_norm_out": "norm_out", "conv_shortcut": "nin_shortcut"}
-_VAE_ATTENTION = {
-    "group_norm": "norm",
-    "to_q": "q",
-    "to_k": "k",
-    "to_v": "v",
-    "to_out.0": "proj_out",
-}
 _OPEN_CLIP = {
-    "embeddings.token_embedding.weight": "token_embedding.weight",
-    "embeddings.position_embedding.weight": "positional_embedding",
-    "final_layer_norm.weight": "ln_final.weight",
-    "final_layer_norm.bias": "ln_final.bias",
+    "embeddings.token_embedding": "token_embedding",
+    "embeddings.position_embedding": "positional_embedding",
+    "final_layer_norm": "ln_final",
+    "text_projection": "text_projection",
 }
-_OPEN_CLIP_LAYER = {
-    "layer_norm1": "ln_1",
-    "layer_norm2": "ln_2",
-    "mlp.fc1": "mlp.c_fc",
-    "mlp.fc2": "mlp.c_proj",
-    "self_attn.out_proj": "attn.out_proj",
+_INSIDE: dict[Network, dict[str, str]] = {  # of a block
+    "unet": {
+        "norm1": "in_layers.0",
+        "conv1": "in_layers.2",
+        "time_emb_proj": "emb_layers.1",
+        "norm2": "out_layers.0",
+        "conv2": "out_layers.3",
+        "conv_shortcut": "skip_connection",
+    },
+    "vae": {
+        "conv_shortcut": "nin_shortcut",
+        "group_norm": "norm",
+        "to_q": "q",
+        "to_k": "k",
+        "to_v": "v",
+        "to_out.0": "proj_out",
+    },
+    "clip": {},
+    "open_clip": {
+        "layer_norm1": "ln_1",
+        "layer_norm2": "ln_2",
+        "mlp.fc1": "mlp.c_fc",
+        "mlp.fc2": "mlp.c_proj",
+        "self_attn.out_proj": "attn.out_proj",
+        **{f"self_attn.{x}_proj": "attn.in_proj" for x in "qkv"},
+    },
 }
 
 
-def ldm_unet(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Rename a UNet2DConditionModel's weights without copying them.
+def ldm_names(network: Network, names: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the layout's names of a network's weights.
 
-    Block b of n has L resnets on the way down and L + 1 on the way up, each followed by its
-    attention. The layout numbers them consecutively: `input_blocks.0` is conv_in, followed by L
-    resnets and a downsampler for each block; `output_blocks` are the resnets on the way up, where
-    the last one of a block has the upsampler after its attention.
+    open_clip stacks query, key and value in one matrix, so that these three have one name.
 
     Args:
-        weights: State dict of the UNet.
-        config: Config of the UNet.
+        network: "unet" (UNet2DConditionModel), "vae" (AutoencoderKL), or the layout of a
+            CLIPTextModel: "clip" in Stable Diffusion 1 and as SDXL's first, "open_clip" in Stable
+            Diffusion 2 and as SDXL's second.
+        names: Names of weights.
+        config: Config of the network.
 
     Raises:
         ValueError: The layout has no name for a weight.
     """
-    depth = int(config["layers_per_block"])
-    attends = [kind.startswith("CrossAttn") for kind in config["up_block_types"]]
+    if network == "clip":
+        return {name: f"text_model.{name.removeprefix('text_model.')}" for name in names}
+    make = {"unet": _unet_modules, "vae": _vae_modules, "open_clip": _open_clip_modules}[network]
+    modules, inside = make(config), _INSIDE[network]
 
-    def down(match: re.Match[str]) -> str:
-        b, kind, i, rest = int(match[1]), match[2], int(match[3]), match[4]
-        block = f"input_blocks.{1 + b * (depth + 1) + i}"
-        if kind == "resnets":
-            return f"{block}.0.{_renamed(rest, _RESNET)}"
-        if kind == "attentions":
-            return f"{block}.1.{rest}"
-        return f"input_blocks.{(b + 1) * (depth + 1)}.0.{rest.replace('conv', 'op')}"
+    def renamed(name: str) -> str:
+        path, _, kind = name.removeprefix("text_model.").rpartition(".")
+        block, rest = path, ""
+        while block not in modules:
+            if not block:
+                raise ValueError(f"The ldm layout has no name for the weight {name}.")
+            block, _, last = block.rpartition(".")
+            rest = f"{last}.{rest}".rstrip(".")
+        path = f"{modules[block]}.{inside.get(rest, rest)}".rstrip(".")
+        if path in ("positional_embedding", "text_projection"):  # parameters, not modules
+            return path
+        return f"{path}_{kind}" if path.endswith(".in_proj") else f"{path}.{kind}"
 
-    def up(match: re.Match[str]) -> str:
-        b, kind, i, rest = int(match[1]), match[2], int(match[3]), match[4]
-        block = f"output_blocks.{b * (depth + 1) + i}"
-        if kind == "resnets":
-            return f"{block}.0.{_renamed(rest, _RESNET)}"
-        if kind == "attentions":
-            return f"{block}.1.{rest}"
-        return f"output_blocks.{b * (depth + 1) + depth}.{1 + attends[b]}.{rest}"
-
-    def middle(match: re.Match[str]) -> str:
-        kind, i, rest = match[1], int(match[2]), match[3]
-        if kind == "resnets":
-            return f"middle_block.{2 * i}.{_renamed(rest, _RESNET)}"
-        return f"middle_block.{2 * i + 1}.{rest}"
-
-    rules: list[tuple[str, Callable[[re.Match[str]], str]]] = [
-        (r"down_blocks\.(\d+)\.(resnets|attentions|downsamplers)\.(\d+)\.(.+)", down),
-        (r"up_blocks\.(\d+)\.(resnets|attentions|upsamplers)\.(\d+)\.(.+)", up),
-        (r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)", middle),
-        (f"({_any_of(_UNET)})" + r"\.(weight|bias)", lambda m: f"{_UNET[m[1]]}.{m[2]}"),
-    ]
-    return {_by_rule(name, rules): weight for name, weight in weights.items()}
+    return {name: renamed(name) for name in names}
 
 
-def ldm_vae(weights: Mapping[str, Tensor], num_blocks: int) -> dict[str, Tensor]:
-    """Rename an AutoencoderKL's weights without copying them.
+def ldm_layers(layers: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the layout's names of a UNet's layers.
 
-    The decoder's blocks are numbered from the finest resolution on. Attention uses 1x1
-    convolutions.
+    Raises:
+        ValueError: The layout has no name for a layer.
+    """
+    weights = ldm_names("unet", [f"{layer}.weight" for layer in layers], config)
+    return {name[: -len(".weight")]: weights[name][: -len(".weight")] for name in weights}
+
+
+def to_ldm(weights: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    """Return weights in the layout's form; only stacked ones are copied.
+
+    The projection of the pooled text is transposed, and the VAE's attention uses 1x1 convolutions.
 
     Args:
-        weights: State dict of the VAE.
-        num_blocks: Number of its resolutions.
-
-    Raises:
-        ValueError: The layout has no name for a weight.
+        weights: A network's weights.
+        names: Their names in the layout, see `ldm_names`.
     """
-
-    def down(match: re.Match[str]) -> str:
-        i, kind, j, rest = match[1], match[2], match[3], match[4]
-        if kind == "resnets":
-            return f"encoder.down.{i}.block.{j}.{_renamed(rest, _VAE)}"
-        return f"encoder.down.{i}.downsample.{rest}"
-
-    def up(match: re.Match[str]) -> str:
-        i, kind, j, rest = num_blocks - 1 - int(match[1]), match[2], match[3], match[4]
-        if kind == "resnets":
-            return f"decoder.up.{i}.block.{j}.{_renamed(rest, _VAE)}"
-        return f"decoder.up.{i}.upsample.{rest}"
-
-    def middle(match: re.Match[str]) -> str:
-        side, kind, i, rest = match[1], match[2], int(match[3]), match[4]
-        if kind == "resnets":
-            return f"{side}.mid.block_{i + 1}.{_renamed(rest, _VAE)}"
-        return f"{side}.mid.attn_{i + 1}.{_renamed(rest, _VAE_ATTENTION)}"
-
-    rules: list[tuple[str, Callable[[re.Match[str]], str]]] = [
-        (r"encoder\.down_blocks\.(\d+)\.(resnets|downsamplers)\.(\d+)\.(.+)", down),
-        (r"decoder\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.(.+)", up),
-        (r"(encoder|decoder)\.mid_block\.(resnets|attentions)\.(\d+)\.(.+)", middle),
-        (
-            r"(encoder|decoder)\.(conv_in|conv_out|conv_norm_out)\.(weight|bias)",
-            lambda m: f"{m[1]}.{_VAE.get(m[2], m[2])}.{m[3]}",
-        ),
-        (r"(quant_conv|post_quant_conv)\.(weight|bias)", lambda m: m[0]),
-    ]
-    renamed = {_by_rule(name, rules): weight for name, weight in weights.items()}
-    return {
-        name: weight[:, :, None, None] if ".attn_" in name and weight.ndim == 2 else weight
-        for name, weight in renamed.items()
-    }
+    stacks: dict[str, list[str]] = {}
+    for name in weights:
+        stacks.setdefault(names[name], []).append(name)
+    converted = {}
+    for name, stack in stacks.items():
+        parts = [weights[each] for each in sorted(stack, key=_third)]
+        weight = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if name.endswith("text_projection"):
+            weight = weight.T
+        elif ".mid.attn_1." in name and weight.ndim == 2:
+            weight = weight[:, :, None, None]
+        converted[name] = weight
+    return converted
 
 
-def ldm_clip(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a CLIPTextModel's weights as in Stable Diffusion 1 and SDXL's first encoder."""
-    return {f"text_model.{name.removeprefix('text_model.')}": w for name, w in weights.items()}
+def from_ldm(name: str, ldm_name: str, weight: Tensor) -> Tensor:
+    """Return one of a network's weights from the layout's form, the inverse of `to_ldm`."""
+    if ldm_name.endswith("text_projection"):
+        return weight.T
+    if ".in_proj_" in ldm_name:
+        return weight.chunk(3)[_third(name)]
+    return weight[:, :, 0, 0] if ".mid.attn_1." in ldm_name and weight.ndim == 4 else weight
 
 
-def ldm_open_clip(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a CLIPTextModel's weights as in open_clip: Stable Diffusion 2, SDXL's second encoder.
+def _third(name: str) -> int:
+    """Return the place of a weight in a stack of query, key and value."""
+    return next((i for i, x in enumerate("qkv") if f".{x}_proj." in name), 0)
 
-    Query, key and value are stacked in one matrix; the projection of the pooled text, if it exists,
-    is transposed.
 
-    Raises:
-        ValueError: open_clip has no name for a weight.
+def _unet_modules(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the layout's names of a UNet's blocks and other modules.
+
+    Block b has L resnets on the way down and L + 1 on the way up, each followed by its attention.
+    The layout numbers them consecutively: `input_blocks.0` is conv_in, followed by L resnets and a
+    downsampler for each block; `output_blocks` are the resnets on the way up, where the last one of
+    a block has the upsampler after its attention.
     """
-    plain = {name.removeprefix("text_model."): weight for name, weight in weights.items()}
-
-    def layer(match: re.Match[str]) -> str:
-        return f"transformer.resblocks.{match[1]}.{_renamed(match[2], _OPEN_CLIP_LAYER)}"
-
-    rules: list[tuple[str, Callable[[re.Match[str]], str]]] = [
-        (_any_of(_OPEN_CLIP), lambda m: _OPEN_CLIP[m[0]]),
-        (r"encoder\.layers\.(\d+)\.(.+)", layer),
-    ]
-    renamed: dict[str, Tensor] = {}
-    for name, weight in plain.items():
-        stacked = re.fullmatch(r"encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj\.(.+)", name)
-        if name == "text_projection.weight":
-            renamed["text_projection"] = weight.T
-        elif stacked is None:
-            renamed[_by_rule(name, rules)] = weight
-        elif stacked[2] == "q":
-            three = [plain[name.replace(".q_proj.", f".{x}_proj.")] for x in "qkv"]
-            joined = f"transformer.resblocks.{stacked[1]}.attn.in_proj_{stacked[3]}"
-            renamed[joined] = torch.cat(three)
-    return renamed
+    length = int(config["layers_per_block"]) + 1
+    modules = dict(_UNET)
+    for i, kind in enumerate(("resnets.0", "attentions.0", "resnets.1")):
+        modules[f"mid_block.{kind}"] = f"middle_block.{i}"
+    for b, up in enumerate(config["up_block_types"]):
+        for i in range(length):
+            for slot, kind in enumerate(("resnets", "attentions")):
+                modules[f"down_blocks.{b}.{kind}.{i}"] = f"input_blocks.{1 + b * length + i}.{slot}"
+                modules[f"up_blocks.{b}.{kind}.{i}"] = f"output_blocks.{b * length + i}.{slot}"
+        end = (b + 1) * length
+        modules[f"down_blocks.{b}.downsamplers.0.conv"] = f"input_blocks.{end}.0.op"
+        slot = 2 if up.startswith("CrossAttn") else 1
+        modules[f"up_blocks.{b}.upsamplers.0"] = f"output_blocks.{end - 1}.{slot}"
+    return modules
 
 
-def _any_of(names: Mapping[str, str]) -> str:
-    return "|".join(map(re.escape, names))
+def _vae_modules(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the layout's names of a VAE's blocks and other modules.
+
+    The decoder's blocks are numbered from the finest resolution on.
+    """
+    modules = {name: name for name in ("quant_conv", "post_quant_conv")}
+    for side in ("encoder", "decoder"):
+        modules |= {f"{side}.{name}": f"{side}.{name}" for name in ("conv_in", "conv_out")}
+        modules[f"{side}.conv_norm_out"] = f"{side}.norm_out"
+        modules[f"{side}.mid_block.attentions.0"] = f"{side}.mid.attn_1"
+        modules |= {f"{side}.mid_block.resnets.{i}": f"{side}.mid.block_{i + 1}" for i in (0, 1)}
+    count = len(config["block_out_channels"])
+    for b in range(count):
+        for side, way, to in (("encoder", "down", b), ("decoder", "up", count - 1 - b)):
+            block, ldm_block = f"{side}.{way}_blocks.{b}", f"{side}.{way}.{to}"
+            modules[f"{block}.{way}samplers.0"] = f"{ldm_block}.{way}sample"
+            for i in range(config["layers_per_block"] + 1):
+                modules[f"{block}.resnets.{i}"] = f"{ldm_block}.block.{i}"
+    return modules
 
 
-def _by_rule(name: str, rules: list[tuple[str, Callable[[re.Match[str]], str]]]) -> str:
-    for pattern, rename in rules:
-        match = re.fullmatch(pattern, name)
-        if match is not None:
-            return rename(match)
-    raise ValueError(f"The ldm layout has no name for the weight {name}.")
-
-
-def _renamed(name: str, names: Mapping[str, str]) -> str:
-    """Rename the module that a weight belongs to, if it is among `names`."""
-    module, _, last = name.rpartition(".")
-    return f"{names.get(module, module)}.{last}"
+def _open_clip_modules(config: Mapping[str, Any]) -> dict[str, str]:
+    layers = range(config["num_hidden_layers"] + 1)  # one more than is used may be stored
+    return _OPEN_CLIP | {f"encoder.layers.{i}": f"transformer.resblocks.{i}" for i in layers}
