@@ -274,6 +274,11 @@ def _pipeline(model: Model, scheduler: Any, dtype: torch.dtype) -> DiffusionPipe
         return StableDiffusionXLPipeline(
             **parts, force_zeros_for_empty_prompt=conditioner._zero_null, add_watermarker=False
         )
+    if parts["vae"].config["latents_mean"] is not None:
+        raise ValueError(
+            "The VAE has latents_mean and latents_std, which StableDiffusionPipeline ignores: "
+            "train with another VAE to export."
+        )
     encoder, tokenizer = _text_encoder(conditioner, dtype)
     return StableDiffusionPipeline(
         **parts,

@@ -355,6 +355,8 @@ class _Check:
                 f"{where} names no class: wanted class_path, and init_args for its arguments."
             )
         elif where not in self.classes or not entries.keys() & {*_CLASS_KEYS}:
+            if len(dataclasses_of(hint)) == 1:  # it replaces a class
+                self.classes.pop(where, None)
             self._arguments(node, self.classes.get(where) or dataclass_of(hint), where, where)
             return
         cls = self.classes.get(where)
@@ -506,7 +508,7 @@ def _base_of(hint: Any) -> type[Any]:
     """Return the only class that a type allows; object, if that says nothing of a class_path."""
     classes = [each for each in options_of(hint) if isinstance(each, type) and not is_scalar(each)]
     if len(dataclasses_of(hint)) > 1:  # of one kind, such as schedules
-        kind: type[Any] = classes[0].__mro__[1]
+        kind: type[Any] = dataclasses_of(hint)[0].__mro__[1]
         return kind
     plain = [each for each in classes if not dataclasses.is_dataclass(each)]
     wide = [each for each in plain if all(issubclass(other, each) for other in plain)]
