@@ -14,7 +14,9 @@ from zsnr import EmpiricalDenoiser, Guidance, LossWeighting, NoiseSchedule
 from zsnr.checkpoints import read_checkpoint
 from zsnr.codecs import AutoencoderKLCodec, PixelCodec
 from zsnr.conditioning import ClassLabels, NullConditioner
+from zsnr.data.buckets import AspectBuckets
 from zsnr.data.caption_tags import Tags
+from zsnr.data.dataset import Pixels
 from zsnr.draws import training_draws, validation_draws
 from zsnr.interop import write_single_file
 from zsnr.interop.export import export_diffusers, read_exportable
@@ -744,3 +746,133 @@ def test_weights_of_another_shape_are_refused_in_one_line():
     ) as error:
         other.load_state_dict(mine.state_dict())
     assert "\n" not in str(error.value)
+
+
+# A dataset of the user's own
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_dataset_of_dicts_trains_as_shards_do(tmp_path, workers):
+    """The same draws at the same positions, whatever the workers; every item once in an epoch."""
+    source = DataModule(tiny.Numbers(), image_size=16, batch_size=4, num_workers=workers)
+    net, seen = own_module(), []
+    net.register_buffer("unused", torch.zeros(1))
+    loop = trainer(tmp_path, 6, callbacks=[seen_batches(seen)])
+    loop.fit(net, datamodule=source)
+    loop.save_checkpoint(tmp_path / "a.ckpt")
+    assert sorted(int(key) for batch in seen[:3] for key in batch["key"]) == [*range(12)]
+    assert [p for batch in seen for p in batch["position"].tolist()] == [*range(24)]
+    for batch in seen:
+        numbers = [int(key) for key in batch["key"]]
+        assert batch["caption"] == [str(number % 3) for number in numbers]
+        levels = batch["image"][:, 0, 0, 0]
+        torch.testing.assert_close(levels, torch.tensor(numbers) * 10 / 127.5 - 1)
+        wanted = training_draws(0, batch["position"].tolist(), 4, SHAPE, T, 0.1)
+        assert torch.equal(batch["draws"].eps, wanted.eps)
+    half, again = own_module(), []
+    stopped = trainer(tmp_path, 2)
+    stopped.fit(half, datamodule=DataModule(tiny.Numbers(), image_size=16, batch_size=4))
+    stopped.save_checkpoint(tmp_path / "half.ckpt")
+    resumed = own_module()
+    trainer(tmp_path, 6, callbacks=[seen_batches(again)]).fit(
+        resumed,
+        datamodule=DataModule(tiny.Numbers(), image_size=16, batch_size=4, num_workers=0),
+        ckpt_path=tmp_path / "half.ckpt",
+    )
+    assert [batch["key"] for batch in again] == [batch["key"] for batch in seen[2:]]
+    close(resumed.trained.state_dict(), net.trained.state_dict())
+    with pytest.raises(ValueError, match="began with other training data: samples changed"):
+        trainer(tmp_path, 6).fit(
+            own_module(),
+            datamodule=DataModule(tiny.Numbers(11), image_size=16, batch_size=4),
+            ckpt_path=tmp_path / "half.ckpt",
+        )
+
+
+def seen_batches(seen):
+    class Seen(Callback):
+        def on_train_batch_start(self, trainer, module, batch, index):
+            seen.append(batch)
+
+    return Seen()
+
+
+def test_latents_and_concatenated_channels_reach_the_network(tmp_path):
+    x_0, beside = torch.randn(12, 12, 8, 8), torch.randn(12, 2, 8, 8)
+    items = tiny.Items([{"latents": x, "concat": c} for x, c in zip(x_0, beside, strict=True)])
+    seen = []
+
+    class Concat(tiny.Own):
+        def forward(self, x_t, t, conditioning):
+            seen.append((x_t, conditioning.concat))
+            return super().forward(x_t, t, conditioning) + conditioning.concat.mean()
+
+    source = DataModule(items, val=items, image_size=16, batch_size=12, num_workers=0)
+    net = module(conditioner=NullConditioner(), network=Concat())
+    loop = trainer(tmp_path, 1)
+    loop.fit(net, datamodule=source)
+    assert torch.isfinite(loop.validate(net, source, verbose=False)[0]["val/loss"] * torch.ones(1))
+    batch = next(iter(source.val_dataloader()))
+    noised = net._noised(batch)
+    torch.testing.assert_close(
+        noised[0], net.schedule.add_noise(batch["latents"], batch["draws"].eps, batch["draws"].t)
+    )
+    assert {tuple(c.shape[1:]) for _, c in seen} == {(2, 8, 8)}
+    wrong = DataModule(tiny.Items([{"latents": torch.randn(4, 8, 8)}]), image_size=16, batch_size=1)
+    with pytest.raises(ValueError, match="latents have 4 channels: wanted 12"):
+        trainer(tmp_path, 1).fit(own_module(), datamodule=wrong)
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ((torch.zeros(3, 16, 16), "a"), "item 0: a tuple, wanted a dict with image, latents"),
+        ({"img": 3}, "unknown key 'img'. Known: image, latents"),
+        ({"caption": "a"}, "wanted either image or latents"),
+        ({"image": torch.zeros(3, 8, 8)}, r"\(3, 8, 8\) from 0 to 0, wanted \(3, 16, 16\) as data"),
+        ({"image": torch.full((3, 16, 16), 255.0)}, "from 255 to 255, wanted uint8, or float from"),
+        ({"image": [1]}, "image is a list, wanted a tensor"),
+        ({"image": torch.zeros(3, 16, 16), "label": 1.0}, "label is 1.0, wanted a whole number"),
+        ({"image": torch.zeros(3, 16, 16), "caption": 3}, "caption is 3, wanted text"),
+        (
+            {"image": torch.zeros(3, 16, 16), "caption": "", "label": 3},
+            "caption or label, not both",
+        ),
+        ({"latents": torch.zeros(8, 8)}, r"latents is float32 \(8, 8\) .*, wanted a float tensor"),
+    ],
+)
+def test_items_that_no_model_is_trained_on_are_refused(tmp_path, item, message):
+    source = DataModule(tiny.Items([item]), image_size=16, batch_size=1, num_workers=0)
+    with pytest.raises(ValueError, match=message) as error:
+        trainer(tmp_path, 1).fit(own_module(), datamodule=source)
+    assert "tiny.Items, item 0: " in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_settings_that_a_dataset_of_ones_own_does_not_have_are_refused():
+    for options in (
+        {"tags": Tags()},
+        {"pixels": Pixels(flip=True)},
+        {"aspect": AspectBuckets(step=16)},
+    ):
+        with pytest.raises(
+            ValueError, match=r"has no effect on data\.train, a dataset of your own"
+        ):
+            DataModule(tiny.Items([{}]), image_size=16, **options)
+    for wrong in ([], type("Stream", (torch.utils.data.IterableDataset,), {})()):
+        source = DataModule(tiny.Items(wrong) if wrong == [] else wrong, image_size=16)
+        with pytest.raises(ValueError, match="has no items|has no length: wanted a map-style"):
+            source.setup("fit")
+
+
+def test_a_dataloader_of_ones_own_is_told_the_way(tmp_path):
+    images = [{"image": torch.zeros(3, 16, 16), "caption": "a"}] * 2
+    with pytest.raises(
+        ValueError, match=r"no position .*DataModule\(train=\.\.\.\), and that as dat"
+    ):
+        trainer(tmp_path, 1).fit(own_module(), torch.utils.data.DataLoader(images, batch_size=2))
+    pairs = torch.utils.data.TensorDataset(torch.zeros(2, 3, 16, 16), torch.zeros(2))
+    with pytest.raises(
+        ValueError, match="batch is a list: wanted a dict, as of a dataset of dicts"
+    ):
+        trainer(tmp_path, 1).fit(own_module(), torch.utils.data.DataLoader(pairs, batch_size=2))

@@ -7,6 +7,7 @@ import tarfile
 import torch
 from PIL import Image
 from torch import nn
+from torch.utils.data import Dataset
 
 from zsnr import NoiseSchedule
 from zsnr.checkpoints import Model
@@ -66,6 +67,33 @@ class Own(nn.Module):
         for layer in self.layers:
             h = h + torch.tanh(layer(h))
         return self.out(h)
+
+
+class Items(Dataset):
+    """A dataset of given items."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, row):
+        return self.items[row]
+
+
+class Numbers(Dataset):
+    """Item i is an image of the level 10 i, and of class i mod 3."""
+
+    def __init__(self, count: int = 12):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, row):
+        image = torch.full((3, 16, 16), 10 * row, dtype=torch.uint8)
+        return {"image": image, "label": row % 3}
 
 
 def conditioner(layers=1, **options):

@@ -34,7 +34,7 @@ from zsnr.planning.estimate import (
 from zsnr.planning.sampling import Request
 from zsnr.schedule import NoiseSchedule
 from zsnr.training.checks import check_unsharded
-from zsnr.training.data import DataModule
+from zsnr.training.data import DataModule, is_dataset
 from zsnr.training.ema import update_average
 from zsnr.training.lightning_cli import build, check_model, is_sharded
 from zsnr.training.module import LatentDiffusion
@@ -221,7 +221,8 @@ def read_parts(config: Any, data: DataModule) -> Parts:
             f"trainer.precision={precision} would keep averaged weights in half precision: use "
             "bf16-mixed, FullyShardedStrategy's param_dtype, or model.ema null."
         )
-    caches = [find_cache(source) for source in (data.train, data.val) if source is not None]
+    sources = [each for each in (data.train, data.val) if each is not None]
+    caches = [None if is_dataset(each) else find_cache(each) for each in sources]
     train: Cache | None = caches[0] if data.train is not None else None
     images = not caches or any(cache is None for cache in caches)
     text = not caches or any(cache is None or cache.conditioner is None for cache in caches)
@@ -339,7 +340,8 @@ def _made_up_batch(
         "position": torch.arange(micro_batch),
         "global_batch_size": micro_batch,
     }
-    cache = None if data.train is None else find_cache(data.train)
+    own = data.train is None or is_dataset(data.train)
+    cache = None if own else find_cache(data.train)
     if cache is None:
         batch["image"] = torch.rand(micro_batch, 3, size, size, device=device)
         return batch

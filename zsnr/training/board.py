@@ -184,9 +184,14 @@ class TrainingBoard(Paced):
             for batch in tqdm(batches, "measuring the data", disable=not bar):
                 batch.pop("faults", None)  # training will tell, if it meets them
                 batch = trainer.strategy.batch_to_device(batch)
-                moments = batch["moments"] if "moments" in batch else codec.encode(batch["image"])
-                mean = codec.latents(moments)
-                optimum.add(mean, codec.latents(moments, torch.ones_like(mean)) - mean)
+                if "latents" in batch:
+                    mean = batch["latents"]
+                    optimum.add(mean, torch.zeros_like(mean))
+                else:
+                    given = "moments" in batch
+                    moments = batch["moments"] if given else codec.encode(batch["image"])
+                    mean = codec.latents(moments)
+                    optimum.add(mean, codec.latents(moments, torch.ones_like(mean)) - mean)
                 count += len(mean)
                 if "image" in batch or decoded:
                     image = batch["image"] if "image" in batch else codec.decode(mean)

@@ -17,6 +17,7 @@ from typing import Any, get_origin
 import yaml  # type: ignore[import-untyped]
 from jsonargparse import get_loader, set_loader
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from zsnr.doctor.runs import RENAMED_KEYS
 from zsnr.public import public_text
@@ -280,7 +281,7 @@ class _Check:
                 if is_class and near and near[0] != part:
                     meant = spelled(f"{said}.{near[0]}", self.typed)
                     raise ValueError(f"{said} has no `{_said(part)}`. Did you mean {meant}?")
-                options = options_of(hint)
+                options = [option for option in options_of(hint) if option is not Dataset]
                 if not is_class and _are_simple(options, is_list=False):
                     raise ValueError(
                         f"{where} has no `{_said(part)}`: it takes {_wanted(options)}."
@@ -387,7 +388,7 @@ class _Check:
         self.classes[where] = find_class(path, base, where)
 
     def _value(self, node: Any, hint: Any, where: str) -> None:
-        options = [option for option in options_of(hint) if option is not Tensor]
+        options = [option for option in options_of(hint) if option not in (Tensor, Dataset)]
         if isinstance(node, yaml.ScalarNode) and where in CLASSES:
             self._named(node, options, where)
         elif isinstance(node, yaml.ScalarNode):
@@ -398,7 +399,9 @@ class _Check:
             if _base_of(hint) is not object and node.tag != f"{_TAG}null":
                 self.classes[where] = None  # a class, or a word for one, that is not looked up here
             self._scalar(node, options, where)
-        elif where in CLASSES and isinstance(node, yaml.MappingNode):
+        elif isinstance(node, yaml.MappingNode) and (
+            where in CLASSES or ("class_path" in _entries(node) and _base_of(hint) is not object)
+        ):
             self._settings(node, hint, where)
         elif _are_simple(options, isinstance(node, yaml.SequenceNode)):
             raise ValueError(f"{where} is {_kind(node)}: wanted {_wanted(options)}.")
@@ -527,7 +530,7 @@ def _is_class(hint: Any) -> bool:
     """Whether the value of a setting can only be a class with arguments, or one word."""
     options = options_of(hint)
     return _base_of(hint) is not object and not any(
-        dataclasses.is_dataclass(option) or get_origin(option) is dict for option in options
+        dataclasses.is_dataclass(option) or get_origin(option) in (dict, list) for option in options
     )
 
 

@@ -141,7 +141,7 @@ class ZsnrCLI(LightningCLI):
             with deferred_weights() if shards else nullcontext():
                 super().instantiate_classes()
             network = self.config[self.subcommand].model.network
-            if isinstance(network, Namespace) and "class_path" in network:
+            if _is_class(network):
                 self.model.record_arguments(network.get("init_args", Namespace()).as_dict())
         except (ValueError, TypeError, MisconfigurationException) as error:
             raise ValueError(short_message(str(error))) from error
@@ -238,13 +238,17 @@ class ZsnrCLI(LightningCLI):
         else:
             for name in ("train", "val") if self.subcommand == "fit" else ("val",):
                 if data[name] is not None:
-                    train = _sources(data.train) if self.subcommand == "fit" else None
-                    check_shards(train, _sources(data.val))
+                    both = (data.train if self.subcommand == "fit" else None), data.val
+                    check_shards(*(None if _is_class(each) else _sources(each) for each in both))
                 elif name == "train" or self.subcommand != "fit":
                     raise ValueError(
                         f"{self.subcommand} needs data.{name}, a folder of images or shards: give "
                         f"--data.{name} FOLDER."
                     )
+
+
+def _is_class(parsed: Any) -> bool:
+    return isinstance(parsed, Namespace) and "class_path" in parsed
 
 
 def _sources(parsed: Any) -> Any:

@@ -773,7 +773,16 @@ class LatentDiffusion(L.LightningModule):
         )
 
     def prepared(self, batch: dict[str, Any], training: bool) -> dict[str, Any]:
-        """Return a batch with what another data module than this package's has not added."""
+        """Return a batch with what another data module than this package's has not added.
+
+        Raises:
+            ValueError: It lacks what `DataModule` says of its batches.
+        """
+        if not isinstance(batch, dict):
+            raise ValueError(
+                f"The batch is a {type(batch).__name__}: wanted a dict, as of a dataset of dicts "
+                "that zsnr.training.DataModule(train=...) loads."
+            )
         if DRAWS in batch:
             return batch
         batch = self.preparation(training)(batch)
@@ -783,8 +792,12 @@ class LatentDiffusion(L.LightningModule):
         """Return x_t (B, C, h, w) of a batch, the network's target, and t (B,), on the device."""
         draws: Draws = batch[DRAWS]
         with torch.no_grad():
-            moments = batch["moments"] if "moments" in batch else self.codec.encode(batch["image"])
-            x_0 = self.codec.latents(moments, draws.z)
+            if "latents" in batch:
+                x_0 = batch["latents"]
+            else:
+                given = "moments" in batch
+                moments = batch["moments"] if given else self.codec.encode(batch["image"])
+                x_0 = self.codec.latents(moments, draws.z)
         return self.objective.noised(x_0, draws)
 
     def _losses(
@@ -812,6 +825,8 @@ class LatentDiffusion(L.LightningModule):
         cond = self._conditioning(model.conditioner, batch).to(self.device, dtype)
         if takes_sizes(model.network):
             cond = replace(cond, sizes=batch.get("sizes"))
+        if "concat" in batch:
+            cond = replace(cond, concat=batch["concat"].to(self.device, dtype))
         if start is None:
             output = model.network(x_t, self.schedule.time(t), cond)
         else:
