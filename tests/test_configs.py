@@ -8,12 +8,13 @@ import tiny
 import torch
 import yaml
 
+from zsnr import NoiseSchedule, RectifiedFlow
 from zsnr.checkpoints.checkpoint_file import describe_model
 from zsnr.cli import main
 from zsnr.training.configs import check_configs, list_overrides
 from zsnr.training.from_checkpoint import checkpoint_config, sampling_config
 from zsnr.training.help import help_text
-from zsnr.training.lightning_cli import parse_fit
+from zsnr.training.lightning_cli import parse_fit, schedule_of
 from zsnr.training.settings import GROUPS, names
 from zsnr.training.short_options import expand_short_options
 
@@ -319,6 +320,17 @@ MISTAKES = [
     ("--model.loss.name minsnr", "`minsnr` is unknown: wanted 'uniform', 'min_snr'"),
     ("--model.prediction_type v", "wanted 'epsilon', 'sample', 'v_prediction'"),
     ("--model.schedule linear", "model.schedule is `linear`: wanted settings by name: betas"),
+    (
+        "--model.schedule.shift 3",
+        "model.schedule has no `shift`. It is a setting of RectifiedFlow: "
+        "`class_path: RectifiedFlow`, `init_args: {shift: ...}`.",
+    ),
+    (
+        "--model.schedule={class_path: RectifiedFlow, init_args: {shft: 3}}",
+        "has no `shft`. Did you mean `shift`?",
+    ),
+    ("--model.schedule.class_path RectifiedFlw", "Did you mean RectifiedFlow?"),
+    ("--model.timestep_law.name logit", "`logit` is unknown: wanted 'uniform', 'logit_normal'"),
     ("--model.guidance.scale 3", "model has no `guidance`. Did you mean --guidance-scale?"),
     ("--guidance-scale high", "model.sampling.guidance.scale: `high` is text: wanted a number"),
     ("--cfg 3", "no option --cfg. Did you mean --guidance-scale?"),
@@ -554,6 +566,31 @@ def test_a_checkpoint_is_a_config(tmp_path):
     assert parsed.model.sampling.sampler.class_path == "zsnr.samplers.heun.Heun"
     assert (parsed.data.image_size, parsed.data.seed) == (16, 3)
     assert parsed.trainer.default_root_dir == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["--model.schedule", "RectifiedFlow", "--model.schedule.shift", "3"],
+        ["--model.schedule={class_path: zsnr.RectifiedFlow, init_args: {shift: 3}}"],
+        ["-c", "FLOW", "--model.schedule.shift", "3"],
+        ["--model.schedule.class_path", "RectifiedFlow", "--model.schedule.init_args.shift", "3"],
+        ["-c", "FLOW", "-c", "SHIFT"],
+    ],
+)
+def test_a_schedule_of_another_class(tmp_path, typed):
+    files = {
+        "FLOW": "model: {schedule: {class_path: RectifiedFlow, init_args: {shift: 2}}}",
+        "SHIFT": "model: {schedule: {shift: 3}}",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    typed = [str(tmp_path / word) if word in files else word for word in typed]
+    config = ["-c", TINY, "--model.prediction_type", "flow"]
+    model = parse_fit([*config, *typed]).model
+    assert schedule_of(model) == RectifiedFlow(3.0)
+    schedule = parse_fit(["-c", TINY, "--model.schedule.snr_shift", "4"]).model
+    assert schedule_of(schedule) == NoiseSchedule(snr_shift=4.0)
 
 
 def test_a_list_that_is_overridden_is_said_on_one_line(tmp_path):

@@ -10,7 +10,14 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
-from zsnr import EmpiricalDenoiser, Guidance, LossWeighting, NoiseSchedule
+from zsnr import (
+    EmpiricalDenoiser,
+    Guidance,
+    LossWeighting,
+    NoiseSchedule,
+    RectifiedFlow,
+    TimestepLaw,
+)
 from zsnr.checkpoints import read_checkpoint
 from zsnr.codecs import AutoencoderKLCodec, PixelCodec
 from zsnr.conditioning import ClassLabels, NullConditioner
@@ -440,6 +447,38 @@ def test_a_checkpoint_goes_on_with_its_own_settings(tmp_path):
                 datamodule=data(tmp_path / "shards"),
                 ckpt_path=tmp_path / "a.ckpt",
             )
+
+
+def test_a_run_of_rectified_flow_resumes_and_is_read(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("zsnr.training.module.rank_zero_info", said.append)
+
+    def fit(steps, checkpoint=None, schedule=RectifiedFlow(2.0, 50)):  # noqa: B008
+        law = TimestepLaw("shift", shift=2.0)
+        model = module(schedule=schedule, prediction_type="flow", timestep_law=law)
+        loop = trainer(tmp_path, steps)
+        loop.fit(model, datamodule=data(tmp_path / "shards"), ckpt_path=checkpoint)
+        return model, loop
+
+    whole, _ = fit(3)
+    assert len(said) == 1
+    assert "last timestep" in said[0]
+    assert "2 times as often as with uniform: about 0 exposures in this run" in said[0]
+    _, first = fit(2)
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    second, _ = fit(3, tmp_path / "a.ckpt")
+    close(weights(whole), weights(second))
+    with pytest.raises(ValueError, match=r"schedule.*'shift': 2.0.*'shift': 3.0"):
+        fit(3, tmp_path / "a.ckpt", RectifiedFlow(3.0, 50))
+    settings = checkpoint_config(tmp_path / "a.ckpt")["model"]
+    assert settings["schedule"] == {
+        "class_path": "zsnr.RectifiedFlow",
+        "init_args": {"shift": 2.0, "num_timesteps": 50},
+    }
+    pipeline = TextToImage.from_pretrained(tmp_path / "a.ckpt", device="cpu")
+    assert pipeline.model.schedule == RectifiedFlow(2.0, 50)
+    for num_steps in (1, 50):
+        assert len(pipeline(["a", "b"], seeds=[1, 2], num_steps=num_steps)) == 2
 
 
 def test_a_checkpoint_that_calls_its_network_unet_is_read_and_resumed(tmp_path):

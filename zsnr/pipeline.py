@@ -35,7 +35,7 @@ from zsnr.sampling import Sampling as Sampling
 from zsnr.sampling import choose_sampling
 from zsnr.sampling import describe_guidance as describe_guidance
 from zsnr.sampling import describe_sampling as describe_sampling
-from zsnr.schedule import NoiseSchedule
+from zsnr.schedule import Schedule
 from zsnr.weights.pretrained import loading_in
 from zsnr.weights.source import at_revision, has_variant, prefer_variant
 
@@ -58,7 +58,7 @@ def check_threshold(guidance: Guidance, codec: LatentCodec) -> None:
         )
 
 
-def check_steps(sampling: Sampling, schedule: NoiseSchedule) -> None:
+def check_steps(sampling: Sampling, schedule: Schedule) -> None:
     """Refuse the guidance method "cfg_pp" with a sampler it is not made for.
 
     Raises:
@@ -121,7 +121,7 @@ class TextToImage:
     def from_pretrained(
         cls,
         path_or_hub: str | Path,
-        schedule: NoiseSchedule | None = None,
+        schedule: Schedule | None = None,
         *,
         prediction_type: PredictionType | None = None,
         device: torch.device | str | None = None,

@@ -10,6 +10,7 @@ import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import OptimizerCallable
 from torch import nn
+from torch.utils.data import Dataset
 
 from zsnr.checkpoints import Model
 from zsnr.codecs import LatentCodec
@@ -34,7 +35,7 @@ from zsnr.planning.estimate import (
 from zsnr.planning.sampling import Request
 from zsnr.schedule import NoiseSchedule
 from zsnr.training.checks import check_unsharded
-from zsnr.training.data import DataModule, is_dataset
+from zsnr.training.data import DataModule
 from zsnr.training.ema import update_average
 from zsnr.training.lightning_cli import build, check_model, is_sharded
 from zsnr.training.module import LatentDiffusion
@@ -222,7 +223,7 @@ def read_parts(config: Any, data: DataModule) -> Parts:
             "bf16-mixed, FullyShardedStrategy's param_dtype, or model.ema null."
         )
     sources = [each for each in (data.train, data.val) if each is not None]
-    caches = [None if is_dataset(each) else find_cache(each) for each in sources]
+    caches = [None if isinstance(each, Dataset) else find_cache(each) for each in sources]
     train: Cache | None = caches[0] if data.train is not None else None
     images = not caches or any(cache is None for cache in caches)
     text = not caches or any(cache is None or cache.conditioner is None for cache in caches)
@@ -340,8 +341,8 @@ def _made_up_batch(
         "position": torch.arange(micro_batch),
         "global_batch_size": micro_batch,
     }
-    own = data.train is None or is_dataset(data.train)
-    cache = None if own else find_cache(data.train)
+    train = data.train
+    cache = None if train is None or isinstance(train, Dataset) else find_cache(train)
     if cache is None:
         batch["image"] = torch.rand(micro_batch, 3, size, size, device=device)
         return batch

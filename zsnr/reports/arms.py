@@ -17,7 +17,7 @@ from zsnr.reports.schedule import both
 from zsnr.samplers import Sampler, get_sampler
 from zsnr.samplers.recommend import AUTO, resolve_sampling
 from zsnr.sampling import Sampling, choose_sampling, read_declared
-from zsnr.schedule import NoiseSchedule
+from zsnr.schedule import Schedule
 from zsnr.timesteps import is_grid_file
 from zsnr.untrusted import parse_yaml
 
@@ -75,7 +75,7 @@ class Arm:
     timesteps: tuple[int, ...] = ()
     lora: tuple[tuple[str, float], ...] = ()
 
-    def schedule_of(self, declared: NoiseSchedule) -> NoiseSchedule:
+    def schedule_of(self, declared: Schedule) -> Schedule:
         """Return the schedule to sample on.
 
         Raises:
@@ -124,7 +124,7 @@ class Arm:
             return choose_sampling(recorded, sampler=sampler, guidance=self._guidance())
         return Sampling(sampler, self.num_steps, self.spacing, self._guidance())
 
-    def check(self, declared: NoiseSchedule) -> None:
+    def check(self, declared: Schedule) -> None:
         """Refuse settings that cannot be sampled.
 
         Raises:

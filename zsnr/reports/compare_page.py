@@ -122,6 +122,8 @@ def _setting(arm: Mapping[str, Any], name: str) -> str | list[str]:
         return list(arm["models"])
     if name == "schedule":
         settings = arm["schedule"]
+        if "shift" in settings:
+            return f"rectified flow, shift {settings['shift']:g}"
         kind = "custom table" if settings["alphas_cumprod_table"] else settings["betas"]
         return f"{kind}, {'rescaled' if arm['snr_T'] == 0 else 'original'}"
     value = arm["settings"][name]

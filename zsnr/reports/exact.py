@@ -16,7 +16,7 @@ from zsnr.metrics import mean_luma
 from zsnr.oracle import EmpiricalDenoiser
 from zsnr.pipeline import TextToImage
 from zsnr.prediction import to_v
-from zsnr.schedule import NoiseSchedule
+from zsnr.schedule import Schedule
 
 EXTREMES = ("the darkest quarter", "the brightest quarter")
 """Groups that every dataset has, by mean luma."""
@@ -63,7 +63,7 @@ class GroupNetwork:
     """
 
     def __init__(
-        self, schedule: NoiseSchedule, latents: Tensor, groups: Sequence[Sequence[int]]
+        self, schedule: Schedule, latents: Tensor, groups: Sequence[Sequence[int]]
     ) -> None:
         self.schedule = schedule
         members = [latents, *(latents[list(rows)] for rows in groups)]
@@ -83,7 +83,7 @@ def exact_pipeline(
     latents: Tensor,
     groups: Mapping[str, Sequence[int]],
     codec: LatentCodec,
-    schedule: NoiseSchedule,
+    schedule: Schedule,
     image_size: int,
 ) -> TextToImage:
     """Make a pipeline whose prompts are the names of groups, and "" the whole dataset.

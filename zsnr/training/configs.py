@@ -266,9 +266,10 @@ class _Check:
         where, *parts = name.split(".")
         cls, hint, said, is_class = GROUPS[where], None, where, False
         for part in parts:
-            if part in _CLASS_KEYS and hint is not None and _base_of(hint) is not object:
+            several = len(dataclasses_of(hint)) > 1  # of which class_path names one
+            if part in _CLASS_KEYS and not several and _names_class(hint):
                 is_class, cls = True, self.classes.get(where)
-            if is_class and part == "class_path":
+            if (is_class or several) and part == "class_path":
                 self._class(node, where, CLASSES.get(where, _base_of(hint)))
                 return
             if is_class and self.complete and where not in self.classes:
@@ -396,11 +397,11 @@ class _Check:
             if several and node.value in several:
                 self._class(node, where, _base_of(hint))
                 return
-            if _base_of(hint) is not object and node.tag != f"{_TAG}null":
+            if _names_class(hint) and node.tag != f"{_TAG}null":
                 self.classes[where] = None  # a class, or a word for one, that is not looked up here
             self._scalar(node, options, where)
         elif isinstance(node, yaml.MappingNode) and (
-            where in CLASSES or ("class_path" in _entries(node) and _base_of(hint) is not object)
+            where in CLASSES or ("class_path" in _entries(node) and _names_class(hint))
         ):
             self._settings(node, hint, where)
         elif _are_simple(options, isinstance(node, yaml.SequenceNode)):
@@ -511,8 +512,7 @@ def _base_of(hint: Any) -> type[Any]:
     """Return the only class that a type allows; object, if that says nothing of a class_path."""
     classes = [each for each in options_of(hint) if isinstance(each, type) and not is_scalar(each)]
     if len(dataclasses_of(hint)) > 1:  # of one kind, such as schedules
-        kind: type[Any] = dataclasses_of(hint)[0].__mro__[1]
-        return kind
+        return _kind_of(classes[0])
     plain = [each for each in classes if not dataclasses.is_dataclass(each)]
     wide = [each for each in plain if all(issubclass(other, each) for other in plain)]
     [base] = wide if len(wide) == 1 else [object]
@@ -522,14 +522,25 @@ def _base_of(hint: Any) -> type[Any]:
 
 def _siblings(cls: Any) -> dict[str, type[Any]]:
     """Return the dataclasses of the same kind as a dataclass, such as the other schedules."""
-    base = cls.__mro__[1] if dataclasses.is_dataclass(cls) else object
+    base = _kind_of(cls) if dataclasses.is_dataclass(cls) else object
     return {} if base is object else known_classes(base)
+
+
+def _kind_of(cls: Any) -> type[Any]:
+    """Return the class that a dataclass is derived from."""
+    base: type[Any] = cls.__mro__[1]
+    return base
+
+
+def _names_class(hint: Any) -> bool:
+    """Whether the value of a setting may be a class with arguments, beside other things."""
+    return hint is not None and _base_of(hint) is not object
 
 
 def _is_class(hint: Any) -> bool:
     """Whether the value of a setting can only be a class with arguments, or one word."""
     options = options_of(hint)
-    return _base_of(hint) is not object and not any(
+    return _names_class(hint) and not any(
         dataclasses.is_dataclass(option) or get_origin(option) in (dict, list) for option in options
     )
 

@@ -110,8 +110,8 @@ class DataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        train: str | list[str | Source] | Dataset | None = None,
-        val: str | list[str | Source] | Dataset | None = None,
+        train: str | list[str | Source] | Dataset[Any] | None = None,
+        val: str | list[str | Source] | Dataset[Any] | None = None,
         image_size: int = 512,
         batch_size: int = 32,
         max_batch_size_per_device: int | None = None,
@@ -153,16 +153,17 @@ class DataModule(L.LightningDataModule):
         if aspect is not None:
             aspect.shapes(image_size)
         check_headers(headers or {})
-        own = [name for name, source in (("train", train), ("val", val)) if is_dataset(source)]
-        if own:
-            unused = {"filters": filters, "aspect": aspect, "tags": tags}
-            unused["pixels"] = None if pixels == Pixels() else pixels
-            for name, value in unused.items():
-                if value:
-                    raise ValueError(
-                        f"data.{name} has no effect on data.{own[0]}, a dataset of "
-                        "your own: do it in the dataset."
-                    )
+        own = [s for s, source in (("train", train), ("val", val)) if isinstance(source, Dataset)]
+        changes_pixels = pixels != Pixels()
+        for name, given in (
+            *(("filters", filters), ("aspect", aspect), ("tags", tags)),
+            ("pixels", changes_pixels),
+        ):
+            if own and given:
+                raise ValueError(
+                    f"data.{name} has no effect on data.{own[0]}, a dataset of your own: do it in "
+                    "the dataset."
+                )
         self.train, self.val = train, val
         self.image_size, self.batch_size, self.num_workers = image_size, batch_size, num_workers
         self.max_batch_size_per_device = max_batch_size_per_device
@@ -193,7 +194,9 @@ class DataModule(L.LightningDataModule):
         """Index the shards that have no index yet, in one process of each node."""
         stage = None if self.trainer is None else self.trainer.state.fn
         for sources in ([self.train, self.val], [self.val])[stage in ("validate", "test")]:
-            if sources is not None and not is_dataset(sources) and stage != "predict":
+            if sources is None or isinstance(sources, Dataset):
+                continue
+            if stage != "predict":
                 find_cache(sources)  # refuses an unfinished cache
                 self._check_indexed(find_shards(sources))
                 with suppress(ValueError):  # setup raises it again
@@ -313,7 +316,7 @@ class DataModule(L.LightningDataModule):
         return select_cached(cache, index, self.filters, folder)
 
     def _select(self, name: str, sources: Any) -> Samples:
-        if is_dataset(sources):
+        if isinstance(sources, Dataset):
             samples = samples_of(sources, self.image_size)
             rank_zero_info(f"{name}: {len(samples)} items of {samples.shards[0].url}")
             return samples
@@ -367,7 +370,7 @@ class DataModule(L.LightningDataModule):
             self._note([*self._train.faults, *self._passing])
         order = TrainingOrder(self._train, self.batch_size, self.seed, self.window_shards)
         dataset: Any
-        if is_dataset(self.train):
+        if isinstance(self.train, Dataset):
             dataset = MappedDataset(self.train, self._train, order)
         else:
             cls = CacheDataset if "data.train" in self.caches else ShardDataset
@@ -425,10 +428,10 @@ class DataModule(L.LightningDataModule):
         share: int = max(1, self.batch_size // self.trainer.world_size)
         return min(share, self.max_batch_size_per_device or share)
 
-    def _as_indexed(self, name: str, samples: Samples) -> Dataset:
+    def _as_indexed(self, name: str, samples: Samples) -> Dataset[Any]:
         """Return samples in the order of the index, without random crops or mirroring."""
         own = self.train if name == "data.train" else self.val
-        if is_dataset(own):
+        if isinstance(own, Dataset):
             return MappedDataset(own, samples)
         cls, crop = ShardDataset, Pixels.crop
         if name in self.caches:
@@ -530,11 +533,6 @@ class DataModule(L.LightningDataModule):
             pin_memory=module is not None and module.device.type == "cuda",
             **batching,
         )
-
-
-def is_dataset(source: Any) -> bool:
-    """Whether a source is a dataset of the user's own; None and all others are not."""
-    return isinstance(source, Dataset)
 
 
 def _ignore_interrupts(worker: int) -> None:

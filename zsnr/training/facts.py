@@ -10,13 +10,13 @@ from typing import Any
 
 import lightning as L
 import torch
+from torch.utils.data import Dataset
 
 from zsnr import __version__
 from zsnr.checkpoints.run_facts import FORMAT
 from zsnr.data.sources import Sources, as_sources
 from zsnr.described import class_path
 from zsnr.public import public
-from zsnr.training.data import is_dataset
 from zsnr.training.module import LatentDiffusion
 
 _LIBRARIES = ("torch", "lightning", "diffusers", "transformers")
@@ -61,7 +61,7 @@ def run_facts(
 def _named(source: Any) -> list[Any]:
     if source is None:
         return []
-    return [class_path(source)] if is_dataset(source) else public_sources(source)
+    return [class_path(source)] if isinstance(source, Dataset) else public_sources(source)
 
 
 def start_facts(trainer: L.Trainer, module: LatentDiffusion) -> dict[str, Any]:
