@@ -110,8 +110,8 @@ class DataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        train: str | list[str | Source] | Dataset[Any] | None = None,
-        val: str | list[str | Source] | Dataset[Any] | None = None,
+        train: str | list[str | Source] | Dataset | None = None,  # type: ignore[type-arg]
+        val: str | list[str | Source] | Dataset | None = None,  # type: ignore[type-arg]
         image_size: int = 512,
         batch_size: int = 32,
         max_batch_size_per_device: int | None = None,
