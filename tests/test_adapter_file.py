@@ -406,7 +406,7 @@ def one_layer(layers, name=f"unet.{LAYERS[0]}", key=None, rank=3):
 def test_several_add_up_and_dtypes_stay(load, tmp_path):
     model, exact = load(), load()
     model.network.to(torch.bfloat16)
-    exact.unet.to(torch.bfloat16).to(torch.float64)
+    exact.network.to(torch.bfloat16).to(torch.float64)
     paths = [
         saved(tmp_path, one_layer(layers_of(model)), name=f"{i}.safetensors") for i in range(2)
     ]

@@ -79,6 +79,7 @@ class AdaptedUNet(UNet):
         context_dim: Width of the context.
         subfolder: Folder inside `pretrained`.
         pooled_dim: Width of the pooled embedding, as in UNet.
+        num_labels: Number of class labels, as in UNet.
         weights: Required digest of the weights, on which adapters were trained. None = any.
 
     Raises:
@@ -94,6 +95,7 @@ class AdaptedUNet(UNet):
         context_dim: int | None = None,
         subfolder: str | None = "unet",
         pooled_dim: int | None = None,
+        num_labels: int | None = None,
         weights: str | None = None,
     ) -> None:
         require_peft()
@@ -104,6 +106,7 @@ class AdaptedUNet(UNet):
                 pretrained=pretrained,
                 subfolder=subfolder,
                 pooled_dim=pooled_dim,
+                num_labels=num_labels,
             )
         except ValueError as error:
             if weights is None:

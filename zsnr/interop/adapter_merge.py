@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zsnr.checkpoints.model import Model
+from zsnr.checkpoints.model import Model, as_unet
 from zsnr.conditioning import (
     Conditioner,
     OpenClipConditioner,
@@ -163,9 +163,10 @@ def _layers(model: Model, conditioner: Conditioner) -> dict[str, list[_Layer]]:
         for name in dict.fromkeys(names):
             named.setdefault(name, []).append(layer)
 
-    for unet in (model.network, model.raw_network):
-        if unet is None:
+    for network in (model.network, model.raw_network):
+        if network is None:
             continue
+        unet = as_unet(network, "An adapter of another program")
         layers = {layer.name: layer for layer in _parameters(unet.unet, "UNet")}
         for name, original in _original_names(unet, layers).items():
             flat = [each.replace(".", "_") for each in (name, original)]
@@ -282,9 +283,10 @@ def _with_part(file: AdapterFile, name: str) -> str:
 
 
 def _family(model: Model) -> str | None:
-    if model.network.takes_sizes:
+    unet = as_unet(model.network, "An adapter of another program")
+    if unet.takes_sizes:
         return "SDXL"
-    width = model.network.unet.config["cross_attention_dim"]
+    width = unet.unet.config["cross_attention_dim"]
     return _FAMILIES.get(width) if isinstance(width, int) else None
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from zsnr.checkpoints.checkpoint_file import KEY, describe_model, open_checkpoint, read_checkpoint
 from zsnr.checkpoints.exported_sampling import write_folder_settings
-from zsnr.checkpoints.model import Model
+from zsnr.checkpoints.model import Model, as_unet
 from zsnr.checkpoints.run_facts import published, read_run_facts
 from zsnr.checkpoints.run_folder import is_checkpoint
 from zsnr.codecs import AutoencoderKLCodec
@@ -185,6 +185,12 @@ def check_exportable(description: Mapping[str, Any], *, merged: bool = False) ->
     """
     if not merged:
         check_merged(description)
+    if _name(description["network"]) not in ("UNet", "AdaptedUNet"):
+        raise ValueError(
+            f"The network is a {_name(description['network'])}, but a Stable Diffusion pipeline "
+            "holds a UNet of diffusers. zsnr.pipeline.TextToImage samples the checkpoint without "
+            "export."
+        )
     codec, conditioner = description["codec"], description["conditioner"]
     if not _is(codec, AutoencoderKLCodec):
         raise ValueError(
@@ -258,6 +264,11 @@ def _pipeline(model: Model, scheduler: Any, dtype: torch.dtype) -> DiffusionPipe
             force_zeros_for_empty_prompt=conditioner.settings()["zero_null"],
             add_watermarker=False,
         )
+    if parts["vae"].config["latents_mean"] is not None:
+        raise ValueError(
+            "The VAE has latents_mean and latents_std, which StableDiffusionPipeline ignores: "
+            "train with another VAE to export."
+        )
     encoder, tokenizer = _text_encoder(conditioner, dtype)
     return StableDiffusionPipeline(
         **parts,
@@ -280,7 +291,7 @@ def _load_in_float32(config: Path) -> None:
 
 
 def _unet(model: Model, dtype: torch.dtype) -> nn.Module:
-    unet = model.network.unet
+    unet = as_unet(model.network, "A Stable Diffusion pipeline").unet
     config = {**unet.config, "sample_size": model.image_size // model.codec.factor}
     return _copy(type(unet), config, unet.state_dict(), dtype)
 

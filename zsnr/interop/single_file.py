@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from zsnr.checkpoints.exported_sampling import file_settings, read_exported
-from zsnr.checkpoints.model import Model
+from zsnr.checkpoints.model import Model, as_unet
 from zsnr.codecs import AutoencoderKLCodec
 from zsnr.conditioning import Conditioner, SDXLConditioner, TransformersConditioner
 from zsnr.conditioning.tokenizers import BPE, Tokenizer, bpe_tokenizer
@@ -176,12 +176,13 @@ def _parts(model: Model) -> tuple[Family, dict[str, dict[str, Tensor]]]:
         ValueError: The layout cannot hold the model.
     """
     _check_marks(model)
+    unet = as_unet(model.network, "A single file").unet
     if not isinstance(model.codec, AutoencoderKLCodec):
         raise _cannot_hold(f"a codec other than AutoencoderKL, {_name(model.codec)}", folder=False)
     if isinstance(model.network, AdaptedUNet):
         raise _cannot_hold("adapters beside the UNet, which --merge merges into it")
     family, parts = _text_parts(model.conditioner)
-    codec, unet = model.codec.load(), model.network.unet
+    codec = model.codec.load()
     pooled, usual = unet.config.get("addition_embed_type"), "text_time" if family == "xl" else None
     if pooled != usual:
         raise _cannot_hold(

@@ -23,7 +23,11 @@ from zsnr.sampling import choose_sampling
 from zsnr.schedule import NoiseSchedule
 from zsnr.weights.pretrained import loading_in, without_weights
 
-PHASES = {"encoding": "text_encoder", "denoising": "unet", "decoding": "vae"}  # and the part in use
+PHASES = {
+    "encoding": "text_encoder",
+    "denoising": "network",
+    "decoding": "vae",
+}  # and the part in use
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ class SamplingNeed:
     """Bytes on the GPU.
 
     Args:
-        weights: Weights of each part: text_encoder, unet, vae.
+        weights: Weights of each part: text_encoder, network, vae.
         working: Peak of live tensors other than weights in each phase: encoding, denoising,
             decoding.
     """
@@ -153,7 +157,7 @@ def sampling_need(model: Model, request: Request) -> SamplingNeed:
         )
         parts = {
             "text_encoder": tensors_of(model.conditioner),
-            "unet": tensors_of(*filter(None, (model.network, model.raw_network))),
+            "network": tensors_of(*filter(None, (model.network, model.raw_network))),
             "vae": tensors_of(*modules_of(model.codec)),
         }
         working = {}
@@ -230,7 +234,7 @@ class SamplingPlan:
     def table(self) -> str:
         """Return the estimate as text, in lines of at most 100 characters."""
         request, need = self.request, self.need
-        names = {"text_encoder": "text encoders", "unet": "UNet", "vae": "VAE"}
+        names = {"text_encoder": "text encoders", "network": "network", "vae": "VAE"}
         doing = {
             "encoding": f"encoding {request.batch_size} prompt{'s' * (request.batch_size > 1)}",
             "denoising": f"denoising, {self.rows} row{'s' * (self.rows > 1)}",
@@ -306,7 +310,7 @@ def _find_way_out(
 
     Tried in this order: half precision, offloading, both, tiles too, smaller batches too.
     """
-    half = request.dtype if _dtypes(model)["unet"] in ("float16", "bfloat16") else "float16"
+    half = request.dtype if _dtypes(model)["network"] in ("float16", "bfloat16") else "float16"
     least = replace(request, dtype=half, offload=True)
     tried = [replace(request, dtype=half), replace(request, offload=True), least]
     if isinstance(model.codec, AutoencoderKLCodec):
@@ -345,7 +349,7 @@ def _dtypes(model: Model) -> dict[str, str]:
     """Name the data type of each part that has weights."""
     modules: dict[str, list[nn.Module]] = {
         "text_encoder": [model.conditioner],
-        "unet": [model.network],
+        "network": [model.network],
         "vae": modules_of(model.codec),
     }
     found = {
