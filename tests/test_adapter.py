@@ -8,7 +8,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from test_checkpoints import SCHEDULER, tiny_stable_diffusion
+from test_checkpoints import tiny_stable_diffusion
+from tiny import SCHEDULER
 
 from zsnr import (
     GaussianDenoiser,

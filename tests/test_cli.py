@@ -484,6 +484,65 @@ def test_other_wrong_input(folder, capsys, arguments, message):
 FUNCTIONS = [name for name in COMMANDS if name not in TRAINING]
 
 
+def test_a_network_and_a_dataset_of_ones_own(tmp_path, monkeypatch, capsys):
+    """By class_path from YAML: planned, trained, resumed, validated, and sampled by class."""
+    monkeypatch.chdir(tmp_path)
+    config = {
+        "model": {
+            "codec": {"class_path": "PixelCodec", "init_args": {"patch_size": 2}},
+            "conditioner": {"class_path": "ClassLabels", "init_args": {"num_classes": 3}},
+            "network": {"class_path": "tiny.Own", "init_args": {"depth": 3}},
+            "gradient_checkpointing": True,
+            "sampling": {"num_steps": 2},
+        },
+        "data": {
+            "train": {"class_path": "tiny.Numbers", "init_args": {"count": 9}},
+            "val": {"class_path": "tiny.Numbers"},
+            "image_size": 16,
+            "batch_size": 4,
+            "num_workers": 0,
+        },
+        "trainer": {
+            "accelerator": "cpu",
+            "max_steps": 2,
+            "val_check_interval": 2,
+            "enable_progress_bar": False,
+            "callbacks": [
+                {"class_path": "zsnr.training.Previews", "init_args": {"prompts": ["2", ""]}}
+            ],
+            "default_root_dir": "run",
+        },
+    }
+    Path("own.yaml").write_text(yaml.safe_dump(config))
+    assert main(["plan", "-c", "own.yaml", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["parameters"]["Own"] > 0
+    assert main(["fit", "-c", "own.yaml"]) == 0
+    assert main(["fit", "-c", "own.yaml", "--max-steps", "3", "--ckpt_path", "last"]) == 0
+    described = torch.load("run/checkpoints/last.ckpt", weights_only=True)["zsnr"]["network"]
+    assert described["init_args"] == {"channels": 12, "width": 8, "depth": 3}
+    assert main(["validate", "-c", "own.yaml", "--ckpt_path", "run"]) == 0
+    assert main(["sample", "run", "2", "-o", "samples", "--network", "tiny.Own"]) == 0
+    assert len([*Path("samples").glob("*.png")]) == 1
+    capsys.readouterr()
+    for arguments, answer in (
+        (
+            ["sample", "run", "2"],
+            "no checkpoint chooses code to run. Name it yourself: network=Own",
+        ),
+        (["validate", "--ckpt_path", "run"], "no checkpoint chooses code to run"),
+        (["sample", "run", "2", "--network", "nowhere.Net"], "in PYTHONPATH?"),
+        (["sample", "run", "2", "--network", "tiny.png"], "tiny.png is not an nn.Module"),
+        (
+            ["sample", "run", "9", "--network", "tiny.Own"],
+            "'9' is no class: wanted a number from 0",
+        ),
+        (["export", "run", "-o", "out"], "The network is a Own, but a Stable Diffusion pipeline"),
+    ):
+        assert main(arguments) == 2
+        said = capsys.readouterr().err.splitlines()
+        assert answer in said[-1]
+
+
 @pytest.mark.parametrize("command", FUNCTIONS)
 def test_the_help_of_a_command_describes_every_parameter_of_its_function(command, capsys):
     function = find_function(command)
@@ -861,8 +920,12 @@ def test_every_shipped_config_is_parsed_and_says_what_it_does(config, capsys):
         main(["fit", *over, "-c", str(config), "--print_config"])
     assert end.value.code == 0
     model = yaml.safe_load(capsys.readouterr().out)["model"]
-    assert model["prediction_type"] == "v_prediction"
     flawed = {"original": 0.0, "offset_noise": 0.1}  # section 5.4's other arms
+    if config.stem in ("flow", "sdxl_flow"):
+        assert model["prediction_type"] == "flow"
+        assert model["schedule"]["class_path"] == "zsnr.RectifiedFlow"
+        return
+    assert model["prediction_type"] == "v_prediction"
     assert model["schedule"]["zero_terminal_snr"] == (config.stem not in flawed)
     assert model["offset_noise"] == flawed.get(config.stem, 0.0)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zsnr.checkpoints import Model
 from zsnr.checkpoints.run_folder import is_checkpoint, resolve_model
@@ -27,6 +27,7 @@ from zsnr.inpainting import InpaintingDenoiser
 from zsnr.interop.adapter_file import AdapterFile
 from zsnr.interop.adapter_merge import MergedAdapter, merge_adapter
 from zsnr.interop.models import choose_dtype, load_parts, read_model
+from zsnr.networks import takes_sizes
 from zsnr.noise import SampleNoise, sample_generator
 from zsnr.prediction import PredictionType, check_prediction_type
 from zsnr.progress import progress_bar
@@ -137,6 +138,7 @@ class TextToImage:
         max_tokens: int | None = None,
         clip_skip: int | None = None,
         prompt_weights: bool | None = None,
+        network: nn.Module | type[nn.Module] | None = None,
     ) -> TextToImage:
         """Load a model.
 
@@ -166,6 +168,8 @@ class TextToImage:
                 trained.
             prompt_weights: Whether weights such as (word:1.2) in prompts are read, as in A1111.
                 None = as the model was trained.
+            network: For a checkpoint with a network of your own: that network, or its class; see
+                `read_checkpoint`.
 
         Raises:
             ValueError: The source cannot be read, or lacks the raw weights that were requested; or
@@ -183,7 +187,7 @@ class TextToImage:
         with prefer_variant(variant):
             chosen = choose_dtype(dtype, source, device)
             with loading_in(chosen):
-                model = read_model(source, schedule, prediction_type, raw_beside)
+                model = read_model(source, schedule, prediction_type, raw_beside, network)
             model.conditioner.configure(
                 max_tokens=max_tokens, clip_skip=clip_skip, prompt_weights=prompt_weights
             )
@@ -501,8 +505,8 @@ class TextToImage:
                 if any(negatives):
                     nonempty = torch.tensor([text != "" for text in negatives])
                     uncond = conditioner(negatives).where(nonempty, uncond)
-        if self.model.network.takes_sizes:
-            sizes = torch.tensor([[*size, 0, 0, *size]], device=cond.context.device)
+        if takes_sizes(self.model.network):
+            sizes = torch.tensor([[*size, 0, 0, *size]], device=cond.device)
             sizes = sizes.expand(len(prompts), -1)
             cond = replace(cond, sizes=sizes)
             uncond = None if uncond is None else replace(uncond, sizes=sizes)

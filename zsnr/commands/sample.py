@@ -6,7 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Unpack
 
-from zsnr.commands.options import SamplingOptions, check_device, read_sampling, zero_schedule
+from zsnr.commands.options import (
+    SamplingOptions,
+    check_device,
+    find_network,
+    read_sampling,
+    zero_schedule,
+)
 from zsnr.commands.result import Result
 
 
@@ -38,6 +44,7 @@ def sample(
     max_tokens: int | None = None,
     clip_skip: int | None = None,
     prompt_weights: bool = False,
+    network: str | None = None,
     **sampling: Unpack[SamplingOptions],
 ) -> Result:
     """Make images of text prompts with any model.
@@ -87,6 +94,8 @@ def sample(
         clip_skip: Layer of the text encoder that the context is taken from, counted from the end: 1
             is the last, 2 the penultimate. Default: as the model was trained.
         prompt_weights: Read weights such as (word:1.2) in prompts, as A1111 does.
+        network: Import path of the class of a network of your own, such as mine.Net, whose weights
+            the checkpoint holds.
         **sampling: How to sample, such as num_steps=8.
     """
     from zsnr.checkpoints.checkpoint_file import sampling_of
@@ -146,6 +155,7 @@ def sample(
         max_tokens=max_tokens,
         clip_skip=clip_skip,
         prompt_weights=prompt_weights or None,
+        network=find_network(network),
     )
     for file, scale in loras:
         pipe.load_lora(file, scale)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
+from zsnr.interop.scheduler_config import schedule_text
 from zsnr.prediction import PredictionType
 from zsnr.schedule import NoiseSchedule
 from zsnr.untrusted import clipped, printable
@@ -142,7 +143,7 @@ def _rows(facts: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
         name = key.replace("_", " ")
         match key:
             case "schedule":
-                yield name, _schedule_text(value)
+                yield name, schedule_text(NoiseSchedule.from_settings(value))
             case "snr_T" | "sqrt_abar_T":
                 yield {"snr_T": "SNR_T", "sqrt_abar_T": "sqrt(abar_T)"}[key], f"{value:.6g}"
             case "kept_brightness":
@@ -188,17 +189,6 @@ def _brightness_text(fraction: float) -> str:
         f"samples can span about {100 * fraction:.1f} % of the range of the training images "
         f"(estimated for latents whose mean has a signal-to-noise ratio of {SCALE})"
     )
-
-
-def _schedule_text(settings: Mapping[str, Any]) -> str:
-    T, zero = settings["num_timesteps"], settings["zero_terminal_snr"]
-    if settings["alphas_cumprod_table"] is not None:
-        name = "custom table"
-    else:
-        ends = (settings["beta_start"], settings["beta_end"])
-        name = settings["betas"]
-        name += f" {ends[0]:g} to {ends[1]:g}" if None not in ends else ""
-    return f"{name}, T = {T}" + (", rescaled to zero terminal SNR" if zero else "")
 
 
 def _starts_text(starts: Mapping[int, float]) -> str:

@@ -44,6 +44,18 @@ def scheduler_config(schedule: NoiseSchedule, prediction_type: PredictionType) -
     }
 
 
+def schedule_text(schedule: NoiseSchedule) -> str:
+    """Describe a schedule in words."""
+    T, zero = f"T = {schedule.num_timesteps}", schedule.zero_terminal_snr
+    if schedule.betas == "cosine" and schedule.alphas_cumprod_table is None:
+        return f"cosine, {T}, " + ("without its cap of 0.999" if zero else "capped at 0.999")
+    text = f"custom table, {T}"
+    if schedule.alphas_cumprod_table is None:
+        first, last = beta_ends(schedule)
+        text = f"{schedule.betas}, {T}, beta {first:g} to {last:g}"
+    return text + (", rescaled to zero terminal SNR" if zero else "")
+
+
 def needs_table(schedule: NoiseSchedule) -> bool:
     """Whether diffusers has no name for a schedule, so that it is written as `trained_betas`."""
     custom = schedule.alphas_cumprod_table is not None
