@@ -224,6 +224,13 @@ def declare(config: Mapping[str, Any]) -> Declared:
             not accept a value.
     """
     name = config.get("_class_name", "DDIMScheduler")
+    if name == "DiffusersScheduler":  # of this package: its config is one of DDIM, and more
+        if config.get("beta_schedule") is None or "snr_shift_scale" in config:
+            raise ValueError(
+                "DiffusersScheduler was saved with a flow or a shifted schedule: wanted one that "
+                "betas describe."
+            )
+        name = "DDIMScheduler"
     if isinstance(name, str) and name.startswith(("FlowMatch", "EDM", "CM", "VQ")):
         raise ValueError(
             f"{shown(name)[1:-1]} has no variance-preserving schedule, which this package requires."

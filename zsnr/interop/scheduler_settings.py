@@ -1,4 +1,4 @@
-"""Schedules in configs of diffusers' schedulers, both ways, for the scheduler adapter."""
+"""The schedule in the config of a scheduler of diffusers, for the adapter: written and read."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _FLOW_WARPS = (
     *("invert_sigmas", "shift_terminal", "stochastic_sampling"),
     *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"),
 )
-_COGVIDEOX = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
+_SHIFTED_CLASSES = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
 
 
 def describe_schedule(schedule: Schedule) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def read_schedule(
         return RectifiedFlow(config.get("shift", 1.0), T)
     values = {**config, "timestep_spacing": "trailing"}  # not used, and maybe unknown to diffusers
     shift = values.pop("snr_shift_scale", 1.0)
-    if values.get("_class_name") in (*_COGVIDEOX, "DiffusersScheduler"):
+    if values.get("_class_name") in _SHIFTED_CLASSES:
         values["_class_name"] = "DDIMScheduler"
     plain = schedule_from_diffusers(values)
     if zero_terminal_snr is not None:
