@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from zsnr import DDIM, DPMpp2M, NoiseSchedule, get_timesteps
 from zsnr.checkpoints import run_facts
 from zsnr.cli import main
-from zsnr.doctor.diagnosis import kept_brightness
 from zsnr.doctor.examine import examine, fix
 from zsnr.doctor.runs import DEFAULT_SAMPLING, MODEL_KEYS, SAMPLING_KEYS
 from zsnr.interop.declared import SCHEDULERS
+from zsnr.metrics import kept_fraction
 from zsnr.oracle import GaussianDenoiser
 
 DATA = Path(__file__).parent / "data" / "schedulers"
@@ -44,7 +44,7 @@ OURS = {  # as exports write it
     "thresholding": False,
 }
 UNCAPPED = [*torch.linspace(0.001, 0.1, 99, dtype=torch.float64).tolist(), 1.0]
-VERDICTS = ("fixed", "flawed", "inconsistent", "unreadable")
+VERDICTS = ("fixed", "flawed", "inconsistent", "unreadable", "unknown")
 RUN = {
     "format": 1,
     "zsnr_version": "0.1",
@@ -143,11 +143,7 @@ def test_well_known_models(name, verdict, prediction_type):
         ({"trained_betas": UNCAPPED}, "inconsistent", "has 100 entries, num_train_timesteps is"),
         ({"beta_schedule": "squaredcos_cap_v2"}, "fixed", "SNR_T = 0"),
         ({"prediction_type": "v"}, "unreadable", "Known: 'epsilon'"),
-        (
-            {"_class_name": "FlowMatchEulerDiscreteScheduler"},
-            "unreadable",
-            "no variance-preserving",
-        ),
+        ({"_class_name": ["DDIMScheduler"]}, "unreadable", "a list is unknown"),
         (
             {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"},
             "inconsistent",
@@ -631,7 +627,7 @@ def test_kept_brightness_is_what_a_sampler_keeps():
         denoiser = GaussianDenoiser(schedule, mean=0.0, std=scale)
         x_T = torch.ones(1, 1, dtype=torch.float64)
         made = get_sampler("ddim").sample(denoiser, schedule, x_T, get_timesteps("trailing", 1000))
-        kept = kept_brightness(float(schedule.alphas_cumprod[-1]), scale)
+        kept = kept_fraction(schedule, scale)
         assert float(made) / scale == pytest.approx(kept, rel=0.02)
 
 
@@ -841,7 +837,7 @@ def test_needs_torch_only(tmp_path):
 def test_harmful_json(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     found = examine(tmp_path / name)
-    assert found.verdict == "unreadable"
+    assert found.verdict == ("unknown" if b"_class" in content and "sch" in name else "unreadable")
     assert len(found.to_text()) < 2000
     assert "\x1b" not in found.to_text()
     found.to_text().encode()

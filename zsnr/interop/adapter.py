@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from zsnr.interop.declared import rescaled, schedule_from_diffusers
+from zsnr.interop.declared import process_from_diffusers, rescaled
 from zsnr.interop.scheduler_config import scheduler_config
 from zsnr.prediction import PredictionType, to_x0
 from zsnr.samplers import Sampler, get_sampler
@@ -121,11 +121,12 @@ class DiffusersScheduler:
                 the config says. Pass True if a scheduler class without that flag dropped it.
         """
         # The spacing is not used, and diffusers may not know it.
-        schedule = schedule_from_diffusers({**config, "timestep_spacing": "trailing"})
+        schedule, declared = process_from_diffusers({**config, "timestep_spacing": "trailing"})
+        if not isinstance(schedule, NoiseSchedule):
+            raise ValueError(f"{config['_class_name']} is rectified flow: wanted betas.")
         if zero_terminal_snr is not None:
             plain = replace(schedule, zero_terminal_snr=False)
             schedule = rescaled(plain) if zero_terminal_snr else plain
-        declared = cast(PredictionType, config.get("prediction_type", "epsilon"))
         return cls(sampler, schedule, declared, spacing)
 
     def __len__(self) -> int:
