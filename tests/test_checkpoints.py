@@ -6,6 +6,7 @@ import zipfile
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
 from zsnr import Guidance, NoiseSchedule
@@ -13,18 +14,6 @@ from zsnr.checkpoints import read_checkpoint
 from zsnr.failures import is_ours
 from zsnr.interop import read_diffusers_folder, schedule_from_diffusers
 from zsnr.pipeline import TextToImage
-
-SCHEDULER = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "prediction_type": "v_prediction",
-    "timestep_spacing": "trailing",
-    "rescale_betas_zero_snr": True,
-    "set_alpha_to_one": True,
-    "steps_offset": 1,
-    "clip_sample": False,
-}
 
 
 def tiny_stable_diffusion(folder, **scheduler):
@@ -77,7 +66,7 @@ def tiny_stable_diffusion(folder, **scheduler):
         text_encoder=text,
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=DDIMScheduler(**{**SCHEDULER, **scheduler}),
+        scheduler=DDIMScheduler(**{**tiny.SCHEDULER, **scheduler}),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

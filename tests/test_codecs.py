@@ -67,6 +67,25 @@ def test_autoencoder_kl_is_diffusers(tmp_path):
     assert not latents.requires_grad
 
 
+def test_statistics_of_channels_are_those_of_diffusers(tmp_path):
+    """As StableDiffusionXLPipeline decodes them: latents * std / scaling_factor + mean."""
+    mean, std = [0.1, -0.2, 0.3, 0.0], [1.0, 2.0, 0.5, 1.5]
+    tiny_vae(tmp_path, latents_mean=mean, latents_std=std)
+    codec = AutoencoderKLCodec(str(tmp_path))
+    latents = torch.randn(2, 4, 3, 3)
+    theirs = latents * torch.tensor(std).view(4, 1, 1) / codec.scale
+    theirs = theirs + torch.tensor(mean).view(4, 1, 1)
+    torch.testing.assert_close(codec.raw(latents), theirs)
+    torch.testing.assert_close(codec.standardized(theirs), latents)
+    torch.testing.assert_close(codec.decode(latents), codec._vae.decode(theirs).sample)
+    moments = torch.cat([theirs, torch.ones_like(theirs)], 1)
+    torch.testing.assert_close(codec.latents(moments), latents)
+    for wrong in ([0.1], [0.1, 0.2, 0.3, 0.0], None):
+        tiny_vae(tmp_path / "wrong", latents_mean=mean, latents_std=wrong)
+        with pytest.raises(ValueError, match=r"latents_std=.*: wanted a number for each of the 4"):
+            AutoencoderKLCodec(str(tmp_path / "wrong"))
+
+
 def test_measured_scale_gives_unit_variance(tmp_path):
     images = torch.rand(8, 3, 8, 8) * 2 - 1
     scale, shift = measure_scale(AutoencoderKLCodec(tiny_vae(tmp_path)), images)
@@ -83,7 +102,7 @@ def test_force_upcast_keeps_float32(tmp_path):
         codec = AutoencoderKLCodec(
             tiny_vae(tmp_path / str(force), force_upcast=force), dtype="float16"
         )
-        assert next(codec._vae.parameters()).dtype == wanted
+        assert next(codec.vae.parameters()).dtype == wanted
         if force:
             assert codec.decode(codec.latents(codec.encode(images))).dtype == torch.float32
 
@@ -107,8 +126,8 @@ def test_released_codecs_load_again(tmp_path):
     codec, images = AutoencoderKLCodec(tiny_vae(tmp_path)), torch.rand(2, 3, 8, 8) * 2 - 1
     with torch.inference_mode():
         first = codec.encode(images)
-    vae = codec._vae
-    assert codec.load()._vae is vae
+    vae = codec.vae
+    assert codec.load().vae is vae
     assert not any(p.is_inference() or p.requires_grad for p in vae.parameters())
     assert codec.release()._loaded is None
     torch.set_default_dtype(torch.bfloat16)
@@ -116,9 +135,9 @@ def test_released_codecs_load_again(tmp_path):
         again = codec.encode(images)
     finally:
         torch.set_default_dtype(torch.float32)
-    assert codec._vae is not vae
+    assert codec.vae is not vae
     assert torch.equal(again, first)
-    assert next(codec.release().to("meta")._vae.parameters()).device.type == "meta"
+    assert next(codec.release().to("meta").vae.parameters()).device.type == "meta"
     pixels = PixelCodec(2)
     assert torch.equal(pixels.load().release().encode(images), pixels.encode(images))
 

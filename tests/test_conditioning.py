@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from zsnr.conditioning import (
+    ClassLabels,
     Conditioner,
     NullConditioner,
     OpenClipConditioner,
@@ -434,8 +435,32 @@ def test_null_conditioner():
     assert torch.equal(cond.context, torch.zeros(2, 1, 4))
 
 
+def test_class_labels():
+    numbers = ClassLabels(1000)
+    cond = numbers(["3", "", 257])
+    assert cond.parts().keys() == {"labels"}
+    assert cond.labels.tolist() == [3, 1000, 257]
+    assert numbers.null().labels.tolist() == [1000]
+    named = ClassLabels(2, ["cat", "dog"])
+    assert named(["dog", "0", ""]).labels.tolist() == [1, 0, 2]
+    assert (named.num_labels, named.context_dim) == (3, 0)
+    for prompt in ("1000", "-1", "a cat", 3.0):
+        with pytest.raises(
+            ValueError, match=r"is no class: wanted a number from 0 to 999; or noth"
+        ):
+            numbers([prompt])
+    with pytest.raises(ValueError, match=r"0 to 1, or a name such as 'cat'; or nothing"):
+        named(["cow"])
+    for names in (["cat"], ["cat", "cat"], ["cat", ""]):
+        with pytest.raises(ValueError, match="names of 2 classes: wanted one for each"):
+            ClassLabels(2, names)
+    remembered = Remembered(numbers)
+    assert remembered(["3", "5", "3"]).labels.tolist() == [3, 5, 3]
+    assert remembered.null().labels.tolist() == [1000]
+
+
 def test_described_conditioners_are_built_again():
-    for conditioner in (small(trainable=True), NullConditioner(4)):
+    for conditioner in (small(trainable=True), NullConditioner(4), ClassLabels(2, ["a", "b"])):
         again = build(describe(conditioner), Conditioner)
         assert again.settings() == conditioner.settings()
         assert again.trainable == conditioner.trainable

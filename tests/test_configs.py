@@ -8,12 +8,13 @@ import tiny
 import torch
 import yaml
 
+from zsnr import NoiseSchedule, RectifiedFlow
 from zsnr.checkpoints.checkpoint_file import describe_model
 from zsnr.cli import main
 from zsnr.training.configs import check_configs, list_overrides
 from zsnr.training.from_checkpoint import checkpoint_config, sampling_config
 from zsnr.training.help import help_text
-from zsnr.training.lightning_cli import parse_fit
+from zsnr.training.lightning_cli import parse_fit, schedule_of
 from zsnr.training.settings import GROUPS, names
 from zsnr.training.short_options import expand_short_options
 
@@ -124,7 +125,19 @@ ORIGINAL = "model:\n  target: ldm.models.LatentDiffusion\n  params: {parameteriz
             "model: {network: {class_path: zsnr.networks.UNet, init_args: {confg: {}}}}",
             "model.network.init_args has no `confg`. Did you mean `config`",
         ),
-        ("model: {network: {class_path: zsnr.networks.Unet}}", "Did you mean zsnr.networks.UNet?"),
+        ("model: {network: {class_path: zsnr.networks.Unet}}", "Did you mean UNet? Known: "),
+        (
+            "model: {network: {class_path: tiny.Own, init_args: {widht: 3}}}",
+            "model.network.init_args has no `widht`. Did you mean `width`",
+        ),
+        ("model: {network: {class_path: tiny.Owm}}", "there is no class 'tiny.Owm'. Did you mean"),
+        ("model: {network: {class_path: Transfomer}}", "Did you mean Transformer? Known: "),
+        ("model: {network: {class_path: tiny.png}}", "model.network: 'tiny.png' is not a Module"),
+        ("model: {network: {class_path: no.Net}}", "named 'no'. Is the folder of the file in PYTH"),
+        (
+            "model: {network: {class_path: tiny.Own, width: 3}}",
+            "no `width` beside class_path. Did you mean `init_args: {width: ...}`",
+        ),
         (
             "trainer: {callbacks: [{class_path: zsnr.training.Previews, init_args: {prompt: a}}]}",
             "trainer.callbacks[0].init_args has no `prompt`. Did you mean `prompts`",
@@ -307,6 +320,17 @@ MISTAKES = [
     ("--model.loss.name minsnr", "`minsnr` is unknown: wanted 'uniform', 'min_snr'"),
     ("--model.prediction_type v", "wanted 'epsilon', 'sample', 'v_prediction'"),
     ("--model.schedule linear", "model.schedule is `linear`: wanted settings by name: betas"),
+    (
+        "--model.schedule.shift 3",
+        "model.schedule has no `shift`. It is a setting of RectifiedFlow: "
+        "`class_path: RectifiedFlow`, `init_args: {shift: ...}`.",
+    ),
+    (
+        "--model.schedule={class_path: RectifiedFlow, init_args: {shft: 3}}",
+        "has no `shft`. Did you mean `shift`?",
+    ),
+    ("--model.schedule.class_path RectifiedFlw", "Did you mean RectifiedFlow?"),
+    ("--model.timestep_law.name logit", "`logit` is unknown: wanted 'uniform', 'logit_normal'"),
     ("--model.guidance.scale 3", "model has no `guidance`. Did you mean --guidance-scale?"),
     ("--guidance-scale high", "model.sampling.guidance.scale: `high` is text: wanted a number"),
     ("--cfg 3", "no option --cfg. Did you mean --guidance-scale?"),
@@ -314,6 +338,8 @@ MISTAKES = [
     ("--spacing trailling", "`trailling` is unknown. Did you mean `trailing`?"),
     ("--model.unet ./somewhere", "model.unet is now model.network."),
     ("--model.unet.norm_groups 8", "model.unet is now model.network."),
+    ("--model.network.class_path tiny.Owm", "there is no class 'tiny.Owm'. Did you mean tiny.Own"),
+    ("--model.network.init_args.width 3", "model.network names no class, so it has no `width`"),
     ("--model.network null", "model.network is null: wanted text or settings by name"),
     ("--model.image_size 64", "model.image_size follows data.image_size: set that instead"),
     ("--model.lora.rank big", "model.lora.rank: `big` is text: wanted a whole number"),
@@ -498,6 +524,36 @@ def write_checkpoint(path, **changes):
     return path
 
 
+OWN = "{class_path: tiny.Own, init_args: {width: 5}}"
+SIZES = "{block_out_channels: [16], attention: [true]}"
+
+
+@pytest.mark.parametrize(
+    ("networks", "options", "wanted"),
+    [
+        ([OWN], [], {"class_path": "tiny.Own", "width": 5}),
+        ([OWN, SIZES], [], {"block_out_channels": (16,)}),
+        ([SIZES, OWN], ["--model.network.init_args.depth=7"], {"width": 5, "depth": 7}),
+        ([OWN, OWN.replace("width", "depth")], [], {"width": 5, "depth": 5}),
+        (["./folder", OWN], [], {"class_path": "tiny.Own"}),
+        ([], ["--model.network", "tiny.Own"], {"class_path": "tiny.Own", "width": 8}),
+        ([], ["--model.network.class_path=tiny.Own"], {"class_path": "tiny.Own"}),
+        ([], [f"--model.network={OWN}"], {"width": 5}),
+        ([OWN], ["--model.network.init_args.width=6"], {"class_path": "tiny.Own", "width": 6}),
+        ([OWN], [f"--model.network={SIZES}"], {"block_out_channels": (16,)}),
+    ],
+)
+def test_a_network_replaces_one_of_another_kind(networks, options, wanted, tmp_path):
+    files = []
+    for i, network in enumerate(networks):
+        (tmp_path / f"{i}.yaml").write_text(f"model: {{network: {network}}}")
+        files += ["-c", str(tmp_path / f"{i}.yaml")]
+    network = parse_fit(["-c", TINY, *files, *options]).model.network.as_dict()
+    found = {**network.pop("init_args", {}), **network}
+    assert {name: found.get(name) for name in wanted} == wanted
+    assert ("class_path" in found) != ("block_out_channels" in found)
+
+
 def test_a_checkpoint_is_a_config(tmp_path):
     path = write_checkpoint(tmp_path / "checkpoints" / "a.ckpt")
     config = checkpoint_config(path)
@@ -510,6 +566,31 @@ def test_a_checkpoint_is_a_config(tmp_path):
     assert parsed.model.sampling.sampler.class_path == "zsnr.samplers.heun.Heun"
     assert (parsed.data.image_size, parsed.data.seed) == (16, 3)
     assert parsed.trainer.default_root_dir == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["--model.schedule", "RectifiedFlow", "--model.schedule.shift", "3"],
+        ["--model.schedule={class_path: zsnr.RectifiedFlow, init_args: {shift: 3}}"],
+        ["-c", "FLOW", "--model.schedule.shift", "3"],
+        ["--model.schedule.class_path", "RectifiedFlow", "--model.schedule.init_args.shift", "3"],
+        ["-c", "FLOW", "-c", "SHIFT"],
+    ],
+)
+def test_a_schedule_of_another_class(tmp_path, typed):
+    files = {
+        "FLOW": "model: {schedule: {class_path: RectifiedFlow, init_args: {shift: 2}}}",
+        "SHIFT": "model: {schedule: {shift: 3}}",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    typed = [str(tmp_path / word) if word in files else word for word in typed]
+    config = ["-c", TINY, "--model.prediction_type", "flow"]
+    model = parse_fit([*config, *typed]).model
+    assert schedule_of(model) == RectifiedFlow(3.0)
+    schedule = parse_fit(["-c", TINY, "--model.schedule.snr_shift", "4"]).model
+    assert schedule_of(schedule) == NoiseSchedule(snr_shift=4.0)
 
 
 def test_a_list_that_is_overridden_is_said_on_one_line(tmp_path):
@@ -554,7 +635,8 @@ NESTED = {"class_path": "zsnr.codecs.PixelCodec", "init_args": {"x": [{"class_pa
         ({"codec": {"class_path": "harmful.Model"}}, "cannot be imported for a checkpoint"),
         ({"codec": {"class_path": "os.system"}}, "is not a LatentCodec"),
         ({"codec": {"class_path": "zsnr.conditioning.NullConditioner"}}, "is not a LatentCodec"),
-        ({"network": {"class_path": "torch.nn.Linear"}}, "is not a UNet"),
+        ({"network": {"class_path": "torch.nn.Linear"}}, "no checkpoint chooses code to run"),
+        ({"network": {"class_path": "zsnr.codecs.PixelCodec"}}, "is not a DiffusionNetwork"),
         ({"codec": NESTED}, "the arguments of PixelCodec name a class"),
         ({"schedule": {"betas": "linear", "x": 1}}, "schedule has no 'x'"),
         ({"image_size": torch.zeros(1)}, "wanted plain values"),

@@ -244,6 +244,8 @@ def full(rows, value):
         torch.ones(rows, 3, dtype=torch.bool),
         torch.full((rows, 7), value),
         torch.full((rows, 6), value),
+        torch.full((rows,), int(value)),
+        torch.full((rows, 2, 4, 4), value),
     )
 
 
@@ -252,11 +254,17 @@ def test_conditioning_rows():
     assert len(joined) == 3
     assert joined.pooled[:, 0].tolist() == [1, 1, 2]
     chosen = full(3, 1.0).where(torch.tensor([True, False, True]), full(1, 0.0))
-    for part in (chosen.context, chosen.pooled, chosen.sizes):
-        assert part.flatten(1)[:, 0].tolist() == [1, 0, 1]
+    for name, part in chosen.parts().items():
+        if name != "mask":
+            assert part.view(3, -1)[:, 0].tolist() == [1, 0, 1]
     moved = full(1, 1.0).to("cpu", torch.bfloat16)
     assert moved.context.dtype == torch.bfloat16
+    assert moved.concat.dtype == torch.bfloat16
     assert moved.mask.dtype == torch.bool
+    assert moved.labels.dtype == torch.int64
+    rows = Conditioning.cat([full(2, 1.0), full(1, 2.0)]).rows(1, 3)
+    assert {len(part) for part in rows.parts().values()} == {2}
+    assert {len(part) for part in full(1, 1.0).expand(4).parts().values()} == {4}
     unpooled = Conditioning(torch.ones(1, 3, 5), torch.ones(1, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match="has pooled"):
         Conditioning.cat([full(1, 1.0), unpooled])
@@ -271,6 +279,46 @@ def test_conditioning_rows():
         contexts(1.0, 2.0).where(torch.tensor([True]), contexts(0.0))
     with pytest.raises(ValueError, match=r"\(3, 5\) and \(4, 5\)"):
         Conditioning.cat([contexts(1.0), Conditioning(torch.ones(1, 4, 5))])
+
+
+@pytest.mark.parametrize("name", ["context", "pooled", "sizes", "labels", "concat"])
+def test_one_part_is_enough(name):
+    part = getattr(full(2, 3.0), name)
+    cond = Conditioning(**{name: part})
+    assert (len(cond), cond.device) == (2, part.device)
+    assert cond.parts().keys() == {name}
+    with pytest.raises(ValueError, match="has no part: wanted one of context, mask, pooled"):
+        Conditioning()
+
+
+@pytest.mark.parametrize(
+    "labels", [torch.tensor([1.0, 257.0]), torch.tensor([1, 2], dtype=torch.int32), torch.eye(2)]
+)
+def test_labels_are_whole_numbers(labels):
+    with pytest.raises(ValueError, match=r"labels are (float32|int32) of shape .*: wanted int64"):
+        Conditioning(labels=labels)
+
+
+@pytest.mark.parametrize("max_rows", [None, 1, 3])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_labels_and_channels_are_guided_exactly(max_rows, dtype):
+    """Label 257, which is 256 in bfloat16; and channels that are those of both rows."""
+    seen = []
+
+    def network(x_t, t, conditioning):
+        seen.append(conditioning)
+        weight = (conditioning.labels == 257).view(-1, 1, 1, 1)
+        return weight * 2 + conditioning.concat[:, :1].expand_as(x_t).to(x_t)
+
+    concat = torch.tensor([0.5, -1.0]).view(2, 1, 1, 1).expand(2, 3, 3, 3)
+    cond = Conditioning(labels=torch.tensor([257, 257]), concat=concat)
+    uncond = Conditioning(labels=torch.tensor([1000, 1000]), concat=concat)
+    settings = {"max_rows": max_rows, "dtype": dtype}
+    x_0 = Denoiser(network, SCHEDULE, "sample", cond, uncond, Guidance(3.0, 0.0), **settings)(X, T)
+    wanted = torch.tensor([6.5, 5.0]).view(2, 1, 1, 1).expand_as(X)
+    torch.testing.assert_close(x_0, wanted)
+    assert {c.labels.dtype for c in seen} == {torch.int64}
+    assert max(len(c) for c in seen) == (max_rows or 4)
 
 
 # --- methods of guidance ------------------------------------------------------------------------

@@ -77,6 +77,17 @@ def test_every_block_has_a_kind_and_few_are_not_run():
         assert not shown, f"{block.place}: commands belong into a bash block"
 
 
+def saved_files():
+    """Return the python blocks that a page says to save, by the names of the files."""
+    files = {}
+    for block in blocks("python"):
+        before = " ".join(block.page.read_text().splitlines()[: block.line - 1]).rstrip()
+        named = re.search(r"Save this as `(\w+\.py)`:$", before)
+        if named:
+            files[named[1]] = block.code
+    return files
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A folder of a tiny run with all that a board shows, photos, and a Stable Diffusion."""
@@ -107,12 +118,15 @@ def run(tmp_path_factory):
         "metrics": {"captions": str(root / "captions.jsonl"), "num_images": 2},
     }
     (root / "overlay.yaml").write_text(yaml.safe_dump(overlay))
+    for name, code in saved_files().items():
+        (root / name).write_text(code)
     arguments = ["fit", "-c", str(ROOT / "configs/tiny.yaml"), "-c", str(root / "overlay.yaml")]
     with pytest.MonkeyPatch.context() as patch, redirect_stderr(io.StringIO()):
         patch.chdir(root)
         patch.setattr("sys.argv", ["zsnr", *arguments])
         assert main(arguments) == 0
-    return root
+        patch.syspath_prepend(root)  # as PYTHONPATH=. does
+        yield root
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -275,6 +289,18 @@ def test_the_example_of_data_means_what_it_says(run, monkeypatch):
     assert data.filters[2].one_of == ("en",)
     assert data.captions.fields == {"txt": 0.7, "blip_caption": 0.3}
     assert len(data.aspect.shapes(data.image_size)) == 5
+
+
+def test_the_network_of_the_tutorial_trains_from_its_yaml(run, monkeypatch):
+    monkeypatch.chdir(run)
+    example = next(block for block in blocks("yaml") if block.page.name == "own-network.md")
+    Path("mine.yaml").write_text(example.code)
+    few = ["--trainer.max_steps", "3", "--trainer.enable_progress_bar", "false"]
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        assert main(["fit", "-c", "mine.yaml", *few]) == 0
+        words = next(line for _, line in zsnr_lines() if line[:2] == ["sample", "runs/mine"])
+        assert main([*words, "-o", "mine-samples"]) == 0
+    assert len([*Path("mine-samples").glob("*.png")]) == 2
 
 
 def test_a_wrong_yaml_block_is_seen(run, monkeypatch):

@@ -425,7 +425,7 @@ def test_sampling_needs_what_it_really_takes(sdxl, options):
     model = pipe.model
     parts = {
         "text_encoder": tensors_of(model.conditioner),
-        "unet": tensors_of(model.network),
+        "network": tensors_of(model.network),
         "vae": tensors_of(*modules_of(model.codec)),
     }
     assert foretold.weights == {name: size_of(part) for name, part in parts.items()}
@@ -455,11 +455,11 @@ def test_sdxl_fits_into_12_gib(real_sdxl):
         plans[dtype] = plan_sampling(partial(read_weightless, real_sdxl), request)
     half, full = plans["float16"], plans["float32"]
     weights, working = half.need.weights, half.need.working
-    assert half.dtypes == {"text_encoder": "float16", "unet": "float16", "vae": "float32"}
+    assert half.dtypes == {"text_encoder": "float16", "network": "float16", "vae": "float32"}
     assert (half.height, half.width, half.rows) == (1024, 1024, 2)
-    assert weights["unet"] == 2 * 2_567_463_684  # the parameters of the public model
+    assert weights["network"] == 2 * 2_567_463_684  # the parameters of the public model
     assert weights["vae"] == 4 * 83_653_863
-    assert half.total == weights["unet"] + working["denoising"]
+    assert half.total == weights["network"] + working["denoising"]
     assert half.total / GIB == pytest.approx(5.09, abs=0.01)
     assert half.need.total(offload=False) == sum(weights.values()) + working["decoding"]
     assert half.need.peaks(offload=True)["decoding"] == weights["vae"] + working["decoding"]
@@ -498,12 +498,12 @@ def test_sampling_that_does_not_fit_has_a_way_out(plan, sdxl, options, memory, c
 def test_checkpoints_and_configs_are_planned_for_sampling(plan, tmp_path):
     model, weights = tiny.model(), {}
     for prefix in ("ema", "trained"):
-        for part in ("unet", "conditioner"):
-            state = getattr(model, part).state_dict()
-            weights |= {f"{prefix}.{part}.{name}": weight for name, weight in state.items()}
+        for name, part in (("unet", model.network), ("conditioner", model.conditioner)):
+            state = part.state_dict()
+            weights |= {f"{prefix}.{name}.{key}": weight for key, weight in state.items()}
     torch.save({"zsnr": describe_model(model), "state_dict": weights}, tmp_path / "a.ckpt")
     sizes = {"text_encoder": size_of(tensors_of(model.conditioner)), "vae": 0}
-    sizes["unet"] = size_of(tensors_of(model.network))
+    sizes["network"] = size_of(tensors_of(model.network))
     sampling = {"guidance_against": "raw", "guidance_scale": 2.0}
     declared = {"zsnr": describe_model(model), "state_dict": weights, "run": {"sampling": sampling}}
     torch.save(declared, tmp_path / "raw.ckpt")
@@ -511,15 +511,15 @@ def test_checkpoints_and_configs_are_planned_for_sampling(plan, tmp_path):
         facts, code = plan(f"{tmp_path}/{name}", "--predict")
         raw = name == "raw.ckpt"
         assert code == 0
-        assert facts["weights"] == {**sizes, "unet": sizes["unet"] * (1 + raw)}
+        assert facts["weights"] == {**sizes, "network": sizes["network"] * (1 + raw)}
         assert facts["rows"] == 2 - raw
     facts, _ = plan(f"{tmp_path}/a.ckpt", "--predict", "--dtype", "float16")
-    assert facts["weights"]["unet"] == sizes["unet"] / 2
+    assert facts["weights"]["network"] == sizes["network"] / 2
     trained = module()
     facts, _ = plan(TINY, "--predict", "--data.image_size", "32")
-    assert facts["weights"]["unet"] == size_of(tensors_of(trained.trained["unet"]))
+    assert facts["weights"]["network"] == size_of(tensors_of(trained.trained["unet"]))
     assert facts["weights"]["text_encoder"] == size_of(tensors_of(trained.trained["conditioner"]))
-    assert (facts["height"], facts["rows"], facts["dtypes"]["unet"]) == (32, 2, "float32")
+    assert (facts["height"], facts["rows"], facts["dtypes"]["network"]) == (32, 2, "float32")
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,8 @@ def test_table_2(spacing, row):
     ],
 )
 def test_every_step_count(spacing, T):
-    for S in range(1, min(T, 1000) + 1):
+    stride = 7 if spacing is beta and T == 1000 else 1  # its quantiles take time
+    for S in range(1, T + 1, stride):
         grid = spacing(S, T)
         assert grid.dtype == torch.int64
         assert grid.shape == (S,)

@@ -10,10 +10,23 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
-from zsnr import EmpiricalDenoiser, Guidance, LossWeighting, NoiseSchedule
+from zsnr import (
+    EmpiricalDenoiser,
+    Guidance,
+    LossWeighting,
+    NoiseSchedule,
+    RectifiedFlow,
+    TimestepLaw,
+)
+from zsnr.checkpoints import read_checkpoint
 from zsnr.codecs import AutoencoderKLCodec, PixelCodec
+from zsnr.conditioning import ClassLabels, NullConditioner
+from zsnr.data.buckets import AspectBuckets
 from zsnr.data.caption_tags import Tags
+from zsnr.data.dataset import Pixels
 from zsnr.draws import training_draws, validation_draws
+from zsnr.interop import write_single_file
+from zsnr.interop.export import export_diffusers, read_exportable
 from zsnr.pipeline import Sampling, TextToImage
 from zsnr.training import (
     DataModule,
@@ -436,6 +449,38 @@ def test_a_checkpoint_goes_on_with_its_own_settings(tmp_path):
             )
 
 
+def test_a_run_of_rectified_flow_resumes_and_is_read(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("zsnr.training.module.rank_zero_info", said.append)
+
+    def fit(steps, checkpoint=None, schedule=RectifiedFlow(2.0, 50)):  # noqa: B008
+        law = TimestepLaw("shift", shift=2.0)
+        model = module(schedule=schedule, prediction_type="flow", timestep_law=law)
+        loop = trainer(tmp_path, steps)
+        loop.fit(model, datamodule=data(tmp_path / "shards"), ckpt_path=checkpoint)
+        return model, loop
+
+    whole, _ = fit(3)
+    assert len(said) == 1
+    assert "last timestep" in said[0]
+    assert "2 times as often as with uniform: about 0 exposures in this run" in said[0]
+    _, first = fit(2)
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    second, _ = fit(3, tmp_path / "a.ckpt")
+    close(weights(whole), weights(second))
+    with pytest.raises(ValueError, match=r"schedule.*'shift': 2.0.*'shift': 3.0"):
+        fit(3, tmp_path / "a.ckpt", RectifiedFlow(3.0, 50))
+    settings = checkpoint_config(tmp_path / "a.ckpt")["model"]
+    assert settings["schedule"] == {
+        "class_path": "zsnr.RectifiedFlow",
+        "init_args": {"shift": 2.0, "num_timesteps": 50},
+    }
+    pipeline = TextToImage.from_pretrained(tmp_path / "a.ckpt", device="cpu")
+    assert pipeline.model.schedule == RectifiedFlow(2.0, 50)
+    for num_steps in (1, 50):
+        assert len(pipeline(["a", "b"], seeds=[1, 2], num_steps=num_steps)) == 2
+
+
 def test_a_checkpoint_that_calls_its_network_unet_is_read_and_resumed(tmp_path):
     loop = trainer(tmp_path, 1)
     loop.fit(module(), datamodule=data(tmp_path / "shards"))
@@ -452,6 +497,115 @@ def test_a_checkpoint_that_calls_its_network_unet_is_read_and_resumed(tmp_path):
         assert checkpoint_config(path)["model"]["network"]["class_path"].endswith("UNet")
     for one, other in (resumed, read):
         assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def own_module(**options):
+    torch.manual_seed(0)
+    return module(conditioner=NullConditioner(), network=tiny.Own(), **options)
+
+
+def test_any_module_trains_as_the_network(tmp_path):
+    """Its average, checkpointed and compiled blocks, a resumed run, and its checkpoint."""
+    (tmp_path / "shards").mkdir()
+    tiny.write_shards(tmp_path / "shards", [7, 4])
+    torch._dynamo.reset()
+    runs = {}
+    for name, options in {
+        "plain": {},
+        "recomputed": {"gradient_checkpointing": True},
+        "compiled": {"compile": "eager"},
+    }.items():
+        net, loop = own_module(**options), trainer(tmp_path, 3)
+        loop.fit(net, datamodule=data(tmp_path / "shards"))
+        runs[name] = net.state_dict()
+        loop.save_checkpoint(tmp_path / f"{name}.ckpt")
+    torch._dynamo.reset()
+    assert {name.split(".")[0] for name in runs["plain"]} == {"trained", "ema"}
+    for name in ("recomputed", "compiled"):
+        close(runs[name], runs["plain"])
+    half, loop = own_module(), trainer(tmp_path, 1)
+    loop.fit(half, datamodule=data(tmp_path / "shards"))
+    loop.save_checkpoint(tmp_path / "half.ckpt")
+    resumed = own_module()
+    trainer(tmp_path, 3).fit(
+        resumed, datamodule=data(tmp_path / "shards"), ckpt_path=tmp_path / "half.ckpt"
+    )
+    close(resumed.state_dict(), runs["plain"])
+    with resumed.pipeline() as pipe:
+        [image] = pipe(["a"], num_steps=2, progress=False)
+    again = TextToImage.from_pretrained(tmp_path / "plain.ckpt", device="cpu", network=tiny.Own())
+    [other] = again(["a"], num_steps=2, progress=False)
+    assert np.abs(np.asarray(image, float) - np.asarray(other, float)).max() <= 1
+
+
+def test_no_checkpoint_chooses_a_network_of_another_package(tmp_path):
+    net, loop = own_module(), trainer(tmp_path, 1)
+    loop.fit(net, datamodule=data(tmp_path / "shards"))
+    loop.save_checkpoint(tmp_path / "a.ckpt")
+    for read in (read_checkpoint, checkpoint_config):
+        with pytest.raises(
+            ValueError, match=r"'tiny.Own', and no checkpoint chooses code to run\. N"
+        ):
+            read(tmp_path / "a.ckpt")
+    with pytest.raises(
+        ValueError, match=r"does not record the arguments .*: give .* network=Own\("
+    ):
+        read_checkpoint(tmp_path / "a.ckpt", network=tiny.Own)
+    net.record_arguments({"depth": 2})
+    loop.save_checkpoint(tmp_path / "b.ckpt")
+    assert torch.load(tmp_path / "b.ckpt", weights_only=True)["zsnr"]["network"] == {
+        "class_path": "tiny.Own",
+        "init_args": {"depth": 2},
+    }
+    for network in (tiny.Own, tiny.Own()):
+        model = read_checkpoint(tmp_path / "b.ckpt", network=network)
+        assert model.network is not network
+        close(model.network.state_dict(), net.ema["unet"].state_dict())
+    assert "network" not in checkpoint_config(tmp_path / "b.ckpt", ["network"])["model"]
+    with pytest.raises(ValueError, match="does not fit its own description: .*layers.1.weight"):
+        read_checkpoint(tmp_path / "b.ckpt", network=tiny.Own(depth=1))
+    with pytest.raises(ValueError, match="network is a Own, the config's a UNet: a checkpoint res"):
+        trainer(tmp_path, 2).fit(
+            module(conditioner=NullConditioner()),
+            datamodule=data(tmp_path / "shards"),
+            ckpt_path=tmp_path / "b.ckpt",
+        )
+    with pytest.raises(ValueError, match="needs a UNet of diffusers, and the model's .* is a Own:"):
+        write_single_file(model, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="The network is a Own, but a Stable Diffusion pipeline"):
+        export_diffusers(model, tmp_path / "folder")
+    with pytest.raises(ValueError, match="The network is a Own, but a Stable Diffusion pipeline"):
+        read_exportable(str(tmp_path / "b.ckpt"))
+
+
+def test_class_labels_are_dropped_and_guided(tmp_path):
+    labels = ClassLabels(3)
+    net = module(conditioner=labels, network=tiny.UNET)
+    assert net.trained["unet"].unet.config["num_class_embeds"] == 4
+    batch = {
+        "image": torch.rand(3, 3, 16, 16),
+        "caption": ["0", "2", "1"],
+        "position": torch.arange(3),
+        "global_batch_size": 3,
+    }
+    seen = []
+    net.trained["unet"].unet.register_forward_pre_hook(
+        lambda _, args, given: seen.append(given["class_labels"].tolist()), with_kwargs=True
+    )
+    net.caption_dropout = 0.0
+    net._losses(*(lambda b: (b, net._noised(b)))(net.prepared(batch, True)), ema=False)
+    net.caption_dropout = 1.0
+    net._losses(*(lambda b: (b, net._noised(b)))(net.prepared(batch, True)), ema=False)
+    assert seen == [[0, 2, 1], [3, 3, 3]]
+    seen.clear()
+    net.ema = None
+    with net.pipeline() as pipe:
+        pipe(["2"], num_steps=1, guidance=Guidance(3.0), progress=False)
+        with pytest.raises(ValueError, match="'a cat' is no class"):
+            pipe(["a cat"], num_steps=1, progress=False)
+    assert seen == [[3, 2]]
+    with pytest.raises(ValueError, match="num_class_embeds=4 but the conditioner has 6 labels"):
+        module(conditioner=ClassLabels(5), network=net.trained["unet"])
 
 
 def test_validation_is_fixed_and_by_stratum(tmp_path):
@@ -631,3 +785,133 @@ def test_weights_of_another_shape_are_refused_in_one_line():
     ) as error:
         other.load_state_dict(mine.state_dict())
     assert "\n" not in str(error.value)
+
+
+# A dataset of the user's own
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_dataset_of_dicts_trains_as_shards_do(tmp_path, workers):
+    """The same draws at the same positions, whatever the workers; every item once in an epoch."""
+    source = DataModule(tiny.Numbers(), image_size=16, batch_size=4, num_workers=workers)
+    net, seen = own_module(), []
+    net.register_buffer("unused", torch.zeros(1))
+    loop = trainer(tmp_path, 6, callbacks=[seen_batches(seen)])
+    loop.fit(net, datamodule=source)
+    loop.save_checkpoint(tmp_path / "a.ckpt")
+    assert sorted(int(key) for batch in seen[:3] for key in batch["key"]) == [*range(12)]
+    assert [p for batch in seen for p in batch["position"].tolist()] == [*range(24)]
+    for batch in seen:
+        numbers = [int(key) for key in batch["key"]]
+        assert batch["caption"] == [str(number % 3) for number in numbers]
+        levels = batch["image"][:, 0, 0, 0]
+        torch.testing.assert_close(levels, torch.tensor(numbers) * 10 / 127.5 - 1)
+        wanted = training_draws(0, batch["position"].tolist(), 4, SHAPE, T, 0.1)
+        assert torch.equal(batch["draws"].eps, wanted.eps)
+    half, again = own_module(), []
+    stopped = trainer(tmp_path, 2)
+    stopped.fit(half, datamodule=DataModule(tiny.Numbers(), image_size=16, batch_size=4))
+    stopped.save_checkpoint(tmp_path / "half.ckpt")
+    resumed = own_module()
+    trainer(tmp_path, 6, callbacks=[seen_batches(again)]).fit(
+        resumed,
+        datamodule=DataModule(tiny.Numbers(), image_size=16, batch_size=4, num_workers=0),
+        ckpt_path=tmp_path / "half.ckpt",
+    )
+    assert [batch["key"] for batch in again] == [batch["key"] for batch in seen[2:]]
+    close(resumed.trained.state_dict(), net.trained.state_dict())
+    with pytest.raises(ValueError, match="began with other training data: samples changed"):
+        trainer(tmp_path, 6).fit(
+            own_module(),
+            datamodule=DataModule(tiny.Numbers(11), image_size=16, batch_size=4),
+            ckpt_path=tmp_path / "half.ckpt",
+        )
+
+
+def seen_batches(seen):
+    class Seen(Callback):
+        def on_train_batch_start(self, trainer, module, batch, index):
+            seen.append(batch)
+
+    return Seen()
+
+
+def test_latents_and_concatenated_channels_reach_the_network(tmp_path):
+    x_0, beside = torch.randn(12, 12, 8, 8), torch.randn(12, 2, 8, 8)
+    items = tiny.Items([{"latents": x, "concat": c} for x, c in zip(x_0, beside, strict=True)])
+    seen = []
+
+    class Concat(tiny.Own):
+        def forward(self, x_t, t, conditioning):
+            seen.append((x_t, conditioning.concat))
+            return super().forward(x_t, t, conditioning) + conditioning.concat.mean()
+
+    source = DataModule(items, val=items, image_size=16, batch_size=12, num_workers=0)
+    net = module(conditioner=NullConditioner(), network=Concat())
+    loop = trainer(tmp_path, 1)
+    loop.fit(net, datamodule=source)
+    assert torch.isfinite(loop.validate(net, source, verbose=False)[0]["val/loss"] * torch.ones(1))
+    batch = next(iter(source.val_dataloader()))
+    noised = net._noised(batch)
+    torch.testing.assert_close(
+        noised[0], net.schedule.add_noise(batch["latents"], batch["draws"].eps, batch["draws"].t)
+    )
+    assert {tuple(c.shape[1:]) for _, c in seen} == {(2, 8, 8)}
+    wrong = DataModule(tiny.Items([{"latents": torch.randn(4, 8, 8)}]), image_size=16, batch_size=1)
+    with pytest.raises(ValueError, match="latents have 4 channels: wanted 12"):
+        trainer(tmp_path, 1).fit(own_module(), datamodule=wrong)
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ((torch.zeros(3, 16, 16), "a"), "item 0: a tuple, wanted a dict with image, latents"),
+        ({"img": 3}, "unknown key 'img'. Known: image, latents"),
+        ({"caption": "a"}, "wanted either image or latents"),
+        ({"image": torch.zeros(3, 8, 8)}, r"\(3, 8, 8\) from 0 to 0, wanted \(3, 16, 16\) as data"),
+        ({"image": torch.full((3, 16, 16), 255.0)}, "from 255 to 255, wanted uint8, or float from"),
+        ({"image": [1]}, "image is a list, wanted a tensor"),
+        ({"image": torch.zeros(3, 16, 16), "label": 1.0}, "label is 1.0, wanted a whole number"),
+        ({"image": torch.zeros(3, 16, 16), "caption": 3}, "caption is 3, wanted text"),
+        (
+            {"image": torch.zeros(3, 16, 16), "caption": "", "label": 3},
+            "caption or label, not both",
+        ),
+        ({"latents": torch.zeros(8, 8)}, r"latents is float32 \(8, 8\) .*, wanted a float tensor"),
+    ],
+)
+def test_items_that_no_model_is_trained_on_are_refused(tmp_path, item, message):
+    source = DataModule(tiny.Items([item]), image_size=16, batch_size=1, num_workers=0)
+    with pytest.raises(ValueError, match=message) as error:
+        trainer(tmp_path, 1).fit(own_module(), datamodule=source)
+    assert "tiny.Items, item 0: " in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_settings_that_a_dataset_of_ones_own_does_not_have_are_refused():
+    for options in (
+        {"tags": Tags()},
+        {"pixels": Pixels(flip=True)},
+        {"aspect": AspectBuckets(step=16)},
+    ):
+        with pytest.raises(
+            ValueError, match=r"has no effect on data\.train, a dataset of your own"
+        ):
+            DataModule(tiny.Items([{}]), image_size=16, **options)
+    for wrong in ([], type("Stream", (torch.utils.data.IterableDataset,), {})()):
+        source = DataModule(tiny.Items(wrong) if wrong == [] else wrong, image_size=16)
+        with pytest.raises(ValueError, match="has no items|has no length: wanted a map-style"):
+            source.setup("fit")
+
+
+def test_a_dataloader_of_ones_own_is_told_the_way(tmp_path):
+    images = [{"image": torch.zeros(3, 16, 16), "caption": "a"}] * 2
+    with pytest.raises(
+        ValueError, match=r"no position .*DataModule\(train=\.\.\.\), and that as dat"
+    ):
+        trainer(tmp_path, 1).fit(own_module(), torch.utils.data.DataLoader(images, batch_size=2))
+    pairs = torch.utils.data.TensorDataset(torch.zeros(2, 3, 16, 16), torch.zeros(2))
+    with pytest.raises(
+        ValueError, match="batch is a list: wanted a dict, as of a dataset of dicts"
+    ):
+        trainer(tmp_path, 1).fit(own_module(), torch.utils.data.DataLoader(pairs, batch_size=2))

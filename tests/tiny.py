@@ -6,6 +6,8 @@ import tarfile
 
 import torch
 from PIL import Image
+from torch import nn
+from torch.utils.data import Dataset
 
 from zsnr import NoiseSchedule
 from zsnr.checkpoints import Model
@@ -48,6 +50,50 @@ MODEL = {  # as a YAML says it
         "norm_groups": 8,
     },
 }
+
+
+class Own(nn.Module):
+    """A network of somebody who does not know this package."""
+
+    def __init__(self, channels=12, width=8, depth=2):
+        super().__init__()
+        self.into = nn.Conv2d(channels, width, 1)
+        self.time = nn.Sequential(nn.Linear(1, 2), nn.SiLU(), nn.Linear(2, 1))
+        self.layers = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(depth))
+        self.out = nn.Conv2d(width, channels, 1)
+
+    def forward(self, x_t, t, conditioning):
+        h = self.into(x_t) * self.time(t[:, None].to(x_t) / 1000)[:, :, None, None]
+        for layer in self.layers:
+            h = h + torch.tanh(layer(h))
+        return self.out(h)
+
+
+class Items(Dataset):
+    """A dataset of given items."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, row):
+        return self.items[row]
+
+
+class Numbers(Dataset):
+    """Item i is an image of the level 10 i, and of class i mod 3."""
+
+    def __init__(self, count: int = 12):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, row):
+        image = torch.full((3, 16, 16), 10 * row, dtype=torch.uint8)
+        return {"image": image, "label": row % 3}
 
 
 def conditioner(layers=1, **options):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -19,44 +19,77 @@ from zsnr.schedule import Schedule
 class Conditioning:
     """Inputs of a network in addition to x_t and t, one row per sample.
 
+    At least one part is needed; each network says which it requires.
+
     Args:
         context: Token embeddings, (B, L, D).
         mask: True for tokens that are attended to, (B, L). None = all tokens.
-        pooled: One embedding of the whole prompt, (B, P), for networks that require it.
+        pooled: One embedding of the whole prompt, (B, P).
         sizes: Original height and width, crop top and left, target height and width in pixels,
-            (B, 6), for networks that require them.
+            (B, 6).
+        labels: Numbers of classes, int64, (B,).
+        concat: Channels that the network sees beside those of x_t, (B, C', *), such as the latents
+            of another image, or those of a masked image and the mask.
+
+    Raises:
+        ValueError: There is no part, the parts have unequal numbers of rows, or labels are no
+            int64.
     """
 
-    context: Tensor
+    context: Tensor | None = None
     mask: Tensor | None = None
     pooled: Tensor | None = None
     sizes: Tensor | None = None
+    labels: Tensor | None = None
+    concat: Tensor | None = None
 
     def __post_init__(self) -> None:
-        for name, part in zip(_PARTS, self._parts(), strict=True):
-            if part is not None and len(part) != len(self.context):
+        rows = {name: len(part) for name, part in self.parts().items()}
+        if not rows:
+            raise ValueError(f"Conditioning has no part: wanted one of {', '.join(_PARTS)}.")
+        first = next(iter(rows))
+        for name, number in rows.items():
+            if number != rows[first]:
                 raise ValueError(
-                    f"Conditioning {name} has {len(part)} rows, context {len(self.context)}: "
-                    "wanted one row per sample in each."
+                    f"Conditioning {name} has {number} rows, {first} {rows[first]}: wanted one row "
+                    "per sample in each."
                 )
+        if self.labels is not None and (self.labels.dtype != torch.int64 or self.labels.ndim != 1):
+            kind, shape = str(self.labels.dtype).removeprefix("torch."), tuple(self.labels.shape)
+            raise ValueError(
+                f"Conditioning labels are {kind} of shape {shape}: wanted int64 numbers of "
+                "classes, (B,), as in torch.tensor([3, 207])."
+            )
 
     def __len__(self) -> int:
-        return len(self.context)
+        return len(next(iter(self.parts().values())))
+
+    def parts(self) -> dict[str, Tensor]:
+        """Return the parts that there are, by name."""
+        named = {name: getattr(self, name) for name in _PARTS}
+        return {name: part for name, part in named.items() if part is not None}
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parts."""
+        return next(iter(self.parts().values())).device
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
+        """Change every part."""
+        return Conditioning(**{name: change(part) for name, part in self.parts().items()})
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Conditioning:
-        """Move all parts to a device, and cast context and pooled (sizes are exact pixels)."""
+        """Move all parts to a device, and cast context, pooled and concat; the others are exact."""
         return Conditioning(
-            self.context.to(device, dtype),
-            None if self.mask is None else self.mask.to(device),
-            None if self.pooled is None else self.pooled.to(device, dtype),
-            None if self.sizes is None else self.sizes.to(device),
+            **{
+                name: part.to(device, dtype if name in _CAST else None)
+                for name, part in self.parts().items()
+            }
         )
 
     def rows(self, start: int, stop: int) -> Conditioning:
         """Return the rows from `start` up to `stop`."""
-        return Conditioning(
-            *(None if part is None else part[start:stop] for part in self._parts())  # type: ignore[arg-type]
-        )
+        return self.map(lambda part: part[start:stop])
 
     def expand(self, batch_size: int) -> Conditioning:
         """Repeat a single row batch_size times; batch_size rows are returned unchanged.
@@ -68,12 +101,7 @@ class Conditioning:
             return self
         if len(self) != 1:
             raise ValueError(f"{len(self)} rows of conditioning for a batch of {batch_size}.")
-        return Conditioning(
-            *(
-                None if part is None else part.expand(batch_size, *part.shape[1:])
-                for part in self._parts()
-            )  # type: ignore[arg-type]
-        )
+        return self.map(lambda part: part.expand(batch_size, *part.shape[1:]))
 
     def where(self, keep: Tensor, other: Conditioning) -> Conditioning:
         """Use rows of `self` where `keep` (B,) is True, otherwise rows of `other` (B or 1 rows).
@@ -87,17 +115,16 @@ class Conditioning:
             )
         other = other.expand(len(self))
         _check_rows([self, other])
+        theirs = other.parts()
         return Conditioning(
-            *(
-                None
-                if a is None or b is None
-                else torch.where(
-                    keep.to(a.device).view(-1, *(1,) * (a.ndim - 1)),
-                    a,
-                    b.to(a),
+            **{
+                name: torch.where(
+                    keep.to(part.device).view(-1, *(1,) * (part.ndim - 1)),
+                    part,
+                    theirs[name].to(part),
                 )
-                for a, b in zip(self._parts(), other._parts(), strict=True)
-            )  # type: ignore[arg-type]
+                for name, part in self.parts().items()
+            }
         )
 
     @staticmethod
@@ -108,16 +135,16 @@ class Conditioning:
             ValueError: The batches have different parts or row shapes.
         """
         _check_rows(conditionings)
-        columns = zip(*(c._parts() for c in conditionings), strict=True)
         return Conditioning(
-            *(None if parts[0] is None else torch.cat(parts) for parts in columns)  # type: ignore[arg-type]
+            **{
+                name: torch.cat([getattr(each, name) for each in conditionings])
+                for name in conditionings[0].parts()
+            }
         )
-
-    def _parts(self) -> list[Tensor | None]:
-        return [getattr(self, name) for name in _PARTS]
 
 
 _PARTS = tuple(f.name for f in fields(Conditioning))
+_CAST = ("context", "pooled", "concat")
 
 
 def _check_rows(conditionings: Sequence[Conditioning]) -> None:
@@ -147,6 +174,17 @@ class Network(Protocol):
     """
 
     def __call__(self, x_t: Tensor, t: Tensor, conditioning: Conditioning | None) -> Tensor: ...
+
+
+@runtime_checkable
+class TimestepDenoiser(Protocol):
+    """A denoiser (x_t, t) -> x_0 that is told the timesteps of a step on the host."""
+
+    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor: ...
+
+    def at(self, t: int, s: int | None = None) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return the denoiser of the step from t to s."""
+        ...
 
 
 class Denoiser:
@@ -218,13 +256,13 @@ class Denoiser:
                 "both, or guidance=None."
             )
         else:
-            uncond = uncond.to(uncond.context.device, self.dtype)
+            uncond = uncond.to(uncond.device, self.dtype)
             self._both = Conditioning.cat([uncond.expand(len(self._cond)), self._cond])
 
     @property
     def device(self) -> torch.device | None:
         """Device of the conditioning, and required device of x_t. None = no conditioning."""
-        return None if self._cond is None else self._cond.context.device
+        return None if self._cond is None else self._cond.device
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Predict clean data.
@@ -356,4 +394,4 @@ def _parameter_dtype(network: Network) -> torch.dtype | None:
 
 
 def _cast(conditioning: Conditioning | None, dtype: torch.dtype | None) -> Conditioning | None:
-    return None if conditioning is None else conditioning.to(conditioning.context.device, dtype)
+    return None if conditioning is None else conditioning.to(conditioning.device, dtype)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Mapping
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from zsnr.failures import is_ours
 from zsnr.untrusted import clipped, shown
 
 
+@runtime_checkable
 class Described(Protocol):
     """A component that returns its constructor arguments as plain values."""
 

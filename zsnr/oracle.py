@@ -166,21 +166,18 @@ class EmpiricalDenoiser:
         return weights @ classes.to(weights)
 
     def network(self, x_t: Tensor, t: Tensor, conditioning: Conditioning | None) -> Tensor:
-        """Predict v, as a `Network`; the conditioning's context holds the class, (B, 1, 1).
+        """Predict v, as a `Network`; the conditioning's labels are the classes.
 
         t is what a network is told, `schedule.time`.
         """
         t = timesteps_at(self.schedule, t)
-        of = None if conditioning is None else conditioning.context.flatten(0).long()
+        of = None if conditioning is None else conditioning.labels
         x_0 = self(x_t, t, of)
         return to_v(x_0, x_t.to(x_0.dtype), *self.schedule(t), "sample")
 
     def guided(self, of: Tensor, guidance: Guidance | None) -> Denoiser:
         """Return the exact denoiser of one class per sample, (B,), guided away from the dataset."""
-        cond, uncond = (
-            Conditioning(classes.to(torch.float64).view(-1, 1, 1))
-            for classes in (of, torch.full_like(of, -1))
-        )
+        cond, uncond = (Conditioning(labels=classes) for classes in (of, torch.full_like(of, -1)))
         return Denoiser(self.network, self.schedule, "v_prediction", cond, uncond, guidance)
 
     def _rows(self, x: Tensor) -> Tensor:

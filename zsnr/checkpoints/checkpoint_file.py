@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,10 +24,10 @@ from zsnr.codecs import LatentCodec
 from zsnr.conditioning import Conditioner
 from zsnr.described import build, describe
 from zsnr.lora import with_base
-from zsnr.networks import UNet
+from zsnr.networks import DiffusionNetwork, describe_network
 from zsnr.prediction import PredictionType
 from zsnr.schedule import Schedule, schedule_from_settings
-from zsnr.untrusted import shown
+from zsnr.untrusted import clipped, shown
 from zsnr.weights.ldm_file import open_ldm_file
 from zsnr.weights.pretrained import is_weightless, reason
 from zsnr.weights.source import is_single_file
@@ -37,7 +40,7 @@ def describe_model(model: Model) -> dict[str, Any]:
     return {
         "codec": describe(model.codec),
         "conditioner": describe(model.conditioner),
-        "network": describe(model.network),
+        "network": describe_network(model.network),
         "schedule": model.schedule.settings(),
         "prediction_type": model.prediction_type,
         "image_size": model.image_size,
@@ -45,7 +48,12 @@ def describe_model(model: Model) -> dict[str, Any]:
 
 
 def read_checkpoint(
-    path: str | Path, *, ema: bool = True, base: str | None = None, raw_beside: bool = False
+    path: str | Path,
+    *,
+    ema: bool = True,
+    base: str | None = None,
+    raw_beside: bool = False,
+    network: nn.Module | type[nn.Module] | None = None,
 ) -> Model:
     """Read a checkpoint that training wrote, on the CPU; see also `without_weights`.
 
@@ -53,7 +61,11 @@ def read_checkpoint(
         path: The .ckpt file or sharded folder.
         ema: Use the averaged weights if there are any, else the raw ones.
         base: Path of the UNet on which adapters were trained. None = its original path.
-        raw_beside: Read the raw UNet too, beside the averaged one.
+        raw_beside: Read the raw network too, beside the averaged one.
+        network: A network of your own that the checkpoint holds the weights of, or its class, which
+            is then built with the arguments that the checkpoint records. No checkpoint names code
+            to run: only classes of this package, and those derived from DiffusionNetwork whose
+            module is imported, are built without it.
 
     Returns:
         The model; with adapters in its UNet, if they were trained.
@@ -61,7 +73,7 @@ def read_checkpoint(
     Raises:
         ValueError: The path does not exist, or is not a checkpoint of this package; or the UNet
             that adapters were trained on is missing, or has other weights; or `raw_beside` is set
-            and the checkpoint has no averaged weights.
+            and the checkpoint has no averaged weights; or `network` is needed, or does not fit.
     """
     path = Path(path)
     checkpoint = open_checkpoint(path)
@@ -70,7 +82,9 @@ def read_checkpoint(
     if base is not None:
         description = {**description, "network": with_base(description["network"], base)}
 
-    def with_network(network: UNet, raw_network: UNet | None = None) -> Model:
+    make = partial(build_network, path, description["network"], network)
+
+    def with_network(network: nn.Module, raw_network: nn.Module | None = None) -> Model:
         return Model(
             codec=build(description["codec"], LatentCodec),  # type: ignore[type-abstract]
             conditioner=build(description["conditioner"], Conditioner),  # type: ignore[type-abstract]
@@ -83,24 +97,72 @@ def read_checkpoint(
         )
 
     if is_weightless():
-        raw = build(description["network"], UNet) if raw_beside else None
-        return with_network(build(description["network"], UNet), raw)
+        return with_network(make(), make() if raw_beside else None)
     prefix, weights = _weights(path, checkpoint, ema)
     if raw_beside and prefix != "ema":
         raise ValueError(
             f"{path} has no averaged weights, which guidance against 'raw' needs beside the raw "
             "ones. Use guidance against 'negative', or train with model.ema."
         )
-    _check_fits(path, description["network"], UNet, weights, f"{prefix}.unet.")
-    _check_fits(path, description["conditioner"], Conditioner, weights, f"{prefix}.conditioner.")
-    model = with_network(_read_unet(path, description["network"], weights, f"{prefix}.unet."))
+    is_new = network is None and _is_new(description["network"])
+    if is_new:
+        _check_fits(path, make, weights, f"{prefix}.unet.")
+    if _is_new(description["conditioner"]):
+        build_conditioner = partial(build, description["conditioner"], Conditioner)  # type: ignore[type-abstract]
+        _check_fits(path, build_conditioner, weights, f"{prefix}.conditioner.")
+    model = with_network(_read_network(path, make, is_new, weights, f"{prefix}.unet."))
     if model.conditioner.trainable:
         _load(model.conditioner, weights, f"{prefix}.conditioner.", path)
     if not raw_beside:
         return model
     prefix, weights = _weights(path, checkpoint, ema=False)
-    raw = _read_unet(path, description["network"], weights, f"{prefix}.unet.")
+    raw = _read_network(path, make, is_new, weights, f"{prefix}.unet.")
     return replace(model, raw_network=raw)
+
+
+def build_network(
+    path: Path, description: Any, network: nn.Module | type[nn.Module] | None = None
+) -> nn.Module:
+    """Build the network that a checkpoint describes, without its weights.
+
+    Args:
+        path: The checkpoint, for the messages.
+        description: The result of `describe_network`.
+        network: See `read_checkpoint`. A copy of a module is returned.
+
+    Raises:
+        ValueError: It is a class that must be named, or another one is.
+    """
+    if network is None:
+        check_allowed(path, description)
+        return build(description, DiffusionNetwork)
+    if isinstance(network, nn.Module):
+        return copy.deepcopy(network)
+    arguments = description.get("init_args") if isinstance(description, Mapping) else None
+    if arguments is None:
+        raise ValueError(
+            f"{path} does not record the arguments of its network, which Python code built: give "
+            f"the network itself, as in network={network.__name__}(...)."
+        )
+    return network(**arguments)
+
+
+def check_allowed(path: Path, description: Any) -> None:
+    """Refuse a network whose class a checkpoint alone may not name.
+
+    Raises:
+        ValueError: It is of another package, and not derived from DiffusionNetwork.
+    """
+    name = description.get("class_path") if isinstance(description, Mapping) else None
+    if isinstance(name, str) and not name.startswith("zsnr."):
+        module, _, cls = name.rpartition(".")
+        known = getattr(sys.modules.get(module), cls, None)
+        if not (isinstance(known, type) and issubclass(known, DiffusionNetwork)):
+            raise ValueError(
+                f"{path} holds the weights of the network {shown(name)}, and no checkpoint chooses "
+                f"code to run. Name it yourself: network={clipped(cls, 60)} in Python, --network "
+                f"{clipped(name, 100)} of a command, or model.network in a config."
+            )
 
 
 def declared_sampling(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -149,22 +211,16 @@ def _check_description(path: Path, description: Mapping[str, Any]) -> Schedule:
 
 
 def _check_fits(
-    path: Path,
-    description: Any,
-    base: type[nn.Module],
-    weights: Mapping[str, Tensor],
-    prefix: str,
+    path: Path, make: Callable[[], nn.Module], weights: Mapping[str, Tensor], prefix: str
 ) -> None:
     """Refuse a network with more weights than the checkpoint, before memory is allocated.
 
     Raises:
         ValueError: The network is larger than the stored weights.
     """
-    if not _is_new(description):
-        return  # a pretrained network determines its size, or it has no weights
     stored = sum(w.numel() for name, w in weights.items() if name.startswith(prefix))
     with torch.device("meta"):
-        needed = sum(weight.numel() for weight in build(description, base).parameters())
+        needed = sum(weight.numel() for weight in make().parameters())
     if needed > stored:
         raise ValueError(
             f"{path} has {stored} weights in {prefix}*, and describes a network of {needed}: it is "
@@ -191,21 +247,27 @@ def _weights(path: Path, checkpoint: dict[str, Any], ema: bool) -> tuple[str, di
     raise ValueError(f"{path} is damaged: it lacks weights.")
 
 
-def _read_unet(path: Path, description: Any, weights: dict[str, Tensor], prefix: str) -> UNet:
-    """Build the UNet with its stored weights; a new one is not initialized first.
+def _read_network(
+    path: Path,
+    make: Callable[[], nn.Module],
+    is_new: bool,
+    weights: dict[str, Tensor],
+    prefix: str,
+) -> nn.Module:
+    """Build a network with its stored weights; a new one is not initialized first.
 
     Raises:
-        ValueError: The weights do not fit the description.
+        ValueError: The weights do not fit it.
     """
-    if _is_new(description):
+    if is_new:
         with torch.device("meta"):
-            unet = build(description, UNet)
-        _load(unet, weights, prefix, path, assign=True)
-        if not any(tensor.is_meta for tensor in (*unet.parameters(), *unet.buffers())):
-            return unet
-    unet = build(description, UNet)  # it has weights, or tensors, that the checkpoint does not hold
-    _load(unet, weights, prefix, path)
-    return unet
+            network = make()
+        _load(network, weights, prefix, path, assign=True)
+        if not any(tensor.is_meta for tensor in (*network.parameters(), *network.buffers())):
+            return network
+    network = make()  # it has weights, or tensors, that the checkpoint does not hold
+    _load(network, weights, prefix, path)
+    return network
 
 
 def _load(

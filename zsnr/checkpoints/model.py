@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+
 from zsnr.codecs import LatentCodec
 from zsnr.conditioning import Conditioner
 from zsnr.networks import UNet
@@ -20,7 +22,7 @@ class Model:
     Args:
         codec: Converts images to latents and back.
         conditioner: Converts prompts to conditioning.
-        network: The network.
+        network: The network, (x_t, t, conditioning) -> raw output.
         schedule: The schedule it was trained on.
         prediction_type: What the network predicts.
         image_size: Height and width it was trained at, in pixels.
@@ -32,9 +34,28 @@ class Model:
 
     codec: LatentCodec
     conditioner: Conditioner
-    network: UNet
+    network: nn.Module
     schedule: Schedule
     prediction_type: PredictionType
     image_size: int
-    raw_network: UNet | None = None
+    raw_network: nn.Module | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
+
+
+def as_unet(network: nn.Module, purpose: str) -> UNet:
+    """Return a network that is a UNet of diffusers.
+
+    Args:
+        network: A network of a model.
+        purpose: What a UNet is wanted for, as the beginning of a sentence.
+
+    Raises:
+        ValueError: It is another network.
+    """
+    if not isinstance(network, UNet):
+        raise ValueError(
+            f"{purpose} needs a UNet of diffusers, and the model's network is a "
+            f"{type(network).__name__}: sample its checkpoint as it is, by "
+            "zsnr.pipeline.TextToImage."
+        )
+    return network

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Self
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from zsnr.assets import resolve_asset
 from zsnr.codecs.base import LatentCodec
+from zsnr.untrusted import shown
 from zsnr.weights.ldm_file import default_part
 from zsnr.weights.pretrained import Precision, as_dtype, load_pretrained, load_whole, read_config
 from zsnr.weights.source import digest, find_weights
@@ -41,7 +43,8 @@ class AutoencoderKLCodec(LatentCodec):
             or "asset:openmoji_vae", the small VAE that is bundled with this package.
         subfolder: Folder inside `pretrained`, such as "vae" in a Stable Diffusion folder.
         scale: Latents are (raw - shift) * scale. None = the config's scaling_factor. The file of a
-            VAE alone does not tell it: 0.18215 for Stable Diffusion 1 and 2, 0.13025 for XL.
+            VAE alone does not tell it: 0.18215 for Stable Diffusion 1 and 2, 0.13025 for XL. Where
+            the config has latents_mean and latents_std, each channel is standardized by them first.
         shift: Subtracted before the scale is applied. None = the config's shift_factor, or 0 if it
             has none.
         dtype: Precision of the computation. VAEs whose config sets force_upcast overflow in float16
@@ -95,6 +98,7 @@ class AutoencoderKLCodec(LatentCodec):
         for name, value in (("scaling_factor", self.scale), ("shift_factor", self.shift)):
             if not isinstance(value, int | float) or not math.isfinite(value):
                 raise ValueError(f"{name}={value!r} of {pretrained}: wanted a number.")
+        self._channels = _channel_statistics(config, pretrained)
         if self.scale == 0:
             raise ValueError(f"scaling_factor=0 of {pretrained}: wanted another number.")
 
@@ -102,18 +106,35 @@ class AutoencoderKLCodec(LatentCodec):
     def encode(self, images: Tensor) -> Tensor:
         self.latent_shape(*images.shape[-2:])
         with torch.autocast(images.device.type, enabled=False):  # the codec chooses the dtype
-            posterior = self._vae.encode(images.to(self._dtype)).latent_dist
+            posterior = self.vae.encode(images.to(self._dtype)).latent_dist
         return torch.cat([posterior.mean, posterior.std], dim=1).float()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        raw = latents / self.scale + self.shift
+        raw = self.raw(latents)
         with torch.autocast(latents.device.type, enabled=False):
-            images: Tensor = self._vae.decode(raw.to(self._dtype)).sample
+            images: Tensor = self.vae.decode(raw.to(self._dtype)).sample
         return images.float()
+
+    def standardized(self, raw: Tensor) -> Tensor:
+        """Return latents, standardized per channel where the VAE's config has latents_mean."""
+        if self._channels is not None:
+            mean, std = (part.to(raw) for part in self._channels)
+            raw = (raw - mean) / std
+        return super().standardized(raw)
+
+    def raw(self, latents: Tensor) -> Tensor:
+        """Return the raw latents that the decoder takes; the inverse of `standardized`."""
+        raw = super().raw(latents)
+        if self._channels is None:
+            return raw
+        mean, std = (part.to(raw) for part in self._channels)
+        return raw * std + mean
 
     def to(self, device: torch.device | str) -> AutoencoderKLCodec:
         self._device = torch.device(device)
+        if self._channels is not None:
+            self._channels = [part.to(self._device) for part in self._channels]
         if self._loaded is not None:
             self._loaded.to(self._device)
         return self
@@ -140,7 +161,7 @@ class AutoencoderKLCodec(LatentCodec):
         }
 
     @property
-    def _vae(self) -> AutoencoderKL:
+    def vae(self) -> AutoencoderKL:
         self.load()
         return self._loaded
 
@@ -162,6 +183,30 @@ class AutoencoderKLCodec(LatentCodec):
         if self._slicing:
             vae.enable_slicing()
         return vae
+
+
+def _channel_statistics(config: Mapping[str, Any], pretrained: str) -> list[Tensor] | None:
+    """Return latents_mean and latents_std of a config, each (C, 1, 1); None if it has neither.
+
+    Raises:
+        ValueError: They are not one number for each channel.
+    """
+    parts = [config["latents_mean"], config["latents_std"]]
+    if parts == [None, None]:
+        return None
+    for name, part in zip(("latents_mean", "latents_std"), parts, strict=True):
+        numbers = part if isinstance(part, list | tuple) else []
+        finite = all(isinstance(n, int | float) and math.isfinite(n) for n in numbers)
+        if (
+            len(numbers) != config["latent_channels"]
+            or not finite
+            or (0 in numbers and "std" in name)
+        ):
+            raise ValueError(
+                f"{name}={shown(part)} of {pretrained}: wanted a number for each of the "
+                f"{config['latent_channels']} channels."
+            )
+    return [torch.tensor(part, device="cpu").view(-1, 1, 1) for part in parts]
 
 
 def _full_config(source: str, subfolder: str, use_safetensors: bool) -> dict[str, Any]:

@@ -78,8 +78,15 @@ class LatentCodec(ABC):
             z: Standard normal noise (B, C, h, w). None = the mean itself.
         """
         mean, std = moments.chunk(2, dim=1)
-        raw = mean if z is None else mean + std * z
+        return self.standardized(mean if z is None else mean + std * z)
+
+    def standardized(self, raw: Tensor) -> Tensor:
+        """Return latents (raw - shift) * scale."""
         return (raw - self.shift) * self.scale
+
+    def raw(self, latents: Tensor) -> Tensor:
+        """Return the raw latents that the decoder takes, latents / scale + shift."""
+        return latents / self.scale + self.shift
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Return (C, h, w) of an image's latents.

@@ -34,7 +34,7 @@ class PixelCodec(LatentCodec):
         return torch.cat([mean, torch.zeros_like(mean)], dim=1)
 
     def decode(self, latents: Tensor) -> Tensor:
-        return pixel_shuffle(latents.float() / self.scale + self.shift, self.factor)
+        return pixel_shuffle(self.raw(latents.float()), self.factor)
 
     def to(self, device: torch.device | str) -> PixelCodec:
         return self

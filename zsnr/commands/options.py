@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict, get_type_hints
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypedDict, get_type_hints
 from zsnr.commands.parsing import suggestion
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from zsnr.codecs import LatentCodec
     from zsnr.schedule import NoiseSchedule
 
@@ -114,6 +117,28 @@ def find_codec(name: str | None, subfolder: str | None) -> LatentCodec | None:
     if name is None:
         return None
     return PixelCodec() if name == "pixels" else AutoencoderKLCodec(name, subfolder=subfolder)
+
+
+def find_network(path: str | None) -> type[nn.Module] | None:
+    """Import the network that --network names; None = the option is not given.
+
+    Raises:
+        ValueError: There is no such class.
+    """
+    from torch import nn
+
+    if path is None:
+        return None
+    module, _, name = path.rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"--network {path}: {error}. Is the folder of the file in PYTHONPATH?"
+        ) from error
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise ValueError(f"--network {path} is not an nn.Module.")
+    return cls
 
 
 def refuse(given: Mapping[str, Any], why: str) -> None:

@@ -1,6 +1,7 @@
 """Conditioners: encoders of prompts into the network's conditioning."""
 
 from zsnr.conditioning.base import Conditioner
+from zsnr.conditioning.class_labels import ClassLabels
 from zsnr.conditioning.null import NullConditioner
 from zsnr.conditioning.open_clip_text import OpenClipConditioner
 from zsnr.conditioning.remembered import Remembered
@@ -8,6 +9,7 @@ from zsnr.conditioning.sdxl_text import SDXLConditioner
 from zsnr.conditioning.transformers_text import TransformersConditioner
 
 __all__ = [
+    "ClassLabels",
     "Conditioner",
     "NullConditioner",
     "OpenClipConditioner",

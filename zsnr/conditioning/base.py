@@ -27,7 +27,8 @@ class Conditioner(nn.Module):
         pretrained: See below.
 
     Attributes:
-        context_dim: D of the context (B, L, D).
+        context_dim: D of the context (B, L, D); 0 = there is none.
+        num_labels: Number of class labels, with the null class; 0 = there are none.
         pooled_dim: P of the pooled embedding (B, P); 0 = there is none.
         trainable: Whether training updates it. A frozen conditioner is not part of a state dict.
         pretrained: Whether its weights can be loaded again from its settings alone.
@@ -39,6 +40,7 @@ class Conditioner(nn.Module):
     """
 
     context_dim: int
+    num_labels: int = 0
     pooled_dim: int = 0
     max_length: int = 1
     tokenizer: PromptTokenizer | None = None

@@ -47,9 +47,10 @@ class Remembered(Conditioner):
         Raises:
             ValueError: The embedding is not one row of this conditioner's width.
         """
-        if len(row) != 1 or row.context.shape[-1] != self.context_dim:
+        shape = (len(row), 0, 0) if row.context is None else tuple(row.context.shape)
+        if len(row) != 1 or shape[-1] != self.context_dim:
             raise ValueError(
-                f"An embedding of shape {tuple(row.context.shape)} for {prompt!r}: wanted one row, "
+                f"An embedding of shape {shape} for {prompt!r}: wanted one row, "
                 f"(1, L, {self.context_dim})."
             )
         pooled = 0 if row.pooled is None else row.pooled.shape[-1]
@@ -62,7 +63,7 @@ class Remembered(Conditioner):
 
     def null(self) -> Conditioning:
         """Encode the null prompt, one row; training uses it in every step."""
-        if self._null is None or self._null.context.device != self._place.device:
+        if self._null is None or self._null.device != self._place.device:
             self._null = super().null()
         return self._null
 
@@ -110,9 +111,4 @@ class Remembered(Conditioner):
 
 def _row(cond: Conditioning, i: int) -> Conditioning:
     """Copy a row to the CPU."""
-    return Conditioning(
-        *(
-            None if part is None else part[i : i + 1].detach().to("cpu", copy=True)
-            for part in (cond.context, cond.mask, cond.pooled, cond.sizes)
-        )  # type: ignore[arg-type]
-    )
+    return cond.map(lambda part: part[i : i + 1].detach().to("cpu", copy=True))

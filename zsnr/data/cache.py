@@ -469,8 +469,7 @@ class _Encoder:
 
 
 def _columns(cond: Conditioning) -> dict[str, Tensor]:
-    parts = {"context": cond.context, "mask": cond.mask, "pooled": cond.pooled}
-    return {TEXT + name: part for name, part in parts.items() if part is not None}
+    return {TEXT + name: part for name, part in cond.parts().items()}
 
 
 def _stored_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
+from zsnr.interop.scheduler_config import schedule_text
 from zsnr.metrics.brightness import retained_fraction
 from zsnr.prediction import PredictionType
-from zsnr.schedule import Schedule
+from zsnr.schedule import Schedule, schedule_from_settings
 from zsnr.untrusted import clipped, printable
 
 Verdict = Literal["fixed", "flawed", "inconsistent", "unreadable", "unknown"]
@@ -136,7 +137,7 @@ def _rows(facts: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
         name = key.replace("_", " ")
         match key:
             case "schedule":
-                yield name, _schedule_text(value)
+                yield name, schedule_text(schedule_from_settings(value))
             case "snr_T" | "sqrt_abar_T":
                 yield {"snr_T": "SNR_T", "sqrt_abar_T": "sqrt(abar_T)"}[key], f"{value:.6g}"
             case "kept_brightness":
@@ -168,7 +169,7 @@ def _rows(facts: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
                 )
             case "timestep_law":
                 visits = facts["terminal_visits"]
-                yield name, f"{value!r}; the last timestep is visited {visits:.3g} times as often"
+                yield name, f"{value!r}; visits the last timestep {visits:.3g} times as often as uniform"
             case "terminal_visits":
                 continue
             case "loss_weight_t900":
@@ -186,24 +187,6 @@ def _brightness_text(fraction: float) -> str:
     return (
         f"samples can span about {100 * fraction:.1f} % of the range of the training images "
         f"(estimated for latents whose mean has a signal-to-noise ratio of {SCALE})"
-    )
-
-
-def _schedule_text(settings: Mapping[str, Any]) -> str:
-    T = settings["num_timesteps"]
-    if "shift" in settings:
-        return f"rectified flow, shift {settings['shift']:g}, T = {T}"
-    if settings["alphas_cumprod_table"] is not None:
-        name = "custom table"
-    else:
-        ends = (settings["beta_start"], settings["beta_end"])
-        name = settings["betas"]
-        name += f" {ends[0]:g} to {ends[1]:g}" if None not in ends else ""
-    shift = settings.get("snr_shift", 1)
-    return (
-        f"{name}, T = {T}"
-        + (f", SNR divided by {shift:g}" if shift != 1 else "")
-        + (", rescaled to zero terminal SNR" if settings["zero_terminal_snr"] else "")
     )
 
 

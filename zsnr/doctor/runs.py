@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -17,39 +20,15 @@ from zsnr.loss import LossWeighting
 from zsnr.prediction import PredictionType
 from zsnr.samplers import get_sampler, recommend_sampling
 from zsnr.samplers.recommend import AUTO, resolve_sampling
-from zsnr.sampling import recorded_guidance
+from zsnr.sampling import Sampling, describe_sampling, recorded_guidance
 from zsnr.schedule import NoiseSchedule, RectifiedFlow, Schedule
 from zsnr.timestep_law import MIN_TERMINAL_SHARE, TimestepLaw
 from zsnr.timesteps import check_timesteps, get_timesteps, is_grid_file
 from zsnr.untrusted import check_inside, clipped, open_regular, read_json, read_yaml, shown
 
-DEFAULT_SAMPLING = {
-    "sampler": "ddim",
-    "num_steps": 50,
-    "spacing": "trailing",
-    "guidance_scale": Guidance().scale,
-    "guidance_rescale": Guidance().rescale,
-    "guidance_interval": Guidance().interval,
-}
-# Parameters of LatentDiffusion and Sampling: without them, a typo would be judged as the default.
-MODEL_KEYS = (
-    *(
-        "codec",
-        "conditioner",
-        "network",
-        "schedule",
-        "prediction_type",
-        "loss",
-        "timestep_law",
-        "caption_dropout",
-    ),
-    *("offset_noise", "optimizer", "learning_rate", "ema", "sampling", "gradient_checkpointing"),
-    *("compile", "max_skipped_steps", "image_size", "seed", "lora", "terminal_window"),
-    "tf32",
-)
+DEFAULT_SAMPLING = describe_sampling(Sampling())
 RENAMED_KEYS = {"model.unet": "model.network"}
 """Settings that had another name in earlier versions."""
-SAMPLING_KEYS = ("num_steps", "spacing", "sampler", "guidance")
 # The cost of spacings that leave out noise levels next to SNR 0: the spread of the brightness of
 # 64x64 images at 5 to 10 steps (5 to 25 for beta), with DDIM and DPM-Solver++ 2M.
 _LATE_LEVELS = (
@@ -157,9 +136,9 @@ def examine_yaml(target: str, path: Path, num_steps: Sequence[int]) -> Diagnosis
     if not isinstance(block, dict) or not isinstance(model, dict):
         raise ValueError(f"{path} has no `model:` block: wanted a YAML of `zsnr fit`.")
     if "class_path" not in block:  # another class has other parameters
-        _check_keys(path, "model", model, MODEL_KEYS)
+        _check_keys(path, "model", model, model_settings())
     sampling = _block(path, "model.sampling", _init_args(model.get("sampling")))
-    _check_keys(path, "model.sampling", sampling, SAMPLING_KEYS)
+    _check_keys(path, "model.sampling", sampling, [*inspect.signature(Sampling).parameters])
     guidance = _block(path, "model.sampling.guidance", _init_args(sampling.get("guidance")))
     options = [option.name for option in fields(Guidance)]
     _check_keys(path, "model.sampling.guidance", guidance, options)
@@ -343,6 +322,23 @@ def _block(path: Path, name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise ValueError(f"{path}: {name} is {shown(value)}: wanted settings by name.")
     return value
+
+
+@cache
+def model_settings() -> tuple[str, ...]:
+    """Return the names of LatentDiffusion's settings, read from its source.
+
+    Without them, a typo would be judged as the default; importing the class imports Lightning.
+    """
+    source = Path(__file__).parents[1] / "training" / "module.py"
+    [init] = [
+        function
+        for node in ast.parse(source.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef) and node.name == "LatentDiffusion"
+        for function in node.body
+        if isinstance(function, ast.FunctionDef) and function.name == "__init__"
+    ]
+    return tuple(argument.arg for argument in init.args.args[1:])
 
 
 def _check_keys(path: Path, name: str, settings: Mapping[Any, Any], known: Sequence[str]) -> None:

@@ -13,9 +13,9 @@ from zsnr.checkpoints.run_facts import published
 from zsnr.guidance import Guidance
 from zsnr.interop.declarations import is_stable_diffusions
 from zsnr.interop.declared import SCHEDULERS
-from zsnr.interop.scheduler_config import needs_table
+from zsnr.interop.scheduler_config import needs_table, schedule_text
 from zsnr.render import render
-from zsnr.schedule import NoiseSchedule, beta_ends
+from zsnr.schedule import NoiseSchedule
 from zsnr.untrusted import printable
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def model_card(name: str, facts: Mapping[str, Any]) -> str:
         "sigma": float(sigma),
         "snr": float(schedule.snr[-1]),
         "T": schedule.num_timesteps,
-        "schedule": _schedule(schedule),
+        "schedule": schedule_text(schedule),
         "prediction_type": facts["prediction_type"],
         "table_needed": needs_table(schedule),
         "standard_schedule": is_stable_diffusions(schedule),
@@ -169,19 +169,6 @@ def _number(value: Any, default: float) -> float:
     """Take a number, and nothing else: it goes into code that people run."""
     fine = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return value if fine else default
-
-
-def _schedule(schedule: NoiseSchedule) -> str:
-    zero = schedule.zero_terminal_snr
-    T = f"T = {schedule.num_timesteps}"
-    if schedule.alphas_cumprod_table is not None:
-        return f"custom table, {T}" + (", rescaled to zero terminal SNR" if zero else "")
-    if schedule.betas == "cosine":
-        return f"cosine, {T}, " + ("without its cap of 0.999" if zero else "capped at 0.999")
-    first, last = beta_ends(schedule)
-    return f"{schedule.betas}, {T}, beta {first:g} to {last:g}" + (
-        ", rescaled to zero terminal SNR" if zero else ""
-    )
 
 
 def _divisors(T: int) -> str:

@@ -95,6 +95,39 @@ def read_parts(
     return codec, conditioner, unet
 
 
+def text_problem(settings: Mapping[str, Any], model_type: str) -> str | None:
+    """Say what of a text encoder other programs do not have, as an object of "has". None = nothing.
+
+    Args:
+        settings: Settings of a TransformersConditioner.
+        model_type: That of the encoder's config.
+    """
+    if model_type not in ("clip", "clip_text_model"):
+        return (
+            f"a text encoder of type {model_type!r}, where Stable Diffusion has a CLIP text model: "
+            "train with one ('clip_text_model') to export"
+        )
+    if settings.get("use_mask"):
+        return (
+            "use_mask: true, but other programs do not mask padding in the text encoder: train "
+            "with use_mask: false to export"
+        )
+    if settings.get("layer", -1) != -1 and not settings.get("final_norm", True):
+        return (
+            "final_norm: false, but other programs always apply the final norm to the context: "
+            "train with final_norm: true to export"
+        )
+    return None
+
+
+def used_layers(conditioner: TransformersConditioner) -> int:
+    """Return how many of a CLIP text encoder's layers the context needs."""
+    encoder: Any = conditioner.encoder
+    layers, layer = int(encoder.config.num_hidden_layers), conditioner.settings()["layer"]
+    # hidden_states[i] is the output of i layers; that of the last layer, [-1], includes the norm.
+    return layers if layer == -1 else range(layers + 1)[layer]
+
+
 def _side(source: str, sample_size: Any) -> int:
     """Return the side of the latents in a UNet's config; by default that of Stable Diffusion 1."""
     sides = sample_size if isinstance(sample_size, list | tuple) else [sample_size or 64]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import nn
 
 from zsnr.checkpoints import Model, read_checkpoint
 from zsnr.checkpoints.run_folder import is_checkpoint
@@ -22,6 +23,7 @@ def read_model(
     schedule: NoiseSchedule | None = None,
     prediction_type: PredictionType | None = None,
     raw_beside: bool = False,
+    network: nn.Module | type[nn.Module] | None = None,
 ) -> Model:
     """Read a model; codec and text encoders are loaded when they are first used.
 
@@ -30,14 +32,19 @@ def read_model(
         schedule: Schedule to use instead of the declared one.
         prediction_type: Prediction type to use instead of the declared one.
         raw_beside: Also load the raw weights of a checkpoint.
+        network: See `read_checkpoint`.
 
     Raises:
         ValueError: The source cannot be read.
     """
+    if network is not None and not is_checkpoint(source):
+        raise ValueError(
+            f"{source} is no checkpoint of zsnr: a network of your own has no weights there."
+        )
     if is_single_file(source):
         return read_single_file(source, schedule, prediction_type)
     if is_checkpoint(source):
-        model = read_checkpoint(source, raw_beside=raw_beside)
+        model = read_checkpoint(source, raw_beside=raw_beside, network=network)
         model = model if schedule is None else replace(model, schedule=schedule)
     else:
         model = read_diffusers_folder(source, schedule)

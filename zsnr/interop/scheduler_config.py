@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from zsnr.prediction import PredictionType, check_prediction_type
-from zsnr.schedule import NoiseSchedule, beta_ends
+from zsnr.schedule import NoiseSchedule, RectifiedFlow, beta_ends
 
 _KINDS = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 _ULP = 2.0**-24  # the smallest step of 1 - beta in float32
@@ -42,6 +42,23 @@ def scheduler_config(schedule: NoiseSchedule, prediction_type: PredictionType) -
         "clip_sample": False,
         "thresholding": False,
     }
+
+
+def schedule_text(schedule: NoiseSchedule | RectifiedFlow) -> str:
+    """Describe a schedule in words."""
+    T = f"T = {schedule.num_timesteps}"
+    if isinstance(schedule, RectifiedFlow):
+        return f"rectified flow, shift {schedule.shift:g}, {T}"
+    zero, shift = schedule.zero_terminal_snr, schedule.snr_shift
+    divided = "" if shift == 1 else f", SNR divided by {shift:g}"
+    if schedule.betas == "cosine" and schedule.alphas_cumprod_table is None:
+        cap = "without its cap of 0.999" if zero else "capped at 0.999"
+        return f"cosine, {T}, {cap}{divided}"
+    text = f"custom table, {T}"
+    if schedule.alphas_cumprod_table is None:
+        first, last = beta_ends(schedule)
+        text = f"{schedule.betas}, {T}, beta {first:g} to {last:g}"
+    return text + divided + (", rescaled to zero terminal SNR" if zero else "")
 
 
 def needs_table(schedule: NoiseSchedule) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from zsnr.codecs import LatentCodec
 from zsnr.conditioning import Conditioner
 from zsnr.denoiser import Conditioning
-from zsnr.networks import UNet
+from zsnr.networks import blocks_of, enable_gradient_checkpointing, takes_sizes
 from zsnr.planning.memory import (
     LiveBytes,
     fake_tensors,
@@ -75,7 +75,7 @@ class Layout:
         sharding: How the weights are divided.
         micro_batch: Images per forward pass and rank.
         accumulation: Forward passes per step.
-        checkpointing: Whether activations of the UNet are recomputed in the backward pass.
+        checkpointing: Whether activations of the network are recomputed in the backward pass.
     """
 
     sharding: Sharding
@@ -89,7 +89,7 @@ class Parts:
     """The parts of a run, on the meta device, where tensors need no memory.
 
     Args:
-        unet: Trained.
+        network: Trained.
         conditioner: Trained or frozen.
         codec: Frozen.
         image_size: Height and width in pixels.
@@ -102,7 +102,7 @@ class Parts:
         averaged: Whether the weights are averaged.
     """
 
-    unet: UNet
+    network: nn.Module
     conditioner: Conditioner
     codec: LatentCodec
     image_size: int
@@ -116,7 +116,7 @@ class Parts:
 
     def trained(self) -> nn.ModuleDict:
         """Return the modules that are trained."""
-        parts: dict[str, nn.Module] = {"unet": self.unet}
+        parts: dict[str, nn.Module] = {"unet": self.network}
         if self.conditioner.trainable:
             parts["conditioner"] = self.conditioner
         return nn.ModuleDict(parts)
@@ -198,8 +198,8 @@ def gathered_size(trained: nn.ModuleDict, sharding: Sharding) -> int:
     """Sum the peak of what FSDP gathers; see `Need`."""
     if sharding.kind != "FSDP":
         return 0
-    unet: Any = trained["unet"]
-    blocks: list[nn.Module] = unet.blocks()
+    network = trained["unet"]
+    blocks = blocks_of(network) or [nn.Identity()]
 
     def whole(module: nn.Module, dtype: torch.dtype | None = sharding.param_dtype) -> int:
         return shard_size(module.parameters(), 1, dtype)
@@ -213,8 +213,8 @@ def gathered_size(trained: nn.ModuleDict, sharding: Sharding) -> int:
     )
     others = sum(whole(part) for name, part in trained.items() if name != "unet")
     if sharding.reshard_after_forward:
-        return whole(unet) - sum(sizes) + max(weights + gradients, others)
-    return whole(unet) - sum(sizes) + weights + gradients + others
+        return whole(network) - sum(sizes) + max(weights + gradients, others)
+    return whole(network) - sum(sizes) + weights + gradients + others
 
 
 def accumulated_size(trained: nn.ModuleDict, layout: Layout) -> int:
@@ -269,7 +269,7 @@ def training_pass(
     Args:
         parts: The parts of the run.
         micro_batch: Number of images.
-        checkpointing: Whether activations of the UNet are recomputed.
+        checkpointing: Whether activations of the network are recomputed.
         dtype: Dtype that the network computes in. None = that of its parameters.
 
     Returns:
@@ -279,13 +279,13 @@ def training_pass(
     with parts.computing():
         whole = parts.trained()
         trained = with_fake_tensors(whole, [whole], dtype).train()
-        unet: Any = trained["unet"]
+        network = trained["unet"]
         conditioner: Any = dict(trained.items()).get("conditioner")
         if checkpointing:
-            unet.enable_gradient_checkpointing()
+            enable_gradient_checkpointing(network)
         if parts.on_gpu and parts.autocast is not None:
             norms_in_float32(trained)
-        weights = next(unet.parameters())
+        weights = next(network.parameters())
         shape = parts.codec.latent_shape(parts.image_size, parts.image_size)
         x_t = torch.empty(micro_batch, *shape, dtype=weights.dtype)
         t = torch.zeros(micro_batch, dtype=torch.int64)
@@ -303,9 +303,9 @@ def training_pass(
             with kept_for_backward(known) as kept:
                 cond = _encoded(conditioner, micro_batch) if frozen is None else frozen
                 cond = cond.to(x_t.device, weights.dtype)
-                if unet.takes_sizes:
+                if takes_sizes(network):
                     cond = replace(cond, sizes=torch.ones(micro_batch, 6, dtype=torch.int64))
-                output = unet(x_t, t, cond)
+                output = network(x_t, t, cond)
                 loss = (output.float() - target).square().mean()
             loss.backward()
         return sum(kept.values()), max(live.peak, sum(kept.values()))
@@ -483,7 +483,7 @@ def find_way_out(parts: Parts, layout: Layout, batch_size: int, memory: int) -> 
     """
     first = layout.sharding
     shardings = [first]
-    adapters = len(trainable(parts.unet)) < len(list(parts.unet.parameters()))
+    adapters = len(trainable(parts.network)) < len(list(parts.network.parameters()))
     if first.kind != "FSDP" and first.ranks > 1 and not adapters:  # those are never sharded
         shardings.append(replace(first, kind="FSDP", shards=first.ranks))
     elif first.kind == "FSDP" and first.shards < first.ranks:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import OptimizerCallable
+from torch import nn
+from torch.utils.data import Dataset
 
 from zsnr.checkpoints import Model
 from zsnr.codecs import LatentCodec
@@ -17,7 +19,7 @@ from zsnr.data.cache import Cache, find_cache
 from zsnr.data.order import accumulation
 from zsnr.interop.models import load_parts
 from zsnr.lora import AdaptedUNet, LoRA
-from zsnr.networks import UNet, UNetConfig
+from zsnr.networks import UNet, UNetConfig, inputs_of
 from zsnr.planning.estimate import (
     GIB,
     Layout,
@@ -90,9 +92,9 @@ def make_plan(
     if measure:
         images_per_second = data.batch_size / seconds_per_step(config, data, layout)
     too_much = limit is not None and needed.total > limit
-    counts = {"UNet": _count(parts.unet.parameters())}
-    if isinstance(parts.unet, AdaptedUNet):
-        counts["of which trained"] = _count(trainable(parts.unet))
+    counts = {_label(parts.network): _count(parts.network.parameters())}
+    if isinstance(parts.network, AdaptedUNet):
+        counts["of which trained"] = _count(trainable(parts.network))
     text = _count(parts.conditioner.parameters())
     if text:
         counts["text encoder"] = text
@@ -133,13 +135,13 @@ def read_for_sampling(config: Any, request: Request) -> Model:
     model = Model(
         codec=parts.codec,
         conditioner=parts.conditioner,
-        unet=parts.unet,
+        network=parts.network,
         schedule=NoiseSchedule(),
         prediction_type="v_prediction",
         image_size=parts.image_size,
     )
     with torch.device("meta"), without_weights():
-        return load_parts(model, chosen, vae_tiling=request.vae_tiling)
+        return load_parts(model, chosen, vae=request.vae, vae_tiling=request.vae_tiling)
 
 
 def read_sharding(trainer: Any, ranks: int | None, ranks_per_node: int | None) -> Sharding:
@@ -220,7 +222,8 @@ def read_parts(config: Any, data: DataModule) -> Parts:
             f"trainer.precision={precision} would keep averaged weights in half precision: use "
             "bf16-mixed, FullyShardedStrategy's param_dtype, or model.ema null."
         )
-    caches = [find_cache(source) for source in (data.train, data.val) if source is not None]
+    sources = [each for each in (data.train, data.val) if each is not None]
+    caches = [None if isinstance(each, Dataset) else find_cache(each) for each in sources]
     train: Cache | None = caches[0] if data.train is not None else None
     images = not caches or any(cache is None for cache in caches)
     text = not caches or any(cache is None or cache.conditioner is None for cache in caches)
@@ -232,25 +235,23 @@ def read_parts(config: Any, data: DataModule) -> Parts:
         codec: Any = build("codec", LatentCodec, model.codec)
         conditioner: Any = build("conditioner", Conditioner, model.conditioner)
         codec.latent_shape(data.image_size, data.image_size)
-        wanted = {
-            "channels": codec.channels,
-            "context_dim": conditioner.context_dim,
-            "pooled_dim": conditioner.pooled_dim,
-        }
+        wanted: Any = inputs_of(codec, conditioner)
         if model.lora is not None:
-            unet: UNet = AdaptedUNet(model.network, LoRA(**model.lora.as_dict()), **wanted)
+            network: nn.Module = AdaptedUNet(model.network, LoRA(**model.lora.as_dict()), **wanted)
         elif isinstance(model.network, str):
-            unet = UNet(pretrained=model.network, **wanted)
+            network = UNet(pretrained=model.network, **wanted)
+        elif "class_path" in model.network:
+            network = build("network", nn.Module, model.network)
         else:
-            unet = UNet(UNetConfig(**model.network.as_dict()), **wanted)
+            network = UNet(UNetConfig(**model.network.as_dict()), **wanted)
         if dtype != torch.float32:  # else an adapted one keeps its base's
-            unet.to(dtype)
+            network.to(dtype)
         if conditioner.trainable:
             conditioner.to(dtype)
         codec.load()
         conditioner.load()
     return Parts(
-        unet=unet,
+        network=network,
         conditioner=conditioner,
         codec=codec,
         image_size=data.image_size,
@@ -340,7 +341,8 @@ def _made_up_batch(
         "position": torch.arange(micro_batch),
         "global_batch_size": micro_batch,
     }
-    cache = None if data.train is None else find_cache(data.train)
+    train = data.train
+    cache = None if train is None or isinstance(train, Dataset) else find_cache(train)
     if cache is None:
         batch["image"] = torch.rand(micro_batch, 3, size, size, device=device)
         return batch
@@ -382,6 +384,10 @@ def _devices(trainer: Any) -> int | None:
 
 def _on_gpu(trainer: Any) -> bool:
     return bool(trainer.accelerator != "cpu")
+
+
+def _label(network: nn.Module) -> str:
+    return "UNet" if isinstance(network, UNet) else type(network).__name__
 
 
 def _count(parameters: Any) -> int:

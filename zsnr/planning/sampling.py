@@ -23,7 +23,11 @@ from zsnr.sampling import choose_sampling
 from zsnr.schedule import NoiseSchedule
 from zsnr.weights.pretrained import loading_in, without_weights
 
-PHASES = {"encoding": "text_encoder", "denoising": "unet", "decoding": "vae"}  # and the part in use
+PHASES = {
+    "encoding": "text_encoder",
+    "denoising": "network",
+    "decoding": "vae",
+}  # and the part in use
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Request:
     Args:
         dtype: Data type of all parts, as `TextToImage.from_pretrained` takes it.
         offload: Whether only the part in use is on the GPU.
+        vae: Another VAE, as `TextToImage.from_pretrained` takes it. None = the model's own.
         vae_tiling: Whether the VAE decodes in tiles.
         batch_size: Number of images sampled at a time.
         height: Height in pixels. None = the size that the model was trained at.
@@ -45,6 +50,7 @@ class Request:
 
     dtype: str = "auto"
     offload: bool = False
+    vae: str | None = None
     vae_tiling: bool = False
     batch_size: int = 1
     height: int | None = None
@@ -79,7 +85,7 @@ class SamplingNeed:
     """Bytes on the GPU.
 
     Args:
-        weights: Weights of each part: text_encoder, unet, vae.
+        weights: Weights of each part: text_encoder, network, vae.
         working: Peak of live tensors other than weights in each phase: encoding, denoising,
             decoding.
     """
@@ -121,7 +127,7 @@ def read_weightless(source: str, request: Request) -> Model:
                 prediction_type=request.prediction_type,
                 raw_beside=declared.against == "raw",
             )
-        return load_parts(model, chosen, vae_tiling=request.vae_tiling)
+        return load_parts(model, chosen, vae=request.vae, vae_tiling=request.vae_tiling)
 
 
 def sampling_need(model: Model, request: Request) -> SamplingNeed:
@@ -151,7 +157,7 @@ def sampling_need(model: Model, request: Request) -> SamplingNeed:
         )
         parts = {
             "text_encoder": tensors_of(model.conditioner),
-            "unet": tensors_of(*filter(None, (model.network, model.raw_network))),
+            "network": tensors_of(*filter(None, (model.network, model.raw_network))),
             "vae": tensors_of(*modules_of(model.codec)),
         }
         working = {}
@@ -228,7 +234,7 @@ class SamplingPlan:
     def table(self) -> str:
         """Return the estimate as text, in lines of at most 100 characters."""
         request, need = self.request, self.need
-        names = {"text_encoder": "text encoders", "unet": "UNet", "vae": "VAE"}
+        names = {"text_encoder": "text encoders", "network": "network", "vae": "VAE"}
         doing = {
             "encoding": f"encoding {request.batch_size} prompt{'s' * (request.batch_size > 1)}",
             "denoising": f"denoising, {self.rows} row{'s' * (self.rows > 1)}",
@@ -304,7 +310,7 @@ def _find_way_out(
 
     Tried in this order: half precision, offloading, both, tiles too, smaller batches too.
     """
-    half = request.dtype if _dtypes(model)["unet"] in ("float16", "bfloat16") else "float16"
+    half = request.dtype if _dtypes(model)["network"] in ("float16", "bfloat16") else "float16"
     least = replace(request, dtype=half, offload=True)
     tried = [replace(request, dtype=half), replace(request, offload=True), least]
     if isinstance(model.codec, AutoencoderKLCodec):
@@ -343,7 +349,7 @@ def _dtypes(model: Model) -> dict[str, str]:
     """Name the data type of each part that has weights."""
     modules: dict[str, list[nn.Module]] = {
         "text_encoder": [model.conditioner],
-        "unet": [model.network],
+        "network": [model.network],
         "vae": modules_of(model.codec),
     }
     found = {

@@ -43,7 +43,7 @@ from zsnr.reports.data import look_at, public_paths
 from zsnr.reports.flaw import oracle_samples
 from zsnr.reports.images import image_pixels
 from zsnr.reports.outcomes import MEASURES, ModelImages, Outcome, groups_of, measure, measure_arms
-from zsnr.schedule import NoiseSchedule
+from zsnr.schedule import NoiseSchedule, Schedule, schedule_from_settings
 from zsnr.untrusted import printable
 
 if TYPE_CHECKING:
@@ -99,20 +99,28 @@ def compare_models(
         _requests(prompts, count, seed, [])
     for arm in arms:
         check_models(arm)
-    loads = list(dict.fromkeys((path, arm.lora) for arm in arms for path in arm.models))
+    loads = list(
+        dict.fromkeys((path, arm.lora, arm.max_tokens) for arm in arms for path in arm.models)
+    )
 
     images: Tensor | None = None
     captions: list[str] = []
     requests: list[PromptRequest] = []
     bar: Any = None
     images_of: dict[tuple[str, str], ModelImages] = {}
-    schedules: dict[str, NoiseSchedule] = {}
+    schedules: dict[str, Schedule] = {}
     retained: dict[str, float | None] = {}
     with new_folder(output) as folder:
-        for number, (path, loras) in enumerate(loads):
-            arms_of_model = [arm for arm in arms if path in arm.models and arm.lora == loras]
+        for number, (path, loras, max_tokens) in enumerate(loads):
+            arms_of_model = [
+                arm
+                for arm in arms
+                if path in arm.models and (arm.lora, arm.max_tokens) == (loras, max_tokens)
+            ]
             raw_beside = any(arm.guidance_against == "raw" for arm in arms_of_model)
-            pipe = TextToImage.from_pretrained(path, device=device, raw_beside=raw_beside)
+            pipe = TextToImage.from_pretrained(
+                path, device=device, raw_beside=raw_beside, max_tokens=max_tokens
+            )
             for file, scale in loras:
                 pipe.load_lora(file, scale)
             for arm in arms_of_model:
@@ -184,7 +192,7 @@ def compare_exact(
     most: int = 1000,
     count: int = 256,
     seed: int = 0,
-    schedule: NoiseSchedule = NoiseSchedule(),
+    schedule: Schedule = NoiseSchedule(),
     batch_size: int = 64,
 ) -> dict[str, Any]:
     """Compare sampling settings as `compare_models` does, with an exact denoiser and no model.
@@ -367,13 +375,13 @@ def check_models(arm: Arm) -> None:
     """Refuse what can be known to fail without loading a model."""
     for file, _ in arm.lora:
         open_adapter(file)
-    first: NoiseSchedule | None = None
+    first: Schedule | None = None
     for path in map(resolve_model, arm.models):
         if arm.guidance_against == "raw":
             check_raw_beside(path)
         if is_checkpoint(path):
             said = open_checkpoint(path)[KEY]
-            declared = NoiseSchedule.from_settings(said["schedule"])
+            declared = schedule_from_settings(said["schedule"])
             schedule = arm.schedule_of(declared)
             check_prediction_type(said["prediction_type"], schedule)
             first = first or schedule
@@ -384,7 +392,7 @@ def check_models(arm: Arm) -> None:
             arm.check(NoiseSchedule())
 
 
-def _check_same(arm: Arm, first: NoiseSchedule, schedule: NoiseSchedule) -> None:
+def _check_same(arm: Arm, first: Schedule, schedule: Schedule) -> None:
     """Refuse models of one arm that have different schedules."""
     if first != schedule:
         raise ValueError(

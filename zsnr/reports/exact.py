@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,18 +13,17 @@ from zsnr.codecs import LatentCodec
 from zsnr.conditioning import Conditioner
 from zsnr.denoiser import Conditioning
 from zsnr.metrics import mean_luma
-from zsnr.networks import UNet
 from zsnr.oracle import EmpiricalDenoiser
 from zsnr.pipeline import TextToImage
 from zsnr.prediction import to_v
-from zsnr.schedule import NoiseSchedule
+from zsnr.schedule import Schedule
 
 EXTREMES = ("the darkest quarter", "the brightest quarter")
 """Groups that every dataset has, by mean luma."""
 
 
 class GroupConditioner(Conditioner):
-    """A group's number as its only token; the empty prompt is the whole dataset, number 0.
+    """A group's number as its label; the empty prompt is the whole dataset, number 0.
 
     Args:
         names: Names of the groups.
@@ -33,7 +32,7 @@ class GroupConditioner(Conditioner):
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__()
         self.names = tuple(names)
-        self.context_dim = 1
+        self.context_dim = 0
 
     def forward(self, prompts: Sequence[str]) -> Conditioning:
         """Look up groups.
@@ -45,8 +44,8 @@ class GroupConditioner(Conditioner):
         for prompt in prompts:
             if prompt not in known:
                 raise ValueError(f"{prompt!r} is not a group. Known: {', '.join(self.names)}.")
-        numbers = [float(known.index(prompt)) for prompt in prompts]
-        return Conditioning(torch.tensor(numbers).view(-1, 1, 1))
+        numbers = [known.index(prompt) for prompt in prompts]
+        return Conditioning(labels=torch.tensor(numbers, dtype=torch.int64))
 
     def settings(self) -> dict[str, Any]:
         return {"names": list(self.names)}
@@ -64,7 +63,7 @@ class GroupNetwork:
     """
 
     def __init__(
-        self, schedule: NoiseSchedule, latents: Tensor, groups: Sequence[Sequence[int]]
+        self, schedule: Schedule, latents: Tensor, groups: Sequence[Sequence[int]]
     ) -> None:
         self.schedule = schedule
         members = [latents, *(latents[list(rows)] for rows in groups)]
@@ -72,25 +71,19 @@ class GroupNetwork:
 
     def __call__(self, x_t: Tensor, t: Tensor, conditioning: Conditioning | None) -> Tensor:
         x_0 = torch.empty_like(x_t)
-        if conditioning is None:
-            numbers = torch.zeros(len(x_t), dtype=torch.int64)
-        else:
-            numbers = conditioning.context[:, 0, 0].long()
+        labels = None if conditioning is None else conditioning.labels
+        numbers = torch.zeros(len(x_t), dtype=torch.int64) if labels is None else labels
         for number in sorted(set(numbers.tolist())):
             rows = numbers == number
             x_0[rows] = self._denoisers[number](x_t[rows], t[rows])
         return to_v(x_0, x_t, *self.schedule(t), "sample")
 
 
-class _NoUNet(nn.Module):
-    takes_sizes = False
-
-
 def exact_pipeline(
     latents: Tensor,
     groups: Mapping[str, Sequence[int]],
     codec: LatentCodec,
-    schedule: NoiseSchedule,
+    schedule: Schedule,
     image_size: int,
 ) -> TextToImage:
     """Make a pipeline whose prompts are the names of groups, and "" the whole dataset.
@@ -107,7 +100,7 @@ def exact_pipeline(
     model = Model(
         codec=codec,
         conditioner=GroupConditioner(list(groups)),
-        network=cast(UNet, _NoUNet()),
+        network=nn.Identity(),
         schedule=schedule,
         prediction_type="v_prediction",
         image_size=image_size,

@@ -22,7 +22,7 @@ from zsnr.reports.exact import EXTREMES, exact_pipeline, find_groups
 from zsnr.reports.images import image_grid, panel_figure, save_figure
 from zsnr.reports.schedule import find_schedule, plot_schedule, schedule_facts
 from zsnr.samplers.base import Callback
-from zsnr.schedule import BetaKind, NoiseSchedule
+from zsnr.schedule import BetaKind, NoiseSchedule, Schedule, schedule_from_settings
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -74,7 +74,7 @@ def draw_schedule(target: str, num_steps: int, output: Path) -> None:
     _check_png(output)
     target = resolve_model(target)
     if is_checkpoint(target):
-        schedule = NoiseSchedule.from_settings(open_checkpoint(target)[KEY]["schedule"])
+        schedule = schedule_from_settings(open_checkpoint(target)[KEY]["schedule"])
     else:
         schedule = find_schedule(target)
     plot_schedule(schedule_facts(schedule, num_steps, SPACINGS), output)
@@ -148,7 +148,7 @@ def _exact(
     prompts: Sequence[str] | None,
     image_size: int,
     codec: LatentCodec | None,
-    schedule: NoiseSchedule,
+    schedule: Schedule,
     most: int,
     seed: int,
 ) -> tuple[TextToImage, list[str]]:

@@ -13,7 +13,7 @@ from zsnr.noise import SampleNoise
 from zsnr.oracle import EmpiricalDenoiser
 from zsnr.reports.arms import Arm
 from zsnr.samplers import get_sampler
-from zsnr.schedule import NoiseSchedule
+from zsnr.schedule import NoiseSchedule, Schedule
 from zsnr.timesteps import get_timesteps
 
 ARMS = (
@@ -48,7 +48,7 @@ def oracle_samples(
     arms: Sequence[Arm] = ARMS,
     seeds: Sequence[int] = range(256),
     batch_size: int = 64,
-    schedule: NoiseSchedule = NoiseSchedule(),
+    schedule: Schedule = NoiseSchedule(),
 ) -> dict[str, Tensor]:
     """Sample each arm with the exact denoiser of `images`, from the same noise.
 

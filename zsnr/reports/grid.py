@@ -23,7 +23,7 @@ from zsnr.noise import SampleNoise
 from zsnr.oracle import EmpiricalDenoiser, span
 from zsnr.reports.data import even_rows
 from zsnr.samplers import Sampler, get_sampler
-from zsnr.schedule import NoiseSchedule
+from zsnr.schedule import NoiseSchedule, Schedule
 from zsnr.timesteps import get_timesteps
 
 STARTS = {
@@ -75,7 +75,7 @@ class GridLoss:
     def __init__(
         self,
         images: Tensor,
-        schedule: NoiseSchedule,
+        schedule: Schedule,
         sampler: Sampler,
         num_samples: int,
         seed: int,
@@ -165,7 +165,7 @@ def write_grid(
     num_steps: int,
     *,
     sampler: str = "multiscale",
-    schedule: NoiseSchedule = NoiseSchedule(),
+    schedule: Schedule = NoiseSchedule(),
     image_size: int = 32,
     num_images: int = 1000,
     samples: int = 256,

@@ -23,7 +23,7 @@ from zsnr.metrics import (
 from zsnr.noise import sample_generator
 from zsnr.pipeline import describe_guidance
 from zsnr.reports.arms import SETTINGS, Arm, differing
-from zsnr.schedule import NoiseSchedule
+from zsnr.schedule import Schedule
 
 MEASURES = ("mean_luma", "rms_contrast", "p1", "p99")
 _DRAWS = 500  # draws of the data for the noise floor
@@ -57,7 +57,7 @@ class Outcome:
     """
 
     arm: Arm
-    schedule: NoiseSchedule
+    schedule: Schedule
     retained: float | None
     images: list[ModelImages]
 
@@ -174,7 +174,7 @@ def _arm_facts(
         "settings": settings,
         "schedule": schedule.settings(),
         "snr_T": float(schedule.snr[-1]),
-        "sqrt_abar_T": float(schedule.alphas_cumprod[-1].sqrt()),
+        "sqrt_abar_T": schedule(schedule.num_timesteps - 1)[0],
         "kept_fraction": outcome.retained,
         "first_timestep": int(grid[0]),
         "timesteps": grid.tolist(),

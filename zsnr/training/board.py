@@ -18,6 +18,7 @@ from zsnr.draws import validation_timesteps
 from zsnr.files import side_file
 from zsnr.metrics.luma import luma
 from zsnr.metrics.terminal import TerminalOptimum
+from zsnr.networks import takes_sizes
 from zsnr.public import public
 from zsnr.reports.images import figure_image
 from zsnr.reports.schedule import schedule_facts, schedule_figure, schedule_title
@@ -183,9 +184,14 @@ class TrainingBoard(Paced):
             for batch in tqdm(batches, "measuring the data", disable=not bar):
                 batch.pop("faults", None)  # training will tell, if it meets them
                 batch = trainer.strategy.batch_to_device(batch)
-                moments = batch["moments"] if "moments" in batch else codec.encode(batch["image"])
-                mean = codec.latents(moments)
-                optimum.add(mean, codec.latents(moments, torch.ones_like(mean)) - mean)
+                if "latents" in batch:
+                    mean = batch["latents"]
+                    optimum.add(mean, torch.zeros_like(mean))
+                else:
+                    given = "moments" in batch
+                    moments = batch["moments"] if given else codec.encode(batch["image"])
+                    mean = codec.latents(moments)
+                    optimum.add(mean, codec.latents(moments, torch.ones_like(mean)) - mean)
                 count += len(mean)
                 if "image" in batch or decoded:
                     image = batch["image"] if "image" in batch else codec.decode(mean)
@@ -209,15 +215,17 @@ class TrainingBoard(Paced):
 def flops_per_image(module: LatentDiffusion) -> float | None:
     """Count the operations of the network in training, per image; None if that is not possible."""
     model = module.model(ema=False)
-    length = model.conditioner.context_length
-    pooled = torch.empty(1, model.conditioner.pooled_dim, device="meta")
-    cond = Conditioning(
-        torch.empty(1, length, model.conditioner.context_dim, device="meta"),
-        pooled=pooled if pooled.shape[1] else None,
-        sizes=torch.zeros(1, 6, device="meta") if model.network.takes_sizes else None,
-    )
+    conditioner = model.conditioner
+    context = torch.empty(1, conditioner.context_length, conditioner.context_dim)
+    pooled, labels = torch.empty(1, conditioner.pooled_dim), torch.zeros(1, dtype=torch.int64)
     shape = model.codec.latent_shape(module.image_size, module.image_size)
     try:
+        cond = Conditioning(
+            context if conditioner.context_dim else None,
+            pooled=pooled if conditioner.pooled_dim else None,
+            sizes=torch.zeros(1, 6) if takes_sizes(model.network) else None,
+            labels=labels if conditioner.num_labels else None,
+        )
         return network_flops(model.network, shape, cond)
     except Exception as error:  # a network of the user's may do what no meta tensor can
         rank_zero_info(f"The network's operations are not counted: {error}")

@@ -125,6 +125,12 @@ def check_resumed(saved: dict[str, Any], configured: dict[str, Any]) -> None:
         if was == now:
             continue
         if name == "network":
+            kinds = [str(each["class_path"]).rpartition(".")[2] for each in (was, now)]
+            if kinds[0] != kinds[1] and "AdaptedUNet" not in kinds:
+                raise ValueError(
+                    f"The checkpoint's network is a {kinds[0]}, the config's a {kinds[1]}: a "
+                    "checkpoint resumes with the network it was written with."
+                )
             was, now = _decisive(was), _decisive(now)
             if ("lora" in was) != ("lora" in now):
                 holds, do = ("adapters", "set") if "lora" in was else ("a whole UNet", "unset")
@@ -150,8 +156,8 @@ def check_resumed(saved: dict[str, Any], configured: dict[str, Any]) -> None:
 
 def _decisive(network: dict[str, Any]) -> dict[str, Any]:
     """Return the part of a network's description that a resumed run must share."""
-    settings = dict(network["init_args"])
+    settings = dict(network.get("init_args", {}))
     if "lora" in settings:
         return {name: settings[name] for name in ("weights", "lora")}
-    config: dict[str, Any] = settings["config"]
+    config: dict[str, Any] = settings.get("config", settings)
     return config

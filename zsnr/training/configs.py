@@ -17,6 +17,7 @@ from typing import Any, get_origin
 import yaml  # type: ignore[import-untyped]
 from jsonargparse import get_loader, set_loader
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from zsnr.doctor.runs import RENAMED_KEYS
 from zsnr.public import public_text
@@ -81,6 +82,44 @@ def list_overrides(arguments: Sequence[str]) -> list[str]:
                 lines.append(public_text(f"{path} overrides {name}: {change}"))
         before |= values
     return lines
+
+
+def separate_networks(arguments: Sequence[str]) -> list[str]:
+    """Let a network that is named by its class replace one that is given by sizes, and the reverse.
+
+    Jsonargparse would build the settings of both into one. A name of a network between them, which
+    the next setting replaces, keeps them apart.
+
+    Args:
+        arguments: The command line, with short options expanded.
+    """
+    kind: str | None = None
+    separated: list[str] = []
+    for i, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        value = value if equals else "".join(arguments[i + 1 : i + 2])
+        node = None
+        if argument.startswith(("-c", "--config")):
+            [file, *_] = config_files([argument, *([] if equals else [value])])
+            model = _entries(_read(file)).get("model")
+            node = _entries(model).get("network") if isinstance(model, yaml.MappingNode) else None
+        elif name == "--model.network":
+            node = _composed(value)
+        named = {*_entries(node)} if isinstance(node, yaml.MappingNode) else {"class_path"}
+        if node is not None or name == "--model.network.class_path":
+            follows = "class" if named & {*_CLASS_KEYS} else "sizes"
+            if kind not in (None, follows):
+                separated.append("--model.network=replaced")
+            kind = follows
+        separated.append(argument)
+    return separated
+
+
+def _composed(text: str) -> Any:
+    try:
+        return compose_yaml(text)
+    except ValueError:
+        return yaml.ScalarNode(f"{_TAG}str", text)
 
 
 def _leaves(node: Any, where: str = "") -> Iterator[tuple[str, str]]:
@@ -215,10 +254,7 @@ class _Check:
             raise ValueError(f"There is no option --{_said(name)}. {hint}")
         if text is None:
             raise ValueError(f"--{name} needs a value.")
-        try:
-            node = compose_yaml(text)
-        except ValueError:
-            node = yaml.ScalarNode(f"{_TAG}str", text)
+        node = _composed(text)
         self.typed, self.shell = True, not isinstance(node, yaml.CollectionNode)
         try:
             self._key(name.removesuffix("+"), node or yaml.ScalarNode(f"{_TAG}null", ""))
@@ -230,7 +266,10 @@ class _Check:
         where, *parts = name.split(".")
         cls, hint, said, is_class = GROUPS[where], None, where, False
         for part in parts:
-            if is_class and part == "class_path":
+            several = len(dataclasses_of(hint)) > 1  # of which class_path names one
+            if part in _CLASS_KEYS and not several and _names_class(hint):
+                is_class, cls = True, self.classes.get(where)
+            if (is_class or several) and part == "class_path":
                 self._class(node, where, CLASSES.get(where, _base_of(hint)))
                 return
             if is_class and self.complete and where not in self.classes:
@@ -243,7 +282,7 @@ class _Check:
                 if is_class and near and near[0] != part:
                     meant = spelled(f"{said}.{near[0]}", self.typed)
                     raise ValueError(f"{said} has no `{_said(part)}`. Did you mean {meant}?")
-                options = options_of(hint)
+                options = [option for option in options_of(hint) if option is not Dataset]
                 if not is_class and _are_simple(options, is_list=False):
                     raise ValueError(
                         f"{where} has no `{_said(part)}`: it takes {_wanted(options)}."
@@ -318,6 +357,8 @@ class _Check:
                 f"{where} names no class: wanted class_path, and init_args for its arguments."
             )
         elif where not in self.classes or not entries.keys() & {*_CLASS_KEYS}:
+            if len(dataclasses_of(hint)) == 1:  # it replaces a class
+                self.classes.pop(where, None)
             self._arguments(node, self.classes.get(where) or dataclass_of(hint), where, where)
             return
         cls = self.classes.get(where)
@@ -348,7 +389,7 @@ class _Check:
         self.classes[where] = find_class(path, base, where)
 
     def _value(self, node: Any, hint: Any, where: str) -> None:
-        options = [option for option in options_of(hint) if option is not Tensor]
+        options = [option for option in options_of(hint) if option not in (Tensor, Dataset)]
         if isinstance(node, yaml.ScalarNode) and where in CLASSES:
             self._named(node, options, where)
         elif isinstance(node, yaml.ScalarNode):
@@ -356,10 +397,12 @@ class _Check:
             if several and node.value in several:
                 self._class(node, where, _base_of(hint))
                 return
-            if _is_class(hint) and node.tag != f"{_TAG}null":
+            if _names_class(hint) and node.tag != f"{_TAG}null":
                 self.classes[where] = None  # a class, or a word for one, that is not looked up here
             self._scalar(node, options, where)
-        elif where in CLASSES and isinstance(node, yaml.MappingNode):
+        elif isinstance(node, yaml.MappingNode) and (
+            where in CLASSES or ("class_path" in _entries(node) and _names_class(hint))
+        ):
             self._settings(node, hint, where)
         elif _are_simple(options, isinstance(node, yaml.SequenceNode)):
             raise ValueError(f"{where} is {_kind(node)}: wanted {_wanted(options)}.")
@@ -469,24 +512,36 @@ def _base_of(hint: Any) -> type[Any]:
     """Return the only class that a type allows; object, if that says nothing of a class_path."""
     classes = [each for each in options_of(hint) if isinstance(each, type) and not is_scalar(each)]
     if len(dataclasses_of(hint)) > 1:  # of one kind, such as schedules
-        kind: type[Any] = classes[0].__mro__[1]
-        return kind
-    [base] = classes if len(classes) == 1 else [object]
+        return _kind_of(classes[0])
+    plain = [each for each in classes if not dataclasses.is_dataclass(each)]
+    wide = [each for each in plain if all(issubclass(other, each) for other in plain)]
+    [base] = wide if len(wide) == 1 else [object]
     simple = base.__module__ == "builtins" or dataclasses.is_dataclass(base)
     return object if simple or getattr(base, "_is_protocol", False) else base
 
 
 def _siblings(cls: Any) -> dict[str, type[Any]]:
     """Return the dataclasses of the same kind as a dataclass, such as the other schedules."""
-    base = cls.__mro__[1] if dataclasses.is_dataclass(cls) else object
+    base = _kind_of(cls) if dataclasses.is_dataclass(cls) else object
     return {} if base is object else known_classes(base)
+
+
+def _kind_of(cls: Any) -> type[Any]:
+    """Return the class that a dataclass is derived from."""
+    base: type[Any] = cls.__mro__[1]
+    return base
+
+
+def _names_class(hint: Any) -> bool:
+    """Whether the value of a setting may be a class with arguments, beside other things."""
+    return hint is not None and _base_of(hint) is not object
 
 
 def _is_class(hint: Any) -> bool:
     """Whether the value of a setting can only be a class with arguments, or one word."""
     options = options_of(hint)
-    return _base_of(hint) is not object and not any(
-        dataclasses.is_dataclass(option) or get_origin(option) is dict for option in options
+    return _names_class(hint) and not any(
+        dataclasses.is_dataclass(option) or get_origin(option) in (dict, list) for option in options
     )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -36,6 +37,7 @@ from zsnr.data.filters import Filter
 from zsnr.data.images import to_unit_range
 from zsnr.data.index import Index, counted, load_index
 from zsnr.data.local_cache import LocalCache
+from zsnr.data.mapped import ItemError, MappedDataset, samples_of
 from zsnr.data.order import StepBatches, TrainingOrder
 from zsnr.data.prompts import PromptRequest, parse_prompts, read_prompts
 from zsnr.data.samples import Samples, select
@@ -54,14 +56,21 @@ class DataModule(L.LightningDataModule):
     """Images and captions from webdataset shards or from folders of images.
 
     A batch holds image (B, 3, H, W) in [-1, 1], or from a cache moments (B, 2 C, h, w) and
-    text_embedding (Conditioning or None); caption and key (lists), sizes (B, 6) as Conditioning's,
-    position (B,), the sample's place in the run, and global_batch_size.
+    text_embedding (Conditioning or None), or latents (B, C, h, w) as the network takes them;
+    caption and key (lists), sizes (B, 6) as Conditioning's, position (B,), the sample's place in
+    the run, and global_batch_size.
+
+    The items of a dataset of your own are dicts: `image`, uint8 (3, H, W), float (3, H, W) in
+    [-1, 1] or a PIL image of data.image_size, or `latents`, float (C, h, w); `caption`, text, or
+    `label`, the whole number of a class; and for networks that take them `sizes`, int64 (6,), and
+    `concat`, float (C', h, w).
 
     Args:
         train: Training data: a folder of shards or of images, a pattern such as
             "data/{000..099}.tar" or "https://host/{000..099}.tar", "pipe:COMMAND", a list of these,
-            or a list of objects with path and weight or ratio. A cache of latents is a folder of
-            shards. A command, or a server without byte ranges, needs local_cache.
+            a list of objects with path and weight or ratio, or a map-style dataset of your own, by
+            class_path. A cache of latents is a folder of shards. A command, or a server without
+            byte ranges, needs local_cache.
         val: Validation data, in any form that data.train takes. None = no validation.
         image_size: Height and width of the images, in pixels, to which they are resized and
             cropped.
@@ -101,8 +110,8 @@ class DataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        train: str | list[str | Source] | None = None,
-        val: str | list[str | Source] | None = None,
+        train: str | list[str | Source] | Dataset | None = None,  # type: ignore[type-arg]
+        val: str | list[str | Source] | Dataset | None = None,  # type: ignore[type-arg]
         image_size: int = 512,
         batch_size: int = 32,
         max_batch_size_per_device: int | None = None,
@@ -144,6 +153,17 @@ class DataModule(L.LightningDataModule):
         if aspect is not None:
             aspect.shapes(image_size)
         check_headers(headers or {})
+        own = [s for s, source in (("train", train), ("val", val)) if isinstance(source, Dataset)]
+        changes_pixels = pixels != Pixels()
+        for name, given in (
+            *(("filters", filters), ("aspect", aspect), ("tags", tags)),
+            ("pixels", changes_pixels),
+        ):
+            if own and given:
+                raise ValueError(
+                    f"data.{name} has no effect on data.{own[0]}, a dataset of your own: do it in "
+                    "the dataset."
+                )
         self.train, self.val = train, val
         self.image_size, self.batch_size, self.num_workers = image_size, batch_size, num_workers
         self.max_batch_size_per_device = max_batch_size_per_device
@@ -174,7 +194,9 @@ class DataModule(L.LightningDataModule):
         """Index the shards that have no index yet, in one process of each node."""
         stage = None if self.trainer is None else self.trainer.state.fn
         for sources in ([self.train, self.val], [self.val])[stage in ("validate", "test")]:
-            if sources is not None and stage != "predict":
+            if sources is None or isinstance(sources, Dataset):
+                continue
+            if stage != "predict":
                 find_cache(sources)  # refuses an unfinished cache
                 self._check_indexed(find_shards(sources))
                 with suppress(ValueError):  # setup raises it again
@@ -293,7 +315,11 @@ class DataModule(L.LightningDataModule):
             return self._selected(index, folder)
         return select_cached(cache, index, self.filters, folder)
 
-    def _select(self, name: str, sources: Sources) -> Samples:
+    def _select(self, name: str, sources: Any) -> Samples:
+        if isinstance(sources, Dataset):
+            samples = samples_of(sources, self.image_size)
+            rank_zero_info(f"{name}: {len(samples)} items of {samples.shards[0].url}")
+            return samples
         cache = find_cache(sources)
         if cache is not None:
             facts = image_facts(self.image_size, self.aspect, self.pixels)
@@ -343,16 +369,20 @@ class DataModule(L.LightningDataModule):
         if rank == 0:
             self._note([*self._train.faults, *self._passing])
         order = TrainingOrder(self._train, self.batch_size, self.seed, self.window_shards)
-        cls = CacheDataset if "data.train" in self.caches else ShardDataset
-        dataset = cls(
-            self._train,
-            order,
-            pixels=self.pixels,
-            captions=self.captions,
-            tags=self.tags,
-            seed=self.seed,
-            **self.reading(),
-        )
+        dataset: Any
+        if isinstance(self.train, Dataset):
+            dataset = MappedDataset(self.train, self._train, order)
+        else:
+            cls = CacheDataset if "data.train" in self.caches else ShardDataset
+            dataset = cls(
+                self._train,
+                order,
+                pixels=self.pixels,
+                captions=self.captions,
+                tags=self.tags,
+                seed=self.seed,
+                **self.reading(),
+            )
         loader = self._loader(_Guarded(dataset), self._preparation(True), batch_sampler=batches)
         loader.on_wait = self._wait
         return loader
@@ -398,8 +428,11 @@ class DataModule(L.LightningDataModule):
         share: int = max(1, self.batch_size // self.trainer.world_size)
         return min(share, self.max_batch_size_per_device or share)
 
-    def _as_indexed(self, name: str, samples: Samples) -> ShardDataset:
+    def _as_indexed(self, name: str, samples: Samples) -> Dataset[Any]:
         """Return samples in the order of the index, without random crops or mirroring."""
+        own = self.train if name == "data.train" else self.val
+        if isinstance(own, Dataset):
+            return MappedDataset(own, samples)
         cls, crop = ShardDataset, Pixels.crop
         if name in self.caches:
             cls, crop = CacheDataset, self.pixels.crop  # those that the cache was made with
@@ -461,7 +494,7 @@ class DataModule(L.LightningDataModule):
         return {**self._last}
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        if isinstance(batch, dict) and "image" in batch:
+        if isinstance(batch, dict) and "image" in batch and batch["image"].dtype == torch.uint8:
             batch["image"] = to_unit_range(batch["image"])
         if isinstance(batch, dict) and "moments" in batch:
             numbers = {n: x for n, x in batch.items() if isinstance(x, Tensor)}
@@ -654,7 +687,7 @@ class _Failure:
 class _Guarded(Dataset[Any]):
     """A dataset whose errors reach the training process unchanged, at the batch's turn."""
 
-    def __init__(self, dataset: ShardDataset) -> None:
+    def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
 
     def __len__(self) -> int:
@@ -663,6 +696,7 @@ class _Guarded(Dataset[Any]):
     def __getitems__(self, positions: list[int]) -> list[dict[str, Any]] | _Failure:
         """Load a batch, or return the error that prevents it."""
         try:
-            return self.dataset.__getitems__(positions)
-        except (OSError, BudgetError) as error:
+            items: list[dict[str, Any]] = self.dataset.__getitems__(positions)
+            return items
+        except (OSError, BudgetError, ItemError) as error:
             return _Failure(error)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import nn
 
 from zsnr.checkpoints.sharded import copy_part
-from zsnr.networks import UNet
 from zsnr.weights.pretrained import map_weights, without_weights
 
 _DEFERS: ContextVar[bool] = ContextVar("defers", default=False)
@@ -41,7 +41,7 @@ class DeferredUNet:
         source: Folder, single file or hub id of the weights. None = `make` draws them.
     """
 
-    def __init__(self, make: Callable[[], UNet], source: str | None) -> None:
+    def __init__(self, make: Callable[[], Any], source: str | None) -> None:
         self._make, self._random_state = make, torch.get_rng_state()
         parameters: list[nn.Parameter] = []
 
@@ -76,7 +76,7 @@ class DeferredUNet:
             self._make()
 
 
-def defer(make: Callable[[], UNet], source: str | None) -> DeferredUNet | None:
+def defer(make: Callable[[], Any], source: str | None) -> DeferredUNet | None:
     """Return a UNet without weights where that is wanted and possible, see `deferred_weights`.
 
     It is not possible where the weights have to be downloaded or renamed first.

@@ -10,10 +10,12 @@ from typing import Any
 
 import lightning as L
 import torch
+from torch.utils.data import Dataset
 
 from zsnr import __version__
 from zsnr.checkpoints.run_facts import FORMAT
 from zsnr.data.sources import Sources, as_sources
+from zsnr.described import class_path
 from zsnr.public import public
 from zsnr.training.module import LatentDiffusion
 
@@ -50,10 +52,16 @@ def run_facts(
         **module.facts(),
         "batch_size": getattr(data, "batch_size", None),
         "learning_rate": optimizers[0].defaults.get("lr") if optimizers else None,
-        "data": [] if getattr(data, "train", None) is None else public_sources(data.train),
+        "data": _named(getattr(data, "train", None)),
         "metrics": metrics,
         "history": [*history],
     }
+
+
+def _named(source: Any) -> list[Any]:
+    if source is None:
+        return []
+    return [class_path(source)] if isinstance(source, Dataset) else public_sources(source)
 
 
 def start_facts(trainer: L.Trainer, module: LatentDiffusion) -> dict[str, Any]:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from zsnr.checkpoints.checkpoint_file import KEY, open_checkpoint
+from zsnr.checkpoints.checkpoint_file import KEY, check_allowed, open_checkpoint
 from zsnr.codecs import LatentCodec
 from zsnr.conditioning import Conditioner
 from zsnr.described import class_of
 from zsnr.lora import AdaptedUNet
 from zsnr.loss import LossWeighting
-from zsnr.networks import UNet
+from zsnr.networks import DiffusionNetwork
 from zsnr.samplers import get_sampler
 from zsnr.samplers.recommend import AUTO
 from zsnr.sampling import read_declared, recorded_guidance
@@ -26,7 +26,7 @@ _PLAIN = (str, int, float, bool, type(None))
 _BATCHES = ("image_size", "seed", "batch_size", "captions", "pixels")  # of the data module's state
 
 
-def checkpoint_config(path: Path) -> dict[str, Any]:
+def checkpoint_config(path: Path, replaced: Collection[str] = ()) -> dict[str, Any]:
     """Return what a checkpoint says of its model and data, as a config of plain values.
 
     The classes that it names are those of this package, or already imported by the user: the same
@@ -34,6 +34,8 @@ def checkpoint_config(path: Path) -> dict[str, Any]:
 
     Args:
         path: The checkpoint, a file or a folder of shards.
+        replaced: Parts of the model that are left out, because others replace them: of codec,
+            conditioner and network.
 
     Returns:
         Settings by group. What the checkpoint does not say is left out.
@@ -46,18 +48,24 @@ def checkpoint_config(path: Path) -> dict[str, Any]:
     description, facts = checkpoint[KEY], _mapping(checkpoint.get("run"))
     data = _mapping(checkpoint.get("DataModule"))
     model: dict[str, Any] = {
-        "codec": _component(path, description["codec"], LatentCodec),
-        "conditioner": _component(path, description["conditioner"], Conditioner),
+        **{
+            name: _component(path, description[name], base)
+            for name, base in (("codec", LatentCodec), ("conditioner", Conditioner))
+            if name not in replaced
+        },
         "schedule": _schedule(path, description["schedule"]),
         "prediction_type": description["prediction_type"],
         "ema": facts.get("ema") if "ema" in facts else _averages(checkpoint),
     }
     network = description["network"]
-    if class_of(network, UNet) is AdaptedUNet:
-        settings = network["init_args"]
-        model |= {"network": settings.get("pretrained"), "lora": settings.get("lora")}
-    else:
-        model["network"] = _component(path, network, UNet)
+    adapted = _mapping(network).get("class_path") == f"{AdaptedUNet.__module__}.AdaptedUNet"
+    settings = _mapping(_mapping(network).get("init_args")) if adapted else {}
+    if adapted:
+        model["lora"] = settings.get("lora")
+    if "network" not in replaced:
+        check_allowed(path, network)
+        named = settings.get("pretrained")
+        model["network"] = named if adapted else _component(path, network, DiffusionNetwork)
     loss = _mapping(facts.get("loss"))
     model["loss"] = {f.name: loss[f.name] for f in fields(LossWeighting) if f.name in loss}
     model |= {name: facts[name] for name in ("offset_noise", "caption_dropout") if name in facts}

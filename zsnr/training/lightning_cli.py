@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -42,7 +43,13 @@ from zsnr.training.checks import (
     check_settings,
     check_unsharded,
 )
-from zsnr.training.configs import check_configs, config_files, list_overrides, read_safely
+from zsnr.training.configs import (
+    check_configs,
+    config_files,
+    list_overrides,
+    read_safely,
+    separate_networks,
+)
 from zsnr.training.console import print_summary, progress_callbacks, quiet_lightning
 from zsnr.training.data import DataModule, check_shards, read_requests
 from zsnr.training.deferred import deferred_weights
@@ -92,6 +99,19 @@ class SaveConfigOfFit(SaveConfigCallback):
                 callback.config = public_config(self.parser.dump(settings))
 
 
+class Parser(LightningArgumentParser):
+    """Writes a noise schedule as the settings that it has in YAML, without its class."""
+
+    def dump(self, *args: Any, **options: Any) -> str:
+        return re.sub(
+            rf"^( *)schedule:\n\1  class_path: zsnr\.{NoiseSchedule.__name__}\n\1  init_args:\n"
+            r"((?:\1    .*\n)+)",
+            lambda found: f"{found[1]}schedule:\n" + re.sub("(?m)^  ", "", found[2]),
+            super().dump(*args, **options),
+            flags=re.MULTILINE,
+        )
+
+
 class ZsnrCLI(LightningCLI):
     """One of fit, validate, test and predict from YAML.
 
@@ -109,6 +129,7 @@ class ZsnrCLI(LightningCLI):
             auto_configure_optimizers=False,  # model.optimizer and model.learning_rate are there
             load_from_checkpoint_support=False,  # the module saves no hyperparameters
             parser_kwargs={"exit_on_error": False},
+            parser_class=Parser,
             **options,
         )
 
@@ -134,6 +155,9 @@ class ZsnrCLI(LightningCLI):
         try:
             with deferred_weights() if shards else nullcontext():
                 super().instantiate_classes()
+            network = self.config[self.subcommand].model.network
+            if _is_class(network):
+                self.model.record_arguments(network.get("init_args", Namespace()).as_dict())
         except (ValueError, TypeError, MisconfigurationException) as error:
             raise ValueError(short_message(str(error))) from error
         self.trainer.strategy.checkpoint_io = CheckpointFiles(
@@ -229,13 +253,17 @@ class ZsnrCLI(LightningCLI):
         else:
             for name in ("train", "val") if self.subcommand == "fit" else ("val",):
                 if data[name] is not None:
-                    train = _sources(data.train) if self.subcommand == "fit" else None
-                    check_shards(train, _sources(data.val))
+                    both = (data.train if self.subcommand == "fit" else None), data.val
+                    check_shards(*(None if _is_class(each) else _sources(each) for each in both))
                 elif name == "train" or self.subcommand != "fit":
                     raise ValueError(
                         f"{self.subcommand} needs data.{name}, a folder of images or shards: give "
                         f"--data.{name} FOLDER."
                     )
+
+
+def _is_class(parsed: Any) -> bool:
+    return isinstance(parsed, Namespace) and "class_path" in parsed
 
 
 def _sources(parsed: Any) -> Any:
@@ -381,9 +409,7 @@ def _with_checkpoint(command: str, settings: list[str]) -> list[str]:
     if path is None or path == "last":
         return settings  # the files say what the model is, and where its checkpoints are
     checkpoint = Path(resolve_model(path))
-    config = checkpoint_config(checkpoint)
-    for name in _replaced_parts(files, settings):
-        config["model"].pop(name, None)
+    config = checkpoint_config(checkpoint, _replaced_parts(files, settings))
     text = yaml.safe_dump(config, sort_keys=False)
     return [f"--config={text}", *settings, f"--ckpt_path={checkpoint}"]
 
@@ -508,4 +534,4 @@ def _prepare(arguments: Sequence[str]) -> list[str]:
     if is_first_process():
         for line in list_overrides(settings):
             print(line, file=sys.stderr)
-    return settings
+    return separate_networks(settings)

@@ -28,7 +28,17 @@ from zsnr.described import class_path
 from zsnr.draws import Draws, validation_timesteps
 from zsnr.lora import AdaptedUNet, LoRA
 from zsnr.loss import LossWeighting
-from zsnr.networks import UNet, UNetConfig
+from zsnr.networks import (
+    DiffusionNetwork,
+    UNet,
+    UNetConfig,
+    blocks_of,
+    compile_blocks,
+    enable_gradient_checkpointing,
+    inputs_of,
+    record_arguments,
+    takes_sizes,
+)
 from zsnr.objective import Objective
 from zsnr.pipeline import (
     Sampling,
@@ -87,7 +97,8 @@ class LatentDiffusion(L.LightningModule):
         conditioner: Text encoder of the prompts: frozen, or trained jointly where its own setting
             `trainable` is true.
         network: Size of a new UNet; the folder, single file or hub id of a pretrained model, from
-            whose UNet training starts; or a UNet.
+            whose UNet training starts; or a network: in a config the class_path and init_args of
+            zsnr.networks.Transformer, or of any nn.Module with forward(x_t, t, conditioning).
         schedule: Noise schedule of training, previews, validation and predict alike: the settings
             of a NoiseSchedule, or RectifiedFlow by class_path.
         prediction_type: Quantity that the network predicts: "v_prediction", "epsilon", "sample", or
@@ -104,16 +115,16 @@ class LatentDiffusion(L.LightningModule):
         ema: Exponential moving average of the weights, which sampling and validation then use. None
             = no averaging.
         sampling: Sampler, number of steps and guidance of previews, validation images and predict.
-        gradient_checkpointing: Recompute the UNet's activations in the backward pass, which takes
-            less memory and more time.
-        compile: Backend of torch.compile for the UNet's blocks, such as "inductor". None = the
+        gradient_checkpointing: Recompute the network's activations in the backward pass, which
+            takes less memory and more time.
+        compile: Backend of torch.compile for the network's blocks, such as "inductor". None = the
             blocks are not compiled.
         max_skipped_steps: Number of optimizer steps in a row that may be skipped because their loss
             or gradient is not finite. One more stops the run.
         image_size: Height and width of the images, in pixels. Set by data.image_size.
         seed: Seed of every random number in training. Set by data.seed.
-        lora: LoRA adapters to train on a frozen, pretrained `network`. None = the whole UNet is
-            trained.
+        lora: LoRA adapters to train on a frozen, pretrained `network`. None = the whole
+            network is trained.
         tf32: Whether a GPU rounds the factors of float32 products and convolutions to TF32, which
             has the range of float32 and the precision of float16. It does not concern what
             trainer.precision computes in bfloat16 or float16. false = float32 is float32.
@@ -129,7 +140,7 @@ class LatentDiffusion(L.LightningModule):
         self,
         codec: LatentCodec,
         conditioner: Conditioner,
-        network: UNetConfig | UNet | str,
+        network: DiffusionNetwork | nn.Module | UNetConfig | str,
         schedule: NoiseSchedule | RectifiedFlow = NoiseSchedule(),
         prediction_type: PredictionType = "v_prediction",
         loss: LossWeighting = LossWeighting(),
@@ -177,7 +188,7 @@ class LatentDiffusion(L.LightningModule):
         self.objective = Objective(schedule, prediction_type, loss, timestep_law, offset_noise)
         make = partial(_new_network, network, codec, conditioner, lora)
         source = network if isinstance(network, str) else None
-        weighted = isinstance(network, UNet) or lora is not None
+        weighted = isinstance(network, nn.Module) or lora is not None
         self._deferred = None if weighted else defer(make, source)
         self.trained = nn.ModuleDict({"unet": self._deferred.unet if self._deferred else make()})
         # Frozen parts stay out of state dict, optimizer, EMA and any sharding: a plain container.
@@ -187,7 +198,7 @@ class LatentDiffusion(L.LightningModule):
         else:
             self._frozen["conditioner"] = conditioner
         if gradient_checkpointing:
-            self.trained["unet"].enable_gradient_checkpointing()  # type: ignore[operator]
+            enable_gradient_checkpointing(self.trained["unet"])
         for part in self.trained.parameters():
             if part.requires_grad:  # half-precision files too: small updates would be lost
                 part.data = part.data.float()
@@ -255,11 +266,11 @@ class LatentDiffusion(L.LightningModule):
     def pipeline(self) -> Iterator[TextToImage]:
         """Lend the model as a sampling pipeline, in evaluation mode for as long as it is open."""
         model = self.model()
-        unets = [model.network]
+        networks = [model.network]
         if self.sampling.guidance.against == "raw":
-            model = replace(model, raw_network=self._unet_of(self.trained))
-            unets.append(self._unet_of(self.trained))
-        modes = [(part, part.training) for part in (*unets, model.conditioner)]
+            model = replace(model, raw_network=self.trained["unet"])
+            networks.append(self.trained["unet"])
+        modes = [(part, part.training) for part in (*networks, model.conditioner)]
         try:
             for part, _ in modes:
                 part.eval()
@@ -270,8 +281,8 @@ class LatentDiffusion(L.LightningModule):
         finally:
             for part, mode in modes:
                 part.train(mode)
-            for unet in unets:
-                reshard(unet)
+            for network in networks:
+                reshard(network)
 
     def facts(self) -> dict[str, Any]:
         """Return the settings that define the model, as plain values."""
@@ -329,8 +340,7 @@ class LatentDiffusion(L.LightningModule):
         self._ready = True
         if self.compile_backend is not None:
             buckets = getattr(self.trainer.datamodule, "aspect", None) is not None
-            unet = self._unet_of(self.trained)
-            unet.compile_blocks(self.compile_backend, several_shapes=buckets)
+            compile_blocks(self.trained["unet"], self.compile_backend, several_shapes=buckets)
         strategy = self.trainer.strategy
         if isinstance(strategy, DDPStrategy):
             # Tables of indices are constants, which DDP would broadcast in every forward pass.
@@ -342,7 +352,7 @@ class LatentDiffusion(L.LightningModule):
         if isinstance(strategy, FullyShardedStrategy):
             for modules in (self.trained, self.ema):
                 if modules is not None:
-                    blocks = self._unet_of(modules).blocks()
+                    blocks = blocks_of(modules["unet"])
                     strategy.shard(modules.values(), blocks, ema=modules is self.ema)
         self._fill_deferred()
 
@@ -351,7 +361,7 @@ class LatentDiffusion(L.LightningModule):
         deferred, self._deferred = self._deferred, None
         if deferred is None:
             return
-        unets = [self._unet_of(part) for part in (self.trained, self.ema) if part is not None]
+        unets = [part["unet"] for part in (self.trained, self.ema) if part is not None]
         for unet in unets:
             unet.to_empty(device=self.trainer.strategy.root_device)
         if not self.resumes:
@@ -361,11 +371,11 @@ class LatentDiffusion(L.LightningModule):
                 for mine, theirs in pairs:
                     local(mine.detach()).copy_(local(theirs.detach()))
 
-    @staticmethod
-    def _unet_of(modules: nn.ModuleDict) -> UNet:
-        unet = modules["unet"]
-        assert isinstance(unet, UNet)
-        return unet
+    def record_arguments(self, arguments: Mapping[str, Any]) -> None:
+        """Let checkpoints describe the network by the arguments that a config built it with."""
+        for part in (self.trained, self.ema):
+            if part is not None:
+                record_arguments(part["unet"], arguments)
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
@@ -763,7 +773,16 @@ class LatentDiffusion(L.LightningModule):
         )
 
     def prepared(self, batch: dict[str, Any], training: bool) -> dict[str, Any]:
-        """Return a batch with what another data module than this package's has not added."""
+        """Return a batch with what another data module than this package's has not added.
+
+        Raises:
+            ValueError: It lacks what `DataModule` says of its batches.
+        """
+        if not isinstance(batch, dict):
+            raise ValueError(
+                f"The batch is a {type(batch).__name__}: wanted a dict, as of a dataset of dicts "
+                "that zsnr.training.DataModule(train=...) loads."
+            )
         if DRAWS in batch:
             return batch
         batch = self.preparation(training)(batch)
@@ -773,8 +792,12 @@ class LatentDiffusion(L.LightningModule):
         """Return x_t (B, C, h, w) of a batch, the network's target, and t (B,), on the device."""
         draws: Draws = batch[DRAWS]
         with torch.no_grad():
-            moments = batch["moments"] if "moments" in batch else self.codec.encode(batch["image"])
-            x_0 = self.codec.latents(moments, draws.z)
+            if "latents" in batch:
+                x_0 = batch["latents"]
+            else:
+                given = "moments" in batch
+                moments = batch["moments"] if given else self.codec.encode(batch["image"])
+                x_0 = self.codec.latents(moments, draws.z)
         return self.objective.noised(x_0, draws)
 
     def _losses(
@@ -800,8 +823,10 @@ class LatentDiffusion(L.LightningModule):
         # Text encoders may be kept in half precision.
         dtype = next(model.network.parameters()).dtype
         cond = self._conditioning(model.conditioner, batch).to(self.device, dtype)
-        if model.network.takes_sizes:
+        if takes_sizes(model.network):
             cond = replace(cond, sizes=batch.get("sizes"))
+        if "concat" in batch:
+            cond = replace(cond, concat=batch["concat"].to(self.device, dtype))
         if start is None:
             output = model.network(x_t, self.schedule.time(t), cond)
         else:
@@ -834,18 +859,16 @@ class LatentDiffusion(L.LightningModule):
 
 
 def _new_network(
-    network: UNetConfig | UNet | str,
+    network: UNetConfig | nn.Module | str,
     codec: LatentCodec,
     conditioner: Conditioner,
     lora: LoRA | None,
-) -> UNet:
-    if isinstance(network, UNet):
+) -> nn.Module:
+    wanted: Any = inputs_of(codec, conditioner)
+    if isinstance(network, DiffusionNetwork):
+        network.check_fits(**wanted)
+    if isinstance(network, nn.Module):
         return network
-    wanted: dict[str, Any] = {
-        "channels": codec.channels,
-        "context_dim": conditioner.context_dim,
-        "pooled_dim": conditioner.pooled_dim,
-    }
     if lora is not None:
         assert isinstance(network, str)
         return AdaptedUNet(network, lora, **wanted)

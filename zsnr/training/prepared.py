@@ -47,9 +47,23 @@ class Preparation:
         """Return a batch with `draws`, `prompts`, and `tokens` where there is a tokenizer.
 
         Args:
-            batch: image (B, 3, H, W) or moments (B, 2 C, h, w), caption unless there are
-                embeddings, position (B,) and global_batch_size.
+            batch: image (B, 3, H, W), moments (B, 2 C, h, w) or latents (B, C, h, w), caption
+                unless there are embeddings, position (B,) and global_batch_size.
+
+        Raises:
+            ValueError: The batch lacks one of these.
         """
+        missing = [name for name in ("position", "global_batch_size") if name not in batch]
+        if "caption" not in batch and not any(name.startswith(TEXT) for name in batch):
+            missing.append("caption")
+        if not batch.keys() & {"image", "moments", "latents"}:
+            missing.append("image, moments or latents")
+        if missing:
+            raise ValueError(
+                f"The batch has no {' and no '.join(missing)}. Give your dataset to "
+                "zsnr.training.DataModule(train=...), and that as datamodule to Trainer.fit, in "
+                "place of a DataLoader: the random numbers of a sample follow from its position."
+            )
         draws = self._draws(batch["position"].tolist(), batch)
         batch = {**batch, DRAWS: draws}
         if "caption" not in batch or any(name.startswith(TEXT) for name in batch):
@@ -61,7 +75,14 @@ class Preparation:
         return batch
 
     def _draws(self, positions: Sequence[int], batch: dict[str, Any]) -> Draws:
-        if "moments" in batch:
+        if "latents" in batch:
+            channels, h, w = batch["latents"].shape[1:]
+            if channels != self.channels:
+                raise ValueError(
+                    f"The dataset's latents have {channels} channels: wanted {self.channels}, as "
+                    "those of the codec."
+                )
+        elif "moments" in batch:
             h, w = batch["moments"].shape[-2:]
         else:
             h, w = (side // self.factor for side in batch["image"].shape[-2:])

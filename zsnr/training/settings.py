@@ -16,10 +16,12 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_ty
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
+from torch import nn
 from torch.optim import Optimizer
 
 from zsnr.codecs import LatentCodec
 from zsnr.conditioning import Conditioner, Remembered
+from zsnr.networks import DiffusionNetwork
 from zsnr.samplers import Sampler, available_samplers
 from zsnr.samplers.recommend import AUTO
 from zsnr.timesteps import available_spacings
@@ -49,6 +51,7 @@ BASES: dict[str, type[Any]] = {
     "codec": LatentCodec,
     "conditioner": Conditioner,
     "sampler": Sampler,
+    "network": nn.Module,
 }
 """Settings whose classes a config may name without their module."""
 
@@ -177,9 +180,12 @@ def dataclasses_of(hint: Any) -> list[Any]:
 
 
 def known_classes(base: type[Any]) -> dict[str, type[Any]]:
-    """Return the classes that a config may give for a base, by their names."""
+    """Return the classes that a config may give for a base, by their names.
+
+    Of all modules, those are networks that are made for diffusion.
+    """
     known: dict[str, type[Any]] = {}
-    waiting = [base]
+    waiting: list[type[Any]] = [DiffusionNetwork if base is nn.Module else base]
     while waiting:
         cls = waiting.pop()
         waiting += cls.__subclasses__()

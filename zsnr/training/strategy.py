@@ -277,7 +277,7 @@ def without_gradient(conditioner: nn.Module) -> list[str]:
     named = [(name, p) for name, p in conditioner.named_parameters() if p.requires_grad]
     with torch.enable_grad():
         null = conditioner([""])
-        outputs = [x.sum() for x in (null.context, null.pooled) if x is not None]
+        outputs = [part.sum() for part in null.parts().values() if part.requires_grad]
         gradients = torch.autograd.grad(outputs, [p for _, p in named], allow_unused=True)
     return [name for (name, _), gradient in zip(named, gradients, strict=True) if gradient is None]
 

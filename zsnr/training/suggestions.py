@@ -9,6 +9,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
 from zsnr.training.settings import known_classes, names
 from zsnr.training.short_options import SHORT_OPTIONS
 from zsnr.untrusted import clipped, shown
@@ -56,10 +58,12 @@ def find_class(path: Any, base: type[Any], where: str) -> Any:
     except Exception as error:
         meant = base is not object and name in known_classes(base)
         hint = f" Did you mean {name}?" if meant else ""
+        if isinstance(error, ModuleNotFoundError) and not hint and "." not in module:
+            hint = " Is the folder of the file in PYTHONPATH?"
         raise ValueError(
             f"{where}: {shown(path)} cannot be imported: {clipped(str(error))}.{hint}"
         ) from error
-    if isinstance(cls, type) and not issubclass(cls, base):
+    if not issubclass(cls, base) if isinstance(cls, type) else base is nn.Module:
         raise ValueError(f"{where}: {shown(path)} is not a {base.__name__}.")
     return cls
 

@@ -52,8 +52,7 @@ def network_flops(network: nn.Module, shape: Sequence[int], cond: Conditioning) 
 
     tensors = {name: empty(p) for name, p in network.named_parameters()}
     tensors |= {name: empty(b) for name, b in network.named_buffers()}
-    parts = (cond.context, cond.mask, cond.pooled, cond.sizes)
-    cond = Conditioning(*(None if part is None else empty(part) for part in parts))  # type: ignore[arg-type]
+    cond = cond.map(empty)
     x_t = torch.empty(1, *shape, device="meta")
     t = torch.zeros(1, dtype=torch.int64, device="meta")
     with FlopCounterMode(display=False) as counter:
