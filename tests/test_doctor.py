@@ -15,7 +15,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from zsnr import DDIM, DPMpp2M, NoiseSchedule, get_timesteps
+from zsnr import DDIM, DPMpp2M, NoiseSchedule, RectifiedFlow, get_timesteps
 from zsnr.checkpoints import run_facts
 from zsnr.cli import main
 from zsnr.doctor.examine import examine, fix
@@ -409,6 +409,21 @@ def test_verdicts_of_runs(tmp_path, change, verdict, words):
         assert found.changes
 
 
+def test_runs_of_rectified_flow(tmp_path, capsys):
+    run = {**RUN, "schedule": RectifiedFlow(3.0).settings(), "prediction_type": "flow"}
+    found = examine(write(tmp_path, run, "run.json"))
+    assert (found.verdict, found.facts["snr_T"]) == ("fixed", 0)
+    assert "rectified flow, shift 3, T = 1000" in found.to_text()
+    leading = {**run, "sampling": {**DEFAULT_SAMPLING, "spacing": "leading"}}
+    assert examine(write(tmp_path / "a", leading, "run.json")).verdict == "inconsistent"
+    (tmp_path / "last.ckpt").touch()
+    assert main(["schedule", str(tmp_path / "last.ckpt"), "--spacing", "trailing"]) == 0
+    printed = capsys.readouterr().out
+    assert "rectified flow, shift 3, 1000 timesteps, ends at zero SNR" in printed
+    assert "alpha_T             0.000000" in printed
+    assert "original" not in printed
+
+
 def test_runs_tell_the_weight_of_the_last_step(tmp_path):
     run_facts.write_run_facts(tmp_path, {**RUN, "loss": {"name": "min_snr", "gamma": 5.0}})
     found = examine(tmp_path)
@@ -509,6 +524,23 @@ def test_verdicts_of_yaml(tmp_path, model, verdict, words):
     found = yaml_file(tmp_path, {**({"sampling": sampling} if sampling else {}), **model})
     assert found.verdict == verdict
     assert words in found.reason
+
+
+@pytest.mark.parametrize(
+    "name", ["RectifiedFlow", "zsnr.RectifiedFlow", "zsnr.schedule.NoiseSchedule"]
+)
+def test_yaml_names_the_class_of_its_schedule(tmp_path, name):
+    options = {"shift": 3.0} if name.endswith("Flow") else {"snr_shift": 3.0}
+    schedule = {"class_path": name, "init_args": options}
+    rare = {"name": "logit_normal", "allow_rare_terminal": True}
+    found = yaml_file(tmp_path, {"schedule": schedule, "timestep_law": rare})
+    assert found.verdict == "fixed"
+    assert "shift 3" in found.to_text() or "SNR divided by 3" in found.to_text()
+    assert "timestep law 'logit_normal' visits the last timestep 2.5e-09 times" in found.warnings[0]
+    assert found.changes == ("a.yaml: timestep_law.name: uniform",)
+    other = {"class_path": "mine.Cosine", "init_args": {}}
+    found = yaml_file(tmp_path, {"schedule": other})
+    assert "a 'mine.Cosine', whose SNR cannot be told" in found.reason
 
 
 def test_yaml_of_the_training_command(tmp_path):

@@ -169,7 +169,10 @@ def _rows(facts: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
                 )
             case "timestep_law":
                 visits = facts["terminal_visits"]
-                yield name, f"{value!r}; visits the last timestep {visits:.3g} times as often as uniform"
+                yield (
+                    name,
+                    f"{value!r}; visits the last timestep {visits:.3g} times as often as uniform",
+                )
             case "terminal_visits":
                 continue
             case "loss_weight_t900":
