@@ -111,7 +111,7 @@ def write_single_file(
     marks = []
     if model.prediction_type == "v_prediction":
         marks.append("v_pred")
-    if float(model.schedule.alphas_cumprod[-1]) == 0:
+    if float(model.schedule.snr[-1]) == 0:
         marks.append("ztsnr")
     _write(path, weights, marks, stored, facts)
 
@@ -312,7 +312,7 @@ def _null_facts(conditioner: Conditioner) -> dict[str, str]:
 
 
 def _hint(model: Model) -> dict[str, str]:
-    if float(model.schedule.alphas_cumprod[-1]) != 0:
+    if float(model.schedule.snr[-1]) != 0:
         return {}
     return {
         "modelspec.usage_hint": "Zero terminal SNR: sample v from the last timestep on (trailing "
