@@ -153,9 +153,9 @@ def declares(
 def settle(
     path: str | Path,
     declaration: Declaration,
-    schedule: NoiseSchedule | None = None,
+    schedule: Schedule | None = None,
     prediction_type: PredictionType | None = None,
-) -> tuple[NoiseSchedule, PredictionType]:
+) -> tuple[Schedule, PredictionType]:
     """Return the schedule and prediction type to use a file with.
 
     What is neither given nor declared is taken as other programs take it, epsilon and Stable
