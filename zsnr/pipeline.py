@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import operator
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -536,7 +537,9 @@ class TextToImage:
         """Sample latents, with an edit from the latents of its images."""
         assert isinstance(sampling.sampler, Sampler)
         schedule, noise = self.model.schedule, SampleNoise(seeds)
-        x_T = noise.randn(shape, device=self._device_of(denoiser))
+        # of the size that x_t of unit data has there: 1, but for flow that starts before T
+        size = round(math.hypot(*schedule(int(timesteps[0]))), 9)
+        x_T = size * noise.randn(shape, device=self._device_of(denoiser))
         conditioned: Denoiser | InpaintingDenoiser = denoiser
         if edit is not None and known is not None:
             known = known.expand_as(x_T)

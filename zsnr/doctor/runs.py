@@ -21,7 +21,8 @@ from zsnr.prediction import PredictionType
 from zsnr.samplers import get_sampler, recommend_sampling
 from zsnr.samplers.recommend import AUTO, resolve_sampling
 from zsnr.sampling import Sampling, describe_sampling, recorded_guidance
-from zsnr.schedule import NoiseSchedule
+from zsnr.schedule import NoiseSchedule, RectifiedFlow, Schedule
+from zsnr.timestep_law import MIN_TERMINAL_SHARE, TimestepLaw
 from zsnr.timesteps import check_timesteps, get_timesteps, is_grid_file
 from zsnr.untrusted import check_inside, clipped, open_regular, read_json, read_yaml, shown
 
@@ -105,9 +106,10 @@ def examine_run(
         target,
         "zsnr checkpoint",
         f"{path.name}: ",
-        schedule=_built(path, "schedule", NoiseSchedule, run["schedule"]),
+        schedule=_schedule(path, "schedule", run["schedule"]),
         prediction_type=run.get("prediction_type", "v_prediction"),
         loss=_built(path, "loss", LossWeighting, run.get("loss")),
+        law=_built(path, "timestep_law", TimestepLaw, run.get("timestep_law")),
         sampling=sampling,
         num_steps=num_steps,
     )
@@ -156,9 +158,10 @@ def examine_yaml(target: str, path: Path, num_steps: Sequence[int]) -> Diagnosis
         target,
         "zsnr YAML",
         f"{path.name}: ",
-        schedule=_built(path, "model.schedule", NoiseSchedule, model.get("schedule")),
+        schedule=_schedule(path, "model.schedule", model.get("schedule")),
         prediction_type=model.get("prediction_type", "v_prediction"),
         loss=_built(path, "model.loss", LossWeighting, model.get("loss")),
+        law=_built(path, "model.timestep_law", TimestepLaw, model.get("timestep_law")),
         sampling={**guidance_settings, "sampler": sampler, "num_steps": S, "spacing": spacing},
         num_steps=num_steps,
     )
@@ -169,9 +172,10 @@ def _examine_training(
     kind: str,
     where: str,
     *,
-    schedule: NoiseSchedule,
+    schedule: Schedule,
     prediction_type: Any,
     loss: LossWeighting,
+    law: TimestepLaw,
     sampling: Mapping[str, Any],
     num_steps: Sequence[int],
 ) -> Diagnosis:
@@ -220,6 +224,15 @@ def _examine_training(
                 "weight: the model barely learns to start from pure noise"
             )
             changes.append(f"{where}loss.name: uniform")
+    if law.name != "uniform":
+        visits = law.terminal_share(T)
+        facts |= {"timestep_law": law.name, "terminal_visits": visits}
+        if visits < MIN_TERMINAL_SHARE:
+            warnings.append(
+                f"timestep law {law.name!r} visits the last timestep {visits:.2g} times as often "
+                "as 'uniform': the model barely learns to start from pure noise"
+            )
+            changes.append(f"{edited}timestep_law.name: uniform")
     for key in ("guidance_scale", "guidance_rescale"):
         value = settings[key]
         if not _is_plain_number(value):
@@ -247,6 +260,26 @@ def _examine_training(
             correction += " and sampling.spacing: trailing"
         changes.insert(0, f"{edited}{correction}, and train anew")
     return Diagnosis(target, kind, verdict, reason, facts, tuple(warnings), tuple(changes))
+
+
+def _schedule(path: Path, name: str, settings: Any) -> NoiseSchedule | RectifiedFlow:
+    """Build the schedule that settings in a file describe: a RectifiedFlow by its class or shift.
+
+    Raises:
+        ValueError: The settings are not valid, or name another class.
+    """
+    classes = {cls.__name__: cls for cls in (NoiseSchedule, RectifiedFlow)}
+    options = _block(path, name, _init_args(settings))
+    cls: type[Any] = RectifiedFlow if "shift" in options else NoiseSchedule
+    if isinstance(settings, dict) and "class_path" in settings:
+        stated = str(settings["class_path"]).removeprefix("zsnr.schedule.").removeprefix("zsnr.")
+        if stated not in classes:
+            raise ValueError(
+                f"{path}: {name} is a {shown(settings['class_path'])}, whose SNR cannot be told "
+                f"without running it. Known: {', '.join(classes)}."
+            )
+        cls = classes[stated]
+    return cast(NoiseSchedule | RectifiedFlow, _built(path, name, cls, options))
 
 
 def _built(path: Path, name: str, cls: type[Any], settings: Any) -> Any:

@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from zsnr.interop.declared import schedule_from_diffusers
+from zsnr.interop.declared import process_from_diffusers, schedule_from_diffusers
 from zsnr.interop.diffusers_folder import read_diffusers_folder
 from zsnr.interop.single_file import read_single_file, write_single_file
 
@@ -15,6 +15,7 @@ _IMPORT_DIFFUSERS = ("DiffusersScheduler", "SchedulerMixin")
 
 __all__ = [
     "DiffusersScheduler",
+    "process_from_diffusers",
     "read_diffusers_folder",
     "read_single_file",
     "schedule_from_diffusers",

@@ -9,22 +9,30 @@ from zsnr.checkpoints.exported_sampling import Exported, read_exported
 from zsnr.checkpoints.model import Model
 from zsnr.codecs import AutoencoderKLCodec
 from zsnr.conditioning import Conditioner, SDXLConditioner, TransformersConditioner
-from zsnr.interop.declared import declare, schedule_from_diffusers, with_class_of
+from zsnr.interop.declared import process_from_diffusers, with_class_of
 from zsnr.networks import UNet
-from zsnr.schedule import NoiseSchedule
+from zsnr.prediction import PredictionType
+from zsnr.schedule import Schedule
 from zsnr.weights.pretrained import load_index, reason
 from zsnr.weights.source import local_path
 
 
-def read_diffusers_folder(source: str, schedule: NoiseSchedule | None = None) -> Model:
+def read_diffusers_folder(
+    source: str,
+    schedule: Schedule | None = None,
+    prediction_type: PredictionType | None = None,
+) -> Model:
     """Read a Stable Diffusion 1, 2 or XL folder: unet, vae, text encoders, scheduler.
 
     Args:
         source: A folder with model_index.json, or a hub id.
         schedule: Schedule to use instead of the one its scheduler declares.
+        prediction_type: Prediction type to use instead of the declared one. With both, the
+            scheduler may be of any class.
 
     Raises:
-        ValueError: A part is missing or unreadable, or the folder holds another kind of model.
+        ValueError: A part is missing or unreadable, the folder holds another kind of model, or its
+            scheduler has no schedule on timesteps.
     """
     from diffusers import DDIMScheduler
 
@@ -48,14 +56,16 @@ def read_diffusers_folder(source: str, schedule: NoiseSchedule | None = None) ->
     if not isinstance(config, Mapping):
         raise ValueError(f"Cannot read the scheduler's config in {source}: wanted an object.")
     config = with_class_of(index, config)
-    prediction_type = declare(config).prediction_type
+    if schedule is None or prediction_type is None:
+        declared_schedule, declared = process_from_diffusers(config)
+        schedule, prediction_type = schedule or declared_schedule, prediction_type or declared
     exported = read_exported(source)
     codec, conditioner, unet = read_parts(source, exported, xl=_has(index, "text_encoder_2"))
     return Model(
         codec=codec,
         conditioner=conditioner,
         network=unet,
-        schedule=schedule or schedule_from_diffusers(config),
+        schedule=schedule,
         prediction_type=prediction_type,
         image_size=_side(source, unet.unet.config["sample_size"]) * codec.factor,
         sampling=exported.sampling,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,7 +32,7 @@ from zsnr.interop.scheduler_config import scheduler_config
 from zsnr.interop.single_file import read_single_file
 from zsnr.lora import is_adapted
 from zsnr.prediction import PredictionType
-from zsnr.schedule import NoiseSchedule
+from zsnr.schedule import NoiseSchedule, schedule_from_settings
 from zsnr.weights.ldm_layout import from_ldm, ldm_names
 from zsnr.weights.pretrained import Precision, as_dtype, cast_weight, read_config
 from zsnr.weights.source import is_single_file, local_path
@@ -66,18 +65,19 @@ def export_diffusers(
     Raises:
         ValueError: The folder exists, or the model has a part that such a folder cannot hold.
     """
-    from diffusers import DDIMScheduler
+    import diffusers
 
     folder = Path(folder)
     check_new(folder)
     stored = as_dtype(dtype)
     check_exportable(describe_model(model))
-    scheduler = DDIMScheduler.from_config(scheduler_config(model.schedule, model.prediction_type))
+    config = scheduler_config(model.schedule, model.prediction_type)
+    scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
     pipeline = _pipeline(model, scheduler, stored)
     with new_folder(folder) as beside:
         pipeline.save_pretrained(beside, safe_serialization=True)
-        for config in beside.glob("text_encoder*/config.json"):
-            _load_in_float32(config)
+        for encoder in beside.glob("text_encoder*/config.json"):
+            _load_in_float32(encoder)
         write_folder_settings(beside, model)
         card_facts = {
             **(facts or {}),
@@ -153,8 +153,8 @@ def read_exportable(
     facts = {"start": path.resolve().name if path.exists() else source}
     if is_single_file(str(path)):
         return read_single_file(str(path), schedule, prediction_type), facts
-    model = read_diffusers_folder(str(path) if path.exists() else source, schedule)
-    return replace(model, prediction_type=prediction_type or model.prediction_type), facts
+    folder = str(path) if path.exists() else source
+    return read_diffusers_folder(folder, schedule, prediction_type), facts
 
 
 def check_merged(description: Mapping[str, Any]) -> None:
@@ -174,15 +174,17 @@ def check_merged(description: Mapping[str, Any]) -> None:
 
 
 def check_exportable(description: Mapping[str, Any], *, merged: bool = False) -> None:
-    """Refuse parts that a Stable Diffusion pipeline cannot hold; loads no weights.
+    """Refuse what a Stable Diffusion pipeline cannot hold; loads no weights.
 
     Args:
         description: The result of `describe_model`, or a checkpoint's description.
         merged: Whether its adapters will be merged.
 
     Raises:
-        ValueError: A part cannot be held.
+        ValueError: A part, the schedule or the prediction type cannot be held.
     """
+    schedule = schedule_from_settings(description["schedule"])
+    scheduler_config(schedule, description["prediction_type"])
     if not merged:
         check_merged(description)
     if _name(description["network"]) not in ("UNet", "AdaptedUNet"):

@@ -13,14 +13,14 @@ from zsnr.codecs import AutoencoderKLCodec
 from zsnr.interop.diffusers_folder import read_diffusers_folder
 from zsnr.interop.single_file import read_single_file
 from zsnr.prediction import PredictionType
-from zsnr.schedule import NoiseSchedule
+from zsnr.schedule import Schedule
 from zsnr.weights.pretrained import as_dtype, loading_in, stored_dtype
 from zsnr.weights.source import fetch_file, find_file, is_single_file
 
 
 def read_model(
     source: str,
-    schedule: NoiseSchedule | None = None,
+    schedule: Schedule | None = None,
     prediction_type: PredictionType | None = None,
     raw_beside: bool = False,
     network: nn.Module | type[nn.Module] | None = None,
@@ -43,12 +43,14 @@ def read_model(
         )
     if is_single_file(source):
         return read_single_file(source, schedule, prediction_type)
-    if is_checkpoint(source):
-        model = read_checkpoint(source, raw_beside=raw_beside, network=network)
-        model = model if schedule is None else replace(model, schedule=schedule)
-    else:
-        model = read_diffusers_folder(source, schedule)
-    return replace(model, prediction_type=prediction_type or model.prediction_type)
+    if not is_checkpoint(source):
+        return read_diffusers_folder(source, schedule, prediction_type)
+    model = read_checkpoint(source, raw_beside=raw_beside, network=network)
+    return replace(
+        model,
+        schedule=model.schedule if schedule is None else schedule,
+        prediction_type=prediction_type or model.prediction_type,
+    )
 
 
 def choose_dtype(dtype: torch.dtype | str, source: str, device: torch.device) -> torch.dtype | None:
