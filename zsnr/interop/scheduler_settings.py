@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, cast
 
+import numpy as np
+from torch import Tensor
+
 from zsnr.interop.declared import rescaled, schedule_from_diffusers
 from zsnr.interop.scheduler_config import scheduler_config
 from zsnr.prediction import PredictionType
@@ -53,6 +56,9 @@ def read_schedule(
     Raises:
         ValueError: The config is not of a schedule that this package has.
     """
+    betas = config.get("trained_betas")
+    if isinstance(betas, np.ndarray | Tensor):
+        config = {**config, "trained_betas": betas.tolist()}
     if exact is not None:
         schedule = schedule_from_settings(exact)
         same = all(config.get(k, v) == v for k, v in describe_schedule(schedule).items())
