@@ -10,14 +10,15 @@ from zsnr.checkpoints.model import Model
 from zsnr.codecs import AutoencoderKLCodec
 from zsnr.conditioning import Conditioner, SDXLConditioner, TransformersConditioner
 from zsnr.interop.declared import declare, schedule_from_diffusers, with_class_of
+from zsnr.interop.transformer_folder import read_transformer_folder
 from zsnr.networks import UNet
-from zsnr.schedule import NoiseSchedule
+from zsnr.schedule import Schedule
 from zsnr.weights.pretrained import load_index, reason
 from zsnr.weights.source import local_path
 
 
-def read_diffusers_folder(source: str, schedule: NoiseSchedule | None = None) -> Model:
-    """Read a Stable Diffusion 1, 2 or XL folder: unet, vae, text encoders, scheduler.
+def read_diffusers_folder(source: str, schedule: Schedule | None = None) -> Model:
+    """Read a folder of Stable Diffusion 1, 2, XL or 3, or of PixArt.
 
     Args:
         source: A folder with model_index.json, or a hub id.
@@ -30,7 +31,7 @@ def read_diffusers_folder(source: str, schedule: NoiseSchedule | None = None) ->
 
     index = load_index(source)
     kind = index.get("_class_name")
-    if "unet" not in index:
+    if "unet" not in index and not _has(index, "transformer"):
         raise ValueError(
             f"{source} is a {kind} without a unet: wanted Stable Diffusion 1, 2 or XL."
         )
@@ -48,6 +49,8 @@ def read_diffusers_folder(source: str, schedule: NoiseSchedule | None = None) ->
     if not isinstance(config, Mapping):
         raise ValueError(f"Cannot read the scheduler's config in {source}: wanted an object.")
     config = with_class_of(index, config)
+    if _has(index, "transformer"):
+        return read_transformer_folder(source, index, config, schedule)
     prediction_type = declare(config).prediction_type
     exported = read_exported(source)
     codec, conditioner, unet = read_parts(source, exported, xl=_has(index, "text_encoder_2"))
