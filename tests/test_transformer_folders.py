@@ -8,6 +8,7 @@ import tiny
 import torch
 
 from zsnr import Guidance, RectifiedFlow
+from zsnr.codecs import AutoencoderKLCodec
 from zsnr.conditioning import SD3Conditioner, TransformersConditioner
 from zsnr.networks import Transformer
 from zsnr.pipeline import TextToImage
@@ -117,3 +118,17 @@ def test_folders_of_other_architectures_say_which_part(tmp_path):
         with pytest.raises(ValueError, match=message):
             TextToImage.from_pretrained(tmp_path, device="cpu")
         path.write_text(was)
+
+
+def test_a_folder_of_all_parts_needs_no_subfolder(tmp_path):
+    """As codec and as conditioner, in a config."""
+    tiny.pixart_folder(tmp_path)
+    source = str(tmp_path)
+    codecs = [AutoencoderKLCodec(source, subfolder=name) for name in (None, "vae")]
+    assert codecs[0].fingerprint() == codecs[1].fingerprint()
+    named = {"subfolder": "text_encoder", "tokenizer_subfolder": "tokenizer"}
+    conditioners = [TransformersConditioner(source, **each) for each in ({}, named)]
+    assert conditioners[0].fingerprint() == conditioners[1].fingerprint()
+    assert conditioners[0].settings() == conditioners[1].settings()
+    encoded = [conditioner(["a cat"]) for conditioner in conditioners]
+    assert torch.equal(encoded[0].context, encoded[1].context)

@@ -25,7 +25,7 @@ from zsnr.conditioning.tokenizers import (
 from zsnr.denoiser import Conditioning
 from zsnr.weights.ldm_file import default_part
 from zsnr.weights.pretrained import check_depth, load_pretrained, load_whole, read_config
-from zsnr.weights.source import digest, find_weights
+from zsnr.weights.source import digest, find_weights, is_single_file
 
 
 class TransformersConditioner(Conditioner):
@@ -96,13 +96,19 @@ class TransformersConditioner(Conditioner):
             "use_mask": use_mask,
             "trainable": trainable,
         }
-        self._subfolder = default_part(str(pretrained), subfolder, "text_encoder")
+        self._subfolder = subfolder
+        if pretrained is not None:
+            self._subfolder = default_part(pretrained, subfolder, "text_encoder")
+            if not is_single_file(pretrained):
+                self._settings["subfolder"] = self._subfolder
         if tokenizer in BPE:
             max_length = max_length or 77
             tokenize, vocabulary = bpe_tokenizer(tokenizer, max_length)
         else:
             source = tokenizer or str(pretrained)
-            folder = tokenizer_subfolder if tokenizer_subfolder else None
+            folder = default_part(source, tokenizer_subfolder or None, "tokenizer")
+            if not is_single_file(source):
+                self._settings["tokenizer_subfolder"] = folder
             tokenize, vocabulary, max_length = transformers_tokenizer(source, folder, max_length)
         if lowercase:
             tokenize = Lowercased(tokenize)
