@@ -457,7 +457,7 @@ def recipe_steps(net: Any, folder: Path, batch_size: int, cached: bool) -> Itera
     from torch.utils.data import DataLoader, Dataset
     from torchvision import transforms
 
-    vae, text = net.codec.load()._vae, net._frozen["conditioner"]
+    vae, text = net.codec.load().vae, net._frozen["conditioner"]
     samples: list[tuple[bytes, str]] = []
     for shard in sorted(folder.glob("train-*.tar")):
         with tarfile.open(shard) as tar:

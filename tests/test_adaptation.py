@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from test_training import data, module, trainer
 
-from zsnr import NoiseSchedule, diffusion_loss
+from zsnr import NoiseSchedule, RectifiedFlow, diffusion_loss
 from zsnr.checkpoints.checkpoint_file import open_checkpoint
 from zsnr.checkpoints.run_facts import read_run_facts
 from zsnr.draws import validation_draws
@@ -56,7 +56,16 @@ def test_the_start_is_read_from_its_scheduler(start, tmp_path):
         read_start(str(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "MyScheduler"])
+def test_a_start_of_rectified_flow_is_read(tmp_path):
+    (tmp_path / "scheduler").mkdir()
+    config = json.dumps({**EPSILON, "_class_name": "EulerDiscreteScheduler", "shift": 3.0})
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(config)
+    index = {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    assert read_start(str(tmp_path)) == Start(str(tmp_path), RectifiedFlow(3.0), "flow")
+
+
+@pytest.mark.parametrize("name", ["EDMEulerScheduler", "MyScheduler"])
 def test_a_start_on_an_unknown_schedule_is_warned_of(tmp_path, name):
     (tmp_path / "scheduler").mkdir()
     config = json.dumps({**EPSILON, "_class_name": name})

@@ -1,16 +1,21 @@
 """This package's samplers as schedulers of diffusers."""
 
+import inspect
+import json
+import pickle
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from test_checkpoints import SCHEDULER, tiny_stable_diffusion
+from test_checkpoints import tiny_stable_diffusion
+from tiny import SCHEDULER
 
 from zsnr import (
     GaussianDenoiser,
     Guidance,
     NoiseSchedule,
+    RectifiedFlow,
     SampleNoise,
     Sampler,
     available_samplers,
@@ -19,7 +24,7 @@ from zsnr import (
     reverse_transition,
     to_v,
 )
-from zsnr.interop import DiffusersScheduler
+from zsnr.interop import DiffusersScheduler, schedule_from_diffusers
 from zsnr.pipeline import TextToImage
 
 SCHEDULES = [NoiseSchedule(), NoiseSchedule(zero_terminal_snr=False), NoiseSchedule("cosine")]
@@ -305,3 +310,426 @@ def test_image_to_image_begins_inside_the_grid(pipeline):
     ]
     np.testing.assert_array_equal(*made)
     assert np.isfinite(made[0]).all()
+
+
+CONFIGURED = [
+    DiffusersScheduler(),
+    DiffusersScheduler("unipc", spacing="log_snr"),
+    DiffusersScheduler(get_sampler("multiscale", guidance=7.5), spacing="guided"),
+    DiffusersScheduler(get_sampler("ddim", eta=0.5), NoiseSchedule("cosine")),
+    DiffusersScheduler("heun", NoiseSchedule("linear", zero_terminal_snr=False), "epsilon"),
+    DiffusersScheduler(
+        "dpmpp_2m", NoiseSchedule.from_alphas_cumprod([0.9, 0.6, 0.3, 0.0]), "sample", "linspace"
+    ),
+    DiffusersScheduler("euler", NoiseSchedule(snr_shift=3.0)),
+    DiffusersScheduler("dpmpp_2m", RectifiedFlow(3.0)),
+]
+
+
+def settings_of(scheduler):
+    return (
+        *(scheduler.sampler, scheduler.schedule, scheduler.prediction_type, scheduler.spacing),
+        scheduler.schedule.settings(),
+    )
+
+
+@pytest.mark.parametrize("scheduler", CONFIGURED, ids=lambda s: s.config.sampler)
+def test_a_config_is_saved_and_loaded(scheduler, tmp_path):
+    scheduler.save_pretrained(tmp_path)
+    loaded = DiffusersScheduler.from_pretrained(tmp_path)
+    assert type(loaded) is DiffusersScheduler
+    assert settings_of(loaded) == settings_of(scheduler)
+    config = dict(scheduler.config)
+    assert config.pop("_use_default_values") == []
+    assert config == dict(loaded.config)
+    saved = json.loads((tmp_path / "scheduler_config.json").read_text())
+    assert saved["_class_name"] == "DiffusersScheduler"
+    assert settings_of(DiffusersScheduler.from_config(saved)) == settings_of(scheduler)
+    x, output = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    ends = []
+    for each in (scheduler, loaded, pickle.loads(pickle.dumps(scheduler))):
+        each.set_timesteps(3)
+        x_s = each.step(output, each.timesteps[0], x, generator=seeded(0)).prev_sample
+        again = pickle.loads(pickle.dumps(each))  # also between two steps
+        ends.append(again.step(output, each.timesteps[1], x_s, generator=seeded(1)).prev_sample)
+    assert torch.equal(ends[0], ends[1])
+    assert torch.equal(ends[0], ends[2])
+
+
+@pytest.mark.parametrize("scheduler", CONFIGURED[:7], ids=lambda s: s.config.sampler)
+def test_it_is_switched_for_another_class_and_back(scheduler):
+    from diffusers import DDIMScheduler, SchedulerMixin, UniPCMultistepScheduler
+    from diffusers.configuration_utils import ConfigMixin
+
+    assert isinstance(scheduler, SchedulerMixin)
+    assert isinstance(scheduler, ConfigMixin)
+    assert DDIMScheduler in scheduler.compatibles
+    for other in (DDIMScheduler, UniPCMultistepScheduler):
+        theirs = other.from_config(scheduler.config)
+        assert theirs.config.prediction_type == scheduler.prediction_type
+        if scheduler.schedule.snr_shift == 1 and other is DDIMScheduler:
+            wanted = scheduler.schedule.alphas_cumprod.float()
+            torch.testing.assert_close(theirs.alphas_cumprod, wanted, rtol=0, atol=5e-6)
+        back = DiffusersScheduler.from_config(theirs.config)
+        assert settings_of(back) == settings_of(scheduler)
+        named = DiffusersScheduler.from_config(theirs.config, "euler", spacing="leading")
+        assert (named.sampler, named.spacing) == (get_sampler("euler"), "leading")
+    plain = DDIMScheduler(beta_schedule="scaled_linear", prediction_type="sample")
+    changed = DiffusersScheduler.from_config(
+        plain.config, prediction_type="v_prediction", rescale_betas_zero_snr=True
+    )
+    assert changed.prediction_type == "v_prediction"
+    assert changed.schedule.zero_terminal_snr
+    assert changed.config.clip_sample is False
+    with pytest.raises(TypeError, match="no option 'samplr'"):
+        DiffusersScheduler.from_config(plain.config, samplr="ddim")
+    _, unused = DiffusersScheduler.from_config(
+        {**plain.config, "own": 1}, return_unused_kwargs=True
+    )
+    assert unused["own"] == 1
+
+
+def test_a_changed_config_is_not_overruled_by_the_exact_schedule():
+    config = {**DiffusersScheduler().config, "beta_end": 0.02}
+    assert DiffusersScheduler.from_config(config).schedule == NoiseSchedule(
+        beta_start=0.00085, beta_end=0.02
+    )
+
+
+def test_settings_of_diffusers_instead_of_a_schedule(tmp_path):
+    linear = DiffusersScheduler(
+        num_train_timesteps=500, beta_schedule="linear", beta_start=0.001, beta_end=0.03
+    )
+    assert linear.schedule == NoiseSchedule("linear", 500, 0.001, 0.03)
+    custom = DiffusersScheduler("unipc", trained_betas=np.array([0.1, 0.3]))
+    assert custom.betas.tolist() == pytest.approx([0.1, 0.3])
+    assert len(custom) == 2
+    custom.save_pretrained(tmp_path)
+    assert torch.equal(DiffusersScheduler.from_pretrained(tmp_path).betas, custom.betas)
+    with pytest.raises(ValueError, match="schedule and beta_end are given: wanted one of both"):
+        DiffusersScheduler(schedule=NoiseSchedule(), beta_end=0.02)
+    assert "kwargs" not in inspect.signature(DiffusersScheduler.__init__).parameters
+
+
+@pytest.mark.parametrize("shape", [(2, 8), (2, 3, 4, 4), (2, 3, 2, 4, 4)])
+@pytest.mark.parametrize("schedule", [NoiseSchedule(), RectifiedFlow(3.0)], ids=["vp", "flow"])
+def test_states_of_any_rank(schedule, shape):
+    scheduler = DiffusersScheduler("unipc", schedule)
+    x, noise = torch.randn(shape), torch.randn(shape)
+    ends = []
+    for _ in range(2):  # the same each time
+        scheduler.set_timesteps(4)
+        assert scheduler.scale_model_input(x, scheduler.timesteps[0]) is x
+        sample = x * scheduler.init_noise_sigma
+        for t in scheduler.timesteps:
+            step = scheduler.step(noise, t, sample)
+            assert step.prev_sample.shape == step.pred_original_sample.shape == shape
+            assert torch.equal(step[0], step.prev_sample)
+            sample = step.prev_sample
+        ends.append(sample)
+    assert torch.equal(*ends)
+    noised = scheduler.add_noise(x, noise, scheduler.timesteps[1:2])
+    t = get_timesteps("trailing", 4)[1:2].expand(2)
+    torch.testing.assert_close(noised, schedule.add_noise(x, noise, t))
+    assert torch.equal(scheduler.scale_noise(x, scheduler.timesteps[1:2], noise), noised)
+    assert (
+        scheduler.add_noise(x.half(), noise.half(), scheduler.timesteps[:2]).dtype == x.half().dtype
+    )
+
+
+def test_attributes_are_those_of_any_scheduler():
+    scheduler = DiffusersScheduler()
+    scheduler.own = 5
+    scheduler.register_to_config(noted=6)
+    assert (scheduler.own, scheduler.config.noted) == (5, 6)
+    with pytest.warns(FutureWarning, match="noted"):
+        assert scheduler.noted == 6
+    with pytest.raises(AttributeError, match="'DiffusersScheduler' object has no attribute 'none'"):
+        _ = scheduler.none
+    assert scheduler.step_index is scheduler.begin_index is None
+    scheduler.set_timesteps(10)
+    scheduler.set_begin_index(4)
+    assert scheduler.begin_index == 4
+    x = torch.zeros(1, 2)
+    scheduler.step(x, scheduler.timesteps[4], x)
+    assert scheduler.step_index == 5
+
+
+def test_eta_is_that_of_the_sampler_unless_it_is_given():
+    x, output = torch.randn(2, 4), torch.randn(2, 4)
+
+    def run(sampler, eta):
+        scheduler, sample = DiffusersScheduler(sampler), x
+        scheduler.set_timesteps(5)
+        generator = seeded(0)
+        for t in scheduler.timesteps:
+            sample = scheduler.step(output, t, sample, generator=generator, eta=eta).prev_sample
+        return sample
+
+    assert torch.equal(run("ddim", 0.5), run(get_sampler("ddim", eta=0.5), 0.0))
+    assert torch.equal(run("ddim", 1.0), run("ddpm", 0.0))
+    assert torch.equal(run("euler_ancestral", 0.0), run("ddpm", 0.0))
+    assert not torch.equal(run("ddim", 0.0), run("ddim", 0.5))
+    with pytest.raises(ValueError, match=r"eta=0\.5: the sampler 'unipc' has no such option"):
+        run("unipc", 0.5)
+
+
+@pytest.mark.parametrize("name", ["unipc", "dpmpp_2m", "heun", "multiscale", "ipndm"])
+def test_a_sampler_goes_on_from_a_changed_state(name):
+    """As with inpainting pipelines, which replace a part of the state after every call."""
+    schedule = NoiseSchedule()
+    _, network = gaussian(schedule)
+    sampler, scheduler = get_sampler(name), DiffusersScheduler(name)
+    scheduler.set_timesteps(6)
+    sample = x = torch.randn(2, 4, dtype=torch.float64, generator=seeded(0))
+    plan = sampler.plan(schedule, get_timesteps("trailing", 6), Guidance(3.0))
+    state = sampler.begin(plan, x)
+    for i, t in enumerate(scheduler.timesteps):
+        output = network(sample, t)
+        sample = scheduler.step(output, t, sample).prev_sample
+        alpha, sigma = schedule(int(t))
+        state = sampler.advance(plan, state, alpha * state.x_t - sigma * output)
+        torch.testing.assert_close(sample, state.x_t, rtol=0, atol=1e-9)
+        if i < len(scheduler.timesteps) - 1:
+            sample = sample + 0.1
+            state = sampler.change(plan, state, sample)
+
+
+def test_sigmas_of_flow_pipelines():
+    scheduler = DiffusersScheduler("euler", RectifiedFlow(3.0))
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / 8, 8), device="cpu")
+    told = scheduler.timesteps
+    assert told.dtype == torch.float32
+    scheduler.set_timesteps(8)
+    assert torch.equal(told, scheduler.timesteps)
+    scheduler.set_timesteps(timesteps=told.tolist())
+    assert torch.equal(told, scheduler.timesteps)
+    assert scheduler.sigmas.tolist() == pytest.approx([*(told / 1000).tolist(), 0.0])
+    with pytest.raises(ValueError, match="Give either"):
+        scheduler.set_timesteps(5, sigmas=[1.0, 0.5])
+    with pytest.raises(ValueError, match="sigmas are for rectified flow"):
+        DiffusersScheduler().set_timesteps(sigmas=[1.0, 0.5])
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    theirs = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_shift=1.2)
+    dynamic = DiffusersScheduler.from_config(theirs.config, "euler")
+    assert dynamic.config.max_shift == 1.2
+    with pytest.raises(ValueError, match="use_dynamic_shifting: wanted mu"):
+        dynamic.set_timesteps(4)
+    for each in (theirs, dynamic):
+        each.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25], mu=0.7)
+    torch.testing.assert_close(dynamic.timesteps, theirs.timesteps)
+    with pytest.raises(ValueError, match="use_karras_sigmas=True of a flow scheduler"):
+        DiffusersScheduler.from_config({**theirs.config, "use_karras_sigmas": True})
+
+
+def test_flow_matching_is_that_of_diffusers():
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    theirs = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    ours = DiffusersScheduler.from_config(theirs.config, "euler")
+    assert ours.prediction_type == "flow"
+    sigmas, ends = np.linspace(1.0, 1 / 10, 10), []
+    for scheduler in (theirs, ours):
+        scheduler.set_timesteps(sigmas=sigmas)
+        x = torch.randn(2, 3, 4, 4, generator=seeded(0))
+        for t in scheduler.timesteps:
+            x = scheduler.step((x + t / 1000).sin(), t, x).prev_sample
+        ends.append(x)
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-5)
+    back = FlowMatchEulerDiscreteScheduler.from_config(ours.config)
+    assert back.config.shift == 3.0
+
+
+def test_cogvideox_is_that_of_diffusers():
+    from diffusers import CogVideoXDDIMScheduler
+
+    theirs = CogVideoXDDIMScheduler(
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        snr_shift_scale=3.0,
+    )
+    ours = DiffusersScheduler.from_config(theirs.config)
+    assert ours.schedule.snr_shift == 3.0
+    ends = []
+    for scheduler in (theirs, ours):
+        scheduler.set_timesteps(10)
+        x = torch.randn(1, 2, 3, 4, 4, generator=seeded(0))
+        for t in scheduler.timesteps:
+            x = scheduler.step((x + t / 1000).sin(), t, x, return_dict=False)[0]
+        ends.append(x)
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-5)
+    back = CogVideoXDDIMScheduler.from_config(ours.config)
+    torch.testing.assert_close(back.alphas_cumprod, theirs.alphas_cumprod)
+
+
+def test_a_pipeline_is_saved_and_loaded(pipeline, tmp_path):
+    from diffusers import StableDiffusionPipeline
+
+    _, pipe = pipeline
+    pipe.scheduler = DiffusersScheduler.from_config(
+        pipe.scheduler.config, "unipc", spacing="log_snr"
+    )
+    pipe.save_pretrained(tmp_path / "sd")
+    index = json.loads((tmp_path / "sd/model_index.json").read_text())
+    assert index["scheduler"] == ["zsnr.interop", "DiffusersScheduler"]
+    loaded = StableDiffusionPipeline.from_pretrained(tmp_path / "sd", safety_checker=None)
+    assert settings_of(loaded.scheduler) == settings_of(pipe.scheduler)
+    loaded.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 3, "output_type": "np"}
+    made = [each("a cat", generator=seeded(0), **options).images for each in (pipe, loaded)]
+    np.testing.assert_array_equal(*made)
+    read = TextToImage.from_pretrained(tmp_path / "sd").model
+    assert (read.schedule, read.prediction_type) == settings_of(loaded.scheduler)[1:3]
+    for scheduler in CONFIGURED[-2:]:
+        with pytest.raises(ValueError, match="saved with a flow or a shifted schedule"):
+            schedule_from_diffusers({**scheduler.config, "_class_name": "DiffusersScheduler"})
+    changed = StableDiffusionPipeline(**{**pipe.components, "scheduler": loaded.scheduler})
+    assert changed.scheduler is loaded.scheduler
+
+
+def test_diffusers_finds_the_class_where_a_saved_pipeline_says():
+    import diffusers
+
+    import zsnr.interop
+
+    assert DiffusersScheduler.__module__ == "zsnr.interop"
+    assert zsnr.interop.SchedulerMixin is diffusers.SchedulerMixin
+    with pytest.raises(AttributeError, match="no attribute 'ModelMixin'"):
+        _ = zsnr.interop.ModelMixin
+
+
+def test_inpainting_keeps_its_history(pipeline):
+    from diffusers import StableDiffusionInpaintPipeline
+
+    _, pipe = pipeline
+    for name in ("unipc", "heun", "ddim"):
+        scheduler = DiffusersScheduler.from_config(pipe.scheduler.config, name)
+        parts = {k: v for k, v in pipe.components.items() if k != "scheduler"}
+        painting = StableDiffusionInpaintPipeline(scheduler=scheduler, **parts)
+        painting.set_progress_bar_config(disable=True)
+        mask = torch.zeros(1, 1, 16, 16)
+        mask[..., :8] = 1
+        options = {"image": torch.zeros(1, 3, 16, 16), "mask_image": mask, "strength": 0.8}
+        made = [
+            painting(
+                "a", num_inference_steps=6, generator=seeded(0), output_type="np", **options
+            ).images
+            for _ in range(2)
+        ]
+        np.testing.assert_array_equal(*made)
+        assert np.isfinite(made[0]).all()
+
+
+TEXT_PARTS = [f"{part}{n}" for part in ("text_encoder", "tokenizer") for n in ("", "_2", "_3")]
+
+
+def tiny_flow_pipeline(scheduler):
+    from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    torch.manual_seed(0)
+    transformer = SD3Transformer2DModel(
+        *(8, 2, 4),
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=8,
+        caption_projection_dim=16,
+        pooled_projection_dim=8,
+        out_channels=4,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(4,), norm_num_groups=1, latent_channels=4, shift_factor=0.1
+    )
+    return StableDiffusion3Pipeline(transformer, scheduler, vae, **dict.fromkeys(TEXT_PARTS))
+
+
+def test_a_flow_pipeline_gives_the_images_of_its_own_scheduler(tmp_path):
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+
+    theirs = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipe = tiny_flow_pipeline(theirs)
+    pipe.set_progress_bar_config(disable=True)
+
+    def images(pipe, **options):
+        return pipe(
+            prompt_embeds=torch.ones(1, 3, 8),
+            pooled_prompt_embeds=torch.ones(1, 8),
+            guidance_scale=1.0,
+            height=8,
+            width=8,
+            generator=seeded(0),
+            output_type="np",
+            **options,
+        ).images
+
+    sigmas = np.linspace(1.0, 1 / 5, 5).tolist()
+    wanted = images(pipe, sigmas=sigmas)
+    pipe.scheduler = DiffusersScheduler.from_config(theirs.config, "euler")
+    np.testing.assert_allclose(images(pipe, sigmas=sigmas), wanted, rtol=0, atol=0.5 / 255)
+    np.testing.assert_allclose(images(pipe, num_inference_steps=5), wanted, rtol=0, atol=0.5 / 255)
+    pipe.save_pretrained(tmp_path)
+    missing = dict.fromkeys([*TEXT_PARTS, "feature_extractor", "image_encoder"])
+    loaded = StableDiffusion3Pipeline.from_pretrained(tmp_path, **missing)
+    loaded.set_progress_bar_config(disable=True)
+    assert loaded.scheduler.schedule == RectifiedFlow(3.0)
+    np.testing.assert_array_equal(images(loaded, sigmas=sigmas), images(pipe, sigmas=sigmas))
+
+
+def test_a_video_pipeline_gives_the_latents_of_its_own_scheduler():
+    from diffusers import (
+        AutoencoderKLCogVideoX,
+        CogVideoXDDIMScheduler,
+        CogVideoXPipeline,
+        CogVideoXTransformer3DModel,
+    )
+
+    torch.manual_seed(0)
+    transformer = CogVideoXTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=4,
+        text_embed_dim=8,
+        num_layers=1,
+        sample_width=2,
+        sample_height=2,
+        sample_frames=5,
+        patch_size=2,
+        temporal_compression_ratio=4,
+        max_text_seq_length=3,
+    )
+    vae = AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 4,
+        up_block_types=("CogVideoXUpBlock3D",) * 4,
+        block_out_channels=(8,) * 4,
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        temporal_compression_ratio=4,
+    )
+    theirs = CogVideoXDDIMScheduler(
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        snr_shift_scale=3.0,
+    )
+    made = []
+    for scheduler in (theirs, DiffusersScheduler.from_config(theirs.config)):
+        pipe = CogVideoXPipeline(None, None, vae, transformer, scheduler)
+        pipe.set_progress_bar_config(disable=True)
+        made.append(
+            pipe(
+                prompt_embeds=torch.ones(1, 3, 8),
+                negative_prompt_embeds=torch.zeros(1, 3, 8),
+                num_inference_steps=5,
+                height=16,
+                width=16,
+                num_frames=5,
+                generator=seeded(0),
+                output_type="latent",
+            ).frames
+        )
+    torch.testing.assert_close(*made, rtol=0, atol=1e-4)

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from torch import nn
 
 from zsnr import NoiseSchedule
 from zsnr.cli import main
+from zsnr.conditioning import OpenClipConditioner
 from zsnr.conditioning.remembered import Remembered
 from zsnr.interop import read_diffusers_folder
 from zsnr.interop.adapter_file import open_adapter, parse_lora
@@ -428,8 +430,6 @@ def test_float16_files(load, tmp_path):
 
 
 def test_averaged_and_raw_weights_get_it(load, tmp_path):
-    from dataclasses import replace
-
     model, other = load(), load()
     model = replace(model, raw_network=other.network)
     before = weights_of(other)
@@ -637,8 +637,6 @@ def test_a_text_encoder_of_peft(load, tmp_path, family):
 
 def trained(folder, model):
     """A model with adapters on its UNet, as training leaves them."""
-    from dataclasses import replace
-
     unet = AdaptedUNet(str(folder), LoRA(rank=4, alpha=6.0)).eval()
     for name, parameter in unet.named_parameters():
         if ".lora_" in name:
@@ -833,8 +831,6 @@ def test_a_value_that_float16_cannot_hold_changes_nothing(load, tmp_path):
 
 
 def test_encoded_prompts_and_other_networks_are_refused(load, tmp_path):
-    from dataclasses import replace
-
     model = load()
     path = saved(tmp_path, one_layer(layers_of(model), f"text_encoder.{TEXT[0]}"))
     remembered = replace(model, conditioner=Remembered(model.conditioner))
@@ -843,6 +839,42 @@ def test_encoded_prompts_and_other_networks_are_refused(load, tmp_path):
     pipe = TextToImage(model, network=lambda x, t, c: x)
     with pytest.raises(ValueError, match="samples with another network"):
         pipe.load_lora(path)
+
+
+def test_an_encoder_of_open_clip(load, tmp_path):
+    """Kohya's scripts name the layers of Stable Diffusion 2's encoder as transformers does."""
+    import open_clip
+
+    text = {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
+    vision = {"image_size": 32, "patch_size": 16, "width": 16, "head_width": 8, "layers": 1}
+    config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
+    (tmp_path / "zsnr-adapted.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / "zsnr-adapted.json")
+    torch.manual_seed(0)
+    model = replace(load(), conditioner=OpenClipConditioner("zsnr-adapted"))
+    block = model.conditioner.transformer.resblocks[1]
+    before = {name: weight.detach().clone() for name, weight in block.state_dict().items()}
+    wanted = {name: weight.double() for name, weight in before.items()}
+    tensors = {}
+    for name, place, rows in (
+        ("self_attn_q_proj", "attn.in_proj_weight", slice(0, 16)),
+        ("self_attn_v_proj", "attn.in_proj_weight", slice(32, 48)),
+        ("self_attn_out_proj", "attn.out_proj.weight", slice(None)),
+        ("mlp_fc2", "mlp.c_proj.weight", slice(None)),
+    ):
+        down, up = factors(before[place][rows])
+        key = f"lora_te_text_model_encoder_layers_1_{name}"
+        tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
+        tensors[f"{key}.alpha"] = torch.tensor(6.0)
+        wanted[place][rows] += 0.5 * 6 / 3 * product_of(down, up)
+    merge_adapter(model, saved(tmp_path, tensors), 0.5)
+    for name, weight in block.state_dict().items():
+        torch.testing.assert_close(weight.double(), wanted[name], rtol=0, atol=1e-6)
+    untouched = slice(16, 32)  # the keys
+    assert torch.equal(
+        block.attn.in_proj_weight[untouched], before["attn.in_proj_weight"][untouched]
+    )
+    assert not model.conditioner.reloadable
 
 
 def test_merged_text_encoders_are_not_released(load, tmp_path):
@@ -871,8 +903,6 @@ def test_merged_text_encoders_are_not_released(load, tmp_path):
 def test_an_adapter_of_another_prediction_type_is_warned_of(
     load, tmp_path, metadata, model_is, message
 ):
-    from dataclasses import replace
-
     zero = model_is == "v"
     model = replace(
         load(),
@@ -993,6 +1023,22 @@ def test_compare_arms_with_several(folders, style, tmp_path):
     facts = json.loads((page / "compare.json").read_text())["arms"]
     two, one = (page / arm["images"][0]["file"] for arm in facts)
     assert abs(pixels(two) - pixels(one)).max() <= 1
+
+
+def test_compare_arms_that_read_prompts_to_another_length(folders, tmp_path):
+    page, prompts = tmp_path / "page", tmp_path / "prompts.txt"
+    prompts.write_text("a cat " * 50 + "at night\n")
+    options = ["--num-steps", "2", "--prompts", str(prompts), "--count", "1", "--device", "cpu"]
+    vary = ["--vary", "max_tokens=75,150", *options]
+    with pytest.warns(UserWarning, match="reads 75 tokens"):
+        assert main(["compare", "models", str(folders["v1"]), *vary, "-o", str(page)]) == 0
+    arms = json.loads((page / "compare.json").read_text())["arms"]
+    assert [arm["name"] for arm in arms] == ["75 tokens", "150 tokens"]
+    assert [arm["settings"]["max_tokens"] for arm in arms] == [75, 150]
+    one, two = (page / arm["images"][0]["file"] for arm in arms)
+    assert abs(pixels(one) - pixels(two)).max() > 0
+    with pytest.raises(ValueError, match="reads no prompts: leave max_tokens out"):
+        make_arms((), ["max_tokens=150"], exact=True)
 
 
 def test_compare_refuses_before_it_samples(folders, tmp_path, capsys):

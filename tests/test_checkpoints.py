@@ -6,25 +6,15 @@ import zipfile
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
-from zsnr import Guidance, NoiseSchedule
+from zsnr import Guidance, NoiseSchedule, RectifiedFlow
 from zsnr.checkpoints import read_checkpoint
 from zsnr.failures import is_ours
 from zsnr.interop import read_diffusers_folder, schedule_from_diffusers
+from zsnr.interop.models import read_model
 from zsnr.pipeline import TextToImage
-
-SCHEDULER = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "prediction_type": "v_prediction",
-    "timestep_spacing": "trailing",
-    "rescale_betas_zero_snr": True,
-    "set_alpha_to_one": True,
-    "steps_offset": 1,
-    "clip_sample": False,
-}
 
 
 def tiny_stable_diffusion(folder, **scheduler):
@@ -77,7 +67,7 @@ def tiny_stable_diffusion(folder, **scheduler):
         text_encoder=text,
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=DDIMScheduler(**{**SCHEDULER, **scheduler}),
+        scheduler=DDIMScheduler(**{**tiny.SCHEDULER, **scheduler}),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -123,6 +113,26 @@ def test_epsilon_models_are_read_as_they_are(tmp_path):
         TextToImage.from_pretrained(tmp_path, NoiseSchedule())
 
 
+def test_folders_of_rectified_flow_are_read(tmp_path):
+    tiny_stable_diffusion(tmp_path)
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+    path = tmp_path / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(config))
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", config["_class_name"]]
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    model = read_diffusers_folder(str(tmp_path))
+    assert (model.schedule, model.prediction_type) == (RectifiedFlow(3.0), "flow")
+    TextToImage(model)(["a"], num_steps=2, progress=False)
+    path.write_text(json.dumps({**config, "use_dynamic_shifting": True}))
+    with pytest.raises(ValueError, match=r"1.65 to 3.16.*schedule=.*prediction_type="):
+        read_model(str(tmp_path))
+    with pytest.raises(ValueError, match="use_dynamic_shifting"):
+        read_model(str(tmp_path), RectifiedFlow(2.0))  # of what type, is not said
+    model = read_model(str(tmp_path), RectifiedFlow(2.0), "flow")
+    assert (model.schedule, model.prediction_type) == (RectifiedFlow(2.0), "flow")
+
+
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
 def test_missing_parts_are_named(tmp_path, part):
     import shutil
@@ -164,8 +174,8 @@ def test_schedules_are_diffusers(settings):
 
 
 def test_unknown_schedules_are_refused():
-    with pytest.raises(ValueError, match="no variance-preserving schedule"):
-        schedule_from_diffusers({"_class_name": "FlowMatchEulerDiscreteScheduler"})
+    with pytest.raises(ValueError, match=r"no timesteps: give its schedule and prediction type"):
+        schedule_from_diffusers({"_class_name": "EDMEulerScheduler"})
     with pytest.raises(ValueError, match="Known: 'linear'"):
         schedule_from_diffusers({"beta_schedule": "sigmoid"})
 

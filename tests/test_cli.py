@@ -737,6 +737,40 @@ def test_sample_reads_long_prompts(run, tmp_path, capsys):
     assert "clip_skip=9: wanted 1 to" in capsys.readouterr().err
 
 
+def test_sample_starts_from_an_image(run, tmp_path, capsys):
+    size = TextToImage.from_pretrained(run).model.image_size
+    photo, mask = tmp_path / "photo.png", tmp_path / "mask.png"
+    Image.new("RGB", (size, size), (10, 200, 30)).save(photo)
+    half = Image.new("L", (size, size), "black")
+    half.paste("white", (0, 0, size // 2, size))
+    half.save(mask)
+    (tmp_path / "text.png").write_text("This is not an image.")
+    common = ["sample", str(run), "grey 1", "--num-steps", "4", "--image", str(photo)]
+    assert main([*common, "--strength", "0.5", "-o", str(tmp_path / "a")]) == 0
+    assert png_facts(tmp_path / "a/00001-0.png")["strength"] == 0.5
+    assert main([*common, "--mask", str(mask), "-o", str(tmp_path / "b")]) == 0
+    made = np.asarray(Image.open(tmp_path / "b/00001-0.png"))
+    assert (made[:, size // 2 :] == (10, 200, 30)).all()
+    assert (made[:, : size // 2] != (10, 200, 30)).any()
+    assert png_facts(tmp_path / "b/00001-0.png")["mask_corrections"] == 2
+    capsys.readouterr()
+    out = ["-o", str(tmp_path / "c")]
+    for options, message in (
+        (["--strength", "0.1"], "strength=0.1 of 4 steps leaves no step"),
+        (["--strength", "2"], "strength=2.0: wanted a number above 0"),
+        (["--mask", str(tmp_path / "none.png")], "none.png"),
+        (["--mask", str(tmp_path / "text.png")], "text.png: not a readable image"),
+        (["--height", "48"], "height=48, but the image is"),
+    ):
+        assert main([*common, *options, *out]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    assert main(["sample", str(run), "a", "--mask", str(mask), *out]) == 2
+    assert "mask without image" in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()
+
+
 def test_predict_and_compare_warn_once_of_prompts_that_are_cut(run, folder, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("".join(f"grey {i} on a black background and more\n" for i in range(3)))
@@ -890,8 +924,12 @@ def test_every_shipped_config_is_parsed_and_says_what_it_does(config, capsys):
         main(["fit", *over, "-c", str(config), "--print_config"])
     assert end.value.code == 0
     model = yaml.safe_load(capsys.readouterr().out)["model"]
-    assert model["prediction_type"] == "v_prediction"
     flawed = {"original": 0.0, "offset_noise": 0.1}  # section 5.4's other arms
+    if config.stem in ("flow", "sdxl_flow"):
+        assert model["prediction_type"] == "flow"
+        assert model["schedule"]["class_path"] == "zsnr.RectifiedFlow"
+        return
+    assert model["prediction_type"] == "v_prediction"
     assert model["schedule"]["zero_terminal_snr"] == (config.stem not in flawed)
     assert model["offset_noise"] == flawed.get(config.stem, 0.0)
 

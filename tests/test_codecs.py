@@ -102,7 +102,7 @@ def test_force_upcast_keeps_float32(tmp_path):
         codec = AutoencoderKLCodec(
             tiny_vae(tmp_path / str(force), force_upcast=force), dtype="float16"
         )
-        assert next(codec._vae.parameters()).dtype == wanted
+        assert next(codec.vae.parameters()).dtype == wanted
         if force:
             assert codec.decode(codec.latents(codec.encode(images))).dtype == torch.float32
 
@@ -126,8 +126,8 @@ def test_released_codecs_load_again(tmp_path):
     codec, images = AutoencoderKLCodec(tiny_vae(tmp_path)), torch.rand(2, 3, 8, 8) * 2 - 1
     with torch.inference_mode():
         first = codec.encode(images)
-    vae = codec._vae
-    assert codec.load()._vae is vae
+    vae = codec.vae
+    assert codec.load().vae is vae
     assert not any(p.is_inference() or p.requires_grad for p in vae.parameters())
     assert codec.release()._loaded is None
     torch.set_default_dtype(torch.bfloat16)
@@ -135,9 +135,9 @@ def test_released_codecs_load_again(tmp_path):
         again = codec.encode(images)
     finally:
         torch.set_default_dtype(torch.float32)
-    assert codec._vae is not vae
+    assert codec.vae is not vae
     assert torch.equal(again, first)
-    assert next(codec.release().to("meta")._vae.parameters()).device.type == "meta"
+    assert next(codec.release().to("meta").vae.parameters()).device.type == "meta"
     pixels = PixelCodec(2)
     assert torch.equal(pixels.load().release().encode(images), pixels.encode(images))
 

@@ -15,13 +15,13 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from zsnr import DDIM, DPMpp2M, NoiseSchedule, get_timesteps
+from zsnr import DDIM, DPMpp2M, NoiseSchedule, RectifiedFlow, get_timesteps
 from zsnr.checkpoints import run_facts
 from zsnr.cli import main
-from zsnr.doctor.diagnosis import kept_brightness
 from zsnr.doctor.examine import examine, fix
-from zsnr.doctor.runs import DEFAULT_SAMPLING, MODEL_KEYS, SAMPLING_KEYS
+from zsnr.doctor.runs import DEFAULT_SAMPLING, model_settings
 from zsnr.interop.declared import SCHEDULERS
+from zsnr.metrics import kept_fraction
 from zsnr.oracle import GaussianDenoiser
 
 DATA = Path(__file__).parent / "data" / "schedulers"
@@ -44,7 +44,7 @@ OURS = {  # as exports write it
     "thresholding": False,
 }
 UNCAPPED = [*torch.linspace(0.001, 0.1, 99, dtype=torch.float64).tolist(), 1.0]
-VERDICTS = ("fixed", "flawed", "inconsistent", "unreadable")
+VERDICTS = ("fixed", "flawed", "inconsistent", "unreadable", "unknown")
 RUN = {
     "format": 1,
     "zsnr_version": "0.1",
@@ -143,11 +143,7 @@ def test_well_known_models(name, verdict, prediction_type):
         ({"trained_betas": UNCAPPED}, "inconsistent", "has 100 entries, num_train_timesteps is"),
         ({"beta_schedule": "squaredcos_cap_v2"}, "fixed", "SNR_T = 0"),
         ({"prediction_type": "v"}, "unreadable", "Known: 'epsilon'"),
-        (
-            {"_class_name": "FlowMatchEulerDiscreteScheduler"},
-            "unreadable",
-            "no variance-preserving",
-        ),
+        ({"_class_name": ["DDIMScheduler"]}, "unreadable", "a list is unknown"),
         (
             {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"},
             "inconsistent",
@@ -413,6 +409,21 @@ def test_verdicts_of_runs(tmp_path, change, verdict, words):
         assert found.changes
 
 
+def test_runs_of_rectified_flow(tmp_path, capsys):
+    run = {**RUN, "schedule": RectifiedFlow(3.0).settings(), "prediction_type": "flow"}
+    found = examine(write(tmp_path, run, "run.json"))
+    assert (found.verdict, found.facts["snr_T"]) == ("fixed", 0)
+    assert "rectified flow, shift 3, T = 1000" in found.to_text()
+    leading = {**run, "sampling": {**DEFAULT_SAMPLING, "spacing": "leading"}}
+    assert examine(write(tmp_path / "a", leading, "run.json")).verdict == "inconsistent"
+    (tmp_path / "last.ckpt").touch()
+    assert main(["schedule", str(tmp_path / "last.ckpt"), "--spacing", "trailing"]) == 0
+    printed = capsys.readouterr().out
+    assert "rectified flow, shift 3, 1000 timesteps, ends at zero SNR" in printed
+    assert "alpha_T             0.000000" in printed
+    assert "original" not in printed
+
+
 def test_runs_tell_the_weight_of_the_last_step(tmp_path):
     run_facts.write_run_facts(tmp_path, {**RUN, "loss": {"name": "min_snr", "gamma": 5.0}})
     found = examine(tmp_path)
@@ -515,6 +526,23 @@ def test_verdicts_of_yaml(tmp_path, model, verdict, words):
     assert words in found.reason
 
 
+@pytest.mark.parametrize(
+    "name", ["RectifiedFlow", "zsnr.RectifiedFlow", "zsnr.schedule.NoiseSchedule"]
+)
+def test_yaml_names_the_class_of_its_schedule(tmp_path, name):
+    options = {"shift": 3.0} if name.endswith("Flow") else {"snr_shift": 3.0}
+    schedule = {"class_path": name, "init_args": options}
+    rare = {"name": "logit_normal", "allow_rare_terminal": True}
+    found = yaml_file(tmp_path, {"schedule": schedule, "timestep_law": rare})
+    assert found.verdict == "fixed"
+    assert "shift 3" in found.to_text() or "SNR divided by 3" in found.to_text()
+    assert "timestep law 'logit_normal' visits the last timestep 2.5e-09 times" in found.warnings[0]
+    assert found.changes == ("a.yaml: timestep_law.name: uniform",)
+    other = {"class_path": "mine.Cosine", "init_args": {}}
+    found = yaml_file(tmp_path, {"schedule": other})
+    assert "a 'mine.Cosine', whose SNR cannot be told" in found.reason
+
+
 def test_yaml_of_the_training_command(tmp_path):
     root = Path(__file__).parents[1] / "configs"
     for name in ("quickstart", "tiny", "sd15_zsnr", "sd21_zsnr", "sdxl_zsnr"):
@@ -607,16 +635,10 @@ def test_the_doctors_factors_of_compared_spacings():
 
 
 def test_defaults_are_those_of_training():
-    from zsnr.pipeline import Sampling, describe_sampling
     from zsnr.training import LatentDiffusion
 
-    assert {**describe_sampling(Sampling()), "sampler_options": None} == {
-        **DEFAULT_SAMPLING,
-        "sampler_options": None,
-    }
     parameters = inspect.signature(LatentDiffusion).parameters
-    assert tuple(parameters) == MODEL_KEYS
-    assert {*inspect.signature(Sampling).parameters} == {*SAMPLING_KEYS}
+    assert tuple(parameters) == model_settings()
     assert parameters["schedule"].default == NoiseSchedule()
     assert parameters["prediction_type"].default == "v_prediction"
     assert parameters["loss"].default.name == "uniform"
@@ -631,7 +653,7 @@ def test_kept_brightness_is_what_a_sampler_keeps():
         denoiser = GaussianDenoiser(schedule, mean=0.0, std=scale)
         x_T = torch.ones(1, 1, dtype=torch.float64)
         made = get_sampler("ddim").sample(denoiser, schedule, x_T, get_timesteps("trailing", 1000))
-        kept = kept_brightness(float(schedule.alphas_cumprod[-1]), scale)
+        kept = kept_fraction(schedule, scale)
         assert float(made) / scale == pytest.approx(kept, rel=0.02)
 
 
@@ -841,7 +863,7 @@ def test_needs_torch_only(tmp_path):
 def test_harmful_json(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     found = examine(tmp_path / name)
-    assert found.verdict == "unreadable"
+    assert found.verdict == ("unknown" if b"_class" in content and "sch" in name else "unreadable")
     assert len(found.to_text()) < 2000
     assert "\x1b" not in found.to_text()
     found.to_text().encode()

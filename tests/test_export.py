@@ -17,7 +17,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from zsnr import Guidance, NoiseSchedule
+from zsnr import Guidance, NoiseSchedule, RectifiedFlow
 from zsnr.checkpoints import Model
 from zsnr.cli import main
 from zsnr.codecs import AutoencoderKLCodec
@@ -28,7 +28,7 @@ from zsnr.conditioning import (
     TransformersConditioner,
 )
 from zsnr.doctor.examine import examine
-from zsnr.interop import schedule_from_diffusers
+from zsnr.interop import process_from_diffusers, schedule_from_diffusers, write_single_file
 from zsnr.interop.card import DROPPING, EXACT, PATCHED, model_card
 from zsnr.interop.export import export_diffusers, read_exportable
 from zsnr.interop.scheduler_config import scheduler_config
@@ -49,6 +49,8 @@ SCHEDULES = [
     NoiseSchedule.from_alphas_cumprod(torch.linspace(0.999, 0.01, 500)),
     NoiseSchedule.from_alphas_cumprod([0.9, 0.5, 1e-12, 0.0]),
     OWN,
+    NoiseSchedule(snr_shift=3.0),
+    NoiseSchedule("cosine", zero_terminal_snr=False, snr_shift=3.0),
 ]
 
 
@@ -177,6 +179,45 @@ def test_diffusers_has_the_schedule(schedule):
         assert not config["rescale_betas_zero_snr"]
         assert (config["trained_betas"][-1] == 1) == zero
         torch.testing.assert_close(abar, schedule.alphas_cumprod, rtol=2e-7, atol=6e-8)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_diffusers_has_rectified_flow(tmp_path, shift):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    schedule = RectifiedFlow(shift)
+    config = json.loads(json.dumps(scheduler_config(schedule, "flow")))
+    assert config["_class_name"] == "FlowMatchEulerDiscreteScheduler"
+    assert process_from_diffusers(config) == (schedule, "flow")
+    theirs = FlowMatchEulerDiscreteScheduler.from_config(config)
+    theirs.set_timesteps(sigmas=[1 - i / 20 for i in range(20)])
+    t = torch.arange(999, -1, -50)
+    torch.testing.assert_close(theirs.sigmas[:-1], schedule(t)[1].float())
+    torch.testing.assert_close(theirs.timesteps, schedule.time(t))
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(config))
+    found = examine(tmp_path / "scheduler_config.json")
+    assert (found.verdict, found.facts["schedule"]) == ("fixed", schedule.settings())
+
+
+@pytest.mark.parametrize(
+    ("schedule", "prediction_type", "words"),
+    [
+        (RectifiedFlow(), "v_prediction", "'v_prediction' on a RectifiedFlow.*train with 'flow'"),
+        (RectifiedFlow(), "sample", "'sample' on a RectifiedFlow"),
+        (RectifiedFlow(), "epsilon", "'epsilon' on a RectifiedFlow"),
+        (NoiseSchedule(), "flow", "'flow' on a NoiseSchedule.*train with 'v_prediction'"),
+        (RectifiedFlow(num_timesteps=50), "flow", "tell the network 50 u.*num_timesteps: 1000"),
+    ],
+)
+def test_what_diffusers_does_not_convert_is_refused(tmp_path, schedule, prediction_type, words):
+    with pytest.raises(ValueError, match=words):
+        scheduler_config(schedule, prediction_type)
+    made = model(schedule=schedule, prediction_type=prediction_type)
+    with pytest.raises(ValueError, match=words):
+        export_diffusers(made, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="single file"):
+        write_single_file(made, tmp_path / "out.safetensors")
 
 
 def test_the_config_says_what_others_look_for():
@@ -429,6 +470,43 @@ def test_the_cards_snippet_is_right(exported, tmp_path, monkeypatch):
     assert difference.abs().max() <= 1
 
 
+@pytest.fixture(scope="module")
+def flow(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("flow") / "model"
+    made = model(schedule=RectifiedFlow(3.0), prediction_type="flow")
+    export_diffusers(made, folder)
+    return made, folder
+
+
+@pytest.mark.peer
+def test_the_snippet_of_a_flow_card_is_right(flow, tmp_path, monkeypatch):
+    made, folder = flow
+    again, _ = read_exportable(str(folder))
+    assert (again.schedule, again.prediction_type) == (RectifiedFlow(3.0), "flow")
+    names = run_snippet(folder, tmp_path, monkeypatch)
+    options = {"sampler": "ddim", "num_steps": 50, "spacing": "trailing", "progress": False}
+    [mine] = TextToImage(made)(["a black cat at night"], seeds=[0], **options)
+    difference = torch.tensor(list(names["image"].tobytes())) - torch.tensor(list(mine.tobytes()))
+    assert difference.abs().max() <= 1
+
+
+def test_the_card_of_flow_says_so(flow):
+    card = (flow[1] / "README.md").read_text()
+    _, block = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    names = {"pipe": load(flow[1])}
+    exec(compile(block, "README.md", "exec"), names)
+    assert_same(flow[0], names["pipe"], 7)
+    assert "| schedule | rectified flow, shift 3, T = 1000 |" in card
+    assert "| alpha_T | 0 |" in card
+    assert "the network is told 1000 |" in card
+    assert "flow_shift=3" in card
+    assert "ModelSamplingSD3 does, with shift 3" in card
+    assert "DDIM of diffusers" not in card
+    assert {"rectified-flow", "zero-terminal-snr", "flow"} <= {
+        *yaml.safe_load(card.split("---")[1])["tags"]
+    }
+
+
 def test_the_cards_repair_is_right(exported):
     made, folder = exported
     _, block = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
@@ -671,7 +749,7 @@ def test_a_folder_is_never_written_over(tmp_path, exported):
     (tmp_path / "out").mkdir()
     with pytest.raises(ValueError, match="exists: choose another name"):
         export_diffusers(exported[0], tmp_path / "out")
-    with pytest.raises(ValueError, match="dtype='float8'.*'bfloat16'"):
+    with pytest.raises(ValueError, match="dtype='float8'.*bfloat16"):
         export_diffusers(exported[0], tmp_path / "other", dtype="float8")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 

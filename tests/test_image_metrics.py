@@ -274,16 +274,19 @@ def test_clip_score_by_hand(tmp_path, pictures):
     model, tokenizer = transformers_clip(tmp_path)
     images = [Image.fromarray(p[:, :16].permute(1, 2, 0).numpy()) for p in pictures]
     captions = ["a cat", "b", "snow at night and much more than twelve tokens", "", "x", "zz"]
-    scores = CLIPScore(str(tmp_path))(images, captions)
+    score = CLIPScore(str(tmp_path))
+    with pytest.warns(UserWarning, match=r"1 of 6 captions are longer than .* reads: their CLIP"):
+        scores = score(images, captions)
+    score(images, captions)  # it is said once, and other warnings are errors
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
-    for picture, caption, score in zip(pictures, captions, scores, strict=True):
+    for picture, caption, found in zip(pictures, captions, scores, strict=True):
         x = (picture[:, :16].float() / 255 - mean) / std  # 16 x 16 already
         ids = tokenizer(caption, truncation=True, max_length=12, return_tensors="pt").input_ids
         with torch.no_grad():
             out = model(input_ids=ids, pixel_values=x[None])
         cosine = (out.image_embeds[0] @ out.text_embeds[0]).item()
-        assert score.item() == pytest.approx(max(100 * cosine, 0), abs=1e-3)
+        assert found.item() == pytest.approx(max(100 * cosine, 0), abs=1e-3)
     assert scores.min() == 0
     assert scores.max() > 40
 
@@ -297,7 +300,10 @@ def test_clip_score_by_open_clip(tmp_path, pictures):
     model = open_clip.create_model(name).eval()
     torch.save(model.state_dict(), tmp_path / "clip.pt")
     images = [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pictures[:2]]
-    scores = CLIPScore(f"{name}:{tmp_path}/clip.pt")(images, ["a cat", "snow"])
+    score = CLIPScore(f"{name}:{tmp_path}/clip.pt")
+    scores = score(images, ["a cat", "snow"])
+    with pytest.warns(UserWarning, match="1 of 2 captions are longer than ViT-S-32-alt:"):
+        score(images, ["a cat", "snow " * 76])
     prepare = image_transform(224, is_train=False)
     tokens = open_clip.get_tokenizer(name)(["a cat", "snow"])
     with torch.no_grad():

@@ -743,7 +743,7 @@ def test_wrong_exports_are_refused(stable, tmp_path):
     with pytest.raises(ValueError, match="has no adapters"):
         write_lora(read_diffusers_folder(str(stable)), tmp_path / "b.safetensors")
     with pytest.raises(ValueError, match="no name for the weight down_blocks.0.motion.weight"):
-        ldm_layers(["down_blocks.0.motion"], model.unet.unet.config)
+        ldm_layers(["down_blocks.0.motion"], model.network.unet.config)
     assert taken.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 

@@ -16,6 +16,7 @@ from zsnr import (
     NoiseSchedule,
     SampleNoise,
     UniPC,
+    available_samplers,
     get_sampler,
     get_timesteps,
     recommend_sampling,
@@ -27,6 +28,7 @@ from zsnr.codecs import PixelCodec
 from zsnr.conditioning import NullConditioner
 from zsnr.networks import UNet
 from zsnr.pipeline import Sampling, TextToImage, describe_guidance, save_png, to_image
+from zsnr.samplers import Changed
 
 FAST = {"num_steps": 3, "progress": False}
 
@@ -404,3 +406,151 @@ def test_no_prompts_no_pictures(pipe):
 def test_save_png_wants_an_image():
     with pytest.raises(TypeError, match="wanted an image of PIL, as zsnr.pipeline.to_image makes"):
         save_png(torch.zeros(3, 4, 4), "x.png")
+
+
+@pytest.fixture(scope="module")
+def photo():
+    return torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(5)) * 2 - 1
+
+
+LEFT = torch.zeros(16, 16)
+LEFT[:, :7] = 1  # the fourth column of latents is repainted too
+
+
+def test_strength_1_is_text_to_image(pipe, photo):
+    plain = pipe(["a cat", "dogs"], **FAST)
+    from_image = pipe(["a cat", "dogs"], image=photo, strength=1.0, **FAST)
+    assert np.array_equal(arrays(plain), arrays(from_image))
+
+
+@pytest.mark.parametrize(
+    ("name", "spacing"),
+    [(name, "trailing") for name in available_samplers()]
+    + [("unipc", "leading"), ("heun", "log_snr"), ("multiscale", "guided")],
+)
+def test_image_to_image_starts_inside_the_grid(pipe, photo, name, spacing):
+    """At alpha_t x_0 + sigma_t eps with the noise of the seed, where that share is left."""
+    schedule, codec = pipe.model.schedule, pipe.model.codec
+    options = {"sampler": name, "spacing": spacing, "num_steps": 5, "progress": False}
+    steps = []
+    [made] = pipe(
+        *(["a cat"],),
+        **options,
+        seeds=[3],
+        image=photo,
+        strength=0.6,
+        guidance=Guidance(2.0, 0.0),
+        callback=lambda i, t, x_0, x_s: steps.append(t),
+    )
+    grid = get_timesteps(spacing, 5, schedule=schedule)[2:]
+    assert steps == grid.tolist()
+    noise = SampleNoise([3])
+    x_0 = codec.latents(codec.encode(photo))
+    x_t = schedule.add_noise(x_0, noise.randn(x_0.shape[1:]), grid[:1])
+    denoiser = pipe.denoiser(["a cat"], guidance=Guidance(2.0, 0.0))
+    with torch.no_grad():
+        latents = get_sampler(name).sample(
+            denoiser, schedule, x_t, grid, randn_like=noise.randn_like
+        )
+    assert np.array_equal(made, to_image(codec.decode(latents)[0]))
+
+
+@pytest.mark.parametrize("name", available_samplers())
+def test_the_kept_part_is_kept_and_a_seed_is_an_image(pipe, photo, name):
+    start = to_image(photo[0])
+    options = {"sampler": name, "image": start, "mask": LEFT, **FAST}
+    both = arrays(pipe(["a cat", "a cat"], seeds=[1, 2], **options))
+    assert np.array_equal(both[:, :, 7:], arrays([start] * 2)[:, :, 7:])
+    assert np.abs(both[0] - both[1])[:, :7].mean() > 5
+    assert np.array_equal(arrays(pipe(["a cat"], seeds=[2], **options))[0], both[1])
+
+
+def test_one_image_and_mask_for_each_prompt(pipe, photo):
+    images = [to_image(photo[0]), to_image(-photo[0]), to_image(photo[0].flip(1))]
+    masks = torch.stack([LEFT, LEFT.flip(0), 1 - LEFT])
+    prompts = ["a cat", "a dog", "a cat"]
+    for size in (1, 2, 3):
+        made = arrays(
+            pipe(prompts, image=images, mask=masks, strength=0.7, batch_size=size, **FAST)
+        )
+        for i in range(3):
+            [alone] = arrays(
+                pipe([prompts[i]], seeds=[i], image=images[i], mask=masks[i], strength=0.7, **FAST)
+            )
+            assert np.array_equal(made[i], alone)
+
+
+def test_a_mask_of_ones_and_full_strength_is_text_to_image(pipe, photo):
+    plain = arrays(pipe(["a cat"], **FAST))
+    whole = arrays(pipe(["a cat"], image=photo, mask=torch.ones(16, 16), **FAST))
+    assert np.array_equal(plain, whole)
+    none = pipe(["a cat"], image=photo, mask=torch.zeros(16, 16, dtype=torch.bool), **FAST)
+    assert np.array_equal(none[0], to_image(photo[0]))
+
+
+def test_images_of_pil_are_read_as_they_are_shown(pipe):
+    shades = np.arange(16 * 8, dtype=np.uint8).reshape(16, 8)
+    turned = Image.fromarray(shades)
+    turned.getexif()[0x0112] = 6
+    keep = torch.zeros(8, 16)
+    [made] = pipe(["a"], image=turned, mask=keep, **FAST)
+    assert np.array_equal(np.asarray(made)[..., 0], np.rot90(shades, -1))
+    clear = Image.new("RGBA", (16, 8), (255, 255, 255, 0))  # a mask that shows nothing
+    assert np.array_equal(pipe(["a"], image=turned, mask=clear, **FAST)[0], made)
+    deep = Image.fromarray((shades.astype(np.uint16)) * 257)
+    assert pipe(["a"], image=deep, mask=torch.zeros(16, 8), **FAST)[0].size == (8, 16)
+
+
+def test_a_callback_of_the_pipeline_changes_latents(pipe):
+    white = pipe(
+        *(["a cat"],),
+        **FAST,
+        callback=lambda i, t, x_0, x_s: Changed(x_s=torch.ones_like(x_s)) if i == 2 else None,
+    )
+    assert np.asarray(white[0]).min() == 255
+
+
+def test_an_edited_image_tells_how(pipe, photo):
+    [made] = pipe(["a cat"], image=photo, strength=0.7, mask=LEFT, mask_corrections=1, **FAST)
+    facts = json.loads(made.info["zsnr"])
+    assert (facts["strength"], facts["mask_corrections"]) == (0.7, 1)
+    assert len(facts["image_sha256"]) == len(facts["mask_sha256"]) == 64
+    [made] = pipe(["a cat"], image=photo, **FAST)
+    assert json.loads(made.info["zsnr"])["strength"] == 0.6
+    assert "mask_sha256" not in json.loads(made.info["zsnr"])
+
+
+GRAY = Image.new("RGB", (16, 16), "gray")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mask": LEFT}, "mask without image: wanted an image to start from"),
+        ({"strength": 0.5}, "strength without image"),
+        ({"image": GRAY, "strength": 0.0}, r"strength=0\.0: wanted a number above 0, up to 1"),
+        ({"image": GRAY, "strength": 1.5}, r"strength=1\.5"),
+        ({"image": GRAY, "strength": float("nan")}, "strength=nan"),
+        ({"image": GRAY, "strength": 0.3}, r"strength=0\.3 of 3 steps .* at least 4 steps"),
+        ({"image": GRAY, "height": 32}, r"height=32, but the image is 16 x 16 .* Resize"),
+        (
+            {"image": GRAY, "mask": LEFT[:8]},
+            r"mask is 8 x 16 .* the image is 16 x 16: wanted equal",
+        ),
+        ({"image": GRAY.resize((17, 16))}, "width=17: wanted a positive multiple of 2"),
+        ({"image": [GRAY, GRAY]}, "2 images for 1 prompts"),
+        ({"image": [GRAY, GRAY.resize((8, 8))]}, "wanted one size for all"),
+        ({"image": GRAY, "mask": torch.zeros(2, 1, 16, 16)}, "2 masks for 1 prompts"),
+        ({"image": GRAY, "mask": LEFT * 2}, r"mask has values outside of \[0, 1\]"),
+        ({"image": GRAY, "mask": torch.zeros(1, 3, 16, 16)}, "mask has the shape"),
+        ({"image": GRAY, "mask": "mask.png"}, "mask is a str: wanted a tensor"),
+        ({"image": "photo.png"}, r"image is a str: wanted a tensor \(B, 3, H, W\)"),
+        ({"image": torch.zeros(3, 16, 16)}, r"image has the shape \(3, 16, 16\)"),
+        ({"image": torch.full((1, 3, 16, 16), 255)}, "image is torch.int64 from 255 to 255"),
+        ({"image": torch.full((1, 3, 16, 16), float("nan"))}, "from nan to nan"),
+        ({"image": GRAY, "mask": LEFT, "mask_corrections": -1}, "mask_corrections=-1"),
+    ],
+)
+def test_edits_that_cannot_be_are_refused(pipe, options, message):
+    with pytest.raises(ValueError, match=message):
+        pipe(["a"], **options, **FAST)

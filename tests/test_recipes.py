@@ -9,7 +9,8 @@ from scipy.stats import norm
 
 from zsnr import NoiseSchedule
 from zsnr.doctor.examine import examine
-from zsnr.doctor.recipes import nearest_noise_leak, read_recipe, weight_shares
+from zsnr.doctor.recipes import nearest_noise_leak, weight_shares
+from zsnr.doctor.trainers import read_recipe
 
 KOHYA = {"pretrained_model_name_or_path": "sdxl.safetensors", "network_module": "networks.lora"}
 V0 = {**KOHYA, "v_parameterization": True, "zero_terminal_snr": True}
@@ -112,6 +113,17 @@ def test_one_recipe_in_every_spelling(tmp_path):
     found = [examine(path) for path in (toml, script, batch)]
     assert {f.verdict for f in found} == {"inconsistent"}
     assert len({(f.reason, f.warnings) for f in found}) == 1
+
+
+def test_a_config_file_alone_tells_that_its_command_line_is_not_seen(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text("network_module = 'networks.lora'\nzero_terminal_snr = true\n")
+    found = examine(path)
+    assert found.verdict == "inconsistent"
+    [told] = [text for text in found.warnings if "command line" in text]
+    assert told.startswith("it does not set --v_parameterization, and flags")
+    path.write_text(path.read_text() + "v_parameterization = false\n")
+    assert not any("command line" in text for text in examine(path).warnings)
 
 
 def test_a_command_line_and_its_config_file_are_one_recipe(tmp_path):

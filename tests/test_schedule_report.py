@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from zsnr import NoiseSchedule, available_spacings
+from zsnr import NoiseSchedule, RectifiedFlow, available_spacings
 from zsnr.cli import main
 from zsnr.reports.schedule import schedule_facts
 
@@ -131,3 +131,32 @@ def test_wrong_input_is_one_line(capsys, arguments, message):
 def test_facts_of_few_spacings():
     facts = schedule_facts(NoiseSchedule(), 4, ["trailing"])
     assert facts["timesteps"] == {"trailing": [999, 749, 499, 249]}
+
+
+def test_flow_has_one_curve_with_its_own_scale(capsys, tmp_path):
+    path = tmp_path / "flow.json"
+    path.write_text('{"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}')
+    code, out, _ = run(
+        capsys, path, "--json", "--spacing", "trailing", "--plot", tmp_path / "a.png"
+    )
+    facts = json.loads(out)
+    assert code == 0
+    assert facts["schedule"] == RectifiedFlow(3.0).settings()
+    alpha = RectifiedFlow(3.0)(torch.arange(1000))[0].tolist()
+    assert facts["original"]["alpha"] == facts["rescaled"]["alpha"] == alpha
+    assert (facts["original"]["alpha_T"], facts["original"]["snr_T"]) == (0, 0)
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.size[0] > 500
+    path.write_text('{"_class_name": "EDMEulerScheduler"}')
+    code, _, err = run(capsys, path)
+    assert code == 2
+    assert "has no schedule on timesteps: variance-exploding" in err
+
+
+def test_a_shift_is_shown(capsys, tmp_path):
+    path = tmp_path / "video.json"
+    path.write_text('{"_class_name": "CogVideoXDDIMScheduler"}')
+    code, out, _ = run(capsys, path, "--spacing", "trailing")
+    assert code == 0
+    assert "SNR divided by 3, 1000 timesteps, keeps signal" in out
+    assert f"{0.00468192 / 3:14.6g}" in out

@@ -40,15 +40,6 @@ from zsnr.weights.ldm_layout import to_ldm
 
 FAMILIES = ("v1", "v2", "xl")
 PROMPTS = ["", "a black cat at night", "Caf\u00e9, 35mm photo; it's 8k!", "word " * 90]
-SCHEDULER = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "prediction_type": "v_prediction",
-    "timestep_spacing": "trailing",
-    "rescale_betas_zero_snr": True,
-    "clip_sample": False,
-}
 RELEASED = json.loads(Path(layout.__file__).with_name("public_models.json").read_text())
 
 
@@ -131,7 +122,7 @@ def stable_diffusion(folder, family):
     pipe = cls(
         **parts,
         **tokenizers,
-        scheduler=DDIMScheduler(**SCHEDULER),
+        scheduler=DDIMScheduler(**tiny.SCHEDULER),
         **({"add_watermarker": False} if xl else others),
     )
     pipe.save_pretrained(folder)
@@ -178,6 +169,20 @@ def test_a_file_needs_what_its_folder_needs(folders, files, family, capsys):
     assert [needs[0][name] for name in names] == [needs[1][name] for name in names]
 
 
+def test_a_plan_of_sampling_takes_another_vae(folders, files, tmp_path, capsys):
+    from diffusers import AutoencoderKL
+
+    small = AutoencoderKL.from_pretrained(folders["v1"], subfolder="vae")
+    wide = AutoencoderKL.from_config({**small.config, "block_out_channels": (16, 32)})
+    wide.save_pretrained(tmp_path / "wide")
+    needs = []
+    for vae in ([], ["--vae", str(tmp_path / "wide")]):
+        assert main(["plan", str(files["v1"]), "--predict", *vae, "--json"]) == 0
+        needs.append(json.loads(capsys.readouterr().out)["weights"])
+    numbers = [sum(p.numel() for p in vae.parameters()) for vae in (small, wide)]
+    assert needs[1]["vae"] - needs[0]["vae"] == 4 * (numbers[1] - numbers[0])
+
+
 def test_a_plan_of_sampling_may_be_told_what_a_file_does_not_declare(files, tmp_path, capsys):
     def without_marks(tensors):
         return {name: tensor for name, tensor in tensors.items() if tensor.numel()}
@@ -192,7 +197,7 @@ def test_a_plan_of_sampling_may_be_told_what_a_file_does_not_declare(files, tmp_
 
 def state(model):
     """All weights of a model."""
-    parts = {"unet": model.network.unet, "vae": model.codec._vae, "text": model.conditioner.encoder}
+    parts = {"unet": model.network.unet, "vae": model.codec.vae, "text": model.conditioner.encoder}
     if "encoder_2" in model.conditioner.parts:
         parts["text_2"] = model.conditioner.encoder_2
     return {f"{k}.{n}": w for k, part in parts.items() for n, w in part.state_dict().items()}
@@ -356,7 +361,7 @@ def test_diffusers_reads_it(folders, files, family):
     options = {"config": str(folders[family]), "local_files_only": True, **none}
     theirs = cls.from_single_file(str(files[family]), **options)
     assert theirs.text_encoder.config.hidden_act == ("gelu" if family == "v2" else "quick_gelu")
-    theirs.scheduler = DDIMScheduler(**SCHEDULER)
+    theirs.scheduler = DDIMScheduler(**tiny.SCHEDULER)
     theirs.set_progress_bar_config(disable=True)
     latents = torch.cat(
         [torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(s)) for s in (5, 6)]
@@ -748,7 +753,7 @@ def test_wrong_calls_are_refused(models, files, tmp_path):
         write_single_file(models["v1"], files["v1"])
     with pytest.raises(ValueError, match=r"ends in \.safetensors"):
         write_single_file(models["v1"], tmp_path / "x.ckpt")
-    with pytest.raises(ValueError, match="Known: 'float32', 'float16', 'bfloat16'"):
+    with pytest.raises(ValueError, match="Known: float32, float16, bfloat16"):
         write_single_file(models["v1"], tmp_path / "x.safetensors", dtype="int8")
     with pytest.raises(ValueError, match="wanted texts only"):
         write_single_file(models["v1"], tmp_path / "x.safetensors", metadata={"steps": 3})

@@ -78,13 +78,16 @@ def images(source, **options):
     return [np.asarray(image).tolist() for image in pipe(["a cat"], num_steps=2, progress=False)]
 
 
-@pytest.mark.parametrize("layout", ["variant", "shards", "variant in shards"])
+@pytest.mark.parametrize(
+    "layout", ["variant", "dash", "shards", "variant in shards", "dash in shards"]
+)
 def test_folders_with_a_variant_or_shards_alone(folder, copy, layout):
-    if "variant" in layout:
-        as_variant(copy, "fp16")
+    variant = "fp16-v2" if "dash" in layout else "fp16" if "variant" in layout else None
+    if variant is not None:
+        as_variant(copy, variant)
     if "shards" in layout:
-        in_shards(copy, "fp16" if "variant" in layout else "")
-    assert find_variant(str(copy), "unet") == ("fp16" if "variant" in layout else None)
+        in_shards(copy, variant or "")
+    assert find_variant(str(copy), "unet") == variant
     assert len(find_weights(str(copy), "unet", "diffusion_pytorch_model")) == (
         2 if "shards" in layout else 1
     )
@@ -289,7 +292,7 @@ def test_names_of_data_types(name, dtype):
 def dtypes(model):
     return {
         "unet": model.network.unet.dtype,
-        "vae": model.codec._vae.dtype,
+        "vae": model.codec.vae.dtype,
         "text": next(model.conditioner.encoder.parameters()).dtype,
     }
 
@@ -338,12 +341,12 @@ def test_a_vae_in_float16(copy, said, wanted):
     path.write_text(json.dumps({**config, **({} if said is None else {"force_upcast": said})}))
     if wanted is None:
         codec = AutoencoderKLCodec(str(copy), subfolder="vae", dtype="float16")
-        assert codec.load()._vae.dtype == torch.float32
+        assert codec.load().vae.dtype == torch.float32
         pipe = TextToImage.from_pretrained(copy, device="cpu", dtype="float16")
         assert dtypes(pipe.model)["vae"] == torch.float32
     else:
         codec = AutoencoderKLCodec(str(copy), subfolder="vae", dtype="float16")
-        assert codec.load()._vae.dtype == torch.float16
+        assert codec.load().vae.dtype == torch.float16
 
 
 def test_another_vae(folder, copy):

@@ -15,6 +15,7 @@ from zsnr.guidance_methods import (
     rescale_guidance,
     zero_star_guidance,
 )
+from zsnr.inpainting import InpaintingDenoiser
 from zsnr.loss import LossWeighting, diffusion_loss
 from zsnr.noise import SampleNoise, derive_seed, offset_noise
 from zsnr.objective import Objective
@@ -86,6 +87,7 @@ __all__ = [
     "GaussianDenoiser",
     "Guidance",
     "Heun",
+    "InpaintingDenoiser",
     "LossWeighting",
     "Multiscale",
     "NoiseSchedule",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -174,6 +174,17 @@ class Network(Protocol):
     """
 
     def __call__(self, x_t: Tensor, t: Tensor, conditioning: Conditioning | None) -> Tensor: ...
+
+
+@runtime_checkable
+class TimestepDenoiser(Protocol):
+    """A denoiser (x_t, t) -> x_0 that is told the timesteps of a step on the host."""
+
+    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor: ...
+
+    def at(self, t: int, s: int | None = None) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return the denoiser of the step from t to s."""
+        ...
 
 
 class Denoiser:

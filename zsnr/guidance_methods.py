@@ -78,7 +78,7 @@ def adaptive_projected_guidance(
         zero = square == 0  # where the square root has no gradient
         length = torch.where(zero, 0.0, torch.where(zero, 1.0, square).sqrt())
         d = d * per_sample(norm / length.clamp(min=norm), d)
-    d_par = _share(d, D_c) * D_c
+    d_par = share(d, D_c) * D_c
     return (D_c + (scale - 1) * (d + (parallel - 1) * d_par)).to(cond.dtype)
 
 
@@ -98,7 +98,7 @@ def zero_star_guidance(cond: Tensor, uncond: Tensor, scale: float | Tensor) -> T
         scale: w, a float or (B, 1, ...); 1 returns `cond`.
     """
     x_pos, x_neg = _at_least_float32(cond), _at_least_float32(uncond)
-    x_neg = _share(x_pos, x_neg) * x_neg
+    x_neg = share(x_pos, x_neg) * x_neg
     return classifier_free_guidance(x_pos, x_neg, scale).to(cond.dtype)
 
 
@@ -149,7 +149,7 @@ def inner(x: Tensor, y: Tensor) -> Tensor:
     return product
 
 
-def _share(x: Tensor, y: Tensor) -> Tensor:
+def share(x: Tensor, y: Tensor) -> Tensor:
     """Compute <x, y> / |y|^2 of each sample, (B, 1, ...); 0 where y is 0."""
     square = inner(y, y)
     zero = square == 0

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from zsnr.denoiser import Conditioning
 from zsnr.networks import UNet
 from zsnr.untrusted import shown
-from zsnr.weights.pretrained import Precision, check_precision, is_weightless
+from zsnr.weights.pretrained import Precision, as_dtype, is_weightless
 from zsnr.weights.source import digest, find_weights
 
 _STEM = "diffusion_pytorch_model"
@@ -60,7 +60,8 @@ class LoRA:
             )
         if self.alpha is not None and not (_is_real(self.alpha) and 0 < self.alpha < math.inf):
             raise ValueError(f"lora.alpha={shown(self.alpha)}: wanted a finite number above 0.")
-        check_precision(self.base_dtype, "lora.base_dtype")
+        base_dtype = str(as_dtype(self.base_dtype, "lora.base_dtype")).removeprefix("torch.")
+        object.__setattr__(self, "base_dtype", base_dtype)
 
     @property
     def strength(self) -> float:

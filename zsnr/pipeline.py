@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import operator
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -20,8 +21,10 @@ from zsnr.codecs import LatentCodec, PixelCodec
 from zsnr.conditioning import Conditioner
 from zsnr.conditioning.cuts import describe_cuts, longest_cut
 from zsnr.denoiser import Conditioning, Denoiser, Network
+from zsnr.editing import DEFAULT_CORRECTIONS, Edit, read_edit
 from zsnr.files import replacing
 from zsnr.guidance import Guidance
+from zsnr.inpainting import InpaintingDenoiser
 from zsnr.interop.adapter_file import AdapterFile
 from zsnr.interop.adapter_merge import MergedAdapter, merge_adapter
 from zsnr.interop.models import choose_dtype, load_parts, network_folder, read_model
@@ -30,12 +33,12 @@ from zsnr.noise import SampleNoise, sample_generator
 from zsnr.prediction import PredictionType, check_prediction_type
 from zsnr.progress import progress_bar
 from zsnr.samplers import Sampler
-from zsnr.samplers.base import Callback
+from zsnr.samplers.base import Callback, Changed
 from zsnr.sampling import Sampling as Sampling
 from zsnr.sampling import choose_sampling
 from zsnr.sampling import describe_guidance as describe_guidance
 from zsnr.sampling import describe_sampling as describe_sampling
-from zsnr.schedule import Schedule
+from zsnr.schedule import Schedule, noised
 from zsnr.weights.pretrained import loading_in
 from zsnr.weights.source import at_revision, has_variant, prefer_variant
 
@@ -253,6 +256,10 @@ class TextToImage:
         spacing: str | None = None,
         guidance: Guidance | None = None,
         sampling: Sampling | None = None,
+        image: Tensor | Image | Sequence[Image] | None = None,
+        strength: float | None = None,
+        mask: Tensor | Image | None = None,
+        mask_corrections: int = DEFAULT_CORRECTIONS,
         batch_size: int = 8,
         max_rows: int | None = None,
         progress: bool = True,
@@ -261,6 +268,10 @@ class TextToImage:
         """Generate one image for each prompt.
 
         The same prompt and seed give the same image, whatever else is in the list.
+
+        With `image`, sampling starts inside of the grid of timesteps, where the share `strength` of
+        the steps is left, at x_t = alpha_t x_0 + sigma_t eps with the noise of the seed. With
+        `mask`, the rest of the image is kept; see `InpaintingDenoiser`.
 
         Args:
             prompts: Text prompts.
@@ -276,21 +287,32 @@ class TextToImage:
             guidance: Scale 7.5 and rescale 0.7, the paper's, if the model declares nothing.
                 Against "raw" it needs a model with `raw_network`, and takes no negative prompts.
             sampling: All of these four at once.
+            image: Image to start from: (B, 3, H, W) in [-1, 1], an image of PIL, or a list of them;
+                one for all prompts, or one for each. It gives height and width.
+            strength: Share of the steps that are made, in (0, 1], rounded down to whole steps. 1
+                without a mask is the same as no image. None = 1 with a mask, else 0.6.
+            mask: Part of the image that is repainted, 1 or white: (H, W) or (B, 1, H, W), or an
+                image of PIL. Values between 0 and 1 mix both; from 0.5 on latents are repainted.
+            mask_corrections: Corrections of each prediction for the kept part, each of which is one
+                more network call. 0 = the kept part of each prediction is only replaced.
             batch_size: Number of images sampled at a time.
             max_rows: Largest number of rows of one network call, to bound memory; see `Denoiser`,
                 also for sharded networks. None = two for each image with guidance, else one.
             progress: Show the progress on stderr.
             callback: Called after each step of each batch, as by `Sampler.sample`: with the step's
-                number, its timestep, the predicted x_0 and the state it led to, both latents.
+                number, its timestep, the predicted x_0 and the state it led to, both latents. It
+                may return a `Changed` of them.
 
         Returns:
             Images whose `info["zsnr"]` is a JSON text with all their settings, which `save_png`
             writes into the file.
 
         Raises:
-            ValueError: The lists have different lengths, or a setting is out of range.
+            ValueError: The lists have different lengths, a setting is out of range, or images,
+                mask and size do not fit.
         """
         prompts, negatives = _prompts(prompts, negative_prompts)
+        edit = read_edit(image, strength, mask, mask_corrections, len(prompts))
         seeds = range(len(prompts)) if seeds is None else seeds
         seeds = [operator.index(seed) for seed in seeds]
         _check_count("seeds", seeds, prompts)
@@ -309,9 +331,11 @@ class TextToImage:
             raise ValueError(
                 "sampling holds sampler, num_steps, spacing and guidance: give it alone."
             )
-        num_steps = sampling.num_steps
         self._check_guidance(sampling.guidance, negatives)
         timesteps = sampling.timesteps(self.model.schedule)
+        if edit is not None:
+            timesteps = timesteps[edit.first_step(sampling.num_steps) :]
+            height, width = edit.size(height, width)
         height = self.model.image_size if height is None else height
         width = self.model.image_size if width is None else width
         shape = self.model.codec.latent_shape(height, width)
@@ -319,15 +343,15 @@ class TextToImage:
         for seed in seeds:
             sample_generator(seed)  # refuses a wrong seed before anything slow
         self.warn_of_cuts([*prompts, *negatives])
-        facts = self.describe(sampling)
+        facts = {**self.describe(sampling), **({} if edit is None else edit.facts())}
+        known: Tensor | None = None
         images: list[Image] = []
         batches = range(0, len(prompts), batch_size)
-        bar = progress_bar(len(batches) * num_steps, "sampling", "step", show=progress)
+        bar = progress_bar(len(batches) * len(timesteps), "sampling", "step", show=progress)
 
-        def after_step(i: int, t: int, x_0: Tensor, x_s: Tensor) -> None:
+        def after_step(i: int, t: int, x_0: Tensor, x_s: Tensor) -> Changed | None:
             bar.update()
-            if callback is not None:
-                callback(i, t, x_0, x_s)
+            return None if callback is None else callback(i, t, x_0, x_s)
 
         with bar:
             for i in batches:
@@ -340,15 +364,21 @@ class TextToImage:
                     width=width,
                     max_rows=max_rows,
                 )
+                part = None
+                if edit is not None:
+                    part = edit.rows(rows)
+                    if known is None or len(edit.image) > 1:
+                        known = self._encode(part.image, denoiser)
                 with self._in_use(self.model.network, self.model.raw_network):
                     latents = self._sample(
-                        denoiser, seeds[rows], shape, sampling, timesteps, after_step
+                        *(denoiser, seeds[rows], shape, sampling, timesteps, after_step),
+                        *(part, known),
                     )
                 # One at a time: a decoder needs far more memory than the network.
                 with self._in_use(self.model.codec):
-                    decoded = [to_image(self.model.codec.decode(x[None])[0]) for x in latents]
-                for row, image in enumerate(decoded, start=i):
-                    images.append(image)
+                    decoded = [self.model.codec.decode(x[None])[0] for x in latents]
+                for row, pixels in enumerate(decoded, start=i):
+                    images.append(to_image(pixels if part is None else part.keep(pixels, row - i)))
                     images[-1].info["zsnr"] = json.dumps(
                         {
                             "prompt": prompts[row],
@@ -483,6 +513,16 @@ class TextToImage:
             uncond = None if uncond is None else replace(uncond, sizes=sizes)
         return cond, uncond
 
+    def _encode(self, images: Tensor, denoiser: Denoiser) -> Tensor:
+        """Encode images (B, 3, H, W) to the means of their latents, one at a time."""
+        codec = self.model.codec
+        with self._in_use(codec):
+            images = images.to(self._device_of(denoiser))
+            return torch.cat([codec.latents(codec.encode(each[None])) for each in images])
+
+    def _device_of(self, denoiser: Denoiser) -> torch.device:
+        return self._device or denoiser.device or torch.device("cpu")
+
     def _sample(
         self,
         denoiser: Denoiser,
@@ -491,13 +531,33 @@ class TextToImage:
         sampling: Sampling,
         timesteps: Tensor,
         callback: Callback,
+        edit: Edit | None,
+        known: Tensor | None,
     ) -> Tensor:
+        """Sample latents, with an edit from the latents of its images."""
         assert isinstance(sampling.sampler, Sampler)
-        noise = SampleNoise(seeds)
+        schedule, noise = self.model.schedule, SampleNoise(seeds)
+        # of the size that x_t of unit data has there: 1, but for flow that starts before T
+        size = round(math.hypot(*schedule(int(timesteps[0]))), 9)
+        x_T = size * noise.randn(shape, device=self._device_of(denoiser))
+        conditioned: Denoiser | InpaintingDenoiser = denoiser
+        if edit is not None and known is not None:
+            known = known.expand_as(x_T)
+            unknown = edit.repainted(*shape[1:])
+            noisy = noised(known, x_T, *schedule(timesteps[:1].to(x_T.device)))
+            if unknown is not None:
+                unknown = unknown.to(x_T.device)
+                conditioned = InpaintingDenoiser(
+                    denoiser, schedule, known, unknown, edit.corrections
+                )
+            if edit.strength < 1:
+                x_T = noisy
+            elif unknown is not None:
+                x_T = torch.where(unknown, x_T, noisy)
         return sampling.sampler.sample(
-            denoiser,
-            self.model.schedule,
-            noise.randn(shape, device=self._device or denoiser.device or "cpu"),
+            conditioned,
+            schedule,
+            x_T,
             timesteps,
             randn_like=noise.randn_like,
             callback=callback,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from zsnr.guidance import Guidance
 from zsnr.samplers import Sampler, get_sampler
 from zsnr.samplers.recommend import AUTO, resolve_sampling
-from zsnr.samplers.registry import sampler_name
+from zsnr.samplers.registry import sampler_name, sampler_options
 from zsnr.schedule import Schedule
 from zsnr.timesteps import check_timesteps, get_timesteps, is_grid_file, read_grid
 
@@ -89,7 +89,7 @@ def describe_sampling(sampling: Sampling) -> dict[str, Any]:
     sampler: Any = sampling.sampler
     return {
         "sampler": sampler_name(sampler),
-        "sampler_options": _options(sampler),
+        "sampler_options": sampler_options(sampler),
         "num_steps": sampling.num_steps,
         "spacing": sampling.spacing,
         **({} if sampling.grid is None else {"timesteps": list(sampling.grid)}),
@@ -212,7 +212,7 @@ def read_declared(declared: Mapping[str, Any] | None) -> DeclaredSampling:
         if grid is not None and len(check_timesteps(grid)) != S:
             raise ValueError(f"there are {len(grid)} timesteps for {S} steps.")
         auto = resolve_sampling(AUTO, AUTO, S, guidance)
-        if (sampler, spacing) == auto and options in ({}, _options(get_sampler(auto[0]))):
+        if (sampler, spacing) == auto and options in ({}, sampler_options(get_sampler(auto[0]))):
             sampler, spacing, options = AUTO, AUTO, {}
         options = {} if sampler == AUTO else options
     except (TypeError, ValueError, OverflowError) as error:
@@ -231,10 +231,6 @@ def recorded_guidance(declared: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(guidance.get("interval"), list):
         guidance["interval"] = [math.inf if x is None else x for x in guidance["interval"]]
     return guidance
-
-
-def _options(sampler: Any) -> dict[str, Any]:
-    return asdict(sampler) if is_dataclass(type(sampler)) else {}
 
 
 def _on_grid(

@@ -106,14 +106,14 @@ class AutoencoderKLCodec(LatentCodec):
     def encode(self, images: Tensor) -> Tensor:
         self.latent_shape(*images.shape[-2:])
         with torch.autocast(images.device.type, enabled=False):  # the codec chooses the dtype
-            posterior = self._vae.encode(images.to(self._dtype)).latent_dist
+            posterior = self.vae.encode(images.to(self._dtype)).latent_dist
         return torch.cat([posterior.mean, posterior.std], dim=1).float()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         raw = self.raw(latents)
         with torch.autocast(latents.device.type, enabled=False):
-            images: Tensor = self._vae.decode(raw.to(self._dtype)).sample
+            images: Tensor = self.vae.decode(raw.to(self._dtype)).sample
         return images.float()
 
     def standardized(self, raw: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ class AutoencoderKLCodec(LatentCodec):
         }
 
     @property
-    def _vae(self) -> AutoencoderKL:
+    def vae(self) -> AutoencoderKL:
         self.load()
         return self._loaded
 

@@ -46,8 +46,9 @@ def compare_models(
         output: New folder for the page.
         arm: An arm as 'SETTING=VALUE ...'. May be repeated. Settings: name, model, schedule
             (original or rescaled; default: as the model declares), lora (FILE or FILE:SCALE of an
-            adapter to merge, several with + between, or none), and the sampling options below by
-            their names, such as num_steps.
+            adapter to merge, several with + between, or none), max_tokens (tokens of a prompt that
+            are read, in chunks of 75), and the sampling options below by their names, such as
+            num_steps.
         vary: SETTING=VALUE,VALUE,... makes one arm with each value out of every arm. May be
             repeated.
         prompts: A .txt or .jsonl file, whose lines may name group and brightness_rank; 'data' for

@@ -23,6 +23,7 @@ def plan(
     predict: bool = False,
     dtype: Literal["auto", "float32", "float16", "bfloat16"] | None = None,
     offload: bool = False,
+    vae: str | None = None,
     vae_tiling: bool = False,
     batch_size: int | None = None,
     height: int | None = None,
@@ -62,6 +63,7 @@ def plan(
         predict: Plan sampling instead of training.
         dtype: Data type of all parts, as in `zsnr sample`. Default: auto, that of the file.
         offload: Judge by --memory whether sampling with --offload fits.
+        vae: Another VAE, as in `zsnr sample`: a folder, a hub id or a .safetensors file.
         vae_tiling: Decode in overlapping tiles.
         batch_size: Number of images sampled at a time. Default: 1.
         height: Height of the images, in pixels. Default: the size that the model was trained at.
@@ -78,6 +80,7 @@ def plan(
     sampling = {
         "dtype": dtype,
         "offload": offload or None,
+        "vae": vae,
         "vae_tiling": vae_tiling or None,
         "batch_size": batch_size,
         "height": height,

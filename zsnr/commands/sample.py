@@ -26,6 +26,10 @@ def sample(
     negative_prompt: str = "",
     height: int | None = None,
     width: int | None = None,
+    image: str | None = None,
+    strength: float | None = None,
+    mask: str | None = None,
+    mask_corrections: int = 2,
     batch_size: int = 8,
     device: str | None = None,
     lora: Sequence[str] = (),
@@ -52,6 +56,7 @@ def sample(
     Examples:
         zsnr sample runs/quickstart "a red apple" --num-images 4
         zsnr sample model.safetensors "a red apple" --lora style.safetensors:0.8
+        zsnr sample runs/quickstart "a red apple" --image photo.png --strength 0.6
 
     Args:
         model: A checkpoint, the folder of a run (its last checkpoint is taken), a diffusers folder,
@@ -63,6 +68,13 @@ def sample(
         negative_prompt: Text prompt that guidance moves away from.
         height: Height of the images, in pixels. Default: the size that the model was trained at.
         width: Width of the images, in pixels. Default: the size that the model was trained at.
+        image: Image to start from instead of noise. Its size is that of the images.
+        strength: Share of the sampling steps that are made from --image, above 0, up to 1. Default:
+            0.6, or 1 with --mask.
+        mask: Image of the same size that is white where --image is repainted, and black where it is
+            kept.
+        mask_corrections: Number of additional network calls in each step that fit the repainted
+            part to the rest. 0 is fastest.
         batch_size: Number of images sampled at a time.
         device: Device to sample on. Default: the GPU if there is one.
         lora: An adapter (LoRA, LoHa, LoKr, DoRA) of any program to merge into the model, as FILE or
@@ -88,7 +100,9 @@ def sample(
     """
     from zsnr.checkpoints.checkpoint_file import sampling_of
     from zsnr.checkpoints.run_folder import check_model
+    from zsnr.data.images import read_image
     from zsnr.data.prompts import PromptRequest
+    from zsnr.editing import read_edit
     from zsnr.files import check_new, new_folder
     from zsnr.interop.adapter_file import read_loras
     from zsnr.noise import sample_generator
@@ -115,6 +129,12 @@ def sample(
         spacing=given.get("spacing"),
         guidance=recorded_guidance(given),
     )
+    start = None if image is None else read_image(image)
+    shape = None if mask is None else read_image(mask)
+    edit = read_edit(start, strength, shape, mask_corrections, num_images * len(prompts))
+    if edit is not None:
+        edit.first_step(chosen.num_steps)
+        height, width = edit.size(height, width)
     requests = [
         PromptRequest(prompt, negative_prompt, seed + i, height, width, 1 + i // num_images)
         for i, prompt in enumerate(prompt for prompt in prompts for _ in range(num_images))
@@ -147,12 +167,17 @@ def sample(
             height=height,
             width=width,
             sampling=chosen,
+            image=start,
+            strength=strength,
+            mask=shape,
+            mask_corrections=mask_corrections,
             batch_size=batch_size,
         )
-        for request, image in zip(requests, images, strict=True):
-            write_sample(image, unfinished / request.filename, unfinished / "manifest.jsonl")
+        for request, made in zip(requests, images, strict=True):
+            write_sample(made, unfinished / request.filename, unfinished / "manifest.jsonl")
     paths = [str(folder / request.filename) for request in requests]
     facts = {"model": pipe.name, "folder": str(folder), "images": paths, **pipe.describe(chosen)}
+    facts |= {} if edit is None else edit.facts()
     return Result(facts, "\n".join(paths))
 
 

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -86,6 +87,41 @@ def decode_image(
         pixels = pixels[::-1]
     if mirrored != flip:
         pixels = pixels[:, ::-1]
+    return torch.from_numpy(np.array(pixels.transpose(2, 0, 1), order="C"))
+
+
+def read_image(path: str | Path) -> Any:
+    """Read an image file of any supported format, as an image of PIL.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is not a readable image, or too large.
+    """
+    path = Path(path).expanduser()
+    try:
+        with readable():
+            image = open_image(path.read_bytes(), MAX_PIXELS)
+            image.load()
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return image
+
+
+def image_levels(image: Any) -> Tensor:
+    """Convert an image of PIL to RGB, as `decode_image` does, but without scaling and cropping.
+
+    Returns:
+        (3, H, W) uint8, RGB.
+
+    Raises:
+        ValueError: The image is not readable.
+    """
+    from PIL import ImageOps
+
+    with readable():
+        image = ImageOps.exif_transpose(image)
+        profile = Profile(image)
+        pixels = profile.finish(np.asarray(to_rgb(image, profile)))
     return torch.from_numpy(np.array(pixels.transpose(2, 0, 1), order="C"))
 
 

@@ -8,8 +8,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
+from zsnr.interop.scheduler_config import schedule_text
+from zsnr.metrics.brightness import retained_fraction
 from zsnr.prediction import PredictionType
-from zsnr.schedule import NoiseSchedule
+from zsnr.schedule import Schedule, schedule_from_settings
 from zsnr.untrusted import clipped, printable
 
 Verdict = Literal["fixed", "flawed", "inconsistent", "unreadable", "unknown"]
@@ -18,7 +20,7 @@ TRAIN = (
     "fine-tune it from these weights with `zsnr fit`, whose schedule and prediction type are the "
     "paper's: no config setting repairs weights that were never trained on pure noise"
 )
-SCALE = 32  # of an image's mean, sqrt(h w L): see `kept_brightness`
+SCALE = 32  # signal-to-noise ratio of an image's mean, S of `retained_fraction`
 
 
 @dataclass(frozen=True)
@@ -28,10 +30,10 @@ class Diagnosis:
     Args:
         target: The path that was examined.
         kind: Kind of the target, such as "diffusers folder".
-        verdict: fixed: SNR_T is 0, v or sample prediction, and sampling starts at T. flawed: the
-            schedule keeps signal at T. inconsistent: zero SNR with epsilon prediction, a spacing
-            that misses T, or a scheduler class that drops the rescale. unreadable: the target
-            cannot be read. unknown: it does not declare enough for a verdict.
+        verdict: fixed: SNR_T is 0, v, flow or sample prediction, and sampling starts at T. flawed:
+            the schedule keeps signal at T. inconsistent: zero SNR with epsilon prediction, a
+            spacing that misses T, or a scheduler class that drops the rescale. unreadable: the
+            target cannot be read. unknown: it does not declare enough for a verdict.
         reason: Reason for the verdict, in one line.
         facts: Known facts, as plain values.
         warnings: Further problems.
@@ -72,7 +74,7 @@ class Diagnosis:
 
 
 def judge(
-    schedule: NoiseSchedule,
+    schedule: Schedule,
     prediction_type: PredictionType,
     starts: Mapping[int, float],
     lacking: str | None,
@@ -106,34 +108,27 @@ def late(starts: Mapping[int, float], num_timesteps: int) -> str:
     return ", ".join(missed[:5])
 
 
-def signal(schedule: NoiseSchedule) -> str:
+def signal(schedule: Schedule) -> str:
     """Describe how much signal is left at T."""
-    abar_T = float(schedule.alphas_cumprod[-1])
-    return f"the schedule keeps signal at T: sqrt(abar_T) = {math.sqrt(abar_T):.6g}"
+    return f"the schedule keeps signal at T: sqrt(abar_T) = {_sqrt_abar(schedule):.6g}"
 
 
-def schedule_facts(schedule: NoiseSchedule) -> dict[str, Any]:
+def schedule_facts(schedule: Schedule) -> dict[str, Any]:
     """Return the relevant facts of a schedule; "schedule" holds its settings."""
-    abar_T = float(schedule.alphas_cumprod[-1])
+    return {"schedule": schedule.settings(), **level_facts(float(schedule.snr[-1]))}
+
+
+def level_facts(snr_T: float) -> dict[str, Any]:
+    """Return what follows from the SNR at which sampling starts."""
     return {
-        "schedule": schedule.settings(),
-        "snr_T": float(schedule.snr[-1]),
-        "sqrt_abar_T": math.sqrt(abar_T),
-        "kept_brightness": {"scale": SCALE, "fraction": kept_brightness(abar_T)},
+        "snr_T": snr_T,
+        "sqrt_abar_T": math.sqrt(snr_T / (1 + snr_T)),
+        "kept_brightness": {"scale": SCALE, "fraction": retained_fraction(snr_T, SCALE)},
     }
 
 
-def kept_brightness(abar_T: float, scale: float = SCALE) -> float:
-    """Compute the fraction of the brightness range that is retained if sampling starts from noise.
-
-    1 / sqrt(abar_T S^2 + 1 - abar_T)
-
-    Args:
-        abar_T: The schedule's last abar_t.
-        scale: S = sqrt(h w L), where L is the variance of an image's mean in the mix of channels
-            with the largest one.
-    """
-    return 1 / math.sqrt(abar_T * scale**2 + 1 - abar_T)
+def _sqrt_abar(schedule: Schedule) -> float:
+    return float(level_facts(float(schedule.snr[-1]))["sqrt_abar_T"])
 
 
 def _rows(facts: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
@@ -142,7 +137,7 @@ def _rows(facts: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
         name = key.replace("_", " ")
         match key:
             case "schedule":
-                yield name, _schedule_text(value)
+                yield name, schedule_text(schedule_from_settings(value))
             case "snr_T" | "sqrt_abar_T":
                 yield {"snr_T": "SNR_T", "sqrt_abar_T": "sqrt(abar_T)"}[key], f"{value:.6g}"
             case "kept_brightness":
@@ -172,6 +167,14 @@ def _rows(facts: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
                     "loss",
                     f"{weighting!r}; the last timestep has {value:.3g} times the mean weight",
                 )
+            case "timestep_law":
+                visits = facts["terminal_visits"]
+                yield (
+                    name,
+                    f"{value!r}; visits the last timestep {visits:.3g} times as often as uniform",
+                )
+            case "terminal_visits":
+                continue
             case "loss_weight_t900":
                 yield "loss at t >= 900", f"{100 * value:.2g} % of the weight (uniform: 10 %)"
             case "loss_weighting":
@@ -188,17 +191,6 @@ def _brightness_text(fraction: float) -> str:
         f"samples can span about {100 * fraction:.1f} % of the range of the training images "
         f"(estimated for latents whose mean has a signal-to-noise ratio of {SCALE})"
     )
-
-
-def _schedule_text(settings: Mapping[str, Any]) -> str:
-    T, zero = settings["num_timesteps"], settings["zero_terminal_snr"]
-    if settings["alphas_cumprod_table"] is not None:
-        name = "custom table"
-    else:
-        ends = (settings["beta_start"], settings["beta_end"])
-        name = settings["betas"]
-        name += f" {ends[0]:g} to {ends[1]:g}" if None not in ends else ""
-    return f"{name}, T = {T}" + (", rescaled to zero terminal SNR" if zero else "")
 
 
 def _starts_text(starts: Mapping[int, float]) -> str:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from zsnr.checkpoints.run_facts import NAME
 from zsnr.doctor.diagnosis import Diagnosis
-from zsnr.doctor.recipes import examine_recipe, read_settings
+from zsnr.doctor.recipes import examine_recipe
 from zsnr.doctor.runs import examine_checkpoint, examine_run, examine_yaml
 from zsnr.doctor.schedulers import examine_config, examine_diffusers, fix_scheduler
 from zsnr.doctor.single_file import examine_single
+from zsnr.doctor.trainers import read_settings
 from zsnr.schedule import MAX_TIMESTEPS
 from zsnr.untrusted import check_inside, clipped, read_json
 

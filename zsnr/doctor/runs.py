@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -17,38 +20,15 @@ from zsnr.loss import LossWeighting
 from zsnr.prediction import PredictionType
 from zsnr.samplers import get_sampler, recommend_sampling
 from zsnr.samplers.recommend import AUTO, resolve_sampling
-from zsnr.sampling import recorded_guidance
-from zsnr.schedule import NoiseSchedule
+from zsnr.sampling import Sampling, describe_sampling, recorded_guidance
+from zsnr.schedule import NoiseSchedule, RectifiedFlow, Schedule
+from zsnr.timestep_law import MIN_TERMINAL_SHARE, TimestepLaw
 from zsnr.timesteps import check_timesteps, get_timesteps, is_grid_file
 from zsnr.untrusted import check_inside, clipped, open_regular, read_json, read_yaml, shown
 
-DEFAULT_SAMPLING = {
-    "sampler": "ddim",
-    "num_steps": 50,
-    "spacing": "trailing",
-    "guidance_scale": Guidance().scale,
-    "guidance_rescale": Guidance().rescale,
-    "guidance_interval": Guidance().interval,
-}
-# Parameters of LatentDiffusion and Sampling: without them, a typo would be judged as the default.
-MODEL_KEYS = (
-    *(
-        "codec",
-        "conditioner",
-        "network",
-        "schedule",
-        "prediction_type",
-        "loss",
-        "timestep_law",
-        "caption_dropout",
-    ),
-    *("offset_noise", "optimizer", "learning_rate", "ema", "sampling", "gradient_checkpointing"),
-    *("compile", "max_skipped_steps", "image_size", "seed", "lora", "terminal_window"),
-    "tf32",
-)
+DEFAULT_SAMPLING = describe_sampling(Sampling())
 RENAMED_KEYS = {"model.unet": "model.network"}
 """Settings that had another name in earlier versions."""
-SAMPLING_KEYS = ("num_steps", "spacing", "sampler", "guidance")
 # The cost of spacings that leave out noise levels next to SNR 0: the spread of the brightness of
 # 64x64 images at 5 to 10 steps (5 to 25 for beta), with DDIM and DPM-Solver++ 2M.
 _LATE_LEVELS = (
@@ -126,9 +106,10 @@ def examine_run(
         target,
         "zsnr checkpoint",
         f"{path.name}: ",
-        schedule=_built(path, "schedule", NoiseSchedule, run["schedule"]),
+        schedule=_schedule(path, "schedule", run["schedule"]),
         prediction_type=run.get("prediction_type", "v_prediction"),
         loss=_built(path, "loss", LossWeighting, run.get("loss")),
+        law=_built(path, "timestep_law", TimestepLaw, run.get("timestep_law")),
         sampling=sampling,
         num_steps=num_steps,
     )
@@ -155,9 +136,9 @@ def examine_yaml(target: str, path: Path, num_steps: Sequence[int]) -> Diagnosis
     if not isinstance(block, dict) or not isinstance(model, dict):
         raise ValueError(f"{path} has no `model:` block: wanted a YAML of `zsnr fit`.")
     if "class_path" not in block:  # another class has other parameters
-        _check_keys(path, "model", model, MODEL_KEYS)
+        _check_keys(path, "model", model, model_settings())
     sampling = _block(path, "model.sampling", _init_args(model.get("sampling")))
-    _check_keys(path, "model.sampling", sampling, SAMPLING_KEYS)
+    _check_keys(path, "model.sampling", sampling, [*inspect.signature(Sampling).parameters])
     guidance = _block(path, "model.sampling.guidance", _init_args(sampling.get("guidance")))
     options = [option.name for option in fields(Guidance)]
     _check_keys(path, "model.sampling.guidance", guidance, options)
@@ -177,9 +158,10 @@ def examine_yaml(target: str, path: Path, num_steps: Sequence[int]) -> Diagnosis
         target,
         "zsnr YAML",
         f"{path.name}: ",
-        schedule=_built(path, "model.schedule", NoiseSchedule, model.get("schedule")),
+        schedule=_schedule(path, "model.schedule", model.get("schedule")),
         prediction_type=model.get("prediction_type", "v_prediction"),
         loss=_built(path, "model.loss", LossWeighting, model.get("loss")),
+        law=_built(path, "model.timestep_law", TimestepLaw, model.get("timestep_law")),
         sampling={**guidance_settings, "sampler": sampler, "num_steps": S, "spacing": spacing},
         num_steps=num_steps,
     )
@@ -190,9 +172,10 @@ def _examine_training(
     kind: str,
     where: str,
     *,
-    schedule: NoiseSchedule,
+    schedule: Schedule,
     prediction_type: Any,
     loss: LossWeighting,
+    law: TimestepLaw,
     sampling: Mapping[str, Any],
     num_steps: Sequence[int],
 ) -> Diagnosis:
@@ -241,6 +224,15 @@ def _examine_training(
                 "weight: the model barely learns to start from pure noise"
             )
             changes.append(f"{where}loss.name: uniform")
+    if law.name != "uniform":
+        visits = law.terminal_share(T)
+        facts |= {"timestep_law": law.name, "terminal_visits": visits}
+        if visits < MIN_TERMINAL_SHARE:
+            warnings.append(
+                f"timestep law {law.name!r} visits the last timestep {visits:.2g} times as often "
+                "as 'uniform': the model barely learns to start from pure noise"
+            )
+            changes.append(f"{edited}timestep_law.name: uniform")
     for key in ("guidance_scale", "guidance_rescale"):
         value = settings[key]
         if not _is_plain_number(value):
@@ -268,6 +260,26 @@ def _examine_training(
             correction += " and sampling.spacing: trailing"
         changes.insert(0, f"{edited}{correction}, and train anew")
     return Diagnosis(target, kind, verdict, reason, facts, tuple(warnings), tuple(changes))
+
+
+def _schedule(path: Path, name: str, settings: Any) -> NoiseSchedule | RectifiedFlow:
+    """Build the schedule that settings in a file describe: a RectifiedFlow by its class or shift.
+
+    Raises:
+        ValueError: The settings are not valid, or name another class.
+    """
+    classes = {cls.__name__: cls for cls in (NoiseSchedule, RectifiedFlow)}
+    options = _block(path, name, _init_args(settings))
+    cls: type[Any] = RectifiedFlow if "shift" in options else NoiseSchedule
+    if isinstance(settings, dict) and "class_path" in settings:
+        stated = str(settings["class_path"]).removeprefix("zsnr.schedule.").removeprefix("zsnr.")
+        if stated not in classes:
+            raise ValueError(
+                f"{path}: {name} is a {shown(settings['class_path'])}, whose SNR cannot be told "
+                f"without running it. Known: {', '.join(classes)}."
+            )
+        cls = classes[stated]
+    return cast(NoiseSchedule | RectifiedFlow, _built(path, name, cls, options))
 
 
 def _built(path: Path, name: str, cls: type[Any], settings: Any) -> Any:
@@ -310,6 +322,23 @@ def _block(path: Path, name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise ValueError(f"{path}: {name} is {shown(value)}: wanted settings by name.")
     return value
+
+
+@cache
+def model_settings() -> tuple[str, ...]:
+    """Return the names of LatentDiffusion's settings, read from its source.
+
+    Without them, a typo would be judged as the default; importing the class imports Lightning.
+    """
+    source = Path(__file__).parents[1] / "training" / "module.py"
+    [init] = [
+        function
+        for node in ast.parse(source.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef) and node.name == "LatentDiffusion"
+        for function in node.body
+        if isinstance(function, ast.FunctionDef) and function.name == "__init__"
+    ]
+    return tuple(argument.arg for argument in init.args.args[1:])
 
 
 def _check_keys(path: Path, name: str, settings: Mapping[Any, Any], known: Sequence[str]) -> None:

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from zsnr.doctor.diagnosis import TRAIN, Diagnosis, Verdict, judge, late, schedule_facts
+from zsnr.doctor.scheduler_classes import NUM_STEPS, OUR_TABLE, examine_process
 from zsnr.files import replacing
 from zsnr.interop.declarations import FAMILIES
 from zsnr.interop.declared import (
+    SCHEDULERS,
     Declared,
     declare,
     first_timestep,
@@ -21,9 +23,9 @@ from zsnr.interop.declared import (
     off_grid_steps,
     with_class_of,
 )
+from zsnr.interop.processes import process_of
 from zsnr.untrusted import check_inside, read_json, shown
 
-NUM_STEPS = (10, 20, 25, 30, 50)
 _CONFIG = "scheduler_config.json"
 _FIXED = "scheduler_config.fixed.json"
 
@@ -48,17 +50,19 @@ def fix_scheduler(path: Path, diagnosis: Diagnosis, *, in_place: bool) -> list[s
             f"--fix writes scheduler configs, and {path} is a {diagnosis.kind}. "
             f"{'; '.join(diagnosis.changes)}."
         )
+    index, config_path = scheduler_files(path)
+    config = read_json(config_path)
+    named = None if index is None else index_class(read_json(index))
+    if named is not None:
+        config["_class_name"] = named
+    if not in_table(config):
+        raise ValueError(f"--fix knows schedules of betas only. {'; '.join(diagnosis.changes)}.")
     if diagnosis.facts["prediction_type"] == "epsilon":
         raise ValueError(
             "The config declares epsilon, and no config turns an epsilon model into a v model. "
             + "; ".join(diagnosis.changes)
             + "."
         )
-    index, config_path = scheduler_files(path)
-    config = read_json(config_path)
-    named = None if index is None else index_class(read_json(index))
-    if named is not None:
-        config["_class_name"] = named
     fixed = _fixed(config)
     class_name = fixed["_class_name"]
     output = config_path if in_place else config_path.with_name(_FIXED)
@@ -149,6 +153,8 @@ def examine_config(
             f"{path} is not a scheduler config: it has none of {', '.join(sorted(recognized))}."
         )
     try:
+        if not in_table(config):
+            return examine_process(target, kind, path.name, config, num_steps)
         declared = declare(config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -163,6 +169,7 @@ def examine_config(
     verdict, reason = judge(schedule, declared.prediction_type, starts, lacking)
     facts = {
         "scheduler": declared.class_name,
+        "judged_by": OUR_TABLE,
         "prediction_type": declared.prediction_type,
         **schedule_facts(schedule),
         "timestep_spacing": _spacing_name(declared),
@@ -177,6 +184,12 @@ def examine_config(
         warnings.insert(0, f"sampling does not start at T: {late(starts, T)}")
     changes = _config_changes(path.name, declared, config, verdict, zero)
     return Diagnosis(target, kind, verdict, reason, facts, tuple(warnings), tuple(changes))
+
+
+def in_table(config: Mapping[str, Any]) -> bool:
+    """Whether a config's schedule is of betas, and its class is in this package's table of them."""
+    name = config.get("_class_name", "DDIMScheduler")
+    return process_of(config) == "betas" and (not isinstance(name, str) or name in SCHEDULERS)
 
 
 def _spacing_name(declared: Declared) -> str:

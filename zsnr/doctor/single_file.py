@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from zsnr.doctor.diagnosis import TRAIN, Diagnosis, Verdict, schedule_facts, signal
-from zsnr.doctor.recipes import recipe_warnings, trained_with
+from zsnr.doctor.recipes import recipe_warnings
+from zsnr.doctor.trainers import trained_with
 from zsnr.interop.declarations import Declaration, read_declaration, telling
 from zsnr.untrusted import clipped
 from zsnr.weights.header import Header

@@ -27,13 +27,18 @@ import torch
 from torch import Tensor, nn
 
 from zsnr.checkpoints.model import Model, as_unet
-from zsnr.conditioning import Conditioner, SDXLConditioner, TransformersConditioner
+from zsnr.conditioning import (
+    Conditioner,
+    OpenClipConditioner,
+    SDXLConditioner,
+    TransformersConditioner,
+)
 from zsnr.conditioning.remembered import Remembered
 from zsnr.interop.adapter_file import AdapterFile, check_scale, open_adapter
 from zsnr.interop.declarations import Declaration
 from zsnr.networks import UNet
 from zsnr.weights.header import open_safetensors
-from zsnr.weights.ldm_layout import ldm_layers
+from zsnr.weights.ldm_layout import from_ldm, ldm_layers, ldm_names
 
 _PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _FAMILIES = {768: "SD 1", 1024: "SD 2"}
@@ -171,8 +176,8 @@ def _layers(model: Model, conditioner: Conditioner) -> dict[str, list[_Layer]]:
                 *(f"lora_unet_{each}" for each in flat),
             )
     encoders = _encoders(model.conditioner, conditioner)
-    for part, encoder in encoders.items():
-        for layer in _parameters(encoder, "text encoder"):
+    for part, encoder_layers in encoders.items():
+        for layer in encoder_layers:
             short = layer.name.removeprefix("text_model.")
             name = short if short == "text_projection" else f"text_model.{short}"
             flat_name = name.replace(".", "_")
@@ -208,18 +213,40 @@ def _original_names(unet: UNet, layers: Iterable[str]) -> dict[str, str]:
         return {name: name for name in layers}
 
 
-def _encoders(used: Conditioner, conditioner: Conditioner) -> dict[str, nn.Module]:
-    """Return the CLIP text encoders of transformers, by their folders in diffusers."""
+def _encoders(used: Conditioner, conditioner: Conditioner) -> dict[str, list[_Layer]]:
+    """Return the layers of the CLIP text encoders, by the encoders' folders in diffusers.
+
+    They have transformers' names.
+    """
     from transformers import CLIPTextModel
 
     if isinstance(used, Remembered):  # it has released them
         return {}
+    if isinstance(conditioner, OpenClipConditioner):
+        return {"text_encoder": [*_open_clip_layers(conditioner)]}
+    encoders: dict[str, Any] = {}
     if isinstance(conditioner, SDXLConditioner):
-        return {"text_encoder": conditioner.encoder, "text_encoder_2": conditioner.encoder_2}
-    if isinstance(conditioner, TransformersConditioner):
-        encoder = conditioner.encoder
-        return {"text_encoder": encoder} if isinstance(encoder, CLIPTextModel) else {}
-    return {}
+        encoders = {"text_encoder": conditioner.encoder, "text_encoder_2": conditioner.encoder_2}
+    elif isinstance(conditioner, TransformersConditioner):
+        encoders = {"text_encoder": conditioner.encoder}
+        if not isinstance(conditioner.encoder, CLIPTextModel):
+            return {}
+    return {part: [*_parameters(each, "text encoder")] for part, each in encoders.items()}
+
+
+def _open_clip_layers(tower: OpenClipConditioner) -> Iterator[_Layer]:
+    """Yield the layers of open_clip's text tower; query, key and value are thirds of one."""
+    parameters, depth = dict(tower.named_parameters()), len(tower.transformer.resblocks)
+    kinds = [*(f"self_attn.{x}_proj" for x in ("q", "k", "v", "out")), "mlp.fc1", "mlp.fc2"]
+    layers = [f"encoder.layers.{i}.{kind}" for i in range(depth) for kind in kinds]
+    names = [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
+    places = ldm_names("open_clip", names, {"num_hidden_layers": depth})
+    views = {
+        name: nn.Parameter(from_ldm(name, place, parameters[place].data), requires_grad=False)
+        for name, place in places.items()
+    }
+    for layer in layers:
+        yield _Layer(layer, "text encoder", views[f"{layer}.weight"], views[f"{layer}.bias"])
 
 
 def _matched(
@@ -278,9 +305,10 @@ def _unknown(model: Model, tensor: str) -> str:
     of_text = tensor.startswith(("lora_te", "text_"))
     if of_text and isinstance(model.conditioner, Remembered):
         return f"{tensor} adapts a text encoder, but this model keeps only encoded prompts"
-    if of_text and not isinstance(model.conditioner, SDXLConditioner | TransformersConditioner):
+    known = SDXLConditioner | TransformersConditioner | OpenClipConditioner
+    if of_text and not isinstance(model.conditioner, known):
         kind = type(model.conditioner).__name__
-        return f"{tensor} adapts a CLIP text encoder of transformers, and the model's is {kind}"
+        return f"{tensor} adapts a CLIP text encoder, and the model's is {kind}"
     return f"{tensor} adapts a layer that the model does not have"
 
 

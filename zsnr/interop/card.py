@@ -13,9 +13,9 @@ from zsnr.checkpoints.run_facts import published
 from zsnr.guidance import Guidance
 from zsnr.interop.declarations import is_stable_diffusions
 from zsnr.interop.declared import SCHEDULERS
-from zsnr.interop.scheduler_config import needs_table
+from zsnr.interop.scheduler_config import needs_table, schedule_text
 from zsnr.render import render
-from zsnr.schedule import NoiseSchedule, beta_ends
+from zsnr.schedule import NoiseSchedule, RectifiedFlow, Schedule, schedule_from_settings
 from zsnr.untrusted import printable
 
 if TYPE_CHECKING:
@@ -29,7 +29,11 @@ _OTHER_GUIDANCE = tuple(
 )
 
 # What diffusers' schedulers make of this folder's scheduler config by `from_config`.
-EXACT = tuple(name for name, cls in SCHEDULERS.items() if cls.finite_at_zero)
+EXACT = tuple(
+    name
+    for name, cls in SCHEDULERS.items()
+    if cls.finite_at_zero and "snr_shift_scale" not in cls.defaults
+)
 PATCHED = tuple(name for name, cls in SCHEDULERS.items() if cls.patches)
 DROPPING = tuple(name for name, cls in SCHEDULERS.items() if not cls.rescales)
 DISTILLED = tuple(name for name, cls in SCHEDULERS.items() if cls.grid == "distilled")
@@ -46,23 +50,26 @@ def model_card(name: str, facts: Mapping[str, Any]) -> str:
             `caption_dropout`, `offset_noise`, `versions`, `zsnr_version`; `loras`, the names and
             scales of merged adapters. What is missing is called not recorded.
     """
-    schedule = NoiseSchedule.from_settings(facts["schedule"])
+    schedule = schedule_from_settings(facts["schedule"])
+    flow = isinstance(schedule, RectifiedFlow)
     last = schedule.num_timesteps - 1
     alpha, sigma = schedule(last)
     fixed = float(schedule.snr[-1]) == 0
     pipeline = facts.get("pipeline", "StableDiffusionPipeline")
     values = {
         "name": name,
-        "tags": _tags(pipeline, facts["prediction_type"], fixed),
+        "tags": _tags(pipeline, facts["prediction_type"], fixed, flow),
         "fixed": fixed,
+        "flow": flow,
+        "shift": f"{schedule.shift:g}" if isinstance(schedule, RectifiedFlow) else "1",
         "size": facts.get("image_size", _UNKNOWN),
         "alpha": float(alpha),
         "sigma": float(sigma),
         "snr": float(schedule.snr[-1]),
         "T": schedule.num_timesteps,
-        "schedule": _schedule(schedule),
+        "schedule": schedule_text(schedule),
         "prediction_type": facts["prediction_type"],
-        "table_needed": needs_table(schedule),
+        "table_needed": isinstance(schedule, NoiseSchedule) and needs_table(schedule),
         "standard_schedule": is_stable_diffusions(schedule),
         "pipeline": pipeline,
         "xl": "XL" in pipeline,
@@ -79,12 +86,13 @@ def model_card(name: str, facts: Mapping[str, Any]) -> str:
     return render(Path(__file__).parent / "templates" / "card.md", values)
 
 
-def _tags(pipeline: str, prediction_type: str, fixed: bool) -> list[Markup]:
+def _tags(pipeline: str, prediction_type: str, fixed: bool, flow: bool) -> list[Markup]:
     return [
         _string("stable-diffusion-xl" if "XL" in pipeline else "stable-diffusion"),
         _string(f"diffusers:{pipeline}"),
         _string("zsnr"),
         *([_string("zero-terminal-snr")] if fixed else []),
+        *([_string("rectified-flow")] if flow else []),
         _string(str(prediction_type).replace("_", "-")),
     ]
 
@@ -96,7 +104,7 @@ def _string(text: str) -> Markup:
     return Markup(json.dumps(text, ensure_ascii=printable(text, one_line=True) != text))
 
 
-def _sampling(facts: Mapping[str, Any], schedule: NoiseSchedule, fixed: bool) -> dict[str, Any]:
+def _sampling(facts: Mapping[str, Any], schedule: Schedule, fixed: bool) -> dict[str, Any]:
     """Collect what the card says about sampling, from the settings of the model's previews."""
     sampling = _mapping(published(facts).get("sampling"))
     # A method that a pipeline of diffusers lacks does not tell which w plain guidance needs there.
@@ -169,19 +177,6 @@ def _number(value: Any, default: float) -> float:
     """Take a number, and nothing else: it goes into code that people run."""
     fine = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return value if fine else default
-
-
-def _schedule(schedule: NoiseSchedule) -> str:
-    zero = schedule.zero_terminal_snr
-    T = f"T = {schedule.num_timesteps}"
-    if schedule.alphas_cumprod_table is not None:
-        return f"custom table, {T}" + (", rescaled to zero terminal SNR" if zero else "")
-    if schedule.betas == "cosine":
-        return f"cosine, {T}, " + ("without its cap of 0.999" if zero else "capped at 0.999")
-    first, last = beta_ends(schedule)
-    return f"{schedule.betas}, {T}, beta {first:g} to {last:g}" + (
-        ", rescaled to zero terminal SNR" if zero else ""
-    )
 
 
 def _divisors(T: int) -> str:

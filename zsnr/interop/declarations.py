@@ -12,11 +12,11 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, TypeGuard, cast, get_args
 
 from zsnr.interop.ldm_yaml import LdmYaml, read_beside
 from zsnr.prediction import PredictionType
-from zsnr.schedule import NoiseSchedule
+from zsnr.schedule import NoiseSchedule, Schedule
 from zsnr.untrusted import parse_object
 from zsnr.weights.header import Header, read_header, read_schedule
 
@@ -153,9 +153,9 @@ def declares(
 def settle(
     path: str | Path,
     declaration: Declaration,
-    schedule: NoiseSchedule | None = None,
+    schedule: Schedule | None = None,
     prediction_type: PredictionType | None = None,
-) -> tuple[NoiseSchedule, PredictionType]:
+) -> tuple[Schedule, PredictionType]:
     """Return the schedule and prediction type to use a file with.
 
     What is neither given nor declared is taken as other programs take it, epsilon and Stable
@@ -271,8 +271,10 @@ def _schedule(
     return NoiseSchedule(zero_terminal_snr=zero)
 
 
-def is_stable_diffusions(schedule: NoiseSchedule) -> bool:
+def is_stable_diffusions(schedule: Schedule) -> TypeGuard[NoiseSchedule]:
     """Whether it is Stable Diffusion's schedule, rescaled or not, as the marks stand for it."""
+    if not isinstance(schedule, NoiseSchedule):
+        return False
     table = schedule.alphas_cumprod
     usual = NoiseSchedule(zero_terminal_snr=float(table[-1]) == 0).alphas_cumprod
     return len(table) == len(usual) and bool((table - usual).abs().max() <= 1e-5)

@@ -11,12 +11,14 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from operator import mul
 from types import MappingProxyType
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 import torch
 
+from zsnr.interop.config_values import is_real, reader
+from zsnr.interop.processes import declare_flow, process_of, refusal
 from zsnr.prediction import PredictionType
-from zsnr.schedule import MAX_TIMESTEPS, NoiseSchedule
+from zsnr.schedule import MAX_TIMESTEPS, NoiseSchedule, RectifiedFlow, positive
 from zsnr.untrusted import shown
 
 # How a class makes its grid of S timesteps:
@@ -65,6 +67,7 @@ _DISTILLED = {
     "original_inference_steps": 50,
 }
 _CLIPPED = {"lambda_min_clipped": -math.inf}
+_PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,17 @@ class SchedulerClass:
     def rescales(self) -> bool:
         """Whether it knows rescale_betas_zero_snr; otherwise it drops the key."""
         return "rescale_betas_zero_snr" in self.defaults
+
+
+def _cogvideox(recomputes_next: bool) -> SchedulerClass:
+    defaults = {**_ALPHAS, **_SD_BETAS, "beta_schedule": "scaled_linear", "set_alpha_to_one": True}
+    del defaults["thresholding"]
+    return SchedulerClass(
+        {**defaults, "snr_shift_scale": 3.0},
+        "whole",
+        finite_at_zero=True,
+        recomputes_next=recomputes_next,
+    )
 
 
 def _ddim() -> SchedulerClass:
@@ -163,6 +177,8 @@ SCHEDULERS: Mapping[str, SchedulerClass] = MappingProxyType(
         ),
         "LCMScheduler": SchedulerClass(_DISTILLED, "distilled", finite_at_zero=True),
         "TCDScheduler": SchedulerClass(_DISTILLED, "distilled", finite_at_zero=True),
+        "CogVideoXDDIMScheduler": _cogvideox(recomputes_next=True),
+        "CogVideoXDPMScheduler": _cogvideox(recomputes_next=True),
     }
 )
 
@@ -224,34 +240,35 @@ def declare(config: Mapping[str, Any]) -> Declared:
             not accept a value.
     """
     name = config.get("_class_name", "DDIMScheduler")
-    if isinstance(name, str) and name.startswith(("FlowMatch", "EDM", "CM", "VQ")):
-        raise ValueError(
-            f"{shown(name)[1:-1]} has no variance-preserving schedule, which this package requires."
-        )
+    if name == "DiffusersScheduler":  # of this package: its config is one of DDIM, and more
+        if config.get("beta_schedule") is None or "snr_shift_scale" in config:
+            raise ValueError(
+                "DiffusersScheduler was saved with a flow or a shifted schedule: wanted one that "
+                "betas describe."
+            )
+        name = "DDIMScheduler"
+    match process_of(config):
+        case "flow":
+            raise ValueError(f"{name} is rectified flow, which has no schedule of betas.")
+        case "exploding" | "continuous" | "tokens":
+            raise ValueError(refusal(config))
     if not isinstance(name, str) or name not in SCHEDULERS:
         raise ValueError(
             f"Scheduler class {shown(name)} is unknown. Known: {', '.join(SCHEDULERS)}."
         )
-    if name == "EulerDiscreteScheduler" and config.get("timestep_type") == "continuous":
-        raise ValueError(
-            "timestep_type='continuous' has its own noise levels, up to sigma_max, and no schedule "
-            "of betas."
-        )
     cls = SCHEDULERS[name]
     values = {key: config.get(key, default) for key, default in cls.defaults.items()}
-    flag, count = _reader(values, bool), _reader(values, int)
+    flag, count = reader(values, bool), reader(values, int)
     prediction_type = values["prediction_type"]
-    if prediction_type not in get_args(PredictionType):
-        known = ", ".join(repr(known) for known in get_args(PredictionType))
+    if prediction_type not in _PREDICTIONS:
+        known = ", ".join(map(repr, _PREDICTIONS))
         raise ValueError(f"prediction_type={shown(prediction_type)} is unknown. Known: {known}.")
     spacing = values.get("timestep_spacing", "linspace")
     if spacing not in _SPACINGS:
         known = ", ".join(map(repr, _SPACINGS))
         raise ValueError(f"timestep_spacing={shown(spacing)} is unknown. Known: {known}.")
-    if flag("use_flow_sigmas"):
-        raise ValueError("use_flow_sigmas=true is flow matching: no variance-preserving schedule.")
     clipped = values.get("lambda_min_clipped", -math.inf)
-    if not _is_real(clipped) or math.isnan(clipped):
+    if not is_real(clipped) or math.isnan(clipped):
         raise ValueError(f"lambda_min_clipped={shown(clipped)}: wanted a number.")
     T = count("num_train_timesteps")
     if not 2 <= T <= MAX_TIMESTEPS:
@@ -283,18 +300,29 @@ def declare(config: Mapping[str, Any]) -> Declared:
     )
 
 
-def schedule_from_diffusers(config: Mapping[str, Any]) -> NoiseSchedule:
-    """Read the schedule that a scheduler_config.json declares.
+def schedule_from_diffusers(config: Mapping[str, Any]) -> NoiseSchedule | RectifiedFlow:
+    """Read the schedule that a scheduler_config.json declares: that of `process_from_diffusers`."""
+    return process_from_diffusers(config)[0]
+
+
+def process_from_diffusers(
+    config: Mapping[str, Any],
+) -> tuple[NoiseSchedule | RectifiedFlow, PredictionType]:
+    """Read the schedule and the prediction type that a scheduler_config.json declares.
 
     Missing keys have the defaults of the config's class (DDIMScheduler if the config names none).
     rescale_betas_zero_snr counts even if that class would drop it, because it says what the network
-    was trained on.
+    was trained on. Classes of rectified flow have the prediction type "flow".
 
     Raises:
-        ValueError: The class or beta_schedule is unknown, or a value is invalid.
+        ValueError: The class or beta_schedule is unknown or has no schedule on timesteps, a value
+            is invalid, or the shift depends on the size of the image.
     """
+    if process_of(config) == "flow":
+        return declare_flow(config).process()
     declared = declare(config)
-    return rescaled(declared.schedule) if declared.drops_rescale else declared.schedule
+    schedule = rescaled(declared.schedule) if declared.drops_rescale else declared.schedule
+    return schedule, declared.prediction_type
 
 
 def index_class(index: Mapping[str, Any]) -> str | None:
@@ -433,11 +461,12 @@ def _count_down(last: int, step: float) -> list[float]:
 
 def _schedule(values: Mapping[str, Any], T: int, rescale: bool) -> NoiseSchedule:
     betas = values["trained_betas"]
+    shift = positive("snr_shift_scale", values.get("snr_shift_scale", 1.0))
     if betas is not None:
-        return _from_betas(betas, rescale)
+        return replace(_from_betas(betas, rescale), snr_shift=shift)
     name = values["beta_schedule"]
     if name == "squaredcos_cap_v2":
-        capped = NoiseSchedule("cosine", T, zero_terminal_snr=False)
+        capped = NoiseSchedule("cosine", T, zero_terminal_snr=False, snr_shift=shift)
         return rescaled(capped) if rescale else capped
     if name not in ("linear", "scaled_linear"):
         known = "'linear', 'scaled_linear', 'squaredcos_cap_v2'"
@@ -445,7 +474,7 @@ def _schedule(values: Mapping[str, Any], T: int, rescale: bool) -> NoiseSchedule
             f"beta_schedule={shown(name)} is unknown. Known: {known}, or trained_betas."
         )
     for key in ("beta_start", "beta_end"):
-        if not _is_real(values[key]):
+        if not is_real(values[key]):
             raise ValueError(f"{key}={shown(values[key])}: wanted a number between 0 and 1.")
     return NoiseSchedule(
         cast(Any, name),
@@ -453,13 +482,14 @@ def _schedule(values: Mapping[str, Any], T: int, rescale: bool) -> NoiseSchedule
         beta_start=float(values["beta_start"]),
         beta_end=float(values["beta_end"]),
         zero_terminal_snr=rescale,
+        snr_shift=shift,
     )
 
 
 def _from_betas(betas: Any, rescale: bool) -> NoiseSchedule:
     if isinstance(betas, torch.Tensor) or type(betas).__module__ == "numpy":  # a config in memory
         betas = betas.tolist()
-    if not isinstance(betas, Sequence) or not betas or not all(map(_is_real, betas)):
+    if not isinstance(betas, Sequence) or not betas or not all(map(is_real, betas)):
         raise ValueError(f"trained_betas={shown(betas)}: wanted a list of numbers, or null.")
     if len(betas) > MAX_TIMESTEPS:
         raise ValueError(f"trained_betas has {len(betas)} entries: wanted {MAX_TIMESTEPS} at most.")
@@ -468,24 +498,3 @@ def _from_betas(betas: Any, rescale: bool) -> NoiseSchedule:
     return NoiseSchedule.from_alphas_cumprod(
         list(accumulate((1 - beta for beta in betas), mul)), zero_terminal_snr=rescale
     )
-
-
-def _is_real(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    return isinstance(value, float) or abs(value) < 2**63
-
-
-def _reader(values: Mapping[str, Any], kind: type) -> Any:
-    """Return a function that reads values of one type; null and unknown keys are False or 0."""
-
-    def read(key: str) -> Any:
-        value = values.get(key)
-        if value is None:
-            return kind()
-        if type(value) is not kind:
-            type_name = "true or false" if kind is bool else "a whole number"
-            raise ValueError(f"{key}={shown(value)}: wanted {type_name}.")
-        return value
-
-    return read

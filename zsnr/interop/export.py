@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,14 +26,15 @@ from zsnr.conditioning import (
 from zsnr.conditioning.tokenizers import BPE, PADDING, Tokenizer
 from zsnr.files import check_new, new_folder
 from zsnr.interop.card import model_card
-from zsnr.interop.diffusers_folder import read_diffusers_folder
+from zsnr.interop.diffusers_folder import read_diffusers_folder, text_problem, used_layers
 from zsnr.interop.lora import merge
 from zsnr.interop.scheduler_config import scheduler_config
 from zsnr.interop.single_file import read_single_file
 from zsnr.lora import is_adapted
 from zsnr.prediction import PredictionType
-from zsnr.schedule import NoiseSchedule
-from zsnr.weights.pretrained import Precision, cast_weight, check_precision, read_config
+from zsnr.schedule import NoiseSchedule, schedule_from_settings
+from zsnr.weights.ldm_layout import from_ldm, ldm_names
+from zsnr.weights.pretrained import Precision, as_dtype, cast_weight, read_config
 from zsnr.weights.source import is_single_file, local_path
 
 if TYPE_CHECKING:
@@ -65,25 +65,26 @@ def export_diffusers(
     Raises:
         ValueError: The folder exists, or the model has a part that such a folder cannot hold.
     """
-    from diffusers import DDIMScheduler
+    import diffusers
 
     folder = Path(folder)
     check_new(folder)
-    check_precision(dtype)
+    stored = as_dtype(dtype)
     check_exportable(describe_model(model))
-    scheduler = DDIMScheduler.from_config(scheduler_config(model.schedule, model.prediction_type))
-    pipeline = _pipeline(model, scheduler, getattr(torch, dtype))
+    config = scheduler_config(model.schedule, model.prediction_type)
+    scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
+    pipeline = _pipeline(model, scheduler, stored)
     with new_folder(folder) as beside:
         pipeline.save_pretrained(beside, safe_serialization=True)
-        for config in beside.glob("text_encoder*/config.json"):
-            _load_in_float32(config)
+        for encoder in beside.glob("text_encoder*/config.json"):
+            _load_in_float32(encoder)
         write_folder_settings(beside, model)
         card_facts = {
             **(facts or {}),
             "schedule": model.schedule.settings(),
             "prediction_type": model.prediction_type,
             "image_size": model.image_size,
-            "dtype": dtype,
+            "dtype": str(stored).removeprefix("torch."),
             "pipeline": type(pipeline).__name__,
         }
         (beside / "README.md").write_text(model_card(folder.name, card_facts), encoding="utf-8")
@@ -152,8 +153,8 @@ def read_exportable(
     facts = {"start": path.resolve().name if path.exists() else source}
     if is_single_file(str(path)):
         return read_single_file(str(path), schedule, prediction_type), facts
-    model = read_diffusers_folder(str(path) if path.exists() else source, schedule)
-    return replace(model, prediction_type=prediction_type or model.prediction_type), facts
+    folder = str(path) if path.exists() else source
+    return read_diffusers_folder(folder, schedule, prediction_type), facts
 
 
 def check_merged(description: Mapping[str, Any]) -> None:
@@ -173,15 +174,17 @@ def check_merged(description: Mapping[str, Any]) -> None:
 
 
 def check_exportable(description: Mapping[str, Any], *, merged: bool = False) -> None:
-    """Refuse parts that a Stable Diffusion pipeline cannot hold; loads no weights.
+    """Refuse what a Stable Diffusion pipeline cannot hold; loads no weights.
 
     Args:
         description: The result of `describe_model`, or a checkpoint's description.
         merged: Whether its adapters will be merged.
 
     Raises:
-        ValueError: A part cannot be held.
+        ValueError: A part, the schedule or the prediction type cannot be held.
     """
+    schedule = schedule_from_settings(description["schedule"])
+    scheduler_config(schedule, description["prediction_type"])
     if not merged:
         check_merged(description)
     if _name(description["network"]) not in ("UNet", "AdaptedUNet"):
@@ -228,22 +231,9 @@ def _check_text(settings: Mapping[str, Any]) -> None:
     config = settings.get("config")
     if config is None:
         config = read_config(str(settings.get("pretrained")), settings.get("subfolder")) or {}
-    model_type = config.get("model_type", "clip_text_model")
-    if model_type not in ("clip", "clip_text_model"):
-        raise ValueError(
-            f"The text encoder is of type {model_type!r}, but a Stable Diffusion pipeline needs a "
-            "CLIP text model ('clip_text_model'): train with one to export."
-        )
-    if settings.get("use_mask"):
-        raise ValueError(
-            "The text encoder was used with use_mask: true, but a Stable Diffusion pipeline does "
-            "not mask padding, so its images would differ. Train with use_mask: false to export."
-        )
-    if settings.get("layer", -1) != -1 and not settings.get("final_norm", True):
-        raise ValueError(
-            f"The context is hidden state {settings['layer']} without the final norm, but a Stable "
-            "Diffusion pipeline always applies it: train with final_norm: true to export."
-        )
+    problem = text_problem(settings, config.get("model_type", "clip_text_model"))
+    if problem is not None:
+        raise ValueError(f"The model cannot be a Stable Diffusion pipeline: it has {problem}.")
 
 
 def _is(described: Mapping[str, Any], cls: type[Any]) -> bool:
@@ -272,7 +262,9 @@ def _pipeline(model: Model, scheduler: Any, dtype: torch.dtype) -> DiffusionPipe
             parts[f"text_encoder{end}"] = _encoder(type(encoder), config, state, tokenizer, dtype)
             parts[f"tokenizer{end}"] = tokenizer
         return StableDiffusionXLPipeline(
-            **parts, force_zeros_for_empty_prompt=conditioner._zero_null, add_watermarker=False
+            **parts,
+            force_zeros_for_empty_prompt=conditioner.settings()["zero_null"],
+            add_watermarker=False,
         )
     if parts["vae"].config["latents_mean"] is not None:
         raise ValueError(
@@ -313,7 +305,7 @@ def _vae(codec: AutoencoderKLCodec, dtype: torch.dtype) -> AutoencoderKL:
     the decoder is linear in raw, so the shift is absorbed into that layer's bias.
     """
     loaded = AutoencoderKLCodec(**{**codec.settings(), "dtype": "float32"}).load()
-    vae = loaded._vae
+    vae = loaded.vae
     config = {**vae.config, "scaling_factor": codec.scale, "shift_factor": None}
     state = vae.state_dict()
     if codec.shift:
@@ -384,16 +376,13 @@ def _clip_text_model(conditioner: TransformersConditioner) -> tuple[Any, dict[st
             f"The text encoder is a {type(encoder).__name__}: wanted a CLIPTextModel to export."
         )
     config = _config(encoder)
-    layer = conditioner.settings()["layer"]
-    if layer != -1:  # the final norm follows the last remaining layer
-        depth = config.num_hidden_layers
-        config.num_hidden_layers = depth + 1 + layer if layer < 0 else layer
+    config.num_hidden_layers = used_layers(conditioner)  # the final norm follows the last one
     return config, dict(encoder.state_dict())
 
 
 def _open_clip_tower(conditioner: OpenClipConditioner) -> tuple[Any, dict[str, Tensor]]:
     """Return config and weights of open_clip's text tower in transformers' names."""
-    from transformers import CLIPTextConfig
+    from transformers import CLIPTextConfig, CLIPTextModel
 
     tower, blocks = conditioner, list(conditioner.transformer.resblocks)
     if conditioner.layer == "penultimate":
@@ -413,22 +402,12 @@ def _open_clip_tower(conditioner: OpenClipConditioner) -> tuple[Any, dict[str, T
         eos_token_id=vocabulary - 1,
         pad_token_id=0,
     )
-    state = {
-        "text_model.embeddings.token_embedding.weight": tower.token_embedding.weight,
-        "text_model.embeddings.position_embedding.weight": tower.positional_embedding,
+    with torch.device("meta"):
+        names = ldm_names("open_clip", CLIPTextModel(config).state_dict(), config.to_dict())
+    weights = tower.state_dict()
+    return config, {
+        name: from_ldm(name, ldm_name, weights[ldm_name]) for name, ldm_name in names.items()
     }
-    parts: dict[str, nn.Module] = {"text_model.final_layer_norm": tower.ln_final}
-    for i, block in enumerate(blocks):
-        layer, attention = f"text_model.encoder.layers.{i}", dict(block.attn.named_parameters())
-        parts[f"{layer}.layer_norm1"], parts[f"{layer}.layer_norm2"] = block.ln_1, block.ln_2
-        parts[f"{layer}.mlp.fc1"], parts[f"{layer}.mlp.fc2"] = block.mlp.c_fc, block.mlp.c_proj
-        parts[f"{layer}.self_attn.out_proj"] = block.attn.out_proj
-        for kind in ("weight", "bias"):
-            for name, third in zip("qkv", attention[f"in_proj_{kind}"].chunk(3), strict=True):
-                state[f"{layer}.self_attn.{name}_proj.{kind}"] = third
-    for name, part in parts.items():
-        state |= {f"{name}.{kind}": tensor for kind, tensor in part.state_dict().items()}
-    return config, state
 
 
 def _tokenizer(source: str, subfolder: str | None, length: int, tokenize: Tokenizer) -> Any:

@@ -15,7 +15,7 @@ from zsnr.checkpoints.model import Model
 from zsnr.files import check_new, new_file
 from zsnr.lora import AdaptedUNet, lora_state_dict, merge_lora
 from zsnr.weights.ldm_layout import ldm_layers
-from zsnr.weights.pretrained import Precision, cast_weight, check_precision
+from zsnr.weights.pretrained import Precision, as_dtype, cast_weight
 
 Layout = Literal["diffusers", "kohya"]
 
@@ -68,7 +68,7 @@ def write_lora(
     title = path.stem
     if layout not in ("diffusers", "kohya"):
         raise ValueError(f"layout={layout!r}: wanted 'diffusers' or 'kohya'.")
-    stored = check_precision(dtype)
+    stored = as_dtype(dtype)
     if path.suffix != ".safetensors":
         if layout == "kohya":
             raise ValueError(f"{path}: wanted a file NAME.safetensors.")

@@ -43,12 +43,14 @@ def read_model(
         )
     if is_single_file(source):
         return read_single_file(source, schedule, prediction_type)
-    if is_checkpoint(source):
-        model = read_checkpoint(source, raw_beside=raw_beside, network=network)
-        model = model if schedule is None else replace(model, schedule=schedule)
-    else:
-        model = read_diffusers_folder(source, schedule)
-    return replace(model, prediction_type=prediction_type or model.prediction_type)
+    if not is_checkpoint(source):
+        return read_diffusers_folder(source, schedule, prediction_type)
+    model = read_checkpoint(source, raw_beside=raw_beside, network=network)
+    return replace(
+        model,
+        schedule=model.schedule if schedule is None else schedule,
+        prediction_type=prediction_type or model.prediction_type,
+    )
 
 
 def choose_dtype(dtype: torch.dtype | str, source: str, device: torch.device) -> torch.dtype | None:

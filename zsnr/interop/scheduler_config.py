@@ -6,24 +6,39 @@ from typing import Any
 
 import numpy as np
 
+from zsnr.interop.processes import TOLD_TIMES
 from zsnr.prediction import PredictionType, check_prediction_type
-from zsnr.schedule import NoiseSchedule, beta_ends
+from zsnr.schedule import NoiseSchedule, RectifiedFlow, Schedule, beta_ends
 
 _KINDS = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 _ULP = 2.0**-24  # the smallest step of 1 - beta in float32
 
 
-def scheduler_config(schedule: NoiseSchedule, prediction_type: PredictionType) -> dict[str, Any]:
-    """Return a schedule as a config of diffusers' DDIMScheduler, with trailing timesteps.
+def scheduler_config(schedule: Schedule, prediction_type: PredictionType) -> dict[str, Any]:
+    """Return a schedule as the config of a scheduler of diffusers.
 
-    linear and scaled_linear are written as their ends and the rescale flag, capped cosine by its
-    name. Schedules without such a form, uncapped cosine and custom tables, are written as
-    `trained_betas`; the last beta of a zero-SNR table is 1, and the flag is false because the table
-    is already rescaled.
+    A RectifiedFlow is written for FlowMatchEulerDiscreteScheduler, and a NoiseSchedule for
+    DDIMScheduler with trailing timesteps: linear and scaled_linear as their ends and the rescale
+    flag, capped cosine by its name. Schedules without such a form, uncapped cosine, custom tables
+    and those with an `snr_shift`, are written as `trained_betas`; the last beta of a zero-SNR table
+    is 1, and the flag is false because the table is already rescaled.
 
     Raises:
-        ValueError: epsilon prediction is combined with zero terminal SNR.
+        ValueError: diffusers has no such schedule, or no such prediction type on it; or epsilon
+            prediction is combined with zero terminal SNR.
     """
+    if isinstance(schedule, RectifiedFlow):
+        return _flow_config(schedule, prediction_type)
+    if not isinstance(schedule, NoiseSchedule):
+        raise ValueError(
+            f"The schedule is a {type(schedule).__name__}, which diffusers does not have: train "
+            "with a NoiseSchedule or a RectifiedFlow to export."
+        )
+    if prediction_type == "flow":
+        raise ValueError(
+            "prediction_type='flow' on a NoiseSchedule, which no scheduler of diffusers converts: "
+            "train with 'v_prediction', or on a RectifiedFlow, to export."
+        )
     check_prediction_type(prediction_type, schedule)
     zero = schedule.zero_terminal_snr
     table = needs_table(schedule)
@@ -44,9 +59,46 @@ def scheduler_config(schedule: NoiseSchedule, prediction_type: PredictionType) -
     }
 
 
+def _flow_config(schedule: RectifiedFlow, prediction_type: PredictionType) -> dict[str, Any]:
+    if prediction_type != "flow":
+        raise ValueError(
+            f"prediction_type={prediction_type!r} on a RectifiedFlow, which no scheduler of "
+            "diffusers converts: train with 'flow' to export."
+        )
+    if schedule.num_timesteps != TOLD_TIMES:
+        raise ValueError(
+            f"RectifiedFlow(num_timesteps={schedule.num_timesteps}): diffusers would tell the "
+            f"network {schedule.num_timesteps} u, and it was trained with {TOLD_TIMES} u. Train "
+            f"with num_timesteps: {TOLD_TIMES} to export."
+        )
+    return {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "num_train_timesteps": schedule.num_timesteps,
+        "shift": schedule.shift,
+        "use_dynamic_shifting": False,
+    }
+
+
+def schedule_text(schedule: NoiseSchedule | RectifiedFlow) -> str:
+    """Describe a schedule in words."""
+    T = f"T = {schedule.num_timesteps}"
+    if isinstance(schedule, RectifiedFlow):
+        return f"rectified flow, shift {schedule.shift:g}, {T}"
+    zero, shift = schedule.zero_terminal_snr, schedule.snr_shift
+    divided = "" if shift == 1 else f", SNR divided by {shift:g}"
+    if schedule.betas == "cosine" and schedule.alphas_cumprod_table is None:
+        cap = "without its cap of 0.999" if zero else "capped at 0.999"
+        return f"cosine, {T}, {cap}{divided}"
+    text = f"custom table, {T}"
+    if schedule.alphas_cumprod_table is None:
+        first, last = beta_ends(schedule)
+        text = f"{schedule.betas}, {T}, beta {first:g} to {last:g}"
+    return text + divided + (", rescaled to zero terminal SNR" if zero else "")
+
+
 def needs_table(schedule: NoiseSchedule) -> bool:
     """Whether diffusers has no name for a schedule, so that it is written as `trained_betas`."""
-    custom = schedule.alphas_cumprod_table is not None
+    custom = schedule.alphas_cumprod_table is not None or schedule.snr_shift != 1
     return custom or (schedule.betas == "cosine" and schedule.zero_terminal_snr)
 
 

@@ -20,10 +20,10 @@ from zsnr.conditioning import Conditioner, SDXLConditioner, TransformersConditio
 from zsnr.conditioning.tokenizers import BPE, Tokenizer, bpe_tokenizer
 from zsnr.files import check_new, new_file
 from zsnr.interop.declarations import is_stable_diffusions, read_declaration, settle
-from zsnr.interop.diffusers_folder import read_parts
+from zsnr.interop.diffusers_folder import read_parts, text_problem, used_layers
 from zsnr.lora import AdaptedUNet
 from zsnr.prediction import PredictionType
-from zsnr.schedule import NoiseSchedule
+from zsnr.schedule import Schedule
 from zsnr.untrusted import shown
 from zsnr.weights.ldm_file import (
     NAMES,
@@ -37,9 +37,9 @@ from zsnr.weights.ldm_file import (
     part_names,
 )
 from zsnr.weights.ldm_layout import to_ldm
-from zsnr.weights.pretrained import Precision, cast_weight, check_precision
+from zsnr.weights.pretrained import Precision, as_dtype, cast_weight
 
-_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _IMPLEMENTATIONS: dict[Family, str] = {
     "v1": "https://github.com/CompVis/stable-diffusion",
     "v2": "https://github.com/Stability-AI/stablediffusion",
@@ -56,8 +56,8 @@ _POOLED = {
     "text": "a vector pooled from the prompt too (pooled_context: true)",
     "text_time": "the pooled prompt and the image size too",
 }
-# Without "!", which transformers treats as padding if that is the padding token.
 _LENGTH = 77  # tokens of a prompt
+# Without "!", which transformers treats as padding if that is the padding token.
 _PROBES = (
     "",
     "A black cat at night, 35mm photo; it's 8k.",
@@ -93,7 +93,7 @@ def write_single_file(
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: wanted a name that ends in .safetensors.")
     check_new(path)
-    check_precision(dtype)
+    stored = as_dtype(dtype)
     for name, text in (metadata or {}).items():
         if not isinstance(name, str) or not isinstance(text, str):
             raise ValueError(f"metadata {name!r}: {shown(text)}: wanted texts only.")
@@ -111,9 +111,9 @@ def write_single_file(
     marks = []
     if model.prediction_type == "v_prediction":
         marks.append("v_pred")
-    if float(model.schedule.alphas_cumprod[-1]) == 0:
+    if float(model.schedule.snr[-1]) == 0:
         marks.append("ztsnr")
-    _write(path, weights, marks, dtype, facts)
+    _write(path, weights, marks, stored, facts)
 
 
 def check_single_file(model: Model) -> None:
@@ -127,7 +127,7 @@ def check_single_file(model: Model) -> None:
 
 def read_single_file(
     source: str,
-    schedule: NoiseSchedule | None = None,
+    schedule: Schedule | None = None,
     prediction_type: PredictionType | None = None,
 ) -> Model:
     """Read a Stable Diffusion model in a single file; its weights become float32.
@@ -189,7 +189,7 @@ def _parts(model: Model) -> tuple[Family, dict[str, dict[str, Tensor]]]:
             f"a UNet that is conditioned on {_POOLED.get(pooled, pooled)}, where that of "
             f"{NAMES[family]} is conditioned on {_POOLED[usual]}"
         )
-    vae = codec._vae
+    vae = codec.vae
     scales = {"scaling_factor": float(codec.scale), "shift_factor": float(codec.shift) or None}
     _check_public(family, "unet", type(unet), unet.config)
     _check_public(family, "vae", type(vae), {**vae.config, **scales})
@@ -216,22 +216,10 @@ def _text_parts(conditioner: Conditioner) -> tuple[Family, dict[str, dict[str, T
     if not isinstance(conditioner, TransformersConditioner):
         raise _cannot_hold(f"no CLIP text encoder but {_name(conditioner)}", folder=False)
     encoder: Any = conditioner.encoder
-    if encoder.config.model_type != "clip_text_model":
-        kind = encoder.config.model_type
-        raise _cannot_hold(f"no CLIP text encoder but one of type {kind!r}", folder=False)
-    if conditioner._use_mask:
-        raise _cannot_hold(
-            "use_mask: true, but other programs do not mask padding in the text encoder",
-            folder=False,
-        )
-    if conditioner._layer != -1 and not conditioner._final_norm:
-        raise _cannot_hold(
-            "final_norm: false, but other programs apply the final norm to the context",
-            folder=False,
-        )
-    layers = int(encoder.config.num_hidden_layers)
-    # hidden_states[i] is the output of i layers; that of the last layer, [-1], includes the norm.
-    used = layers if conditioner._layer == -1 else range(layers + 1)[conditioner._layer]
+    problem = text_problem(conditioner.settings(), encoder.config.model_type)
+    if problem is not None:
+        raise _cannot_hold(problem, folder=False)
+    used = used_layers(conditioner)
     _check_length(conditioner.max_length)
     tokenizer = _tokenizer(conditioner.tokenize, encoder)
     family: Family = "v1" if tokenizer == "clip" else "v2"
@@ -245,7 +233,7 @@ def _text_parts(conditioner: Conditioner) -> tuple[Family, dict[str, dict[str, T
 def _sdxl_text_parts(conditioner: SDXLConditioner) -> dict[str, dict[str, Tensor]]:
     first: Any = conditioner.encoder
     second: Any = conditioner.encoder_2
-    _check_length(conditioner._max_length)
+    _check_length(conditioner.max_length)
     for (part, expected), tokenize, encoder in zip(
         TOKENIZERS["xl"].items(), conditioner.tokenizer.tokenizers, (first, second), strict=True
     ):
@@ -318,13 +306,13 @@ def _per_block(name: str, value: Any, settings: Mapping[str, Any]) -> Any:
 
 def _null_facts(conditioner: Conditioner) -> dict[str, str]:
     conditioner = getattr(conditioner, "described", conditioner)
-    if isinstance(conditioner, SDXLConditioner) and not conditioner._zero_null:
+    if isinstance(conditioner, SDXLConditioner) and not conditioner.settings()["zero_null"]:
         return {f"zsnr.{ZEROS}": "false"}
     return {}
 
 
 def _hint(model: Model) -> dict[str, str]:
-    if float(model.schedule.alphas_cumprod[-1]) != 0:
+    if float(model.schedule.snr[-1]) != 0:
         return {}
     return {
         "modelspec.usage_hint": "Zero terminal SNR: sample v from the last timestep on (trailing "
@@ -357,15 +345,14 @@ def _write(
     path: Path,
     weights: Mapping[str, Tensor],
     marks: list[str],
-    dtype: Precision,
+    dtype: torch.dtype,
     metadata: Mapping[str, str],
 ) -> None:
     """Write safetensors tensor by tensor: 8 bytes of length, a JSON header, the data."""
-    target: torch.dtype = getattr(torch, dtype)
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name, weight in weights.items():
-        start, end = end, end + weight.numel() * target.itemsize
+        start, end = end, end + weight.numel() * dtype.itemsize
         shape = list(weight.shape)
         header[name] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [start, end]}
     for name in marks:
@@ -374,7 +361,7 @@ def _write(
     text += b" " * (-len(text) % 8)
     with new_file(path) as beside, beside.open("xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for data in _cast(weights, target):
+        for data in _cast(weights, dtype):
             file.write(data.numpy().data)
 
 

@@ -50,16 +50,26 @@ def principal_mean(latents: Tensor) -> tuple[float, float, Tensor]:
 
 
 def kept_fraction(schedule: Schedule, mode: float) -> float:
+    """Compute `retained_fraction` at the end of a schedule.
+
+    Args:
+        schedule: The schedule a model was trained on.
+        mode: S, as measured by `mean_mode`.
+    """
+    return retained_fraction(float(schedule.snr[-1]), mode)
+
+
+def retained_fraction(snr_T: float, mode: float) -> float:
     """Compute the fraction of a mode's spread that is retained when sampling from pure noise.
 
     sqrt((SNR_T + 1) / (SNR_T S^2 + 1)) = 1 / sqrt(abar_T S^2 + 1 - abar_T), which is 1 at zero
     terminal SNR.
 
     Args:
-        schedule: The schedule a model was trained on.
+        snr_T: The SNR at which training ends, of any process.
         mode: S, as measured by `mean_mode`.
     """
-    abar_T = _abar_T(schedule)
+    abar_T = _abar(snr_T)
     return float((abar_T * mode**2 + 1 - abar_T) ** -0.5)
 
 
@@ -75,11 +85,10 @@ def moved_mean(schedule: Schedule, mode: float, mean: float) -> float:
         mode: S.
         mean: m, along the same direction.
     """
-    a = math.sqrt(_abar_T(schedule))
+    a = math.sqrt(_abar(float(schedule.snr[-1])))
     return mean * (1 - mode * a * kept_fraction(schedule, mode))
 
 
-def _abar_T(schedule: Schedule) -> float:
-    """Return SNR_T / (SNR_T + 1), abar_T of the variance-preserving schedule with that SNR."""
-    snr = float(schedule.snr[-1])
+def _abar(snr: float) -> float:
+    """Return SNR / (SNR + 1), abar of the variance-preserving schedule with that SNR."""
     return snr / (snr + 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 class CLIPScore:
     """max(100 cos(image, caption), 0) of each image, by a CLIP model.
 
-    Hessel et al., arXiv:2104.08718, with a weight of 100. Longer captions are truncated.
+    Hessel et al., arXiv:2104.08718, with a weight of 100. Captions that are longer than the model
+    reads are truncated, with one warning.
 
     Args:
         model: A folder of transformers with a CLIPModel, its tokenizer and image processor; or
@@ -30,11 +32,12 @@ class CLIPScore:
     def __init__(self, model: str) -> None:
         self.name = model
         self.network: Any
+        self._warned = False
         folder = Path(model).expanduser()
         if folder.is_dir():
-            self._images, self._texts = self._load_transformers(str(folder))
+            self._images, self._texts, self._cut = self._load_transformers(str(folder))
         elif ":" in model:
-            self._images, self._texts = self._load_open_clip(*model.split(":", 1))
+            self._images, self._texts, self._cut = self._load_open_clip(*model.split(":", 1))
         else:
             raise ValueError(
                 f"{model}: no such folder. Wanted a folder with a CLIPModel of transformers, such "
@@ -53,8 +56,20 @@ class CLIPScore:
         """Score each image, (B,), float32."""
         if len(images) != len(captions):
             raise ValueError(f"{len(captions)} captions for {len(images)} images.")
+        self._warn(captions)
         a, b = self._images(images).double(), self._texts(captions).double()
         return (100 * torch.cosine_similarity(a, b)).clamp(min=0).float()
+
+    def _warn(self, captions: Sequence[str]) -> None:
+        """Say once that captions are cut, and how many of the first ones."""
+        cut = 0 if self._warned else sum(map(self._cut, captions))
+        if cut:
+            self._warned = True
+            warnings.warn(
+                f"{cut} of {len(captions)} captions are longer than {self.name} reads: their CLIP "
+                "scores are those of their beginnings.",
+                stacklevel=3,
+            )
 
     def _load_transformers(self, folder: str) -> _Encoders:
         from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
@@ -85,7 +100,10 @@ class CLIPScore:
             ids, mask = self._put(tokens["input_ids"]), self._put(tokens["attention_mask"])
             return _embedding(self.network.get_text_features(input_ids=ids, attention_mask=mask))
 
-        return encode_images, encode_texts
+        def is_cut(caption: str) -> bool:
+            return bool(len(tokenizer(caption, verbose=False)["input_ids"]) > longest)
+
+        return encode_images, encode_texts, is_cut
 
     def _load_open_clip(self, architecture: str, weights: str) -> _Encoders:
         import open_clip
@@ -110,13 +128,20 @@ class CLIPScore:
                 self._put(torch.stack([*map(prepare, images)]))
             ),
             lambda captions: self.network.encode_text(self._put(tokenize([*captions]))),
+            lambda caption: (
+                not torch.equal(
+                    tokenize([caption])[0], tokenize([caption], tokenize.context_length + 1)[0, :-1]
+                )
+            ),
         )
 
     def _put(self, tensor: Tensor) -> Tensor:
         return tensor.to(next(self.network.parameters()).device)
 
 
-_Encoders = tuple[Callable[[Sequence["Image"]], Tensor], Callable[[Sequence[str]], Tensor]]
+_Encoders = tuple[
+    Callable[[Sequence["Image"]], Tensor], Callable[[Sequence[str]], Tensor], Callable[[str], bool]
+]
 
 
 def _embedding(output: Any) -> Tensor:

@@ -141,7 +141,7 @@ def read_for_sampling(config: Any, request: Request) -> Model:
         image_size=parts.image_size,
     )
     with torch.device("meta"), without_weights():
-        return load_parts(model, chosen, vae_tiling=request.vae_tiling)
+        return load_parts(model, chosen, vae=request.vae, vae_tiling=request.vae_tiling)
 
 
 def read_sharding(trainer: Any, ranks: int | None, ranks_per_node: int | None) -> Sharding:

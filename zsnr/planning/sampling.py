@@ -37,6 +37,7 @@ class Request:
     Args:
         dtype: Data type of all parts, as `TextToImage.from_pretrained` takes it.
         offload: Whether only the part in use is on the GPU.
+        vae: Another VAE, as `TextToImage.from_pretrained` takes it. None = the model's own.
         vae_tiling: Whether the VAE decodes in tiles.
         batch_size: Number of images sampled at a time.
         height: Height in pixels. None = the size that the model was trained at.
@@ -49,6 +50,7 @@ class Request:
 
     dtype: str = "auto"
     offload: bool = False
+    vae: str | None = None
     vae_tiling: bool = False
     batch_size: int = 1
     height: int | None = None
@@ -125,7 +127,7 @@ def read_weightless(source: str, request: Request) -> Model:
                 prediction_type=request.prediction_type,
                 raw_beside=declared.against == "raw",
             )
-        return load_parts(model, chosen, vae_tiling=request.vae_tiling)
+        return load_parts(model, chosen, vae=request.vae, vae_tiling=request.vae_tiling)
 
 
 def sampling_need(model: Model, request: Request) -> SamplingNeed:

@@ -53,6 +53,8 @@ class Arm:
         timesteps: Timesteps that the model declares, if its spacing is a grid file; the file need
             not exist. Empty = those of the spacing.
         lora: Adapter files that are merged into each model, with their scales.
+        max_tokens: Number of tokens of a prompt that are read, in chunks. None = as the model
+            declares.
     """
 
     name: str = ""
@@ -74,6 +76,7 @@ class Arm:
     sampler_options: tuple[tuple[str, Any], ...] = ()
     timesteps: tuple[int, ...] = ()
     lora: tuple[tuple[str, float], ...] = ()
+    max_tokens: int | None = None
 
     def schedule_of(self, declared: Schedule) -> Schedule:
         """Return the schedule to sample on.
@@ -197,6 +200,7 @@ _PARSED: Mapping[str, Callable[[str], Any]] = {
     "guidance_apg_norm": _or_none,
     "guidance_against": str,
     "lora": _loras,
+    "max_tokens": int,
 }
 _WANTED: Mapping[Callable[[str], Any], str] = {
     _pair_or_none: "LOW:HIGH, such as 0.3:5 or 0.3:inf, or none",
@@ -212,6 +216,7 @@ SETTINGS = tuple(_PARSED)
 _LABELS: Mapping[str, Callable[[Any], str]] = {
     "models": lambda models: ", ".join(models),
     "lora": lambda loras: lora_text(loras) if loras else "no LoRA",
+    "max_tokens": lambda count: f"{count} tokens" if count else "declared tokens",
     "schedule": lambda kind: f"{kind} schedule" if kind else "declared schedule",
     "spacing": str,
     "sampler": str,
@@ -314,6 +319,8 @@ def make_arms(
             raise ValueError("An exact denoiser of one dataset has no guidance: leave it out.")
         if exact and arm.lora:
             raise ValueError("An exact denoiser has no weights to merge a LoRA into: leave it out.")
+        if exact and arm.max_tokens is not None:
+            raise ValueError("An exact denoiser reads no prompts: leave max_tokens out.")
         if arm.schedule not in (None, *get_args(ScheduleKind)):
             known = ", ".join(get_args(ScheduleKind))
             raise ValueError(f"schedule={arm.schedule!r} is unknown. Known: {known}.")

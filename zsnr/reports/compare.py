@@ -99,7 +99,9 @@ def compare_models(
         _requests(prompts, count, seed, [])
     for arm in arms:
         check_models(arm)
-    loads = list(dict.fromkeys((path, arm.lora) for arm in arms for path in arm.models))
+    loads = list(
+        dict.fromkeys((path, arm.lora, arm.max_tokens) for arm in arms for path in arm.models)
+    )
 
     images: Tensor | None = None
     captions: list[str] = []
@@ -109,10 +111,16 @@ def compare_models(
     schedules: dict[str, Schedule] = {}
     retained: dict[str, float | None] = {}
     with new_folder(output) as folder:
-        for number, (path, loras) in enumerate(loads):
-            arms_of_model = [arm for arm in arms if path in arm.models and arm.lora == loras]
+        for number, (path, loras, max_tokens) in enumerate(loads):
+            arms_of_model = [
+                arm
+                for arm in arms
+                if path in arm.models and (arm.lora, arm.max_tokens) == (loras, max_tokens)
+            ]
             raw_beside = any(arm.guidance_against == "raw" for arm in arms_of_model)
-            pipe = TextToImage.from_pretrained(path, device=device, raw_beside=raw_beside)
+            pipe = TextToImage.from_pretrained(
+                path, device=device, raw_beside=raw_beside, max_tokens=max_tokens
+            )
             for file, scale in loras:
                 pipe.load_lora(file, scale)
             for arm in arms_of_model:

@@ -88,7 +88,11 @@ def _settings(facts: Mapping[str, Any]) -> dict[str, Any]:
     if exact:
         names.remove("models")
     else:
-        names += ["lora"] * any(arm["settings"]["lora"] for arm in facts["arms"])
+        names += [
+            name
+            for name in ("lora", "max_tokens")
+            if any(arm["settings"][name] for arm in facts["arms"])
+        ]
         names += ["guidance_scale", "guidance_rescale"]
         names += [
             name
@@ -129,6 +133,8 @@ def _setting(arm: Mapping[str, Any], name: str) -> str | list[str]:
     value = arm["settings"][name]
     if name == "lora":
         return lora_text(value) or "none"
+    if name == "max_tokens":
+        return "as declared" if value is None else str(value)
     if name in GUIDANCE[2:]:
         if name == "guidance_interval" and value is not None:
             value = [math.inf if end is None else end for end in value]

@@ -9,15 +9,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
+import torch
+
 from zsnr.files import new_file
 from zsnr.reports.images import save_figure, stacked_axes
-from zsnr.schedule import BetaKind, NoiseSchedule
+from zsnr.schedule import (
+    BetaKind,
+    NoiseSchedule,
+    RectifiedFlow,
+    Schedule,
+    beta_ends,
+    schedule_from_settings,
+)
 from zsnr.timesteps import available_spacings, get_timesteps
 
 _ROWS = 11  # timesteps in the printed table
 
 
-def find_schedule(target: str, *, open_pickle: bool = False) -> NoiseSchedule:
+def find_schedule(target: str, *, open_pickle: bool = False) -> NoiseSchedule | RectifiedFlow:
     """Find a schedule by its kind, or in what `zsnr doctor` reads.
 
     Args:
@@ -33,13 +42,15 @@ def find_schedule(target: str, *, open_pickle: bool = False) -> NoiseSchedule:
 
     diagnosis = examine(target, open_pickle=open_pickle)
     if "schedule" not in diagnosis.facts:
+        if diagnosis.verdict != "unreadable":
+            raise ValueError(f"{target} has no schedule on timesteps: {diagnosis.reason}.")
         known = ", ".join(get_args(BetaKind))
         raise ValueError(f"{diagnosis.reason} Known kinds: {known}.")
-    return NoiseSchedule.from_settings(diagnosis.facts["schedule"])
+    return schedule_from_settings(diagnosis.facts["schedule"])
 
 
 def schedule_facts(
-    schedule: NoiseSchedule, num_steps: int = 10, spacings: Sequence[str] | None = None
+    schedule: Schedule, num_steps: int = 10, spacings: Sequence[str] | None = None
 ) -> dict[str, Any]:
     """Collect the values of a schedule, of its counterpart, and of its grids of timesteps.
 
@@ -50,7 +61,8 @@ def schedule_facts(
 
     Returns:
         Plain values: settings; "original" and "rescaled", each with snr_T, sqrt_abar_T, log_snr
-        (None where it is minus infinity) and sqrt_abar, lists over t; and timesteps by spacing.
+        (None where it is minus infinity) and sqrt_abar, lists over t, where a schedule that is not
+        variance-preserving has alpha_T and alpha; and timesteps by spacing.
 
     Raises:
         ValueError: A spacing is unknown, or S is out of range.
@@ -68,43 +80,56 @@ def schedule_facts(
     }
 
 
-def both(schedule: NoiseSchedule) -> dict[str, NoiseSchedule]:
-    """Return the schedule as it was published and rescaled to zero terminal SNR (section 3.1)."""
+def both(schedule: Schedule) -> dict[str, Schedule]:
+    """Return the schedule as it was published and rescaled to zero terminal SNR (section 3.1).
+
+    Rectified flow ends at SNR 0 as published.
+    """
+    if not isinstance(schedule, NoiseSchedule):
+        return {"original": schedule, "rescaled": schedule}
     return {
         "original": replace(schedule, zero_terminal_snr=False),
         "rescaled": replace(schedule, zero_terminal_snr=True),
     }
 
 
-def schedule_text(schedule: NoiseSchedule, facts: dict[str, Any], name: str) -> str:
+def schedule_text(schedule: Schedule, facts: dict[str, Any], name: str) -> str:
     """Write the facts as tables for a terminal; timesteps count from 0."""
-    T = schedule.num_timesteps
-    original, rescaled = facts["original"], facts["rescaled"]
+    T, shown = schedule.num_timesteps, _curve_names(facts)
+    curves = [facts[name] for name in shown]
+    titles = [""] if len(shown) == 1 else shown
+    scale = _scale(curves[0])
+    end = f"{scale}_T" if scale == "alpha" else "sqrt(abar_T)"
+    width = 12 * len(curves)
     lines = [
         f"{name}: {schedule_title(schedule)}",
         "",
-        f"{'':14}{'original':>14}{'rescaled':>14}",
-        f"{'SNR(T)':14}{original['snr_T']:14.6g}{rescaled['snr_T']:14.6g}",
-        f"{'sqrt(abar_T)':14}{original['sqrt_abar_T']:14.6f}{rescaled['sqrt_abar_T']:14.6f}",
+        *([f"{'':14}" + "".join(f"{title:>14}" for title in titles)] if titles != [""] else []),
+        f"{'SNR(T)':14}" + "".join(f"{curve['snr_T']:14.6g}" for curve in curves),
+        f"{end:14}" + "".join(f"{curve[f'{scale}_T']:14.6f}" for curve in curves),
         "",
-        f"{'':6}{'log SNR':^24}{'sqrt(abar)':^24}",
-        f"{'t':>6}" + f"{'original':>12}{'rescaled':>12}" * 2,
+        f"{'':6}{'log SNR':^{width}}{'alpha' if scale == 'alpha' else 'sqrt(abar)':^{width}}",
+        f"{'t':>6}" + "".join(f"{title:>12}" for title in titles) * 2,
     ]
     for t in sorted({round(i * (T - 1) / (_ROWS - 1)) for i in range(_ROWS)}):
-        logs = (_number(curve["log_snr"][t]) for curve in (original, rescaled))
-        scales = (f"{curve['sqrt_abar'][t]:12.6f}" for curve in (original, rescaled))
+        logs = (_number(curve["log_snr"][t]) for curve in curves)
+        scales = (f"{curve[scale][t]:12.6f}" for curve in curves)
         lines.append(f"{t:6}" + "".join(logs) + "".join(scales))
     lines += ["", f"timesteps of {facts['num_steps']} sampling steps, in sampling order"]
     for spacing, grid in facts["timesteps"].items():
-        shown = grid if len(grid) <= 12 else [*grid[:6], "...", *grid[-5:]]
+        listed = grid if len(grid) <= 12 else [*grid[:6], "...", *grid[-5:]]
         misses = "" if grid[0] == T - 1 else f"   (never sees t={T - 1})"
-        lines.append(f"{spacing:10} {' '.join(map(str, shown))}{misses}")
-    return "\n".join(lines)
+        lines.append(f"{spacing:10} {' '.join(map(str, listed))}{misses}")
+    return "\n".join(line.rstrip() for line in lines)
 
 
-def schedule_title(schedule: NoiseSchedule) -> str:
+def schedule_title(schedule: Schedule) -> str:
     """Describe a schedule in one line."""
-    kind = "rescaled to zero terminal SNR" if schedule.snr[-1] == 0 else "keeps signal at the end"
+    if isinstance(schedule, NoiseSchedule):
+        zero = float(schedule.snr[-1]) == 0
+        kind = "rescaled to zero terminal SNR" if zero else "keeps signal at the end"
+    else:
+        kind = "ends at zero SNR"
     return f"{_describe(schedule)}, {schedule.num_timesteps} timesteps, {kind}"
 
 
@@ -133,15 +158,19 @@ def schedule_figure(facts: dict[str, Any], width: float = 7, height: float = 8) 
         height: In inches.
     """
     figure, (upper, middle, lower) = stacked_axes(width, height, rows=3)
-    for name, style in (("original", "--"), ("rescaled", "-")):
+    names = _curve_names(facts)
+    for name, style in zip(names, ("--", "-")[-len(names) :], strict=True):
         curve = facts[name]
         logs = [math.nan if value is None else value for value in curve["log_snr"]]
-        label = f"{name}, SNR(T) = {curve['snr_T']:.3g}"
+        label = f"SNR(T) = {curve['snr_T']:.3g}"
+        if len(names) > 1:
+            label = f"{name}, {label}"
         upper.plot(logs, style, label=label)
-        middle.plot(curve["sqrt_abar"], style, label=label)
+        middle.plot(curve[_scale(curve)], style, label=label)
     upper.set_ylabel("log SNR(t), natural log")
     upper.legend(fontsize=8)
-    middle.set_ylabel("signal scale sqrt(abar_t)")
+    vp = _scale(facts["original"]) == "sqrt_abar"
+    middle.set_ylabel("signal scale sqrt(abar_t)" if vp else "signal scale alpha_t")
     spacings = list(facts["timesteps"])
     for row, grid in enumerate(facts["timesteps"].values()):
         lower.plot(grid, [row] * len(grid), "|", markersize=14)
@@ -158,22 +187,43 @@ def to_json(facts: dict[str, Any]) -> str:
     return json.dumps(facts, allow_nan=False)
 
 
-def _curves(schedule: NoiseSchedule) -> dict[str, Any]:
+def _curves(schedule: Schedule) -> dict[str, Any]:
+    scale = "sqrt_abar" if isinstance(schedule, NoiseSchedule) else "alpha"
+    alpha, _ = schedule(torch.arange(schedule.num_timesteps))
     return {
         "snr_T": float(schedule.snr[-1]),
-        "sqrt_abar_T": float(schedule.alphas_cumprod[-1].sqrt()),
+        f"{scale}_T": float(alpha[-1]),
         "log_snr": [x if math.isfinite(x) else None for x in schedule.log_snr.tolist()],
-        "sqrt_abar": schedule.alphas_cumprod.sqrt().tolist(),
+        scale: alpha.tolist(),
     }
 
 
-def _describe(schedule: NoiseSchedule) -> str:
+def _scale(curve: dict[str, Any]) -> str:
+    return "sqrt_abar" if "sqrt_abar" in curve else "alpha"
+
+
+def _curve_names(facts: dict[str, Any]) -> list[str]:
+    """Name the curves that differ."""
+    same = facts["original"] is facts["rescaled"] or facts["original"] == facts["rescaled"]
+    return ["original"] if same else ["original", "rescaled"]
+
+
+def _describe(schedule: Schedule) -> str:
+    if isinstance(schedule, RectifiedFlow):
+        return f"rectified flow, shift {schedule.shift:g}"
+    if not isinstance(schedule, NoiseSchedule):
+        return f"a {type(schedule).__name__}"
+    divided = "" if schedule.snr_shift == 1 else f", SNR divided by {schedule.snr_shift:g}"
+    return f"{_betas(schedule)}{divided}"
+
+
+def _betas(schedule: NoiseSchedule) -> str:
     if schedule.alphas_cumprod_table is not None:
         return "a custom table"
     if schedule.betas == "cosine":
         return "cosine"
-    plain = replace(schedule, zero_terminal_snr=False).beta_table
-    return f"{schedule.betas}, beta {plain[0]:.5g} to {plain[-1]:.5g}"
+    first, last = beta_ends(schedule)
+    return f"{schedule.betas}, beta {first:.5g} to {last:.5g}"
 
 
 def _number(value: float | None) -> str:

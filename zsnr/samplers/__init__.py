@@ -1,6 +1,6 @@
 """Samplers: one registry, one protocol, one x_0-safe step."""
 
-from zsnr.samplers.base import Sampler
+from zsnr.samplers.base import Changed, Sampler
 from zsnr.samplers.ddim import DDIM
 from zsnr.samplers.ddpm import DDPM
 from zsnr.samplers.deis import DEIS
@@ -20,6 +20,7 @@ __all__ = [
     "DEIS",
     "ERSDE",
     "IPNDM",
+    "Changed",
     "DPMpp2M",
     "DPMpp2MSDE",
     "DPMpp3M",

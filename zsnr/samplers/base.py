@@ -11,7 +11,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from zsnr.denoiser import Denoiser
+from zsnr.denoiser import TimestepDenoiser
 from zsnr.guidance import Guidance
 from zsnr.guidance_methods import inner
 from zsnr.schedule import Schedule
@@ -20,9 +20,23 @@ from zsnr.transition import reverse_transition
 
 DenoiserFunction = Callable[[Tensor, Tensor], Tensor]
 RandnLike = Callable[[Tensor], Tensor]
-Callback = Callable[[int, int, Tensor, Tensor], None]
 Coefficients = tuple[float, float, float]
-_ASSUMED = Guidance(3.0)
+ASSUMED_GUIDANCE = Guidance(3.0)
+
+
+class Changed(NamedTuple):
+    """What a callback of sampling changes.
+
+    Args:
+        x_0: The prediction, (B, *): the step is repeated with it. None = unchanged.
+        x_s: The state that the step led to, (B, *): sampling continues from it. None = unchanged.
+    """
+
+    x_0: Tensor | None = None
+    x_s: Tensor | None = None
+
+
+Callback = Callable[[int, int, Tensor, Tensor], Changed | None]
 
 
 class MultistepCoefficients(NamedTuple):
@@ -94,7 +108,8 @@ class State(NamedTuple):
         x_t: Input of the next call, (B, *), at least float32; at the end, the sample.
         t: Timestep of the next call; -1 at the end.
         num_calls: Number of calls so far.
-        before: The state from which the last step started.
+        before: The state from which the last step started. None = x_t was changed since, so that
+            the last step is not corrected.
         x_0: Predictions of the calls so far that are still needed, newest first.
         eps: Predictions of the noise that are still needed, newest first.
     """
@@ -102,7 +117,7 @@ class State(NamedTuple):
     x_t: Tensor
     t: int
     num_calls: int
-    before: Tensor
+    before: Tensor | None
     x_0: tuple[Tensor, ...] = ()
     eps: tuple[Tensor, ...] = ()
 
@@ -185,7 +200,7 @@ class Sampler:
         num_x_0, num_eps = plan.memory
         x_0s = (x_0.to(state.x_t.dtype, copy=True), *state.x_0)  # x_0 may be overwritten
         before, x_t, epses = state.before, state.x_t, state.eps
-        if call.correct is not None:
+        if call.correct is not None and before is not None:
             x_t = multistep(x_0s, before, call.correct, epses)
         if call.step is not None:
             if num_eps:
@@ -197,6 +212,15 @@ class Sampler:
         num_calls = state.num_calls + 1
         t = plan.calls[num_calls].t if num_calls < len(plan.calls) else -1
         return State(x_t, t, num_calls, before, x_0s[:num_x_0], epses[:num_eps])
+
+    def change(self, plan: Plan, state: State, x_t: Tensor) -> State:
+        """Continue from another x_t (B, *) at the same timestep, with the history of predictions.
+
+        Between the two calls of a step, as of Heun's method, the result of the step does not depend
+        on x_t itself, but only on the prediction there.
+        """
+        within = not state.done and plan.calls[state.num_calls].step is None
+        return state._replace(x_t=x_t.to(state.x_t), before=state.before if within else None)
 
     def sample(
         self,
@@ -217,31 +241,63 @@ class Sampler:
             timesteps: The grid, 1-D, descending, such as `trailing(25)`.
             randn_like: Source of noise, called once for every step that needs it.
             callback: Called after step i with (i, t, x_0, x_s): the step's timestep, the
-                prediction, and the resulting state.
+                prediction, and the resulting state. It may return `Changed`.
 
         Returns:
             x_0, (B, *), in x_T's dtype; the loop itself uses at least float32.
 
         Raises:
-            ValueError: The grid is not a descending list of the schedule's timesteps, or the
-                denoiser declares another schedule.
+            ValueError: The grid is not a descending list of the schedule's timesteps, the denoiser
+                declares another schedule, or a changed tensor has another shape.
+            TypeError: The callback returns something else.
         """
         check_schedule(denoiser, schedule)
         plan = self.plan(schedule, timesteps, guidance_of(denoiser))
         state = self.begin(plan, x_T)
         t_rows = torch.tensor(plan.timesteps, device=x_T.device)
         t_rows = t_rows.view(-1, 1).repeat(1, len(x_T))
-        i, begun = 0, (state.t, state.x_t)  # the step's number; its timestep and first prediction
+        z: list[Tensor] = []  # the noise of the last step
+
+        def draw(like: Tensor) -> Tensor:
+            z[:] = [randn_like(like)]
+            return z[0]
+
+        i, age, begun = 0, 0, (state.t, state.x_t)  # the step's timestep and first prediction
         for call, t_row in zip(plan.calls, t_rows.unbind(), strict=True):
+            before = state
             x_0 = predict(denoiser, state.x_t, call, t_row)
-            state = self.advance(plan, state, x_0, randn_like)
+            state = self.advance(plan, before, x_0, draw)
+            age += 1
             if call.step is not None:
-                begun = call.t, state.x_0[0]
+                age, begun = 0, (call.t, state.x_0[0])
             if state.done or plan.calls[state.num_calls].step is not None:  # the step is complete
-                if callback is not None:
-                    callback(i, *begun, state.x_t)
+                changed = None if callback is None else callback(i, *begun, state.x_t)
+                if changed is not None:
+                    _check_changed(changed, state.x_t)
+                    if changed.x_0 is not None:
+                        predictions = [x_0, *before.x_0]
+                        predictions[age] = changed.x_0
+                        before = before._replace(x_0=tuple(predictions[1:]))
+                        state = self.advance(plan, before, predictions[0], lambda _: z[0])
+                    if changed.x_s is not None:
+                        state = self.change(plan, state, changed.x_s)
                 i += 1
         return state.x_t.to(x_T.dtype)
+
+
+def _check_changed(changed: object, x_s: Tensor) -> None:
+    """Refuse what a callback must not return."""
+    if not isinstance(changed, Changed):
+        raise TypeError(
+            f"The callback returned a {type(changed).__name__}: wanted None, or a "
+            "zsnr.samplers.Changed of x_0 or x_s."
+        )
+    for name, tensor in changed._asdict().items():
+        if tensor is not None and tensor.shape != x_s.shape:
+            raise ValueError(
+                f"The callback changed {name} to the shape {tuple(tensor.shape)}: wanted "
+                f"{tuple(x_s.shape)}."
+            )
 
 
 def step_calls(grid: Sequence[int], steps: Sequence[MultistepCoefficients]) -> list[Call]:
@@ -363,15 +419,15 @@ def guidance_of(denoiser: DenoiserFunction) -> Guidance | None:
     A function without the attribute may be guided or not. A scale of 3 is assumed: steps for that
     scale lose little at other scales, while steps for no guidance overshoot under guidance.
     """
-    guidance = getattr(denoiser, "guidance", _ASSUMED)
+    guidance = getattr(denoiser, "guidance", ASSUMED_GUIDANCE)
     return guidance if isinstance(guidance, Guidance) else None
 
 
 def predict(denoiser: DenoiserFunction, x_t: Tensor, call: Call, t_row: Tensor) -> Tensor:
     """Evaluate a denoiser at the timestep of a call, (B, *).
 
-    A `Denoiser` is evaluated by `at`, with the timestep as an int, so that it can skip the
+    A `TimestepDenoiser` is evaluated by `at`, with the timestep as an int, so that it can skip the
     unconditional pass without waiting for the device.
     """
-    evaluate = denoiser.at(call.t, call.s) if isinstance(denoiser, Denoiser) else denoiser
+    evaluate = denoiser.at(call.t, call.s) if isinstance(denoiser, TimestepDenoiser) else denoiser
     return evaluate(x_t, t_row).to(x_t.dtype)

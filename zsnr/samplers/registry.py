@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import asdict, is_dataclass
 from typing import Any, TypeVar
 
 from zsnr.samplers.base import Sampler
@@ -67,3 +68,8 @@ def sampler_name(sampler: Sampler) -> str:
     cls = type(sampler)
     import_path = f"{cls.__module__}.{cls.__qualname__}"
     return next((name for name, registered in _SAMPLERS.items() if registered is cls), import_path)
+
+
+def sampler_options(sampler: Any) -> dict[str, Any]:
+    """Return the options of a sampler, such that `get_sampler(name, **options)` is equal."""
+    return asdict(sampler) if is_dataclass(type(sampler)) else {}

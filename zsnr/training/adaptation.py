@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from zsnr.denoiser import Conditioning, Network
-from zsnr.interop import schedule_from_diffusers
+from zsnr.interop import process_from_diffusers
 from zsnr.interop.declarations import read_declaration, settle
+from zsnr.interop.declared import with_class_of
 from zsnr.prediction import PredictionType, converted
 from zsnr.schedule import Schedule, per_sample
 from zsnr.untrusted import read_json
@@ -87,7 +88,7 @@ class Start:
 def read_start(source: str) -> Start | None:
     """Read the prediction type and schedule of a pretrained model; None if they are unknown.
 
-    A scheduler that this package has no schedule for, such as flow matching, causes a warning.
+    A scheduler that this package has no schedule for, such as EDM's, causes a warning.
 
     Raises:
         ValueError: The config of the scheduler cannot be read.
@@ -98,14 +99,15 @@ def read_start(source: str) -> Start | None:
     if config is None:
         return None
     try:
-        schedule = schedule_from_diffusers(config)
+        return Start(source, *process_from_diffusers(config))
     except ValueError as error:
         rank_zero_warn(f"The adaptation from {source} is not logged: {error}")
         return None
-    prediction_type = cast(PredictionType, config.get("prediction_type", "epsilon"))
-    return Start(source, schedule, prediction_type)
 
 
 def _scheduler_config(source: str) -> Mapping[str, Any] | None:
     path = find_file(source, "scheduler", "scheduler_config.json")
-    return None if path is None else read_json(path)
+    index = find_file(source, None, "model_index.json")
+    if path is None:
+        return None
+    return with_class_of({} if index is None else read_json(index), read_json(path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ from zsnr.files import replacing, side_file
 from zsnr.guidance import Guidance
 from zsnr.lora import LoRA
 from zsnr.loss import LossWeighting
+from zsnr.networks import UNetConfig
 from zsnr.pipeline import Sampling, check_steps
 from zsnr.public import MARK, left_out
 from zsnr.samplers.recommend import resolve_sampling
@@ -98,6 +100,19 @@ class SaveConfigOfFit(SaveConfigCallback):
                 callback.config = public_config(self.parser.dump(settings))
 
 
+class Parser(LightningArgumentParser):
+    """Writes a noise schedule as the settings that it has in YAML, without its class."""
+
+    def dump(self, *args: Any, **options: Any) -> str:
+        return re.sub(
+            rf"^( *)schedule:\n\1  class_path: zsnr\.{NoiseSchedule.__name__}\n\1  init_args:\n"
+            r"((?:\1    .*\n)+)",
+            lambda found: f"{found[1]}schedule:\n" + re.sub("(?m)^  ", "", found[2]),
+            super().dump(*args, **options),
+            flags=re.MULTILINE,
+        )
+
+
 class ZsnrCLI(LightningCLI):
     """One of fit, validate, test and predict from YAML.
 
@@ -115,6 +130,7 @@ class ZsnrCLI(LightningCLI):
             auto_configure_optimizers=False,  # model.optimizer and model.learning_rate are there
             load_from_checkpoint_support=False,  # the module saves no hyperparameters
             parser_kwargs={"exit_on_error": False},
+            parser_class=Parser,
             **options,
         )
 
@@ -270,6 +286,8 @@ def check_model(model: Any) -> None:
     Raises:
         ValueError: Settings contradict each other, or are out of range.
     """
+    if isinstance(model.network, Namespace) and not _is_class(model.network):
+        UNetConfig(**model.network.as_dict())
     sampling, schedule = model.sampling, schedule_of(model)
     guidance = Guidance(**sampling.guidance.as_dict())
     sampler, spacing = resolve_sampling(

@@ -11,7 +11,7 @@ from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -112,19 +112,6 @@ def stored_dtype(source: str, subfolder: str) -> torch.dtype:
     return {"F16": torch.float16, "BF16": torch.bfloat16}.get(
         most[0][0] if most else "", torch.float32
     )
-
-
-def check_precision(dtype: str, name: str = "dtype") -> torch.dtype:
-    """Return the torch dtype of a Precision.
-
-    Raises:
-        ValueError: The name is unknown.
-    """
-    if dtype not in get_args(Precision):
-        known = ", ".join(map(repr, get_args(Precision)))
-        raise ValueError(f"{name}={dtype!r} is unknown. Known: {known}.")
-    torch_dtype: torch.dtype = getattr(torch, dtype)
-    return torch_dtype
 
 
 def cast_weight(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:

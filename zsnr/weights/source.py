@@ -178,7 +178,8 @@ def _variants(folder: Path, stem: str) -> Iterator[str]:
         return
     for path in sorted(folder.iterdir()):
         match = re.fullmatch(
-            rf"{stem}\.(?P<a>\w+)\.safetensors|{stem}\.safetensors\.index\.(?P<b>\w+)\.json",
+            rf"{stem}\.(?P<a>[\w-]+?)(-\d+-of-\d+)?\.safetensors"
+            rf"|{stem}\.safetensors\.index\.(?P<b>[\w-]+)\.json",
             path.name,
         )
         if match is not None:
