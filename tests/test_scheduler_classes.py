@@ -12,7 +12,7 @@ import torch
 from zsnr import NoiseSchedule, RectifiedFlow
 from zsnr.cli import main
 from zsnr.doctor.examine import examine, fix
-from zsnr.interop import process_from_diffusers, schedule_from_diffusers
+from zsnr.interop import DiffusersScheduler, process_from_diffusers, schedule_from_diffusers
 from zsnr.interop.declared import SCHEDULERS
 from zsnr.interop.processes import EXPLODING, FLOWS, declare_flow
 from zsnr.metrics.brightness import retained_fraction
@@ -236,6 +236,8 @@ def test_solvers_with_flow_sigmas(judged, name):
         assert found.facts["first_sigma"] == pytest.approx(float(scheduler.sigmas[0]), abs=1e-6)
         assert found.facts["first_timestep"].get(S, 999) == scheduler.timesteps[0]
     assert schedule_from_diffusers(config) == RectifiedFlow(3.0)
+    adapter = DiffusersScheduler.from_config(config)
+    assert (adapter.schedule, adapter.prediction_type) == (RectifiedFlow(3.0), "flow")
     for wrong in ("epsilon", "v_prediction"):
         assert judged({**config, "prediction_type": wrong}).verdict == "inconsistent"
     warped = judged({**config, "use_karras_sigmas": True})  # up to the noise level of the betas

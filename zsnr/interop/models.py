@@ -13,14 +13,14 @@ from zsnr.codecs import AutoencoderKLCodec
 from zsnr.interop.diffusers_folder import read_diffusers_folder
 from zsnr.interop.single_file import read_single_file
 from zsnr.prediction import PredictionType
-from zsnr.schedule import NoiseSchedule
+from zsnr.schedule import Schedule
 from zsnr.weights.pretrained import as_dtype, loading_in, stored_dtype
 from zsnr.weights.source import fetch_file, find_file, is_single_file
 
 
 def read_model(
     source: str,
-    schedule: NoiseSchedule | None = None,
+    schedule: Schedule | None = None,
     prediction_type: PredictionType | None = None,
     raw_beside: bool = False,
     network: nn.Module | type[nn.Module] | None = None,

@@ -72,6 +72,8 @@ def read_schedule(
     if values.get("_class_name") in (*_COGVIDEOX, "DiffusersScheduler"):
         values["_class_name"] = "DDIMScheduler"
     plain = schedule_from_diffusers(values)
+    if isinstance(plain, RectifiedFlow):
+        return plain
     if zero_terminal_snr is not None:
         plain = replace(plain, zero_terminal_snr=False)
         plain = rescaled(plain) if zero_terminal_snr else plain
@@ -80,8 +82,8 @@ def read_schedule(
 
 def read_prediction_type(config: Mapping[str, Any]) -> PredictionType:
     """Read the prediction type; the default is diffusers'."""
-    default = "flow" if _is_flow(config) else "epsilon"
-    return cast(PredictionType, config.get("prediction_type", default))
+    declared = config.get("prediction_type", "flow" if _is_flow(config) else "epsilon")
+    return cast(PredictionType, "flow" if declared == "flow_prediction" else declared)
 
 
 def _is_flow(config: Mapping[str, Any]) -> bool:

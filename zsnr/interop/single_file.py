@@ -23,7 +23,7 @@ from zsnr.interop.declarations import is_stable_diffusions, read_declaration, se
 from zsnr.interop.diffusers_folder import read_parts, text_problem, used_layers
 from zsnr.lora import AdaptedUNet
 from zsnr.prediction import PredictionType
-from zsnr.schedule import NoiseSchedule
+from zsnr.schedule import Schedule
 from zsnr.untrusted import shown
 from zsnr.weights.ldm_file import (
     NAMES,
@@ -127,7 +127,7 @@ def check_single_file(model: Model) -> None:
 
 def read_single_file(
     source: str,
-    schedule: NoiseSchedule | None = None,
+    schedule: Schedule | None = None,
     prediction_type: PredictionType | None = None,
 ) -> Model:
     """Read a Stable Diffusion model in a single file; its weights become float32.
