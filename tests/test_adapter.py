@@ -24,7 +24,7 @@ from zsnr import (
     reverse_transition,
     to_v,
 )
-from zsnr.interop import DiffusersScheduler
+from zsnr.interop import DiffusersScheduler, schedule_from_diffusers
 from zsnr.pipeline import TextToImage
 
 SCHEDULES = [NoiseSchedule(), NoiseSchedule(zero_terminal_snr=False), NoiseSchedule("cosine")]
@@ -580,6 +580,11 @@ def test_a_pipeline_is_saved_and_loaded(pipeline, tmp_path):
     options = {"num_inference_steps": 3, "output_type": "np"}
     made = [each("a cat", generator=seeded(0), **options).images for each in (pipe, loaded)]
     np.testing.assert_array_equal(*made)
+    read = TextToImage.from_pretrained(tmp_path / "sd").model
+    assert (read.schedule, read.prediction_type) == settings_of(loaded.scheduler)[1:3]
+    for scheduler in CONFIGURED[-2:]:
+        with pytest.raises(ValueError, match="saved with a flow or a shifted schedule"):
+            schedule_from_diffusers({**scheduler.config, "_class_name": "DiffusersScheduler"})
     changed = StableDiffusionPipeline(**{**pipe.components, "scheduler": loaded.scheduler})
     assert changed.scheduler is loaded.scheduler
 

@@ -523,6 +523,10 @@ def test_a_network_and_a_dataset_of_ones_own(tmp_path, monkeypatch, capsys):
     assert main(["validate", "-c", "own.yaml", "--ckpt_path", "run"]) == 0
     assert main(["sample", "run", "2", "-o", "samples", "--network", "tiny.Own"]) == 0
     assert len([*Path("samples").glob("*.png")]) == 1
+    predict = ["predict", "--ckpt_path", "run", "--prompts", "prompts.txt", "-o", "predicted"]
+    Path("prompts.txt").write_text("2\n0\n")
+    assert main([*predict, "--model.network", "tiny.Own"]) == 0
+    assert len([*Path("predicted").glob("*.png")]) == 2
     capsys.readouterr()
     for arguments, answer in (
         (

@@ -280,11 +280,13 @@ def test_a_transformer_of_diffusers_is_a_network(name, tmp_path):
     assert torch.equal(read(x, t, cond), network(x, t, cond))
     network.check_fits(4, 16, 10, 0)
     with pytest.raises(ValueError, match="in_channels=4 but the codec's latents have 16"):
-        network.check_fits(16, 16, 10)
+        network.check_fits(16, 16, 10, 0)
     with pytest.raises(ValueError, match=r"=16 but the conditioner's width is 8"):
-        network.check_fits(4, 8, 10)
+        network.check_fits(4, 8, 10, 0)
     with pytest.raises(ValueError, match="multiples of 2, the patch size"):
         network(x[..., :7], t, cond)
+    with pytest.raises(ValueError, match="takes no labels, and the conditioning has some"):
+        network(x, t, conditioning(labels=torch.tensor([0, 1])))
     with pytest.raises(ValueError, match="needs Conditioning with context, and got none"):
         network(x, t, Conditioning(pooled=cond.pooled))
 

@@ -3,6 +3,7 @@
 tests/cluster holds the whole matrix.
 """
 
+import copy
 import dataclasses
 import json
 import math
@@ -18,6 +19,7 @@ from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 
 from zsnr.checkpoints.checkpoint_file import read_checkpoint
 from zsnr.cli import main
+from zsnr.conditioning import NullConditioner
 from zsnr.data.caption_tags import Tags
 from zsnr.data.order import accumulation
 from zsnr.networks import UNet
@@ -114,6 +116,19 @@ def test_ranks_train_on_the_same_tags(ranks, tmp_path):
     alone = cells.fit(folder, tmp_path / "alone", **options)
     for run in ranks[2](cells.fit, folder, tmp_path / "ranks", "ddp", **options):
         same_run(run, alone)
+
+
+def test_any_module_is_sharded_by_its_blocks(ranks, shards, tmp_path):
+    torch.manual_seed(0)
+    model = {
+        "network": tiny.Own(),
+        "conditioner": NullConditioner(),
+        "gradient_checkpointing": True,
+    }
+    alone = cells.fit(shards, tmp_path / "one", model=copy.deepcopy(model), saves=False)
+    for run in ranks[2](cells.fit, shards, tmp_path / "two", "sharded", model=model, saves=False):
+        same_run(run, alone)
+        assert run["local"]["unet.layers.0.weight"] == (4, 8, 3, 3)  # half of it
 
 
 def test_compiled_blocks_change_nothing_but_rounding(ranks, shards, tmp_path):

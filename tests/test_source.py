@@ -328,7 +328,7 @@ def test_half_precision_is_read_as_it_is(copy, monkeypatch):
         seen.append({p.dtype for p in model.parameters()})
         return model
 
-    for module in ("networks", "codecs.autoencoder_kl", "conditioning.transformers_text"):
+    for module in ("networks.unet", "codecs.autoencoder_kl", "conditioning.transformers_text"):
         monkeypatch.setattr(f"zsnr.{module}.load_whole", watching)
     TextToImage.from_pretrained(copy, device="cpu", dtype="float16")
     assert seen == [{torch.float16}] * 3

@@ -27,6 +27,7 @@ from zsnr.data.dataset import Pixels
 from zsnr.draws import training_draws, validation_draws
 from zsnr.interop import write_single_file
 from zsnr.interop.export import export_diffusers, read_exportable
+from zsnr.networks import Transformer
 from zsnr.pipeline import Sampling, TextToImage
 from zsnr.training import (
     DataModule,
@@ -576,6 +577,28 @@ def test_no_checkpoint_chooses_a_network_of_another_package(tmp_path):
         export_diffusers(model, tmp_path / "folder")
     with pytest.raises(ValueError, match="The network is a Own, but a Stable Diffusion pipeline"):
         read_exportable(str(tmp_path / "b.ckpt"))
+
+
+def test_a_transformer_trains_and_is_read_again(tmp_path):
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "cross_attention_dim": 16}
+    sizes |= {"in_channels": 12, "out_channels": 24, "num_layers": 2, "sample_size": 8}
+    sizes |= {"caption_channels": 16, "use_additional_conditions": False}
+    network = Transformer("PixArtTransformer2DModel", sizes)
+    torch.nn.init.normal_(network.transformer.proj_out.weight, std=0.1)
+    net = module(network=network, gradient_checkpointing=True)
+    before = copy.deepcopy(network.state_dict())
+    loop = trainer(tmp_path, 2)
+    loop.fit(net, datamodule=data(tmp_path / "shards"))
+    after = network.state_dict()
+    moved = [name for name in before if not torch.equal(before[name], after[name])]
+    assert any("transformer_blocks.0.attn2.to_k" in name for name in moved)
+    loop.save_checkpoint(tmp_path / "a.ckpt")
+    again = TextToImage.from_pretrained(tmp_path / "a.ckpt", device="cpu")
+    with net.pipeline() as own:
+        images = [p(["a cat"], num_steps=3, progress=False)[0] for p in (own, again)]
+    assert np.array_equal(*(np.asarray(image) for image in images))
+    with pytest.raises(ValueError, match="in_channels=12 but the codec's latents have 3 channels"):
+        module(network=network, codec=PixelCodec(1))
 
 
 def test_class_labels_are_dropped_and_guided(tmp_path):

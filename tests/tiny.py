@@ -253,6 +253,117 @@ def sdxl_folder(folder, *, force_zeros=True, **scheduler):
     return pipe
 
 
+def t5_tokenizer():
+    """A tokenizer of small letters, as T5 has one."""
+    from transformers import T5Tokenizer
+
+    letters = [(chr(c), -3.0) for c in range(ord("a"), ord("z") + 1)]
+    special = [(token, 0.0) for token in ("<pad>", "</s>", "<unk>")]
+    return T5Tokenizer(vocab=[*special, ("\u2581", -2.0), *letters], extra_ids=0)
+
+
+def t5_encoder(width):
+    from transformers import T5Config, T5EncoderModel
+
+    sizes = {"d_model": width, "d_ff": 16, "d_kv": 8, "num_layers": 1, "num_heads": 2}
+    return T5EncoderModel(T5Config(vocab_size=30, **sizes)).eval()
+
+
+def tiny_vae(channels, **options):
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=channels,
+        norm_num_groups=4,
+        **options,
+    )
+
+
+def pixart_folder(folder, **scheduler):
+    """Save a PixArt of diffusers with random weights; 16 x 16 pixels."""
+    from diffusers import DDIMScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
+
+    torch.manual_seed(0)
+    transformer = PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        cross_attention_dim=16,
+        sample_size=8,
+        caption_channels=16,
+    )
+    torch.nn.init.normal_(transformer.proj_out.weight, std=0.1)
+    pipe = PixArtAlphaPipeline(
+        tokenizer=t5_tokenizer(),
+        text_encoder=t5_encoder(16),
+        vae=tiny_vae(4),
+        transformer=transformer,
+        scheduler=DDIMScheduler(**{**SCHEDULER, **scheduler}),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(folder)
+    return pipe
+
+
+def sd3_folder(folder, *, t5=True, **scheduler):
+    """Save a Stable Diffusion 3 of diffusers with random weights; 16 x 16 pixels."""
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    torch.manual_seed(0)
+    tokenizers = letters_tokenizer(), letters_tokenizer(pad_token="!")
+    text = {
+        "vocab_size": len(tokenizers[0]),
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 12,
+        "intermediate_size": 32,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+    }
+    encoders = [
+        CLIPTextModelWithProjection(CLIPTextConfig(hidden_size=w, projection_dim=p, **text)).eval()
+        for w, p in ((16, 10), (24, 14))
+    ]
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=48,
+        caption_projection_dim=16,
+        pooled_projection_dim=24,
+        pos_embed_max_size=8,
+    )
+    torch.nn.init.normal_(transformer.proj_out.weight, std=0.1)
+    pipe = StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **scheduler}),
+        vae=tiny_vae(4, scaling_factor=1.5, shift_factor=0.06),
+        text_encoder=encoders[0],
+        tokenizer=tokenizers[0],
+        text_encoder_2=encoders[1],
+        tokenizer_2=tokenizers[1],
+        text_encoder_3=t5_encoder(48) if t5 else None,
+        tokenizer_3=t5_tokenizer() if t5 else None,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(folder)
+    return pipe
+
+
 def write_inception(path):
     """Write random weights of FID's Inception network, as torch-fidelity's file holds them.
 

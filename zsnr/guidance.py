@@ -174,10 +174,10 @@ class Guidance:
         only used for the step; it is not a prediction of the image.
 
         Args:
-            alpha_t: sqrt(abar_t).
-            sigma_t: sqrt(1 - abar_t).
-            alpha_s: sqrt(abar_s) of the next timestep. Only "cfg_pp" needs it.
-            sigma_s: sqrt(1 - abar_s) of the next timestep.
+            alpha_t: Scale of x_0 in x_t.
+            sigma_t: Scale of eps in x_t.
+            alpha_s: Scale of x_0 at the next timestep. Only "cfg_pp" needs it.
+            sigma_s: Scale of eps at the next timestep.
 
         Raises:
             ValueError: The method is "cfg_pp", and s is unknown or not less noisy than t.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import operator
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +27,7 @@ from zsnr.guidance import Guidance
 from zsnr.inpainting import InpaintingDenoiser
 from zsnr.interop.adapter_file import AdapterFile
 from zsnr.interop.adapter_merge import MergedAdapter, merge_adapter
-from zsnr.interop.models import choose_dtype, load_parts, read_model
+from zsnr.interop.models import choose_dtype, load_parts, network_folder, read_model
 from zsnr.networks import takes_sizes
 from zsnr.noise import SampleNoise, sample_generator
 from zsnr.prediction import PredictionType, check_prediction_type
@@ -182,8 +183,8 @@ class TextToImage:
             device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         except RuntimeError as error:
             raise ValueError(f"device={device!r} is not a device, such as 'cuda'.") from error
-        if variant is not None and not has_variant(source, "unet", variant):
-            raise ValueError(f"{source} has no weights of the variant {variant!r} of its UNet.")
+        if variant is not None and not has_variant(source, network_folder(source), variant):
+            raise ValueError(f"{source} has no weights of the variant {variant!r} of its network.")
         with prefer_variant(variant):
             chosen = choose_dtype(dtype, source, device)
             with loading_in(chosen):
@@ -536,7 +537,9 @@ class TextToImage:
         """Sample latents, with an edit from the latents of its images."""
         assert isinstance(sampling.sampler, Sampler)
         schedule, noise = self.model.schedule, SampleNoise(seeds)
-        x_T = noise.randn(shape, device=self._device_of(denoiser))
+        # of the size that x_t of unit data has there: 1, but for flow that starts before T
+        size = round(math.hypot(*schedule(int(timesteps[0]))), 9)
+        x_T = size * noise.randn(shape, device=self._device_of(denoiser))
         conditioned: Denoiser | InpaintingDenoiser = denoiser
         if edit is not None and known is not None:
             known = known.expand_as(x_T)

@@ -24,10 +24,10 @@ def reverse_transition(
     step is exact at zero SNR.
 
     Args:
-        alpha_t: sqrt(abar_t), in [0, 1); a float, or a float64 tensor.
-        sigma_t: sqrt(1 - abar_t), positive.
-        alpha_s: sqrt(abar_s) of the next, less noisy step, in (alpha_t, 1].
-        sigma_s: sqrt(1 - abar_s); 0 for clean data, where the result is (1, 0, 0).
+        alpha_t: Scale of x_0 in x_t, in [0, 1); a float, or a float64 tensor.
+        sigma_t: Scale of eps in x_t, positive.
+        alpha_s: Scale of x_0 at the next, less noisy step, in (alpha_t, 1].
+        sigma_s: Scale of eps there; 0 for clean data, where the result is (1, 0, 0).
         eta: Fraction of ancestral noise, in [0, 1].
 
     Returns:

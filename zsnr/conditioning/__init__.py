@@ -5,6 +5,7 @@ from zsnr.conditioning.class_labels import ClassLabels
 from zsnr.conditioning.null import NullConditioner
 from zsnr.conditioning.open_clip_text import OpenClipConditioner
 from zsnr.conditioning.remembered import Remembered
+from zsnr.conditioning.sd3_text import SD3Conditioner
 from zsnr.conditioning.sdxl_text import SDXLConditioner
 from zsnr.conditioning.transformers_text import TransformersConditioner
 
@@ -14,6 +15,7 @@ __all__ = [
     "NullConditioner",
     "OpenClipConditioner",
     "Remembered",
+    "SD3Conditioner",
     "SDXLConditioner",
     "TransformersConditioner",
 ]

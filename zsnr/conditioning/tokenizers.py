@@ -112,6 +112,27 @@ class ChunkTokenizer(ABC):
         """Make a chunk of each part of a prompt, of at most `room` tokens."""
 
 
+class Lowercased(ChunkTokenizer):
+    """A tokenizer of prompts in lower case, without spaces at their ends, as PixArt reads them.
+
+    Args:
+        tokenizer: The tokenizer.
+    """
+
+    def __init__(self, tokenizer: ChunkTokenizer) -> None:
+        super().__init__(tokenizer.length, tokenizer.room)
+        self._tokenizer = tokenizer
+
+    def encode(self, prompts: Sequence[str]) -> list[list[int]]:
+        return self._tokenizer.encode([prompt.lower().strip() for prompt in prompts])
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self._tokenizer.decode(tokens)
+
+    def chunks(self, parts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        return self._tokenizer.chunks(parts)
+
+
 class PromptTokenizer:
     """Converts prompts to Tokens, in any process.
 

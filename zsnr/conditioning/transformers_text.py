@@ -13,6 +13,7 @@ from zsnr.conditioning.base import Conditioner
 from zsnr.conditioning.prompt_weights import weigh
 from zsnr.conditioning.tokenizers import (
     BPE,
+    Lowercased,
     PromptTokenizer,
     Tokens,
     bpe_tokenizer,
@@ -24,7 +25,7 @@ from zsnr.conditioning.tokenizers import (
 from zsnr.denoiser import Conditioning
 from zsnr.weights.ldm_file import default_part
 from zsnr.weights.pretrained import check_depth, load_pretrained, load_whole, read_config
-from zsnr.weights.source import digest, find_weights
+from zsnr.weights.source import digest, find_weights, is_single_file
 
 
 class TransformersConditioner(Conditioner):
@@ -56,6 +57,7 @@ class TransformersConditioner(Conditioner):
             the other. None = one chunk.
         prompt_weights: Read weights such as (word:1.2) in prompts, as A1111 does: the context of a
             token is multiplied by its weight, and the mean of each chunk is restored.
+        lowercase: Read prompts in lower case, as PixArt does.
     """
 
     tokenizer: PromptTokenizer
@@ -75,6 +77,7 @@ class TransformersConditioner(Conditioner):
         trainable: bool = False,
         max_tokens: int | None = None,
         prompt_weights: bool = False,
+        lowercase: bool = False,
     ) -> None:
         super().__init__(trainable, pretrained is not None)
         if (pretrained is None) == (config is None):
@@ -93,14 +96,23 @@ class TransformersConditioner(Conditioner):
             "use_mask": use_mask,
             "trainable": trainable,
         }
-        self._subfolder = default_part(str(pretrained), subfolder, "text_encoder")
+        self._subfolder = subfolder
+        if pretrained is not None:
+            self._subfolder = default_part(pretrained, subfolder, "text_encoder")
+            if not is_single_file(pretrained):
+                self._settings["subfolder"] = self._subfolder
         if tokenizer in BPE:
             max_length = max_length or 77
             tokenize, vocabulary = bpe_tokenizer(tokenizer, max_length)
         else:
             source = tokenizer or str(pretrained)
-            folder = tokenizer_subfolder if tokenizer_subfolder else None
+            folder = default_part(source, tokenizer_subfolder or None, "tokenizer")
+            if not is_single_file(source):
+                self._settings["tokenizer_subfolder"] = folder
             tokenize, vocabulary, max_length = transformers_tokenizer(source, folder, max_length)
+        if lowercase:
+            tokenize = Lowercased(tokenize)
+            self._settings["lowercase"] = True
         self._vocabulary, self.max_length = vocabulary, max_length
         self._layer, self._final_norm = layer, final_norm
         if pretrained is None:
@@ -174,6 +186,7 @@ class TransformersConditioner(Conditioner):
             "layer": self._layer,
             "final_norm": self._final_norm,
             "use_mask": self._use_mask,
+            **({"lowercase": True} if "lowercase" in settings else {}),
             **self.tokenizer.decisive(),
             "weights": digest(find_weights(source, subfolder, "model")),
         }

@@ -100,14 +100,16 @@ class DiffusersScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         betas = (num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas)
         given = dict(zip(BETA_KEYS, (*betas, rescale_betas_zero_snr), strict=True))
         given = {key: value for key, value in given.items() if value is not None}
-        if schedule is None:
-            if "trained_betas" in given:
-                given.setdefault("rescale_betas_zero_snr", False)
-            schedule = read_schedule({**describe_schedule(NoiseSchedule()), **given})
-        elif given:
+        if schedule is not None and given:
             raise ValueError(
                 f"schedule and {', '.join(given)} are given: wanted one of both. Leave one out."
             )
+        if schedule is None:
+            schedule = NoiseSchedule()
+            if "trained_betas" in given:
+                given = {"rescale_betas_zero_snr": False, **given}
+            if given:
+                schedule = read_schedule({**describe_schedule(schedule), **given})
         if prediction_type is None:
             prediction_type = "flow" if isinstance(schedule, RectifiedFlow) else "v_prediction"
         check_prediction_type(prediction_type, schedule)

@@ -240,6 +240,13 @@ def declare(config: Mapping[str, Any]) -> Declared:
             not accept a value.
     """
     name = config.get("_class_name", "DDIMScheduler")
+    if name == "DiffusersScheduler":  # of this package: its config is one of DDIM, and more
+        if config.get("beta_schedule") is None or "snr_shift_scale" in config:
+            raise ValueError(
+                "DiffusersScheduler was saved with a flow or a shifted schedule: wanted one that "
+                "betas describe."
+            )
+        name = "DDIMScheduler"
     match process_of(config):
         case "flow":
             raise ValueError(f"{name} is rectified flow, which has no schedule of betas.")

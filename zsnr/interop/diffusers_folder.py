@@ -10,6 +10,7 @@ from zsnr.checkpoints.model import Model
 from zsnr.codecs import AutoencoderKLCodec
 from zsnr.conditioning import Conditioner, SDXLConditioner, TransformersConditioner
 from zsnr.interop.declared import process_from_diffusers, with_class_of
+from zsnr.interop.transformer_folder import read_transformer_folder
 from zsnr.networks import UNet
 from zsnr.prediction import PredictionType
 from zsnr.schedule import Schedule
@@ -22,7 +23,7 @@ def read_diffusers_folder(
     schedule: Schedule | None = None,
     prediction_type: PredictionType | None = None,
 ) -> Model:
-    """Read a Stable Diffusion 1, 2 or XL folder: unet, vae, text encoders, scheduler.
+    """Read a folder of Stable Diffusion 1, 2, XL or 3, or of PixArt.
 
     Args:
         source: A folder with model_index.json, or a hub id.
@@ -38,7 +39,7 @@ def read_diffusers_folder(
 
     index = load_index(source)
     kind = index.get("_class_name")
-    if "unet" not in index:
+    if "unet" not in index and not _has(index, "transformer"):
         raise ValueError(
             f"{source} is a {kind} without a unet: wanted Stable Diffusion 1, 2 or XL."
         )
@@ -59,6 +60,8 @@ def read_diffusers_folder(
     if schedule is None or prediction_type is None:
         declared_schedule, declared = process_from_diffusers(config)
         schedule, prediction_type = schedule or declared_schedule, prediction_type or declared
+    if _has(index, "transformer"):
+        return read_transformer_folder(source, index, schedule, prediction_type)
     exported = read_exported(source)
     codec, conditioner, unet = read_parts(source, exported, xl=_has(index, "text_encoder_2"))
     return Model(

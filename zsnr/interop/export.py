@@ -76,8 +76,8 @@ def export_diffusers(
     pipeline = _pipeline(model, scheduler, stored)
     with new_folder(folder) as beside:
         pipeline.save_pretrained(beside, safe_serialization=True)
-        for config in beside.glob("text_encoder*/config.json"):
-            _load_in_float32(config)
+        for encoder in beside.glob("text_encoder*/config.json"):
+            _load_in_float32(encoder)
         write_folder_settings(beside, model)
         card_facts = {
             **(facts or {}),

@@ -72,7 +72,14 @@ def choose_dtype(dtype: torch.dtype | str, source: str, device: torch.device) ->
         return as_dtype(dtype)
     if is_checkpoint(source):
         return None
-    return torch.float32 if device.type == "cpu" else stored_dtype(source, "unet")
+    return torch.float32 if device.type == "cpu" else stored_dtype(source, network_folder(source))
+
+
+def network_folder(source: str) -> str:
+    """Return the folder of a model's network, or the part of a single file."""
+    single = is_single_file(source)
+    is_transformer = not single and find_file(source, "transformer", "config.json") is not None
+    return "transformer" if is_transformer else "unet"
 
 
 def load_parts(

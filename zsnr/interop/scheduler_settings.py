@@ -1,10 +1,13 @@
-"""Schedules in configs of diffusers' schedulers, both ways, for the scheduler adapter."""
+"""The schedule in the config of a scheduler of diffusers, for the adapter: written and read."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, cast
+
+import numpy as np
+from torch import Tensor
 
 from zsnr.interop.declared import rescaled, schedule_from_diffusers
 from zsnr.interop.scheduler_config import scheduler_config
@@ -24,7 +27,7 @@ _FLOW_WARPS = (
     *("invert_sigmas", "shift_terminal", "stochastic_sampling"),
     *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"),
 )
-_COGVIDEOX = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
+_SHIFTED_CLASSES = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
 
 
 def describe_schedule(schedule: Schedule) -> dict[str, Any]:
@@ -53,6 +56,9 @@ def read_schedule(
     Raises:
         ValueError: The config is not of a schedule that this package has.
     """
+    betas = config.get("trained_betas")
+    if isinstance(betas, np.ndarray | Tensor):
+        config = {**config, "trained_betas": betas.tolist()}
     if exact is not None:
         schedule = schedule_from_settings(exact)
         same = all(config.get(k, v) == v for k, v in describe_schedule(schedule).items())
@@ -69,7 +75,7 @@ def read_schedule(
         return RectifiedFlow(config.get("shift", 1.0), T)
     values = {**config, "timestep_spacing": "trailing"}  # not used, and maybe unknown to diffusers
     shift = values.pop("snr_shift_scale", 1.0)
-    if values.get("_class_name") in (*_COGVIDEOX, "DiffusersScheduler"):
+    if values.get("_class_name") in _SHIFTED_CLASSES:
         values["_class_name"] = "DDIMScheduler"
     plain = schedule_from_diffusers(values)
     if isinstance(plain, RectifiedFlow):

@@ -123,6 +123,9 @@ class Transformer(DiffusionNetwork):
                     "encoders that it was made for."
                 )
         assert conditioning is not None
+        for part in ("labels", "concat"):
+            if getattr(conditioning, part) is not None:
+                raise ValueError(f"A {self.name} takes no {part}, and the conditioning has some.")
         patch = self.transformer.config["patch_size"]
         if x_t.shape[-2] % patch or x_t.shape[-1] % patch:
             raise ValueError(
@@ -146,9 +149,7 @@ class Transformer(DiffusionNetwork):
         """Trade time for memory: recompute activations in the backward pass."""
         self.transformer.enable_gradient_checkpointing()
 
-    def check_fits(
-        self, channels: int, context_dim: int, pooled_dim: int, num_labels: int = 0
-    ) -> None:
+    def check_fits(self, channels: int, context_dim: int, pooled_dim: int, num_labels: int) -> None:
         config, kind = self.transformer.config, _KINDS[self.name]
         if config["in_channels"] != channels:
             raise ValueError(

@@ -64,8 +64,9 @@ def check_lora(network: Any, trains_text: bool) -> None:
     """
     if not isinstance(network, str):
         raise ValueError(
-            "model.lora adapts a pretrained UNet, but model.network is the size of a new one: set "
-            "model.network to the folder or hub id of a model, or train without model.lora."
+            "model.lora adapts a pretrained UNet, but model.network is the size of a new one or "
+            "another class: set model.network to the folder or hub id of a model, or train without "
+            "model.lora."
         )
     if trains_text:
         raise ValueError(

@@ -397,7 +397,8 @@ class _Check:
             if several and node.value in several:
                 self._class(node, where, _base_of(hint))
                 return
-            if _names_class(hint) and node.tag != f"{_TAG}null":
+            sized = _names_class(hint) and dataclass_of(hint) is not None
+            if (sized or _is_class(hint)) and node.tag != f"{_TAG}null":
                 self.classes[where] = None  # a class, or a word for one, that is not looked up here
             self._scalar(node, options, where)
         elif isinstance(node, yaml.MappingNode) and (

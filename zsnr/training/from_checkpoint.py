@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from zsnr.checkpoints.checkpoint_file import KEY, check_allowed, open_checkpoint
 from zsnr.codecs import LatentCodec
@@ -26,7 +29,9 @@ _PLAIN = (str, int, float, bool, type(None))
 _BATCHES = ("image_size", "seed", "batch_size", "captions", "pixels")  # of the data module's state
 
 
-def checkpoint_config(path: Path, replaced: Collection[str] = ()) -> dict[str, Any]:
+def checkpoint_config(
+    path: Path, replaced: Collection[str] = (), named: str | None = None
+) -> dict[str, Any]:
     """Return what a checkpoint says of its model and data, as a config of plain values.
 
     The classes that it names are those of this package, or already imported by the user: the same
@@ -36,6 +41,8 @@ def checkpoint_config(path: Path, replaced: Collection[str] = ()) -> dict[str, A
         path: The checkpoint, a file or a folder of shards.
         replaced: Parts of the model that are left out, because others replace them: of codec,
             conditioner and network.
+        named: Import path of a network that the user names. If it is the checkpoint's, that is
+            built with the arguments that the checkpoint records.
 
     Returns:
         Settings by group. What the checkpoint does not say is left out.
@@ -62,10 +69,13 @@ def checkpoint_config(path: Path, replaced: Collection[str] = ()) -> dict[str, A
     settings = _mapping(_mapping(network).get("init_args")) if adapted else {}
     if adapted:
         model["lora"] = settings.get("lora")
-    if "network" not in replaced:
+    if named is not None and _mapping(network).get("class_path") == named:
+        importlib.import_module(named.rpartition(".")[0])
+        model["network"] = _component(path, network, nn.Module)
+    elif "network" not in replaced:
         check_allowed(path, network)
-        named = settings.get("pretrained")
-        model["network"] = named if adapted else _component(path, network, DiffusionNetwork)
+        source = settings.get("pretrained")
+        model["network"] = source if adapted else _component(path, network, DiffusionNetwork)
     loss = _mapping(facts.get("loss"))
     model["loss"] = {f.name: loss[f.name] for f in fields(LossWeighting) if f.name in loss}
     model |= {name: facts[name] for name in ("offset_noise", "caption_dropout") if name in facts}

@@ -409,7 +409,11 @@ def _with_checkpoint(command: str, settings: list[str]) -> list[str]:
     if path is None or path == "last":
         return settings  # the files say what the model is, and where its checkpoints are
     checkpoint = Path(resolve_model(path))
-    config = checkpoint_config(checkpoint, _replaced_parts(files, settings))
+    options = ("model.network", "model.network.class_path")
+    named = [value for name, value in option_values(settings) if name in options]
+    config = checkpoint_config(
+        checkpoint, _replaced_parts(files, settings), named[-1] if named else None
+    )
     text = yaml.safe_dump(config, sort_keys=False)
     return [f"--config={text}", *settings, f"--ckpt_path={checkpoint}"]
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from zsnr.untrusted import parse_object
 from zsnr.weights.header import open_safetensors, read_header
 from zsnr.weights.ldm_layout import Network, from_ldm, ldm_names, to_ldm
-from zsnr.weights.source import is_single_file
+from zsnr.weights.source import fetch_file, is_single_file
 
 Family = Literal["v1", "v2", "xl", "vae"]
 
@@ -93,8 +93,14 @@ class LdmFile:
 
 
 def default_part(source: str, subfolder: str | None, part: str) -> str | None:
-    """Return `subfolder`, or `part` if it is None and `source` is a file, which holds all parts."""
-    return part if subfolder is None and is_single_file(source) else subfolder
+    """Return `subfolder`, or `part` if it is None and `source` holds all parts of a model.
+
+    That is a single file, or a folder or hub id with a model_index.json.
+    """
+    if subfolder is not None:
+        return subfolder
+    whole = is_single_file(source) or fetch_file(source, "model_index.json") is not None
+    return part if whole else None
 
 
 def open_ldm_file(source: str | Path) -> LdmFile:
