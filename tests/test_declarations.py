@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from test_checkpoints import tiny_stable_diffusion
 
-from zsnr import NoiseSchedule
+from zsnr import NoiseSchedule, RectifiedFlow
 from zsnr.doctor.examine import examine
 from zsnr.interop import read_diffusers_folder
 from zsnr.interop.declarations import declares, read_declaration, settle
@@ -226,3 +226,15 @@ def test_folders_mean_the_same_to_both(folder, name, where, rescale, prediction_
     assert zero == (found.facts["snr_T"] == 0 or dropped)
     betas = (found.facts["schedule"]["beta_start"], found.facts["schedule"]["beta_end"])
     assert (model.schedule.beta_start, model.schedule.beta_end) == betas
+
+
+def test_an_adapter_of_flow_declares_flow():
+    own = {"prediction_type": "flow", "schedule": RectifiedFlow(3.0).settings()}
+    metadata = {
+        "modelspec.prediction_type": "flow",
+        "ss_zero_terminal_snr": "True",
+        "zsnr": json.dumps(own),
+    }
+    declared = declares({"lora_unet_x.lora_down.weight": (4, 4)}, metadata)
+    assert (declared.schedule, declared.prediction_type) == (RectifiedFlow(3.0), "flow")
+    assert not declared.contradictions

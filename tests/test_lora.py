@@ -643,6 +643,7 @@ def test_the_kohya_layout(stable, tmp_path):
         (768, "v_prediction", ("sd_v1", "False"), "stable-diffusion-v1/lora"),
         (1024, "v_prediction", ("sd_v2", "True"), "stable-diffusion-v2-768-v/lora"),
         (1024, "sample", ("sd_v2", "True"), "stable-diffusion-v2-512/lora"),
+        (768, "flow", ("sd_v1", "False"), "stable-diffusion-v1/lora"),
     ],
 )
 def test_versions_are_named(tmp_path, width, prediction_type, version, architecture):
@@ -655,6 +656,7 @@ def test_versions_are_named(tmp_path, width, prediction_type, version, architect
     assert (facts["ss_base_model_version"], facts["ss_v2"]) == version
     assert facts["modelspec.architecture"] == architecture
     assert facts["modelspec.resolution"] == "512x512"
+    assert ("ss_v_parameterization" in facts) == (prediction_type != "flow")
 
 
 XL = {

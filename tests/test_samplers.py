@@ -486,3 +486,18 @@ def test_every_sampler_keeps_the_signature():
 def test_wrong_grids_are_refused(sampler, grid):
     with pytest.raises(ValueError, match=r"wanted|descending"):
         run(sampler, torch.randn(1, 2), grid)
+
+
+def test_sampling_records_no_path_unless_asked():
+    weight = torch.tensor(0.5, requires_grad=True)
+
+    def denoiser(x_t, t):
+        return weight * x_t
+
+    x_T = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    assert not DDIM().sample(denoiser, NoiseSchedule(), x_T, trailing(3)).requires_grad
+    DDIM().sample(denoiser, NoiseSchedule(), x_T, trailing(3), with_grad=True).sum().backward()
+    assert weight.grad is not None
+    with torch.no_grad():
+        x_0 = DDIM().sample(denoiser, NoiseSchedule(), x_T, trailing(3), with_grad=True)
+    assert not x_0.requires_grad

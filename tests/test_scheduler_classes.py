@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import sys
 import types
 import warnings
@@ -12,7 +13,7 @@ import torch
 from zsnr import NoiseSchedule, RectifiedFlow
 from zsnr.cli import main
 from zsnr.doctor.examine import examine, fix
-from zsnr.interop import process_from_diffusers, schedule_from_diffusers
+from zsnr.interop import DiffusersScheduler, process_from_diffusers, schedule_from_diffusers
 from zsnr.interop.declared import SCHEDULERS
 from zsnr.interop.processes import EXPLODING, FLOWS, declare_flow
 from zsnr.metrics.brightness import retained_fraction
@@ -236,6 +237,8 @@ def test_solvers_with_flow_sigmas(judged, name):
         assert found.facts["first_sigma"] == pytest.approx(float(scheduler.sigmas[0]), abs=1e-6)
         assert found.facts["first_timestep"].get(S, 999) == scheduler.timesteps[0]
     assert schedule_from_diffusers(config) == RectifiedFlow(3.0)
+    adapter = DiffusersScheduler.from_config(config)
+    assert (adapter.schedule, adapter.prediction_type) == (RectifiedFlow(3.0), "flow")
     for wrong in ("epsilon", "v_prediction"):
         assert judged({**config, "prediction_type": wrong}).verdict == "inconsistent"
     warped = judged({**config, "use_karras_sigmas": True})  # up to the noise level of the betas
@@ -283,9 +286,12 @@ def test_solvers_with_flow_sigmas(judged, name):
         (
             {**FLOW, "use_karras_sigmas": True, "sigma_max": 80.0},
             "unreadable",
-            "sigma_max=80.0: wanted a number in (0, 1]",
+            "sigma_max=80.0: wanted a number of 1 at most",
         ),
         ({"_class_name": "EDMEulerScheduler", "sigma_max": 0}, "unreadable", "sigma_max=0"),
+        ({"_class_name": "EDMEulerScheduler", "sigma_max": 1e300}, "unreadable", "moderate size"),
+        ({"_class_name": "IPNDMScheduler", "trained_betas": [2.0, 0.1]}, "unknown", "not a number"),
+        ({"_class_name": "IPNDMScheduler", "trained_betas": [0.0, 0.1]}, "unknown", "next to none"),
     ],
 )
 def test_other_configs(judged, config, verdict, words):
@@ -294,6 +300,37 @@ def test_other_configs(judged, config, verdict, words):
     assert words in found.reason
     if verdict == "flawed" and "SNR_T = 1 / sigma^2" in found.reason:
         assert "no config setting repairs this" in found.changes[0]
+
+
+def test_mutated_configs_have_a_verdict(judged):
+    draw = random.Random(0)
+    wrong = [None, True, 0, -1, 1.5, 10**30, 1e300, math.nan, -math.inf, "", [], [1], {}, "v"]
+    good = {
+        "_class_name": [*VERDICTS],
+        "use_flow_sigmas": [True],
+        "use_karras_sigmas": [True],
+        "use_dynamic_shifting": [True],
+        "invert_sigmas": [True],
+        "prediction_type": ["flow_prediction", "v_prediction", "epsilon"],
+        "timestep_type": ["continuous"],
+        "sigma_max": [0.5, 700.0],
+        "num_train_timesteps": [2, 1000],
+        **{key: [1.0, 3.0] for key in ("shift", "flow_shift", "snr_shift_scale", "base_shift")},
+        "trained_betas": [[0.1, 0.9]],
+    }
+    for _ in range(300):
+        config = {}
+        for key in ("_class_name", *draw.sample(list(good), draw.randrange(1, 6))):
+            config[key] = draw.choice(good[key])
+            if key != "_class_name" and draw.random() < 0.3:
+                config[key] = draw.choice(wrong)
+        assert judged(config).verdict in (
+            "fixed",
+            "flawed",
+            "inconsistent",
+            "unknown",
+            "unreadable",
+        )
 
 
 def test_folders_and_fix(tmp_path, capsys):

@@ -19,11 +19,11 @@ def doctor(
     """Say what a model declares, and whether its noise schedule is flawed.
 
     The model is not loaded, and nothing in it is run. The verdict is the exit code. fixed (0): the
-    schedule ends at SNR 0, with v or sample prediction, and sampling starts there. flawed (1): the
-    schedule keeps signal at the last timestep. inconsistent (2): zero SNR with epsilon prediction,
-    a spacing that misses the last timestep, or a scheduler class that drops the rescale.
-    unknown or unreadable (3): the target does not declare enough or cannot be read, --fix cannot
-    fix the model, or the command is wrong.
+    schedule ends at SNR 0, with v, flow or sample prediction, and sampling starts there. flawed
+    (1): the schedule keeps signal at the last timestep. inconsistent (2): zero SNR with epsilon
+    prediction, a spacing that misses the last timestep, or a scheduler class that drops the
+    rescale. unknown or unreadable (3): the target does not declare enough or cannot be read, --fix
+    cannot fix the model, or the command is wrong.
 
     Args:
         target: A diffusers folder, a scheduler_config.json, a .safetensors file, a checkpoint or

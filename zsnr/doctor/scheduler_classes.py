@@ -23,6 +23,7 @@ from zsnr.doctor.diagnosis import (
     schedule_facts,
 )
 from zsnr.interop.processes import (
+    DeclaredFlow,
     declare_flow,
     largest_sigma,
     process_of,
@@ -40,6 +41,7 @@ _NO_SETTING = (
     "no config setting repairs this, since no sigma_max reaches SNR 0: only training on a schedule "
     "that ends there does, such as v prediction with zero terminal SNR or rectified flow"
 )
+_NOT_SAID = "cannot be told: SNR = 0 at its first step, but what the network predicts is not said"
 _PIPELINES = (
     "diffusers' own set_timesteps(S) applies the shift to its least sigma twice; its pipelines "
     "pass sigmas=linspace(1, 1/S, S) instead, which is zsnr's trailing"
@@ -105,27 +107,35 @@ def _examine_flow(
     }
     twice = flow.class_name.startswith(("FlowMatch", "LTX")) and flow.shift != 1
     texts = [_PIPELINES] if twice and flow.shift_range is None else []
-    said = f"{shift:g}" if isinstance(shift, float) else shift
-    verdict, reason = _judge_start(first)
-    reason = reason.replace("rectified flow", f"rectified flow, shift {said}")
-    change, declare_it = "", '"prediction_type": "flow_prediction", if the model predicts that'
-    if verdict == "inconsistent":
-        change = "another class, such as FlowMatchEulerDiscreteScheduler"
-        if flow.moved_by == "invert_sigmas":
-            reason += ", for networks of reversed time (invert_sigmas)"
-            change = '"invert_sigmas": false, unless the network was trained on reversed time'
-        elif flow.moved_by is not None:
-            change = f'"{flow.moved_by}": 1'
-    elif prediction == "epsilon":
-        verdict, change = "inconsistent", declare_it
-        reason = "rectified flow with epsilon prediction: eps has no x_0 at T"
-    elif prediction == "v_prediction":
-        verdict, change = "inconsistent", declare_it
-        reason = f"{flow.class_name} converts v with alpha^2 + sigma^2 = 1, which is not so on flow"
-    else:
+    verdict, reason, change = _judge_flow(flow, first, prediction, shift)
+    if verdict == "fixed":
         texts += _rounding(flow.class_name, first)
     changes = (f"{name}: {change}",) if change else ()
     return Diagnosis(target, kind, verdict, reason, facts, tuple(texts), changes)
+
+
+def _judge_flow(
+    flow: DeclaredFlow, first_sigma: float, prediction: str, shift: float | str
+) -> tuple[Verdict, str, str]:
+    """Return the verdict, the reason, and what to change in the config."""
+    verdict, reason = _judge_start(first_sigma)
+    said = f"{shift:g}" if isinstance(shift, float) else shift
+    reason = reason.replace("rectified flow", f"rectified flow, shift {said}")
+    if verdict == "inconsistent":
+        if flow.moved_by is None:
+            return verdict, reason, "another class, such as FlowMatchEulerDiscreteScheduler"
+        if flow.moved_by != "invert_sigmas":
+            return verdict, reason, f'"{flow.moved_by}": 1'
+        change = '"invert_sigmas": false, unless the network was trained on reversed time'
+        return verdict, f"{reason}, for networks of reversed time (invert_sigmas)", change
+    why = {
+        "epsilon": "rectified flow with epsilon prediction: eps has no x_0 at T",
+        "v_prediction": f"{flow.class_name} converts v as if alpha^2 + sigma^2 were 1 on flow",
+    }.get(prediction)
+    if why is None:
+        return verdict, reason, ""
+    change = '"prediction_type": "flow_prediction", if that is what the model predicts'
+    return "inconsistent", why, change
 
 
 def _judge_start(first_sigma: float) -> tuple[Verdict, str]:
@@ -165,10 +175,13 @@ def _examine_exploding(
     continuous = process_of(config) == "continuous"
     what = "continuous noise levels" if continuous else "variance-exploding"
     snr = sigma**-2
+    prediction = config.get("prediction_type")
+    if not isinstance(prediction, str | None):
+        raise ValueError(f"prediction_type={shown(prediction)}: wanted a name.")
     facts = {
         "scheduler": name,
         "judged_by": by,
-        "prediction_type": config.get("prediction_type"),
+        "prediction_type": prediction,
         "sigma_max": sigma,
         **level_facts(snr),
         **({"network_is_told": "0.25 log sigma"} if continuous else {}),
@@ -211,11 +224,13 @@ def _examine_class(
     if isinstance(measured, str):
         return _unknown(target, kind, config, measured)
     schedule, prediction = measured.schedule, measured.prediction_type
+    if not abs(measured.alpha) < 1e6 * measured.sigma:  # nor of NaN
+        reason = "cannot be told: the noise of its first step is not a number, or next to none"
+        return _unknown(target, kind, config, reason)
+    snr = (measured.alpha / measured.sigma) ** 2
     notes, changes = list(measured.notes), list[str]()
     verdict: Verdict
-    snr = (measured.alpha / measured.sigma) ** 2 if measured.sigma else math.inf
     if schedule is not None:
-        snr = float(schedule.snr[-1])
         known = prediction or ("epsilon" if snr else None)
         if known is None:
             verdict, reason = "unknown", _NOT_SAID
@@ -237,7 +252,7 @@ def _examine_class(
         exploding = schedule is None and measured.alpha == 1
         changes.append(_NO_SETTING if exploding else TRAIN)
     elif verdict == "inconsistent":
-        changes.append("another scheduler class, such as DDIMScheduler with trailing timesteps")
+        changes.append("another scheduler class, whose first step is pure noise")
     facts = {
         "scheduler": config["_class_name"],
         "judged_by": measured.by,
@@ -247,9 +262,6 @@ def _examine_class(
         "first_timestep": dict(measured.starts),
     }
     return Diagnosis(target, kind, verdict, reason, facts, tuple(notes), tuple(changes))
-
-
-_NOT_SAID = "cannot be told: SNR = 0 at its first step, but what the network predicts is not said"
 
 
 def _unknown(target: str, kind: str, config: Mapping[str, Any], reason: str) -> Diagnosis:
@@ -325,19 +337,18 @@ def _is_moderate(value: Any) -> bool:
 def _starts(scheduler: Any, name: str, counts: Iterable[int]) -> tuple[dict[int, float], Tensor]:
     """Return the noisiest timestep by step count, and the last grid."""
     starts, error = dict[int, float](), None
-    for S in (*counts, 2):
-        if S == 2 and starts and 2 not in counts:
-            break
-        try:
-            scheduler.set_timesteps(S)
-        except Exception as refused:  # some classes support few step counts
-            error = refused
-            continue
-        grid = torch.as_tensor(scheduler.timesteps)
-        starts[S] = float(grid.max() if _inverse(name) else grid[0])
-    if not starts:
-        raise ValueError(str(error)) from error
-    return starts, grid
+    for tried in (counts, (2,)):  # some classes support few step counts
+        for S in tried:
+            try:
+                scheduler.set_timesteps(S)
+            except Exception as refused:
+                error = refused
+                continue
+            grid = torch.as_tensor(scheduler.timesteps)
+            starts[S] = float(grid.max() if _inverse(name) else grid[0])
+        if starts:
+            return starts, grid
+    raise ValueError(str(error)) from error
 
 
 def _inverse(name: str) -> bool:

@@ -16,7 +16,7 @@ from typing import Any, TypeGuard, cast, get_args
 
 from zsnr.interop.ldm_yaml import LdmYaml, read_beside
 from zsnr.prediction import PredictionType
-from zsnr.schedule import NoiseSchedule, Schedule
+from zsnr.schedule import NoiseSchedule, RectifiedFlow, Schedule, schedule_from_settings
 from zsnr.untrusted import parse_object
 from zsnr.weights.header import Header, read_header, read_schedule
 
@@ -76,7 +76,7 @@ class Declaration:
     family: str | None
     adapter: str | None
     prediction_type: PredictionType | None
-    schedule: NoiseSchedule | None
+    schedule: NoiseSchedule | RectifiedFlow | None
     said_by: dict[str, str] = field(default_factory=dict)
     contradictions: tuple[str, ...] = ()
     marks: dict[str, bool] = field(default_factory=dict)
@@ -260,7 +260,7 @@ def _schedule(
     metadata: Mapping[str, str],
     beside: LdmYaml | None,
     table: NoiseSchedule | None,
-) -> NoiseSchedule:
+) -> NoiseSchedule | RectifiedFlow:
     """Return the most exact of the declared schedules that ends as the declaration says."""
     if table is not None and is_stable_diffusions(table):
         table = None  # its name is more exact than a stored table
@@ -289,11 +289,11 @@ def _own(metadata: Mapping[str, str]) -> dict[str, Any]:
         return {}
 
 
-def _own_schedule(metadata: Mapping[str, str]) -> NoiseSchedule | None:
+def _own_schedule(metadata: Mapping[str, str]) -> NoiseSchedule | RectifiedFlow | None:
     text = metadata.get("zsnr.schedule")
     try:
         settings = _own(metadata).get("schedule") if text is None else json.loads(text)
-        return NoiseSchedule.from_settings(settings) if isinstance(settings, dict) else None
+        return schedule_from_settings(settings) if isinstance(settings, dict) else None
     except (ValueError, TypeError, RecursionError):
         return None
 

@@ -32,7 +32,7 @@ from zsnr.interop.scheduler_config import scheduler_config
 from zsnr.interop.single_file import read_single_file
 from zsnr.lora import is_adapted
 from zsnr.prediction import PredictionType
-from zsnr.schedule import NoiseSchedule, schedule_from_settings
+from zsnr.schedule import Schedule, schedule_from_settings
 from zsnr.weights.ldm_layout import from_ldm, ldm_names
 from zsnr.weights.pretrained import Precision, as_dtype, cast_weight, read_config
 from zsnr.weights.source import is_single_file, local_path
@@ -71,8 +71,8 @@ def export_diffusers(
     check_new(folder)
     stored = as_dtype(dtype)
     check_exportable(describe_model(model))
-    config = scheduler_config(model.schedule, model.prediction_type)
-    scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
+    declared = scheduler_config(model.schedule, model.prediction_type)
+    scheduler = getattr(diffusers, declared["_class_name"]).from_config(declared)
     pipeline = _pipeline(model, scheduler, stored)
     with new_folder(folder) as beside:
         pipeline.save_pretrained(beside, safe_serialization=True)
@@ -97,7 +97,7 @@ def read_exportable(
     base: str | None = None,
     merged: bool = False,
     form: Form = "diffusers",
-    schedule: NoiseSchedule | None = None,
+    schedule: Schedule | None = None,
     prediction_type: PredictionType | None = None,
 ) -> tuple[Model, dict[str, Any]]:
     """Read a model to export, and the facts about it.

@@ -145,12 +145,13 @@ def _facts(model: Model, title: str) -> dict[str, str]:
         "prediction_type": model.prediction_type,
         "schedule": model.schedule.settings(),
     }
+    flow = model.prediction_type == "flow"  # neither v nor epsilon, which the flag tells apart
     facts = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.title": title,
         "modelspec.resolution": f"{model.image_size}x{model.image_size}",
         "modelspec.prediction_type": "v" if _has_v(model) else model.prediction_type,
-        "ss_v_parameterization": str(_has_v(model)),
+        **({} if flow else {"ss_v_parameterization": str(_has_v(model))}),
         "ss_zero_terminal_snr": str(float(model.schedule.snr[-1]) == 0),
         "zsnr": json.dumps(declared),
     }

@@ -303,8 +303,8 @@ def _first_sigma(
         return None, None  # the solvers warp the noise levels of their betas
     largest = config.get("sigma_max")
     if warp is not None and largest is not None:
-        if not is_real(largest) or not 0 < largest <= 1:
-            raise ValueError(f"sigma_max={shown(largest)}: wanted a number in (0, 1].")
+        if not is_real(largest) or not 1e-6 <= largest <= 1:
+            raise ValueError(f"sigma_max={shown(largest)}: wanted a number of 1 at most.")
         return float(largest), "sigma_max" if largest < 1 else None
     return cls.first_sigma(T, shift), None
 
@@ -326,7 +326,7 @@ def largest_sigma(config: Mapping[str, Any]) -> float | None:
     None = the config does not say: the class takes it from its betas.
 
     Raises:
-        ValueError: It is not a positive number.
+        ValueError: It is not a positive number of moderate size.
     """
     cls = EXPLODING.get(config["_class_name"])
     value = config.get("sigma_max")
@@ -334,7 +334,9 @@ def largest_sigma(config: Mapping[str, Any]) -> float | None:
         return None if cls is None else cls.sigma_max
     if cls is None and not any(config.get(key) is True for key in _WARPS):
         return None  # without a warp the class ignores the key
-    return positive("sigma_max", value)
+    if not is_real(value) or not 1e-6 <= value <= 1e9:
+        raise ValueError(f"sigma_max={shown(value)}: wanted a positive number of moderate size.")
+    return float(value)
 
 
 def starts_of_exploding(

@@ -232,6 +232,7 @@ class Sampler:
         *,
         randn_like: RandnLike = torch.randn_like,
         callback: Callback | None = None,
+        with_grad: bool = False,
     ) -> Tensor:
         """Sample x_0 from x_T.
 
@@ -243,6 +244,8 @@ class Sampler:
             randn_like: Source of noise, called once for every step that needs it.
             callback: Called after step i with (i, t, x_0, x_s): the step's timestep, the
                 prediction, and the resulting state. It may return `Changed`.
+            with_grad: Record the path for a backward pass, which keeps the activations of every
+                network call. False = torch.no_grad().
 
         Returns:
             x_0, (B, *), in x_T's dtype; the loop itself uses at least float32.
@@ -254,6 +257,17 @@ class Sampler:
         """
         check_denoiser(denoiser, schedule)
         plan = self.plan(schedule, timesteps, guidance_of(denoiser))
+        with torch.set_grad_enabled(with_grad and torch.is_grad_enabled()):
+            return self._run(plan, denoiser, x_T, randn_like, callback)
+
+    def _run(
+        self,
+        plan: Plan,
+        denoiser: DenoiserFunction,
+        x_T: Tensor,
+        randn_like: RandnLike,
+        callback: Callback | None,
+    ) -> Tensor:
         state = self.begin(plan, x_T)
         t_rows = torch.tensor(plan.timesteps, device=x_T.device)
         t_rows = t_rows.view(-1, 1).repeat(1, len(x_T))
