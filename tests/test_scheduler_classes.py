@@ -118,7 +118,7 @@ def test_every_class_of_diffusers_has_a_verdict():
     assert found == {*VERDICTS} - {"DPMSolverSDEScheduler"}  # which needs torchsde
 
 
-@pytest.mark.parametrize("name", VERDICTS)
+@pytest.mark.parametrize("name", sorted(VERDICTS))
 def test_the_verdict_of_every_class_by_its_defaults(judged, name):
     found = judged({"_class_name": name})
     assert (found.verdict, found.facts["scheduler"]) == (VERDICTS[name], name)
