@@ -380,7 +380,7 @@ def test_it_is_switched_for_another_class_and_back(scheduler):
     )
     assert changed.prediction_type == "v_prediction"
     assert changed.schedule.zero_terminal_snr
-    assert changed.config.clip_sample is False
+    assert changed.config.clip_sample is plain.config.clip_sample is True  # for the way back
     with pytest.raises(TypeError, match="no option 'samplr'"):
         DiffusersScheduler.from_config(plain.config, samplr="ddim")
     _, unused = DiffusersScheduler.from_config(

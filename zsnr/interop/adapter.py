@@ -19,6 +19,7 @@ from torch import Tensor
 
 from zsnr.interop.scheduler_settings import (
     BETA_KEYS,
+    UNUSED_KEYS,
     describe_schedule,
     read_prediction_type,
     read_schedule,
@@ -190,6 +191,7 @@ class DiffusersScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         hidden = {k: v for k, v in values.items() if k not in scheduler.config}
         hidden.pop("_use_default_values", None)
         registered = {**scheduler.config, **hidden}
+        registered |= {key: values[key] for key in UNUSED_KEYS if key in values}
         if "_use_default_values" not in config:  # a saved config holds every value
             del registered["_use_default_values"]
         if "_class_name" in hidden:

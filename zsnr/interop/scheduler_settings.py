@@ -23,6 +23,8 @@ BETA_KEYS = (
     "trained_betas",
     "rescale_betas_zero_snr",
 )
+# What other classes do beside the schedule, and this package's samplers do not.
+UNUSED_KEYS = ("clip_sample", "set_alpha_to_one", "steps_offset", "thresholding")
 _FLOW_WARPS = (
     *("invert_sigmas", "shift_terminal", "stochastic_sampling"),
     *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"),
@@ -59,7 +61,8 @@ def read_schedule(
         config = {**config, "trained_betas": betas.tolist()}
     if exact is not None:
         described = schedule_from_settings(exact)
-        same = all(config.get(k, v) == v for k, v in describe_schedule(described).items())
+        written = describe_schedule(described).items()
+        same = all(config.get(k, v) == v for k, v in written if k not in UNUSED_KEYS)
         if same and zero_terminal_snr is None:
             return described
     config = _with_class(config)
