@@ -211,6 +211,10 @@ def test_a_network_is_described_by_what_it_was_built_with():
         "class_path": f"{__name__}.Listed",
         "init_args": {"width": 4},
     }
+    plain = DiffusionNetwork()
+    assert describe_network(plain)["init_args"] == {}
+    record_arguments(plain, {"width": 3})
+    assert describe_network(plain)["init_args"] == {"width": 3}
     for arguments in ({"a": nn.SiLU()}, {"a": [{"class_path": "b.C"}]}):
         record_arguments(own, arguments)
         assert describe_network(own) == described

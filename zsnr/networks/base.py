@@ -27,9 +27,6 @@ class DiffusionNetwork(nn.Module):
     Any other nn.Module with this forward pass is trained and sampled as well. A class derived from
     this one can replace the defaults below, and is built again from a checkpoint once its module
     is imported, without being named.
-
-    Attributes:
-        takes_sizes: Whether it needs Conditioning.sizes.
     """
 
     @property
@@ -38,8 +35,11 @@ class DiffusionNetwork(nn.Module):
         return False
 
     def settings(self) -> dict[str, Any]:
-        """Return the constructor arguments that recreate this network, as plain values."""
-        return {}
+        """Return the constructor arguments that recreate this network, as plain values.
+
+        By default those that a config built it with.
+        """
+        return dict(getattr(self, _ARGUMENTS, {}))
 
     def blocks(self) -> list[nn.Module]:
         """Return the blocks in order of the forward pass, to shard or compile separately."""
