@@ -255,14 +255,14 @@ def test_a_changed_state_is_not_corrected():
 
 
 @pytest.mark.parametrize(
-    ("returned", "error", "words"),
+    ("returned", "words"),
     [
-        (torch.ones(1, 2), TypeError, "returned a Tensor: wanted None, or a zsnr.samplers.Changed"),
-        (Changed(x_s=torch.ones(3)), ValueError, r"changed x_s to the shape \(3,\): wanted \(1, 2"),
+        (torch.ones(1, 2), "returned a Tensor: wanted None, or a zsnr.samplers.Changed"),
+        (Changed(x_s=torch.ones(3)), r"changed x_s to the shape \(3,\): wanted \(1, 2"),
     ],
 )
-def test_what_a_callback_must_not_return(returned, error, words):
-    with pytest.raises(error, match=words):
+def test_what_a_callback_must_not_return(returned, words):
+    with pytest.raises(ValueError, match=words):
         get_sampler("ddim").sample(
             *(GaussianDenoiser(SCHEDULE, 0.0, 1.0), SCHEDULE, torch.ones(1, 2), trailing(3)),
             callback=lambda *_: returned,

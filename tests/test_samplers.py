@@ -17,6 +17,7 @@ from zsnr import (
     Euler,
     EulerAncestral,
     GaussianDenoiser,
+    InpaintingDenoiser,
     Multiscale,
     NoiseSchedule,
     SampleNoise,
@@ -396,6 +397,30 @@ def test_another_schedule_than_the_denoisers_is_refused():
         for sampler in SAMPLERS:
             with pytest.raises(ValueError, match="wanted the same schedule"):
                 sampler.sample(denoiser, SCHEDULE, torch.randn(1, 2), trailing(5))
+
+
+class PredictsV(torch.nn.Module):
+    def forward(self, x_t, t, conditioning=None):
+        return x_t
+
+
+@pytest.mark.parametrize(
+    ("network", "words"),
+    [
+        (PredictsV(), r"PredictsV is a network, but samplers take a denoiser .*Denoiser\(network"),
+        (torch.compile(PredictsV()), "is a network"),
+        (lambda x_t, t, conditioning: x_t, r"cannot be called with \(x_t, t\): wanted a denoiser"),
+        (EmpiricalDenoiser(SCHEDULE, torch.ones(1, 2)).network, "network cannot be called with"),
+        (torch.ones(1), "Tensor cannot be called"),
+    ],
+    ids=["module", "compiled", "function", "method", "tensor"],
+)
+def test_a_network_is_no_denoiser(network, words):
+    for sampler in SAMPLERS:
+        with pytest.raises(ValueError, match=words):
+            sampler.sample(network, SCHEDULE, torch.ones(1, 2), trailing(2))
+    with pytest.raises(ValueError, match=words):
+        InpaintingDenoiser(network, SCHEDULE, torch.ones(1, 2), torch.tensor([True, False]))
 
 
 def test_samplers_are_frozen_values():

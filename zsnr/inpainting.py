@@ -9,7 +9,7 @@ from torch import Tensor
 
 from zsnr.denoiser import TimestepDenoiser
 from zsnr.guidance_methods import share
-from zsnr.samplers.base import DenoiserFunction, check_schedule, guidance_of
+from zsnr.samplers.base import DenoiserFunction, check_denoiser, guidance_of
 from zsnr.schedule import Schedule
 
 
@@ -39,8 +39,8 @@ class InpaintingDenoiser:
         corrections: Number of corrections of each prediction. 0 = plain replacement.
 
     Raises:
-        ValueError: `unknown` is not boolean, the number of corrections is negative, or the denoiser
-            declares another schedule.
+        ValueError: `unknown` is not boolean, the number of corrections is negative, a network takes
+            the denoiser's place, or the denoiser declares another schedule.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class InpaintingDenoiser:
             )
         if type(corrections) is not int or corrections < 0:
             raise ValueError(f"corrections={corrections!r}: wanted 0 or more.")
-        check_schedule(denoiser, schedule)
+        check_denoiser(denoiser, schedule)
         self.denoiser, self.schedule, self.guidance = denoiser, schedule, guidance_of(denoiser)
         self.known, self.unknown, self.corrections = known, unknown, corrections
 

@@ -107,8 +107,9 @@ class DiffusersScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if schedule is None:
             schedule = NoiseSchedule()
             if "trained_betas" in given:
-                given.setdefault("rescale_betas_zero_snr", False)
-            schedule = read_schedule({**describe_schedule(schedule), **given}, schedule.settings())
+                given = {"rescale_betas_zero_snr": False, **given}
+            if given:
+                schedule = read_schedule({**describe_schedule(schedule), **given})
         if prediction_type is None:
             prediction_type = "flow" if isinstance(schedule, RectifiedFlow) else "v_prediction"
         check_prediction_type(prediction_type, schedule)

@@ -240,13 +240,6 @@ def declare(config: Mapping[str, Any]) -> Declared:
             not accept a value.
     """
     name = config.get("_class_name", "DDIMScheduler")
-    if name == "DiffusersScheduler":  # of this package: its config is one of DDIM, and more
-        if config.get("beta_schedule") is None or "snr_shift_scale" in config:
-            raise ValueError(
-                "DiffusersScheduler was saved with a flow or a shifted schedule: wanted one that "
-                "betas describe."
-            )
-        name = "DDIMScheduler"
     match process_of(config):
         case "flow":
             raise ValueError(f"{name} is rectified flow, which has no schedule of betas.")
@@ -318,6 +311,7 @@ def process_from_diffusers(
         ValueError: The class or beta_schedule is unknown or has no schedule on timesteps, a value
             is invalid, or the shift depends on the size of the image.
     """
+    config = as_diffusers(config)
     if process_of(config) == "flow":
         return declare_flow(config).process()
     declared = declare(config)
@@ -336,7 +330,15 @@ def index_class(index: Mapping[str, Any]) -> str | None:
 def with_class_of(index: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a scheduler's config with the class that model_index.json names, if it names one."""
     name = index_class(index)
-    return dict(config) if name is None else {**config, "_class_name": name}
+    return as_diffusers(config if name is None else {**config, "_class_name": name})
+
+
+def as_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a scheduler's config, that of this package's adapter as one of diffusers' classes."""
+    if config.get("_class_name") != "DiffusersScheduler":
+        return dict(config)
+    flow = "shift" in config and "beta_schedule" not in config
+    return {**config, "_class_name": "FlowMatchEulerDiscreteScheduler" if flow else "DDIMScheduler"}
 
 
 def rescaled(schedule: NoiseSchedule) -> NoiseSchedule:

@@ -1,12 +1,10 @@
 """Samplers: one registry, one protocol, one x_0-safe step."""
 
 from zsnr.samplers.base import Changed, Sampler
-from zsnr.samplers.ddim import DDIM
-from zsnr.samplers.ddpm import DDPM
+from zsnr.samplers.ddim import DDIM, DDPM, Euler, EulerAncestral
 from zsnr.samplers.deis import DEIS
 from zsnr.samplers.dpmpp import DPMpp2M, DPMpp2MSDE, DPMpp3M
 from zsnr.samplers.er_sde import ERSDE
-from zsnr.samplers.euler import Euler, EulerAncestral
 from zsnr.samplers.heun import Heun
 from zsnr.samplers.ipndm import IPNDM
 from zsnr.samplers.multiscale import Multiscale

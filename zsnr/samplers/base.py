@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from itertools import pairwise
 from typing import ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zsnr.denoiser import TimestepDenoiser
 from zsnr.guidance import Guidance
@@ -248,10 +249,10 @@ class Sampler:
 
         Raises:
             ValueError: The grid is not a descending list of the schedule's timesteps, the denoiser
-                declares another schedule, or a changed tensor has another shape.
-            TypeError: The callback returns something else.
+                declares another schedule, a network takes the denoiser's place, or the callback
+                returns something else, or a tensor of another shape.
         """
-        check_schedule(denoiser, schedule)
+        check_denoiser(denoiser, schedule)
         plan = self.plan(schedule, timesteps, guidance_of(denoiser))
         state = self.begin(plan, x_T)
         t_rows = torch.tensor(plan.timesteps, device=x_T.device)
@@ -288,7 +289,7 @@ class Sampler:
 def _check_changed(changed: object, x_s: Tensor) -> None:
     """Refuse what a callback must not return."""
     if not isinstance(changed, Changed):
-        raise TypeError(
+        raise ValueError(
             f"The callback returned a {type(changed).__name__}: wanted None, or a "
             "zsnr.samplers.Changed of x_0 or x_s."
         )
@@ -399,18 +400,46 @@ def _is_ddim(call: Call) -> bool:
     return len(step.a) == 1 and step.c == 0 and not step.e
 
 
-def check_schedule(denoiser: DenoiserFunction, schedule: Schedule) -> None:
-    """Refuse a denoiser that was made for another schedule.
+def check_denoiser(denoiser: DenoiserFunction, schedule: Schedule) -> None:
+    """Refuse a network in the place of a denoiser, and a denoiser of another schedule.
 
     Raises:
-        ValueError: `denoiser.schedule` differs from `schedule`.
+        ValueError: It is a module, whose output may be anything; it cannot be called with (x_t, t);
+            or `denoiser.schedule` differs from `schedule`.
     """
+    if not isinstance(denoiser, TimestepDenoiser):
+        if isinstance(denoiser, nn.Module):
+            raise ValueError(
+                f"{type(denoiser).__name__} is a network, but samplers take a denoiser (x_t, t) -> "
+                'x_0. Wrap it: Denoiser(network, schedule, "v_prediction"), or whatever it '
+                "predicts; if its output is x_0, lambda x_t, t: network(x_t, t)."
+            )
+        if not _takes_two(denoiser):
+            name = getattr(denoiser, "__name__", type(denoiser).__name__)
+            raise ValueError(
+                f"{name} cannot be called with (x_t, t): wanted a denoiser (x_t, t) -> x_0. If it "
+                'is a network, wrap it: Denoiser(network, schedule, "v_prediction"), or whatever '
+                "it predicts."
+            )
     declared = getattr(denoiser, "schedule", schedule)
     if declared != schedule:
         raise ValueError(
             f"The denoiser was made for {declared}, but the sampler got {schedule}: wanted the "
             "same schedule."
         )
+
+
+def _takes_two(function: object) -> bool:
+    """Whether a function can be called with two arguments, as far as its signature says."""
+    if not callable(function):
+        return False
+    try:
+        inspect.signature(function).bind(None, None)
+    except TypeError:
+        return False
+    except ValueError:  # it has no signature
+        return True
+    return True
 
 
 def guidance_of(denoiser: DenoiserFunction) -> Guidance | None:
