@@ -10,6 +10,7 @@ from zsnr.networks.base import (
     record_arguments,
     takes_sizes,
 )
+from zsnr.networks.pretrained import network_folder, read_network
 from zsnr.networks.transformer import Transformer
 from zsnr.networks.unet import UNet, UNetConfig
 
@@ -23,6 +24,8 @@ __all__ = [
     "describe_network",
     "enable_gradient_checkpointing",
     "inputs_of",
+    "network_folder",
+    "read_network",
     "record_arguments",
     "takes_sizes",
 ]
