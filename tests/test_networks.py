@@ -14,6 +14,7 @@ from zsnr.networks import (
     UNet,
     UNetConfig,
     blocks_of,
+    check_network,
     compile_blocks,
     describe_network,
     enable_gradient_checkpointing,
@@ -163,6 +164,20 @@ def test_any_module_has_blocks():
     assert blocks_of(listed := Listed()) == [listed.only]
     unet = new()
     assert blocks_of(unet) == [*unet.unet.down_blocks, unet.unet.mid_block, *unet.unet.up_blocks]
+
+
+def test_what_is_no_network_is_refused():
+    class Backwards(nn.Linear):
+        def forward(self, x_t, t):
+            return x_t
+
+    check_network(tiny.Own())
+    with pytest.raises(
+        ValueError, match=r"Backwards: forward\(x_t, t\) cannot be .* forward\(x_t, t"
+    ):
+        check_network(Backwards(2, 2))
+    with pytest.raises(ValueError, match=r"ListedNothing has no parameters to train"):
+        check_network(type("ListedNothing", (DiffusionNetwork,), {"forward": lambda *_: None})())
 
 
 def test_any_network_recomputes_its_activations():

@@ -3,6 +3,7 @@
 from zsnr.networks.base import (
     DiffusionNetwork,
     blocks_of,
+    check_network,
     compile_blocks,
     describe_network,
     enable_gradient_checkpointing,
@@ -20,6 +21,7 @@ __all__ = [
     "UNet",
     "UNetConfig",
     "blocks_of",
+    "check_network",
     "compile_blocks",
     "describe_network",
     "enable_gradient_checkpointing",

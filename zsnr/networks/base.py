@@ -5,6 +5,7 @@ A network is any nn.Module with forward(x_t (B, *), t (B,), conditioning) -> (B,
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -65,6 +66,25 @@ class DiffusionNetwork(nn.Module):
         Raises:
             ValueError: One does not fit.
         """
+
+
+def check_network(network: nn.Module) -> None:
+    """Refuse a module that cannot be called as a network, or has nothing to train.
+
+    Raises:
+        ValueError: Its forward pass takes other arguments, or it has no parameters.
+    """
+    name = class_path(network)
+    signature = inspect.signature(network.forward)
+    try:
+        signature.bind("x_t", "t", "conditioning")
+    except TypeError as error:
+        raise ValueError(
+            f"{name}: forward{signature} cannot be called with three arguments: wanted "
+            "forward(x_t, t, conditioning)."
+        ) from error
+    if not _count(network):
+        raise ValueError(f"{name} has no parameters to train.")
 
 
 def inputs_of(codec: LatentCodec, conditioner: Conditioner) -> dict[str, int]:

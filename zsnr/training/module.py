@@ -33,6 +33,7 @@ from zsnr.networks import (
     UNet,
     UNetConfig,
     blocks_of,
+    check_network,
     compile_blocks,
     enable_gradient_checkpointing,
     inputs_of,
@@ -871,6 +872,7 @@ def _new_network(
     if isinstance(network, DiffusionNetwork):
         network.check_fits(**wanted)
     if isinstance(network, nn.Module):
+        check_network(network)
         return network
     if lora is not None:
         assert isinstance(network, str)
