@@ -14,12 +14,13 @@ import tiny
 import torch
 import yaml
 from faulty_server import Fault, FaultyServer
+from lightning.pytorch import Trainer
 from PIL import Image
 from ranks import Command
 
 from zsnr.cli import main
-from zsnr.codecs import AutoencoderKLCodec
-from zsnr.conditioning import TransformersConditioner
+from zsnr.codecs import AutoencoderKLCodec, PixelCodec
+from zsnr.conditioning import ClassLabels, TransformersConditioner
 from zsnr.data.buckets import AspectBuckets
 from zsnr.data.caption_tags import Tags
 from zsnr.data.captions import Captions
@@ -30,7 +31,7 @@ from zsnr.data.local_cache import LocalCache
 from zsnr.data.openmoji import write_openmoji_shards
 from zsnr.data.sources import Source
 from zsnr.data.storage import Retries, StorageError
-from zsnr.training import DataModule
+from zsnr.training import DataModule, LatentDiffusion
 
 QUICK = Retries(attempts=4, backoff=0.01, timeout=0.5, outage=0.0)
 
@@ -610,6 +611,36 @@ def test_storage_that_fails_for_good_stops_fit_with_one_line(cached, capfd, work
     assert "secret" not in printed
     failed = f"zsnr: error: {server.url('00000.tar')} failed 2 times, the last time with HTTP 500: "
     assert next(line for line in printed.splitlines() if "error" in line).startswith(failed)
+
+
+def test_class_labels_are_cached_exactly(tmp_path):
+    captions = tiny.write_captions(tmp_path / "shards", ["257", "", "3"])
+    config = {
+        "model": {
+            "codec": {"class_path": "PixelCodec", "init_args": {"patch_size": 2}},
+            "conditioner": {"class_path": "ClassLabels", "init_args": {"num_classes": 1000}},
+            "network": {"class_path": "tiny.Own"},
+        },
+        "data": {"train": str(captions), "image_size": 16, "batch_size": 3, "num_workers": 0},
+    }
+    (tmp_path / "labels.yaml").write_text(yaml.safe_dump(config))
+    cache = ["data", "cache", "-c", str(tmp_path / "labels.yaml"), "--text", "--dtype", "bfloat16"]
+    assert main([*cache, "--output", str(tmp_path / "cache")]) == 0
+    source = DataModule(str(tmp_path / "cache"), image_size=16, batch_size=3, num_workers=0)
+    net = LatentDiffusion(PixelCodec(2), ClassLabels(1000), tiny.Own(), image_size=16)
+    seen = []
+    net.trained["unet"].register_forward_hook(lambda _, given, out: seen.append(given[2].labels))
+    Trainer(
+        accelerator="cpu",
+        max_steps=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        use_distributed_sampler=False,
+        default_root_dir=tmp_path,
+    ).fit(net, datamodule=source)
+    assert set(seen[0].tolist()) <= {257, 1000, 3}
+    assert 257 in seen[0].tolist()
 
 
 def test_previews_from_a_cache_encode_their_prompts_once(cached, monkeypatch):

@@ -295,7 +295,7 @@ def test_the_network_of_the_tutorial_trains_from_its_yaml(run, monkeypatch):
     monkeypatch.chdir(run)
     example = next(block for block in blocks("yaml") if block.page.name == "own-network.md")
     Path("mine.yaml").write_text(example.code)
-    few = ["--trainer.max_steps", "3", "--trainer.enable_progress_bar", "false"]
+    few = ["--max-steps=3", "--trainer.enable_progress_bar=false", "--trainer.logger=false"]
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         assert main(["fit", "-c", "mine.yaml", *few]) == 0
         words = next(line for _, line in zsnr_lines() if line[:2] == ["sample", "runs/mine"])

@@ -14,6 +14,7 @@ from zsnr.networks import (
     UNet,
     UNetConfig,
     blocks_of,
+    check_network,
     compile_blocks,
     describe_network,
     enable_gradient_checkpointing,
@@ -165,6 +166,20 @@ def test_any_module_has_blocks():
     assert blocks_of(unet) == [*unet.unet.down_blocks, unet.unet.mid_block, *unet.unet.up_blocks]
 
 
+def test_what_is_no_network_is_refused():
+    class Backwards(nn.Linear):
+        def forward(self, x_t, t):
+            return x_t
+
+    check_network(tiny.Own())
+    with pytest.raises(
+        ValueError, match=r"Backwards: forward\(x_t, t\) cannot be .* forward\(x_t, t"
+    ):
+        check_network(Backwards(2, 2))
+    with pytest.raises(ValueError, match=r"ListedNothing has no parameters to train"):
+        check_network(type("ListedNothing", (DiffusionNetwork,), {"forward": lambda *_: None})())
+
+
 def test_any_network_recomputes_its_activations():
     torch.manual_seed(0)
     own = tiny.Own()
@@ -211,6 +226,10 @@ def test_a_network_is_described_by_what_it_was_built_with():
         "class_path": f"{__name__}.Listed",
         "init_args": {"width": 4},
     }
+    plain = DiffusionNetwork()
+    assert describe_network(plain)["init_args"] == {}
+    record_arguments(plain, {"width": 3})
+    assert describe_network(plain)["init_args"] == {"width": 3}
     for arguments in ({"a": nn.SiLU()}, {"a": [{"class_path": "b.C"}]}):
         record_arguments(own, arguments)
         assert describe_network(own) == described

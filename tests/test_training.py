@@ -921,8 +921,9 @@ def test_settings_that_a_dataset_of_ones_own_does_not_have_are_refused():
             ValueError, match=r"has no effect on data\.train, a dataset of your own"
         ):
             DataModule(tiny.Items([{}]), image_size=16, **options)
-    for wrong in ([], type("Stream", (torch.utils.data.IterableDataset,), {})()):
-        source = DataModule(tiny.Items(wrong) if wrong == [] else wrong, image_size=16)
+    endless = type("Endless", (torch.utils.data.IterableDataset,), {"__iter__": iter})
+    for wrong in (tiny.Items([]), endless()):
+        source = DataModule(wrong, image_size=16)
         with pytest.raises(ValueError, match="has no items|has no length: wanted a map-style"):
             source.setup("fit")
 

@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file
 
 from zsnr import Guidance, RectifiedFlow
 from zsnr.codecs import AutoencoderKLCodec
 from zsnr.conditioning import SD3Conditioner, TransformersConditioner
+from zsnr.lora import LoRA
 from zsnr.networks import Transformer
 from zsnr.pipeline import TextToImage
+from zsnr.training import LatentDiffusion
 
 PROMPTS, SEEDS = ["A cat ", "dog"], (5, 6)
 
@@ -136,3 +139,18 @@ def test_a_folder_of_all_parts_needs_no_subfolder(tmp_path):
     assert conditioners[0].settings() == conditioners[1].settings()
     encoded = [conditioner(["a cat"]) for conditioner in conditioners]
     assert torch.equal(encoded[0].context, encoded[1].context)
+
+
+def test_training_starts_from_the_transformer_of_a_folder(tmp_path):
+    tiny.pixart_folder(tmp_path)
+    source = str(tmp_path)
+    codec, text = AutoencoderKLCodec(source), TransformersConditioner(source, lowercase=True)
+    net = LatentDiffusion(codec, text, source, image_size=16, ema=None)
+    network = net.trained["unet"]
+    assert isinstance(network, Transformer)
+    stored = load_file(tmp_path / "transformer/diffusion_pytorch_model.safetensors")
+    for name, weight in network.transformer.state_dict().items():
+        assert torch.equal(stored[name], weight)
+    assert net.start.prediction_type == "v_prediction"
+    with pytest.raises(ValueError, match="adapts UNets only, and the network of .* a transformer"):
+        LatentDiffusion(codec, text, source, lora=LoRA())

@@ -27,8 +27,8 @@ from zsnr.guidance import Guidance
 from zsnr.inpainting import InpaintingDenoiser
 from zsnr.interop.adapter_file import AdapterFile
 from zsnr.interop.adapter_merge import MergedAdapter, merge_adapter
-from zsnr.interop.models import choose_dtype, load_parts, network_folder, read_model
-from zsnr.networks import takes_sizes
+from zsnr.interop.models import choose_dtype, load_parts, read_model
+from zsnr.networks import network_folder, takes_sizes
 from zsnr.noise import SampleNoise, sample_generator
 from zsnr.prediction import PredictionType, check_prediction_type
 from zsnr.progress import progress_bar

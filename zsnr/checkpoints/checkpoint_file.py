@@ -160,8 +160,8 @@ def check_allowed(path: Path, description: Any) -> None:
         if not (isinstance(known, type) and issubclass(known, DiffusionNetwork)):
             raise ValueError(
                 f"{path} holds the weights of the network {shown(name)}, and no checkpoint chooses "
-                f"code to run. Name it yourself: network={clipped(cls, 60)} in Python, --network "
-                f"{clipped(name, 100)} of a command, or model.network in a config."
+                f"code to run. Name it yourself: network={clipped(cls, 60)} in Python, "
+                f"`zsnr sample --network {clipped(name, 100)}`, or model.network in a config."
             )
 
 

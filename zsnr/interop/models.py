@@ -12,6 +12,7 @@ from zsnr.checkpoints.run_folder import is_checkpoint
 from zsnr.codecs import AutoencoderKLCodec
 from zsnr.interop.diffusers_folder import read_diffusers_folder
 from zsnr.interop.single_file import read_single_file
+from zsnr.networks import network_folder
 from zsnr.prediction import PredictionType
 from zsnr.schedule import Schedule
 from zsnr.weights.pretrained import as_dtype, loading_in, stored_dtype
@@ -73,13 +74,6 @@ def choose_dtype(dtype: torch.dtype | str, source: str, device: torch.device) ->
     if is_checkpoint(source):
         return None
     return torch.float32 if device.type == "cpu" else stored_dtype(source, network_folder(source))
-
-
-def network_folder(source: str) -> str:
-    """Return the folder of a model's network, or the part of a single file."""
-    single = is_single_file(source)
-    is_transformer = not single and find_file(source, "transformer", "config.json") is not None
-    return "transformer" if is_transformer else "unet"
 
 
 def load_parts(

@@ -3,6 +3,7 @@
 from zsnr.networks.base import (
     DiffusionNetwork,
     blocks_of,
+    check_network,
     compile_blocks,
     describe_network,
     enable_gradient_checkpointing,
@@ -10,6 +11,7 @@ from zsnr.networks.base import (
     record_arguments,
     takes_sizes,
 )
+from zsnr.networks.pretrained import network_folder, read_network
 from zsnr.networks.transformer import Transformer
 from zsnr.networks.unet import UNet, UNetConfig
 
@@ -19,10 +21,13 @@ __all__ = [
     "UNet",
     "UNetConfig",
     "blocks_of",
+    "check_network",
     "compile_blocks",
     "describe_network",
     "enable_gradient_checkpointing",
     "inputs_of",
+    "network_folder",
+    "read_network",
     "record_arguments",
     "takes_sizes",
 ]

@@ -5,6 +5,7 @@ A network is any nn.Module with forward(x_t (B, *), t (B,), conditioning) -> (B,
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -27,9 +28,6 @@ class DiffusionNetwork(nn.Module):
     Any other nn.Module with this forward pass is trained and sampled as well. A class derived from
     this one can replace the defaults below, and is built again from a checkpoint once its module
     is imported, without being named.
-
-    Attributes:
-        takes_sizes: Whether it needs Conditioning.sizes.
     """
 
     @property
@@ -38,8 +36,11 @@ class DiffusionNetwork(nn.Module):
         return False
 
     def settings(self) -> dict[str, Any]:
-        """Return the constructor arguments that recreate this network, as plain values."""
-        return {}
+        """Return the constructor arguments that recreate this network, as plain values.
+
+        By default those that a config built it with.
+        """
+        return dict(getattr(self, _ARGUMENTS, {}))
 
     def blocks(self) -> list[nn.Module]:
         """Return the blocks in order of the forward pass, to shard or compile separately."""
@@ -65,6 +66,25 @@ class DiffusionNetwork(nn.Module):
         Raises:
             ValueError: One does not fit.
         """
+
+
+def check_network(network: nn.Module) -> None:
+    """Refuse a module that cannot be called as a network, or has nothing to train.
+
+    Raises:
+        ValueError: Its forward pass takes other arguments, or it has no parameters.
+    """
+    name = class_path(network)
+    signature = inspect.signature(network.forward)
+    try:
+        signature.bind("x_t", "t", "conditioning")
+    except TypeError as error:
+        raise ValueError(
+            f"{name}: forward{signature} cannot be called with three arguments: wanted "
+            "forward(x_t, t, conditioning)."
+        ) from error
+    if not _count(network):
+        raise ValueError(f"{name} has no parameters to train.")
 
 
 def inputs_of(codec: LatentCodec, conditioner: Conditioner) -> dict[str, int]:

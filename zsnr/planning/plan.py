@@ -19,7 +19,7 @@ from zsnr.data.cache import Cache, find_cache
 from zsnr.data.order import accumulation
 from zsnr.interop.models import load_parts
 from zsnr.lora import AdaptedUNet, LoRA
-from zsnr.networks import UNet, UNetConfig, inputs_of
+from zsnr.networks import UNet, UNetConfig, inputs_of, read_network
 from zsnr.planning.estimate import (
     GIB,
     Layout,
@@ -239,7 +239,7 @@ def read_parts(config: Any, data: DataModule) -> Parts:
         if model.lora is not None:
             network: nn.Module = AdaptedUNet(model.network, LoRA(**model.lora.as_dict()), **wanted)
         elif isinstance(model.network, str):
-            network = UNet(pretrained=model.network, **wanted)
+            network = read_network(model.network, **wanted)
         elif "class_path" in model.network:
             network = build("network", nn.Module, model.network)
         else:

@@ -10,6 +10,7 @@ from torch import Tensor
 from zsnr.guidance import Guidance
 from zsnr.lora import require_peft
 from zsnr.loss import LossWeighting
+from zsnr.networks import network_folder
 from zsnr.prediction import PredictionType, check_prediction_type
 from zsnr.schedule import Schedule
 from zsnr.timestep_law import TimestepLaw
@@ -67,6 +68,11 @@ def check_lora(network: Any, trains_text: bool) -> None:
             "model.lora adapts a pretrained UNet, but model.network is the size of a new one or "
             "another class: set model.network to the folder or hub id of a model, or train without "
             "model.lora."
+        )
+    if network_folder(network) != "unet":
+        raise ValueError(
+            f"model.lora adapts UNets only, and the network of {network} is a transformer: train "
+            "the whole of it, without model.lora."
         )
     if trains_text:
         raise ValueError(

@@ -33,9 +33,12 @@ from zsnr.networks import (
     UNet,
     UNetConfig,
     blocks_of,
+    check_network,
     compile_blocks,
     enable_gradient_checkpointing,
     inputs_of,
+    network_folder,
+    read_network,
     record_arguments,
     takes_sizes,
 )
@@ -97,7 +100,7 @@ class LatentDiffusion(L.LightningModule):
         conditioner: Text encoder of the prompts: frozen, or trained jointly where its own setting
             `trainable` is true.
         network: Size of a new UNet; the folder, single file or hub id of a pretrained model, from
-            whose UNet training starts; or a network: in a config the class_path and init_args of
+            whose network training starts; or a network: in a config the class_path and init_args of
             zsnr.networks.Transformer, or of any nn.Module with forward(x_t, t, conditioning).
         schedule: Noise schedule of training, previews, validation and predict alike: the settings
             of a NoiseSchedule, or RectifiedFlow by class_path.
@@ -189,7 +192,8 @@ class LatentDiffusion(L.LightningModule):
         make = partial(_new_network, network, codec, conditioner, lora)
         source = network if isinstance(network, str) else None
         weighted = isinstance(network, nn.Module) or lora is not None
-        self._deferred = None if weighted else defer(make, source)
+        others = source is not None and network_folder(source) != "unet"
+        self._deferred = None if weighted or others else defer(make, source)
         self.trained = nn.ModuleDict({"unet": self._deferred.unet if self._deferred else make()})
         # Frozen parts stay out of state dict, optimizer, EMA and any sharding: a plain container.
         self._frozen: dict[str, Any] = {"codec": codec}
@@ -868,10 +872,11 @@ def _new_network(
     if isinstance(network, DiffusionNetwork):
         network.check_fits(**wanted)
     if isinstance(network, nn.Module):
+        check_network(network)
         return network
     if lora is not None:
         assert isinstance(network, str)
         return AdaptedUNet(network, lora, **wanted)
     if isinstance(network, str):
-        return UNet(pretrained=network, **wanted)
+        return read_network(network, **wanted)
     return UNet(network, **wanted)
