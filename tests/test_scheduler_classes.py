@@ -348,6 +348,29 @@ def test_folders_and_fix(tmp_path, capsys):
         fix(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "prediction_type"),
+    [
+        (NoiseSchedule(), "v_prediction"),
+        (NoiseSchedule(snr_shift=3.0), "v_prediction"),
+        (RectifiedFlow(3.0), "flow"),
+        (RectifiedFlow(3.0), "v_prediction"),
+    ],
+)
+def test_a_pipeline_saved_with_zsnrs_scheduler(tmp_path, schedule, prediction_type):
+    DiffusersScheduler("heun", schedule, prediction_type).save_pretrained(tmp_path)
+    found = examine(tmp_path)
+    assert (found.verdict, {*found.facts["first_timestep"].values()}) == ("fixed", {999})
+    config = json.loads((tmp_path / "scheduler_config.json").read_text())
+    read, read_type = process_from_diffusers(config)
+    assert read_type == prediction_type
+    torch.testing.assert_close(read.snr, schedule.snr)
+    (tmp_path / "scheduler_config.json").write_text(json.dumps({**config, "spacing": "leading"}))
+    found = examine(tmp_path)
+    assert found.verdict == "inconsistent"
+    assert found.changes == ('scheduler_config.json: "spacing": "trailing"',)
+
+
 # Reading
 
 

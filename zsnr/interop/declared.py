@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from operator import mul
 from types import MappingProxyType
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 
@@ -29,6 +29,8 @@ from zsnr.untrusted import shown
 # distilled   a subset of a distilled model's timesteps; timestep_spacing is not read
 GridKind = Literal["whole", "fractional", "one_more", "repeated", "distilled"]
 
+ADAPTER = "DiffusersScheduler"
+"""This package's own scheduler class for diffusers, whose grid is exact."""
 _WARPS = (
     "use_karras_sigmas",
     "use_exponential_sigmas",
@@ -240,13 +242,6 @@ def declare(config: Mapping[str, Any]) -> Declared:
             not accept a value.
     """
     name = config.get("_class_name", "DDIMScheduler")
-    if name == "DiffusersScheduler":  # of this package: its config is one of DDIM, and more
-        if config.get("beta_schedule") is None or "snr_shift_scale" in config:
-            raise ValueError(
-                "DiffusersScheduler was saved with a flow or a shifted schedule: wanted one that "
-                "betas describe."
-            )
-        name = "DDIMScheduler"
     match process_of(config):
         case "flow":
             raise ValueError(f"{name} is rectified flow, which has no schedule of betas.")
@@ -318,11 +313,33 @@ def process_from_diffusers(
         ValueError: The class or beta_schedule is unknown or has no schedule on timesteps, a value
             is invalid, or the shift depends on the size of the image.
     """
+    if config.get("_class_name") == ADAPTER:
+        return _process_of_adapter(config)
     if process_of(config) == "flow":
         return declare_flow(config).process()
     declared = declare(config)
     schedule = rescaled(declared.schedule) if declared.drops_rescale else declared.schedule
     return schedule, declared.prediction_type
+
+
+def _process_of_adapter(
+    config: Mapping[str, Any],
+) -> tuple[NoiseSchedule | RectifiedFlow, PredictionType]:
+    """Read the config of this package's DiffusersScheduler: that of DDIM, a shift, or both."""
+    prediction_type = config.get("prediction_type", "v_prediction")
+    if prediction_type not in get_args(PredictionType):
+        known = ", ".join(map(repr, get_args(PredictionType)))
+        raise ValueError(f"prediction_type={shown(prediction_type)} is unknown. Known: {known}.")
+    if config.get("beta_schedule") is None and "shift" in config:
+        T = reader({"num_train_timesteps": 1000, **config}, int)("num_train_timesteps")
+        return RectifiedFlow(config["shift"], T), prediction_type
+    described = {
+        **config,
+        "_class_name": "CogVideoXDDIMScheduler" if "snr_shift_scale" in config else "DDIMScheduler",
+        "prediction_type": "v_prediction",
+        "timestep_spacing": "trailing",
+    }
+    return declare(described).schedule, prediction_type
 
 
 def index_class(index: Mapping[str, Any]) -> str | None:
