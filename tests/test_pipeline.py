@@ -14,6 +14,7 @@ from zsnr import (
     Guidance,
     Heun,
     NoiseSchedule,
+    RectifiedFlow,
     SampleNoise,
     UniPC,
     available_samplers,
@@ -26,6 +27,7 @@ from zsnr.checkpoints import Model
 from zsnr.checkpoints.checkpoint_file import KEY, describe_model
 from zsnr.codecs import PixelCodec
 from zsnr.conditioning import NullConditioner
+from zsnr.editing import Edit
 from zsnr.networks import UNet
 from zsnr.pipeline import Sampling, TextToImage, describe_guidance, save_png, to_image
 from zsnr.samplers import Changed
@@ -554,3 +556,22 @@ GRAY = Image.new("RGB", (16, 16), "gray")
 def test_edits_that_cannot_be_are_refused(pipe, options, message):
     with pytest.raises(ValueError, match=message):
         pipe(["a"], **options, **FAST)
+
+
+def test_rectified_flow_starts_from_an_image(photo):
+    flow = TextToImage(tiny.model(RectifiedFlow(3.0), prediction_type="flow"))
+    start = to_image(photo[0])
+    for name in ("euler", "dpmpp_2m"):
+        options = {"sampler": name, "image": start, **FAST}
+        made = flow(["a cat"], mask=LEFT, strength=0.7, **options)
+        assert np.array_equal(arrays(made)[:, :, 7:], arrays([start])[:, :, 7:])
+        plain, whole = flow(["a cat"], sampler=name, **FAST), flow(["a cat"], strength=1, **options)
+        assert np.array_equal(arrays(plain), arrays(whole))
+        assert not np.array_equal(arrays(plain), arrays(flow(["a cat"], **options)))
+
+
+@pytest.mark.parametrize(
+    ("strength", "num_steps", "left"), [(0.29, 100, 29), (0.6, 5, 3), (0.6, 8, 4), (1, 7, 7)]
+)
+def test_strength_is_the_share_of_steps_rounded_down(strength, num_steps, left):
+    assert num_steps - Edit(torch.zeros(1, 3, 2, 2), strength).first_step(num_steps) == left

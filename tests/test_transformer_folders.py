@@ -108,8 +108,12 @@ def test_folders_of_other_architectures_say_which_part(tmp_path):
             {"_class_name": "FluxTransformer2DModel"},
             "'FluxTransformer2DModel' is not",
         ),
-        ("scheduler", {"use_dynamic_shifting": True}, "has use_dynamic_shifting=True, which this"),
-        ("scheduler", {"shift": "x"}, "shift='x'"),
+        (
+            "scheduler",
+            {"use_dynamic_shifting": True},
+            "use_dynamic_shifting=true: the shift depends",
+        ),
+        ("scheduler", {"shift": "x"}, "shift"),
     ):
         name = "scheduler_config.json" if part == "scheduler" else "config.json"
         path = tmp_path / part / name

@@ -330,16 +330,15 @@ def _process_of_adapter(
     if prediction_type not in get_args(PredictionType):
         known = ", ".join(map(repr, get_args(PredictionType)))
         raise ValueError(f"prediction_type={shown(prediction_type)} is unknown. Known: {known}.")
-    if config.get("beta_schedule") is None and "shift" in config:
-        T = reader({"num_train_timesteps": 1000, **config}, int)("num_train_timesteps")
-        return RectifiedFlow(config["shift"], T), prediction_type
     described = {
-        **config,
-        "_class_name": "CogVideoXDDIMScheduler" if "snr_shift_scale" in config else "DDIMScheduler",
-        "prediction_type": "v_prediction",
-        "timestep_spacing": "trailing",
+        **as_diffusers(config),
+        "prediction_type": None,
+        "timestep_spacing": "trailing",  # diffusers may not know that of the adapter
     }
-    return declare(described).schedule, prediction_type
+    if process_of(described) == "flow":
+        flow = declare_flow(described)
+        return RectifiedFlow(flow.shift, flow.num_train_timesteps), prediction_type
+    return declare({**described, "prediction_type": "v_prediction"}).schedule, prediction_type
 
 
 def index_class(index: Mapping[str, Any]) -> str | None:
@@ -354,6 +353,15 @@ def with_class_of(index: Mapping[str, Any], config: Mapping[str, Any]) -> dict[s
     """Return a scheduler's config with the class that model_index.json names, if it names one."""
     name = index_class(index)
     return dict(config) if name is None else {**config, "_class_name": name}
+
+
+def as_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a scheduler's config, that of this package's adapter as one of diffusers' classes."""
+    if config.get("_class_name") != ADAPTER:
+        return dict(config)
+    shifted = "CogVideoXDDIMScheduler" if "snr_shift_scale" in config else "DDIMScheduler"
+    flow = "shift" in config and "beta_schedule" not in config
+    return {**config, "_class_name": "FlowMatchEulerDiscreteScheduler" if flow else shifted}
 
 
 def rescaled(schedule: NoiseSchedule) -> NoiseSchedule:

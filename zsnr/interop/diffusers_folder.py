@@ -10,7 +10,7 @@ from zsnr.checkpoints.model import Model
 from zsnr.codecs import AutoencoderKLCodec
 from zsnr.conditioning import Conditioner, SDXLConditioner, TransformersConditioner
 from zsnr.interop.declared import process_from_diffusers, with_class_of
-from zsnr.interop.transformer_folder import read_transformer_folder
+from zsnr.interop.transformer_folder import check_transformer, read_transformer_folder
 from zsnr.networks import UNet
 from zsnr.prediction import PredictionType
 from zsnr.schedule import Schedule
@@ -43,6 +43,8 @@ def read_diffusers_folder(
         raise ValueError(
             f"{source} is a {kind} without a unet: wanted Stable Diffusion 1, 2 or XL."
         )
+    if _has(index, "transformer"):
+        check_transformer(source, index)
     if index.get("requires_aesthetics_score"):
         raise ValueError(
             f"{source} is a refiner, whose input is an aesthetic score: wanted the base model."

@@ -17,43 +17,53 @@ from zsnr.untrusted import shown
 PIXART_TOKENS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}
 """Tokens of a prompt that a pipeline reads."""
 
-_SD3 = "StableDiffusion3Pipeline"
+SD3 = "StableDiffusion3Pipeline"
 
 
-def read_transformer_folder(
-    source: str,
-    index: Mapping[str, Any],
-    schedule: Schedule,
-    prediction_type: PredictionType,
-) -> Model:
-    """Read a PixArt or Stable Diffusion 3 folder: transformer, vae, text encoders, scheduler.
+def check_transformer(source: str, index: Mapping[str, Any]) -> None:
+    """Refuse a folder whose pipeline is not one of these.
 
     Args:
         source: A folder, or a hub id.
         index: Its model_index.json.
-        schedule: The schedule of the network.
-        prediction_type: What the network predicts.
+
+    Raises:
+        ValueError: It is another one.
+    """
+    kind = index.get("_class_name")
+    if kind not in (*PIXART_TOKENS, SD3):
+        raise ValueError(
+            f"{source} is a {shown(kind)[1:-1]}, whose transformer is a "
+            f"{_class_of(index, 'transformer')}: wanted {', '.join((*PIXART_TOKENS, SD3))}, or a "
+            "folder with a UNet of Stable Diffusion 1, 2 or XL."
+        )
+
+
+def read_transformer_folder(
+    source: str, index: Mapping[str, Any], schedule: Schedule, prediction_type: PredictionType
+) -> Model:
+    """Read a PixArt or Stable Diffusion 3 folder: transformer, vae and text encoders.
+
+    Args:
+        source: A folder, or a hub id.
+        index: Its model_index.json, as `check_transformer` accepts it.
+        schedule: The schedule that it was trained on.
+        prediction_type: What its network predicts.
 
     Raises:
         ValueError: A part is missing, unreadable, or of a class that this package does not know.
     """
-    kind = index.get("_class_name")
-    if kind not in (*PIXART_TOKENS, _SD3):
-        raise ValueError(
-            f"{source} is a {shown(kind)[1:-1]}, whose transformer is a "
-            f"{_class_of(index, 'transformer')}: wanted {', '.join((*PIXART_TOKENS, _SD3))}, or a "
-            "folder with a UNet of Stable Diffusion 1, 2 or XL."
-        )
+    kind = index["_class_name"]
     codec = AutoencoderKLCodec(source, subfolder="vae")
     conditioner: Conditioner
-    if kind == _SD3:
+    if kind == SD3:
         conditioner = SD3Conditioner(source)
     else:
         conditioner = TransformersConditioner(
             source,
             subfolder="text_encoder",
             tokenizer_subfolder="tokenizer",
-            max_length=PIXART_TOKENS[str(kind)],
+            max_length=PIXART_TOKENS[kind],
             lowercase=True,
         )
     network = Transformer(pretrained=source)

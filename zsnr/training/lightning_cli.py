@@ -28,6 +28,7 @@ from zsnr.files import replacing, side_file
 from zsnr.guidance import Guidance
 from zsnr.lora import LoRA
 from zsnr.loss import LossWeighting
+from zsnr.networks import UNetConfig
 from zsnr.pipeline import Sampling, check_steps
 from zsnr.public import MARK, left_out
 from zsnr.samplers.recommend import resolve_sampling
@@ -285,6 +286,8 @@ def check_model(model: Any) -> None:
     Raises:
         ValueError: Settings contradict each other, or are out of range.
     """
+    if isinstance(model.network, Namespace) and not _is_class(model.network):
+        UNetConfig(**model.network.as_dict())
     sampling, schedule = model.sampling, schedule_of(model)
     guidance = Guidance(**sampling.guidance.as_dict())
     sampler, spacing = resolve_sampling(
