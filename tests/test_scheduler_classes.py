@@ -431,6 +431,7 @@ def test_shifted_schedules_are_those_of_the_class(config, rescale):
     [
         ({**FLOW, "use_dynamic_shifting": True}, r"1.65 to 3.16.*schedule=.*RectifiedFlow\(shift="),
         ({**FLOW, "num_train_timesteps": 500}, "told 500 u"),
+        ({**FLOW, "invert_sigmas": True}, "told reversed times.*schedule="),
         ({"_class_name": "EDMEulerScheduler"}, "up to sigma_max.*schedule=.*prediction_type="),
         (CONTINUOUS_V, "timestep_type='continuous'.*schedule=.*prediction_type="),
         ({"_class_name": "AmusedScheduler"}, "discrete tokens"),
