@@ -421,7 +421,7 @@ def test_runs_of_rectified_flow(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "rectified flow, shift 3, 1000 timesteps, ends at zero SNR" in printed
     assert "alpha_T             0.000000" in printed
-    assert "original" not in printed
+    assert "rescaled" not in printed
 
 
 def test_runs_tell_the_weight_of_the_last_step(tmp_path):

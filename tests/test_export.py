@@ -479,8 +479,16 @@ def flow(tmp_path_factory):
 
 
 @pytest.mark.peer
-def test_the_snippet_of_a_flow_card_is_right(flow, tmp_path, monkeypatch):
+@pytest.mark.filterwarnings("ignore:The prompt is cut")  # by both
+@pytest.mark.parametrize("xl", [False, True])
+def test_the_snippet_of_a_flow_card_is_right(flow, tmp_path, monkeypatch, xl):
     made, folder = flow
+    if xl:
+        tiny.sdxl_folder(tmp_path / "in")
+        options = {"schedule": RectifiedFlow(3.0), "prediction_type": "flow"}
+        made, _ = read_exportable(str(tmp_path / "in"), **options)
+        folder = tmp_path / "out"
+        export_diffusers(made, folder)
     again, _ = read_exportable(str(folder))
     assert (again.schedule, again.prediction_type) == (RectifiedFlow(3.0), "flow")
     names = run_snippet(folder, tmp_path, monkeypatch)

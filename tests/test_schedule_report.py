@@ -150,7 +150,7 @@ def test_flow_has_one_curve_with_its_own_scale(capsys, tmp_path):
     path.write_text('{"_class_name": "EDMEulerScheduler"}')
     code, _, err = run(capsys, path)
     assert code == 2
-    assert "has no schedule on timesteps: variance-exploding" in err
+    assert "does not declare a schedule on timesteps: variance-exploding" in err
 
 
 def test_a_shift_is_shown(capsys, tmp_path):

@@ -348,6 +348,30 @@ def test_folders_and_fix(tmp_path, capsys):
         fix(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "prediction_type"),
+    [
+        (NoiseSchedule(), "v_prediction"),
+        (NoiseSchedule(snr_shift=3.0), "v_prediction"),
+        (RectifiedFlow(3.0), "flow"),
+        (RectifiedFlow(3.0), "v_prediction"),
+    ],
+)
+def test_a_pipeline_saved_with_zsnrs_scheduler(tmp_path, schedule, prediction_type):
+    DiffusersScheduler("heun", schedule, prediction_type).save_pretrained(tmp_path)
+    found = examine(tmp_path)
+    assert (found.verdict, {*found.facts["first_timestep"].values()}) == ("fixed", {999})
+    config = json.loads((tmp_path / "scheduler_config.json").read_text())
+    read, read_type = process_from_diffusers(config)
+    assert read_type == prediction_type
+    t = torch.arange(1000)
+    torch.testing.assert_close(read(t), schedule(t), rtol=0, atol=2e-6)
+    (tmp_path / "scheduler_config.json").write_text(json.dumps({**config, "spacing": "leading"}))
+    found = examine(tmp_path)
+    assert found.verdict == "inconsistent"
+    assert found.changes == ('scheduler_config.json: "spacing": "trailing"',)
+
+
 # Reading
 
 
@@ -407,6 +431,7 @@ def test_shifted_schedules_are_those_of_the_class(config, rescale):
     [
         ({**FLOW, "use_dynamic_shifting": True}, r"1.65 to 3.16.*schedule=.*RectifiedFlow\(shift="),
         ({**FLOW, "num_train_timesteps": 500}, "told 500 u"),
+        ({**FLOW, "invert_sigmas": True}, "told reversed times.*schedule="),
         ({"_class_name": "EDMEulerScheduler"}, "up to sigma_max.*schedule=.*prediction_type="),
         (CONTINUOUS_V, "timestep_type='continuous'.*schedule=.*prediction_type="),
         ({"_class_name": "AmusedScheduler"}, "discrete tokens"),

@@ -14,6 +14,7 @@ from zsnr.doctor.scheduler_classes import NUM_STEPS, OUR_TABLE, examine_process
 from zsnr.files import replacing
 from zsnr.interop.declarations import FAMILIES
 from zsnr.interop.declared import (
+    ADAPTER,
     SCHEDULERS,
     Declared,
     declare,
@@ -21,9 +22,11 @@ from zsnr.interop.declared import (
     index_class,
     longer_grids,
     off_grid_steps,
+    process_from_diffusers,
     with_class_of,
 )
 from zsnr.interop.processes import process_of
+from zsnr.timesteps import get_timesteps, is_grid_file
 from zsnr.untrusted import check_inside, read_json, shown
 
 _CONFIG = "scheduler_config.json"
@@ -153,6 +156,8 @@ def examine_config(
             f"{path} is not a scheduler config: it has none of {', '.join(sorted(recognized))}."
         )
     try:
+        if config.get("_class_name") == ADAPTER:
+            return _examine_adapter(target, kind, path.name, config, num_steps)
         if not in_table(config):
             return examine_process(target, kind, path.name, config, num_steps)
         declared = declare(config)
@@ -184,6 +189,34 @@ def examine_config(
         warnings.insert(0, f"sampling does not start at T: {late(starts, T)}")
     changes = _config_changes(path.name, declared, config, verdict, zero)
     return Diagnosis(target, kind, verdict, reason, facts, tuple(warnings), tuple(changes))
+
+
+def _examine_adapter(
+    target: str, kind: str, name: str, config: Mapping[str, Any], num_steps: Sequence[int]
+) -> Diagnosis:
+    """Judge a pipeline that was saved with this package's scheduler."""
+    schedule, prediction_type = process_from_diffusers(config)
+    spacing, T = config.get("spacing", "trailing"), schedule.num_timesteps
+    if not isinstance(spacing, str) or is_grid_file(spacing):
+        raise ValueError(f"spacing={shown(spacing)}: wanted a name, to tell where it starts.")
+    counts = step_counts(T, num_steps, None)
+    starts = {S: int(get_timesteps(spacing, S, T, schedule=schedule)[0]) for S in counts}
+    verdict, reason = judge(schedule, prediction_type, starts, None)
+    facts = {
+        "scheduler": ADAPTER,
+        "judged_by": OUR_TABLE,
+        "prediction_type": prediction_type,
+        **schedule_facts(schedule),
+        "timestep_spacing": spacing,
+        "first_timestep": starts,
+    }
+    changes = {
+        "flawed": (TRAIN,),
+        "inconsistent": (f'{name}: "spacing": "trailing"',),
+    }.get(verdict, ())
+    if verdict == "inconsistent" and prediction_type == "epsilon":
+        changes = (f'{name}: "prediction_type": what the model was trained for; else {TRAIN}',)
+    return Diagnosis(target, kind, verdict, reason, facts, (), changes)
 
 
 def in_table(config: Mapping[str, Any]) -> bool:

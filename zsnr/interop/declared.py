@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from operator import mul
 from types import MappingProxyType
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 
@@ -29,6 +29,8 @@ from zsnr.untrusted import shown
 # distilled   a subset of a distilled model's timesteps; timestep_spacing is not read
 GridKind = Literal["whole", "fractional", "one_more", "repeated", "distilled"]
 
+ADAPTER = "DiffusersScheduler"
+"""This package's own scheduler class for diffusers, whose grid is exact."""
 _WARPS = (
     "use_karras_sigmas",
     "use_exponential_sigmas",
@@ -311,12 +313,32 @@ def process_from_diffusers(
         ValueError: The class or beta_schedule is unknown or has no schedule on timesteps, a value
             is invalid, or the shift depends on the size of the image.
     """
-    config = as_diffusers(config)
+    if config.get("_class_name") == ADAPTER:
+        return _process_of_adapter(config)
     if process_of(config) == "flow":
         return declare_flow(config).process()
     declared = declare(config)
     schedule = rescaled(declared.schedule) if declared.drops_rescale else declared.schedule
     return schedule, declared.prediction_type
+
+
+def _process_of_adapter(
+    config: Mapping[str, Any],
+) -> tuple[NoiseSchedule | RectifiedFlow, PredictionType]:
+    """Read the config of this package's DiffusersScheduler: that of DDIM, a shift, or both."""
+    prediction_type = config.get("prediction_type", "v_prediction")
+    if prediction_type not in get_args(PredictionType):
+        known = ", ".join(map(repr, get_args(PredictionType)))
+        raise ValueError(f"prediction_type={shown(prediction_type)} is unknown. Known: {known}.")
+    described = {
+        **as_diffusers(config),
+        "prediction_type": None,
+        "timestep_spacing": "trailing",  # diffusers may not know that of the adapter
+    }
+    if process_of(described) == "flow":
+        flow = declare_flow(described)
+        return RectifiedFlow(flow.shift, flow.num_train_timesteps), prediction_type
+    return declare({**described, "prediction_type": "v_prediction"}).schedule, prediction_type
 
 
 def index_class(index: Mapping[str, Any]) -> str | None:
@@ -330,15 +352,16 @@ def index_class(index: Mapping[str, Any]) -> str | None:
 def with_class_of(index: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a scheduler's config with the class that model_index.json names, if it names one."""
     name = index_class(index)
-    return as_diffusers(config if name is None else {**config, "_class_name": name})
+    return dict(config) if name is None else {**config, "_class_name": name}
 
 
 def as_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a scheduler's config, that of this package's adapter as one of diffusers' classes."""
-    if config.get("_class_name") != "DiffusersScheduler":
+    if config.get("_class_name") != ADAPTER:
         return dict(config)
+    shifted = "CogVideoXDDIMScheduler" if "snr_shift_scale" in config else "DDIMScheduler"
     flow = "shift" in config and "beta_schedule" not in config
-    return {**config, "_class_name": "FlowMatchEulerDiscreteScheduler" if flow else "DDIMScheduler"}
+    return {**config, "_class_name": "FlowMatchEulerDiscreteScheduler" if flow else shifted}
 
 
 def rescaled(schedule: NoiseSchedule) -> NoiseSchedule:

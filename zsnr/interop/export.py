@@ -70,8 +70,8 @@ def export_diffusers(
     folder = Path(folder)
     check_new(folder)
     stored = as_dtype(dtype)
-    check_exportable(describe_model(model))
     declared = scheduler_config(model.schedule, model.prediction_type)
+    check_exportable(describe_model(model))
     scheduler = getattr(diffusers, declared["_class_name"]).from_config(declared)
     pipeline = _pipeline(model, scheduler, stored)
     with new_folder(folder) as beside:

@@ -240,6 +240,11 @@ class DeclaredFlow:
                 f"to {high:.3g}, and a schedule has one: {YOUR_OWN}, such as "
                 f"RectifiedFlow(shift={high:.3g})."
             )
+        if self.moved_by == "invert_sigmas":
+            raise ValueError(
+                "invert_sigmas=true: the network is told reversed times, 0 at pure noise: "
+                f"{YOUR_OWN}, with a network that reverses them."
+            )
         if self.num_train_timesteps != TOLD_TIMES:
             raise ValueError(
                 f"num_train_timesteps={self.num_train_timesteps} with rectified flow: the network "

@@ -43,7 +43,9 @@ def find_schedule(target: str, *, open_pickle: bool = False) -> NoiseSchedule | 
     diagnosis = examine(target, open_pickle=open_pickle)
     if "schedule" not in diagnosis.facts:
         if diagnosis.verdict != "unreadable":
-            raise ValueError(f"{target} has no schedule on timesteps: {diagnosis.reason}.")
+            raise ValueError(
+                f"{target} does not declare a schedule on timesteps: {diagnosis.reason}."
+            )
         known = ", ".join(get_args(BetaKind))
         raise ValueError(f"{diagnosis.reason} Known kinds: {known}.")
     return schedule_from_settings(diagnosis.facts["schedule"])
@@ -96,20 +98,18 @@ def both(schedule: Schedule) -> dict[str, Schedule]:
 def schedule_text(schedule: Schedule, facts: dict[str, Any], name: str) -> str:
     """Write the facts as tables for a terminal; timesteps count from 0."""
     T, shown = schedule.num_timesteps, _curve_names(facts)
-    curves = [facts[name] for name in shown]
-    titles = [""] if len(shown) == 1 else shown
+    curves, width = [facts[name] for name in shown], 12 * len(shown)
     scale = _scale(curves[0])
-    end = f"{scale}_T" if scale == "alpha" else "sqrt(abar_T)"
-    width = 12 * len(curves)
+    end, heading = ("alpha_T", "alpha") if scale == "alpha" else ("sqrt(abar_T)", "sqrt(abar)")
     lines = [
         f"{name}: {schedule_title(schedule)}",
         "",
-        *([f"{'':14}" + "".join(f"{title:>14}" for title in titles)] if titles != [""] else []),
+        f"{'':14}" + "".join(f"{name:>14}" for name in shown),
         f"{'SNR(T)':14}" + "".join(f"{curve['snr_T']:14.6g}" for curve in curves),
         f"{end:14}" + "".join(f"{curve[f'{scale}_T']:14.6f}" for curve in curves),
         "",
-        f"{'':6}{'log SNR':^{width}}{'alpha' if scale == 'alpha' else 'sqrt(abar)':^{width}}",
-        f"{'t':>6}" + "".join(f"{title:>12}" for title in titles) * 2,
+        f"{'':6}{'log SNR':^{width}}{heading:^{width}}",
+        f"{'t':>6}" + "".join(f"{name:>12}" for name in shown) * 2,
     ]
     for t in sorted({round(i * (T - 1) / (_ROWS - 1)) for i in range(_ROWS)}):
         logs = (_number(curve["log_snr"][t]) for curve in curves)
@@ -125,11 +125,11 @@ def schedule_text(schedule: Schedule, facts: dict[str, Any], name: str) -> str:
 
 def schedule_title(schedule: Schedule) -> str:
     """Describe a schedule in one line."""
-    if isinstance(schedule, NoiseSchedule):
-        zero = float(schedule.snr[-1]) == 0
-        kind = "rescaled to zero terminal SNR" if zero else "keeps signal at the end"
-    else:
+    kind = "keeps signal at the end"
+    if float(schedule.snr[-1]) == 0:
         kind = "ends at zero SNR"
+        if isinstance(schedule, NoiseSchedule):
+            kind = "rescaled to zero terminal SNR"
     return f"{_describe(schedule)}, {schedule.num_timesteps} timesteps, {kind}"
 
 
@@ -204,8 +204,8 @@ def _scale(curve: dict[str, Any]) -> str:
 
 def _curve_names(facts: dict[str, Any]) -> list[str]:
     """Name the curves that differ."""
-    same = facts["original"] is facts["rescaled"] or facts["original"] == facts["rescaled"]
-    return ["original"] if same else ["original", "rescaled"]
+    names = ["original", "rescaled"]
+    return names[:1] if facts["original"] == facts["rescaled"] else names
 
 
 def _describe(schedule: Schedule) -> str:
