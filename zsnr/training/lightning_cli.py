@@ -286,8 +286,6 @@ def check_model(model: Any) -> None:
     Raises:
         ValueError: Settings contradict each other, or are out of range.
     """
-    if isinstance(model.network, Namespace) and not _is_class(model.network):
-        UNetConfig(**model.network.as_dict())
     sampling, schedule = model.sampling, schedule_of(model)
     guidance = Guidance(**sampling.guidance.as_dict())
     sampler, spacing = resolve_sampling(
@@ -307,6 +305,8 @@ def check_model(model: Any) -> None:
     if model.lora is not None:
         LoRA(**model.lora.as_dict())
         check_lora(model.network, bool(model.conditioner.get("init_args", {}).get("trainable")))
+    if isinstance(model.network, Namespace) and not _is_class(model.network):
+        UNetConfig(**model.network.as_dict())
 
 
 def schedule_of(model: Any) -> NoiseSchedule | RectifiedFlow:
