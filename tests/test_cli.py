@@ -723,6 +723,20 @@ def test_sample_with_options(run, tmp_path, capsys):
     assert facts["guidance_curve"] == [[-6, 1], [0, 7.5]]
 
 
+def test_sample_as_rectified_flow(run, tmp_path, capsys):
+    command = ["sample", str(run / "checkpoints/last.ckpt"), "a", "--num-steps", "2"]
+    flow = ["--flow-shift", "3"]
+    assert main([*command, *flow, "-o", str(tmp_path / "flow")]) == 0
+    [image] = (tmp_path / "flow").glob("*.png")
+    facts = png_facts(image)
+    assert facts["schedule"] == {"shift": 3.0, "num_timesteps": 1000}
+    assert facts["prediction_type"] == "flow"
+    assert main([*command, *flow, "--zero-terminal-snr"]) == 2
+    assert "name two schedules: give one" in capsys.readouterr().err
+    assert main([*command, "--flow-shift", "0"]) == 2
+    assert "shift=0.0: wanted a positive number" in capsys.readouterr().err
+
+
 def test_sample_reads_long_prompts(run, tmp_path, capsys):
     prompt = "grey 1 on a black background and a white frame"
     with pytest.warns(UserWarning, match="'and a white frame'") as caught:

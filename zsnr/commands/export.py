@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from zsnr.commands.options import zero_schedule
+from zsnr.commands.options import given_process
 from zsnr.commands.result import Result
 from zsnr.untrusted import printable
 
@@ -29,8 +29,9 @@ def export(
     lora: Sequence[str] = (),
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
     raw: bool = False,
-    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None,
+    prediction_type: Literal["epsilon", "v_prediction", "sample", "flow"] | None = None,
     zero_terminal_snr: bool = False,
+    flow_shift: float | None = None,
     push: str | None = None,
 ) -> Result:
     """Write a model for diffusers, ComfyUI and A1111.
@@ -57,6 +58,8 @@ def export(
         push: Also upload it to this model repository on the hub, OWNER/NAME. A new one is private.
         zero_terminal_snr: Take Stable Diffusion's schedule with zero terminal SNR instead of the
             schedule that the model declares.
+        flow_shift: Take rectified flow with this shift, such as 3, instead of the schedule that
+            the model declares, for weights that do not say that they are of rectified flow.
     """
     from zsnr.checkpoints.run_folder import resolve_model
     from zsnr.files import check_new
@@ -79,13 +82,14 @@ def export(
         )
     loras = read_loras(lora)
     form: Form = "lora" if adapters else "single-file" if kind == "single-file" else "diffusers"
+    schedule, prediction_type = given_process(zero_terminal_snr, flow_shift, prediction_type)
     model, facts = read_exportable(
         resolve_model(checkpoint),
         ema=not raw,
         base=base,
         merged=merge,
         form=form,
-        schedule=zero_schedule(zero_terminal_snr),
+        schedule=schedule,
         prediction_type=prediction_type,
     )
     if loras:

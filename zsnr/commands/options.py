@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from zsnr.codecs import LatentCodec
-    from zsnr.schedule import NoiseSchedule
+    from zsnr.prediction import PredictionType
+    from zsnr.schedule import NoiseSchedule, RectifiedFlow
 
 
 class SamplerOptions(TypedDict, total=False):
@@ -64,11 +65,24 @@ class SamplingOptions(SamplerOptions, total=False):
     ]
 
 
-def zero_schedule(zero_terminal_snr: bool) -> NoiseSchedule | None:
-    """Return the schedule of --zero-terminal-snr; None = the option is not given."""
-    from zsnr.schedule import NoiseSchedule
+def given_process(
+    zero_terminal_snr: bool, flow_shift: float | None, prediction_type: PredictionType | None
+) -> tuple[NoiseSchedule | RectifiedFlow | None, PredictionType | None]:
+    """Return the schedule and prediction type that options name; None = the model declares it.
 
-    return NoiseSchedule() if zero_terminal_snr else None
+    Raises:
+        ValueError: Two options contradict each other.
+    """
+    from zsnr.schedule import NoiseSchedule, RectifiedFlow
+
+    if flow_shift is None:
+        return NoiseSchedule() if zero_terminal_snr else None, prediction_type
+    if zero_terminal_snr:
+        raise ValueError(
+            "--flow-shift and --zero-terminal-snr name two schedules: give one. Rectified flow "
+            "ends at zero SNR by itself."
+        )
+    return RectifiedFlow(flow_shift), prediction_type or "flow"
 
 
 def path_or_none(path: str | Path | None) -> Path | None:

@@ -30,7 +30,7 @@ def plan(
     width: int | None = None,
     guidance_scale: float | None = None,
     max_rows: int | None = None,
-    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None,
+    prediction_type: Literal["epsilon", "v_prediction", "sample", "flow"] | None = None,
     settings: Sequence[str] = (),
 ) -> Result:
     """Estimate the memory and time of a training run, or the memory of sampling.

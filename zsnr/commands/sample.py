@@ -10,8 +10,8 @@ from zsnr.commands.options import (
     SamplingOptions,
     check_device,
     find_network,
+    given_process,
     read_sampling,
-    zero_schedule,
 )
 from zsnr.commands.result import Result
 
@@ -33,8 +33,9 @@ def sample(
     batch_size: int = 8,
     device: str | None = None,
     lora: Sequence[str] = (),
-    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None,
+    prediction_type: Literal["epsilon", "v_prediction", "sample", "flow"] | None = None,
     zero_terminal_snr: bool = False,
+    flow_shift: float | None = None,
     dtype: str = "auto",
     vae: str | None = None,
     vae_tiling: bool = False,
@@ -82,6 +83,8 @@ def sample(
         prediction_type: What the network predicts. Default: what the model declares.
         zero_terminal_snr: Take Stable Diffusion's schedule with zero terminal SNR instead of the
             schedule that the model declares.
+        flow_shift: Take rectified flow with this shift, such as 3, instead of the schedule that
+            the model declares, for weights that do not say that they are of rectified flow.
         dtype: Data type of all parts: float32, float16 or bfloat16. auto: on a GPU that of the
             file, on a CPU float32.
         vae: Another VAE: a folder, a hub id or a .safetensors file.
@@ -140,9 +143,10 @@ def sample(
         for i, prompt in enumerate(prompt for prompt in prompts for _ in range(num_images))
     ]
     raw_beside = chosen.guidance.against == "raw"
+    schedule, prediction_type = given_process(zero_terminal_snr, flow_shift, prediction_type)
     pipe = TextToImage.from_pretrained(
         model,
-        zero_schedule(zero_terminal_snr),
+        schedule,
         prediction_type=prediction_type,
         device=device,
         dtype=dtype,
