@@ -736,3 +736,41 @@ def test_a_video_pipeline_gives_the_latents_of_its_own_scheduler():
             ).frames
         )
     torch.testing.assert_close(*made, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+def test_a_solver_of_flow_in_memory_is_flow(name):
+    import diffusers
+
+    theirs = getattr(diffusers, name)(
+        use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction"
+    )
+    ours = DiffusersScheduler.from_config(theirs.config)
+    assert ours.schedule == RectifiedFlow(3.0)
+    assert ours.config.prediction_type == "flow"
+
+
+@pytest.mark.parametrize("name", ["EDMEulerScheduler", "IPNDMScheduler", "DDPMWuerstchenScheduler"])
+def test_a_config_without_betas_is_refused(name):
+    import diffusers
+
+    with pytest.raises(ValueError, match="Give the schedule and the prediction type yourself"):
+        DiffusersScheduler.from_config(getattr(diffusers, name)().config)
+    continuous = diffusers.EulerDiscreteScheduler(
+        timestep_type="continuous",
+        prediction_type="v_prediction",
+        sigma_max=700.0,
+        use_karras_sigmas=True,
+    )
+    with pytest.raises(ValueError, match=r"timestep_type='continuous'.*schedule="):
+        DiffusersScheduler.from_config(continuous.config)
+
+
+def test_flow_of_other_lengths_tells_networks_the_same_times():
+    import diffusers
+
+    ours = DiffusersScheduler("ddim", RectifiedFlow(3.0, 500))
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler.from_config(ours.config)
+    ours.set_timesteps(4)
+    theirs.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
+    torch.testing.assert_close(ours.timesteps.float(), theirs.timesteps.float())

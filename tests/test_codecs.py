@@ -77,7 +77,7 @@ def test_statistics_of_channels_are_those_of_diffusers(tmp_path):
     theirs = theirs + torch.tensor(mean).view(4, 1, 1)
     torch.testing.assert_close(codec.raw(latents), theirs)
     torch.testing.assert_close(codec.standardized(theirs), latents)
-    torch.testing.assert_close(codec.decode(latents), codec._vae.decode(theirs).sample)
+    torch.testing.assert_close(codec.decode(latents), codec.vae.decode(theirs).sample)
     moments = torch.cat([theirs, torch.ones_like(theirs)], 1)
     torch.testing.assert_close(codec.latents(moments), latents)
     for wrong in ([0.1], [0.1, 0.2, 0.3, 0.0], None):

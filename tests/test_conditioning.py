@@ -723,3 +723,9 @@ def test_weights_that_are_not_whole_are_refused(tmp_path):
     save_file({n: w for n, w in whole.items() if n != name}, file, {"format": "pt"})
     with pytest.raises(ValueError, match="lack 1 of the tensors, such as .*q_proj.weight"):
         conditioner(["a cat"])
+
+
+def test_a_name_of_a_class_is_not_the_number_of_another():
+    with pytest.raises(ValueError, match="names has '1' for class 0, but that is the number of"):
+        ClassLabels(2, ["1", "0"])
+    assert ClassLabels(2, ["0", "1"])(["1", 0]).labels.tolist() == [1, 0]

@@ -94,6 +94,16 @@ def test_what_a_network_has_not_learned_is_said():
     assert MEAN < x_0.item() < MEAN + 0.1
 
 
+def test_a_time_that_does_not_increase_is_refused():
+    class Backward(RectifiedFlow):
+        def time(self, t):
+            return 1000 - super().time(t)
+
+    for own, schedule in ((Backward(), ZERO), (ZERO, Backward())):
+        with pytest.raises(ValueError, match="its time does not increase from t=-1 to t=999"):
+            ConvertedNetwork(Exact(ZERO, "sample"), own, "sample", schedule, "sample")
+
+
 def test_its_parameters_are_the_networks_and_train():
     network = torch.nn.Linear(2, 2)
     whole = ConvertedNetwork(lambda x, t, c: network(x), ZERO, "v_prediction", FLOW, "flow")

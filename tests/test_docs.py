@@ -12,6 +12,7 @@ import io
 import re
 import shlex
 import shutil
+import sys
 import tomllib
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -127,6 +128,7 @@ def run(tmp_path_factory):
         assert main(arguments) == 0
         patch.syspath_prepend(root)  # as PYTHONPATH=. does
         yield root
+    sys.modules.pop("mine", None)  # other tests name a module that there is not
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -69,6 +69,9 @@ def test_the_curve(flow):
         ({"shift": "3"}, "shift='3': wanted a positive number"),
         ({"shift": math.inf}, "wanted a positive number"),
         ({"shift": 1e300}, "moderate size"),
+        ({"shift": 1e-20}, "moderate size"),
+        ({"shift": 10**400}, "wanted a positive number"),
+        ({"snr_shift": 10**400}, "wanted a positive number"),
         ({"shift": 1.0, "num_timesteps": 1}, "num_timesteps=1"),
         ({"shift": 1.0, "betas": "linear"}, "no 'betas'. Known: shift, num_timesteps"),
         ({"snr_shift": -1.0}, "snr_shift=-1.0: wanted a positive number"),
@@ -352,7 +355,7 @@ def test_a_law_that_starves_the_last_timestep_is_refused():
     [
         ({"name": "cosmap"}, "'cosmap' is unknown. Known: 'uniform'"),
         ({"name": "beta", "a": 0.0}, "a=0.0: wanted a positive number"),
-        ({"name": "beta", "b": 50.0}, "b=50.0: wanted a number up to 20"),
+        ({"name": "beta", "b": 50.0}, "b=50.0: wanted a number from 0.05 to 20"),
         ({"name": "shift", "mean": 1.0}, "mean=1.0 with the timestep law 'shift'"),
         ({"shift": 3.0}, "shift=3.0 with the timestep law 'uniform'"),
         ({"name": "logit_normal", "mean": math.nan}, "mean=nan: wanted a finite number"),

@@ -44,7 +44,8 @@ class ConvertedNetwork(nn.Module):
         missing: What the network has not learned of `schedule`, a sentence. None = nothing.
 
     Raises:
-        ValueError: A prediction type has no x_0 on its schedule.
+        ValueError: A prediction type has no x_0 on its schedule, or the time of a schedule does
+            not increase.
     """
 
     def __init__(
@@ -109,6 +110,15 @@ def _levels(trained_on: Schedule, schedule: Schedule) -> tuple[DeviceTables, int
     own_alpha, own_sigma = (scale.double() for scale in trained_on(own_t))
     own_angle, own_size = torch.atan2(own_sigma, own_alpha), torch.hypot(own_alpha, own_sigma)
     own_time = trained_on.time(own_t).double()
+    for name, times in (
+        ("trained_on", own_time),
+        ("schedule", schedule.time(torch.arange(-1, schedule.num_timesteps)).double()),
+    ):
+        if not bool((times.diff() > 0).all()):
+            raise ValueError(
+                f"{name}: its time does not increase from t=-1 to t={len(times) - 2}: wanted a "
+                "schedule that tells networks a time that increases with the noise."
+            )
     alpha, sigma = (s.double() for s in schedule(torch.arange(schedule.num_timesteps)))
     angle, size = torch.atan2(sigma, alpha), torch.hypot(alpha, sigma)
     unseen = angle > own_angle[-1] + 1e-9

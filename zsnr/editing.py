@@ -149,6 +149,8 @@ def _pixels(image: Any) -> Tensor:
     """Convert images to (B, 3, H, W) in [-1, 1]."""
     if not isinstance(image, Tensor):
         images = list(image) if isinstance(image, list | tuple) else [image]
+        if not images:
+            raise ValueError("image is an empty list: wanted one image, or one for each prompt.")
         sizes = {getattr(each, "size", None) for each in images}
         if len(sizes) != 1:
             raise ValueError(f"The images have the sizes {sizes}: wanted one size for all.")
@@ -169,7 +171,7 @@ def _pixels(image: Any) -> Tensor:
 def _mask(mask: Any, size: tuple[int, int]) -> Tensor:
     """Convert a mask to (B, 1, H, W) in [0, 1]."""
     if not isinstance(mask, Tensor):
-        values = _levels(_on_black(mask)).float().mean(0).view(1, 1, *mask.size[::-1]) / 255
+        values = _levels(_on_black(mask)).float().mean(0)[None, None] / 255
     else:
         values = mask.detach().float().cpu()
         values = values[None] if values.ndim == 2 else values

@@ -538,7 +538,7 @@ class TextToImage:
         assert isinstance(sampling.sampler, Sampler)
         schedule, noise = self.model.schedule, SampleNoise(seeds)
         # of the size that x_t of unit data has there: 1, but for flow that starts before T
-        size = round(math.hypot(*schedule(int(timesteps[0]))), 9)
+        size = round(math.hypot(*schedule(timesteps.tolist()[0])), 9)
         x_T = size * noise.randn(shape, device=self._device_of(denoiser))
         conditioned: Denoiser | InpaintingDenoiser = denoiser
         if edit is not None and known is not None:

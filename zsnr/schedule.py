@@ -24,6 +24,7 @@ BetaKind = Literal["linear", "cosine", "scaled_linear"]
 # beta_start and beta_end by kind, where None asks for them
 USUAL_BETAS = {"linear": (0.0001, 0.02), "scaled_linear": (0.00085, 0.012)}
 MAX_TIMESTEPS = 100_000  # the tables are Python floats, and published schedules have 1000
+_LARGEST_SHIFT = 1e4  # of rectified flow
 WITHOUT_FLOAT64 = {"mps"}  # types of devices
 
 
@@ -97,7 +98,7 @@ class Schedule(Protocol):
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]: ...
 
     def time(self, t: Tensor) -> Tensor:
-        """Return what the network is told at timesteps t."""
+        """Return what the network is told at timesteps t from -1 on; it increases with t."""
         ...
 
     def settings(self) -> dict[str, Any]:
@@ -332,13 +333,13 @@ class RectifiedFlow(TabledSchedule):
 
     def __post_init__(self) -> None:
         T, shift = _check_num_timesteps(self.num_timesteps), positive("shift", self.shift)
+        if not 1 / _LARGEST_SHIFT <= shift <= _LARGEST_SHIFT:
+            raise ValueError(f"shift={shift:g}: wanted a number of moderate size, such as 3.")
         # in integers as far as possible, so that u is exactly 1 and alpha exactly 0 at the end
         scale = [T + (shift - 1) * (t + 1) for t in range(T)]
         alpha = [(T - t - 1) / s for t, s in enumerate(scale)]
         sigma = [*(shift * (t + 1) / s for t, s in enumerate(scale[:-1])), 1.0]
         snr = [(a / s) ** 2 for a, s in zip(alpha, sigma, strict=True)]
-        if any(not a > b for a, b in pairwise(snr)) or not alpha[0] < 1:
-            raise ValueError(f"shift={self.shift}: wanted a number of moderate size, such as 3.")
         self._derive(alpha, sigma, snr=snr, log_snr=_logarithms(snr))
         object.__setattr__(self, "_times", DeviceTables([0.0, *(1000 * u for u in sigma)]))
 
@@ -459,9 +460,12 @@ def positive(name: str, value: Any) -> float:
         ValueError: It is not.
     """
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (number and math.isfinite(value) and value > 0):
-        raise ValueError(f"{name}={brief(value)}: wanted a positive number.")
-    return float(value)
+    try:
+        if number and math.isfinite(value) and value > 0:
+            return float(value)
+    except OverflowError:  # of an int that no float holds
+        pass
+    raise ValueError(f"{name}={brief(value)}: wanted a positive number.")
 
 
 def timesteps_at(schedule: Schedule, time: Tensor) -> Tensor:

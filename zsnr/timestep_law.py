@@ -61,8 +61,10 @@ class TimestepLaw:
             raise ValueError(f"mean={self.mean!r}: wanted a finite number.")
         for option in ("std", "a", "b", "shift"):
             value = positive(option, getattr(self, option))
-            if option in ("a", "b") and value > _LARGEST:
-                raise ValueError(f"{option}={value}: wanted a number up to {_LARGEST:g}.")
+            if option in ("a", "b") and not 1 / _LARGEST <= value <= _LARGEST:
+                raise ValueError(
+                    f"{option}={value}: wanted a number from {1 / _LARGEST:g} to {_LARGEST:g}."
+                )
         if not isinstance(self.allow_rare_terminal, bool):
             raise ValueError(
                 f"allow_rare_terminal={self.allow_rare_terminal!r}: wanted True or False."

@@ -37,7 +37,13 @@ class ClassLabels(Conditioner):
         self.num_classes, self.names = num_classes, names
         self.num_labels = num_classes + 1
         self._numbers = {str(number): number for number in range(num_classes)}
-        self._numbers |= {name: number for number, name in enumerate(names or ())}
+        for number, name in enumerate(names or ()):
+            if self._numbers.get(name, number) != number:
+                raise ValueError(
+                    f"names has {name!r} for class {number}, but that is the number of another "
+                    "class: wanted names that are not numbers."
+                )
+            self._numbers[name] = number
         self._numbers[""] = num_classes
 
     def forward(self, prompts: Sequence[str | int]) -> Conditioning:

@@ -255,6 +255,13 @@ class _Process:
 def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Collate items: tensors stacked, position (B,), faults joined in one list, others as lists."""
     batch: dict[str, Any] = {}
+    names = {name for item in items for name in item}
+    for item in items:
+        if missing := sorted(names - item.keys()):
+            raise ValueError(
+                f"{item.get('key', 'An item')} has no {missing[0]}, unlike other items of its "
+                "batch: wanted the same keys in every item of a dataset."
+            )
     for name, first in items[0].items():
         values = [item[name] for item in items]
         if isinstance(first, torch.Tensor):

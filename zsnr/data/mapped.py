@@ -123,7 +123,10 @@ def checked_item(item: Any, image_size: int) -> dict[str, Any]:
     if "caption" in item and "label" in item:
         raise ItemError("wanted caption or label, not both.")
     sizes = torch.tensor([image_size, image_size, 0, 0, image_size, image_size])
-    checked = {"caption": _caption(item), "sizes": item.get("sizes", sizes)}
+    sizes = item.get("sizes", sizes)
+    if not (isinstance(sizes, Tensor) and sizes.shape == (6,) and sizes.dtype == torch.int64):
+        raise ItemError(f"sizes is {_kind(sizes)}, wanted an int64 tensor (6,).")
+    checked = {"caption": _caption(item), "sizes": sizes}
     if "image" in item:
         checked["image"] = _image(item["image"], image_size)
     for name in ("latents", "concat"):

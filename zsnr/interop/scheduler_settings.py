@@ -34,7 +34,8 @@ _FLOW_WARPS = (
 def describe_schedule(schedule: Schedule) -> dict[str, Any]:
     """Return a schedule under the keys of diffusers' schedulers, without a class name."""
     if isinstance(schedule, RectifiedFlow):
-        return {"num_train_timesteps": schedule.num_timesteps, "shift": schedule.shift}
+        # of which diffusers tells networks this multiple of u
+        return {"num_train_timesteps": 1000, "shift": schedule.shift}
     config = scheduler_config(schedule, "v_prediction")
     left_out = {"_class_name", "prediction_type", "timestep_spacing"}
     described = {key: value for key, value in config.items() if key not in left_out}
@@ -93,6 +94,17 @@ def _with_class(config: Mapping[str, Any]) -> dict[str, Any]:
     """Add the class of a config in memory, which names it only if it was loaded from a file."""
     if "_class_name" in config:
         return as_diffusers(config)
+    if config.get("use_flow_sigmas"):
+        return {**config, "_class_name": "UniPCMultistepScheduler"}
+    if config.get("timestep_type") == "continuous":
+        return {**config, "_class_name": "EulerDiscreteScheduler"}
+    others = config.keys() & {"sigma_max", "sigma_data", "scaler", "trained_betas"}
+    if others and "beta_schedule" not in config and "shift" not in config:
+        raise ValueError(
+            f"The config has {sorted(others)[0]} and no beta_schedule: it is not of a schedule of "
+            "betas or of rectified flow. Give the schedule and the prediction type yourself: "
+            "schedule=..., prediction_type=..."
+        )
     if "shift" in config and "beta_schedule" not in config:
         return {**config, "_class_name": "FlowMatchEulerDiscreteScheduler"}
     shifted = "snr_shift_scale" in config

@@ -54,7 +54,8 @@ class Preparation:
             ValueError: The batch lacks one of these.
         """
         missing = [name for name in ("position", "global_batch_size") if name not in batch]
-        if "caption" not in batch and not any(name.startswith(TEXT) for name in batch):
+        embedded = "text_embedding" in batch or any(name.startswith(TEXT) for name in batch)
+        if "caption" not in batch and not embedded:
             missing.append("caption")
         if not batch.keys() & {"image", "moments", "latents"}:
             missing.append("image, moments or latents")
