@@ -406,7 +406,7 @@ def test_settings_of_diffusers_instead_of_a_schedule(tmp_path):
     assert len(custom) == 2
     custom.save_pretrained(tmp_path)
     assert torch.equal(DiffusersScheduler.from_pretrained(tmp_path).betas, custom.betas)
-    with pytest.raises(ValueError, match="schedule and beta_end are given: wanted one of both"):
+    with pytest.raises(ValueError, match="schedule and beta_end are given: wanted one of the two"):
         DiffusersScheduler(schedule=NoiseSchedule(), beta_end=0.02)
     assert "kwargs" not in inspect.signature(DiffusersScheduler.__init__).parameters
 

@@ -99,7 +99,7 @@ class TextToImage:
 
     Args:
         model: The parts of the model. With `raw_network`, guidance against "raw" is possible.
-        network: Network that replaces the model's UNet. None = the UNet.
+        network: Network that replaces the model's own. None = its own.
         name: Name of the model in the metadata of its images, such as its path.
         loras: Adapters that are merged into the model, for the metadata of its images.
     """
@@ -237,7 +237,7 @@ class TextToImage:
         """
         if self.network is not self.model.network:
             raise ValueError(
-                "This pipeline samples with another network than its model's UNet: load the "
+                "This pipeline samples with another network than its model's own: load the "
                 "adapter into a pipeline of the model itself, before its network is wrapped."
             )
         self.loras = (*self.loras, merge_adapter(self.model, path, scale))

@@ -103,7 +103,7 @@ class DiffusersScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         given = {key: value for key, value in given.items() if value is not None}
         if schedule is not None and given:
             raise ValueError(
-                f"schedule and {', '.join(given)} are given: wanted one of both. Leave one out."
+                f"schedule and {', '.join(given)} are given: wanted one of the two. Leave one out."
             )
         if schedule is None:
             schedule = NoiseSchedule()

@@ -137,7 +137,7 @@ def compile_blocks(network: nn.Module, backend: str, *, several_shapes: bool = F
         network: The network.
         backend: Of torch.compile, such as "inductor".
         several_shapes: Whether inputs have several heights and widths: they are then compiled for
-            any size. Otherwise each new shape would be compiled anew, up to a limit.
+            any size. Otherwise each new shape would be compiled again, up to a limit.
     """
     for block in blocks_of(network) or [network]:
         block.forward = torch.compile(
