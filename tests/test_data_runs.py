@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -409,7 +410,9 @@ def test_sources_without_ranges_are_refused_without_a_local_cache(tmp_path):
 def test_a_command_that_fails_stops_the_run(tmp_path):
     folder = photographs(tmp_path / "shards", [7])
     good, bad = f"pipe:cat {folder}/00000.tar", f"pipe:cat {folder}/00000.tar; exit 3"
-    data = module([good, bad], local_cache=LocalCache(str(tmp_path / "local")), error_budget=1.0)
+    local = LocalCache(str(tmp_path / "local"))
+    patient = replace(QUICK, timeout=30.0)  # a process may start late on a busy machine
+    data = module([good, bad], local_cache=local, error_budget=1.0, retries=patient)
     with pytest.raises(StorageError, match="00000.tar failed 4 times, .* exit status 3"):
         take(data, 1)
 
