@@ -16,21 +16,19 @@ from zsnr.samplers.registry import register_sampler
 from zsnr.schedule import Schedule
 
 
-@register_sampler("ddim")
-@dataclass(frozen=True)
-class DDIM(Sampler):
-    """DDIM (equations 21 and 22).
-
-    Args:
-        eta: Fraction of ancestral noise, in [0, 1]. 0 = deterministic, 1 = DDPM.
-    """
+class _FirstOrder(Sampler):
+    """Steps of the shared transition, with the fraction `eta` of ancestral noise."""
 
     keeps_history: ClassVar[bool] = False
 
-    eta: float = 0.0
+    @property
+    def eta(self) -> float:
+        """Fraction of ancestral noise, in [0, 1]."""
+        raise NotImplementedError
 
     def __post_init__(self) -> None:
-        _check_eta(self.eta)
+        if not isinstance(self.eta, (int, float)) or not 0 <= self.eta <= 1:
+            raise ValueError(f"eta={self.eta!r}: wanted a number in [0, 1].")
 
     def calls(
         self, schedule: Schedule, grid: tuple[int, ...], guidance: Guidance | None
@@ -38,39 +36,41 @@ class DDIM(Sampler):
         return step_calls(grid, transition_steps(schedule, grid, self.eta))
 
 
+@register_sampler("ddim")
+@dataclass(frozen=True)
+class DDIM(_FirstOrder):
+    """DDIM (equations 21 and 22).
+
+    Args:
+        eta: Fraction of ancestral noise, in [0, 1]. 0 = deterministic, 1 = DDPM.
+    """
+
+    eta: float = 0.0
+
+
 @register_sampler("ddpm")
 @dataclass(frozen=True)
-class DDPM(Sampler):
+class DDPM(_FirstOrder):
     """Ancestral sampling with the posterior variance (equations 20 and 9)."""
 
-    keeps_history: ClassVar[bool] = False
-
-    def calls(
-        self, schedule: Schedule, grid: tuple[int, ...], guidance: Guidance | None
-    ) -> list[Call]:
-        return step_calls(grid, transition_steps(schedule, grid, 1.0))
+    eta: ClassVar[float] = 1.0
 
 
 @register_sampler("euler")
 @dataclass(frozen=True)
-class Euler(Sampler):
+class Euler(_FirstOrder):
     """Euler's method on dy/dk = (y - x_0) / k, with y = x_t / alpha_t and k = sigma_t / alpha_t.
 
     A step is y_s = x_0 + (k_s / k_t) (y_t - x_0). Multiplied by alpha_s this is the shared
     transition with eta = 0, which is defined at alpha_t = 0, where y and k are not.
     """
 
-    keeps_history: ClassVar[bool] = False
-
-    def calls(
-        self, schedule: Schedule, grid: tuple[int, ...], guidance: Guidance | None
-    ) -> list[Call]:
-        return step_calls(grid, transition_steps(schedule, grid, 0.0))
+    eta: ClassVar[float] = 0.0
 
 
 @register_sampler("euler_ancestral")
 @dataclass(frozen=True)
-class EulerAncestral(Sampler):
+class EulerAncestral(_FirstOrder):
     """Euler's method to k_down, then noise of size k_up.
 
     k_up = eta k_s sqrt(1 - k_s^2 / k_t^2),  k_down^2 = k_s^2 - k_up^2; multiplied by alpha_s this
@@ -80,19 +80,4 @@ class EulerAncestral(Sampler):
         eta: Fraction of ancestral noise, in [0, 1]. 1 = DDPM, 0 = Euler.
     """
 
-    keeps_history: ClassVar[bool] = False
-
     eta: float = 1.0
-
-    def __post_init__(self) -> None:
-        _check_eta(self.eta)
-
-    def calls(
-        self, schedule: Schedule, grid: tuple[int, ...], guidance: Guidance | None
-    ) -> list[Call]:
-        return step_calls(grid, transition_steps(schedule, grid, self.eta))
-
-
-def _check_eta(eta: float) -> None:
-    if not isinstance(eta, (int, float)) or not 0 <= eta <= 1:
-        raise ValueError(f"eta={eta!r}: wanted a number in [0, 1].")

@@ -510,7 +510,7 @@ def _check_takes_any(cls: Any, where: str) -> None:
 
 
 def _base_of(hint: Any) -> type[Any]:
-    """Return the only class that a type allows; object, if that says nothing of a class_path."""
+    """Return the only class that a type allows; object, if it restricts no class_path."""
     classes = [each for each in options_of(hint) if isinstance(each, type) and not is_scalar(each)]
     if len(dataclasses_of(hint)) > 1:  # of one kind, such as schedules
         return _kind_of(classes[0])
