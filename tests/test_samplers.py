@@ -501,3 +501,16 @@ def test_sampling_records_no_path_unless_asked():
     with torch.no_grad():
         x_0 = DDIM().sample(denoiser, NoiseSchedule(), x_T, trailing(3), with_grad=True)
     assert not x_0.requires_grad
+
+
+def test_a_callback_may_return_what_a_progress_bar_does():
+    x_T = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    denoiser = GaussianDenoiser(NoiseSchedule(), 0.1, 0.5)
+    made = [
+        DDIM().sample(
+            denoiser, NoiseSchedule(), x_T, trailing(3), callback=lambda *_, said=said: said
+        )
+        for said in (None, True, False)
+    ]
+    assert made[0].equal(made[1])
+    assert made[0].equal(made[2])

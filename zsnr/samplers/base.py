@@ -243,7 +243,8 @@ class Sampler:
             timesteps: The grid, 1-D, descending, such as `trailing(25)`.
             randn_like: Source of noise, called once for every step that needs it.
             callback: Called after step i with (i, t, x_0, x_s): the step's timestep, the
-                prediction, and the resulting state. It may return `Changed`.
+                prediction, and the resulting state. It may return `Changed`; a bool, as a progress
+                bar's update returns it, is ignored.
             with_grad: Record the path for a backward pass, which keeps the activations of every
                 network call. False = torch.no_grad().
 
@@ -287,7 +288,7 @@ class Sampler:
                 age, begun = 0, (call.t, state.x_0[0])
             if state.done or plan.calls[state.num_calls].step is not None:  # the step is complete
                 changed = None if callback is None else callback(i, *begun, state.x_t)
-                if changed is not None:
+                if changed is not None and not isinstance(changed, bool):
                     _check_changed(changed, state.x_t)
                     if changed.x_0 is not None:
                         predictions = [x_0, *before.x_0]
