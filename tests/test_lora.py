@@ -11,19 +11,27 @@ import tiny
 import torch
 import yaml
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_checkpoints import tiny_stable_diffusion
 
 from zsnr import DDIM, Conditioning, Denoiser, Guidance, NoiseSchedule, trailing
 from zsnr.checkpoints import Model, read_checkpoint
 from zsnr.cli import main
 from zsnr.codecs import AutoencoderKLCodec, PixelCodec
-from zsnr.conditioning import SDXLConditioner
+from zsnr.conditioning import OpenClipConditioner, SDXLConditioner
 from zsnr.described import build, describe
 from zsnr.interop import read_diffusers_folder
+from zsnr.interop.adapter_merge import merge_adapter
 from zsnr.interop.export import export_diffusers
 from zsnr.interop.lora import merge, write_lora
-from zsnr.lora import AdaptedUNet, LoRA, lora_state_dict, merge_lora
+from zsnr.lora import (
+    AdaptedUNet,
+    LoRA,
+    add_text_adapters,
+    is_adapter,
+    lora_state_dict,
+    merge_lora,
+)
 from zsnr.networks import UNet
 from zsnr.pipeline import TextToImage
 from zsnr.planning.estimate import Parts, training_pass
@@ -72,7 +80,7 @@ def stirred(unet, seed=1):
     """Give adapters weights as training may leave them: B is 0 at first."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in unet.named_parameters():
-        if ".lora_" in name:
+        if is_adapter(name):
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
     return unet
 
@@ -82,10 +90,6 @@ def inputs(batch=2, channels=12):
     x_t = torch.randn(batch, channels, 8, 8, generator=generator)
     context = torch.randn(batch, 8, 16, generator=generator)
     return x_t, torch.tensor([999, 3])[:batch], Conditioning(context)
-
-
-def is_adapter(name):
-    return ".lora_" in name
 
 
 # The network
@@ -203,6 +207,142 @@ def test_without_peft_there_is_a_way_out(base, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match=r"pip install 'zsnr\[lora\]'"):
         AdaptedUNet(str(base), SETTINGS)
+
+
+# Variants
+
+
+VARIANTS = ("lora", "rslora", "dora", "loha", "lokr")
+WITH_CONVOLUTIONS = ("to_q", "to_out.0", "conv1", "proj_in")
+CLIP = ("q_proj", "out_proj", "fc1")
+
+
+def change(variant, parts):
+    """The change of a linear layer in float64, and the norms of DoRA, from the papers' formulas."""
+    p = {name: tensor.double() for name, tensor in parts.items()}
+    if variant == "loha":
+        return (p["hada_w1_a"] @ p["hada_w1_b"]) * (p["hada_w2_a"] @ p["hada_w2_b"]) * 6 / 4
+    if variant == "lokr":
+        second = p["lokr_w2"] if "lokr_w2" in p else p["lokr_w2_a"] @ p["lokr_w2_b"]
+        return torch.kron(p["lokr_w1"], second) * 6 / 4
+    return p["lora_B.weight"] @ p["lora_A.weight"] * 6 / (2 if variant == "rslora" else 4)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_variant_is_that_of_its_formula(base, variant):
+    settings = dataclasses.replace(SETTINGS, variant=variant)
+    plain = UNet(pretrained=str(base)).eval()
+    new = AdaptedUNet(str(base), settings)
+    torch.testing.assert_close(new(*inputs()), plain(*inputs()), **EXACT)
+    adapted = stirred(new)
+    state = lora_state_dict(adapted)
+    name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
+    parts = {n.removeprefix(f"{name}."): t for n, t in state.items() if n.startswith(f"{name}.")}
+    weight = dict(plain.unet.named_parameters())[f"{name}.weight"].detach().double()
+    wanted = weight + change(variant, parts)
+    if variant == "dora":
+        norms = parts["lora_magnitude_vector.weight"].double()
+        wanted = norms[:, None] * wanted / wanted.norm(dim=1, keepdim=True)
+    merged = dict(merge_lora(adapted).unet.named_parameters())[f"{name}.weight"]
+    torch.testing.assert_close(merged.double(), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_merged_variant_is_the_injected_one(base, variant, dtype):
+    settings = LoRA(3, 2.0, WITH_CONVOLUTIONS, dtype, variant)
+    adapted = stirred(AdaptedUNet(str(base), settings)).train()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        before = torch.get_rng_state()
+        injected = adapted(*inputs())
+        assert torch.equal(torch.get_rng_state(), before)  # training draws no global numbers
+    tolerance = 1e-5 if dtype == "float32" else 0.05
+    torch.testing.assert_close(
+        merge_lora(adapted)(*inputs()), injected, rtol=tolerance, atol=tolerance
+    )
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_run_of_a_variant_resumes_as_the_same_run(stable, shards, tmp_path, variant):
+    text_modules = CLIP if variant in ("dora", "lokr") else ()
+    lora = dataclasses.replace(SETTINGS, variant=variant, text_encoder_modules=text_modules)
+
+    def go(root, **options):
+        model = {
+            "codec": AutoencoderKLCodec(str(stable), subfolder="vae"),
+            "conditioner": tiny.TransformersConditioner(str(stable)),
+            "network": str(stable),
+            "lora": lora,
+        }
+        return cells.fit(shards, root, model=model, steps=3, **options)
+
+    whole = go(tmp_path / "whole")
+    for name, weight in whole["weights"].items():
+        assert torch.equal(weight, whole["start"][name]) != is_adapter(name), name
+    trained = {name.split(".")[0] for name in whole["weights"] if is_adapter(name)}
+    assert trained == ({"unet", "conditioner"} if text_modules else {"unet"})
+    go(tmp_path, stop_at=2)
+    again = go(tmp_path, checkpoint=tmp_path / "checkpoints/step-00000002.ckpt")
+    for part in ("weights", "ema"):
+        for name, weight in whole[part].items():
+            assert torch.equal(weight, again[part][name])
+    checkpoint = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
+    assert all(is_adapter(name) for name in checkpoint["state_dict"])
+    model = read_checkpoint(tmp_path / "checkpoints/last.ckpt", ema=False)
+    prompts = ["a cat", "a dog"]
+    encoded = model.conditioner(prompts).context
+    torch.testing.assert_close(merge(model).conditioner(prompts).context, encoded)
+    plain = tiny.TransformersConditioner(str(stable))(prompts).context
+    assert torch.equal(encoded, plain) == (not text_modules)
+
+
+def test_an_older_checkpoint_of_adapters_resumes(run, base, shards, tmp_path):
+    checkpoint = torch.load(run["checkpoint"], weights_only=True)
+    lora = checkpoint["zsnr"]["network"]["init_args"]["lora"]
+    for name in ("variant", "text_encoder_modules", "decompose_factor"):
+        del lora[name]
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    again = fit(base, shards, tmp_path, steps=5, checkpoint=tmp_path / "old.ckpt")
+    for name, weight in run["weights"].items():
+        assert torch.equal(weight, again["start"][name])
+
+
+@pytest.mark.parametrize(
+    ("text", "lora", "message"),
+    [
+        ("class", {}, "OpenClip.* has no adapters: wanted a TransformersConditioner"),
+        ("new", {}, "wanted a pretrained text encoder"),
+        ("stable", {"text_encoder_modules": ("to_q",)}, "the text encoder has no module 'to_q'"),
+        ("stable", {"text_encoder_modules": ("mlp",)}, "'mlp' is a CLIPMLP: wanted linear"),
+    ],
+)
+def test_text_encoders_that_have_no_adapters_are_refused(stable, text, lora, message):
+    settings = LoRA(**{"text_encoder_modules": CLIP, **lora})
+    conditioners = {
+        "class": lambda: OpenClipConditioner("ViT-B-32-quickgelu", "x.safetensors"),
+        "new": tiny.conditioner,
+        "stable": lambda: tiny.TransformersConditioner(str(stable)),
+    }
+    with pytest.raises(ValueError, match=message):
+        add_text_adapters(conditioners[text](), settings)
+
+
+def test_a_text_encoder_with_other_weights_is_refused(stable, shards, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(stable, source)
+    model = {
+        "codec": AutoencoderKLCodec(str(source), subfolder="vae"),
+        "conditioner": tiny.TransformersConditioner(str(source)),
+        "network": str(source),
+        "lora": LoRA(2, text_encoder_modules=CLIP),
+    }
+    cells.fit(shards, tmp_path, model=model, steps=1)
+    path = next((source / "text_encoder").glob("*.safetensors"))
+    weights = load_file(path)
+    save_file({name: weight + 1 for name, weight in weights.items()}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match="its text encoder has other weights"):
+        read_checkpoint(tmp_path / "checkpoints/last.ckpt")
 
 
 # Training
@@ -576,6 +716,57 @@ def test_diffusers_gives_our_images(stable, tmp_path, layout, num_steps):
     assert (without - wanted).abs().max() > 1e-2
     merged = our_images(merge(model), latents, num_steps)
     torch.testing.assert_close(merged, wanted, rtol=0, atol=1e-5)
+
+
+def with_text(stable, **options):
+    """The Stable Diffusion with stirred adapters of UNet and text encoder."""
+    settings = dataclasses.replace(SETTINGS, text_encoder_modules=CLIP, **options)
+    model = adapted(stable, **dataclasses.asdict(settings))
+    add_text_adapters(model.conditioner, settings)
+    stirred(model.conditioner, 2)
+    return model
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("layout", ["diffusers", "kohya"])
+@pytest.mark.parametrize("variant", ["lora", "rslora", "dora"])
+def test_diffusers_reads_a_variant_and_its_text_encoder(stable, tmp_path, variant, layout):
+    model = with_text(stable, variant=variant, target_modules=WITH_CONVOLUTIONS)
+    path = write_lora(model, tmp_path / "own.safetensors", layout=layout)
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    wanted = our_images(model, latents, 4)
+    found = their_images(stable, latents, 4, str(path))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+    without = our_images(dataclasses.replace(merge(model), conditioner=plain(stable)), latents, 4)
+    assert (without - wanted).abs().max() > 1e-3  # the text encoder's adapters matter
+
+
+def plain(stable):
+    return read_diffusers_folder(str(stable)).conditioner
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "kohya"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_written_variant_is_merged_as_it_was_trained(stable, tmp_path, variant, layout):
+    model = with_text(stable, variant=variant, target_modules=WITH_CONVOLUTIONS)
+    if layout == "diffusers" and variant in ("loha", "lokr"):
+        with pytest.raises(ValueError, match="has no layout for adapters of the variant lo"):
+            write_lora(model, tmp_path / "own.safetensors", layout=layout)
+        return
+    path = write_lora(model, tmp_path / "own.safetensors", layout=layout)
+    read = read_diffusers_folder(str(stable))
+    merge_adapter(read, path)
+    wanted = merge(model)
+    pairs = [(read.network, wanted.network), (read.conditioner, wanted.conditioner)]
+    for found, other in pairs:
+        weights = dict(other.named_parameters())
+        for name, weight in found.named_parameters():
+            torch.testing.assert_close(weight, weights[name], rtol=1e-5, atol=1e-6)
+    with safe_open(path, "pt") as file:
+        module = file.metadata().get("ss_network_module")
+    lycoris = variant in ("dora", "loha", "lokr")
+    named = "lycoris.kohya" if lycoris else "networks.lora"
+    assert module == (named if layout == "kohya" else None)
 
 
 @pytest.mark.peer

@@ -23,7 +23,7 @@ from zsnr.checkpoints.run_folder import check_model, is_checkpoint, resolve_mode
 from zsnr.codecs import LatentCodec
 from zsnr.conditioning import Conditioner
 from zsnr.described import build, describe
-from zsnr.lora import with_base
+from zsnr.lora import AdaptedUNet, add_text_adapters, with_base
 from zsnr.networks import DiffusionNetwork, describe_network
 from zsnr.prediction import PredictionType
 from zsnr.schedule import Schedule, schedule_from_settings
@@ -39,7 +39,7 @@ def describe_model(model: Model) -> dict[str, Any]:
     """Return the plain values from which `read_checkpoint` builds the model."""
     return {
         "codec": describe(model.codec),
-        "conditioner": describe(model.conditioner),
+        "conditioner": {**describe(model.conditioner), **(model.conditioner.adapted or {})},
         "network": describe_network(model.network),
         "schedule": model.schedule.settings(),
         "prediction_type": model.prediction_type,
@@ -97,7 +97,7 @@ def read_checkpoint(
         )
 
     if is_weightless():
-        return with_network(make(), make() if raw_beside else None)
+        return _with_text_adapters(with_network(make(), make() if raw_beside else None))
     prefix, weights = _weights(path, checkpoint, ema)
     if raw_beside and prefix != "ema":
         raise ValueError(
@@ -111,6 +111,8 @@ def read_checkpoint(
         build_conditioner = partial(build, description["conditioner"], Conditioner)  # type: ignore[type-abstract]
         _check_fits(path, build_conditioner, weights, f"{prefix}.conditioner.")
     model = with_network(_read_network(path, make, is_new, weights, f"{prefix}.unet."))
+    model = _with_text_adapters(model)
+    _check_text_weights(path, description["conditioner"], model.conditioner)
     if model.conditioner.trainable:
         _load(model.conditioner, weights, f"{prefix}.conditioner.", path)
     if not raw_beside:
@@ -118,6 +120,28 @@ def read_checkpoint(
     prefix, weights = _weights(path, checkpoint, ema=False)
     raw = _read_network(path, make, is_new, weights, f"{prefix}.unet.")
     return replace(model, raw_network=raw)
+
+
+def _with_text_adapters(model: Model) -> Model:
+    """Add the adapters of the text encoder that the network's settings tell, in place."""
+    network = model.network
+    if isinstance(network, AdaptedUNet) and network.lora.text_encoder_modules:
+        add_text_adapters(model.conditioner, network.lora)
+    return model
+
+
+def _check_text_weights(path: Path, described: Mapping[str, Any], conditioner: Conditioner) -> None:
+    """Refuse a text encoder with other weights than those that its adapters were trained on.
+
+    Raises:
+        ValueError: The digests differ.
+    """
+    was, now = described.get("weights"), (conditioner.adapted or {}).get("weights")
+    if None not in (was, now) and was != now:
+        raise ValueError(
+            f"{path}: its text encoder has other weights (digest {now}) than the adapters were "
+            f"trained on (digest {was}): restore the original."
+        )
 
 
 def build_network(

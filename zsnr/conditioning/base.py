@@ -32,6 +32,8 @@ class Conditioner(nn.Module):
         pooled_dim: P of the pooled embedding (B, P); 0 = there is none.
         trainable: Whether training updates it. A frozen conditioner is not part of a state dict.
         pretrained: Whether its weights can be loaded again from its settings alone.
+        adapted: Facts of its pretrained weights, where it has adapters and only these are trained:
+            their digest as "weights". None = it has none.
         max_length: Tokens of a chunk, with start and end; 1 where they are not counted.
         configured: The settings that `configure` has changed.
         tokenizer: Converts prompts to the Tokens that `forward` takes as well. None = it takes
@@ -51,6 +53,7 @@ class Conditioner(nn.Module):
     def __init__(self, trainable: bool = False, pretrained: bool = True) -> None:
         super().__init__()
         self.trainable, self.pretrained = trainable, pretrained
+        self.adapted: dict[str, Any] | None = None
         self.configured: dict[str, Any] = {}
         self._settings: dict[str, Any] = {}
         self._loaded = False
@@ -166,8 +169,8 @@ class Conditioner(nn.Module):
         return self.settings()
 
     def train(self, mode: bool = True) -> Self:
-        """Switch to training mode, unless frozen: a frozen encoder must not apply dropout."""
-        return super().train(mode and self.trainable)
+        """Switch to training mode, unless its weights are frozen: no dropout then."""
+        return super().train(mode and self.trainable and self.adapted is None)
 
     def load(self) -> Self:
         """Load the weights, unless they are loaded, and return self.

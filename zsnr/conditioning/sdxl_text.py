@@ -97,14 +97,15 @@ class SDXLConditioner(Conditioner):
         )
         self._settings |= self.tokenizer.settings()
 
-    @torch.no_grad()
     def forward(self, prompts: Sequence[str] | Tokens) -> Conditioning:
         tokens = self._tokens(prompts, next(self.encoder.parameters()).device)
         n = self.tokenizer.num_chunks
-        first, second = (
-            encoder(split_chunks(ids, n), output_hidden_states=True)
-            for encoder, ids in zip((self.encoder, self.encoder_2), tokens.ids, strict=True)
-        )
+        encoders = zip((self.encoder, self.encoder_2), tokens.ids, strict=True)
+        with torch.set_grad_enabled(self.trainable and torch.is_grad_enabled()):
+            first, second = (
+                encoder(split_chunks(ids, n), output_hidden_states=True)
+                for encoder, ids in encoders
+            )
         contexts = [out.hidden_states[-2] for out in (first, second)]
         if tokens.weights:
             weights = [split_chunks(each, n) for each in tokens.weights]

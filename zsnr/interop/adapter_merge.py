@@ -36,6 +36,7 @@ from zsnr.conditioning import (
 from zsnr.conditioning.remembered import Remembered
 from zsnr.interop.adapter_file import AdapterFile, check_scale, open_adapter
 from zsnr.interop.declarations import Declaration
+from zsnr.lora import is_adapter, with_norms
 from zsnr.networks import UNet
 from zsnr.weights.header import open_safetensors
 from zsnr.weights.ldm_layout import from_ldm, ldm_layers, ldm_names
@@ -200,7 +201,7 @@ def _parameters(module: nn.Module, part: str) -> Iterator[_Layer]:
     parameters = dict(module.named_parameters())
     for name, weight in parameters.items():
         layer, _, last = name.rpartition(".")
-        if last == "weight" and ".lora_" not in name:
+        if last == "weight" and not is_adapter(name):
             bias = parameters.get(f"{layer}.bias")
             yield _Layer(layer.removesuffix(".base_layer"), part, weight, bias)
 
@@ -430,21 +431,12 @@ def _merged(weight: Tensor, parts: Mapping[str, Tensor], factor: float, scale: f
     if "dora_scale" not in parts:
         merged = torch.add(weight, change, alpha=scale * factor)
         norms = parts.get("magnitude")
-        return merged if norms is None else _with_norms(merged, norms.flatten(), on_output=True)
+        return merged if norms is None else with_norms(merged, norms.flatten(), on_output=True)
     norms = parts["dora_scale"]
     on_output = len(norms) == len(weight)
     merged = torch.add(weight, change, alpha=factor)
-    merged = _with_norms(merged, norms.flatten(), on_output=on_output)
+    merged = with_norms(merged, norms.flatten(), on_output=on_output)
     return torch.add(weight, merged - weight, alpha=scale)
-
-
-def _with_norms(weight: Tensor, norms: Tensor, *, on_output: bool) -> Tensor:
-    """Return m V / |V|, with the norms of a matrix's rows (outputs) or columns (inputs)."""
-    kept = 0 if on_output else 1
-    others = [i for i in range(weight.ndim) if i != kept]
-    shape = [len(norms) if i == kept else 1 for i in range(weight.ndim)]
-    lengths: Tensor = torch.linalg.vector_norm(weight, dim=others, keepdim=True)
-    return weight * (norms.reshape(shape) / lengths)
 
 
 def _whole(parts: Mapping[str, Tensor]) -> Tensor:

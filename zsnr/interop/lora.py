@@ -1,19 +1,20 @@
-"""Export of adapters: LoRA files in the formats of diffusers and kohya, and merged weights."""
+"""Export of adapters: files in the formats of diffusers, kohya and LyCORIS, and merged weights."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zsnr.checkpoints.model import Model
+from zsnr.conditioning import SDXLConditioner
 from zsnr.files import check_new, new_file
-from zsnr.lora import AdaptedUNet, lora_state_dict, merge_lora
+from zsnr.lora import AdaptedUNet, LoRA, lora_state_dict, merge_lora, merge_text_adapters
 from zsnr.weights.ldm_layout import ldm_layers
 from zsnr.weights.pretrained import Precision, as_dtype, cast_weight
 
@@ -23,12 +24,15 @@ DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
 
 
 def merge(model: Model) -> Model:
-    """Return a model with a plain UNet into which the adapters are merged, in float32.
+    """Return a model with a plain UNet and text encoder, with the adapters merged, in float32.
 
     Raises:
-        ValueError: The model has no adapters.
+        ValueError: The model has no adapters, or the pretrained text encoder cannot be loaded.
     """
-    return replace(model, network=merge_lora(_adapted(model)))
+    conditioner = model.conditioner
+    if conditioner.adapted is not None:
+        conditioner = merge_text_adapters(conditioner)
+    return replace(model, network=merge_lora(_adapted(model)), conditioner=conditioner)
 
 
 def write_lora(
@@ -51,9 +55,12 @@ def write_lora(
         path: A file NAME.safetensors; with layout "diffusers", it may also be a folder for
             pytorch_lora_weights.safetensors.
         layout: "diffusers": unet.MODULE.lora_A.weight and lora_B.weight, with alpha / rank
-            multiplied into B, so that readers do not need it. "kohya":
-            lora_unet_MODULE.lora_down.weight, lora_up.weight and alpha, and the network in the
-            metadata; modules have diffusers' names, or for SDXL those of its original code.
+            multiplied into B, so that readers do not need it, and lora_magnitude_vector for DoRA;
+            diffusers has no layout for LoHa and LoKr. "kohya": lora_unet_MODULE.lora_down.weight,
+            lora_up.weight and alpha, and the network in the metadata; modules have diffusers'
+            names, or for SDXL those of its original code. DoRA, LoHa and LoKr have the tensors of
+            LyCORIS. Text encoders are text_encoder and text_encoder_2, or lora_te, for SDXL
+            lora_te1 and lora_te2.
         dtype: Data type of the tensors.
         metadata: Additional or replaced metadata.
 
@@ -62,12 +69,17 @@ def write_lora(
 
     Raises:
         ValueError: The model has no adapters, the file exists, or the layout has no name for a
-            module.
+            module, or cannot hold the variant.
     """
-    unet, path = _adapted(model), Path(path).expanduser()
+    lora, path = _adapted(model).lora, Path(path).expanduser()
     title = path.stem
     if layout not in ("diffusers", "kohya"):
         raise ValueError(f"layout={layout!r}: wanted 'diffusers' or 'kohya'.")
+    if layout == "diffusers" and lora.variant in ("loha", "lokr"):
+        raise ValueError(
+            f"diffusers has no layout for adapters of the variant {lora.variant}: write them in "
+            "LyCORIS's layout (`--format lora-kohya`), or the whole model (`--merge`)."
+        )
     stored = as_dtype(dtype)
     if path.suffix != ".safetensors":
         if layout == "kohya":
@@ -78,9 +90,9 @@ def write_lora(
         if not isinstance(value, str):
             raise ValueError(f"metadata {name!r} is a {type(value).__name__}: wanted a text.")
     if layout == "diffusers":
-        tensors, facts = _diffusers_tensors(unet), _facts(model, title)
+        tensors, facts = _diffusers_tensors(model), _facts(model, title)
     else:
-        tensors, facts = _kohya_tensors(unet), {**_facts(model, title), **_kohya(model)}
+        tensors, facts = _kohya_tensors(model), {**_facts(model, title), **_kohya(model)}
     tensors = {  # an alpha has no dimensions, and is stored exactly
         name: cast_weight(name, tensor, stored if tensor.ndim else tensor.dtype).cpu().contiguous()
         for name, tensor in tensors.items()
@@ -100,24 +112,70 @@ def _adapted(model: Model) -> AdaptedUNet:
     return model.network
 
 
-def _diffusers_tensors(unet: AdaptedUNet) -> dict[str, Tensor]:
-    factor = unet.lora.strength / unet.lora.rank
+def _layers(module: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors of each adapted layer, by peft's names of the parts of an adapter."""
+    layers: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in lora_state_dict(module).items():
+        layer, _, part = name.removesuffix(".weight").rpartition(".")
+        layers.setdefault(layer, {})[part] = tensor
+    return layers
+
+
+def _text_layers(model: Model) -> Iterator[tuple[str, str, dict[str, Tensor]]]:
+    """Yield each adapted layer of the text encoders: its encoder's number, its name, its parts."""
+    if model.conditioner.adapted is None:
+        return
+    for name, parts in _layers(model.conditioner).items():
+        encoder, _, layer = name.partition(".")
+        short = layer.removeprefix("text_model.")
+        name = short if short == "text_projection" else f"text_model.{short}"
+        yield "2" if encoder == "encoder_2" else "1", name, parts
+
+
+def _diffusers_tensors(model: Model) -> dict[str, Tensor]:
+    unet = _adapted(model)
+    layers = {f"unet.{name}": parts for name, parts in _layers(unet).items()}
+    for number, name, parts in _text_layers(model):
+        folder = "text_encoder" if number == "1" else "text_encoder_2"
+        layers[f"{folder}.{name}"] = parts
+    tensors = {}
+    for layer, parts in layers.items():
+        tensors[f"{layer}.lora_A.weight"] = parts["lora_A"]
+        tensors[f"{layer}.lora_B.weight"] = parts["lora_B"] * unet.lora.factor
+        if "lora_magnitude_vector" in parts:
+            tensors[f"{layer}.lora_magnitude_vector"] = parts["lora_magnitude_vector"]
+    return tensors
+
+
+def _kohya_tensors(model: Model) -> dict[str, Tensor]:
+    unet = _adapted(model)
+    layers = _layers(unet)
+    names = ldm_layers(layers, unet.unet.config) if _is_xl(unet) else {}
+    named = {f"lora_unet_{_flat(names.get(name, name))}": layers[name] for name in layers}
+    double = isinstance(model.conditioner, SDXLConditioner)
+    for number, name, parts in _text_layers(model):
+        named[f"lora_te{number if double else ''}_{_flat(name)}"] = parts
     return {
-        f"unet.{name}": tensor * factor if name.endswith(".lora_B.weight") else tensor
-        for name, tensor in lora_state_dict(unet).items()
+        f"{layer}.{part}": tensor
+        for layer, parts in named.items()
+        for part, tensor in _lycoris(parts, unet.lora).items()
     }
 
 
-def _kohya_tensors(unet: AdaptedUNet) -> dict[str, Tensor]:
-    tensors, adapters = {}, lora_state_dict(unet)
-    layers = {name.rsplit(".", 2)[0] for name in adapters}
-    names = ldm_layers(layers, unet.unet.config) if _is_xl(unet) else {}
-    for name, tensor in adapters.items():
-        layer, part, _ = name.rsplit(".", 2)
-        key = "lora_unet_" + names.get(layer, layer).replace(".", "_")
-        tensors[f"{key}.{'lora_down' if part == 'lora_A' else 'lora_up'}.weight"] = tensor
-        tensors[f"{key}.alpha"] = torch.tensor(unet.lora.strength)
-    return tensors
+def _flat(name: str) -> str:
+    return name.replace(".", "_")
+
+
+def _lycoris(parts: Mapping[str, Tensor], lora: LoRA) -> dict[str, Tensor]:
+    """Return the tensors of a layer's adapter in the names of kohya's scripts and LyCORIS."""
+    if parts.keys() == {"lokr_w1", "lokr_w2"}:  # LyCORIS does not scale two whole matrices
+        return {"lokr_w1": parts["lokr_w1"], "lokr_w2": parts["lokr_w2"] * lora.factor}
+    named = {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight"}
+    tensors = {named.get(part, part): tensor for part, tensor in parts.items()}
+    norms = tensors.pop("lora_magnitude_vector", None)
+    if norms is not None:
+        tensors["dora_scale"] = norms.reshape(-1, *[1] * (parts["lora_A"].ndim - 1))
+    return {**tensors, "alpha": torch.tensor(lora.factor * lora.rank)}
 
 
 def _is_xl(unet: AdaptedUNet) -> bool:
@@ -166,10 +224,16 @@ def _facts(model: Model, title: str) -> dict[str, str]:
 def _kohya(model: Model) -> dict[str, str]:
     """Return the metadata that kohya's scripts write about a network."""
     lora, base = _adapted(model).lora, _base(model)
+    settings = {
+        "dora": {"algo": "lora", "dora_wd": "True"},
+        "loha": {"algo": "loha"},
+        "lokr": {"algo": "lokr", "factor": str(lora.decompose_factor)},
+    }.get(lora.variant)
     return {
-        "ss_network_module": "networks.lora",
+        "ss_network_module": "networks.lora" if settings is None else "lycoris.kohya",
+        **({} if settings is None else {"ss_network_args": json.dumps(settings)}),
         "ss_network_dim": str(lora.rank),
-        "ss_network_alpha": f"{lora.strength:g}",
+        "ss_network_alpha": f"{lora.factor * lora.rank:g}",
         "ss_v2": str(base is not None and base[0] == "sd_v2"),
         **({} if base is None else {"ss_base_model_version": base[0]}),
     }

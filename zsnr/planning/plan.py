@@ -18,7 +18,7 @@ from zsnr.conditioning import Conditioner
 from zsnr.data.cache import Cache, find_cache
 from zsnr.data.order import accumulation
 from zsnr.interop.models import load_parts
-from zsnr.lora import AdaptedUNet, LoRA
+from zsnr.lora import AdaptedUNet, LoRA, add_text_adapters
 from zsnr.networks import UNet, UNetConfig, inputs_of, read_network
 from zsnr.planning.estimate import (
     GIB,
@@ -237,7 +237,10 @@ def read_parts(config: Any, data: DataModule) -> Parts:
         codec.latent_shape(data.image_size, data.image_size)
         wanted: Any = inputs_of(codec, conditioner)
         if model.lora is not None:
-            network: nn.Module = AdaptedUNet(model.network, LoRA(**model.lora.as_dict()), **wanted)
+            lora = LoRA(**model.lora.as_dict())
+            network: nn.Module = AdaptedUNet(model.network, lora, **wanted)
+            if lora.text_encoder_modules:
+                add_text_adapters(conditioner, lora)
         elif isinstance(model.network, str):
             network = read_network(model.network, **wanted)
         elif "class_path" in model.network:

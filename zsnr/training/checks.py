@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from zsnr.guidance import Guidance
-from zsnr.lora import require_peft
+from zsnr.lora import LoRA, require_peft
 from zsnr.loss import LossWeighting
 from zsnr.networks import network_folder
 from zsnr.prediction import PredictionType, check_prediction_type
@@ -52,7 +52,7 @@ def check_guidance(guidance: Guidance, averaged: bool) -> None:
 
 
 def check_lora(network: Any, trains_text: bool) -> None:
-    """Refuse LoRA without a pretrained UNet, or with a text encoder that is trained.
+    """Refuse LoRA without a pretrained UNet, or with a text encoder whose weights are trained.
 
     Nothing is loaded.
 
@@ -76,7 +76,9 @@ def check_lora(network: Any, trains_text: bool) -> None:
         )
     if trains_text:
         raise ValueError(
-            "model.lora trains adapters of the UNet only: set the conditioner's trainable: false."
+            "model.lora freezes all weights, but the conditioner's trainable is true: set it to "
+            "false, and list modules of the text encoder in model.lora.text_encoder_modules to "
+            "adapt them too."
         )
     require_peft()
 
@@ -165,6 +167,7 @@ def _decisive(network: dict[str, Any]) -> dict[str, Any]:
     """Return the part of a network's description that a resumed run must share."""
     settings = dict(network.get("init_args", {}))
     if "lora" in settings:
-        return {name: settings[name] for name in ("weights", "lora")}
+        lora = LoRA(**settings["lora"]).settings()  # with the defaults of newer settings
+        return {"weights": settings["weights"], "lora": lora}
     config: dict[str, Any] = settings.get("config", settings)
     return config

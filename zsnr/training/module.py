@@ -26,7 +26,7 @@ from zsnr.data.prompts import PromptRequest
 from zsnr.denoiser import Conditioning
 from zsnr.described import class_path
 from zsnr.draws import Draws, validation_timesteps
-from zsnr.lora import AdaptedUNet, LoRA
+from zsnr.lora import AdaptedUNet, LoRA, add_text_adapters
 from zsnr.loss import LossWeighting
 from zsnr.networks import (
     DiffusionNetwork,
@@ -126,8 +126,8 @@ class LatentDiffusion(L.LightningModule):
             or gradient is not finite. One more stops the run.
         image_size: Height and width of the images, in pixels. Set by data.image_size.
         seed: Seed of every random number in training. Set by data.seed.
-        lora: LoRA adapters to train on a frozen, pretrained `network`. None = the whole
-            network is trained.
+        lora: Adapters to train on a frozen, pretrained `network`, and on its text encoders where it
+            names their modules. None = the whole network is trained.
         tf32: Whether a GPU rounds the factors of float32 products and convolutions to TF32, which
             has the range of float32 and the precision of float16. It does not concern what
             trainer.precision computes in bfloat16 or float16. false = float32 is float32.
@@ -179,6 +179,8 @@ class LatentDiffusion(L.LightningModule):
             )
         if lora is not None:
             check_lora(network, conditioner.trainable)
+            if lora.text_encoder_modules:
+                add_text_adapters(conditioner, lora)
         check_guidance(sampling.guidance, averaged=ema is not None)
         check_threshold(sampling.guidance, codec)
         check_steps(sampling, schedule)
@@ -300,7 +302,7 @@ class LatentDiffusion(L.LightningModule):
             "caption_dropout": self.caption_dropout,
             "ema": None if self.ema_config is None else asdict(self.ema_config),
             "start": None if self.start is None else self.start.facts(),
-            "lora": None if self.lora is None else asdict(self.lora),
+            "lora": None if self.lora is None else self.lora.settings(),
         }
 
     def run_settings(self) -> dict[str, Any]:
@@ -421,9 +423,12 @@ class LatentDiffusion(L.LightningModule):
         if cache.conditioner is None:
             return
         if "conditioner" not in self._frozen:
+            adapted = self.trained["conditioner"].adapted is not None
+            trains = "adapted" if adapted else "trained jointly"
+            off = "leave out model.lora.text_encoder_modules" if adapted else "set trainable: false"
             raise ValueError(
-                f"{name}={cache.folder} holds text embeddings, but model.conditioner is trained "
-                "jointly: cache without --text, or set the conditioner's trainable: false."
+                f"{name}={cache.folder} holds text embeddings, but model.conditioner is {trains}: "
+                f"cache without --text, or {off}."
             )
         conditioner = self._frozen["conditioner"]
         check_cache(name, cache, conditioner=conditioner.fingerprint())

@@ -39,7 +39,8 @@ _GROUPS: tuple[tuple[Verdict, Sequence[str]], ...] = (
         [
             *_under("model", "network schedule prediction_type ema lora image_size"),
             *_under("model.schedule", _SCHEDULE),
-            *_under("model.lora", "rank alpha target_modules base_dtype"),
+            *_under("model.lora", "rank alpha target_modules base_dtype variant"),
+            *_under("model.lora", "text_encoder_modules decompose_factor"),
             "optimizer",  # its class: the state of another one would be misread
         ],
     ),
