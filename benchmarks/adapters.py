@@ -148,7 +148,7 @@ def planned_memory(arm: str) -> str:
                 *("true", *adapters),
             ]
         )
-    return f"{sum(json.loads(text.getvalue())['bytes'].values()) / 2**30:.1f}"
+    return f"{json.loads(text.getvalue())['bytes_per_rank']['total'] / 2**30:.1f}"
 
 
 def main() -> None:
@@ -235,8 +235,8 @@ def measures(facts: dict[str, dict[str, Any]], runs: dict[str, list[Path]]) -> s
         [
             *lines,
             "",
-            f"The same numbers of images drawn from the data have an expected W1 of {floors[0]:.3f} "
-            f"(with prompts) and {floors[1]:.3f}.",
+            f"The same numbers of images drawn from the data have an expected W1 of "
+            f"{floors[0]:.3f} (with prompts) and {floors[1]:.3f}.",
         ]
     )
 
@@ -278,9 +278,10 @@ def write(text: str, facts: dict[str, Any], S: int) -> None:
     out = Path(__file__).parent / "results" / "adapters.md"
     out.write_text(
         f"# Adapters from epsilon to v\n\n{date.today()}, {versions}, Python "
-        f"{platform.python_version()}, {platform.machine()}. Made by `python benchmarks/adapters.py "
-        "--write`.\n\nOne epsilon model of 1.1 M parameters, trained for 500 steps on the original "
-        "schedule (configs/ablation/openmoji.yaml), is moved to v-prediction at zero terminal SNR "
+        f"{platform.python_version()}, {platform.machine()}. Made by `python benchmarks/"
+        "adapters.py --write`.\n\nOne epsilon model of 1.1 M parameters, trained for 500 steps on "
+        "the original schedule (configs/ablation/openmoji.yaml), is moved to v-prediction at zero "
+        "terminal SNR "
         f"in {STEPS} steps with batch size 32 (configs/ablation/adapters.yaml); the text encoder "
         f"is frozen. Seeds {', '.join(map(str, SEEDS))} of each arm; all models are included. The "
         "learning rate is the one of three with the lowest validation loss of another seed. DDIM, "

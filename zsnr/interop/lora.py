@@ -55,12 +55,13 @@ def write_lora(
         path: A file NAME.safetensors; with layout "diffusers", it may also be a folder for
             pytorch_lora_weights.safetensors.
         layout: "diffusers": unet.MODULE.lora_A.weight and lora_B.weight, with alpha / rank
-            multiplied into B, so that readers do not need it, and lora_magnitude_vector for DoRA;
-            diffusers has no layout for LoHa and LoKr. "kohya": lora_unet_MODULE.lora_down.weight,
-            lora_up.weight and alpha, and the network in the metadata; modules have diffusers'
-            names, or for SDXL those of its original code. DoRA, LoHa and LoKr have the tensors of
-            LyCORIS. Text encoders are text_encoder and text_encoder_2, or lora_te, for SDXL
-            lora_te1 and lora_te2.
+            multiplied into B, so that readers do not need it, and lora_magnitude_vector.weight for
+            DoRA; diffusers has no layout for LoHa and LoKr. "kohya":
+            lora_unet_MODULE.lora_down.weight, lora_up.weight and alpha, and the network in the
+            metadata; modules have diffusers' names, or for SDXL those of its original code. DoRA,
+            LoHa and LoKr have the tensors of LyCORIS; diffusers ignores those of DoRA in this
+            layout. Text encoders are text_encoder and text_encoder_2, or lora_te, for SDXL lora_te1
+            and lora_te2.
         dtype: Data type of the tensors.
         metadata: Additional or replaced metadata.
 
@@ -143,7 +144,7 @@ def _diffusers_tensors(model: Model) -> dict[str, Tensor]:
         tensors[f"{layer}.lora_A.weight"] = parts["lora_A"]
         tensors[f"{layer}.lora_B.weight"] = parts["lora_B"] * unet.lora.factor
         if "lora_magnitude_vector" in parts:
-            tensors[f"{layer}.lora_magnitude_vector"] = parts["lora_magnitude_vector"]
+            tensors[f"{layer}.lora_magnitude_vector.weight"] = parts["lora_magnitude_vector"]
     return tensors
 
 

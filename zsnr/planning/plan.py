@@ -249,7 +249,7 @@ def read_parts(config: Any, data: DataModule) -> Parts:
             network = UNet(UNetConfig(**model.network.as_dict()), **wanted)
         if dtype != torch.float32:  # else an adapted one keeps its base's
             network.to(dtype)
-        if conditioner.trainable:
+        if conditioner.trainable and (dtype != torch.float32 or conditioner.adapted is None):
             conditioner.to(dtype)
         codec.load()
         conditioner.load()
