@@ -40,6 +40,7 @@ FLOORS = (
         "conditioning",
         "networks",
         "lora",
+        "power_average",
         "checkpoints",
         "interop",
         "metrics",

@@ -50,6 +50,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "plan": "plan",
         **dict.fromkeys(TRAINING, ""),
         "status": "status",
+        "checkpoint average": "checkpoint_average",
         "checkpoint consolidate": "checkpoint_consolidate",
     },
 }

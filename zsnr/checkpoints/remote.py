@@ -70,6 +70,30 @@ def fetch_checkpoint(address: str) -> Path:
         return _fetch(files, last)
 
 
+def fetch_snapshots(address: str, folder: str) -> list[Path]:
+    """Copy the snapshots of a run to the local disk, unless they are there already.
+
+    Args:
+        address: The folder of the run, or of its checkpoints.
+        folder: Name of the folder of snapshots in it.
+
+    Returns:
+        The copies, the newest last.
+
+    Raises:
+        ValueError: They cannot be copied.
+    """
+    with _told(address):
+        files, path = filesystem(address)
+        path = path.rstrip("/")
+        files.invalidate_cache()
+        for place in (f"{path}/checkpoints/{folder}", f"{path}/{folder}"):
+            names = [name for name in _steps(files, place) if _is_complete(files, name)]
+            if names:
+                return [_fetch(files, name) for name in names]
+    return []
+
+
 def _newest_first(files: Any, folder: str) -> list[str]:
     for place in (f"{folder}/checkpoints", folder):
         names = [name for name in _steps(files, place) if _is_complete(files, name)]
@@ -131,11 +155,12 @@ def _told(address: str) -> Iterator[None]:
 
 
 class Mirror:
-    """Copies the checkpoints of a run to an address, in a thread.
+    """Copies the checkpoints and snapshots of a run to an address, in a thread.
 
     A copy is seen under its name once it is complete: a file at once, and a folder of shards by
     its index, which is copied last. Where copying is slower than training, the newest checkpoint is
-    copied and those before it are left out. A failure causes a warning, and the run continues.
+    copied and those before it are left out; of snapshots all are copied. A failure causes a
+    warning, and the run continues.
 
     Args:
         address: Folder of the copies, such as s3://bucket/run.
@@ -155,6 +180,7 @@ class Mirror:
         self.copying: Path | None = None
         self._next: Path | None = None
         self._removed: set[str] = set()
+        self._snapshots: list[Path] = []
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
@@ -173,16 +199,20 @@ class Mirror:
                 "run: resume it with --ckpt_path, or choose another address."
             )
 
-    def copy(self, checkpoint: Path, removed: Iterable[str]) -> None:
+    def copy(self, checkpoint: Path, removed: Iterable[str], snapshots: Path) -> None:
         """Begin to copy a complete checkpoint, and return at once.
 
         Args:
             checkpoint: The file, or folder of shards.
             removed: Names of checkpoints that are to be removed at the address too.
+            snapshots: Folder that may hold a snapshot of the same name, to be copied after it.
         """
+        snapshot = snapshots / checkpoint.name
         with self._lock:
             self._next = checkpoint
             self._removed.update(removed)
+            if snapshot.exists():
+                self._snapshots.append(snapshot)
             if self.copying is None:
                 self.copying = checkpoint
                 self._thread = threading.Thread(target=self._run, daemon=True)
@@ -205,18 +235,26 @@ class Mirror:
             with self._lock:
                 self.copying, self._next = self._next, None
                 removed, self._removed = self._removed, set()
+                snapshots, self._snapshots = self._snapshots, []
             if self.copying is None:
                 return
             with side_file(public_url(self.address)):
-                self._copy(self.copying, removed)
-                removed.clear()
+                self._copy(self.copying, self._root)
+                for name in sorted(removed):
+                    if self._files.exists(f"{self._root}/{name}"):
+                        self._files.rm(f"{self._root}/{name}", recursive=True)
+                    removed.discard(name)
+                while snapshots:
+                    self._copy(snapshots[0], f"{self._root}/{snapshots[0].parent.name}")
+                    snapshots.pop(0)
             with self._lock:
                 self._removed |= removed
+                self._snapshots = snapshots + self._snapshots
 
-    def _copy(self, checkpoint: Path, removed: set[str]) -> None:
-        files, target = self._files, f"{self._root}/{checkpoint.name}"
+    def _copy(self, checkpoint: Path, folder: str) -> None:
+        files, target = self._files, f"{folder}/{checkpoint.name}"
         files.invalidate_cache()
-        for other in _steps(files, self._root):
+        for other in _steps(files, folder):
             if other.rpartition("/")[2] > checkpoint.name:  # of steps that are trained again
                 if files.exists(f"{other}.abandoned"):
                     files.rm(f"{other}.abandoned", recursive=True)
@@ -228,9 +266,6 @@ class Mirror:
                 self._put(part, f"{target}/{part.name}")
         else:
             self._put(checkpoint, target)
-        for name in sorted(removed):
-            if files.exists(f"{self._root}/{name}"):
-                files.rm(f"{self._root}/{name}", recursive=True)
 
     def _put(self, source: Path, target: str) -> None:
         """Copy a file; a failure leaves none of its name."""

@@ -182,7 +182,10 @@ def consolidate(folder: str | Path, *, with_optimizers: bool = True) -> dict[str
 
 
 def restore(
-    path: Path, model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]
+    path: Path,
+    model: nn.Module,
+    optimizers: Iterable[torch.optim.Optimizer],
+    unused: str | None = None,
 ) -> dict[str, Any]:
     """Load weights and optimizer states into parameters that may be sharded; every rank calls it.
 
@@ -190,6 +193,7 @@ def restore(
         path: A sharded folder, or a full file.
         model: Model to load, whose parameters may be DTensors.
         optimizers: Optimizers to load.
+        unused: Prefix of the names of weights that the model does not need. None = it needs all.
 
     Returns:
         The checkpoint without its weights and optimizer states.
@@ -203,7 +207,8 @@ def restore(
         rest, index = read_rest(path), _checked_index(path)
         saved = {name: facts.size for name, facts in index.state_dict_metadata.items()}
         weights = {name for name in saved if name.startswith("state_dict/")}
-        _check_names(path, parameters, {name.removeprefix("state_dict/") for name in weights})
+        names = {name.removeprefix("state_dict/") for name in weights}
+        _check_names(path, parameters, names, unused)
         targets = {f"state_dict/{name}": tensor for name, tensor in parameters.items()}
         states = {
             name: _like(optimizers[int(name.split("/")[1])], name, size)
@@ -214,7 +219,7 @@ def restore(
         full = _merge(rest, states)
     else:
         full = open_archive(path)
-        _check_names(path, parameters, set(full["state_dict"]))
+        _check_names(path, parameters, set(full["state_dict"]), unused)
         for name, tensor in parameters.items():
             copy_part(tensor, full["state_dict"][name])
         for number, optimizer in enumerate(optimizers):
@@ -360,7 +365,11 @@ def _reason(error: Any) -> str:
     return str(next(iter(error.failures.values()))[0])
 
 
-def _check_names(path: Path, parameters: Mapping[str, Tensor], saved: set[str]) -> None:
+def _check_names(
+    path: Path, parameters: Mapping[str, Tensor], saved: set[str], unused: str | None
+) -> None:
+    if unused is not None:
+        saved = {name for name in saved if not name.startswith(unused)}
     lacking, foreign = sorted(parameters.keys() - saved), sorted(saved - parameters.keys())
     if lacking or foreign:
         difference = f"lacks {lacking[0]}" if lacking else f"has {foreign[0]}, unlike the model"

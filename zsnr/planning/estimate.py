@@ -99,7 +99,7 @@ class Parts:
         encodes_images: Whether each batch passes through the codec.
         encodes_text: Whether each batch passes through the conditioner.
         optimizer_state: Bytes of the optimizer's state for each byte of a parameter.
-        averaged: Whether the weights are averaged.
+        averages: Number of averages of the weights.
     """
 
     network: nn.Module
@@ -112,7 +112,7 @@ class Parts:
     encodes_images: bool
     encodes_text: bool
     optimizer_state: float
-    averaged: bool
+    averages: int
 
     def trained(self) -> nn.ModuleDict:
         """Return the modules that are trained."""
@@ -249,7 +249,7 @@ def need(parts: Parts, layout: Layout) -> Need:
         parameters=shard_size(trained.parameters(), sharding.shards),
         gradients=gradients,
         optimizer=round(gradients * parts.optimizer_state),
-        average=average if parts.averaged else 0,
+        average=average * parts.averages,
         buckets=gradients if sharding.kind == "DDP" and not sharding.bucket_view else 0,
         accumulated=accumulated_size(trained, layout),
         gathered=gathered_size(trained, sharding),

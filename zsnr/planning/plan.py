@@ -217,10 +217,12 @@ def read_parts(config: Any, data: DataModule) -> Parts:
             f"trainer.precision={precision} is not one that plan knows: {', '.join(_PRECISIONS)}."
         )
     dtype, autocast = _PRECISIONS[precision]
-    if dtype != torch.float32 and model.ema is not None:
+    kept = 0 if model.post_hoc_ema is None else len(model.post_hoc_ema.sigma_rel)
+    if dtype != torch.float32 and (kept or model.ema is not None):
         raise ValueError(
             f"trainer.precision={precision} would keep averaged weights in half precision: use "
-            "bf16-mixed, FullyShardedStrategy's param_dtype, or model.ema null."
+            "bf16-mixed, FullyShardedStrategy's param_dtype, or model.ema and model.post_hoc_ema "
+            "null."
         )
     sources = [each for each in (data.train, data.val) if each is not None]
     caches = [None if isinstance(each, Dataset) else find_cache(each) for each in sources]
@@ -264,7 +266,7 @@ def read_parts(config: Any, data: DataModule) -> Parts:
         encodes_images=train is None,
         encodes_text=text,
         optimizer_state=state_per_byte(make_optimizer),
-        averaged=model.ema is not None,
+        averages=kept + (model.ema is not None),
     )
 
 

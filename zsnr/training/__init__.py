@@ -5,7 +5,7 @@ from zsnr.training.callbacks import PredictionWriter
 from zsnr.training.checkpoint_files import CheckpointFiles
 from zsnr.training.checkpointing import Checkpoints
 from zsnr.training.data import DataModule
-from zsnr.training.ema import EMAConfig
+from zsnr.training.ema import EMAConfig, PostHocEMA
 from zsnr.training.image_metrics import ImageMetrics
 from zsnr.training.learning_rate import LearningRate
 from zsnr.training.module import LatentDiffusion
@@ -23,6 +23,7 @@ __all__ = [
     "ImageMetrics",
     "LatentDiffusion",
     "LearningRate",
+    "PostHocEMA",
     "PredictionWriter",
     "Preemption",
     "Previews",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -17,7 +18,24 @@ from torch.optim import Optimizer
 from zsnr.agreement import raise_on_all
 from zsnr.checkpoints import sharded
 from zsnr.checkpoints.run_folder import resolve_model
+from zsnr.checkpoints.snapshots import snapshot_of
+from zsnr.files import side_file
 from zsnr.untrusted import open_archive
+
+
+@dataclass(frozen=True)
+class SnapshotFile:
+    """A snapshot to write beside a checkpoint, see `snapshot_of`.
+
+    Args:
+        path: Its path.
+        averaged: Names of the weights that are averaged.
+        alone: Whether the checkpoint itself is not written.
+    """
+
+    path: Path
+    averaged: Collection[str]
+    alone: bool = False
 
 
 class CheckpointFiles(TorchCheckpointIO):
@@ -32,15 +50,17 @@ class CheckpointFiles(TorchCheckpointIO):
         self.with_optimizers = with_optimizers
         self.problem: Exception | None = None
         self._defer, self._background = False, False
+        self._snapshot: SnapshotFile | None = None
         self._thread: Thread | None = None
         self._group: Any = None  # of the threads of all ranks
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
+        snapshot = self._snapshot
         try:
             if not self._background:
-                _save(checkpoint, Path(path))
+                _save(checkpoint, Path(path), snapshot)
                 return
             copied = on_host(checkpoint)
         except Exception as error:  # of any kind: the other ranks must not wait
@@ -48,7 +68,7 @@ class CheckpointFiles(TorchCheckpointIO):
                 raise
             self.problem = error
             return
-        self._start(lambda: _save(copied, Path(path)))
+        self._start(lambda: _save(copied, Path(path), snapshot))
 
     def save_shards(self, checkpoint: dict[str, Any], folder: Path) -> None:
         """Write a checkpoint whose tensors are sharded over the ranks; every rank calls it.
@@ -61,8 +81,9 @@ class CheckpointFiles(TorchCheckpointIO):
             OSError: The folder cannot be written; where a thread writes it, `wait` tells it.
             RuntimeError: A rank has no memory for a copy of its shards.
         """
+        snapshot = self._snapshot
         if not self._background:
-            sharded.write_sharded(checkpoint, folder)
+            _save_shards(checkpoint, folder, snapshot)
             return
         problem, copied = None, {}
         try:
@@ -72,7 +93,7 @@ class CheckpointFiles(TorchCheckpointIO):
         raise_on_all(problem)
         if self._group is None and dist.is_initialized():  # training uses the default group
             self._group = dist.new_group(backend="gloo")
-        self._start(lambda: sharded.write_sharded(copied, folder, self._group))
+        self._start(lambda: _save_shards(copied, folder, snapshot, self._group))
 
     def _start(self, work: Callable[[], None]) -> None:
         """Write in a thread."""
@@ -94,17 +115,19 @@ class CheckpointFiles(TorchCheckpointIO):
         return self.problem
 
     @contextmanager
-    def deferring(self, background: bool) -> Iterator[None]:
+    def deferring(self, background: bool, snapshot: SnapshotFile | None = None) -> Iterator[None]:
         """Keep an error as `problem`, because rank 0 saves alone while the others wait for it.
 
         Args:
             background: Whether a thread writes the checkpoint; `wait` then waits for it.
+            snapshot: What is written after the checkpoint, by the same thread. None = nothing.
         """
         self._defer, self._background, self.problem = True, background, None
+        self._snapshot = snapshot
         try:
             yield
         finally:
-            self._defer = self._background = False
+            self._defer, self._background, self._snapshot = False, False, None
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Read a checkpoint; the tensors of a file are memory-mapped, see `unmap`."""
@@ -128,10 +151,28 @@ def unmap(optimizer: Optimizer) -> None:
                 state[name] = value.clone()
 
 
-def _save(checkpoint: dict[str, Any], path: Path) -> None:
-    if path.is_dir():
-        sharded.remove(path)
-    sharded.save_file(checkpoint, path)
+def _save(checkpoint: dict[str, Any], path: Path, snapshot: SnapshotFile | None) -> None:
+    if snapshot is None or not snapshot.alone:
+        if path.is_dir():
+            sharded.remove(path)
+        sharded.save_file(checkpoint, path)
+    if snapshot is not None:
+        with side_file(snapshot.path):
+            sharded.save_file(snapshot_of(checkpoint, snapshot.averaged), snapshot.path)
+
+
+def _save_shards(
+    checkpoint: dict[str, Any],
+    folder: Path,
+    snapshot: SnapshotFile | None,
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    if snapshot is None or not snapshot.alone:
+        sharded.write_sharded(checkpoint, folder, group)
+    if snapshot is not None:
+        with side_file(snapshot.path):  # an error of one rank is raised on all of them
+            part = snapshot_of(checkpoint, snapshot.averaged)
+            sharded.write_sharded(part, snapshot.path, group)
 
 
 def on_host(value: Any, copies: dict[int, Any] | None = None) -> Any:

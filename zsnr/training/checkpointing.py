@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from zsnr.checkpoints import sharded
 from zsnr.checkpoints.remote import Mirror, is_address
 from zsnr.checkpoints.run_facts import NAME, add_start, read_run_facts, write_run_facts
 from zsnr.checkpoints.run_folder import step_of, steps
+from zsnr.checkpoints.snapshots import FOLDER
 from zsnr.files import HeldFolder, side_file
 from zsnr.locks import remove_leftovers, unfinished
 from zsnr.public import public_url
-from zsnr.training.checkpoint_files import CheckpointFiles
+from zsnr.training.checkpoint_files import CheckpointFiles, SnapshotFile
 from zsnr.training.facts import run_facts, start_facts
 from zsnr.training.progress import NonFiniteError, first_not_finite
 from zsnr.training.strategy import meet
@@ -32,6 +34,10 @@ class Checkpoints(Checkpoint):
     A checkpoint gets its name when it is complete: a run that is killed while it saves resumes from
     the previous one. A run that resumes from an earlier checkpoint renames later ones to
     step-00001000.ckpt.abandoned; they are never removed.
+
+    Of a run with model.post_hoc_ema, a snapshot of the averages is written after the checkpoint, as
+    snapshots/step-00001000.ckpt in the same folder, and kept. A run continues without one that
+    cannot be written.
 
     A checkpoint is written before anything else that follows the same step and may fail: callbacks
     with state in the checkpoint run before this one, all others after it.
@@ -48,8 +54,8 @@ class Checkpoints(Checkpoint):
             host's memory first, of shards on each rank. The next checkpoint, and the end of the
             run, wait for it. None = on a GPU.
         mirror: Address in object storage, such as s3://bucket/run, to which every complete
-            checkpoint is copied while training goes on, and where old ones are removed too. A run
-            resumes from there by --ckpt_path ADDRESS. None = no copies.
+            checkpoint and snapshot is copied while training goes on, and where old checkpoints are
+            removed too. A run resumes from there by --ckpt_path ADDRESS. None = no copies.
 
     Raises:
         ValueError: A number is out of range, the folder is an address, or the mirror is none.
@@ -64,6 +70,7 @@ class Checkpoints(Checkpoint):
         keep_every_n_steps: int | None = None,
         asynchronous: bool | None = None,
         mirror: str | None = None,
+        snapshot_every_n_steps: int | None = None,
     ) -> None:
         if every_n_train_steps < 0:
             raise ValueError(
@@ -77,6 +84,10 @@ class Checkpoints(Checkpoint):
             raise ValueError(
                 f"checkpoint.keep_every_n_steps={keep_every_n_steps}: wanted at least 1."
             )
+        if snapshot_every_n_steps is not None and snapshot_every_n_steps < 1:
+            raise ValueError(
+                f"checkpoint.snapshot_every_n_steps={snapshot_every_n_steps}: wanted at least 1."
+            )
         if dirpath is not None and is_address(dirpath):
             raise ValueError(
                 f"checkpoint.dirpath={public_url(dirpath)}: wanted a local folder. Set "
@@ -86,6 +97,7 @@ class Checkpoints(Checkpoint):
         self.dirpath, self.keep = dirpath, keep
         self.every_n_train_steps, self.every_n_minutes = every_n_train_steps, every_n_minutes
         self.keep_every_n_steps, self.asynchronous = keep_every_n_steps, asynchronous
+        self.snapshot_every_n_steps = snapshot_every_n_steps
         self._pending: Path | None = None  # a checkpoint that may not be complete yet
         self.resumed_from = ""  # name of a checkpoint
         self._saved, self._seen, self._since = -1, -1, time.monotonic()
@@ -110,6 +122,7 @@ class Checkpoints(Checkpoint):
         try:
             self._held = [HeldFolder(root), HeldFolder(folder)]
             remove_leftovers(folder)
+            remove_leftovers(folder / FOLDER)
             probe = folder / ".probe.ckpt"
             probe.touch()
             probe.unlink()
@@ -142,10 +155,12 @@ class Checkpoints(Checkpoint):
             assert self.dirpath is not None
             folder = Path(self.dirpath)
             _set_aside(folder, trainer.global_step)
+            _set_aside(folder / FOLDER, trainer.global_step)
             with side_file(folder / NAME):
                 facts = read_run_facts(folder) or run_facts(trainer, pl_module, self._history)
                 self._history = add_start(facts, start_facts(trainer, pl_module))
                 write_run_facts(folder, {**facts, "history": self._history})
+        self._write_missing_snapshot(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
         step = trainer.global_step
@@ -180,6 +195,7 @@ class Checkpoints(Checkpoint):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         self.save(trainer, wait=True)
+        self._write_missing_snapshot(trainer, last=True)
 
     def teardown(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         if self._pending is not None:  # the run has failed, its last checkpoint need not
@@ -230,7 +246,7 @@ class Checkpoints(Checkpoint):
         raise_on_all(None if broken is None else NonFiniteError(message))
         on_gpu = trainer.strategy.root_device.type == "cuda"
         background = on_gpu if self.asynchronous is None else self.asynchronous
-        with files.deferring(background):
+        with files.deferring(background, self._snapshot(module, step, last=wait)):
             trainer.save_checkpoint(path, weights_only=False)
         raise_on_all(files.problem)
         self._saved, self._since, self._asked = step, time.monotonic(), False
@@ -238,6 +254,29 @@ class Checkpoints(Checkpoint):
         self._pending = path
         if wait or not background:
             self._finish(trainer, files)
+
+    def _snapshot(self, module: Any, step: int, last: bool = False) -> SnapshotFile | None:
+        """Return the snapshot that belongs to the checkpoint of a step; None = it has none."""
+        every = self.snapshot_every_n_steps
+        if module.post_hoc_end == 0 or not (last or every is None or step % every == 0):
+            return None
+        assert self.dirpath is not None
+        path = Path(self.dirpath) / FOLDER / f"step-{step:08d}.ckpt"
+        return SnapshotFile(path, module.averaged_names())
+
+    def _write_missing_snapshot(self, trainer: L.Trainer, last: bool = False) -> None:
+        """Write the snapshot of a step whose checkpoint was written without it.
+
+        A run may have been killed between the two, or end at a step that is not a multiple.
+        """
+        snapshot = self._snapshot(trainer.lightning_module, trainer.global_step, last)
+        files = trainer.strategy.checkpoint_io
+        if snapshot is None or not isinstance(files, CheckpointFiles):
+            return
+        if on_first_rank(lambda: os.path.lexists(snapshot.path)):
+            return
+        with files.deferring(False, replace(snapshot, alone=True)):
+            trainer.save_checkpoint(snapshot.path, weights_only=False)
 
     def _finish(self, trainer: L.Trainer, files: CheckpointFiles) -> None:
         """Wait for the last checkpoint to be complete; every rank calls it.
@@ -263,7 +302,7 @@ class Checkpoints(Checkpoint):
                 for old in removed:
                     sharded.remove(old)
                 if self._mirror is not None:
-                    self._mirror.copy(path, [old.name for old in removed])
+                    self._mirror.copy(path, [old.name for old in removed], folder / FOLDER)
 
     def _stays(self, checkpoint: Path) -> bool:
         """Whether an old checkpoint is kept, or still being copied."""

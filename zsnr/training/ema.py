@@ -1,4 +1,4 @@
-"""Exponential moving average of weights."""
+"""Averages of weights: exponential ones, and power functions to combine after training."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from zsnr.power_average import check_sigma_rel
 from zsnr.training.strategy import local
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -52,6 +53,51 @@ class EMAConfig:
         if (step + 1) % self.every_n_steps:
             return None
         return math.prod(self.decay_at(n) for n in range(step + 1 - self.every_n_steps, step + 1))
+
+
+@dataclass(frozen=True)
+class PostHocEMA:
+    """Averages from which `zsnr checkpoint average` makes one of any length after training.
+
+    Each is a power-function average (Karras et al., arXiv:2312.02696, section 3): weights tau steps
+    after the start count as tau^gamma. A snapshot of them is written with every checkpoint, and
+    kept; see checkpoint.snapshot_every_n_steps. Training, validation and previews do not use them.
+
+    Args:
+        sigma_rel: Lengths of the averages that are kept: the standard deviation of each, divided by
+            the length of training. Two are enough to make any other.
+        every_n_steps: Number of optimizer steps between two updates, each by the product of that
+            many decays. The weights in the middle of these steps stand for all of them.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+
+    sigma_rel: tuple[float, ...] = (0.05, 0.10)
+    every_n_steps: int = 5
+
+    def __post_init__(self) -> None:
+        lengths = tuple(self.sigma_rel)
+        for length in lengths:
+            check_sigma_rel("model.post_hoc_ema.sigma_rel", length)
+        if not lengths or len(set(lengths)) < len(lengths):
+            raise ValueError(
+                f"model.post_hoc_ema.sigma_rel={list(lengths)}: wanted one or more different "
+                "lengths, such as [0.05, 0.1]."
+            )
+        object.__setattr__(self, "sigma_rel", lengths)
+        if self.every_n_steps < 1:
+            raise ValueError(
+                f"model.post_hoc_ema.every_n_steps={self.every_n_steps}: wanted at least 1."
+            )
+
+    def end_after(self, num_steps: int) -> int | None:
+        """Return the last of the steps that the weights after `num_steps` steps stand for.
+
+        None = other weights stand for these steps: there is no update.
+        """
+        before, place = divmod(num_steps - 1, self.every_n_steps)
+        return (before + 1) * self.every_n_steps if place == self.every_n_steps // 2 else None
 
 
 def averaged_copy(module: ModuleT) -> ModuleT:

@@ -19,6 +19,7 @@ from torch.optim import AdamW
 from zsnr.agreement import raise_on_all
 from zsnr.checkpoints import Model
 from zsnr.checkpoints.checkpoint_file import KEY, current_names, describe_model
+from zsnr.checkpoints.snapshots import AVERAGES, PREFIX
 from zsnr.codecs import LatentCodec
 from zsnr.conditioning import Conditioner, Remembered
 from zsnr.data.cache import Cache, check_cache
@@ -51,6 +52,7 @@ from zsnr.pipeline import (
     describe_sampling,
     report_cuts,
 )
+from zsnr.power_average import decay_between
 from zsnr.prediction import PredictionType
 from zsnr.schedule import NoiseSchedule, RectifiedFlow
 from zsnr.timestep_law import TimestepLaw
@@ -65,7 +67,7 @@ from zsnr.training.checks import (
     check_unsharded,
 )
 from zsnr.training.deferred import defer
-from zsnr.training.ema import EMAConfig, averaged_copy, update_average
+from zsnr.training.ema import EMAConfig, PostHocEMA, averaged_copy, update_average
 from zsnr.training.global_batch import GlobalBatch
 from zsnr.training.guard import (
     MicroBatch,
@@ -134,6 +136,8 @@ class LatentDiffusion(L.LightningModule):
         terminal_window: Number of exposures of the last timestep (training samples that drew
             t = T - 1) over which its logged training loss is averaged: the most recent ones. It
             changes what is logged and not what is trained.
+        post_hoc_ema: Averages in snapshots beside the checkpoints, from which `zsnr checkpoint
+            average` makes one of any length when training is done. None = no snapshots.
 
     Raises:
         ValueError: A number is out of range, or two settings contradict each other.
@@ -162,6 +166,7 @@ class LatentDiffusion(L.LightningModule):
         lora: LoRA | None = None,
         terminal_window: int = 32,
         tf32: bool = False,
+        post_hoc_ema: PostHocEMA | None = None,
     ) -> None:
         super().__init__()
         if terminal_window < 1:
@@ -210,6 +215,9 @@ class LatentDiffusion(L.LightningModule):
                 part.data = part.data.float()
         self.ema_config = ema
         self.ema = None if ema is None else averaged_copy(self.trained)
+        self.post_hoc_config = post_hoc_ema
+        self.post_hoc: nn.ModuleList | None = None  # one copy for each length, while training
+        self.post_hoc_end = 0  # the last step that these averages have counted
         if compile is not None and compile not in torch._dynamo.list_backends(None):
             known = ", ".join(torch._dynamo.list_backends(None))
             raise ValueError(f"model.compile={compile!r}: no such backend. Known: {known}.")
@@ -301,6 +309,7 @@ class LatentDiffusion(L.LightningModule):
             "offset_noise": self.offset_strength,
             "caption_dropout": self.caption_dropout,
             "ema": None if self.ema_config is None else asdict(self.ema_config),
+            "post_hoc_ema": None if self.post_hoc_config is None else asdict(self.post_hoc_config),
             "start": None if self.start is None else self.start.facts(),
             "lora": None if self.lora is None else self.lora.settings(),
         }
@@ -325,6 +334,8 @@ class LatentDiffusion(L.LightningModule):
         }
         if self.ema_config is not None:
             settings["model.ema"] = asdict(self.ema_config)
+        if self.post_hoc_config is not None:
+            settings["model.post_hoc_ema"] = asdict(self.post_hoc_config)
         strategy = trainer.strategy
         if isinstance(strategy, FullyShardedStrategy) and strategy.param_dtype is not None:
             settings["trainer.strategy.param_dtype"] = strategy.param_dtype
@@ -341,6 +352,9 @@ class LatentDiffusion(L.LightningModule):
 
     def configure_model(self) -> None:
         """Compile and shard the trained and the averaged weights."""
+        config = self.post_hoc_config
+        if config is not None and self.post_hoc is None and self.trainer.state.fn == "fit":
+            self.post_hoc = nn.ModuleList(averaged_copy(self.trained) for _ in config.sigma_rel)
         if self._ready:
             return
         self._ready = True
@@ -356,10 +370,9 @@ class LatentDiffusion(L.LightningModule):
                 ignored += [f"trained.conditioner.{name}" for name in names]
             self._ddp_params_and_buffers_to_ignore = ignored
         if isinstance(strategy, FullyShardedStrategy):
-            for modules in (self.trained, self.ema):
-                if modules is not None:
-                    blocks = blocks_of(modules["unet"])
-                    strategy.shard(modules.values(), blocks, ema=modules is self.ema)
+            for modules in (self.trained, *self._averages()):
+                blocks = blocks_of(modules["unet"])
+                strategy.shard(modules.values(), blocks, ema=modules is not self.trained)
         self._fill_deferred()
 
     def _fill_deferred(self) -> None:
@@ -367,7 +380,7 @@ class LatentDiffusion(L.LightningModule):
         deferred, self._deferred = self._deferred, None
         if deferred is None:
             return
-        unets = [part["unet"] for part in (self.trained, self.ema) if part is not None]
+        unets = [part["unet"] for part in (self.trained, *self._averages())]
         for unet in unets:
             unet.to_empty(device=self.trainer.strategy.root_device)
         if not self.resumes:
@@ -376,6 +389,16 @@ class LatentDiffusion(L.LightningModule):
                 pairs = zip(average.parameters(), unets[0].parameters(), strict=True)
                 for mine, theirs in pairs:
                     local(mine.detach()).copy_(local(theirs.detach()))
+
+    def _averages(self) -> list[Any]:
+        """List the modules that hold averages of the trained weights."""
+        exponential = [] if self.ema is None else [self.ema]
+        return [*exponential, *(self.post_hoc or ())]
+
+    def averaged_names(self) -> set[str]:
+        """Return the names of the weights that are averaged, as in the state of `trained`."""
+        named = self.trained.named_parameters(remove_duplicate=False)
+        return {name for name, parameter in named if parameter.requires_grad}
 
     def record_arguments(self, arguments: Mapping[str, Any]) -> None:
         """Let checkpoints describe the network by the arguments that a config built it with."""
@@ -396,11 +419,12 @@ class LatentDiffusion(L.LightningModule):
                 f"trainer.precision={precision} computes in {computes}, but model.lora's "
                 f"base_dtype is {base}: set it to {computes} or float32."
             )
-        if self.ema is not None and precision in ("bf16-true", "16-true"):
+        averaged = self.ema is not None or self.post_hoc_config is not None
+        if averaged and precision in ("bf16-true", "16-true"):
             raise ValueError(
                 f"trainer.precision={precision} would keep averaged weights in half precision, "
                 "which loses small updates: use bf16-mixed, FullyShardedStrategy's param_dtype, "
-                "or model.ema null."
+                "or model.ema and model.post_hoc_ema null."
             )
         if (self.trainer.gradient_clip_val or 0) < 0:
             raise ValueError(
@@ -530,6 +554,7 @@ class LatentDiffusion(L.LightningModule):
         if report is None:
             return
         self._read(report)
+        self._update_post_hoc(report.step + 1)
         if self.ema is None or self.ema_config is None:
             return
         if not report.numbers.finite and self.ema_config.every_n_steps == 1:
@@ -537,6 +562,18 @@ class LatentDiffusion(L.LightningModule):
         decay = self.ema_config.decay_after(report.step)
         if decay is not None:
             update_average(self.ema, self.trained, decay)
+
+    def _update_post_hoc(self, num_steps: int) -> None:
+        """Bring the power-function averages up to the steps that these weights stand for."""
+        if self.post_hoc is None or self.post_hoc_config is None:
+            return
+        end = self.post_hoc_config.end_after(num_steps)
+        if end is None or end <= self.post_hoc_end:
+            return
+        for average, sigma_rel in zip(self.post_hoc, self.post_hoc_config.sigma_rel, strict=True):
+            decay = decay_between(sigma_rel, self.post_hoc_end, end)
+            update_average(average, self.trained, decay)
+        self.post_hoc_end = end
 
     def _read(self, report: StepReport) -> None:
         """Count a step in the progress of the run, if that has not been done."""
@@ -727,6 +764,8 @@ class LatentDiffusion(L.LightningModule):
         Raises:
             ValueError: They have other shapes than this model's.
         """
+        if self.post_hoc is None:  # only training uses these averages
+            state_dict = {n: w for n, w in state_dict.items() if not n.startswith(PREFIX)}
         check_shapes(state_dict, self.state_dict())
         return super().load_state_dict(state_dict, *args, **kwargs)
 
@@ -735,12 +774,16 @@ class LatentDiffusion(L.LightningModule):
         checkpoint["progress"] = self._progress.state()
         checkpoint["start_losses"] = self._start_losses
         checkpoint["settings"] = self.run_settings()
+        if self.post_hoc_config is not None:
+            lengths = list(self.post_hoc_config.sigma_rel)
+            checkpoint[AVERAGES] = {"sigma_rel": lengths, "end": self.post_hoc_end}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._progress = Progress(
             self.schedule.num_timesteps, self.terminal_window, **checkpoint.get("progress", {})
         )
         self._start_losses = checkpoint.get("start_losses", [])
+        self.post_hoc_end = checkpoint.get(AVERAGES, {}).get("end", 0)
         saved, described = current_names(checkpoint[KEY]), describe_model(self.model())
         decisive = ("schedule", "prediction_type", "network")
         check_resumed(saved, {name: described[name] for name in decisive})

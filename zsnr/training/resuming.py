@@ -38,6 +38,7 @@ _GROUPS: tuple[tuple[Verdict, Sequence[str]], ...] = (
         Verdict.REFUSED,
         [
             *_under("model", "network schedule prediction_type ema lora image_size"),
+            *_under("model", "post_hoc_ema post_hoc_ema.sigma_rel"),
             *_under("model.schedule", _SCHEDULE),
             *_under("model.lora", "rank alpha target_modules base_dtype variant"),
             *_under("model.lora", "text_encoder_modules decompose_factor"),
@@ -61,7 +62,7 @@ _GROUPS: tuple[tuple[Verdict, Sequence[str]], ...] = (
             *_under("model", "loss loss.name loss.gamma loss.allow_zero_terminal_weight"),
             *_under("model.timestep_law", "name mean std a b shift allow_rare_terminal"),
             *_under("model", "timestep_law caption_dropout offset_noise"),
-            *_under("model", "ema.decay ema.warmup ema.every_n_steps"),
+            *_under("model", "ema.decay ema.warmup ema.every_n_steps post_hoc_ema.every_n_steps"),
             *_under("model", "learning_rate learning_rate.warmup_steps learning_rate.decay"),
             *_under("model", "learning_rate.final"),
             *_under("trainer", "max_steps precision gradient_clip_val gradient_clip_algorithm"),

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from zsnr.checkpoints import sharded
 from zsnr.checkpoints.run_folder import resolve_model
+from zsnr.checkpoints.snapshots import PREFIX
 from zsnr.training.checkpoint_files import CheckpointFiles
 from zsnr.training.deferred import deferred_weights
 from zsnr.training.progress import wide
@@ -151,7 +152,8 @@ class FullyShardedStrategy(ModelParallelStrategy):
     ) -> dict[str, Any]:
         assert self.lightning_module is not None
         path = Path(resolve_model(self.broadcast(str(checkpoint_path))))
-        return sharded.restore(path, self.lightning_module, self.optimizers)
+        unused = PREFIX if getattr(self.lightning_module, "post_hoc", None) is None else None
+        return sharded.restore(path, self.lightning_module, self.optimizers, unused)
 
     # Called by configure_model
 
