@@ -257,7 +257,7 @@ def bytes_held(folder: str, root: str, checkpointing: bool) -> dict[str, int]:
     if checkpointing:
         net.trained["unet"].enable_gradient_checkpointing()
     sizes: dict[str, int] = {}
-    forward = net._losses
+    forward = net.training_step
 
     def counted(*args: Any, **kwargs: Any) -> Tensor:
         saved: dict[int, int] = {}
@@ -270,9 +270,9 @@ def bytes_held(folder: str, root: str, checkpointing: bool) -> dict[str, int]:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            losses = forward(*args, **kwargs)
+            loss = forward(*args, **kwargs)
         sizes["activations"] = sum(saved.values())
-        return losses
+        return loss
 
     class Count(Callback):
         def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
@@ -293,7 +293,7 @@ def bytes_held(folder: str, root: str, checkpointing: bool) -> dict[str, int]:
         local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
         return local.untyped_storage().data_ptr()
 
-    net._losses = counted
+    net.training_step = counted
     trainer = Trainer(
         accelerator="cpu",
         devices=int(os.environ["WORLD_SIZE"]),

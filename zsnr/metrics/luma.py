@@ -48,6 +48,15 @@ def rms_contrast(images: Tensor) -> Tensor:
     return luma(images).flatten(1).std(1, correction=0)
 
 
+def saturation(images: Tensor) -> Tensor:
+    """Average chroma over the pixels of each image: (B, 3, H, W) -> (B,).
+
+    (max(R, G, B) - min(R, G, B)) / 2 on the encoded values: 0 for gray, 1 for a pure color.
+    """
+    pixels = images.float()
+    return (pixels.amax(1) - pixels.amin(1)).flatten(1).mean(1) / 2
+
+
 def luma_percentile(images: Tensor, q: float) -> Tensor:
     """Find the luma below which q percent of an image's pixels lie: (B, 3, H, W) -> (B,).
 

@@ -12,6 +12,7 @@ from zsnr.training.module import LatentDiffusion
 from zsnr.training.preemption import Preemption
 from zsnr.training.previews import Previews
 from zsnr.training.strategy import FullyShardedStrategy
+from zsnr.training.watch import Watch
 from zsnr.training.watchdog import Watchdog
 
 __all__ = [
@@ -28,5 +29,6 @@ __all__ = [
     "Preemption",
     "Previews",
     "TrainingBoard",
+    "Watch",
     "Watchdog",
 ]

@@ -29,6 +29,7 @@ from zsnr.training.module import LatentDiffusion
 from zsnr.training.previews import Previews
 from zsnr.training.tags import TERMINAL, at_timestep, markdown_table, quarters, tag_table
 from zsnr.training.throughput import network_flops, peak_flops
+from zsnr.training.watcher import appearance
 
 VARIANCE = "variance of the latents, per element"
 LOWER_BOUND = "lower bound of the loss at the last timestep, without prompts"
@@ -69,6 +70,7 @@ class TrainingBoard(Paced):
         self._shown: dict[str, str] = {}  # digests of what the logs hold, by name
         self._measured_of: list[Any] = []  # digest of the data, and how many samples
         self._measured: dict[str, float] = {}
+        self._appearance: dict[str, tuple[float, float]] = {}
         self._flops: float | None = None  # of one image
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
@@ -77,16 +79,25 @@ class TrainingBoard(Paced):
                 self._flops = flops_per_image(pl_module)  # before it is sharded and compiled
 
     def state_dict(self) -> dict[str, Any]:
-        return {"shown": self._shown, "of": self._measured_of, "measured": self._measured}
+        return {
+            "shown": self._shown,
+            "of": self._measured_of,
+            "measured": self._measured,
+            "appearance": self._appearance,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._shown, self._measured_of = state_dict["shown"], state_dict["of"]
         self._measured = state_dict["measured"]
+        self._appearance = state_dict.get("appearance", {})
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero and trainer.loggers:  # the other ranks begin to train
             with side_file("The constants of the data, in the logs,"):
                 self._measure(trainer, pl_module)
+                if pl_module.watcher is not None:
+                    pl_module.watcher.bound = self._constants(pl_module).get(LOWER_BOUND)
+                    pl_module.watcher.data = self._appearance
             with side_file("The run's settings in the logs"):
                 self._show_settings(trainer, pl_module)
         super().on_train_start(trainer, pl_module)
@@ -173,10 +184,11 @@ class TrainingBoard(Paced):
         asked = [data.state_dict()["samples"], self.samples]
         if asked == self._measured_of:
             return
-        self._measured_of, self._measured = asked, {}
+        self._measured_of, self._measured, self._appearance = asked, {}, {}
         batches = data.spread(self.samples)
         codec, optimum, count = module.codec, TerminalOptimum(), 0
         means: list[Tensor] = []
+        looks: dict[str, list[Tensor]] = {}
         pixels: list[Tensor] = []
         decoded = any(isinstance(callback, Previews) for callback in trainer.callbacks)
         bar = trainer.progress_bar_callback is not None
@@ -195,7 +207,10 @@ class TrainingBoard(Paced):
                 count += len(mean)
                 if "image" in batch or decoded:
                     image = batch["image"] if "image" in batch else codec.decode(mean)
-                    rows = luma(image.clamp(-1, 1)).flatten(1).cpu()
+                    image = image.clamp(-1, 1)
+                    for name, values in appearance(image).items():
+                        looks.setdefault(name, []).append(values.cpu())
+                    rows = luma(image).flatten(1).cpu()
                     means.append(rows.mean(1))
                     pixels.append(rows[:, :: max(1, rows.shape[1] // _PIXELS)].flatten())
         if not count:
@@ -205,6 +220,10 @@ class TrainingBoard(Paced):
             self._measured["variance"] = variance
         if means:
             self._measured["luma"] = float(torch.cat(means).mean())
+            self._appearance = {
+                name: (float(torch.cat(each).mean()), float(torch.cat(each).std(correction=0)))
+                for name, each in looks.items()
+            }
             step = trainer.global_step
             log_luma(trainer.loggers, "data", torch.cat(means), torch.cat(pixels), step)
         constants = self._constants(module).items()

@@ -176,6 +176,8 @@ class ProgressLines(Paced):
             self._say(
                 trainer, f"step {step} of {trainer.max_steps}, validation loss {float(loss):.4g}"
             )
+            if trainer.is_global_zero and pl_module.watcher is not None:
+                self._write(trainer, pl_module.watcher.line)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if not trainer.is_global_zero:

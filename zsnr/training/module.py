@@ -20,13 +20,14 @@ from zsnr.agreement import raise_on_all
 from zsnr.checkpoints import Model
 from zsnr.checkpoints.checkpoint_file import KEY, current_names, describe_model
 from zsnr.checkpoints.snapshots import AVERAGES, PREFIX
-from zsnr.codecs import LatentCodec
+from zsnr.codecs import LatentCodec, PixelCodec
 from zsnr.conditioning import Conditioner, Remembered
 from zsnr.data.cache import Cache, check_cache
 from zsnr.data.prompts import PromptRequest
 from zsnr.denoiser import Conditioning
 from zsnr.described import class_path
 from zsnr.draws import Draws, validation_timesteps
+from zsnr.files import side_file
 from zsnr.lora import AdaptedUNet, LoRA, add_text_adapters
 from zsnr.loss import LossWeighting
 from zsnr.networks import (
@@ -90,7 +91,10 @@ from zsnr.training.strategy import (
     reshard,
     without_gradient,
 )
+from zsnr.training.tags import at_timestep
 from zsnr.training.validation import ValidationLosses, measure_before_training
+from zsnr.training.watch import Watch
+from zsnr.training.watcher import Watcher
 from zsnr.weights.pretrained import is_weightless
 
 
@@ -138,6 +142,8 @@ class LatentDiffusion(L.LightningModule):
             changes what is logged and not what is trained.
         post_hoc_ema: Averages in snapshots beside the checkpoints, from which `zsnr checkpoint
             average` makes one of any length when training is done. None = no snapshots.
+        watch: Early warnings: a line for every validation on what is wrong with the run. null =
+            none.
 
     Raises:
         ValueError: A number is out of range, or two settings contradict each other.
@@ -167,6 +173,7 @@ class LatentDiffusion(L.LightningModule):
         terminal_window: int = 32,
         tf32: bool = False,
         post_hoc_ema: PostHocEMA | None = None,
+        watch: Watch | None = Watch(),
     ) -> None:
         super().__init__()
         if terminal_window < 1:
@@ -237,12 +244,18 @@ class LatentDiffusion(L.LightningModule):
         self._cut_prompts: set[str] = set()  # that a warning has counted
         self._unrecorded: StepReport | None = None  # of a step that all ranks are to record
         self._first_step = 0  # of this start of the run
+        self._judged = 0  # step of the last verdict
         self.changed_settings: dict[str, list[Any]] = {}  # since the checkpoint, by name
         self._val_strata = validation_timesteps(schedule.num_timesteps)
         self.start = (
             read_start(network) if isinstance(network, str) and not is_weightless() else None
         )
         self._start_losses: list[float] = []  # of the converted start, by stratum
+        self.watcher: Watcher | None = None
+        if watch is not None:
+            start_type = None if self.start is None else self.start.prediction_type
+            scale = None if isinstance(codec, PixelCodec) else codec.scale
+            self.watcher = Watcher(watch, self.objective, sampling, start_type, scale)
 
     # Parts
 
@@ -481,7 +494,10 @@ class LatentDiffusion(L.LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         batch = self.prepared(batch, training=True)
         noised = self._noised(batch)
-        losses = self._losses(batch, noised, ema=False)
+        output = self._output(batch, noised, ema=False)
+        losses = self.objective.losses(output, *noised[1:])
+        if self.watcher is not None:
+            self.watcher.add(noised, output.detach(), losses.detach(), self.trainer.global_step)
         cuts = batch[TOKENS].cuts if TOKENS in batch else ()
         self._micro_batches.append(MicroBatch(batch["key"], losses.detach(), noised[2], cuts))
         return losses.mean()
@@ -664,6 +680,9 @@ class LatentDiffusion(L.LightningModule):
         if self.trainer.global_step == 0:
             self._say_how_often_the_last_timestep_is_trained()
             self._measure_start()
+        line = None if self.watcher is None else self.watcher.begin(self.trainer.global_step)
+        if line is not None:
+            rank_zero_warn(line)
 
     def _say_how_often_the_last_timestep_is_trained(self) -> None:
         law, T = self.objective.timestep_law, self.schedule.num_timesteps
@@ -705,10 +724,12 @@ class LatentDiffusion(L.LightningModule):
     def _add_validation(self, batch: dict[str, Any], start: Start | None = None) -> None:
         batch = self.prepared(batch, training=False)
         noised = self._noised(batch)
+        _, target, t = noised
         losses = [self._losses(batch, noised, ema=start is None, start=start)]
         if self.ema is not None and start is None:
             losses.append(self._losses(batch, noised, ema=False))
-        self._validation.add(batch["position"], losses)
+        zero = self.objective.losses(torch.zeros_like(target), target, t)
+        self._validation.add(batch["position"], losses, zero)
 
     def on_validation_epoch_end(self) -> None:
         reshard(self)
@@ -720,8 +741,49 @@ class LatentDiffusion(L.LightningModule):
             return
         self._validation.reduce(self.trainer.strategy)
         start = self._start_losses if self.trainer.state.fn == "fit" else []
-        for tag, value in self._validation.metrics(raw=self.ema is not None, start=start).items():
+        metrics = self._validation.metrics(raw=self.ema is not None, start=start)
+        for tag, value in metrics.items():
             self.log_agreed(tag, value, prog_bar=tag == "val/loss")
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
+            self._judge(metrics)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Give the verdict of a validation where there are no validation data."""
+        interval, step = self.trainer.val_check_interval, self.trainer.global_step
+        without = not sum(self.trainer.num_val_batches)
+        if without and isinstance(interval, int) and step % interval == 0 and step != self._judged:
+            self.settle()
+            self._judge({})
+
+    def _judge(self, metrics: Mapping[str, Any]) -> None:
+        """Say what the measures of the run mean; every rank calls it."""
+        self._judged = self.trainer.global_step
+        if self.watcher is None:
+            return
+        strategy = self.trainer.strategy
+        interval = self.watcher.collect(lambda sums: strategy.reduce(sums, reduce_op="sum"))
+        if not self.trainer.is_global_zero:
+            return
+        last, low = self.schedule.num_timesteps - 1, int(self._val_strata.min())
+        terminal, adapted = (
+            None if value is None else float(value)
+            for value in (
+                metrics.get(f"val_by_timestep/{at_timestep(last)}"),
+                metrics.get(f"adaptation/{at_timestep(low)}"),
+            )
+        )
+        with side_file("The verdict of model.watch"):
+            new, scalars = self.watcher.judge(
+                self._judged,
+                interval,
+                learning_rate=self.trainer.optimizers[0].param_groups[0]["lr"],
+                terminal=terminal,
+                terminal_skill=self._validation.relative(last) if metrics else None,
+                low_noise=(low, adapted),
+            )
+            (rank_zero_warn if new else rank_zero_info)(self.watcher.line)
+            for tag, value in scalars.items():
+                self.log_agreed(tag, value)
 
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step
@@ -777,6 +839,8 @@ class LatentDiffusion(L.LightningModule):
         if self.post_hoc_config is not None:
             lengths = list(self.post_hoc_config.sigma_rel)
             checkpoint[AVERAGES] = {"sigma_rel": lengths, "end": self.post_hoc_end}
+        if self.watcher is not None:
+            checkpoint["watch"] = self.watcher.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._progress = Progress(
@@ -784,6 +848,8 @@ class LatentDiffusion(L.LightningModule):
         )
         self._start_losses = checkpoint.get("start_losses", [])
         self.post_hoc_end = checkpoint.get(AVERAGES, {}).get("end", 0)
+        if self.watcher is not None and "watch" in checkpoint:
+            self.watcher.load_state(checkpoint["watch"])
         saved, described = current_names(checkpoint[KEY]), describe_model(self.model())
         decisive = ("schedule", "prediction_type", "network")
         check_resumed(saved, {name: described[name] for name in decisive})
@@ -860,7 +926,19 @@ class LatentDiffusion(L.LightningModule):
         ema: bool,
         start: Start | None = None,
     ) -> Tensor:
-        """Compute lambda_t ||v - v~||^2 for each sample, (B,).
+        """Compute lambda_t ||v - v~||^2 for each sample, (B,); arguments as `_output`."""
+        output = self._output(batch, noised, ema=ema, start=start)
+        return self.objective.losses(output, *noised[1:])
+
+    def _output(
+        self,
+        batch: dict[str, Any],
+        noised: tuple[Tensor, Tensor, Tensor],
+        *,
+        ema: bool,
+        start: Start | None = None,
+    ) -> Tensor:
+        """Return what the network predicts for a batch, (B, *).
 
         Args:
             batch: Images or moments, and captions or embeddings, of B samples, as `prepared`
@@ -871,7 +949,7 @@ class LatentDiffusion(L.LightningModule):
                 the network predicts as this run trains it.
         """
         model = self.model(ema=ema)
-        x_t, target, t = noised
+        x_t, _, t = noised
         # Text encoders may be kept in half precision.
         dtype = next(model.network.parameters()).dtype
         cond = self._conditioning(model.conditioner, batch).to(self.device, dtype)
@@ -880,11 +958,9 @@ class LatentDiffusion(L.LightningModule):
         if "concat" in batch:
             cond = replace(cond, concat=batch["concat"].to(self.device, dtype))
         if start is None:
-            output = model.network(x_t, self.schedule.time(t), cond)
-        else:
-            run = (self.schedule, self.prediction_type)
-            output = start.output(model.network, x_t, t, cond, *run)
-        return self.objective.losses(output, target, t)
+            output: Tensor = model.network(x_t, self.schedule.time(t), cond)
+            return output
+        return start.output(model.network, x_t, t, cond, self.schedule, self.prediction_type)
 
     def _conditioning(self, conditioner: Conditioner, batch: dict[str, Any]) -> Conditioning:
         """Return the embeddings of captions, and of the empty prompt where a caption is dropped.

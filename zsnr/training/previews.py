@@ -101,21 +101,24 @@ class Previews(Callback):
         everyone = trainer.strategy.all_gather(pixels.to(trainer.strategy.root_device))
         by_prompt = everyone.reshape(ranks, *pixels.shape).transpose(0, 1).flatten(0, 1)
         if trainer.is_global_zero:
-            self._write(trainer, by_prompt[: len(self.prompts)].cpu(), step)
+            self._write(trainer, module, by_prompt[: len(self.prompts)].cpu(), step)
 
-    def _write(self, trainer: L.Trainer, pixels: Tensor, step: int) -> None:
+    def _write(
+        self, trainer: L.Trainer, module: LatentDiffusion, pixels: Tensor, step: int
+    ) -> None:
         """Write images (N, H, W, 3), uint8, to the run's folder and its loggers."""
         done_before = step - 1  # so are scalars counted, and what a resumed run keeps
         folder = Path(trainer.default_root_dir) / "previews"
         with side_file(folder):
-            images = zip(
-                map(Image.fromarray, pixels.numpy()), self.prompts, self.seeds, strict=True
-            )
-            grid = image_grid([captioned(*each) for each in images], self.columns, gap=8)
+            tiles = zip(map(Image.fromarray, pixels.numpy()), self.prompts, self.seeds, strict=True)
+            grid = image_grid([captioned(*each) for each in tiles], self.columns, gap=8)
             log_image(trainer.loggers, "previews", grid, done_before)
             folder.mkdir(exist_ok=True)  # not the run's folder, should it be gone
             save_png(grid, folder / f"step-{step:08d}.png")
-        values = luma(to_unit_range(pixels.permute(0, 3, 1, 2))).flatten(1)
+        images = to_unit_range(pixels.permute(0, 3, 1, 2))
+        if module.watcher is not None:
+            module.watcher.see(images)
+        values = luma(images).flatten(1)
         log_luma(trainer.loggers, "previews", values.mean(1), values, done_before)
         for logger in trainer.loggers:
             logger.log_metrics({"luma_mean/previews": float(values.mean())}, done_before)

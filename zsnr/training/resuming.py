@@ -94,7 +94,8 @@ _GROUPS: tuple[tuple[Verdict, Sequence[str]], ...] = (
     (  # they determine when a run stops, what it shows or what predict makes, but no step
         Verdict.FREE,
         [
-            *_under("model", "max_skipped_steps terminal_window sampling"),
+            *_under("model", "max_skipped_steps terminal_window sampling watch"),
+            *_under("model.watch", "latent_std ignore"),
             *_under("model.sampling", "sampler num_steps spacing guidance"),
             *_under("model.sampling.guidance", _GUIDANCE),
             *_under("data", "val error_budget accept_changed_data prompts prompt_seed"),

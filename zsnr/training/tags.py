@@ -36,6 +36,17 @@ TAGS: dict[str, dict[str, str]] = {
         "adaptation/t<timestep>": "Validation loss divided by that of the pretrained model, "
         "converted to the prediction type and schedule of the run. 1 = as good as the pretrained "
         "model.",
+        "watch/warnings": "Warnings of model.watch at a validation.",
+        "watch/loss_ratio": "Mean training loss since the last verdict, divided by that of "
+        "predicting zero.",
+        "watch/terminal_over_bound": "Validation loss at the last timestep, divided by its lower "
+        "bound without prompts.",
+        "watch/latent_std": "Standard deviation of the latents.",
+        "watch/luma": "Mean luma of the preview images less that of the training images.",
+        "watch/contrast": "Mean RMS contrast of the preview images less that of the training "
+        "images.",
+        "watch/saturation": "Mean saturation of the preview images less that of the training "
+        "images.",
         "luma_mean/previews": "Mean luma of the preview images, from -1 (black) to 1 (white).",
         "metrics/luma_mean": "Mean luma of the images generated for validation.",
         "metrics/luma_std": "Standard deviation of the images' mean luma.",

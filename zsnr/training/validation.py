@@ -27,21 +27,24 @@ class ValidationLosses:
 
     def __init__(self, timesteps: Tensor, device: torch.device) -> None:
         self.timesteps = timesteps
-        # losses of the weights that sample, losses of the raw weights, and numbers of samples
-        self._sums = torch.zeros(3, len(timesteps), device=device)
+        # losses of the weights that sample, losses of the raw weights, losses of predicting zero,
+        # and numbers of samples
+        self._sums = torch.zeros(4, len(timesteps), device=device)
 
-    def add(self, positions: Tensor, losses: Sequence[Tensor]) -> None:
+    def add(self, positions: Tensor, losses: Sequence[Tensor], zero: Tensor) -> None:
         """Add the losses, (B,), of the weights that sample, and of the raw ones if they differ.
 
         Args:
             positions: Positions of the samples, (B,). Negative ones only keep the ranks in step.
             losses: One or two tensors.
+            zero: Losses of a network that predicts zero.
         """
         counts = (positions >= 0).to(losses[0])
         stratum = (positions % len(self.timesteps)).to(self._sums.device)
         for sums, values in zip(self._sums, losses, strict=False):
             sums.index_add_(0, stratum, values * counts)
-        self._sums[2].index_add_(0, stratum, counts)
+        self._sums[2].index_add_(0, stratum, zero * counts)
+        self._sums[3].index_add_(0, stratum, counts)
 
     def reduce(self, strategy: Strategy) -> None:
         """Sum over all ranks; every rank calls it."""
@@ -49,7 +52,12 @@ class ValidationLosses:
 
     def means(self) -> Tensor:
         """Return the mean loss at each timestep of the weights that sample, (S,); nan = none."""
-        return self._sums[0] / self._sums[2]
+        return self._sums[0] / self._sums[3]
+
+    def relative(self, t: int) -> float | None:
+        """Return the mean loss at a timestep, divided by that of predicting zero; None = none."""
+        loss, _, zero, _ = self._sums[:, self.timesteps.tolist().index(t)].tolist()
+        return loss / zero if zero > 0 else None
 
     def metrics(self, *, raw: bool, start: Sequence[float] = ()) -> dict[str, Any]:
         """Return the mean losses by tag.
@@ -60,7 +68,7 @@ class ValidationLosses:
                 Empty = no comparison.
         """
         self._sums = self._sums.cpu()  # read once: each value would wait for the device
-        sums, raw_sums, counts = self._sums
+        sums, raw_sums, _, counts = self._sums
         metrics: dict[str, Any] = {"val/loss": sums.sum() / counts.sum()}
         groups = [("val_by_timestep", sums)]
         if raw:

@@ -1,0 +1,315 @@
+"""What a run measures for its early warnings, on the device and without waiting for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from zsnr.metrics.luma import mean_luma, rms_contrast, saturation
+from zsnr.objective import Objective
+from zsnr.prediction import PredictionType, prediction_target, to_eps, to_x0
+from zsnr.sampling import Sampling
+from zsnr.schedule import widest
+from zsnr.training.watch import (
+    BLOWN_UP,
+    LABEL_SAMPLES,
+    LABEL_SNR,
+    MIN_SAMPLES,
+    Appearance,
+    Finding,
+    Watch,
+    adaptation,
+    distance_from,
+    divergence,
+    drift,
+    latent_scale,
+    noise,
+    prediction_type,
+    raised,
+    spacing,
+    terminal_loss,
+    terminal_weight,
+    verdict,
+)
+
+_START_STEPS = 16  # in which the weights are nearly those of the start
+_TYPES: tuple[PredictionType, ...] = get_args(PredictionType)
+_SUMS = (
+    *("batches", "leak", "leak_squared", "values", "sum", "squares"),
+    *("samples", "loss", "zero_loss", "blown_up"),
+)
+_START = ("samples", "loss", "zero_loss", "labelled", *_TYPES)
+
+
+class Watcher:
+    """Collects the measures of a run, judges them at validations, and says what is new.
+
+    Args:
+        watch: Settings.
+        objective: The training objective.
+        sampling: How previews are sampled.
+        start_type: Declared prediction type of the pretrained weights. None = unknown, or none.
+        codec_scale: Scale of the codec. None = latents are pixels, whose scale is no mistake.
+    """
+
+    def __init__(
+        self,
+        watch: Watch,
+        objective: Objective,
+        sampling: Sampling,
+        start_type: PredictionType | None,
+        codec_scale: float | None,
+    ) -> None:
+        self.watch, self.objective, self.sampling = watch, objective, sampling
+        self.start_type, self.codec_scale = start_type, codec_scale
+        self.bound: float | None = None  # of the loss at the last timestep
+        self.data: Appearance = {}  # of training images
+        self.line = ""  # the last verdict
+        self._sums: Tensor | None = None  # since the last verdict, on this rank
+        self._start_sums: Tensor | None = None  # of the first steps, on this rank
+        self._start = dict.fromkeys(_START, 0.0)  # the same over all ranks
+        self._total = dict.fromkeys(_SUMS, 0.0)  # since this start of the run, over all ranks
+        self._images: dict[str, float] = {}  # means of the last previews
+        self.told: dict[str, int] = {}  # steps at which warnings were first raised
+        self._best: dict[str, float] = {}  # the smallest values before
+        self._terminal: float | None = None
+
+    # Measures
+
+    @torch.no_grad()
+    def add(
+        self, noised: tuple[Tensor, Tensor, Tensor], output: Tensor, losses: Tensor, step: int
+    ) -> None:
+        """Add a micro-batch; reads nothing from the device.
+
+        Args:
+            noised: x_t and the network's target, (B, *), and t, (B,).
+            output: The network's, (B, *).
+            losses: Loss of each sample, (B,).
+            step: Number of optimizer steps before.
+        """
+        x_t, target, t = noised
+        scales = self.objective.schedule(t)
+        own = self.objective.prediction_type
+        x_0, eps = (to(target, x_t, *scales, own) for to in (to_x0, to_eps))
+        zero = torch.zeros_like(target)
+        zero_loss = self.objective.losses(zero, target, t)
+        size = sum(self.objective.losses(zero, each, t).sum() for each in (x_0, eps))
+        leak = noise_leak(x_0, eps)
+        loss = losses.sum()
+        dtype = widest(x_t.device)
+        counted = leak.isfinite() & loss.isfinite()
+        now = torch.stack(
+            [
+                torch.ones_like(leak, dtype=dtype),
+                *(leak.to(dtype) ** power for power in (1, 2)),
+                torch.full_like(leak, x_0.numel(), dtype=dtype),
+                *(x_0.to(dtype).pow(power).sum() for power in (1, 2)),
+                torch.full_like(leak, len(losses), dtype=dtype),
+                *(part.sum().to(dtype) for part in (loss, zero_loss)),
+                (loss > BLOWN_UP * size).to(dtype),
+            ]
+        )
+        now = torch.where(counted, now, 0.0)
+        self._sums = now if self._sums is None else self._sums + now
+        if step >= _START_STEPS:
+            return
+        high = (scales[0] / scales[1]).square() <= LABEL_SNR
+        explained = [
+            signed_square_cosine(output, prediction_target(x_0, eps, *scales, each))
+            for each in _TYPES
+        ]
+        labels = torch.stack([high.to(dtype), *(high * each.to(dtype) for each in explained)])
+        first = torch.cat([now[6:9], torch.where(counted, labels.sum(1), 0.0)])
+        if self._start_sums is not None:
+            first = first + self._start_sums.to(first)
+        self._start_sums = first
+
+    def see(self, images: Tensor) -> None:
+        """Take the appearance of previews, (B, 3, H, W) in [-1, 1]."""
+        self._images = {name: float(each.mean()) for name, each in appearance(images).items()}
+
+    # Verdicts
+
+    def static(self) -> list[Finding]:
+        """Return the causes that the settings hold."""
+        objective, sampling = self.objective, self.sampling
+        schedule = objective.schedule
+        causes = (
+            terminal_weight(
+                schedule, objective.prediction_type, objective.loss, objective.timestep_law
+            ),
+            spacing(schedule, sampling.spacing, sampling.num_steps),
+        )
+        return [finding for finding in causes if finding is not None]
+
+    def begin(self, step: int) -> str | None:
+        """Return the line about the settings, before training; None if there is nothing to say."""
+        findings = raised(self.static(), [], self.watch.ignore)
+        if not findings or all(finding.name in self.told for finding in findings):
+            return None
+        self._say(step, findings, [])
+        return self.line
+
+    def collect(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Sum the measures over all ranks, which all call it, and return those of this interval."""
+        if self._sums is None:
+            return {}
+        first = self._start_sums
+        first = self._sums.new_zeros(len(_START)) if first is None else first.to(self._sums)
+        values = reduce(torch.cat([self._sums, first])).tolist()
+        interval = dict(zip(_SUMS, values, strict=False))
+        self._start = dict(zip(_START, values[len(_SUMS) :], strict=True))
+        for name, value in interval.items():
+            self._total[name] += value
+        self._sums = None
+        return interval
+
+    def judge(
+        self,
+        step: int,
+        interval: Mapping[str, float],
+        *,
+        learning_rate: float,
+        terminal: float | None = None,
+        terminal_skill: float | None = None,
+        low_noise: tuple[int, float | None] = (0, None),
+    ) -> tuple[bool, dict[str, float]]:
+        """Judge all measures, and make `line`.
+
+        Args:
+            step: Number of optimizer steps.
+            interval: Result of `collect`.
+            learning_rate: The optimizer's.
+            terminal: Validation loss at the last timestep.
+            terminal_skill: The same divided by that of predicting zero.
+            low_noise: The timestep with the least noise that validation measures, and its loss
+                divided by that of the start.
+
+        Returns:
+            Whether a warning is new, and scalars for the loggers by tag.
+        """
+        facts: list[str] = []
+        scalars: dict[str, float] = {}
+        causes: list[Finding | None] = [*self.static(), self._judge_label()]
+        total = self._total
+        if total["batches"]:
+            mean = total["leak"] / total["batches"]
+            variance = max(0.0, total["leak_squared"] / total["batches"] - mean**2)
+            causes.append(noise(total["batches"], mean, variance**0.5))
+            std = (
+                total["squares"] / total["values"] - (total["sum"] / total["values"]) ** 2
+            ) ** 0.5
+            if self.codec_scale is not None:
+                causes.append(latent_scale(std, self.watch.latent_std, self.codec_scale))
+            scalars["watch/latent_std"] = std
+        ratio = None
+        if interval.get("samples", 0) >= MIN_SAMPLES and interval["zero_loss"]:
+            ratio = interval["loss"] / interval["zero_loss"]
+            scalars["watch/loss_ratio"] = ratio
+            facts.append(f"training loss {ratio:.2g} times that of predicting zero")
+        first = self._start
+        if first["samples"] >= MIN_SAMPLES and first["zero_loss"]:
+            self._best.setdefault("loss", first["loss"] / first["zero_loss"])
+        blown_up = interval.get("blown_up", 0)
+        causes.append(divergence(blown_up, ratio, self._best.get("loss"), learning_rate))
+
+        t, adapted = low_noise
+        symptoms = [
+            terminal_loss(terminal_skill, self._terminal),
+            adaptation(t, adapted, self._best.get("adaptation")),
+        ]
+        if terminal is not None and self.bound:
+            scalars["watch/terminal_over_bound"] = terminal / self.bound
+            facts.append(f"terminal loss {terminal / self.bound:.2g} times its bound")
+        if adapted is not None:
+            facts.append(f"adaptation {adapted:.2g} at t={t}")
+        distances: dict[str, float | None] = {}
+        for name in ("luma", "contrast", "saturation"):
+            if name in self._images and name in self.data:
+                image, data = self._images[name], self.data[name]
+                symptoms.append(drift(name, image, data, self._best.get(name)))
+                distances[name] = distance_from(image, data)
+                scalars[f"watch/{name}"] = image - data[0]
+                facts.append(f"{name} of previews {image:.2f}, of data {data[0]:.2f}")
+        self._terminal = terminal_skill
+        for name, value in {"loss": ratio, "adaptation": adapted, **distances}.items():
+            if value is not None:
+                self._best[name] = min(value, self._best.get(name, value))
+
+        findings = raised(
+            [each for each in causes if each is not None],
+            [each for each in symptoms if each is not None],
+            self.watch.ignore,
+        )
+        scalars["watch/warnings"] = len(findings)
+        return self._say(step, findings, facts), scalars
+
+    def _judge_label(self) -> Finding | None:
+        count = self._start["labelled"]
+        if self.start_type is None or count < LABEL_SAMPLES:
+            return None
+        return prediction_type(self.start_type, {k: self._start[k] / count for k in _TYPES})
+
+    def _say(self, step: int, findings: list[Finding], facts: list[str]) -> bool:
+        self.line = verdict(step, findings, self.told, facts)
+        new = [finding.name for finding in findings if finding.name not in self.told]
+        self.told |= dict.fromkeys(new, step)
+        return bool(new)
+
+    # Checkpoints
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        first = [] if self._start_sums is None else self._start_sums.tolist()
+        return {
+            "told": dict(self.told),
+            "best": dict(self._best),
+            "terminal": self._terminal,
+            "start_sums": first,
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Restore what a checkpoint kept; every rank gets rank 0's sums, whose ratios count."""
+        self.told, self._best = dict(state["told"]), dict(state["best"])
+        self._terminal, first = state["terminal"], state["start_sums"]
+        self._start_sums = torch.tensor(first, dtype=torch.float64) if first else None
+
+
+def noise_leak(x_0: Tensor, eps: Tensor) -> Tensor:
+    """Measure how much of the images a micro-batch's noise holds.
+
+    q = <d, sum_j eps_j> / (|d| sqrt(B)),  d = sum_i x_0,i / |x_0,i|
+
+    is standard normal if the noise is normal and independent of the images, and also if noises were
+    drawn independently and then paired with images of the same micro-batch, because the sums do not
+    change. If each noise has the mean m along its own image, q has the mean m |d| / sqrt(B), which
+    is m where the images are orthogonal, and up to m sqrt(B).
+
+    Args:
+        x_0: Images or latents, (B, *).
+        eps: Noise, (B, *).
+
+    Returns:
+        (), not finite where a value is not finite.
+    """
+    images, noises = x_0.flatten(1).float(), eps.flatten(1).float()
+    tiny = torch.finfo(images.dtype).tiny
+    d = (images / images.norm(dim=1, keepdim=True).clamp_min(tiny)).sum(0)
+    return (d * noises.sum(0)).sum() / (d.norm().clamp_min(tiny) * len(images) ** 0.5)
+
+
+def signed_square_cosine(output: Tensor, target: Tensor) -> Tensor:
+    """Return the share of each target that its output explains, (B,): cos |cos| of their angle."""
+    output, target = output.flatten(1).float(), target.flatten(1).float()
+    cosine = torch.nn.functional.cosine_similarity(output, target)
+    return cosine * cosine.abs()
+
+
+def appearance(images: Tensor) -> dict[str, Tensor]:
+    """Measure images, (B, 3, H, W) in [-1, 1]: mean luma, contrast and saturation, (B,) each."""
+    measures = {"luma": mean_luma, "contrast": rms_contrast, "saturation": saturation}
+    return {name: measure(images) for name, measure in measures.items()}
