@@ -24,6 +24,7 @@ from zsnr.conditioning import ClassLabels, NullConditioner
 from zsnr.data.buckets import AspectBuckets
 from zsnr.data.caption_tags import Tags
 from zsnr.data.dataset import Pixels
+from zsnr.data.mapped import MappedDataset
 from zsnr.draws import training_draws, validation_draws
 from zsnr.interop import write_single_file
 from zsnr.interop.export import export_diffusers, read_exportable
@@ -909,6 +910,37 @@ def test_items_that_no_model_is_trained_on_are_refused(tmp_path, item, message):
         trainer(tmp_path, 1).fit(own_module(), datamodule=source)
     assert "tiny.Items, item 0: " in str(error.value)
     assert "\n" not in str(error.value)
+
+
+class Failing(tiny.Items):
+    """Items of which the second cannot be made."""
+
+    def __init__(self, error):
+        image = torch.zeros(3, 16, 16)
+        super().__init__([{"image": image, "label": 1}, {"image": image}])
+        self.error = error
+
+    def __getitem__(self, row):
+        if row and self.error is not None:
+            raise self.error
+        return super().__getitem__(row)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (None, ValueError, "item 1: it has no caption or label, and item 0 label: wanted the"),
+        (KeyError("age"), ValueError, "item 1: its __getitem__ raised KeyError: 'age'"),
+        (OSError(28, "No space left"), OSError, "No space left"),
+    ],
+)
+def test_an_item_unlike_the_first_and_a_failing_one_are_named(error, kind, message):
+    source = DataModule(Failing(error), image_size=16, batch_size=2, num_workers=0)
+    source.setup("fit")
+    items = MappedDataset(source.train, source._train)
+    assert items[0]["caption"] == "1"
+    with pytest.raises(kind, match=message):
+        items[1]
 
 
 def test_settings_that_a_dataset_of_ones_own_does_not_have_are_refused():

@@ -15,7 +15,7 @@ from zsnr.data.dataset import AsIndexed, Order
 from zsnr.data.samples import Samples
 from zsnr.data.sources import Shard
 from zsnr.described import class_path
-from zsnr.untrusted import shown
+from zsnr.untrusted import clipped, shown
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -76,6 +76,7 @@ class MappedDataset(Dataset[dict[str, Any]]):
     def __init__(self, dataset: Any, samples: Samples, order: Order | None = None) -> None:
         self.dataset, self.samples = dataset, samples
         self._order = AsIndexed(samples) if order is None else order
+        self._prompt: tuple[str | None] | None = None  # key of item 0, once it is known
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -84,15 +85,44 @@ class MappedDataset(Dataset[dict[str, Any]]):
         """Return the item at a position; ~p is that at p, to keep ranks in step.
 
         Raises:
-            ItemError: It is not what a model is trained on.
+            ItemError: It is not what a model is trained on, or the dataset fails to return it.
+            OSError: The dataset's storage failed.
         """
         row = self._order[~position if position < 0 else position]
         [side, _] = self.samples.shapes[0]
         try:
-            item = checked_item(self.dataset[row], side)
+            item = self._item(row)
+            checked = checked_item(item, side)
+            wanted = self._prompt_of_first()
+            if prompt_key(item) != wanted:
+                raise ItemError(
+                    f"it has {prompt_key(item) or 'no caption or label'}, and item 0 "
+                    f"{wanted or 'neither'}: wanted the same in all items. The caption '' is the "
+                    "empty prompt."
+                )
         except ItemError as error:
             raise ItemError(f"{class_path(self.dataset)}, item {row}: {error}") from error
-        return {**item, "key": str(row), "position": position, "faults": []}
+        return {**checked, "key": str(row), "position": position, "faults": []}
+
+    def _item(self, row: int) -> Any:
+        """Return an item of the user's dataset.
+
+        Raises:
+            ItemError: It failed.
+        """
+        try:
+            return self.dataset[row]
+        except OSError:  # of its storage, and not of the item
+            raise
+        except Exception as error:  # of the user's code, in any way
+            text = clipped(str(error).partition("\n")[0], 200)
+            raise ItemError(f"its __getitem__ raised {type(error).__name__}: {text}") from error
+
+    def _prompt_of_first(self) -> str | None:
+        """Return what item 0 is conditioned on, by its key."""
+        if self._prompt is None:
+            self._prompt = (prompt_key(self._item(0)),)
+        return self._prompt[0]
 
     def __getitems__(self, positions: Sequence[int]) -> list[dict[str, Any]]:
         """Return a batch of items."""
@@ -101,6 +131,11 @@ class MappedDataset(Dataset[dict[str, Any]]):
 
 class ItemError(ValueError):
     """An item that no model is trained on."""
+
+
+def prompt_key(item: Any) -> str | None:
+    """Return the key of what an item is conditioned on: "caption", "label", or None."""
+    return next((key for key in ("caption", "label") if key in item), None)
 
 
 def checked_item(item: Any, image_size: int) -> dict[str, Any]:
