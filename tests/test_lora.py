@@ -787,11 +787,11 @@ def test_a_folder_is_read_by_diffusers(stable, tmp_path):
 
 @pytest.mark.peer
 def test_merged_is_exported_like_any_other(stable, tmp_path):
-    model = merge(adapted(stable))
-    export_diffusers(model, tmp_path / "out", dtype="float32", facts={})
+    model = with_text(stable, variant="lokr")
+    export_diffusers(merge(model), tmp_path / "out", dtype="float32", facts={})
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
     found = their_images(tmp_path / "out", latents, 4)
-    torch.testing.assert_close(found, our_images(adapted(stable), latents, 4), rtol=0, atol=1e-4)
+    torch.testing.assert_close(found, our_images(model, latents, 4), rtol=0, atol=1e-4)
 
 
 def test_the_diffusers_layout(stable, tmp_path):
