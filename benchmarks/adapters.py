@@ -4,7 +4,7 @@
 
 Trains one epsilon model on the original schedule of configs/ablation/openmoji.yaml, and moves it to
 v-prediction at zero terminal SNR (configs/ablation/adapters.yaml) by each arm. The learning rate of
-an arm is the one of three with the lowest validation loss after a third of the steps, with a seed
+an arm is the one of three with the lowest validation loss after half of the steps, with a seed
 that is not reported; three other seeds are. An interrupted benchmark resumes.
 """
 
@@ -31,7 +31,7 @@ from zsnr.reports.arms import Arm
 from zsnr.reports.compare import compare_models, read_data
 from zsnr.reports.images import panel_figure, save_figure
 
-STEPS, TUNING_STEPS, TUNING_SEED, SEEDS = 150, 50, 100, (0, 1, 2)
+STEPS, TUNING_STEPS, TUNING_SEED, SEEDS = 100, 50, 100, (0, 1, 2)
 WIDER = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "conv1", "conv2")
 ARMS: dict[str, dict[str, Any] | None] = {
     "all weights": None,
@@ -43,6 +43,7 @@ ARMS: dict[str, dict[str, Any] | None] = {
     "loha, rank 16": {"rank": 16, "variant": "loha"},
     "lokr, rank 16": {"rank": 16, "variant": "lokr"},
     "lora, rank 16, all layers": {"rank": 16, "target_modules": WIDER},
+    "lora, rank 64, all layers": {"rank": 64, "target_modules": WIDER},
 }
 RATES = {None: (3e-4, 1e-3, 3e-3), "adapters": (1e-3, 4e-3, 1.6e-2)}
 
