@@ -3,7 +3,7 @@
     python benchmarks/early_warnings.py [--folder runs/warnings] [--seeds 1 2 3] [--write]
 
 Each seed trains a small model with epsilon-prediction on the original schedule, then fine-tunes it
-to v-prediction at zero terminal SNR by every recipe: 96 steps on encoded latents, one thread. The
+to v-prediction at zero terminal SNR by every recipe: 48 steps on encoded latents, one thread. The
 bounds of the warnings are derived, and were chosen before any of these runs; seed 0 served to find
 faults. An interrupted benchmark resumes.
 """
@@ -39,7 +39,7 @@ from zsnr.training import DataModule, EMAConfig, LatentDiffusion, LearningRate, 
 from zsnr.training.prepared import DRAWS
 from zsnr.training.watch import WarningName
 
-START_STEPS, STEPS, INTERVAL = 300, 96, 32
+START_STEPS, STEPS, INTERVAL = 200, 48, 16
 LEARNING_RATE = 1e-3
 SCALE = AutoencoderKLCodec("asset:openmoji_vae").scale
 NETWORK = UNetConfig(
