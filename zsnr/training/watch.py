@@ -173,8 +173,9 @@ def prediction_type(declared: PredictionType, explained: Mapping[str, float]) ->
         f"{100 * explained[best]:.0f} % of {best} at high noise and "
         f"{100 * max(0.0, explained[declared]):.0f} % of {declared}: its conversion is wrong, and "
         "so is every measure against it.",
-        f"set prediction_type to {best} in its scheduler/scheduler_config.json (model.prediction_"
-        "type remains what the run is to learn), and start again.",
+        f"declare {best} in the files of the pretrained model, such as the prediction_type of its "
+        "scheduler/scheduler_config.json (model.prediction_type is what the run learns), and start "
+        "again.",
     )
 
 

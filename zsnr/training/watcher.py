@@ -305,7 +305,7 @@ def noise_leak(x_0: Tensor, eps: Tensor) -> Tensor:
 def signed_square_cosine(output: Tensor, target: Tensor) -> Tensor:
     """Return the share of each target that its output explains, (B,): cos |cos| of their angle."""
     output, target = output.flatten(1).float(), target.flatten(1).float()
-    cosine = torch.nn.functional.cosine_similarity(output, target)
+    cosine: Tensor = torch.nn.functional.cosine_similarity(output, target)
     return cosine * cosine.abs()
 
 
