@@ -50,7 +50,7 @@ def module(**options):
     settings = {
         "codec": PixelCodec(2),
         "conditioner": tiny.conditioner(trainable=True),
-        "network": tiny.UNET,
+        "network": tiny.SMALLER_UNET,
         "image_size": 16,
         "optimizer": lambda p: torch.optim.AdamW(p, lr=2e-3),
         "learning_rate": LearningRate(2, "cosine"),

@@ -97,6 +97,25 @@ class Ranks:
 
     def __call__(self, function, *args, **kwargs):
         """Run a function on all ranks and return their results, rank by rank."""
+        results, problems = self._answers(function, *args, **kwargs)
+        if problems:
+            self.close()  # others may wait for the one that failed
+            raise AssertionError("\n".join(problems))
+        return results
+
+    def errors(self, function, *args, **kwargs):
+        """Run a function that fails on all ranks, none of which is left to wait for another.
+
+        Returns:
+            What each rank says, from its number to its traceback.
+        """
+        results, problems = self._answers(function, *args, **kwargs)
+        if results or not self.alive:
+            self.close()
+            raise AssertionError("\n".join(["some ranks did not fail", *problems]))
+        return problems
+
+    def _answers(self, function, *args, **kwargs):
         for pipe in self._pipes:
             pipe.send((function, args, kwargs))
         results, problems = [], []
@@ -111,10 +130,7 @@ class Ranks:
                 code = self._processes[rank].exitcode
                 fine, result = False, f"rank {rank} died with exit code {code}"
             (results if fine else problems).append(result)
-        if problems:
-            self.close()  # others may wait for the one that failed
-            raise AssertionError("\n".join(problems))
-        return results
+        return results, problems
 
     @property
     def alive(self):

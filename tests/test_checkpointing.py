@@ -103,7 +103,7 @@ def test_ranks_wait_for_each_other(ranks, shards, tmp_path):
 
 def test_shards_hold_what_a_waiting_run_writes(ranks, shards, tmp_path):
     for name, asynchronous in (("waits", False), ("goes on", True)):
-        options = {"kind": "sharded", "asynchronous": asynchronous, "every": 2}
+        options = {"kind": "sharded", "asynchronous": asynchronous, "steps": 2}
         ranks[2](fit, shards, tmp_path / name, **options)
     assert len(written(tmp_path / "waits")) == 2
     pairs = zip(written(tmp_path / "waits"), written(tmp_path / "goes on"), strict=True)
@@ -216,8 +216,8 @@ class Interrupt(Callback):
 
 def test_no_command_reads_a_checkpoint_whole(ranks, shards, tmp_path, monkeypatch):
     """Weights are memory-mapped, and the optimizer's state is read by training alone."""
-    fit(shards, tmp_path / "file", asynchronous=False, every=STEPS)
-    ranks[2](fit, shards, tmp_path / "folder", kind="sharded", asynchronous=False, every=STEPS)
+    fit(shards, tmp_path / "file", asynchronous=False, steps=1)
+    ranks[2](fit, shards, tmp_path / "folder", kind="sharded", asynchronous=False, steps=1)
     load, fill = torch.load, state_dict_loader.load
     read = []  # what the optimizer's state is taken from: files, and names in folders
 
@@ -252,7 +252,7 @@ def test_no_command_reads_a_checkpoint_whole(ranks, shards, tmp_path, monkeypatc
         assert read == []
         root = tmp_path / f"{kind}-resumed"
         with pytest.raises(InterruptedError):
-            fit(shards, root, Interrupt(), steps=STEPS + 1, checkpoint=str(path))
+            fit(shards, root, Interrupt(), steps=2, checkpoint=str(path))
         assert read
         read.clear()
 
@@ -359,7 +359,7 @@ def test_storage_that_fails_warns_once_and_ends_no_run(shards, tmp_path, bucket,
 def test_shards_are_copied_and_an_incomplete_copy_is_left_out(ranks, shards, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     address = f"file://{tmp_path}/bucket"
-    ranks[2](fit, shards, tmp_path / "run", kind="sharded", every=STEPS, mirror=address)
+    ranks[2](fit, shards, tmp_path / "run", kind="sharded", steps=1, mirror=address)
     [original] = written(tmp_path / "run")
     incomplete = tmp_path / "bucket" / "step-00000009.ckpt"
     incomplete.mkdir()

@@ -61,7 +61,9 @@ class Keys(Callback):
 def run(shards, options):
     keys = Keys()
     with tempfile.TemporaryDirectory() as root:
-        result = cells.fit(shards, root, steps=STEPS, callbacks=[keys], saves=False, **options)
+        model = {"network": tiny.UNET, **options.get("model", {})}
+        options = {**options, "model": model, "steps": STEPS, "saves": False}
+        result = cells.fit(shards, root, callbacks=[keys], **options)
     losses = [row["train/loss"] for row in result["logged"]]
     norms = [row["train/grad_norm"] for row in result["logged"]]
     return {"samples": keys.digest.hexdigest()[:16], "losses": losses, "grad_norms": norms}

@@ -4,7 +4,6 @@ tests/cluster holds the whole matrix.
 """
 
 import copy
-import dataclasses
 import json
 import math
 from pathlib import Path
@@ -52,6 +51,13 @@ def losses(run):
     return [row["train/loss"] for row in run["logged"]]
 
 
+@pytest.fixture(scope="module")
+def attentive(shards, tmp_path_factory):
+    """A run on one process of a network with attention and several resolutions."""
+    root, model = tmp_path_factory.mktemp("attentive"), {"network": tiny.UNET}
+    return {**cells.fit(shards, root, previews=True, model=model, saves=False), "root": root}
+
+
 def same_run(run, other):
     for a, b in zip(run["logged"], other["logged"], strict=True):
         assert a == pytest.approx(b, rel=1e-5)  # losses, by timestep too, norms, exposures
@@ -74,7 +80,7 @@ CELLS = {
         "sharded",
         {
             "data_options": {"max_batch_size_per_device": 2},
-            "model": {"gradient_checkpointing": True},
+            "model": {"network": tiny.UNET, "gradient_checkpointing": True},
         },
     ),
     "sharded-4-hybrid": (4, "sharded", {"strategy_options": {"shard_ranks": 2}}),
@@ -82,19 +88,19 @@ CELLS = {
 
 
 @pytest.mark.parametrize("name", CELLS)
-def test_ranks_and_strategies_change_nothing_but_rounding(ranks, shards, alone, tmp_path, name):
+def test_ranks_and_strategies_change_nothing_but_rounding(ranks, shards, attentive, tmp_path, name):
     number, kind, options = CELLS[name]
-    options = {"previews": True, "saves": False, **options}
+    options = {"previews": True, "saves": False, "model": {"network": tiny.UNET}, **options}
     runs = ranks[number](cells.fit, shards, tmp_path, kind, **options)
     for run in runs:
-        same_run(run, alone)
+        same_run(run, attentive)
         average_is_exact(run)
         assert run["logged"] == runs[0]["logged"]  # on every rank
     assert len(list((tmp_path / "previews").iterdir())) == 2
-    same_images(alone["root"] / "previews", tmp_path / "previews")
+    same_images(attentive["root"] / "previews", tmp_path / "previews")
     if kind == "sharded":
         shard = 2 if "hybrid" in name else number
-        whole = alone["weights"]["unet.unet.conv_in.weight"].shape
+        whole = attentive["weights"]["unet.unet.conv_in.weight"].shape
         for local in (runs[0]["local"], runs[0]["local_ema"]):
             assert local["unet.unet.conv_in.weight"] == (whole[0] // shard, *whole[1:])
 
@@ -131,23 +137,19 @@ def test_any_module_is_sharded_by_its_blocks(ranks, shards, tmp_path):
         assert run["local"]["unet.layers.0.weight"] == (4, 8, 3, 3)  # half of it
 
 
-def test_compiled_blocks_change_nothing_but_rounding(ranks, shards, tmp_path):
+def test_compiled_blocks_change_nothing_but_rounding(ranks, shards, alone, tmp_path):
     """With few blocks, since each rank compiles each of them twice, for training and without."""
-    small = {
-        "network": dataclasses.replace(tiny.UNET, block_out_channels=(16,), attention=(False,))
-    }
-    alone = cells.fit(shards, tmp_path / "one", previews=True, model=small, saves=False)
     options = {
         "saves": False,
         "strategy_options": {"reshard_after_forward": False},
-        "model": {**small, "compile": "aot_eager"},
+        "model": {"compile": "aot_eager"},
     }
-    runs = ranks[2](cells.fit, shards, tmp_path / "two", "sharded", previews=True, **options)
+    runs = ranks[2](cells.fit, shards, tmp_path, "sharded", previews=True, **options)
     for run in runs:
         same_run(run, alone)
         average_is_exact(run)
         assert run["logged"] == runs[0]["logged"]
-    same_images(tmp_path / "one" / "previews", tmp_path / "two" / "previews")
+    same_images(alone["root"] / "previews", tmp_path / "previews")
 
 
 @pytest.mark.parametrize("kind", ["ddp", "sharded"])
@@ -170,7 +172,7 @@ def test_validating_weights_that_are_trained(ranks, shards, alone, tmp_path, kep
 
 def test_clipping_by_the_global_norm(ranks, shards, alone, tmp_path):
     norms = sorted(row["train/grad_norm"] for row in alone["logged"])
-    clip = (norms[0] + norms[1]) / 2  # some steps are clipped, and one is not
+    clip = (norms[1] + norms[2]) / 2  # some steps are clipped, and some are not
     options = {"trainer_options": {"gradient_clip_val": clip}, "saves": False}
     clipped = cells.fit(shards, tmp_path / "one", **options)
     norms = [row["train/grad_norm"] for row in clipped["logged"]]
@@ -233,7 +235,7 @@ def straight_on(on, straight):
     assert losses(on) == pytest.approx(losses(straight)[2:], rel=1e-5)
     assert on["progress"]["terminal"] == straight["progress"]["terminal"]
     for name, weight in straight["ema"].items():
-        torch.testing.assert_close(on["ema"][name], weight, rtol=1e-3, atol=2e-4)
+        torch.testing.assert_close(on["ema"][name], weight, rtol=1e-3, atol=5e-4)
 
 
 def holds_weights(checkpoint, run):
@@ -284,19 +286,18 @@ def test_weights_that_are_made_on_each_rank_for_its_shards_are_the_same(
     ranks, shards, sharded, tmp_path
 ):
     torch.manual_seed(1)
-    UNet(tiny.UNET, 12, tiny.conditioner().context_dim).unet.save_pretrained(
-        tmp_path / "p" / "unet"
-    )
+    network = UNet(tiny.SMALLER_UNET, 12, tiny.conditioner().context_dim)
+    network.unet.save_pretrained(tmp_path / "p" / "unet")
     start = {"model": {"network": str(tmp_path / "p")}}
-    whole = ranks[2](cells.fit, shards, tmp_path / "whole", "sharded", **start)[0]
+    plain = {"kind": "sharded", "saves": False}
+    whole = ranks[2](cells.fit, shards, tmp_path / "whole", **plain, **start)[0]
     checkpoint = checkpoint_of(sharded["root"], 2)
     for name, options, same, begin in (
         ("random", {}, sharded, 0),
         ("pretrained", start, whole, 0),
         ("resumed", {"checkpoint": checkpoint}, sharded, 2),
     ):
-        root = tmp_path / name
-        run = ranks[2](cells.fit, shards, root, "sharded", deferred=True, **options)[0]
+        run = ranks[2](cells.fit, shards, tmp_path / name, deferred=True, **plain, **options)[0]
         assert losses(run) == losses(same)[begin:]
         for part in ("weights", "ema") if begin else ("start", "weights", "ema"):
             assert run[part].keys() == same[part].keys()

@@ -409,6 +409,7 @@ def test_training_learns_the_terminal_step(tmp_path):
         members[f"{i}.txt"] = b"white" if i % 2 else b"black"
     tiny.write_shard(shards / "train-000000.tar", members)
     model = module(
+        network=tiny.SMALLER_UNET,
         ema=EMAConfig(0.9),
         optimizer=lambda p: torch.optim.AdamW(p, lr=5e-3),
         sampling=Sampling(num_steps=5),

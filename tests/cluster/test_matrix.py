@@ -24,6 +24,8 @@ OPTIONS = {
         "model": {"gradient_checkpointing": True},
     },
 }
+for each in OPTIONS.values():  # with attention, and several resolutions
+    each["model"] = {"network": tiny.UNET, **each.get("model", {})}
 
 
 @pytest.fixture(scope="module")

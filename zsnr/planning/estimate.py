@@ -25,6 +25,7 @@ from zsnr.planning.memory import (
     tensors_of,
     with_fake_tensors,
 )
+from zsnr.training.optimizer import TwoModes
 
 GIB, MIB = 2**30, 2**20
 
@@ -230,6 +231,8 @@ def state_per_byte(make_optimizer: Callable[[Iterable[nn.Parameter]], Any]) -> f
     parameter = nn.Parameter(torch.zeros(64, 64))
     parameter.grad = torch.ones_like(parameter)
     optimizer = make_optimizer([parameter])
+    if isinstance(optimizer, TwoModes):
+        optimizer.train()
     optimizer.step()
     state = [x for x in optimizer.state[parameter].values() if isinstance(x, Tensor) and x.ndim]
     return size_of(state) / size_of([parameter])

@@ -39,6 +39,7 @@ from zsnr.training.data import DataModule
 from zsnr.training.ema import update_average
 from zsnr.training.lightning_cli import build, check_model, is_sharded
 from zsnr.training.module import LatentDiffusion
+from zsnr.training.optimizer import TwoModes
 from zsnr.weights.pretrained import as_dtype, loading_in, without_weights
 
 # Lightning's names of precision: of the weights, and of autocast.
@@ -291,6 +292,8 @@ def seconds_per_step(config: Any, data: DataModule, layout: Layout, times: int =
         for part in module._frozen.values():
             part.load().to(device)
     optimizer = module.make_optimizer(p for p in module.trained.parameters() if p.requires_grad)
+    if isinstance(optimizer, TwoModes):
+        optimizer.train()
     batch = _made_up_batch(data, module, layout.micro_batch, device)
     batch = module.prepared(batch, training=True)
 

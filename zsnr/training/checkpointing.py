@@ -237,17 +237,18 @@ class Checkpoints(Checkpoint):
         module.settle()
         module.record()
         path = folder / f"step-{step:08d}.ckpt"
-        broken = first_not_finite(trainer.lightning_module, trainer.optimizers)
-        message = (
-            f"{path} is not written: {broken} is not finite. Resume from the checkpoint before "
-            "it with trainer.gradient_clip_val or bf16 instead of fp16, or start from scratch with "
-            "a lower learning rate."
-        )
-        raise_on_all(None if broken is None else NonFiniteError(message))
         on_gpu = trainer.strategy.root_device.type == "cuda"
         background = on_gpu if self.asynchronous is None else self.asynchronous
-        with files.deferring(background, self._snapshot(module, step, last=wait)):
-            trainer.save_checkpoint(path, weights_only=False)
+        with module.evaluated_weights(saves=True):
+            broken = first_not_finite(trainer.lightning_module, trainer.optimizers)
+            message = (
+                f"{path} is not written: {broken} is not finite. Resume from the checkpoint before "
+                "it with trainer.gradient_clip_val or bf16 instead of fp16, or start from scratch "
+                "with a lower learning rate."
+            )
+            raise_on_all(None if broken is None else NonFiniteError(message))
+            with files.deferring(background, self._snapshot(module, step, last=wait)):
+                trainer.save_checkpoint(path, weights_only=False)
         raise_on_all(files.problem)
         self._saved, self._since, self._asked = step, time.monotonic(), False
         module.save_requested = module.save_agreed = False

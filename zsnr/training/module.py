@@ -80,7 +80,7 @@ from zsnr.training.guard import (
 )
 from zsnr.training.learning_rate import LearningRate
 from zsnr.training.loggers import guard_loggers
-from zsnr.training.optimizer import skip_where, skips_on_device, with_kernel
+from zsnr.training.optimizer import TwoModes, skip_where, skips_on_device, with_kernel
 from zsnr.training.prepared import DRAWS, PROMPTS, TOKENS, Preparation
 from zsnr.training.progress import Progress
 from zsnr.training.resuming import Verdict, changes, check_changes, flat, verdict_on
@@ -119,7 +119,8 @@ class LatentDiffusion(L.LightningModule):
         offset_noise: Strength of offset noise (section 5.4 of the paper), for comparison only. 0 =
             no offset noise.
         optimizer: Optimizer of the trained weights, by class_path. AdamW with learning rate 1e-4 by
-            default.
+            default. One with train() and eval(), such as those of schedulefree, evaluates for
+            validation, previews and checkpoints.
         learning_rate: Warm-up and decay of the optimizer's learning rate.
         ema: Exponential moving average of the weights, which sampling and validation then use. None
             = no averaging.
@@ -245,6 +246,9 @@ class LatentDiffusion(L.LightningModule):
         self._unrecorded: StepReport | None = None  # of a step that all ranks are to record
         self._first_step = 0  # of this start of the run
         self._judged = 0  # step of the last verdict
+        self._trains = False  # whether optimizers with two modes are in train mode
+        self._trained_before = False  # the validation that is under way
+        self._kept: list[Tensor] | None = None  # trained weights, while others are evaluated
         self.changed_settings: dict[str, list[Any]] = {}  # since the checkpoint, by name
         self._val_strata = validation_timesteps(schedule.num_timesteps)
         self.start = (
@@ -304,12 +308,51 @@ class LatentDiffusion(L.LightningModule):
             source = None if self._trainer is None else self._trainer.ckpt_path
             pipe = TextToImage(model, name=str(source or ""))
             pipe.warned_of = self._cut_prompts
-            yield pipe
+            with self.evaluated_weights():
+                yield pipe
         finally:
             for part, mode in modes:
                 part.train(mode)
             for network in networks:
                 reshard(network)
+
+    @contextmanager
+    def evaluated_weights(self, *, saves: bool = False) -> Iterator[None]:
+        """Let optimizers that evaluate other weights than they train show those for a while.
+
+        Every rank enters it. Other optimizers are left alone.
+
+        Args:
+            saves: Whether the weights are saved. Training then continues from them, as a run does
+                that resumes; otherwise exactly from the weights before.
+        """
+        trains = self._trains
+        self._switch(False, restores=not saves)
+        try:
+            yield
+        finally:
+            self._switch(trains)
+
+    def _switch(self, trains: bool, *, restores: bool = True) -> None:
+        if trains == self._trains:
+            return
+        optimizers = [each for each in self.trainer.optimizers if isinstance(each, TwoModes)]
+        if not optimizers:
+            return
+        weights = [p.detach() for p in self.trained.parameters() if p.requires_grad]
+        if not trains:
+            self.settle()  # model.ema averages the weights that are trained
+            self._kept = [weight.clone() for weight in weights] if restores else None
+        self._trains = trains
+        for optimizer in optimizers:
+            if trains:
+                optimizer.train()
+            else:
+                optimizer.eval()
+        if trains and self._kept is not None:
+            for weight, kept in zip(weights, self._kept, strict=True):
+                weight.copy_(kept)
+            self._kept = None
 
     def facts(self) -> dict[str, Any]:
         """Return the settings that define the model, as plain values."""
@@ -663,11 +706,15 @@ class LatentDiffusion(L.LightningModule):
         self.settle()
         self.record()
         steps = self.trainer.global_step - self._first_step
+        self._switch(False)
         if not self.stop_agreed:
             check_last_steps(self.trainer, self._progress, steps)
 
     def on_train_start(self) -> None:
-        """Warn where a resumed run keeps another learning rate than the config has."""
+        """Warn where a resumed run keeps another learning rate than the config has.
+
+        Optimizers with two modes begin to train.
+        """
         self._first_step = self.trainer.global_step
         configured = self.trainer.optimizers[0].defaults.get("lr")
         [scheduler] = self.trainer.lr_scheduler_configs
@@ -683,6 +730,8 @@ class LatentDiffusion(L.LightningModule):
         line = None if self.watcher is None else self.watcher.begin(self.trainer.global_step)
         if line is not None:
             rank_zero_warn(line)
+        self._trains, self._kept = False, None  # whatever a fit that failed has left
+        self._switch(True)
 
     def _say_how_often_the_last_timestep_is_trained(self) -> None:
         law, T = self.objective.timestep_law, self.schedule.num_timesteps
@@ -714,6 +763,13 @@ class LatentDiffusion(L.LightningModule):
                 f"{start.schedule.snr[-1]:.2g}. adaptation/t* is the validation loss divided by "
                 "that of this model, converted. 1 = as good as it is."
             )
+
+    def on_validation_start(self) -> None:
+        self._trained_before = self._trains
+        self._switch(False)
+
+    def on_validation_end(self) -> None:
+        self._switch(self._trained_before)
 
     def on_validation_epoch_start(self) -> None:
         self._validation = ValidationLosses(self._val_strata, self.device)

@@ -1,9 +1,9 @@
-"""Which kernel an optimizer steps with, and how it skips a step on the device."""
+"""Which kernel an optimizer steps with, how it skips a step on the device, and its two modes."""
 
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,6 +13,20 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 _FUSED = (Adam, AdamW, SGD)  # Adagrad's kernel is for the CPU alone in PyTorch 2.6
 _FUSED_SHARDED = (Adam, AdamW)  # SGD's takes no DTensor
 _KERNEL = ("fused", "foreach", "capturable", "differentiable")
+
+
+@runtime_checkable
+class TwoModes(Protocol):
+    """An optimizer that evaluates other weights than it trains, as those of schedulefree do.
+
+    The parameters hold one or the other; it steps in train mode only.
+    """
+
+    def train(self) -> None:
+        """Let the parameters hold the weights that are trained."""
+
+    def eval(self) -> None:
+        """Let the parameters hold the weights that are evaluated and saved."""
 
 
 def with_kernel(optimizer: Optimizer, device: torch.device) -> Optimizer:
