@@ -156,7 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path("runs/adapters"), help="of runs")
     parser.add_argument("--jobs", type=int, default=2, help="concurrent runs, one thread each")
-    parser.add_argument("--num-steps", type=int, default=25, help="number of sampling steps")
+    parser.add_argument("--num-steps", type=int, default=10, help="number of sampling steps")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
