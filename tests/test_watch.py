@@ -17,8 +17,10 @@ from zsnr.training import Previews, TrainingBoard, Watch
 from zsnr.training.validation import ValidationLosses
 from zsnr.training.watch import (
     DRIFT_STEP,
+    FORGOTTEN,
     LABEL_FACTOR,
     LATENT_FACTOR,
+    MEMORY,
     MIN_BATCHES,
     MIN_DRIFT,
     MIN_RISE,
@@ -132,11 +134,19 @@ def test_the_latents_scale_has_a_factor_on_both_sides():
 
 
 def test_a_loss_diverges_by_its_rise_or_its_size():
-    assert divergence(0, RISE * 0.3, 0.3, 1e-3) is None
-    assert divergence(0, RISE * 0.3 * ABOVE, 0.3, 1e-3).name == "divergence"
-    assert divergence(0, 9.0, None, 1e-3) is None
-    assert divergence(0, None, 0.3, 1e-3) is None
-    assert "now 0.001, to a tenth" in divergence(1, None, None, 1e-3).way_out
+    steady = 1.0, 1000, 1e-3
+    assert divergence(0, RISE * 0.3, 0.3, *steady) is None
+    assert divergence(0, RISE * 0.3 * ABOVE, 0.3, *steady).name == "divergence"
+    assert divergence(0, 9.0, None, *steady) is None
+    assert divergence(0, None, 0.3, *steady) is None
+    assert "now 0.001, to a tenth" in divergence(1, None, None, *steady).way_out
+
+
+@pytest.mark.parametrize(("steps", "edge"), [(MEMORY, 2), (4 * MEMORY, 5), (10_000, FORGOTTEN)])
+def test_weights_that_grow_too_fast_diverge(steps, edge):
+    assert divergence(0, None, None, edge, steps, 1e-3) is None
+    found = divergence(0, None, None, edge * ABOVE, steps, 1e-3)
+    assert f"grew {edge**0.5:.2g} times in {steps} steps" in found.text
 
 
 def test_a_terminal_loss_counts_where_it_does_not_fall():
