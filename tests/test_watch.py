@@ -281,6 +281,14 @@ def feed(watched, output, x_0=None, steps=2 * MIN_BATCHES, size=8, seed=0):
     return watched.collect(lambda sums: sums)
 
 
+def zeros(watched):
+    """A micro-batch whose output is zero, as a watcher takes it."""
+    eps, t = normal(8, 4, 4, 4), torch.linspace(50, 999, 8).long()
+    draw = Draws(t, torch.ones(8), eps, eps, eps.mean((2, 3)))
+    noised = watched.objective.noised(normal(8, 4, 4, 4, seed=1), draw)
+    return noised, 0 * eps, watched.objective.losses(0 * eps, *noised[1:])
+
+
 def names(watched, interval, step=1, **measures):
     watched.judge(step, interval, learning_rate=0.1, **measures)
     return [*watched.told]
@@ -338,6 +346,18 @@ def test_divergence_is_found_from_the_start_and_later():
     good = feed(watched, lambda x, eps, v: 0.5 * v)
     assert names(watched, good) == []
     assert names(watched, feed(watched, lambda x, eps, v: 0 * x, seed=500)) == ["divergence"]
+
+
+def test_weights_that_grew_are_compared_with_steady_ones():
+    watched = watcher()
+    watched.weigh(torch.tensor(1.0), 0)
+    grown = []
+    for step, size in ((32, 2.0), (64, 10.0), (96, 11.0), (128, 9.0)):
+        watched.add(*zeros(watched), step)
+        interval = watched.collect(lambda sums: sums, torch.tensor(size), step)
+        watched.judge(step, interval, learning_rate=0.1)
+        grown.append((interval["growth"], interval["steps"], "divergence" in watched.line))
+    assert grown == [(2.0, 32, False), (5.0, 32, True), (5.5, 64, True), (4.5, 96, False)]
 
 
 def test_values_that_are_not_finite_are_left_out():

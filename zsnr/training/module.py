@@ -726,11 +726,12 @@ class LatentDiffusion(L.LightningModule):
         self._judged = self.trainer.global_step
         if self.watcher is None:
             return
-        strategy, size = self.trainer.strategy, self._size()
-        interval = self.watcher.collect(lambda sums: strategy.reduce(sums, reduce_op="sum"), size)
+        strategy = self.trainer.strategy
+        interval = self.watcher.collect(
+            lambda sums: strategy.reduce(sums, reduce_op="sum"), self._size(), self._judged
+        )
         if self.trainer.is_global_zero:
             self._say(interval, metrics)
-        self.watcher.weigh(size, self._judged)
 
     def _say(self, interval: Mapping[str, float], metrics: Mapping[str, Any]) -> None:
         assert self.watcher is not None

@@ -226,6 +226,11 @@ def latent_scale(std: float, wanted: float | None, scale: float) -> Finding | No
     )
 
 
+def forgets(growth: float, steps: int) -> bool:
+    """Whether weights whose squared norm grew by a factor in so many steps forget too soon."""
+    return growth > min(FORGOTTEN, 1 + steps / MEMORY)
+
+
 def divergence(
     blown_up: float,
     ratio: float | None,
@@ -241,7 +246,7 @@ def divergence(
             data and noise can have.
         ratio: Mean training loss since the last verdict, divided by that of predicting zero.
         best: The smallest such ratio before; None = none.
-        growth: Factor of the squared norm of the trained weights since the last verdict.
+        growth: Factor of the squared norm of the trained weights since they were steady.
         steps: Number of optimizer steps since then.
         learning_rate: The optimizer's.
     """
@@ -250,7 +255,7 @@ def divergence(
         text += "of data and noise"
     elif ratio is not None and best is not None and ratio > RISE * best:
         text = f"the training loss rose to {ratio / best:.2g} times what it was"
-    elif growth > min(FORGOTTEN, 1 + steps / MEMORY):
+    elif forgets(growth, steps):
         text = f"the norm of the weights grew {growth**0.5:.2g} times in {steps} steps"
     else:
         return None

@@ -25,6 +25,7 @@ from zsnr.training.watch import (
     distance_from,
     divergence,
     drift,
+    forgets,
     latent_scale,
     noise,
     prediction_type,
@@ -72,7 +73,7 @@ class Watcher:
         self._start_sums: Tensor | None = None  # of the first steps, on this rank
         self._start = dict.fromkeys(_START, 0.0)  # the same over all ranks
         self._total = dict.fromkeys(_SUMS, 0.0)  # since this start of the run, over all ranks
-        self._size: Tensor | None = None  # squared norm of the weights before, on this rank
+        self._size: Tensor | None = None  # squared norm of the steady weights, on this rank
         self._size_step = 0
         self._images: dict[str, float] = {}  # means of the last previews
         self.told: dict[str, int] = {}  # steps at which warnings were first raised
@@ -161,13 +162,14 @@ class Watcher:
         self._size, self._size_step = size, step
 
     def collect(
-        self, reduce: Callable[[Tensor], Tensor], size: Tensor | None = None
+        self, reduce: Callable[[Tensor], Tensor], size: Tensor | None = None, step: int = 0
     ) -> dict[str, float]:
         """Sum the measures over all ranks, which all call it, and return those of this interval.
 
         Args:
             reduce: Sums a tensor over the ranks.
             size: As `weigh` takes it, now.
+            step: Number of optimizer steps.
         """
         if self._sums is None:
             return {}
@@ -183,6 +185,9 @@ class Watcher:
         for name, value in interval.items():
             self._total[name] += value
         interval["growth"] = after / before if before else 1.0
+        interval["steps"] = step - self._size_step
+        if size is not None and not forgets(interval["growth"], step - self._size_step):
+            self.weigh(size, step)
         self._sums = None
         return interval
 
@@ -233,7 +238,7 @@ class Watcher:
         if first["samples"] >= MIN_SAMPLES and first["zero_loss"]:
             self._best.setdefault("loss", first["loss"] / first["zero_loss"])
         blown_up = interval.get("blown_up", 0)
-        growth, steps = interval.get("growth", 1.0), step - self._size_step
+        growth, steps = interval.get("growth", 1.0), round(interval.get("steps", 0))
         best = self._best.get("loss")
         causes.append(divergence(blown_up, ratio, best, growth, steps, learning_rate))
 
