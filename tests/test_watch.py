@@ -17,8 +17,10 @@ from zsnr.training import Previews, TrainingBoard, Watch
 from zsnr.training.validation import ValidationLosses
 from zsnr.training.watch import (
     DRIFT_STEP,
+    FORGOTTEN,
     LABEL_FACTOR,
     LATENT_FACTOR,
+    MEMORY,
     MIN_BATCHES,
     MIN_DRIFT,
     MIN_RISE,
@@ -132,11 +134,19 @@ def test_the_latents_scale_has_a_factor_on_both_sides():
 
 
 def test_a_loss_diverges_by_its_rise_or_its_size():
-    assert divergence(0, RISE * 0.3, 0.3, 1e-3) is None
-    assert divergence(0, RISE * 0.3 * ABOVE, 0.3, 1e-3).name == "divergence"
-    assert divergence(0, 9.0, None, 1e-3) is None
-    assert divergence(0, None, 0.3, 1e-3) is None
-    assert "now 0.001, to a tenth" in divergence(1, None, None, 1e-3).way_out
+    steady = 1.0, 1000, 1e-3
+    assert divergence(0, RISE * 0.3, 0.3, *steady) is None
+    assert divergence(0, RISE * 0.3 * ABOVE, 0.3, *steady).name == "divergence"
+    assert divergence(0, 9.0, None, *steady) is None
+    assert divergence(0, None, 0.3, *steady) is None
+    assert "now 0.001, to a tenth" in divergence(1, None, None, *steady).way_out
+
+
+@pytest.mark.parametrize(("steps", "edge"), [(MEMORY, 2), (4 * MEMORY, 5), (10_000, FORGOTTEN)])
+def test_weights_that_grow_too_fast_diverge(steps, edge):
+    assert divergence(0, None, None, edge, steps, 1e-3) is None
+    found = divergence(0, None, None, edge * ABOVE, steps, 1e-3)
+    assert f"grew {edge**0.5:.2g} times in {steps} steps" in found.text
 
 
 def test_a_terminal_loss_counts_where_it_does_not_fall():
@@ -271,6 +281,14 @@ def feed(watched, output, x_0=None, steps=2 * MIN_BATCHES, size=8, seed=0):
     return watched.collect(lambda sums: sums)
 
 
+def zeros(watched):
+    """A micro-batch whose output is zero, as a watcher takes it."""
+    eps, t = normal(8, 4, 4, 4), torch.linspace(50, 999, 8).long()
+    draw = Draws(t, torch.ones(8), eps, eps, eps.mean((2, 3)))
+    noised = watched.objective.noised(normal(8, 4, 4, 4, seed=1), draw)
+    return noised, 0 * eps, watched.objective.losses(0 * eps, *noised[1:])
+
+
 def names(watched, interval, step=1, **measures):
     watched.judge(step, interval, learning_rate=0.1, **measures)
     return [*watched.told]
@@ -328,6 +346,18 @@ def test_divergence_is_found_from_the_start_and_later():
     good = feed(watched, lambda x, eps, v: 0.5 * v)
     assert names(watched, good) == []
     assert names(watched, feed(watched, lambda x, eps, v: 0 * x, seed=500)) == ["divergence"]
+
+
+def test_weights_that_grew_are_compared_with_steady_ones():
+    watched = watcher()
+    watched.weigh(torch.tensor(1.0), 0)
+    grown = []
+    for step, size in ((32, 2.0), (64, 10.0), (96, 11.0), (128, 9.0)):
+        watched.add(*zeros(watched), step)
+        interval = watched.collect(lambda sums: sums, torch.tensor(size), step)
+        watched.judge(step, interval, learning_rate=0.1)
+        grown.append((interval["growth"], interval["steps"], "divergence" in watched.line))
+    assert grown == [(2.0, 32, False), (5.0, 32, True), (5.5, 64, True), (4.5, 96, False)]
 
 
 def test_values_that_are_not_finite_are_left_out():

@@ -89,6 +89,7 @@ from zsnr.training.strategy import (
     check_strategy,
     local,
     reshard,
+    squared_norm,
     without_gradient,
 )
 from zsnr.training.tags import at_timestep
@@ -727,11 +728,18 @@ class LatentDiffusion(L.LightningModule):
         if self.trainer.global_step == 0:
             self._say_how_often_the_last_timestep_is_trained()
             self._measure_start()
-        line = None if self.watcher is None else self.watcher.begin(self.trainer.global_step)
-        if line is not None:
-            rank_zero_warn(line)
         self._trains, self._kept = False, None  # whatever a fit that failed has left
         self._switch(True)
+        if self.watcher is not None:
+            step = self.trainer.global_step
+            self.watcher.weigh(self._size(), step)
+            line = self.watcher.begin(step)
+            if line is not None:
+                rank_zero_warn(line)
+
+    def _size(self) -> Tensor:
+        """Return this rank's part of the squared norm of the trained weights."""
+        return squared_norm([p.detach() for p in self.trained.parameters() if p.requires_grad])
 
     def _say_how_often_the_last_timestep_is_trained(self) -> None:
         law, T = self.objective.timestep_law, self.schedule.num_timesteps
@@ -817,9 +825,14 @@ class LatentDiffusion(L.LightningModule):
         if self.watcher is None:
             return
         strategy = self.trainer.strategy
-        interval = self.watcher.collect(lambda sums: strategy.reduce(sums, reduce_op="sum"))
-        if not self.trainer.is_global_zero:
-            return
+        interval = self.watcher.collect(
+            lambda sums: strategy.reduce(sums, reduce_op="sum"), self._size(), self._judged
+        )
+        if self.trainer.is_global_zero:
+            self._say(interval, metrics)
+
+    def _say(self, interval: Mapping[str, float], metrics: Mapping[str, Any]) -> None:
+        assert self.watcher is not None
         last, low = self.schedule.num_timesteps - 1, int(self._val_strata.min())
         terminal, adapted = (
             None if value is None else float(value)

@@ -48,6 +48,11 @@ output is no larger than data and noise together."""
 RISE = 2.0
 """Factor of the mean loss: a prediction of the right size that has nothing to do with the target
 has twice the loss of predicting zero."""
+FORGOTTEN, MEMORY = 16.0, 16
+"""Growth of the weights' squared norm. Updates that point anywhere add their squares to it, so that
+a factor of 16 leaves a sixteenth of it to what the weights were; and one that doubles in 16 steps
+has no memory of more batches than those. Adam's updates, each as large as the learning rate, reach
+a part of that even if 16 of them point the same way."""
 MIN_SAMPLES = 64
 """Number of samples whose mean loss is compared: at a standard deviation as large as the mean, that
 of a mean is an eighth, and `RISE` is eight of those."""
@@ -221,8 +226,18 @@ def latent_scale(std: float, wanted: float | None, scale: float) -> Finding | No
     )
 
 
+def forgets(growth: float, steps: int) -> bool:
+    """Whether weights whose squared norm grew by a factor in so many steps forget too soon."""
+    return growth > min(FORGOTTEN, 1 + steps / MEMORY)
+
+
 def divergence(
-    blown_up: float, ratio: float | None, best: float | None, learning_rate: float
+    blown_up: float,
+    ratio: float | None,
+    best: float | None,
+    growth: float,
+    steps: int,
+    learning_rate: float,
 ) -> Finding | None:
     """Warn of weights that diverge.
 
@@ -231,6 +246,8 @@ def divergence(
             data and noise can have.
         ratio: Mean training loss since the last verdict, divided by that of predicting zero.
         best: The smallest such ratio before; None = none.
+        growth: Factor of the squared norm of the trained weights since they were steady.
+        steps: Number of optimizer steps since then.
         learning_rate: The optimizer's.
     """
     if blown_up:
@@ -238,6 +255,8 @@ def divergence(
         text += "of data and noise"
     elif ratio is not None and best is not None and ratio > RISE * best:
         text = f"the training loss rose to {ratio / best:.2g} times what it was"
+    elif forgets(growth, steps):
+        text = f"the norm of the weights grew {growth**0.5:.2g} times in {steps} steps"
     else:
         return None
     return Finding(

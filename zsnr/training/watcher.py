@@ -25,6 +25,7 @@ from zsnr.training.watch import (
     distance_from,
     divergence,
     drift,
+    forgets,
     latent_scale,
     noise,
     prediction_type,
@@ -72,6 +73,8 @@ class Watcher:
         self._start_sums: Tensor | None = None  # of the first steps, on this rank
         self._start = dict.fromkeys(_START, 0.0)  # the same over all ranks
         self._total = dict.fromkeys(_SUMS, 0.0)  # since this start of the run, over all ranks
+        self._size: Tensor | None = None  # squared norm of the steady weights, on this rank
+        self._size_step = 0
         self._images: dict[str, float] = {}  # means of the last previews
         self.told: dict[str, int] = {}  # steps at which warnings were first raised
         self._best: dict[str, float] = {}  # the smallest values before
@@ -154,17 +157,37 @@ class Watcher:
         self._say(step, findings, [])
         return self.line
 
-    def collect(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Sum the measures over all ranks, which all call it, and return those of this interval."""
+    def weigh(self, size: Tensor, step: int) -> None:
+        """Take this rank's part of the squared norm of the trained weights."""
+        self._size, self._size_step = size, step
+
+    def collect(
+        self, reduce: Callable[[Tensor], Tensor], size: Tensor | None = None, step: int = 0
+    ) -> dict[str, float]:
+        """Sum the measures over all ranks, which all call it, and return those of this interval.
+
+        Args:
+            reduce: Sums a tensor over the ranks.
+            size: As `weigh` takes it, now.
+            step: Number of optimizer steps.
+        """
         if self._sums is None:
             return {}
         first = self._start_sums
         first = self._sums.new_zeros(len(_START)) if first is None else first.to(self._sums)
-        values = reduce(torch.cat([self._sums, first])).tolist()
+        sizes = self._sums.new_zeros(2)
+        if size is not None and self._size is not None:
+            sizes = torch.stack([self._size, size]).to(self._sums)
+        values = reduce(torch.cat([sizes, self._sums, first])).tolist()
+        before, after, *values = values
         interval = dict(zip(_SUMS, values, strict=False))
         self._start = dict(zip(_START, values[len(_SUMS) :], strict=True))
         for name, value in interval.items():
             self._total[name] += value
+        interval["growth"] = after / before if before else 1.0
+        interval["steps"] = step - self._size_step
+        if size is not None and not forgets(interval["growth"], step - self._size_step):
+            self.weigh(size, step)
         self._sums = None
         return interval
 
@@ -215,7 +238,9 @@ class Watcher:
         if first["samples"] >= MIN_SAMPLES and first["zero_loss"]:
             self._best.setdefault("loss", first["loss"] / first["zero_loss"])
         blown_up = interval.get("blown_up", 0)
-        causes.append(divergence(blown_up, ratio, self._best.get("loss"), learning_rate))
+        growth, steps = interval.get("growth", 1.0), round(interval.get("steps", 0))
+        best = self._best.get("loss")
+        causes.append(divergence(blown_up, ratio, best, growth, steps, learning_rate))
 
         t, adapted = low_noise
         symptoms = [
