@@ -246,7 +246,8 @@ class Checkpoints(Checkpoint):
         raise_on_all(None if broken is None else NonFiniteError(message))
         on_gpu = trainer.strategy.root_device.type == "cuda"
         background = on_gpu if self.asynchronous is None else self.asynchronous
-        with files.deferring(background, self._snapshot(module, step, last=wait)):
+        last = wait or step == trainer.max_steps
+        with files.deferring(background, self._snapshot(module, step, last)):
             trainer.save_checkpoint(path, weights_only=False)
         raise_on_all(files.problem)
         self._saved, self._since, self._asked = step, time.monotonic(), False
