@@ -5,7 +5,8 @@
 overhead: after every step of the Lightning run, one step of a bare loop (forward, mean squared
     error, backward, AdamW) with the same network, batch size and optimizer, in the same process, so
     that both run under the same conditions. The Lightning step includes data from shards, noise,
-    targets, guards, logging and the average. Medians.
+    targets, guards, logging and the average. Medians. "post hoc" is the two averages of
+    model.post_hoc_ema, which are updated in some steps; their share is that of all steps.
 memory: bytes of parameters, gradients, optimizer state and average on one rank, from its tensors
     after a step on 1, 2 and 4 ranks (gloo), and of the activations saved for the backward pass, by
     hooks on saved tensors; compared with the estimate of `zsnr plan`.
@@ -58,12 +59,14 @@ SMALL = {  # the quickstart's
     "norm_groups": 8,
 }
 OVERHEAD = (  # average, batch, pixels
-    (False, 8, 64),
-    (True, 8, 64),
-    (True, 16, 64),
-    (False, 8, 128),
-    (True, 8, 128),
-    (True, 6, 256),
+    ("off", 8, 64),
+    ("every step", 8, 64),
+    ("post hoc", 8, 64),
+    ("every step", 16, 64),
+    ("off", 8, 128),
+    ("every step", 8, 128),
+    ("post hoc", 8, 128),
+    ("every step", 6, 256),
 )
 LR = {"lr": 1e-4, "weight_decay": 0.01}
 
@@ -149,12 +152,12 @@ def train(
     trainer.fit(module, datamodule=data)
 
 
-def big_module(ema: bool, image_size: int = 64) -> Any:
+def big_module(average: str, image_size: int = 64) -> Any:
     """Make the model of the overhead and memory tables, on latents of 48 x 16 x 16, or larger."""
     from zsnr.codecs import PixelCodec
     from zsnr.conditioning import NullConditioner
     from zsnr.networks import UNetConfig
-    from zsnr.training import EMAConfig, LatentDiffusion
+    from zsnr.training import EMAConfig, LatentDiffusion, PostHocEMA
 
     torch.manual_seed(0)
     return LatentDiffusion(
@@ -163,7 +166,8 @@ def big_module(ema: bool, image_size: int = 64) -> Any:
         network=UNetConfig(**BIG),
         image_size=image_size,
         optimizer=lambda p: torch.optim.AdamW(p, **LR, fused=True),
-        ema=EMAConfig() if ema else None,
+        ema=EMAConfig() if average == "every step" else None,
+        post_hoc_ema=PostHocEMA() if average == "post hoc" else None,
     )
 
 
@@ -195,7 +199,7 @@ def overhead(folder: Path, steps: int) -> list[str]:
     lines[0] += "| average's share |"
     lines += ["|---|---|---|---|---|---|---|"]
     updates: list[float] = []
-    for with_ema, batch_size, size in OVERHEAD:
+    for average, batch_size, size in OVERHEAD:
         shares: list[float] = []
 
         def timed(*args: Any, shares: list[float] = shares) -> None:
@@ -203,7 +207,7 @@ def overhead(folder: Path, steps: int) -> list[str]:
             ema.update_average(*args)
             shares.append(time.perf_counter() - start)
 
-        net = big_module(with_ema, size)
+        net = big_module(average, size)
         race = Race({"bare": bare_loop(net.trained["unet"], batch_size, size)})
         data = DataModule(
             f"{folder}/train-*.tar", image_size=size, batch_size=batch_size, num_workers=0
@@ -216,9 +220,10 @@ def overhead(folder: Path, steps: int) -> list[str]:
         pairs = zip(race.times["zsnr"][WARMUP:], race.times["bare"][WARMUP:], strict=True)
         ratio = statistics.median(a / b for a, b in pairs)
         updates += shares[WARMUP:]
-        share = statistics.median(shares[WARMUP:]) / zsnr if shares else 0
+        per_step = len(shares) / len(race.times["zsnr"])
+        share = per_step * statistics.median(shares[WARMUP:]) / zsnr if shares else 0
         lines.append(
-            f"| {'every step' if with_ema else 'off'} | {batch_size} | {size // 4}x{size // 4} | "
+            f"| {average} | {batch_size} | {size // 4}x{size // 4} | "
             f"{zsnr:.3f} | {bare:.3f} | {ratio:.3f} | {100 * share:.1f} % |"
         )
     parameters = sum(p.numel() for p in net.trained.parameters())
@@ -253,7 +258,7 @@ def bytes_held(folder: str, root: str, checkpointing: bool) -> dict[str, int]:
 
     from zsnr.training import DataModule, FullyShardedStrategy
 
-    net = big_module(ema=True)
+    net = big_module("every step")
     if checkpointing:
         net.trained["unet"].enable_gradient_checkpointing()
     sizes: dict[str, int] = {}

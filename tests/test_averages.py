@@ -2,13 +2,16 @@
 
 import json
 import math
+import re
 import shutil
 from collections import Counter
 
 import cells
 import fsspec
 import pytest
+import tiny
 import torch
+import yaml
 from lightning.pytorch.callbacks import Callback
 
 from zsnr.checkpoints import read_checkpoint, sharded
@@ -16,6 +19,8 @@ from zsnr.checkpoints.opening import open_checkpoint
 from zsnr.checkpoints.snapshots import find_snapshots
 from zsnr.cli import main
 from zsnr.conditioning import NullConditioner
+from zsnr.interop.card import model_card
+from zsnr.interop.export import read_exportable
 from zsnr.power_average import Average, combine, decay_between, exponent
 from zsnr.training import PostHocEMA
 
@@ -369,6 +374,47 @@ def test_snapshots_are_copied_to_object_storage(straight, shards, tmp_path, monk
             assert torch.equal(weight, kept)
     finally:
         memory.rm("/averages", recursive=True)
+
+
+# What is made of them
+
+
+@pytest.fixture
+def config(shards, straight, tmp_path):
+    """Settings of fit for another folder of the same run."""
+    values = {
+        "trainer": {"accelerator": "cpu", "max_steps": 5, "default_root_dir": str(tmp_path)},
+        "model": {
+            "codec": {"class_path": "PixelCodec", "init_args": {"patch_size": 2}},
+            "conditioner": {"class_path": "NullConditioner", "init_args": {"context_dim": 16}},
+            "network": tiny.MODEL["network"],
+        },
+        "data": {"train": f"{shards}/train-*.tar", "image_size": 16, "batch_size": 8},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    return str(tmp_path / "config.yaml")
+
+
+def test_an_average_is_a_model_as_any_other(straight, shards, config, tmp_path, capsys):
+    assert average(straight, "--sigma-rel", 0.2, "-o", tmp_path) == 0
+    path, data = str(made(tmp_path, 0.2, 4)), ["--data.val", f"{shards}/val-*.tar"]
+    losses = []
+    whole = str(straight / "checkpoints" / "step-00000004.ckpt")  # its own averages are not used
+    for checkpoint in (path, whole):
+        assert main(["validate", "--ckpt_path", checkpoint, *data, "--data.num_workers", "0"]) == 0
+        losses.append(re.findall(r"val/loss\W+([\d.]+)", capsys.readouterr().out)[0])
+    assert losses[0] != losses[1]
+    assert main(["doctor", path, "--open"]) == 0
+    _, facts = read_exportable(path, form="single-file")
+    assert facts["weights"] == "averaged" and facts["averaged"]["sigma_rel"] == 0.2
+    assert "metrics" not in facts or facts["metrics"] == {}
+    assert "sigma_rel" in model_card("mine", facts)
+    with pytest.raises(ValueError, match="averaged weights alone: omit --raw"):
+        read_exportable(path, ema=False, form="single-file")
+    assert main(["fit", "-c", config, "--ckpt_path", path]) == 2
+    assert "holds weights alone, so that no run resumes from it" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"is a snapshot of averages.*checkpoint average RUN"):
+        read_checkpoint(straight / "checkpoints" / "snapshots" / "step-00000004.ckpt")
 
 
 # Several ranks

@@ -36,7 +36,7 @@ from zsnr.networks import UNet
 from zsnr.pipeline import TextToImage
 from zsnr.planning.estimate import Parts, training_pass
 from zsnr.planning.memory import LiveBytes, kept_for_backward, size_of, tensors_of
-from zsnr.training import EMAConfig
+from zsnr.training import EMAConfig, PostHocEMA
 from zsnr.weights.ldm_layout import ldm_layers
 from zsnr.weights.pretrained import without_weights
 
@@ -377,6 +377,18 @@ def test_the_average_is_exact_and_shares_the_base(run, base):
     before = size_of(module.parameters())
     module.to(torch.device("cpu"), torch.float64)
     assert size_of(module.parameters()) == 2 * before  # .to() keeps them shared
+
+
+def test_averages_after_the_fact_are_of_adapters_alone(base, shards, tmp_path):
+    config = PostHocEMA(every_n_steps=1)
+    fit(base, shards, tmp_path, steps=2, every=1, model={"post_hoc_ema": config, "ema": None})
+    name = "step-00000002.ckpt"
+    kept = torch.load(tmp_path / "checkpoints" / "snapshots" / name, weights_only=True)
+    assert all(is_adapter(weight) for weight in kept["state_dict"])
+    assert main(["checkpoint", "average", str(tmp_path), "--sigma-rel", "0.1"]) == 0
+    unet = read_checkpoint(tmp_path / "averages" / f"sigma-rel-0.1-{name}").network
+    for weight, value in unet.state_dict().items():
+        assert torch.equal(value, kept["state_dict"][f"post_hoc.1.unet.{weight}"])
 
 
 def test_a_checkpoint_holds_adapters_alone(run, base):

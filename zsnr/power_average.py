@@ -134,4 +134,5 @@ def _inner_products(a: Sequence[Average], b: Sequence[Average]) -> Tensor:
     last = torch.maximum(t_a, t_b)
     ratio = torch.minimum(t_a, t_b) / last
     of_later = torch.where(t_a > t_b, gamma_a, gamma_b)
-    return (gamma_a + 1) * (gamma_b + 1) * ratio**of_later / ((gamma_a + gamma_b + 1) * last)
+    factor = (gamma_a + 1) * (gamma_b + 1) / ((gamma_a + gamma_b + 1) * last)
+    return factor * torch.pow(ratio, of_later)

@@ -50,6 +50,16 @@ def snapshot_of(checkpoint: Mapping[str, Any], averaged: Collection[str]) -> dic
     return {**rest, AVERAGES: checkpoint[AVERAGES], "state_dict": kept}
 
 
+def is_snapshot(checkpoint: Mapping[str, Any]) -> bool:
+    """Whether an opened checkpoint is a snapshot."""
+    return AVERAGES in checkpoint and not can_resume(checkpoint)
+
+
+def can_resume(checkpoint: Mapping[str, Any]) -> bool:
+    """Whether an opened checkpoint has the state of training, and not weights alone."""
+    return "loops" in checkpoint
+
+
 @dataclass(frozen=True, eq=False)
 class Snapshot:
     """A snapshot on disk.
@@ -193,7 +203,12 @@ def averaged_checkpoint(
     }
     return {
         **{name: value for name, value in newest.items() if name not in _OF_TRAINING},
-        "run": {**(run if isinstance(run, dict) else {}), "ema": None, "averaged": facts},
+        "run": {
+            **(run if isinstance(run, dict) else {}),
+            "ema": None,
+            "averaged": facts,
+            "metrics": {},  # they are of other weights
+        },
         "state_dict": weights,
     }
 

@@ -46,8 +46,8 @@ def model_card(name: str, facts: Mapping[str, Any]) -> str:
         name: Title of the card, the folder's name.
         facts: What is known: `schedule` (settings), `prediction_type`, `image_size`, `dtype`,
             `pipeline` (class in diffusers), and of run.json what there is: `sampling`, `loss`,
-            `data`, `global_step`, `batch_size`, `learning_rate`, `ema`, `metrics`, `start`,
-            `caption_dropout`, `offset_noise`, `versions`, `zsnr_version`; `loras`, the names and
+            `data`, `global_step`, `batch_size`, `learning_rate`, `ema`, `averaged`,
+            `metrics`, `start`, `caption_dropout`, `offset_noise`, `versions`, `zsnr_version`; `loras`, the names and
             scales of merged adapters. What is missing is called not recorded.
     """
     schedule = schedule_from_settings(facts["schedule"])
@@ -158,7 +158,7 @@ def _training(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("loss weighting", loss.get("name")),
         ("caption dropout", facts.get("caption_dropout")),
         ("offset noise", facts.get("offset_noise")),
-        ("averaging of weights", facts.get("ema")),
+        ("averaging of weights", facts.get("averaged") or facts.get("ema")),
         ("weights here", facts.get("weights")),
         *([("merged adapters", facts["loras"])] if facts.get("loras") else []),
         ("stored as", facts.get("dtype")),

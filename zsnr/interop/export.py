@@ -135,12 +135,17 @@ def read_exportable(
         elif form == "single-file" and not merged:
             check_merged(checkpoint[KEY])
         beside = read_run_facts(path.resolve().parent) or {}
-        if beside.get("global_step") != checkpoint.get("global_step"):  # of a later checkpoint
-            beside = checkpoint.get("run") or beside
+        run = checkpoint.get("run") or {}
+        averaged = run.get("averaged") is not None  # by `zsnr checkpoint average`
+        if averaged and not ema:
+            raise ValueError(f"{source} has averaged weights alone: omit --raw.")
+        if averaged or beside.get("global_step") != checkpoint.get("global_step"):
+            beside = run or beside  # run.json is that of a later checkpoint
         facts = published(beside)
         facts["global_step"] = checkpoint.get("global_step")
         if "ema" in facts:
-            facts["weights"] = "averaged" if ema and facts["ema"] is not None else "raw"
+            is_average = averaged or (ema and facts["ema"] is not None)
+            facts["weights"] = "averaged" if is_average else "raw"
         model = read_checkpoint(path, ema=ema, base=base)
         return (merge(model) if merged else model), facts
     if form == "lora":

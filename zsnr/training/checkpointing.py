@@ -239,6 +239,7 @@ class Checkpoints(Checkpoint):
         path = folder / f"step-{step:08d}.ckpt"
         on_gpu = trainer.strategy.root_device.type == "cuda"
         background = on_gpu if self.asynchronous is None else self.asynchronous
+        last = wait or step == trainer.max_steps
         with module.evaluated_weights(saves=True):
             broken = first_not_finite(trainer.lightning_module, trainer.optimizers)
             message = (
@@ -247,7 +248,7 @@ class Checkpoints(Checkpoint):
                 "with a lower learning rate."
             )
             raise_on_all(None if broken is None else NonFiniteError(message))
-            with files.deferring(background, self._snapshot(module, step, last=wait)):
+            with files.deferring(background, self._snapshot(module, step, last)):
                 trainer.save_checkpoint(path, weights_only=False)
         raise_on_all(files.problem)
         self._saved, self._since, self._asked = step, time.monotonic(), False

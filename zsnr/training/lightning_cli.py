@@ -22,6 +22,7 @@ from zsnr.agreement import is_first_process
 from zsnr.checkpoints.checkpoint_file import KEY, open_checkpoint
 from zsnr.checkpoints.remote import Mirror
 from zsnr.checkpoints.run_folder import find_last, resolve_model
+from zsnr.checkpoints.snapshots import can_resume
 from zsnr.data.order import accumulation
 from zsnr.data.sources import Source
 from zsnr.files import replacing, side_file
@@ -54,6 +55,7 @@ from zsnr.training.configs import (
 from zsnr.training.console import print_summary, progress_callbacks, quiet_lightning
 from zsnr.training.data import DataModule, check_shards, read_requests
 from zsnr.training.deferred import deferred_weights
+from zsnr.training.ema import PostHocEMA
 from zsnr.training.facts import public_config
 from zsnr.training.from_checkpoint import checkpoint_config
 from zsnr.training.help import help_text
@@ -237,8 +239,14 @@ class ZsnrCLI(LightningCLI):
             if self.subcommand == "fit" and config.checkpoint.mirror is not None:
                 Mirror(config.checkpoint.mirror).check_new()
         else:
+            opened = open_checkpoint(checkpoint)
+            if self.subcommand == "fit" and not can_resume(opened):
+                raise ValueError(
+                    f"{checkpoint} holds weights alone, so that no run resumes from it: write them "
+                    "with `zsnr export`, and start a new run from them with --model.network FOLDER."
+                )
             check_resumed(
-                open_checkpoint(checkpoint)[KEY],
+                opened[KEY],
                 {
                     "schedule": schedule_of(model).settings(),
                     "prediction_type": model.prediction_type,
@@ -302,6 +310,8 @@ def check_model(model: Any) -> None:
     if isinstance(sampler, str):
         check_steps(Sampling(sampler, sampling.num_steps, spacing, guidance), schedule)
     check_guidance(guidance, averaged=model.ema is not None)
+    if model.post_hoc_ema is not None:
+        PostHocEMA(**model.post_hoc_ema.as_dict())
     if model.lora is not None:
         LoRA(**model.lora.as_dict())
         check_lora(model.network, bool(model.conditioner.get("init_args", {}).get("trainable")))
