@@ -347,7 +347,7 @@ def _adapted_layers(module: nn.Module) -> Iterator[tuple[str, Any]]:
 def _merged_weight(layer: Any) -> Tensor:
     """Return the weight of a layer with its adapter, in float32."""
     weight: Tensor = layer.get_base_layer().weight.detach().float()
-    changed = weight + layer.get_delta_weight(_ADAPTER).detach()
+    changed: Tensor = weight + layer.get_delta_weight(_ADAPTER).detach()
     norms = getattr(layer, "lora_magnitude_vector", {})
     if _ADAPTER not in norms:
         return changed

@@ -324,7 +324,8 @@ def noise_leak(x_0: Tensor, eps: Tensor) -> Tensor:
     images, noises = x_0.flatten(1).float(), eps.flatten(1).float()
     tiny = torch.finfo(images.dtype).tiny
     d = (images / images.norm(dim=1, keepdim=True).clamp_min(tiny)).sum(0)
-    return (d * noises.sum(0)).sum() / (d.norm().clamp_min(tiny) * len(images) ** 0.5)
+    q: Tensor = (d * noises.sum(0)).sum() / (d.norm().clamp_min(tiny) * len(images) ** 0.5)
+    return q
 
 
 def signed_square_cosine(output: Tensor, target: Tensor) -> Tensor:
