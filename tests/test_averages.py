@@ -130,7 +130,7 @@ def test_a_combination_is_the_nearest():
     wanted = Average(0.2, 100)
     found = combine(kept, wanted)
     profiles = [profile(each)[0] for each in kept]
-    target, cell = profile(wanted)
+    target, _ = profile(wanted)
 
     def residual(coefficients):
         made = sum(c * p for c, p in zip(coefficients, profiles, strict=True))
@@ -356,7 +356,8 @@ def test_a_snapshot_that_cannot_be_written_ends_no_run(shards, tmp_path, recwarn
     (tmp_path / "checkpoints" / "snapshots").write_text("in the way")
     short(shards, tmp_path, steps=2, every=1, keep=9)
     told = [str(each.message) for each in recwarn if "snapshots" in str(each.message)]
-    assert len(told) == 2 and "cannot be written, and the run continues" in told[0]
+    assert len(told) == 2
+    assert "cannot be written, and the run continues" in told[0]
     assert len(list((tmp_path / "checkpoints").glob("step-*.ckpt"))) == 2
 
 
@@ -398,6 +399,7 @@ def config(shards, straight, tmp_path):
 def test_an_average_is_a_model_as_any_other(straight, shards, config, tmp_path, capsys):
     assert average(straight, "--sigma-rel", 0.2, "-o", tmp_path) == 0
     path, data = str(made(tmp_path, 0.2, 4)), ["--data.val", f"{shards}/val-*.tar"]
+    data += ["--trainer.default_root_dir", str(tmp_path)]
     losses = []
     whole = str(straight / "checkpoints" / "step-00000004.ckpt")  # its own averages are not used
     for checkpoint in (path, whole):
@@ -406,7 +408,8 @@ def test_an_average_is_a_model_as_any_other(straight, shards, config, tmp_path, 
     assert losses[0] != losses[1]
     assert main(["doctor", path, "--open"]) == 0
     _, facts = read_exportable(path, form="single-file")
-    assert facts["weights"] == "averaged" and facts["averaged"]["sigma_rel"] == 0.2
+    assert facts["weights"] == "averaged"
+    assert facts["averaged"]["sigma_rel"] == 0.2
     assert "metrics" not in facts or facts["metrics"] == {}
     assert "sigma_rel" in model_card("mine", facts)
     with pytest.raises(ValueError, match="averaged weights alone: omit --raw"):

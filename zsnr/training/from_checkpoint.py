@@ -87,7 +87,7 @@ def checkpoint_config(
         "model": {name: value for name, value in model.items() if value != {}},
         "data": {**batches, "image_size": description["image_size"]},
     }
-    if path.parent.name == "checkpoints":
+    if path.parent.name in ("checkpoints", "averages"):
         config["trainer"] = {"default_root_dir": str(path.parent.parent)}
     _check_plain(path, config)
     return config
