@@ -184,7 +184,9 @@ def main() -> None:
             f"and ablation/flow.yaml (rectified flow), {options.seeds} seeds each, {STEPS} steps "
             f"with batch size 32; converted begins with the weights of v and takes {THIRD}. DDIM, "
             f"S = {S}, trailing, no guidance, the same prompts and seeds in all arms. The losses "
-            "of v and of flow are of different targets.\n\n"
+            "of v and of flow are of different targets. Intervals resample seeds, then images; the "
+            "W1 of resampled images is biased upward, so that an interval may lie above its "
+            "estimate.\n\n"
             f"{text}\n"
         )
 
