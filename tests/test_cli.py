@@ -932,7 +932,7 @@ def test_progress_is_lines_where_stderr_is_no_terminal(capsys, monkeypatch):
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_config_is_parsed_and_says_what_it_does(config, capsys):
     assert config.read_text().startswith("# ")
-    overlays = ("trainer", "ablation")
+    overlays = ("trainer", "ablation", "recipes")
     over = ["-c", str(ROOT / "configs/tiny.yaml")] if config.parent.name in overlays else []
     with pytest.raises(SystemExit) as end:
         main(["fit", *over, "-c", str(config), "--print_config"])

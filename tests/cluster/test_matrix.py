@@ -7,6 +7,7 @@ import itertools
 
 import cells
 import pytest
+import tiny
 import torch
 
 pytestmark = pytest.mark.cluster
