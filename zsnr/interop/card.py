@@ -46,9 +46,9 @@ def model_card(name: str, facts: Mapping[str, Any]) -> str:
         name: Title of the card, the folder's name.
         facts: What is known: `schedule` (settings), `prediction_type`, `image_size`, `dtype`,
             `pipeline` (class in diffusers), and of run.json what there is: `sampling`, `loss`,
-            `data`, `global_step`, `batch_size`, `learning_rate`, `ema`, `averaged`,
-            `metrics`, `start`, `caption_dropout`, `offset_noise`, `versions`, `zsnr_version`; `loras`, the names and
-            scales of merged adapters. What is missing is called not recorded.
+            `data`, `global_step`, `batch_size`, `learning_rate`, `ema`, `averaged`, `metrics`,
+            `start`, `caption_dropout`, `offset_noise`, `versions`, `zsnr_version`; `loras`, the
+            names and scales of merged adapters. What is missing is called not recorded.
     """
     schedule = schedule_from_settings(facts["schedule"])
     flow = isinstance(schedule, RectifiedFlow)
