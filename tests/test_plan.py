@@ -113,6 +113,13 @@ def test_states_are_those_of_a_real_model(plan):
     assert sizes["total"] == sum(size for name, size in sizes.items() if name != "total")
 
 
+def test_averages_for_after_the_run_are_counted(plan):
+    own = plan(TINY)[0]["bytes_per_rank"]["average"]
+    lengths = ("--model.post_hoc_ema.sigma_rel", "[0.05, 0.1]")
+    more = plan(TINY, *lengths)[0]["bytes_per_rank"]["average"]
+    assert more == 3 * own
+
+
 @pytest.mark.parametrize("config", [tiny.UNET, LARGER])
 @pytest.mark.parametrize(
     ("autocast", "on_gpu"), [(None, False), (torch.bfloat16, False), (torch.bfloat16, True)]

@@ -136,4 +136,5 @@ def _inner_products(a: Sequence[Average], b: Sequence[Average]) -> Tensor:
     ratio = torch.minimum(t_a, t_b) / last
     of_later = torch.where(t_a > t_b, gamma_a, gamma_b)
     factor = (gamma_a + 1) * (gamma_b + 1) / ((gamma_a + gamma_b + 1) * last)
-    return factor * torch.pow(ratio, of_later)
+    products: Tensor = factor * ratio**of_later
+    return products

@@ -20,6 +20,7 @@ from zsnr.checkpoints.remote import fetch_snapshots, is_address
 from zsnr.checkpoints.run_folder import step_of, steps
 from zsnr.power_average import Average, Combination, check_sigma_rel
 from zsnr.progress import progress_bar
+from zsnr.public import public_url
 from zsnr.untrusted import near_path, shown
 
 FOLDER = "snapshots"
@@ -109,8 +110,9 @@ def find_snapshots(run: str | Path) -> list[Snapshot]:
     paths = fetch_snapshots(str(run), FOLDER) if is_address(run) else _listed(Path(run))
     if not paths:
         raise ValueError(
-            f"{run} has no snapshots: they are written beside the checkpoints of a run that is "
-            "trained with model.post_hoc_ema, as in --model.post_hoc_ema.every_n_steps 5."
+            f"{public_url(str(run))} has no snapshots: they are written beside the checkpoints of a "
+            "run that is trained with model.post_hoc_ema, as in --model.post_hoc_ema.every_n_steps "
+            "5."
         )
     snapshots, problems = [], []
     for path in paths:

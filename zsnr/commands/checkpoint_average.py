@@ -125,6 +125,8 @@ def _until(snapshots: Sequence[Snapshot], step: int | None) -> Sequence[Snapshot
 
 def _why(snapshots: Sequence[Snapshot], wanted: Average, combination: Combination) -> str:
     """Say how far a combination is from the average, and why."""
+    from zsnr.progress import counted
+
     ends = [snapshot.averages[0].end for snapshot in snapshots]
     lengths = sorted({average.sigma_rel for each in snapshots for average in each.averages})
     if wanted.sigma_rel < lengths[0]:
@@ -133,6 +135,8 @@ def _why(snapshots: Sequence[Snapshot], wanted: Average, combination: Combinatio
             f"it is shorter than the kept {lengths[0]:g}, and the last two snapshots are "
             f"{wanted.end - before} steps apart"
         )
+    elif wanted.sigma_rel < lengths[-1]:
+        why = f"the run has no more than {counted(len(ends), 'snapshot')}"
     else:
         why = f"the first of {len(ends)} snapshots is of step {ends[0]} of {wanted.end}"
     return (
