@@ -289,9 +289,9 @@ def write(text: str, facts: dict[str, Any], S: int) -> None:
         f"S = {S}, trailing, no guidance, the same prompts and seeds in all arms. W1 is the "
         "1-Wasserstein distance between the mean luma of images and that of the data, intervals "
         "resample seeds, then images; the W1 of resampled images is biased upward, so that an "
-        "interval may lie above its estimate. Adaptation is the validation loss divided by that of the "
-        "epsilon model, converted (1 = as good). The layers that are adapted are 32 and 64 wide, "
-        "so that rank 64 is no bound here.\n\n"
+        "interval may lie above its estimate. Adaptation is the validation loss divided by that of "
+        "the epsilon model, converted (1 = as good). The layers that are adapted are 32 and 64 "
+        "wide, so that rank 64 is no bound here.\n\n"
         f"{text}\n\n![Images](adapters.png)\n"
     )
 
