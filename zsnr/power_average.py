@@ -111,7 +111,8 @@ def combine(kept: Sequence[Average], wanted: Average) -> Combination:
     inverse = torch.where(values > _SMALLEST_EIGENVALUE * values[-1], 1 / values, 0.0)
 
     def solve(right: Tensor) -> Tensor:
-        return scale * (vectors @ (inverse * (vectors.T @ (scale * right))))
+        solution: Tensor = scale * (vectors @ (inverse * (vectors.T @ (scale * right))))
+        return solution
 
     free, ones = solve(b), solve(torch.ones_like(b))
     x = free + (1 - free.sum()) / ones.sum() * ones

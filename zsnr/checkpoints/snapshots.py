@@ -110,9 +110,9 @@ def find_snapshots(run: str | Path) -> list[Snapshot]:
     paths = fetch_snapshots(str(run), FOLDER) if is_address(run) else _listed(Path(run))
     if not paths:
         raise ValueError(
-            f"{public_url(str(run))} has no snapshots: they are written beside the checkpoints of a "
-            "run that is trained with model.post_hoc_ema, as in --model.post_hoc_ema.every_n_steps "
-            "5."
+            f"{public_url(str(run))} has no snapshots: they are written beside the checkpoints of "
+            "a run that is trained with model.post_hoc_ema, as in "
+            "--model.post_hoc_ema.every_n_steps 5."
         )
     snapshots, problems = [], []
     for path in paths:
