@@ -396,7 +396,10 @@ def config(shards, straight, tmp_path):
     return str(tmp_path / "config.yaml")
 
 
-def test_an_average_is_a_model_as_any_other(straight, shards, config, tmp_path, capsys):
+def test_an_average_is_a_model_as_any_other(
+    straight, shards, config, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)  # validate writes its logs there
     assert average(straight, "--sigma-rel", 0.2, "-o", tmp_path) == 0
     path, data = str(made(tmp_path, 0.2, 4)), ["--data.val", f"{shards}/val-*.tar"]
     data += ["--trainer.default_root_dir", str(tmp_path)]
