@@ -353,7 +353,8 @@ def main() -> None:
         out.write_text(
             f"# Early warnings of good and bad recipes\n\n{date.today()}, {versions}, Python "
             f"{platform.python_version()}, {platform.machine()}. Made by `python benchmarks/"
-            f"early_warnings.py --write`.\n\nNumber of seeds ({seeds}) in which each recipe raised "
+            f"early_warnings.py --seeds {seeds.replace(',', '')} --write`."
+            f"\n\nNumber of seeds ({seeds}) in which each recipe raised "
             f"each warning of model.watch, within {STEPS} steps of batch size 16 with a verdict "
             f"every {INTERVAL}. The warning that a bad recipe is to raise is bold. A small model "
             f"of 16x16x4 latents on the 108 images of configs/quickstart.yaml, trained "
