@@ -33,6 +33,10 @@ from zsnr.reports.images import panel_figure, save_figure
 
 STEPS, TUNING_STEPS, TUNING_SEED, SEEDS = 100, 50, 100, (0, 1, 2)
 WIDER = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "conv1", "conv2")
+EVERY = (
+    *(*WIDER, "conv", "conv_in", "conv_out", "conv_shortcut", "proj", "proj_in", "proj_out"),
+    *("time_emb_proj", "linear_1", "linear_2", "q_proj", "k_proj", "v_proj"),
+)
 ARMS: dict[str, dict[str, Any] | None] = {
     "all weights": None,
     "lora, rank 4": {"rank": 4},
@@ -44,7 +48,15 @@ ARMS: dict[str, dict[str, Any] | None] = {
     "lokr, rank 16": {"rank": 16, "variant": "lokr"},
     "lora, rank 16, all layers": {"rank": 16, "target_modules": WIDER},
     "lora, rank 64, all layers": {"rank": 64, "target_modules": WIDER},
+    "lora, rank 16, 400 steps": {"rank": 16},
+    "lora, rank 64, every layer, 400 steps": {"rank": 64, "target_modules": EVERY},
 }
+LONGER = 400
+TUNED_AS = {
+    "lora, rank 16, 400 steps": "lora, rank 16",
+    "lora, rank 64, every layer, 400 steps": "lora, rank 64, all layers",
+}
+"""Arms that take more steps with the learning rate of another one."""
 RATES = {None: (3e-4, 1e-3, 3e-3), "adapters": (1e-3, 4e-3, 1.6e-2)}
 
 
@@ -78,7 +90,7 @@ def train(folder: Path, job: tuple[str, float, int]) -> Path:
 
     arm, rate, seed = job
     run = folder / name_of(arm, rate, seed)
-    steps = TUNING_STEPS if seed == TUNING_SEED else STEPS
+    steps = LONGER if arm in TUNED_AS else TUNING_STEPS if seed == TUNING_SEED else STEPS
     if (run / "checkpoints" / f"step-{steps:08d}.ckpt").exists():
         return run
     lora = ARMS[arm]
@@ -136,6 +148,8 @@ def planned_memory(arm: str) -> str:
 
     from zsnr.cli import main
 
+    if arm in TUNED_AS:
+        return ""
     lora = ARMS[arm]
     text = io.StringIO()
     adapters = ["--model.lora", json.dumps({**lora, "base_dtype": "bfloat16"})] if lora else []
@@ -165,15 +179,17 @@ def main() -> None:
     if not (folder / "data").exists():
         zsnr("data", "openmoji", folder / "data", "--glyphs", "demo")
     train_base(folder)
-    tuning = [(arm, rate, TUNING_SEED) for arm in ARMS for rate in rates_of(arm)]
+    tuned_arms = [arm for arm in ARMS if arm not in TUNED_AS]
+    tuning = [(arm, rate, TUNING_SEED) for arm in tuned_arms for rate in rates_of(arm)]
     run_all(folder, tuning, options.jobs, "learning rates")
     losses = {
         arm: {rate: scalars(folder / name_of(arm, rate, TUNING_SEED))["val/loss"] for rate in rates}
-        for arm, rates in ((arm, rates_of(arm)) for arm in ARMS)
+        for arm, rates in ((arm, rates_of(arm)) for arm in tuned_arms)
     }
     chosen = {arm: min(tuned, key=tuned.__getitem__) for arm, tuned in losses.items()}
     for arm, tuned in losses.items():
         print(arm, {rate: round(loss, 3) for rate, loss in tuned.items()}, chosen[arm], flush=True)
+    chosen |= {arm: chosen[other] for arm, other in TUNED_AS.items()}
     jobs = [(arm, chosen[arm], seed) for seed in SEEDS for arm in ARMS]
     run_all(folder, jobs, options.jobs, "arms")
     runs = {arm: [folder / name_of(arm, chosen[arm], seed) for seed in SEEDS] for arm in ARMS}
@@ -184,25 +200,28 @@ def main() -> None:
         for arm, runs_ in runs.items()
     ]
     torch.set_num_threads(options.jobs)
-    facts = {
-        name: compared(
-            folder / f"{name}-{S}",
-            partial(
-                compare_models,
-                arms,
-                prompts=prompts,
-                num_prompts=len(images),
-                count=count,
-                data=shards,
-                batch_size=27,
-            ),
-        )
-        for name, prompts, count in (("prompted", "data", 1), ("unprompted", "empty", 108))
-    }
+    facts = {}
+    for name, prompts, count in (("prompted", "data", 1), ("unprompted", "empty", 108)):
+        groups = [
+            compared(
+                folder / f"{name}{end}-{S}",
+                partial(
+                    compare_models,
+                    [arm for arm in arms if (arm.name in TUNED_AS) == bool(end)],
+                    prompts=prompts,
+                    num_prompts=len(images),
+                    count=count,
+                    data=shards,
+                    batch_size=27,
+                ),
+            )
+            for end in ("", "-longer")
+        ]
+        facts[name] = {**groups[0], "arms": [arm for group in groups for arm in group["arms"]]}
     text = f"{measures(facts, runs)}\n\n{settings_table(folder, losses, chosen)}"
     print(text)
     if options.write:
-        draw(facts["prompted"], folder / f"prompted-{S}")
+        draw(facts["prompted"], folder, S)
         write(text, facts["prompted"], S)
 
 
@@ -245,25 +264,25 @@ def measures(facts: dict[str, dict[str, Any]], runs: dict[str, list[Path]]) -> s
 def settings_table(folder: Path, losses: dict[str, Any], chosen: dict[str, float]) -> str:
     lines = [
         f"| arm | trained parameters | validation loss after {TUNING_STEPS} steps by learning rate "
-        "| chosen | SDXL, memory by `zsnr plan` |",
+        "| chosen | SDXL, GiB by `zsnr plan` |",
         "|---|---|---|---|---|",
     ]
-    for arm, tuned in losses.items():
+    for arm in ARMS:
+        tuned = losses.get(arm, {})
         listed = ", ".join(f"{rate:g}: {loss:.2f}" for rate, loss in tuned.items())
         count = trained_parameters(folder, arm, chosen[arm])
-        lines.append(
-            f"| {arm} | {count:,} | {listed} | {chosen[arm]:g} | {planned_memory(arm)} GiB |"
-        )
+        lines.append(f"| {arm} | {count:,} | {listed} | {chosen[arm]:g} | {planned_memory(arm)} |")
     return "\n".join(lines)
 
 
-def draw(facts: dict[str, Any], folder: Path, count: int = 10) -> None:
+def draw(facts: dict[str, Any], folder: Path, S: int, count: int = 10) -> None:
     """Draw the first images of each arm's first model, without selection."""
     from PIL import Image
 
     rows, names = [], []
     for arm in facts["arms"]:
-        files = [folder / image["file"] for image in arm["images"][:count]]
+        made = folder / f"prompted{'-longer' if arm['name'] in TUNED_AS else ''}-{S}"
+        files = [made / image["file"] for image in arm["images"][:count]]
         rows.append([Image.open(file).convert("RGB") for file in files])
         names.append(f"{arm['name']}\nW1 {arm['w1']['estimate']:.2f}")
     columns = [f"caption {n}" for n in range(1, count + 1)]
@@ -291,7 +310,8 @@ def write(text: str, facts: dict[str, Any], S: int) -> None:
         "resample seeds, then images; the W1 of resampled images is biased upward, so that an "
         "interval may lie above its estimate. Adaptation is the validation loss divided by that of "
         "the epsilon model, converted (1 = as good). The layers that are adapted are 32 and 64 "
-        "wide, so that rank 64 is no bound here.\n\n"
+        "wide, so that rank 64 is no bound here. Two arms take four times the steps, with the "
+        "learning rate of the arm beside them.\n\n"
         f"{text}\n\n![Images](adapters.png)\n"
     )
 

@@ -102,10 +102,8 @@ def test_the_prediction_type_is_the_one_that_leaves_least_unexplained():
         explained = {"v_prediction": declared, "epsilon": needed + gain}
         found = prediction_type("v_prediction", explained)
         assert (found is not None) == warns
-    assert (
-        "set prediction_type to epsilon"
-        in prediction_type("v_prediction", {"v_prediction": -0.1, "epsilon": 0.9}).way_out
-    )
+    way_out = prediction_type("v_prediction", {"v_prediction": -0.1, "epsilon": 0.9}).way_out
+    assert "declare epsilon in the files of the pretrained model" in way_out
     assert prediction_type("epsilon", {"v_prediction": -0.1, "epsilon": 0.9}) is None
     assert prediction_type("epsilon", {}) is None
 

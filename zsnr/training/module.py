@@ -828,10 +828,12 @@ class LatentDiffusion(L.LightningModule):
         interval = self.watcher.collect(
             lambda sums: strategy.reduce(sums, reduce_op="sum"), self._size(), self._judged
         )
-        if self.trainer.is_global_zero:
-            self._say(interval, metrics)
+        scalars = self._say(interval, metrics) if self.trainer.is_global_zero else {}
+        for tag, value in strategy.broadcast(scalars).items():  # all ranks have the same metrics
+            self.log_agreed(tag, value)
 
-    def _say(self, interval: Mapping[str, float], metrics: Mapping[str, Any]) -> None:
+    def _say(self, interval: Mapping[str, float], metrics: Mapping[str, Any]) -> dict[str, float]:
+        """Say the verdict, on rank 0, and return its scalars by tag."""
         assert self.watcher is not None
         last, low = self.schedule.num_timesteps - 1, int(self._val_strata.min())
         terminal, adapted = (
@@ -851,8 +853,8 @@ class LatentDiffusion(L.LightningModule):
                 low_noise=(low, adapted),
             )
             (rank_zero_warn if new else rank_zero_info)(self.watcher.line)
-            for tag, value in scalars.items():
-                self.log_agreed(tag, value)
+            return scalars
+        return {}
 
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step
