@@ -190,7 +190,7 @@ def test_wrong_settings_are_refused(settings, message):
 def test_wrong_targets_and_bases_are_refused(base, tmp_path):
     with pytest.raises(ValueError, match="has no module 'to_z'"):
         AdaptedUNet(str(base), LoRA(target_modules=("to_q", "to_z")))
-    with pytest.raises(ValueError, match="'norm1' is a"):
+    with pytest.raises(ValueError, match="'norm1' is of type"):
         AdaptedUNet(str(base), LoRA(target_modules=("norm1",)))
     with pytest.raises(ValueError, match=r"holds no config\.json"):
         AdaptedUNet(str(tmp_path), SETTINGS)
@@ -314,7 +314,7 @@ def test_an_older_checkpoint_of_adapters_resumes(run, base, shards, tmp_path):
         ("class", {}, "OpenClip.* has no adapters: wanted a TransformersConditioner"),
         ("new", {}, "wanted a pretrained text encoder"),
         ("stable", {"text_encoder_modules": ("to_q",)}, "the text encoder has no module 'to_q'"),
-        ("stable", {"text_encoder_modules": ("mlp",)}, "'mlp' is a CLIPMLP: wanted linear"),
+        ("stable", {"text_encoder_modules": ("mlp",)}, "'mlp' is of type CLIPMLP: wanted linear"),
     ],
 )
 def test_text_encoders_that_have_no_adapters_are_refused(stable, text, lora, message):
@@ -341,8 +341,18 @@ def test_a_text_encoder_with_other_weights_is_refused(stable, shards, tmp_path):
     path = next((source / "text_encoder").glob("*.safetensors"))
     weights = load_file(path)
     save_file({name: weight + 1 for name, weight in weights.items()}, path, {"format": "pt"})
-    with pytest.raises(ValueError, match="its text encoder has other weights"):
+    message = "has adapters of a text encoder with other weights .* restore the original"
+    with pytest.raises(ValueError, match=message):
         read_checkpoint(tmp_path / "checkpoints/last.ckpt")
+    again = {**model, "conditioner": tiny.TransformersConditioner(str(source))}
+    last = tmp_path / "checkpoints/last.ckpt"
+    with pytest.raises(ValueError, match=f"The checkpoint {message}"):
+        cells.fit(shards, tmp_path / "again", model=again, steps=2, checkpoint=last)
+
+
+def test_a_factor_that_has_no_effect_is_refused():
+    with pytest.raises(ValueError, match="decompose_factor=4 is for the variant lokr, and this is"):
+        LoRA(variant="dora", decompose_factor=4)
 
 
 # Training

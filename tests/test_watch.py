@@ -86,6 +86,9 @@ def test_settings_of_the_watch_are_checked():
     assert Watch(ignore=["noise"]).ignore == ("noise",)
     with pytest.raises(ValueError, match=r"watch\.latent_std=0: wanted a positive number"):
         Watch(latent_std=0)
+    for wrong in ({"latent_std": "1"}, {"latent_std": True}, {"ignore": None}, {"ignore": "noise"}):
+        with pytest.raises(ValueError, match=r"watch\.(latent_std|ignore)=.*: wanted"):
+            Watch(**wrong)
     with pytest.raises(
         ValueError, match=r"watch\.ignore='noises': no such warning\. Known: .*noise"
     ):
@@ -159,8 +162,8 @@ def test_a_terminal_loss_counts_where_it_does_not_fall():
 def test_adaptation_counts_where_it_rises_above_the_start():
     assert adaptation(99, MIN_RISE, 0.5) is None
     assert adaptation(99, MIN_RISE * ABOVE, 0.5).name == "adaptation"
-    assert adaptation(99, 3.0, 3.0) is None  # it has not begun
-    assert adaptation(99, 3.0 * MIN_RISE * ABOVE, 3.0) is not None
+    assert adaptation(99, MIN_RISE * ABOVE, 1.0).name == "adaptation"
+    assert adaptation(99, 3.0, 1.0 * ABOVE) is None  # it was never as good as the start
     assert adaptation(99, None, 3.0) is None
     assert adaptation(99, 3.0, None) is None
 

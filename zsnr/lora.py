@@ -55,8 +55,9 @@ class LoRA:
         variant: Kind of the adapters: "lora", "rslora", "dora", "loha" or "lokr".
         text_encoder_modules: Suffixes of the names of the text encoders' linear layers to adapt,
             such as q_proj, k_proj, v_proj and out_proj of CLIP. Empty = text encoders are frozen.
-        decompose_factor: Size of C1 for lokr: the largest divisor of a layer's width up to this
-            number. -1 = the one nearest the square root of the width.
+        decompose_factor: Rows of C1 for lokr, and its columns: this number where it divides a
+            layer's width, else the largest divisor up to it and to the square root of the width. -1
+            = the largest divisor up to the square root.
 
     Raises:
         ValueError: A setting is out of range.
@@ -86,6 +87,11 @@ class LoRA:
         if type(factor) is not int or (factor != -1 and not 1 <= factor <= _MAX_RANK):
             raise ValueError(
                 f"lora.decompose_factor={shown(factor)}: wanted -1, or 1 to {_MAX_RANK}."
+            )
+        if factor != -1 and self.variant != "lokr":
+            raise ValueError(
+                f"lora.decompose_factor={factor} is for the variant lokr, and this is "
+                f"{self.variant}: leave it out."
             )
         if type(self.rank) is not int or not 1 <= self.rank <= _MAX_RANK:
             raise ValueError(
@@ -252,7 +258,7 @@ def add_text_adapters(conditioner: Conditioner, lora: LoRA) -> None:
     if not isinstance(conditioner, SDXLConditioner | TransformersConditioner):
         raise ValueError(
             f"lora.text_encoder_modules: a {type(conditioner).__name__} has no adapters: wanted a "
-            "TransformersConditioner or an SDXLConditioner, or leave them out."
+            "TransformersConditioner or an SDXLConditioner, or omit the setting."
         )
     if not conditioner.pretrained:
         raise ValueError("lora.text_encoder_modules: wanted a pretrained text encoder.")
@@ -273,7 +279,7 @@ def _check_targets(module: nn.Module, targets: Sequence[str], setting: str, wher
         for name in found:
             if not isinstance(modules[name], nn.Linear | nn.Conv2d):
                 raise ValueError(
-                    f"{setting}: {target!r} is a {type(modules[name]).__name__}: wanted linear "
+                    f"{setting}: {target!r} is of type {type(modules[name]).__name__}: wanted linear "
                     "layers or convolutions."
                 )
 

@@ -118,7 +118,8 @@ def read_checkpoint(
         _check_fits(path, build_conditioner, weights, f"{prefix}.conditioner.")
     model = with_network(_read_network(path, make, is_new, weights, f"{prefix}.unet."))
     model = _with_text_adapters(model)
-    _check_text_weights(path, description["conditioner"], model.conditioner)
+    found = describe_model(model)["conditioner"]
+    check_text_weights(str(path), description["conditioner"], found)
     if model.conditioner.trainable:
         _load(model.conditioner, weights, f"{prefix}.conditioner.", path)
     if not raw_beside:
@@ -136,17 +137,22 @@ def _with_text_adapters(model: Model) -> Model:
     return model
 
 
-def _check_text_weights(path: Path, described: Mapping[str, Any], conditioner: Conditioner) -> None:
+def check_text_weights(where: str, described: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     """Refuse a text encoder with other weights than those that its adapters were trained on.
+
+    Args:
+        where: Where the adapters are, as the beginning of a sentence.
+        described: Description of the conditioner that the adapters were trained on.
+        found: That of the conditioner they are to be used with.
 
     Raises:
         ValueError: The digests differ.
     """
-    was, now = described.get("weights"), (conditioner.adapted or {}).get("weights")
+    was, now = described.get("weights"), found.get("weights")
     if None not in (was, now) and was != now:
         raise ValueError(
-            f"{path}: its text encoder has other weights (digest {now}) than the adapters were "
-            f"trained on (digest {was}): restore the original."
+            f"{where} has adapters of a text encoder with other weights (digest {was}) than this "
+            f"one (digest {now}): restore the original."
         )
 
 

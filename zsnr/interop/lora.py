@@ -126,6 +126,11 @@ def _text_layers(model: Model) -> Iterator[tuple[str, str, dict[str, Tensor]]]:
     """Yield each adapted layer of the text encoders: its encoder's number, its name, its parts."""
     if model.conditioner.adapted is None:
         return
+    kind = getattr(model.conditioner, "encoder").config.model_type
+    if not kind.startswith("clip"):
+        raise ValueError(
+            f"No layout names the layers of a {kind} text encoder: write the whole model (--merge)."
+        )
     for name, parts in _layers(model.conditioner).items():
         encoder, _, layer = name.partition(".")
         short = layer.removeprefix("text_model.")

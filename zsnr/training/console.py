@@ -145,7 +145,7 @@ class ProgressLines(Paced):
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         super().on_train_start(trainer, pl_module)
         self._start, self._first = time.monotonic(), trainer.global_step
-        self._last = trainer.global_step
+        self._last, self._verdict = trainer.global_step, ""
         trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
         begin = "begins" if trainer.global_step == 0 else f"resumes at step {trainer.global_step}"
         ranks = trainer.world_size
@@ -159,6 +159,7 @@ class ProgressLines(Paced):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._write_verdict(trainer, pl_module)  # of the settings, or of the last step
         step = trainer.global_step
         last = step == trainer.max_steps
         interval = max(1, trainer.log_every_n_steps)
@@ -176,10 +177,17 @@ class ProgressLines(Paced):
             self._say(
                 trainer, f"step {step} of {trainer.max_steps}, validation loss {float(loss):.4g}"
             )
-            if trainer.is_global_zero and pl_module.watcher is not None:
-                self._write(trainer, pl_module.watcher.line)
+        self._write_verdict(trainer, pl_module)
+
+    def _write_verdict(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Write the last line of model.watch to the log, unless it is written."""
+        watcher = pl_module.watcher
+        if trainer.is_global_zero and watcher is not None and watcher.line != self._verdict:
+            self._verdict = watcher.line
+            self._write(trainer, watcher.line)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self._write_verdict(trainer, pl_module)
         if not trainer.is_global_zero:
             return
         steps = trainer.global_step - self._first

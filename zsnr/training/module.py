@@ -18,7 +18,12 @@ from torch.optim import AdamW
 
 from zsnr.agreement import raise_on_all
 from zsnr.checkpoints import Model
-from zsnr.checkpoints.checkpoint_file import KEY, current_names, describe_model
+from zsnr.checkpoints.checkpoint_file import (
+    KEY,
+    check_text_weights,
+    current_names,
+    describe_model,
+)
 from zsnr.checkpoints.snapshots import AVERAGES, PREFIX
 from zsnr.codecs import LatentCodec, PixelCodec
 from zsnr.conditioning import Conditioner, Remembered
@@ -526,6 +531,12 @@ class LatentDiffusion(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self._new_optimizer()
+        if isinstance(optimizer, TwoModes) and self.ema is not None:
+            rank_zero_warn(
+                f"{type(optimizer).__name__} evaluates an average of its own, but model.ema "
+                "averages the weights that it trains, and previews and validation use model.ema: "
+                "set model.ema to null."
+            )
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer,
             lambda step: self.learning_rate.factor(step, self.trainer.max_steps),
@@ -730,8 +741,8 @@ class LatentDiffusion(L.LightningModule):
             self._measure_start()
         self._trains, self._kept = False, None  # whatever a fit that failed has left
         self._switch(True)
+        self._judged = step = self.trainer.global_step
         if self.watcher is not None:
-            step = self.trainer.global_step
             self.watcher.weigh(self._size(), step)
             line = self.watcher.begin(step)
             if line is not None:
@@ -813,9 +824,11 @@ class LatentDiffusion(L.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Give the verdict of a validation where there are no validation data."""
-        interval, step = self.trainer.val_check_interval, self.trainer.global_step
+        batches, step = self.trainer.val_check_interval, self.trainer.global_step
         without = not sum(self.trainer.num_val_batches)
-        if without and isinstance(interval, int) and step % interval == 0 and step != self._judged:
+        if not without or not isinstance(batches, int) or step == self._judged:
+            return
+        if step % max(1, batches // self.trainer.accumulate_grad_batches) == 0:
             self.settle()
             self._judge({})
 
@@ -922,6 +935,7 @@ class LatentDiffusion(L.LightningModule):
         if self.watcher is not None and "watch" in checkpoint:
             self.watcher.load_state(checkpoint["watch"])
         saved, described = current_names(checkpoint[KEY]), describe_model(self.model())
+        check_text_weights("The checkpoint", saved["conditioner"], described["conditioner"])
         decisive = ("schedule", "prediction_type", "network")
         check_resumed(saved, {name: described[name] for name in decisive})
         averaged = any(name.startswith("ema.") for name in checkpoint.get("state_dict", ()))

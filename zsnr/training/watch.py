@@ -17,6 +17,7 @@ from zsnr.prediction import PredictionType
 from zsnr.schedule import Schedule
 from zsnr.timestep_law import MIN_TERMINAL_SHARE, TimestepLaw
 from zsnr.timesteps import get_timesteps
+from zsnr.untrusted import shown
 
 WarningName = Literal[
     "terminal_weight",
@@ -92,9 +93,12 @@ class Watch:
     ignore: tuple[WarningName, ...] = ()
 
     def __post_init__(self) -> None:
-        std = self.latent_std
-        if std is not None and not (math.isfinite(std) and std > 0):
-            raise ValueError(f"watch.latent_std={std}: wanted a positive number, or null.")
+        std, listed = self.latent_std, isinstance(self.ignore, list | tuple)
+        real = isinstance(std, int | float) and not isinstance(std, bool)
+        if std is not None and not (real and math.isfinite(std) and std > 0):
+            raise ValueError(f"watch.latent_std={shown(std)}: wanted a positive number, or null.")
+        if not listed:
+            raise ValueError(f"watch.ignore={shown(self.ignore)}: wanted a list, as in [spacing].")
         unknown = [name for name in self.ignore if name not in get_args(WarningName)]
         if unknown:
             known = ", ".join(get_args(WarningName))
@@ -290,15 +294,15 @@ def terminal_loss(skill: float | None, before: float | None) -> Finding | None:
 
 
 def adaptation(t: int, ratio: float | None, best: float | None) -> Finding | None:
-    """Warn of a fine-tune that becomes worse than its start where there is little noise.
+    """Warn of a fine-tune that is no longer as good as its start where there is little noise.
 
     Args:
         t: The timestep with the least noise that validation measures.
         ratio: Validation loss there divided by that of the pretrained model; None = not measured.
         best: The smallest such ratio before.
     """
-    if ratio is None or best is None or ratio <= MIN_RISE * max(1.0, best):
-        return None
+    if ratio is None or best is None or best > 1 or ratio <= MIN_RISE:
+        return None  # until it is as good, it is still adapting
     return Finding(
         "adaptation",
         f"the loss at t={t} is {ratio:.2g} times that of the pretrained model, and was {best:.2g} "

@@ -249,7 +249,9 @@ class Watcher:
         ]
         if terminal is not None and self.bound:
             scalars["watch/terminal_over_bound"] = terminal / self.bound
-            facts.append(f"terminal loss {terminal / self.bound:.2g} times its bound")
+            facts.append(
+                f"terminal loss {terminal / self.bound:.2g} times the unconditional lower bound"
+            )
         if adapted is not None:
             facts.append(f"adaptation {adapted:.2g} at t={t}")
         distances: dict[str, float | None] = {}
