@@ -141,7 +141,7 @@ def trained_parameters(folder: Path, arm: str, rate: float) -> int:
     return sum(w.numel() for name, w in state.items() if name.startswith("trained."))
 
 
-def planned_memory(arm: str) -> str:
+def planned_memory(folder: Path, arm: str) -> str:
     """Return what `zsnr plan` says of SDXL at 1024 pixels, one image on the device, in GiB."""
     import io
     from contextlib import redirect_stdout
@@ -150,6 +150,9 @@ def planned_memory(arm: str) -> str:
 
     if arm in TUNED_AS:
         return ""
+    kept = folder / f"{name_of(arm, 0, 0)}.plan"
+    if kept.exists():
+        return kept.read_text()
     lora = ARMS[arm]
     text = io.StringIO()
     adapters = ["--model.lora", json.dumps({**lora, "base_dtype": "bfloat16"})] if lora else []
@@ -163,7 +166,8 @@ def planned_memory(arm: str) -> str:
                 *("true", *adapters),
             ]
         )
-    return f"{json.loads(text.getvalue())['bytes_per_rank']['total'] / 2**30:.1f}"
+    kept.write_text(f"{json.loads(text.getvalue())['bytes_per_rank']['total'] / 2**30:.1f}")
+    return kept.read_text()
 
 
 def main() -> None:
@@ -271,7 +275,9 @@ def settings_table(folder: Path, losses: dict[str, Any], chosen: dict[str, float
         tuned = losses.get(arm, {})
         listed = ", ".join(f"{rate:g}: {loss:.2f}" for rate, loss in tuned.items())
         count = trained_parameters(folder, arm, chosen[arm])
-        lines.append(f"| {arm} | {count:,} | {listed} | {chosen[arm]:g} | {planned_memory(arm)} |")
+        lines.append(
+            f"| {arm} | {count:,} | {listed} | {chosen[arm]:g} | {planned_memory(folder, arm)} |"
+        )
     return "\n".join(lines)
 
 

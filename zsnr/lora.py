@@ -278,9 +278,10 @@ def _check_targets(module: nn.Module, targets: Sequence[str], setting: str, wher
             raise ValueError(f"{setting}: the {where} has no module {target!r}.")
         for name in found:
             if not isinstance(modules[name], nn.Linear | nn.Conv2d):
+                kind = type(modules[name]).__name__
                 raise ValueError(
-                    f"{setting}: {target!r} is of type {type(modules[name]).__name__}: wanted linear "
-                    "layers or convolutions."
+                    f"{setting}: {target!r} is of type {kind}: wanted linear layers or "
+                    "convolutions."
                 )
 
 

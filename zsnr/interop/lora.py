@@ -126,7 +126,7 @@ def _text_layers(model: Model) -> Iterator[tuple[str, str, dict[str, Tensor]]]:
     """Yield each adapted layer of the text encoders: its encoder's number, its name, its parts."""
     if model.conditioner.adapted is None:
         return
-    kind = getattr(model.conditioner, "encoder").config.model_type
+    kind = model.conditioner.encoder.config.model_type
     if not kind.startswith("clip"):
         raise ValueError(
             f"No layout names the layers of a {kind} text encoder: write the whole model (--merge)."
