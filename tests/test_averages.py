@@ -45,7 +45,7 @@ def average(run, *options):
 
 
 def made(folder, sigma_rel, step=STEPS):
-    return folder / f"sigma-rel-{sigma_rel:g}-step-{step:08d}.ckpt"
+    return folder / f"sigma-rel-{sigma_rel}-step-{step:08d}.ckpt"
 
 
 def names(folder):
@@ -88,9 +88,9 @@ def test_the_exponent_has_the_width(sigma_rel, gamma):
     assert (p * (tau - mean).square()).sum().sqrt().item() == pytest.approx(sigma_rel, rel=1e-6)
 
 
-@pytest.mark.parametrize("sigma_rel", [0.0, -0.1, 12**-0.5, 1.0, math.nan, math.inf])
+@pytest.mark.parametrize("sigma_rel", [0.0, -0.1, 1e-300, 12**-0.5, 1.0, math.nan, math.inf])
 def test_lengths_that_no_average_has_are_refused(sigma_rel):
-    with pytest.raises(ValueError, match="wanted a number above 0 and below 0.2887"):
+    with pytest.raises(ValueError, match="wanted at least 1e-06 and below 0.2887"):
         exponent(sigma_rel)
     with pytest.raises(ValueError, match=r"model\.post_hoc_ema\.sigma_rel"):
         PostHocEMA((0.1, sigma_rel))
@@ -241,7 +241,7 @@ def test_an_earlier_end_is_chosen_by_its_step(run, tmp_path, capsys):
     ("options", "message"),
     [
         (["0.1,x"], "wanted numbers, such as 0.05,0.10,0.15"),
-        (["0.5"], "--sigma-rel=0.5: wanted a number above 0 and below 0.2887"),
+        (["0.5"], "--sigma-rel=0.5: wanted at least 1e-06 and below 0.2887"),
         (["0.1,0.10"], "wanted each length once"),
         (["0.005"], "shorter than the kept 0.05, and the last two snapshots are 2 steps apart"),
         (["0.288"], "the first of 12 snapshots is of step 2 of 24"),
@@ -283,6 +283,13 @@ def test_a_damaged_snapshot_is_left_out_with_a_warning(run, tmp_path):
             [each for snapshot in snapshots for each in snapshot.averages], Average(0.15, STEPS)
         ).residual
     )
+
+
+def test_lengths_that_are_near_to_each_other_have_files_of_their_own(run, tmp_path):
+    root, _ = run
+    assert average(root, "--sigma-rel", "0.1100001,0.1100002", "-o", tmp_path) == 0
+    for length in (0.1100001, 0.1100002):
+        assert open_checkpoint(made(tmp_path, length))["run"]["averaged"]["sigma_rel"] == length
 
 
 # Stopped, resumed, failing

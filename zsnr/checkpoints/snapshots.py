@@ -183,7 +183,7 @@ def averaged_checkpoint(
     coefficients = iter(combination.coefficients)
     total: dict[str, Tensor] = {}
     bar = progress_bar(
-        len(snapshots), f"sigma_rel {wanted.sigma_rel:g}", "snapshot", show=progress, delay=1.0
+        len(snapshots), f"sigma_rel {wanted.sigma_rel}", "snapshot", show=progress, delay=1.0
     )
     with bar:
         for snapshot in snapshots:
