@@ -81,7 +81,14 @@ def checkpoint_average(
         f"{path} (residual {combination.residual:.2g})" for path, _, combination in made
     )
     return Result(
-        {"step": end, "snapshots": len(snapshots), "averages": facts}, text, notes=tuple(notes)
+        {
+            "step": snapshots[-1].step,
+            "end": end,
+            "snapshots": len(snapshots),
+            "averages": facts,
+        },
+        text,
+        notes=tuple(notes),
     )
 
 
