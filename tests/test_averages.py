@@ -45,7 +45,7 @@ def average(run, *options):
 
 
 def made(folder, sigma_rel, step=STEPS):
-    return folder / f"sigma-rel-{sigma_rel:g}-step-{step:08d}.ckpt"
+    return folder / f"sigma-rel-{sigma_rel}-step-{step:08d}.ckpt"
 
 
 def names(folder):
@@ -88,18 +88,24 @@ def test_the_exponent_has_the_width(sigma_rel, gamma):
     assert (p * (tau - mean).square()).sum().sqrt().item() == pytest.approx(sigma_rel, rel=1e-6)
 
 
-@pytest.mark.parametrize("sigma_rel", [0.0, -0.1, 12**-0.5, 1.0, math.nan, math.inf])
+@pytest.mark.parametrize("sigma_rel", [0.0, -0.1, 1e-300, 12**-0.5, 1.0, math.nan, math.inf])
 def test_lengths_that_no_average_has_are_refused(sigma_rel):
-    with pytest.raises(ValueError, match="wanted a number above 0 and below 0.2887"):
+    with pytest.raises(ValueError, match="wanted at least 1e-06 and below 0.2887"):
         exponent(sigma_rel)
     with pytest.raises(ValueError, match=r"model\.post_hoc_ema\.sigma_rel"):
         PostHocEMA((0.1, sigma_rel))
 
 
-@pytest.mark.parametrize("options", [{"sigma_rel": ()}, {"sigma_rel": (0.1, 0.1)}])
-def test_lengths_are_different(options):
-    with pytest.raises(ValueError, match="one or more different"):
-        PostHocEMA(**options)
+@pytest.mark.parametrize("sigma_rel", [(), (0.1, 0.1), 0.1, ["0.1"], [True], "0.1", None])
+def test_lengths_are_different_numbers(sigma_rel):
+    with pytest.raises(ValueError, match="wanted a list of one or more different lengths"):
+        PostHocEMA(sigma_rel)
+
+
+@pytest.mark.parametrize("every", [0, 2.5, "2", True])
+def test_updates_are_whole_steps_apart(every):
+    with pytest.raises(ValueError, match="wanted a whole number, at least 1"):
+        PostHocEMA(every_n_steps=every)
 
 
 def test_decays_of_several_steps_are_their_product():
@@ -241,7 +247,7 @@ def test_an_earlier_end_is_chosen_by_its_step(run, tmp_path, capsys):
     ("options", "message"),
     [
         (["0.1,x"], "wanted numbers, such as 0.05,0.10,0.15"),
-        (["0.5"], "--sigma-rel=0.5: wanted a number above 0 and below 0.2887"),
+        (["0.5"], "--sigma-rel=0.5: wanted at least 1e-06 and below 0.2887"),
         (["0.1,0.10"], "wanted each length once"),
         (["0.005"], "shorter than the kept 0.05, and the last two snapshots are 2 steps apart"),
         (["0.288"], "the first of 12 snapshots is of step 2 of 24"),
@@ -283,6 +289,13 @@ def test_a_damaged_snapshot_is_left_out_with_a_warning(run, tmp_path):
             [each for snapshot in snapshots for each in snapshot.averages], Average(0.15, STEPS)
         ).residual
     )
+
+
+def test_lengths_that_are_near_to_each_other_have_files_of_their_own(run, tmp_path):
+    root, _ = run
+    assert average(root, "--sigma-rel", "0.1100001,0.1100002", "-o", tmp_path) == 0
+    for length in (0.1100001, 0.1100002):
+        assert open_checkpoint(made(tmp_path, length))["run"]["averaged"]["sigma_rel"] == length
 
 
 # Stopped, resumed, failing
@@ -344,10 +357,26 @@ def test_fewer_snapshots_are_written_and_always_the_last(shards, tmp_path):
     ]
 
 
-def test_the_first_snapshot_is_of_the_first_average(shards, tmp_path):
+def test_the_first_snapshot_is_of_the_first_average(shards, tmp_path, capsys):
     config = PostHocEMA(every_n_steps=3)  # the weights after step 2 stand for three steps
     fit(shards, tmp_path, steps=3, every=1, model={"post_hoc_ema": config})
     assert [each.averages[0] for each in find_snapshots(tmp_path)] == [Average(0.05, 3)] * 2
+    assert average(tmp_path, "--sigma-rel", "0.05", "--step", 2, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    facts = open_checkpoint(told["averages"][0]["path"])["run"]["averaged"]
+    assert (told["step"], told["end"]) == (facts["step"], facts["end"]) == (2, 3)
+
+
+def test_a_run_that_is_too_short_for_its_averages_is_warned_of(
+    shards, tmp_path, recwarn, monkeypatch
+):
+    monkeypatch.setattr(cells, "quiet", lambda: None)
+    config = PostHocEMA(every_n_steps=4)
+    fit(shards, tmp_path, steps=2, model={"post_hoc_ema": config})
+    [told] = [str(each.message) for each in recwarn if "its averages" in str(each.message)]
+    assert "run of 2 steps ends before the first update" in told
+    with pytest.raises(ValueError, match="00000002.ckpt is of a step before the first update"):
+        find_snapshots(tmp_path)
 
 
 def test_a_snapshot_that_cannot_be_written_ends_no_run(shards, tmp_path, recwarn, monkeypatch):

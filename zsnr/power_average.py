@@ -20,6 +20,9 @@ from torch import Tensor
 LONGEST = 12**-0.5
 """The sigma_rel of the average that weighs all steps alike: gamma = 0."""
 
+SHORTEST = 1e-6
+"""The smallest sigma_rel: one step of a million. Far below, gamma is beyond float64."""
+
 _SMALLEST_EIGENVALUE = 1e-13  # of the largest one; smaller ones are rounding
 
 
@@ -33,10 +36,10 @@ def check_sigma_rel(name: str, sigma_rel: float) -> None:
     Raises:
         ValueError: It is out of range.
     """
-    if not 0 < sigma_rel < LONGEST:
+    if not SHORTEST <= sigma_rel < LONGEST:
         raise ValueError(
-            f"{name}={sigma_rel:g}: wanted a number above 0 and below {LONGEST:.4f}, the length "
-            "of the average that weighs all steps alike."
+            f"{name}={sigma_rel}: wanted at least {SHORTEST} and below {LONGEST:.4f}, the "
+            "length of the average that weighs all steps alike."
         )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from zsnr.checkpoints import sharded
 from zsnr.checkpoints.opening import KEY, open_checkpoint
 from zsnr.checkpoints.remote import fetch_snapshots, is_address
-from zsnr.checkpoints.run_folder import step_of, steps
+from zsnr.checkpoints.run_folder import checkpoints_of, step_of, steps
 from zsnr.power_average import Average, Combination, check_sigma_rel
 from zsnr.progress import progress_bar
 from zsnr.public import public_url
@@ -109,11 +109,7 @@ def find_snapshots(run: str | Path) -> list[Snapshot]:
     """
     paths = fetch_snapshots(str(run), FOLDER) if is_address(run) else _listed(Path(run))
     if not paths:
-        raise ValueError(
-            f"{public_url(str(run))} has no snapshots: they are written beside the checkpoints of "
-            "a run that is trained with model.post_hoc_ema, as in "
-            "--model.post_hoc_ema.every_n_steps 5."
-        )
+        raise ValueError(f"{public_url(str(run))} has no snapshots: {_why_none(run)}")
     snapshots, problems = [], []
     for path in paths:
         try:
@@ -131,6 +127,26 @@ def find_snapshots(run: str | Path) -> list[Snapshot]:
             "snapshots that are of another run."
         )
     return snapshots
+
+
+def _why_none(run: str | Path) -> str:
+    """Say why a run has no snapshots, by its newest checkpoint."""
+    checkpoints = [] if is_address(run) else checkpoints_of(Path(run))
+    try:
+        averages = open_checkpoint(checkpoints[-1]).get(AVERAGES) if checkpoints else None
+    except ValueError:
+        averages = None
+    if averages is None:
+        return (
+            "they are written beside the checkpoints of a run that is trained with "
+            "model.post_hoc_ema, as in --model.post_hoc_ema.every_n_steps 5."
+        )
+    if averages == {**averages, "end": 0}:
+        return (
+            f"{checkpoints[-1].name} is of a step before the first update of its averages. Train "
+            "longer, or with a smaller model.post_hoc_ema.every_n_steps."
+        )
+    return "it was trained with model.post_hoc_ema, but they were removed or not written."
 
 
 def _listed(run: Path) -> list[Path]:
@@ -183,7 +199,7 @@ def averaged_checkpoint(
     coefficients = iter(combination.coefficients)
     total: dict[str, Tensor] = {}
     bar = progress_bar(
-        len(snapshots), f"sigma_rel {wanted.sigma_rel:g}", "snapshot", show=progress, delay=1.0
+        len(snapshots), f"sigma_rel {wanted.sigma_rel}", "snapshot", show=progress, delay=1.0
     )
     with bar:
         for snapshot in snapshots:
@@ -199,7 +215,8 @@ def averaged_checkpoint(
     run = newest.get("run")
     facts = {
         "sigma_rel": wanted.sigma_rel,
-        "step": wanted.end,
+        "step": snapshots[-1].step,
+        "end": wanted.end,
         "snapshots": len(snapshots),
         "residual": combination.residual,
     }

@@ -62,11 +62,11 @@ def checkpoint_average(
     made: list[tuple[Path, Average, Combination]] = []
     for length in lengths:
         wanted = Average(length, end)
-        path = folder / f"sigma-rel-{length:g}-step-{snapshots[-1].step:08d}.ckpt"
+        path = folder / f"sigma-rel-{length}-step-{snapshots[-1].step:08d}.ckpt"
         check_new(path)
         combination = combine(kept, wanted)
         if combination.residual > _LARGEST:
-            raise ValueError(f"--sigma-rel {length:g}: {_why(snapshots, wanted, combination)}")
+            raise ValueError(f"--sigma-rel {length}: {_why(snapshots, wanted, combination)}")
         made.append((path, wanted, combination))
     notes = []
     for path, wanted, combination in made:
@@ -81,7 +81,14 @@ def checkpoint_average(
         f"{path} (residual {combination.residual:.2g})" for path, _, combination in made
     )
     return Result(
-        {"step": end, "snapshots": len(snapshots), "averages": facts}, text, notes=tuple(notes)
+        {
+            "step": snapshots[-1].step,
+            "end": end,
+            "snapshots": len(snapshots),
+            "averages": facts,
+        },
+        text,
+        notes=tuple(notes),
     )
 
 
@@ -132,7 +139,7 @@ def _why(snapshots: Sequence[Snapshot], wanted: Average, combination: Combinatio
     if wanted.sigma_rel < lengths[0]:
         before = ends[-2] if len(ends) > 1 else 0
         why = (
-            f"it is shorter than the kept {lengths[0]:g}, and the last two snapshots are "
+            f"it is shorter than the kept {lengths[0]}, and the last two snapshots are "
             f"{wanted.end - before} steps apart"
         )
     elif wanted.sigma_rel < lengths[-1]:
@@ -142,5 +149,5 @@ def _why(snapshots: Sequence[Snapshot], wanted: Average, combination: Combinatio
     return (
         f"the nearest combination has a residual of {combination.residual:.2g}, because {why}. "
         "Choose a length nearer to those that were kept"
-        f" ({', '.join(f'{length:g}' for length in lengths)}), or train with more snapshots."
+        f" ({', '.join(map(str, lengths))}), or train with more snapshots."
     )

@@ -161,6 +161,13 @@ class Checkpoints(Checkpoint):
                 self._history = add_start(facts, start_facts(trainer, pl_module))
                 write_run_facts(folder, {**facts, "history": self._history})
         self._write_missing_snapshot(trainer)
+        averages = pl_module.post_hoc_config
+        if averages is not None and 0 < trainer.max_steps < averages.first_update:
+            rank_zero_warn(
+                f"The run of {trainer.max_steps} steps ends before the first update of its "
+                f"averages, and writes no snapshots: model.post_hoc_ema.every_n_steps="
+                f"{averages.every_n_steps} is too large. Set it to 1."
+            )
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
         step = trainer.global_step

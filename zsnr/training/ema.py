@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, TypeVar
 
 import torch
@@ -77,19 +78,28 @@ class PostHocEMA:
     every_n_steps: int = 5
 
     def __post_init__(self) -> None:
-        lengths = tuple(self.sigma_rel)
+        given: Any = self.sigma_rel
+        lengths = tuple(given) if isinstance(given, (list, tuple)) else ()
+        if any(isinstance(length, bool) or not isinstance(length, Real) for length in lengths):
+            lengths = ()
         for length in lengths:
             check_sigma_rel("model.post_hoc_ema.sigma_rel", length)
         if not lengths or len(set(lengths)) < len(lengths):
             raise ValueError(
-                f"model.post_hoc_ema.sigma_rel={list(lengths)}: wanted one or more different "
-                "lengths, such as [0.05, 0.1]."
+                f"model.post_hoc_ema.sigma_rel={given!r}: wanted a list of one or more "
+                "different lengths, such as [0.05, 0.1]."
             )
         object.__setattr__(self, "sigma_rel", lengths)
-        if self.every_n_steps < 1:
+        if type(self.every_n_steps) is not int or self.every_n_steps < 1:
             raise ValueError(
-                f"model.post_hoc_ema.every_n_steps={self.every_n_steps}: wanted at least 1."
+                f"model.post_hoc_ema.every_n_steps={self.every_n_steps!r}: wanted a whole number, "
+                "at least 1."
             )
+
+    @property
+    def first_update(self) -> int:
+        """Number of steps before the first update of the averages."""
+        return self.every_n_steps // 2 + 1
 
     def end_after(self, num_steps: int) -> int | None:
         """Return the last of the steps that the weights after `num_steps` steps stand for.
