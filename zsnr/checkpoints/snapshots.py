@@ -61,7 +61,7 @@ def can_resume(checkpoint: Mapping[str, Any]) -> bool:
     return "loops" in checkpoint
 
 
-def check_model(path: Path, checkpoint: Mapping[str, Any]) -> None:
+def refuse_snapshot(path: Path, checkpoint: Mapping[str, Any]) -> None:
     """Refuse a snapshot where a model is wanted.
 
     Raises:

@@ -39,10 +39,10 @@ def checkpoint_average(
         zsnr compare models runs/mine/averages/*.ckpt -o page
 
     Args:
-        run: Folder of the run, which may still be training, or its address in object storage.
+        run: Folder of the run, which may still be training, or of its checkpoints or snapshots; or
+            its address in object storage.
         sigma_rel: Lengths, such as 0.05,0.10,0.15.
-        step: Number of optimizer steps after which the averages end, which must be that of a
-            snapshot. Default: the last one.
+        step: Step of the snapshot that the averages end with. Default: the last one.
         output: Folder for the checkpoints, which may exist. Default: averages in the folder of the
             run.
     """
@@ -58,7 +58,9 @@ def checkpoint_average(
     source = str(run) if is_address(run) else Path(run).expanduser()
     if output is None and not isinstance(source, Path):
         raise ValueError(f"{public_url(source)} is an address: give --output FOLDER.")
-    folder = folder_of_run(Path(source)) / "averages" if output is None else Path(output).expanduser()
+    folder = (
+        folder_of_run(Path(source)) / "averages" if output is None else Path(output).expanduser()
+    )
     snapshots = _until(find_snapshots(source), step)
     end, kept = snapshots[-1].averages[0].end, [a for each in snapshots for a in each.averages]
     made: list[tuple[Path, Average, Combination]] = []
