@@ -298,6 +298,18 @@ def test_lengths_that_are_near_to_each_other_have_files_of_their_own(run, tmp_pa
         assert open_checkpoint(made(tmp_path, length))["run"]["averaged"]["sigma_rel"] == length
 
 
+def test_a_run_is_named_by_any_of_its_folders(run, tmp_path, capsys):
+    source, root = run[0] / "checkpoints" / "snapshots", tmp_path / "run"
+    shutil.copytree(source, root / "checkpoints" / "snapshots")
+    for length, place in ((0.05, "."), (0.1, "checkpoints"), (0.15, "checkpoints/snapshots")):
+        assert average(root / place, "--sigma-rel", length) == 0
+        assert made(root / "averages", length).exists()
+    capsys.readouterr()
+    file = root / "checkpoints" / "snapshots" / f"step-{STEPS:08d}.ckpt"
+    assert average(file, "--sigma-rel", "0.1") == 2
+    assert f"wanted the folder of the run, such as {root}." in capsys.readouterr().err
+
+
 # Stopped, resumed, failing
 
 
@@ -438,7 +450,16 @@ def test_an_average_is_a_model_as_any_other(
         assert main(["validate", "--ckpt_path", checkpoint, *data, "--data.num_workers", "0"]) == 0
         losses.append(re.findall(r"val/loss\W+([\d.]+)", capsys.readouterr().out)[0])
     assert losses[0] != losses[1]
-    assert main(["doctor", path, "--open"]) == 0
+    for target in (path, str(tmp_path)):  # by the run.json beside it
+        assert main(["doctor", target]) == 0
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "run.json").write_text('{"format": 1, "prediction_type": "epsilon"}')
+    assert average(straight, "--sigma-rel", 0.2, "-o", other) == 2
+    assert names(other) == ["run.json"]
+    part = str(straight / "checkpoints" / "snapshots" / "step-00000004.ckpt")
+    assert main(["doctor", part, "--open"]) == 3
+    assert "is a snapshot of averages and no model" in capsys.readouterr().out
     _, facts = read_exportable(path, form="single-file")
     assert facts["weights"] == "averaged"
     assert facts["averaged"]["sigma_rel"] == 0.2

@@ -20,7 +20,7 @@ from zsnr.checkpoints.opening import KEY as KEY
 from zsnr.checkpoints.opening import current_names as current_names
 from zsnr.checkpoints.opening import open_checkpoint as open_checkpoint
 from zsnr.checkpoints.run_folder import check_model, is_checkpoint, resolve_model
-from zsnr.checkpoints.snapshots import is_snapshot
+from zsnr.checkpoints.snapshots import refuse_snapshot
 from zsnr.codecs import LatentCodec
 from zsnr.conditioning import Conditioner
 from zsnr.described import build, describe
@@ -78,11 +78,7 @@ def read_checkpoint(
     """
     path = Path(path)
     checkpoint = open_checkpoint(path)
-    if is_snapshot(checkpoint):
-        raise ValueError(
-            f"{path} is a snapshot of averages and no model: `zsnr checkpoint average RUN "
-            "--sigma-rel 0.1` makes one of the snapshots of a run."
-        )
+    refuse_snapshot(path, checkpoint)
     description = checkpoint[KEY]
     schedule = _check_description(path, description)
     if base is not None:

@@ -61,6 +61,29 @@ def can_resume(checkpoint: Mapping[str, Any]) -> bool:
     return "loops" in checkpoint
 
 
+def refuse_snapshot(path: Path, checkpoint: Mapping[str, Any]) -> None:
+    """Refuse a snapshot where a model is wanted.
+
+    Raises:
+        ValueError: The opened checkpoint is a snapshot.
+    """
+    if is_snapshot(checkpoint):
+        raise ValueError(
+            f"{path} is a snapshot of averages and no model: `zsnr checkpoint average RUN "
+            "--sigma-rel 0.1` makes a model from the snapshots of a run."
+        )
+
+
+def folder_of_run(given: Path) -> Path:
+    """Return the folder of a run that was named by it, or by a folder of checkpoints in it."""
+    if (given / "checkpoints" / FOLDER).is_dir():
+        return given
+    folder = given if given.name not in ("", "..") else given.resolve()
+    if folder.name == FOLDER:
+        folder = folder.parent
+    return folder.parent if folder.name == "checkpoints" else folder
+
+
 @dataclass(frozen=True, eq=False)
 class Snapshot:
     """A snapshot on disk.
@@ -102,12 +125,16 @@ def find_snapshots(run: str | Path) -> list[Snapshot]:
     """Open the snapshots of a run, the newest last; those that are damaged are warned of.
 
     Args:
-        run: Folder of the run, or of its checkpoints; or its address in object storage.
+        run: Folder of the run, of its checkpoints, or of the snapshots; or its address in object
+            storage.
 
     Raises:
         ValueError: There are none, none can be read, or they are of several networks.
     """
-    paths = fetch_snapshots(str(run), FOLDER) if is_address(run) else _listed(Path(run))
+    if is_address(run):
+        paths = fetch_snapshots(str(run).rstrip("/").removesuffix(f"/{FOLDER}"), FOLDER)
+    else:
+        paths = _listed(Path(run))
     if not paths:
         raise ValueError(f"{public_url(str(run))} has no snapshots: {_why_none(run)}")
     snapshots, problems = [], []
@@ -150,9 +177,15 @@ def _why_none(run: str | Path) -> str:
 
 
 def _listed(run: Path) -> list[Path]:
+    if run.is_file() or sharded.is_sharded(run):
+        raise ValueError(
+            f"{run} is one checkpoint or snapshot: wanted the folder of the run, such as "
+            f"{folder_of_run(run.parent)}."
+        )
     if not run.is_dir():
         raise ValueError(f"{run} is not a folder: wanted that of a run.{near_path(run)}")
-    return steps(run / "checkpoints" / FOLDER) or steps(run / FOLDER)
+    found = steps(run / "checkpoints" / FOLDER) or steps(run / FOLDER)
+    return found or (steps(run) if run.resolve().name == FOLDER else [])
 
 
 def _open(path: Path) -> Snapshot:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from zsnr.commands.result import Result
 
@@ -38,16 +39,17 @@ def checkpoint_average(
         zsnr compare models runs/mine/averages/*.ckpt -o page
 
     Args:
-        run: Folder of the run, which may still be training, or its address in object storage.
+        run: Folder of the run, which may still be training, or of its checkpoints or snapshots; or
+            its address in object storage.
         sigma_rel: Lengths, such as 0.05,0.10,0.15.
-        step: Number of optimizer steps after which the averages end, which must be that of a
-            snapshot. Default: the last one.
+        step: Step of the snapshot that the averages end with. Default: the last one.
         output: Folder for the checkpoints, which may exist. Default: averages in the folder of the
             run.
     """
     from zsnr.checkpoints.remote import is_address
+    from zsnr.checkpoints.run_facts import write_run_facts
     from zsnr.checkpoints.sharded import save_file
-    from zsnr.checkpoints.snapshots import averaged_checkpoint, find_snapshots
+    from zsnr.checkpoints.snapshots import averaged_checkpoint, find_snapshots, folder_of_run
     from zsnr.files import check_new
     from zsnr.power_average import Average, combine
     from zsnr.public import public_url
@@ -56,7 +58,9 @@ def checkpoint_average(
     source = str(run) if is_address(run) else Path(run).expanduser()
     if output is None and not isinstance(source, Path):
         raise ValueError(f"{public_url(source)} is an address: give --output FOLDER.")
-    folder = Path(source) / "averages" if output is None else Path(output).expanduser()
+    folder = (
+        folder_of_run(Path(source)) / "averages" if output is None else Path(output).expanduser()
+    )
     snapshots = _until(find_snapshots(source), step)
     end, kept = snapshots[-1].averages[0].end, [a for each in snapshots for a in each.averages]
     made: list[tuple[Path, Average, Combination]] = []
@@ -68,11 +72,14 @@ def checkpoint_average(
         if combination.residual > _LARGEST:
             raise ValueError(f"--sigma-rel {length}: {_why(snapshots, wanted, combination)}")
         made.append((path, wanted, combination))
+    described = _facts_to_write(folder, snapshots[-1])
     notes = []
     for path, wanted, combination in made:
         save_file(averaged_checkpoint(snapshots, combination, wanted, progress=True), path)
         if combination.residual > _NOTED:
             notes.append(f"{path.name}: {_why(snapshots, wanted, combination)}")
+    if described:
+        write_run_facts(folder, described)
     facts = [
         {"sigma_rel": wanted.sigma_rel, "residual": combination.residual, "path": str(path)}
         for path, wanted, combination in made
@@ -109,6 +116,34 @@ def _lengths(text: str) -> list[float]:
     if len(set(lengths)) < len(lengths):
         raise ValueError(f"--sigma-rel {text}: wanted each length once.")
     return lengths
+
+
+def _facts_to_write(folder: Path, snapshot: Snapshot) -> dict[str, Any]:
+    """Return what run.json beside the averages says, from which doctor reads their schedule.
+
+    It is empty where the folder has a run.json, or the snapshot records nothing of its run.
+
+    Raises:
+        ValueError: The run.json of the folder describes another model.
+    """
+    from zsnr.checkpoints.opening import open_checkpoint
+    from zsnr.checkpoints.run_facts import NAME, read_run_facts
+
+    run = open_checkpoint(snapshot.path).get("run")
+    if not isinstance(run, dict):
+        return {}
+    of_all = {**run, "ema": None, "metrics": {}}
+    of_all.pop("global_step", None)  # averages of other steps may follow
+    there = read_run_facts(folder)
+    if there is None:
+        return of_all
+    told = json.loads(json.dumps(of_all))
+    if any(there.get(name) != told.get(name) for name in ("schedule", "prediction_type")):
+        raise ValueError(
+            f"{folder / NAME} describes a model with another schedule or prediction type: choose "
+            "another --output."
+        )
+    return {}
 
 
 def _until(snapshots: Sequence[Snapshot], step: int | None) -> Sequence[Snapshot]:

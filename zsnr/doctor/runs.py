@@ -80,8 +80,10 @@ def _open(path: Path) -> dict[str, Any]:
     """Read the description in a checkpoint."""
     from zsnr.checkpoints.checkpoint_file import KEY, open_checkpoint
     from zsnr.checkpoints.sharded import is_sharded, read_rest
+    from zsnr.checkpoints.snapshots import refuse_snapshot
 
     checkpoint = read_rest(path) if is_sharded(path) else open_checkpoint(path)
+    refuse_snapshot(path, checkpoint)
     run, model = checkpoint.get("run"), checkpoint.get(KEY)
     if isinstance(run, dict):
         return run

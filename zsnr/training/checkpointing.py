@@ -36,8 +36,8 @@ class Checkpoints(Checkpoint):
     step-00001000.ckpt.abandoned; they are never removed.
 
     Of a run with model.post_hoc_ema, a snapshot of the averages is written after the checkpoint, as
-    snapshots/step-00001000.ckpt in the same folder, and kept. A run continues without one that
-    cannot be written.
+    snapshots/step-00001000.ckpt in the same folder, and kept. If a snapshot cannot be written,
+    training continues.
 
     A checkpoint is written before anything else that follows the same step and may fail: callbacks
     with state in the checkpoint run before this one, all others after it.
