@@ -141,11 +141,12 @@ class ProgressLines(Paced):
 
     def __init__(self, printing: bool = True) -> None:
         self.printing = printing
+        self._verdict = ""  # the last line of model.watch in the file
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         super().on_train_start(trainer, pl_module)
         self._start, self._first = time.monotonic(), trainer.global_step
-        self._last, self._verdict = trainer.global_step, ""
+        self._last = trainer.global_step
         trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
         begin = "begins" if trainer.global_step == 0 else f"resumes at step {trainer.global_step}"
         ranks = trainer.world_size
@@ -181,7 +182,7 @@ class ProgressLines(Paced):
 
     def _write_verdict(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Write the last line of model.watch to the log, unless it is written."""
-        watcher = pl_module.watcher
+        watcher = getattr(pl_module, "watcher", None)
         if trainer.is_global_zero and watcher is not None and watcher.line != self._verdict:
             self._verdict = watcher.line
             self._write(trainer, watcher.line)
