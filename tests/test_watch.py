@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 
 import pytest
 import tiny
@@ -14,6 +15,7 @@ from zsnr.draws import Draws
 from zsnr.metrics.luma import saturation
 from zsnr.sampling import Sampling
 from zsnr.training import Previews, TrainingBoard, Watch
+from zsnr.training.console import ProgressLines
 from zsnr.training.validation import ValidationLosses
 from zsnr.training.watch import (
     DRIFT_STEP,
@@ -444,9 +446,15 @@ def test_a_bad_run_is_warned_of_before_it_trains_and_once(tmp_path):
     assert net.watcher.line.startswith("watch, step 6: still spacing, see step 0.")
 
 
-def test_a_run_without_validation_data_or_previews_has_verdicts(tmp_path):
+@pytest.mark.parametrize("micro_batch", [None, 2])
+def test_a_run_without_validation_data_or_previews_has_verdicts(tmp_path, micro_batch):
     net = module()
     tiny.write_shards(tmp_path / "data", [7, 4])
-    made = trainer(tmp_path, 4, val_check_interval=2, check_val_every_n_epoch=None)
-    made.fit(net, datamodule=data(tmp_path / "data"))
+    lines = ProgressLines(printing=False)
+    made = trainer(
+        tmp_path, 4, val_check_interval=2, check_val_every_n_epoch=None, callbacks=[lines]
+    )
+    made.fit(net, datamodule=data(tmp_path / "data", max_batch_size_per_device=micro_batch))
     assert net.watcher.line == "watch, step 4: no warning."
+    log = (tmp_path / "fit.log").read_text()
+    assert re.findall(r"watch, step (\d+): no warning", log) == ["2", "4"]
