@@ -48,17 +48,11 @@ ARMS: dict[str, dict[str, Any] | None] = {
     "lokr, rank 16": {"rank": 16, "variant": "lokr"},
     "lora, rank 16, all layers": {"rank": 16, "target_modules": WIDER},
     "lora, rank 64, all layers": {"rank": 64, "target_modules": WIDER},
-    "lora, rank 4, every layer": {"rank": 4, "target_modules": EVERY},
-    "lora, rank 16, every layer": {"rank": 16, "target_modules": EVERY},
-    "lora, rank 64, every layer": {"rank": 64, "target_modules": EVERY},
     "lora, rank 16, 400 steps": {"rank": 16},
     "lora, rank 64, every layer, 400 steps": {"rank": 64, "target_modules": EVERY},
 }
 LONGER = 400
 TUNED_AS = {
-    "lora, rank 4, every layer": "lora, rank 16, all layers",
-    "lora, rank 16, every layer": "lora, rank 16, all layers",
-    "lora, rank 64, every layer": "lora, rank 64, all layers",
     "lora, rank 16, 400 steps": "lora, rank 16",
     "lora, rank 64, every layer, 400 steps": "lora, rank 64, all layers",
 }
@@ -322,7 +316,7 @@ def write(text: str, facts: dict[str, Any], S: int) -> None:
         "resample seeds, then images; the W1 of resampled images is biased upward, so that an "
         "interval may lie above its estimate. Adaptation is the validation loss divided by that of "
         "the epsilon model, converted (1 = as good). The layers that are adapted are 32 and 64 "
-        "wide, so that rank 64 is no bound here. The last five arms were added when the "
+        "wide, so that rank 64 is no bound here. The last two arms were added when the "
         "others had been seen, with the learning rate of the arm that is nearest to them; every "
         "layer also has the first and the last convolution and the embeddings of the timestep.\n\n"
         f"{text}\n\n![Images](adapters.png)\n"

@@ -552,7 +552,7 @@ class LatentDiffusion(L.LightningModule):
         output = self._output(batch, noised, ema=False)
         losses = self.objective.losses(output, *noised[1:])
         if self.watcher is not None:
-            self.watcher.add(noised, output.detach(), losses.detach(), self.trainer.global_step)
+            self.watcher.add(noised, output.detach(), losses.detach(), self.global_step)
         cuts = batch[TOKENS].cuts if TOKENS in batch else ()
         self._micro_batches.append(MicroBatch(batch["key"], losses.detach(), noised[2], cuts))
         return losses.mean()
