@@ -72,7 +72,7 @@ class Watcher:
         self._sums: Tensor | None = None  # since the last verdict, on this rank
         self._start_sums: Tensor | None = None  # of the first steps, on this rank
         self._start = dict.fromkeys(_START, 0.0)  # the same over all ranks
-        self._total = dict.fromkeys(_SUMS, 0.0)  # since this start of the run, over all ranks
+        self._total = dict.fromkeys(_SUMS, 0.0)  # over all ranks
         self._size: Tensor | None = None  # squared norm of the steady weights, on this rank
         self._size_step = 0
         self._images: dict[str, float] = {}  # means of the last previews
@@ -117,7 +117,7 @@ class Watcher:
             ]
         )
         now = torch.where(counted, now, 0.0)
-        self._sums = now if self._sums is None else self._sums + now
+        self._sums = now if self._sums is None else self._sums.to(now) + now
         if step >= _START_STEPS:
             return
         high = (scales[0] / scales[1]).square() <= LABEL_SNR
@@ -291,19 +291,25 @@ class Watcher:
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps."""
-        first = [] if self._start_sums is None else self._start_sums.tolist()
+        sums = {"sums": self._sums, "start_sums": self._start_sums}
         return {
             "told": dict(self.told),
             "best": dict(self._best),
             "terminal": self._terminal,
-            "start_sums": first,
+            "total": dict(self._total),
+            "images": dict(self._images),
+            **{name: [] if each is None else each.tolist() for name, each in sums.items()},
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Restore what a checkpoint kept; every rank gets rank 0's sums, whose ratios count."""
         self.told, self._best = dict(state["told"]), dict(state["best"])
-        self._terminal, first = state["terminal"], state["start_sums"]
-        self._start_sums = torch.tensor(first, dtype=torch.float64) if first else None
+        self._terminal, self._total = state["terminal"], dict(state["total"])
+        self._images = dict(state["images"])
+        self._sums, self._start_sums = (
+            torch.tensor(state[name], dtype=torch.float64) if state[name] else None
+            for name in ("sums", "start_sums")
+        )
 
 
 def noise_leak(x_0: Tensor, eps: Tensor) -> Tensor:
