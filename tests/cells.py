@@ -340,7 +340,7 @@ def measure(folder, captions, number, checkpoint, output, kind):
         save_images=output,
         output=f"{output}/numbers.json",
     )
-    net = module(sampling=Sampling(num_steps=2))
+    net = module(network=tiny.UNET, sampling=Sampling(num_steps=2))  # as tiny.MODEL
     trainer = _plain(output, kind, callbacks=[metrics])
     trainer.validate(net, datamodule=data(folder), ckpt_path=checkpoint, verbose=False)
 
