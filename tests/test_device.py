@@ -222,7 +222,7 @@ def test_previews_are_sampled_where_the_network_is(monkeypatch):
     blank = Image.new("RGB", (16, 16))
     monkeypatch.setattr("zsnr.pipeline.to_image", lambda pixels: blank)
     monkeypatch.setattr(
-        Previews, "_write", lambda self, trainer, pixels, step: written.append(pixels)
+        Previews, "_write", lambda self, trainer, module, pixels, step: written.append(pixels)
     )
     module = cells.module()
     grid = get_timesteps("trailing", 3, schedule=SCHEDULE)
