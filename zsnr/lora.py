@@ -250,11 +250,14 @@ def add_lora(module: nn.Module, lora: LoRA) -> None:
 def add_text_adapters(conditioner: Conditioner, lora: LoRA) -> None:
     """Add adapters to a frozen, pretrained text encoder, in place: it becomes trainable.
 
-    Its state dict then holds only the adapters. It stays in evaluation mode, without dropout.
+    Its state dict then holds only the adapters, and it stays in evaluation mode, without dropout.
+    Where `lora` names no modules of text encoders, nothing is done.
 
     Raises:
         ValueError: A target does not exist, or cannot be adapted.
     """
+    if not lora.text_encoder_modules:
+        return
     if not isinstance(conditioner, SDXLConditioner | TransformersConditioner):
         raise ValueError(
             f"lora.text_encoder_modules: a {type(conditioner).__name__} has no adapters: wanted a "

@@ -114,8 +114,7 @@ def read_checkpoint(
         _check_fits(path, build_conditioner, weights, f"{prefix}.conditioner.")
     model = with_network(_read_network(path, make, is_new, weights, f"{prefix}.unet."))
     model = _with_text_adapters(model)
-    found = describe_model(model)["conditioner"]
-    check_text_weights(str(path), description["conditioner"], found)
+    check_text_weights(str(path), description["conditioner"], model.conditioner.adapted or {})
     if model.conditioner.trainable:
         _load(model.conditioner, weights, f"{prefix}.conditioner.", path)
     if not raw_beside:
@@ -127,9 +126,8 @@ def read_checkpoint(
 
 def _with_text_adapters(model: Model) -> Model:
     """Add the adapters of the text encoder that the network's settings tell, in place."""
-    network = model.network
-    if isinstance(network, AdaptedUNet) and network.lora.text_encoder_modules:
-        add_text_adapters(model.conditioner, network.lora)
+    if isinstance(model.network, AdaptedUNet):
+        add_text_adapters(model.conditioner, model.network.lora)
     return model
 
 

@@ -180,7 +180,7 @@ def _layers(model: Model, conditioner: Conditioner) -> dict[str, list[_Layer]]:
     for part, encoder_layers in encoders.items():
         for layer in encoder_layers:
             short = layer.name.removeprefix("text_model.")
-            name = short if short == "text_projection" else f"text_model.{short}"
+            name = clip_layer(layer.name)
             flat_name = name.replace(".", "_")
             number = part.removeprefix("text_encoder").removeprefix("_") or "1"
             single = len(encoders) == 1
@@ -194,6 +194,12 @@ def _layers(model: Model, conditioner: Conditioner) -> dict[str, list[_Layer]]:
                 ),
             )
     return named
+
+
+def clip_layer(name: str) -> str:
+    """Return the name of a layer of CLIP's text encoder in files, which transformers shortens."""
+    short = name.removeprefix("text_model.")
+    return short if short == "text_projection" else f"text_model.{short}"
 
 
 def _parameters(module: nn.Module, part: str) -> Iterator[_Layer]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from zsnr.checkpoints.model import Model
 from zsnr.conditioning import SDXLConditioner
 from zsnr.files import check_new, new_file
+from zsnr.interop.adapter_merge import clip_layer
 from zsnr.lora import AdaptedUNet, LoRA, lora_state_dict, merge_lora, merge_text_adapters
 from zsnr.weights.ldm_layout import ldm_layers
 from zsnr.weights.pretrained import Precision, as_dtype, cast_weight
@@ -133,9 +134,7 @@ def _text_layers(model: Model) -> Iterator[tuple[str, str, dict[str, Tensor]]]:
         )
     for name, parts in _layers(model.conditioner).items():
         encoder, _, layer = name.partition(".")
-        short = layer.removeprefix("text_model.")
-        name = short if short == "text_projection" else f"text_model.{short}"
-        yield "2" if encoder == "encoder_2" else "1", name, parts
+        yield "2" if encoder == "encoder_2" else "1", clip_layer(layer), parts
 
 
 def _diffusers_tensors(model: Model) -> dict[str, Tensor]:

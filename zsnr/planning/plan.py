@@ -242,8 +242,7 @@ def read_parts(config: Any, data: DataModule) -> Parts:
         if model.lora is not None:
             lora = LoRA(**model.lora.as_dict())
             network: nn.Module = AdaptedUNet(model.network, lora, **wanted)
-            if lora.text_encoder_modules:
-                add_text_adapters(conditioner, lora)
+            add_text_adapters(conditioner, lora)
         elif isinstance(model.network, str):
             network = read_network(model.network, **wanted)
         elif "class_path" in model.network:

@@ -198,8 +198,7 @@ class LatentDiffusion(L.LightningModule):
             )
         if lora is not None:
             check_lora(network, conditioner.trainable)
-            if lora.text_encoder_modules:
-                add_text_adapters(conditioner, lora)
+            add_text_adapters(conditioner, lora)
         check_guidance(sampling.guidance, averaged=ema is not None)
         check_threshold(sampling.guidance, codec)
         check_steps(sampling, schedule)
