@@ -46,15 +46,25 @@ ARMS: dict[str, dict[str, Any] | None] = {
     "dora, rank 16": {"rank": 16, "variant": "dora"},
     "loha, rank 16": {"rank": 16, "variant": "loha"},
     "lokr, rank 16": {"rank": 16, "variant": "lokr"},
-    "lora, rank 16, all layers": {"rank": 16, "target_modules": WIDER},
-    "lora, rank 64, all layers": {"rank": 64, "target_modules": WIDER},
+    "lora, rank 16, blocks": {"rank": 16, "target_modules": WIDER},
+    "lora, rank 64, blocks": {"rank": 64, "target_modules": WIDER},
+    "lora, rank 4, every layer": {"rank": 4, "target_modules": EVERY},
+    "lora, rank 16, every layer": {"rank": 16, "target_modules": EVERY},
+    "lora, rank 64, every layer": {"rank": 64, "target_modules": EVERY},
+    "rslora, rank 16, every layer": {
+        **{"rank": 16, "variant": "rslora"},
+        "target_modules": EVERY,
+    },
+    "dora, rank 16, every layer": {"rank": 16, "variant": "dora", "target_modules": EVERY},
+    "loha, rank 16, every layer": {"rank": 16, "variant": "loha", "target_modules": EVERY},
+    "lokr, rank 16, every layer": {"rank": 16, "variant": "lokr", "target_modules": EVERY},
     "lora, rank 16, 400 steps": {"rank": 16},
     "lora, rank 64, every layer, 400 steps": {"rank": 64, "target_modules": EVERY},
 }
 LONGER = 400
 TUNED_AS = {
     "lora, rank 16, 400 steps": "lora, rank 16",
-    "lora, rank 64, every layer, 400 steps": "lora, rank 64, all layers",
+    "lora, rank 64, every layer, 400 steps": "lora, rank 64, every layer",
 }
 """Arms with the learning rate of another one: those that were added last."""
 RATES = {None: (3e-4, 1e-3, 3e-3), "adapters": (1e-3, 4e-3, 1.6e-2)}
