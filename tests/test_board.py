@@ -338,6 +338,9 @@ def test_charts_find_their_curves(board):
         "all timesteps": ["train/loss", "val/loss", "val/loss_raw"],
         last: [TERMINAL, "val_by_timestep/t0999"],
         "training, by quarter of the timesteps": quarters,
+        "gradient at the output, by quarter of the timesteps": [
+            each.replace("train", "output_gradient") for each in quarters
+        ],
         "validation, t0099 to t0499": [f"val_by_timestep/t0{i}99" for i in range(5)],
         "validation, t0599 to t0999": [f"val_by_timestep/t0{i}99" for i in range(5, 10)],
         luma: ["luma_mean/previews"],
@@ -452,6 +455,7 @@ def test_constants_are_only_where_they_are_true(tmp_path, options, names):
     board = events(tmp_path)
     assert constants(board).keys() == names
     titles = ["all timesteps", "last timestep", "training, by quarter of the timesteps"]
+    titles.append("gradient at the output, by quarter of the timesteps")
     assert [title.partition(" (")[0] for title in layout(board)] == titles  # no empty charts
 
 

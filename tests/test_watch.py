@@ -15,7 +15,9 @@ from zsnr.draws import Draws
 from zsnr.metrics.luma import saturation
 from zsnr.sampling import Sampling
 from zsnr.training import Previews, TrainingBoard, Watch
+from zsnr.training.board import prompt_weights
 from zsnr.training.console import ProgressLines
+from zsnr.training.tags import quarters
 from zsnr.training.validation import ValidationLosses
 from zsnr.training.watch import (
     DRIFT_STEP,
@@ -29,11 +31,13 @@ from zsnr.training.watch import (
     MIN_SAMPLES,
     RISE,
     SIGMAS,
+    SPREAD_FALL,
     Finding,
     adaptation,
     divergence,
     drift,
     latent_scale,
+    luma_spread,
     noise,
     prediction_type,
     raised,
@@ -181,6 +185,18 @@ def test_previews_drift_where_they_leave_the_data():
     assert drift("contrast", 1.0, (0.5, 0.0), 0.0) is None  # data of one kind
 
 
+# Quantiles of chi-squared at 0.1 %: tables give 0.0243 (3 degrees of freedom), 0.598 (7).
+@pytest.mark.parametrize(("count", "quantile"), [(4, 0.0243), (8, 0.598)])
+def test_previews_of_one_brightness_are_those_that_chance_does_not_give(count, quantile):
+    edge = math.sqrt(quantile / (count - 1))
+    assert luma_spread(1.01 * edge, count, 1.0) is None
+    found = luma_spread(0.99 * edge, count, 1.0)
+    assert found.name == "luma_spread"
+    assert "spread 1 times as far" in found.text
+    assert luma_spread(0.99 * edge, count, None) is None
+    assert luma_spread(0.9 * edge, count, 0.9 * edge * SPREAD_FALL) is None  # it had never been far
+
+
 def test_saturation_of_gray_and_of_a_pure_color():
     gray = torch.full((1, 3, 2, 2), 0.3)
     red = torch.tensor([1.0, -1, -1]).view(1, 3, 1, 1).expand(1, 3, 2, 2)
@@ -266,8 +282,15 @@ def test_a_cosine_keeps_its_sign():
 # What a watcher makes of batches
 
 
-def watcher(prediction="v_prediction", schedule=ZERO, scale=None, start=None, **options):
-    objective = Objective(schedule, prediction, LossWeighting(), TimestepLaw())
+def watcher(
+    prediction="v_prediction",
+    schedule=ZERO,
+    scale=None,
+    start=None,
+    loss=None,
+    **options,
+):
+    objective = Objective(schedule, prediction, loss or LossWeighting(), TimestepLaw())
     return Watcher(Watch(**options), objective, Sampling(num_steps=25), start, scale)
 
 
@@ -388,6 +411,49 @@ def test_previews_are_compared_with_the_data_they_had_been_near_to():
     assert "luma of previews -1.00, of data 0.00" in watched.line
 
 
+def test_previews_that_became_equally_bright_are_found():
+    watched = watcher()
+    watched.data = {"luma": (0.0, 0.4)}
+    watched.see(torch.linspace(-0.4, 0.4, 6).view(6, 1, 1, 1).expand(6, 3, 4, 4))
+    assert names(watched, {}) == []
+    watched.see(torch.linspace(-0.01, 0.01, 6).view(6, 1, 1, 1).expand(6, 3, 4, 4))
+    _, scalars = watched.judge(2, {}, learning_rate=0.1)
+    assert [*watched.told] == ["luma_spread"]
+    std = 0.02 / 5 * math.sqrt(6 * 7 / 12)  # of six equally spaced numbers
+    assert scalars["watch/luma_spread"] == pytest.approx(std / 0.4, rel=1e-4)
+
+
+def test_gradients_by_quarter_are_those_of_autograd():
+    watched = watcher(schedule=ORIGINAL, loss=LossWeighting("min_snr"))
+    x_0, eps, t = normal(8, 4, 4, 4), normal(8, 4, 4, 4, seed=1), torch.arange(30, 1000, 125)
+    draw = Draws(t, torch.ones(8), eps, eps, eps.mean((2, 3)))
+    noised = watched.objective.noised(x_0, draw)
+    output = normal(8, 4, 4, 4, seed=2).requires_grad_()
+    losses = watched.objective.losses(output, *noised[1:])
+    [gradient] = torch.autograd.grad(losses.sum(), output)
+    watched.add(noised, output.detach(), losses.detach(), 0)
+    _, scalars = watched.judge(1, watched.collect(lambda sums: sums), learning_rate=0.1)
+    squares = gradient.square().sum((1, 2, 3)).view(4, 2).mean(1)
+    for end, square in zip(quarters(1000), squares.tolist(), strict=True):
+        tag = f"output_gradient_by_timestep/{end}"
+        assert scalars[tag] == pytest.approx(math.sqrt(square), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "expected"),
+    [
+        ([], None),
+        (["a"], [0, 1 / 2, 1 / 2, 0]),
+        (["a", "b"], [1 / 2, 1 / 4, 1 / 4, 0]),
+        (["", "b"], [1 / 8 + 1 / 2, 1 / 8, 1 / 8, 1 / 8]),
+        (["a", "d"], None),
+    ],
+)
+def test_previews_are_compared_with_data_of_the_same_captions(prompts, expected):
+    weights = prompt_weights(["b", "a", "a", "c"], prompts)
+    assert (None if weights is None else weights.tolist()) == expected
+
+
 def test_the_state_keeps_what_later_verdicts_compare_with():
     watched = watcher(start="v_prediction")
     interval = feed(watched, lambda x, eps, v: 0.5 * v, steps=12)
@@ -416,7 +482,7 @@ def run(folder, steps=4, checkpoint=None, **options):
     net = module(**options)
     settings = {"val_check_interval": 2, "check_val_every_n_epoch": None}
     settings |= {"num_sanity_val_steps": 0, "logger": CSVLogger(folder)}
-    previews = Previews(["gray 3", ""], every_n_steps=2)
+    previews = Previews(["grey 3", ""], every_n_steps=2)
     made = trainer(folder / "run", steps, callbacks=[previews, TrainingBoard()], **settings)
     shards = folder / "data"
     made.fit(net, datamodule=data(shards, val=f"{shards}/val-*.tar"), ckpt_path=checkpoint)
@@ -428,6 +494,7 @@ def test_a_good_run_is_told_so_and_its_weights_do_not_depend_on_it(tmp_path):
     watched, made = run(tmp_path)
     assert watched.watcher.line.startswith("watch, step 4: no warning. Measured: terminal loss ")
     assert "; luma of previews " in watched.watcher.line
+    assert ", of data at the same prompts " in watched.watcher.line
     assert float(made.callback_metrics["watch/warnings"]) == 0
     off, made = run(tmp_path, watch=None)
     assert off.watcher is None

@@ -105,5 +105,9 @@ class Objective:
             target: As `noised` gives it, (B, *).
             t: Timesteps, (B,).
         """
+        return diffusion_loss(output, target, self.weights(t), reduction="none")
+
+    def weights(self, t: Tensor) -> Tensor:
+        """Return lambda_t of timesteps, (B,), on their device, (B,)."""
         [weights] = self._weights(t)
-        return diffusion_loss(output, target, weights, reduction="none")
+        return weights

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -71,6 +71,7 @@ class TrainingBoard(Paced):
         self._measured_of: list[Any] = []  # digest of the data, and how many samples
         self._measured: dict[str, float] = {}
         self._appearance: dict[str, tuple[float, float]] = {}
+        self._same_prompts = False  # whether the means are those of the previews' prompts
         self._flops: float | None = None  # of one image
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
@@ -84,12 +85,14 @@ class TrainingBoard(Paced):
             "of": self._measured_of,
             "measured": self._measured,
             "appearance": self._appearance,
+            "same_prompts": self._same_prompts,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._shown, self._measured_of = state_dict["shown"], state_dict["of"]
         self._measured = state_dict["measured"]
         self._appearance = state_dict.get("appearance", {})
+        self._same_prompts = state_dict.get("same_prompts", False)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero and trainer.loggers:  # the other ranks begin to train
@@ -98,6 +101,7 @@ class TrainingBoard(Paced):
                 if pl_module.watcher is not None:
                     pl_module.watcher.bound = self._constants(pl_module).get(LOWER_BOUND)
                     pl_module.watcher.data = self._appearance
+                    pl_module.watcher.same_prompts = self._same_prompts
             with side_file("The run's settings in the logs"):
                 self._show_settings(trainer, pl_module)
         super().on_train_start(trainer, pl_module)
@@ -181,16 +185,19 @@ class TrainingBoard(Paced):
         data: Any = trainer.datamodule
         if data is None or not self.samples:
             return
-        asked = [data.state_dict()["samples"], self.samples]
+        previews = [each for each in trainer.callbacks if isinstance(each, Previews)]
+        prompts = [prompt for each in previews for prompt in each.prompts]
+        asked = [data.state_dict()["samples"], self.samples, prompts]
         if asked == self._measured_of:
             return
-        self._measured_of, self._measured, self._appearance = asked, {}, {}
+        self._measured_of, self._measured = asked, {}
+        self._appearance, self._same_prompts = {}, False
         batches = data.spread(self.samples)
         codec, optimum, count = module.codec, TerminalOptimum(), 0
         means: list[Tensor] = []
         looks: dict[str, list[Tensor]] = {}
         pixels: list[Tensor] = []
-        decoded = any(isinstance(callback, Previews) for callback in trainer.callbacks)
+        captions: list[str] = []
         bar = trainer.progress_bar_callback is not None
         with torch.no_grad(), trainer.precision_plugin.val_step_context():
             for batch in tqdm(batches, "measuring the data", disable=not bar):
@@ -205,11 +212,12 @@ class TrainingBoard(Paced):
                     mean = codec.latents(moments)
                     optimum.add(mean, codec.latents(moments, torch.ones_like(mean)) - mean)
                 count += len(mean)
-                if "image" in batch or decoded:
+                if "image" in batch or previews:
                     image = batch["image"] if "image" in batch else codec.decode(mean)
                     image = image.clamp(-1, 1)
                     for name, values in appearance(image).items():
                         looks.setdefault(name, []).append(values.cpu())
+                    captions += batch.get("caption", [""] * len(image))
                     rows = luma(image).flatten(1).cpu()
                     means.append(rows.mean(1))
                     pixels.append(rows[:, :: max(1, rows.shape[1] // _PIXELS)].flatten())
@@ -220,8 +228,11 @@ class TrainingBoard(Paced):
             self._measured["variance"] = variance
         if means:
             self._measured["luma"] = float(torch.cat(means).mean())
+            weights = prompt_weights(captions, prompts)
+            self._same_prompts = weights is not None
+            weights = torch.full((count,), 1 / count) if weights is None else weights
             self._appearance = {
-                name: (float(torch.cat(each).mean()), float(torch.cat(each).std(correction=0)))
+                name: (float(torch.cat(each) @ weights), float(torch.cat(each).std(correction=0)))
                 for name, each in looks.items()
             }
             step = trainer.global_step
@@ -229,6 +240,28 @@ class TrainingBoard(Paced):
         constants = self._constants(module).items()
         said = "; ".join(f"{name} {value:.3g}" for name, value in constants)
         rank_zero_info(f"Measured {count} training samples{f': {said}' if said else ''}.")
+
+
+def prompt_weights(captions: Sequence[str], prompts: Sequence[str]) -> Tensor | None:
+    """Return weights of samples whose mean is that of data with the same captions as prompts.
+
+    Each prompt counts alike, and so does each sample that has it as its caption; a prompt without
+    text stands for all samples.
+
+    Args:
+        captions: Of N samples.
+        prompts: Of the previews.
+
+    Returns:
+        (N,) with the sum 1; None where there are no prompts, or one is no sample's caption.
+    """
+    rows = []
+    for prompt in prompts:
+        same = torch.tensor([caption == prompt or not prompt for caption in captions]).float()
+        if not same.any():
+            return None
+        rows.append(same / same.sum())
+    return torch.stack(rows).mean(0) if rows else None
 
 
 def flops_per_image(module: LatentDiffusion) -> float | None:
@@ -270,6 +303,7 @@ def chart_layout(
     there = {
         "train": True,
         "train_by_timestep": True,
+        "output_gradient_by_timestep": module.watcher is not None,
         "val": validates,
         "val_by_timestep": validates,
         "adaptation": validates and module.converted_start is not None,
@@ -292,11 +326,13 @@ def chart_layout(
     raw = [] if module.ema_config is None else ["val/loss_raw"]
     last = [TERMINAL, f"val_by_timestep/{at_timestep(T - 1)}"]
     by_quarter = [f"train_by_timestep/{quarter}" for quarter in quarters(T)]
+    gradients = [f"output_gradient_by_timestep/{quarter}" for quarter in quarters(T)]
     layout = {
         "loss": [
             ("all timesteps", ["train/loss", "val/loss", *raw]),
             (titled("last timestep", "lower bound without prompts", LOWER_BOUND), last),
             ("training, by quarter of the timesteps", by_quarter),
+            ("gradient at the output, by quarter of the timesteps", gradients),
             *by_timestep("val_by_timestep", "validation"),
         ],
         "adaptation": by_timestep("adaptation", "validation loss divided by the start's"),

@@ -47,6 +47,11 @@ TAGS: dict[str, dict[str, str]] = {
         "images.",
         "watch/saturation": "Mean saturation of the preview images less that of the training "
         "images.",
+        "watch/luma_spread": "Standard deviation of the preview images' mean luma, divided by that "
+        "of the training images.",
+        "output_gradient_by_timestep/t<first>_<last>": "Norm of the gradient of a sample's loss "
+        "with respect to the network's output, root mean square over one quarter of the "
+        "timesteps: what each quarter sends back into the weights.",
         "luma_mean/previews": "Mean luma of the preview images, from -1 (black) to 1 (white).",
         "metrics/luma_mean": "Mean luma of the images generated for validation.",
         "metrics/luma_std": "Standard deviation of the images' mean luma.",

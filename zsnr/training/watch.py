@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import torch
+
 from zsnr.loss import LossWeighting
 from zsnr.prediction import PredictionType
 from zsnr.schedule import Schedule
@@ -31,6 +33,7 @@ WarningName = Literal[
     "luma",
     "contrast",
     "saturation",
+    "luma_spread",
 ]
 Appearance = Mapping[str, tuple[float, float]]
 """Mean and standard deviation over images of each of luma, contrast and saturation."""
@@ -69,6 +72,10 @@ MIN_DRIFT = 3.0
 the images of a normal distribution are."""
 DRIFT_STEP = 1.0
 """Standard deviations that previews have moved away since they were nearest to the data."""
+SPREAD_CHANCE = 1e-3
+"""Probability that so few normally distributed brightnesses lie as close together by chance."""
+SPREAD_FALL = 2.0
+"""Factor by which the spread of previews has fallen from the largest one so far."""
 MIN_RISE = 1.1
 """Factor of a validation loss, whose noise is fixed, from one validation to another."""
 
@@ -334,6 +341,30 @@ def drift(
         f"the data, {data[0]:.2f}, and was {nearest:.1f} from it.",
         "compare the previews: lower the guidance scale or the learning rate, or stop at the "
         "earlier checkpoint.",
+    )
+
+
+def luma_spread(ratio: float, count: int, largest: float | None) -> Finding | None:
+    """Warn of previews that became all about equally bright, as those of medium brightness.
+
+    Args:
+        ratio: Standard deviation of the previews' mean luma divided by that of the data.
+        count: Number of previews.
+        largest: The largest such ratio before.
+    """
+    if largest is None or ratio >= largest / SPREAD_FALL:
+        return None
+    freedom = torch.tensor(count - 1.0, dtype=torch.float64)
+    # (n - 1) s^2 / sigma^2 is distributed as chi-squared
+    chance = torch.special.gammainc(freedom / 2, freedom * ratio**2 / 2)
+    if chance >= SPREAD_CHANCE:
+        return None
+    return Finding(
+        "luma_spread",
+        f"the mean luma of previews spreads {ratio:.2g} times as far as that of the data, and "
+        f"spread {largest:.2g} times as far: all are about equally bright.",
+        "compare the previews: train the last timestep (model.loss, model.timestep_law), sample "
+        "from it (model.sampling.spacing), or stop at the earlier checkpoint.",
     )
 
 

@@ -13,6 +13,7 @@ from zsnr.objective import Objective
 from zsnr.prediction import PredictionType, prediction_target, to_eps, to_x0
 from zsnr.sampling import Sampling
 from zsnr.schedule import widest
+from zsnr.training.tags import quarters
 from zsnr.training.watch import (
     BLOWN_UP,
     LABEL_SAMPLES,
@@ -27,6 +28,7 @@ from zsnr.training.watch import (
     drift,
     forgets,
     latent_scale,
+    luma_spread,
     noise,
     prediction_type,
     raised,
@@ -38,9 +40,12 @@ from zsnr.training.watch import (
 
 _START_STEPS = 16  # in which the weights are nearly those of the start
 _TYPES: tuple[PredictionType, ...] = get_args(PredictionType)
+_QUARTERS = range(4)  # of the timesteps
 _SUMS = (
     *("batches", "leak", "leak_squared", "values", "sum", "squares"),
     *("samples", "loss", "zero_loss", "blown_up"),
+    *(f"samples_{quarter}" for quarter in _QUARTERS),
+    *(f"gradient_{quarter}" for quarter in _QUARTERS),
 )
 _START = ("samples", "loss", "zero_loss", "labelled", *_TYPES)
 
@@ -68,6 +73,7 @@ class Watcher:
         self.start_type, self.codec_scale = start_type, codec_scale
         self.bound: float | None = None  # of the loss at the last timestep
         self.data: Appearance = {}  # of training images
+        self.same_prompts = False  # whether their means are of those with the previews' prompts
         self.line = ""  # the last verdict
         self._sums: Tensor | None = None  # since the last verdict, on this rank
         self._start_sums: Tensor | None = None  # of the first steps, on this rank
@@ -77,7 +83,7 @@ class Watcher:
         self._size_step = 0
         self._images: dict[str, float] = {}  # means of the last previews
         self.told: dict[str, int] = {}  # steps at which warnings were first raised
-        self._best: dict[str, float] = {}  # the smallest values before
+        self._best: dict[str, float] = {}  # the smallest values before, and the largest spread
         self._terminal: float | None = None
 
     # Measures
@@ -116,6 +122,11 @@ class Watcher:
                 (loss > BLOWN_UP * size).to(dtype),
             ]
         )
+        # d loss / d output = 2 lambda_t (output - target) / n
+        gradients = 4 * self.objective.weights(t) * losses / x_t[0].numel()
+        quarter = t * len(_QUARTERS) // self.objective.schedule.num_timesteps
+        in_quarter = torch.stack([quarter == each for each in _QUARTERS]).to(dtype)
+        now = torch.cat([now, in_quarter.sum(1), in_quarter @ gradients.to(dtype)])
         now = torch.where(counted, now, 0.0)
         self._sums = now if self._sums is None else self._sums.to(now) + now
         if step >= _START_STEPS:
@@ -133,7 +144,11 @@ class Watcher:
 
     def see(self, images: Tensor) -> None:
         """Take the appearance of previews, (B, 3, H, W) in [-1, 1]."""
-        self._images = {name: float(each.mean()) for name, each in appearance(images).items()}
+        measured = appearance(images)
+        self._images = {name: float(each.mean()) for name, each in measured.items()}
+        if len(images) > 1:
+            self._images["luma_std"] = float(measured["luma"].std())
+            self._images["count"] = len(images)
 
     # Verdicts
 
@@ -217,18 +232,61 @@ class Watcher:
         """
         facts: list[str] = []
         scalars: dict[str, float] = {}
-        causes: list[Finding | None] = [*self.static(), self._judge_label()]
+        causes = [
+            *self.static(),
+            self._judge_label(),
+            *self._judge_latents(scalars),
+            self._judge_training(interval, learning_rate, facts, scalars),
+        ]
+        t, adapted = low_noise
+        symptoms = [
+            terminal_loss(terminal_skill, self._terminal),
+            adaptation(t, adapted, self._best.get("adaptation")),
+        ]
+        self._terminal = terminal_skill
+        if terminal is not None and self.bound:
+            scalars["watch/terminal_over_bound"] = terminal / self.bound
+            facts.append(
+                f"terminal loss {terminal / self.bound:.2g} times the unconditional lower bound"
+            )
+        if adapted is not None:
+            facts.append(f"adaptation {adapted:.2g} at t={t}")
+            self._lowest("adaptation", adapted)
+        symptoms += self._judge_previews(facts, scalars)
+        findings = raised(
+            [each for each in causes if each is not None],
+            [each for each in symptoms if each is not None],
+            self.watch.ignore,
+        )
+        scalars["watch/warnings"] = len(findings)
+        return self._say(step, findings, facts), scalars
+
+    def _judge_latents(self, scalars: dict[str, float]) -> list[Finding | None]:
+        """Judge the noise and the latents of all steps so far."""
         total = self._total
-        if total["batches"]:
-            mean = total["leak"] / total["batches"]
-            variance = max(0.0, total["leak_squared"] / total["batches"] - mean**2)
-            causes.append(noise(total["batches"], mean, variance**0.5))
-            std = (
-                total["squares"] / total["values"] - (total["sum"] / total["values"]) ** 2
-            ) ** 0.5
-            if self.codec_scale is not None:
-                causes.append(latent_scale(std, self.watch.latent_std, self.codec_scale))
-            scalars["watch/latent_std"] = std
+        if not total["batches"]:
+            return []
+        mean = total["leak"] / total["batches"]
+        variance = max(0.0, total["leak_squared"] / total["batches"] - mean**2)
+        findings = [noise(total["batches"], mean, variance**0.5)]
+        std = (total["squares"] / total["values"] - (total["sum"] / total["values"]) ** 2) ** 0.5
+        scalars["watch/latent_std"] = std
+        if self.codec_scale is not None:
+            findings.append(latent_scale(std, self.watch.latent_std, self.codec_scale))
+        return findings
+
+    def _judge_training(
+        self,
+        interval: Mapping[str, float],
+        learning_rate: float,
+        facts: list[str],
+        scalars: dict[str, float],
+    ) -> Finding | None:
+        """Judge the training losses since the last verdict, and the growth of the weights."""
+        for quarter, end in enumerate(quarters(self.objective.schedule.num_timesteps)):
+            if count := interval.get(f"samples_{quarter}"):
+                mean = interval[f"gradient_{quarter}"] / count
+                scalars[f"output_gradient_by_timestep/{end}"] = mean**0.5
         ratio = None
         if interval.get("samples", 0) >= MIN_SAMPLES and interval["zero_loss"]:
             ratio = interval["loss"] / interval["zero_loss"]
@@ -240,40 +298,32 @@ class Watcher:
         blown_up = interval.get("blown_up", 0)
         growth, steps = interval.get("growth", 1.0), round(interval.get("steps", 0))
         best = self._best.get("loss")
-        causes.append(divergence(blown_up, ratio, best, growth, steps, learning_rate))
+        if ratio is not None:
+            self._lowest("loss", ratio)
+        return divergence(blown_up, ratio, best, growth, steps, learning_rate)
 
-        t, adapted = low_noise
-        symptoms = [
-            terminal_loss(terminal_skill, self._terminal),
-            adaptation(t, adapted, self._best.get("adaptation")),
-        ]
-        if terminal is not None and self.bound:
-            scalars["watch/terminal_over_bound"] = terminal / self.bound
-            facts.append(
-                f"terminal loss {terminal / self.bound:.2g} times the unconditional lower bound"
-            )
-        if adapted is not None:
-            facts.append(f"adaptation {adapted:.2g} at t={t}")
-        distances: dict[str, float | None] = {}
+    def _judge_previews(self, facts: list[str], scalars: dict[str, float]) -> list[Finding | None]:
+        """Judge the appearance of the last previews."""
+        findings: list[Finding | None] = []
+        compared = "data at the same prompts" if self.same_prompts else "data"
         for name in ("luma", "contrast", "saturation"):
             if name in self._images and name in self.data:
                 image, data = self._images[name], self.data[name]
-                symptoms.append(drift(name, image, data, self._best.get(name)))
-                distances[name] = distance_from(image, data)
+                findings.append(drift(name, image, data, self._best.get(name)))
+                self._lowest(name, distance_from(image, data))
                 scalars[f"watch/{name}"] = image - data[0]
-                facts.append(f"{name} of previews {image:.2f}, of data {data[0]:.2f}")
-        self._terminal = terminal_skill
-        for name, value in {"loss": ratio, "adaptation": adapted, **distances}.items():
-            if value is not None:
-                self._best[name] = min(value, self._best.get(name, value))
+                facts.append(f"{name} of previews {image:.2f}, of {compared} {data[0]:.2f}")
+        if "luma_std" in self._images and self.data.get("luma", (0.0, 0.0))[1]:
+            ratio = self._images["luma_std"] / self.data["luma"][1]
+            largest = self._best.get("luma_spread")
+            findings.append(luma_spread(ratio, round(self._images["count"]), largest))
+            self._best["luma_spread"] = max(ratio, largest or 0.0)
+            scalars["watch/luma_spread"] = ratio
+            facts.append(f"luma of previews spreads {ratio:.2g} times as far as that of data")
+        return findings
 
-        findings = raised(
-            [each for each in causes if each is not None],
-            [each for each in symptoms if each is not None],
-            self.watch.ignore,
-        )
-        scalars["watch/warnings"] = len(findings)
-        return self._say(step, findings, facts), scalars
+    def _lowest(self, name: str, value: float) -> None:
+        self._best[name] = min(value, self._best.get(name, value))
 
     def _judge_label(self) -> Finding | None:
         count = self._start["labelled"]
@@ -304,7 +354,7 @@ class Watcher:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Restore what a checkpoint kept; every rank gets rank 0's sums, whose ratios count."""
         self.told, self._best = dict(state["told"]), dict(state["best"])
-        self._terminal, self._total = state["terminal"], dict(state["total"])
+        self._terminal, self._total = state["terminal"], {**self._total, **state["total"]}
         self._images = dict(state["images"])
         self._sums, self._start_sums = (
             torch.tensor(state[name], dtype=torch.float64) if state[name] else None
