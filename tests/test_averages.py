@@ -361,6 +361,12 @@ def test_a_run_resumes_with_its_lengths_alone(straight, shards, tmp_path):
         fit(shards, tmp_path, steps=4, checkpoint=checkpoint, model={"post_hoc_ema": None})
 
 
+def test_no_run_resumes_from_weights_alone(straight, shards, tmp_path):
+    path = straight / "checkpoints" / "snapshots" / "step-00000002.ckpt"
+    with pytest.raises(ValueError, match=f"{path} holds weights alone, so that no run resumes"):
+        short(shards, tmp_path, checkpoint=str(path))
+
+
 def test_fewer_snapshots_are_written_and_always_the_last(shards, tmp_path):
     short(shards, tmp_path, every=1, snapshot_every_n_steps=3)
     assert names(tmp_path / "checkpoints" / "snapshots") == [
@@ -407,13 +413,20 @@ def test_snapshots_are_copied_to_object_storage(straight, shards, tmp_path, monk
     memory = fsspec.filesystem("memory")
     address = "memory://averages/run"
     try:
-        short(shards, tmp_path / "run", every=2, mirror=address, asynchronous=False)
+        short(shards, tmp_path / "run", every=2, keep=9, mirror=address, asynchronous=False)
         assert memory.exists("/averages/run/snapshots/step-00000004.ckpt")
         assert average(address, "--sigma-rel", "0.2", "--output", tmp_path / "made") == 0
         weights = open_checkpoint(made(tmp_path / "made", 0.2, 4))["state_dict"]
         for name, weight in weights.items():
             kept = snapshot(straight)["state_dict"][f"post_hoc.2.{name.removeprefix('trained.')}"]
             assert torch.equal(weight, kept)
+        lost = "snapshots/step-00000002.ckpt"  # as of a run that was killed before it was written
+        checkpoints = tmp_path / "run" / "checkpoints"
+        (checkpoints / lost).unlink()
+        memory.rm(f"/averages/run/{lost}")
+        at = checkpoints / "step-00000002.ckpt"
+        short(shards, tmp_path / "run", every=2, keep=9, mirror=address, checkpoint=str(at))
+        assert memory.cat(f"/averages/run/{lost}") == (checkpoints / lost).read_bytes()
     finally:
         memory.rm("/averages", recursive=True)
 

@@ -181,6 +181,7 @@ class Mirror:
         self._next: Path | None = None
         self._removed: set[str] = set()
         self._snapshots: list[Path] = []
+        self._asked = self._busy = False
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
@@ -213,19 +214,30 @@ class Mirror:
             self._removed.update(removed)
             if snapshot.exists():
                 self._snapshots.append(snapshot)
-            if self.copying is None:
-                self.copying = checkpoint
-                self._thread = threading.Thread(target=self._run, daemon=True)
-                self._thread.start()
+            self._ask()
+
+    def copy_snapshot(self, snapshot: Path) -> None:
+        """Begin to copy a complete snapshot without its checkpoint, and return at once."""
+        with self._lock:
+            self._snapshots.append(snapshot)
+            self._ask()
+
+    def _ask(self) -> None:
+        self._asked = True
+        if not self._busy:
+            self._busy, self.copying = True, self._next
+            self._thread = threading.Thread(target=self._run, daemon=True)
+            self._thread.start()
 
     def wait(self) -> None:
-        """Wait until the newest checkpoint is copied, for ten minutes at most."""
+        """Wait until everything is copied, for ten minutes at most."""
         if self._thread is None:
             return
         self._thread.join(_PATIENCE)
         if self._thread.is_alive():
+            late = self.copying or ", ".join(map(str, self._snapshots)) or "A snapshot"
             warnings.warn(
-                f"{self.copying} is not yet copied to {public_url(self.address)}, and the run ends "
+                f"{late} is not yet copied to {public_url(self.address)}, and the run ends "
                 "without it: copy it by hand.",
                 stacklevel=2,
             )
@@ -234,12 +246,15 @@ class Mirror:
         while True:
             with self._lock:
                 self.copying, self._next = self._next, None
+                if not self._asked:
+                    self._busy = False
+                    return
+                self._asked = False
                 removed, self._removed = self._removed, set()
                 snapshots, self._snapshots = self._snapshots, []
-            if self.copying is None:
-                return
             with side_file(public_url(self.address)):
-                self._copy(self.copying, self._root)
+                if self.copying is not None:
+                    self._copy(self.copying, self._root)
                 for name in sorted(removed):
                     if self._files.exists(f"{self._root}/{name}"):
                         self._files.rm(f"{self._root}/{name}", recursive=True)

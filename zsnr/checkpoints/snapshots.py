@@ -61,6 +61,19 @@ def can_resume(checkpoint: Mapping[str, Any]) -> bool:
     return "loops" in checkpoint
 
 
+def check_can_resume(name: str, checkpoint: Mapping[str, Any]) -> None:
+    """Refuse weights alone where a run is to be resumed.
+
+    Raises:
+        ValueError: The opened checkpoint has no state of training.
+    """
+    if not can_resume(checkpoint):
+        raise ValueError(
+            f"{name} holds weights alone, so that no run resumes from it: write them with `zsnr "
+            "export`, and start a new run from them with --model.network FOLDER."
+        )
+
+
 def refuse_snapshot(path: Path, checkpoint: Mapping[str, Any]) -> None:
     """Refuse a snapshot where a model is wanted.
 

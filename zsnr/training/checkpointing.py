@@ -286,6 +286,8 @@ class Checkpoints(Checkpoint):
             return
         with files.deferring(False, replace(snapshot, alone=True)):
             trainer.save_checkpoint(snapshot.path, weights_only=False)
+        if trainer.is_global_zero and self._mirror is not None and snapshot.path.exists():
+            self._mirror.copy_snapshot(snapshot.path)
 
     def _finish(self, trainer: L.Trainer, files: CheckpointFiles) -> None:
         """Wait for the last checkpoint to be complete; every rank calls it.

@@ -22,7 +22,7 @@ from zsnr.agreement import is_first_process
 from zsnr.checkpoints.checkpoint_file import KEY, open_checkpoint
 from zsnr.checkpoints.remote import Mirror
 from zsnr.checkpoints.run_folder import find_last, resolve_model
-from zsnr.checkpoints.snapshots import can_resume
+from zsnr.checkpoints.snapshots import check_can_resume
 from zsnr.data.order import accumulation
 from zsnr.data.sources import Source
 from zsnr.files import replacing, side_file
@@ -240,11 +240,8 @@ class ZsnrCLI(LightningCLI):
                 Mirror(config.checkpoint.mirror).check_new()
         else:
             opened = open_checkpoint(checkpoint)
-            if self.subcommand == "fit" and not can_resume(opened):
-                raise ValueError(
-                    f"{checkpoint} holds weights alone, so that no run resumes from it: write them "
-                    "with `zsnr export`, and start a new run from them with --model.network FOLDER."
-                )
+            if self.subcommand == "fit":
+                check_can_resume(checkpoint, opened)
             check_resumed(
                 opened[KEY],
                 {

@@ -24,7 +24,7 @@ from zsnr.checkpoints.checkpoint_file import (
     current_names,
     describe_model,
 )
-from zsnr.checkpoints.snapshots import AVERAGES, PREFIX
+from zsnr.checkpoints.snapshots import AVERAGES, PREFIX, check_can_resume
 from zsnr.codecs import LatentCodec, PixelCodec
 from zsnr.conditioning import Conditioner, Remembered
 from zsnr.data.cache import Cache, check_cache
@@ -926,6 +926,8 @@ class LatentDiffusion(L.LightningModule):
             checkpoint["watch"] = self.watcher.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.trainer.state.fn == "fit":
+            check_can_resume(str(self.trainer.ckpt_path), checkpoint)
         self._progress = Progress(
             self.schedule.num_timesteps, self.terminal_window, **checkpoint.get("progress", {})
         )
