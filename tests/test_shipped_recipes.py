@@ -28,7 +28,7 @@ def models(tmp_path_factory):
     return folders
 
 
-def fit(recipe, models, shards, root, *more):
+def arguments(recipe, models, shards, root, *more):
     family, base = BASES[recipe]
     start = str(models[family])
     files = ["-c", f"{CONFIGS / base}.yaml", "-c", f"{CONFIGS / 'recipes' / recipe}.yaml"]
@@ -49,16 +49,21 @@ def fit(recipe, models, shards, root, *more):
         "trainer.enable_progress_bar": "false",
         "trainer.default_root_dir": str(root),
     }
-    assert (
-        main(["fit", *files, *(f"--{name}={value}" for name, value in small.items()), *more]) == 0
-    )
-    return open_checkpoint(root / "checkpoints" / "last.ckpt")
+    return [*files, *(f"--{name}={value}" for name, value in small.items()), *more]
+
+
+@pytest.mark.parametrize("recipe", BASES)
+def test_a_recipe_is_planned(models, shards, tmp_path, capsys, recipe):
+    assert main(["plan", *arguments(recipe, models, shards, tmp_path)]) == 0
+    assert "activations" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("recipe", "more"),
     [
-        *((recipe, ()) for recipe in BASES),
+        ("sd15_24gb", ()),
+        ("sdxl_8gpu", ()),
+        ("sdxl_lora_12gb", ()),
         ("sd15_24gb", ("--model.optimizer", "torch.optim.Adafactor")),
         # Muon: adapters of linear layers are matrices
         ("sdxl_lora_12gb", ("--model.optimizer", "torch.optim.Muon")),
@@ -69,7 +74,8 @@ def fit(recipe, models, shards, root, *more):
     ],
 )
 def test_a_recipe_trains(models, shards, tmp_path, recipe, more):
-    checkpoint = fit(recipe, models, shards, tmp_path, *more)
+    assert main(["fit", *arguments(recipe, models, shards, tmp_path, *more)]) == 0
+    checkpoint = open_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
     assert checkpoint["global_step"] == 2
     assert checkpoint["zsnr"]["prediction_type"] == "v_prediction"
     lora = [name for name in checkpoint["state_dict"] if "lora_B" in name]

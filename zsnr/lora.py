@@ -49,12 +49,13 @@ class LoRA:
     Args:
         rank: Rank of the adapters: rows of A and columns of B. Memory and file size grow with it.
         alpha: Strength of the adapters, see above. None = rank.
-        target_modules: Suffixes of the names of the linear layers and convolutions to adapt. The
-            default is the projections of all attentions.
+        target_modules: Suffixes of the names of the linear layers and convolutions to adapt, or
+            "all". The default is the projections of all attentions.
         base_dtype: Data type of the frozen weights W; the adapters are always float32.
         variant: Kind of the adapters: "lora", "rslora", "dora", "loha" or "lokr".
         text_encoder_modules: Suffixes of the names of the text encoders' linear layers to adapt,
-            such as q_proj, k_proj, v_proj and out_proj of CLIP. Empty = text encoders are frozen.
+            such as q_proj, k_proj, v_proj and out_proj of CLIP, or "all". Empty = text encoders are
+            frozen.
         decompose_factor: Rows of C1 for lokr, and its columns: this number where it divides a
             layer's width, else the largest divisor up to it and to the square root of the width. -1
             = the largest divisor up to the square root.
@@ -65,21 +66,25 @@ class LoRA:
 
     rank: int = 16
     alpha: float | None = None
-    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    target_modules: tuple[str, ...] | Literal["all"] = ("to_q", "to_k", "to_v", "to_out.0")
     base_dtype: Precision = "float32"
     variant: Variant = "lora"
-    text_encoder_modules: tuple[str, ...] = ()
+    text_encoder_modules: tuple[str, ...] | Literal["all"] = ()
     decompose_factor: int = -1
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "text_encoder_modules"):
             targets = getattr(self, name)
+            if targets == "all":
+                continue
             listed = isinstance(targets, list | tuple)
             if not listed or not all(isinstance(t, str) and t for t in targets):
-                raise ValueError(f"lora.{name}={shown(targets)}: wanted a list such as ['to_q'].")
+                raise ValueError(
+                    f"lora.{name}={shown(targets)}: wanted a list such as ['to_q'], or 'all'."
+                )
             object.__setattr__(self, name, tuple(targets))
         if not self.target_modules:
-            raise ValueError("lora.target_modules=[]: wanted a list such as ['to_q'].")
+            raise ValueError("lora.target_modules=[]: wanted a list such as ['to_q'], or 'all'.")
         if self.variant not in get_args(Variant):
             known = ", ".join(map(repr, get_args(Variant)))
             raise ValueError(f"lora.variant={shown(self.variant)} is unknown. Known: {known}.")
@@ -222,8 +227,12 @@ def add_lora(module: nn.Module, lora: LoRA) -> None:
     peft = require_peft()
     of_text = isinstance(module, Conditioner)
     name = "text_encoder_modules" if of_text else "target_modules"
-    targets: tuple[str, ...] = getattr(lora, name)
-    _check_targets(module, targets, f"lora.{name}", "text encoder" if of_text else "UNet")
+    targets: Sequence[str] = getattr(lora, name)
+    if targets == "all":
+        layers = (nn.Linear, nn.Conv2d)
+        targets = [name for name, part in module.named_modules() if isinstance(part, layers)]
+    else:
+        _check_targets(module, targets, f"lora.{name}", "text encoder" if of_text else "UNet")
     nn.Module.to(module, getattr(torch, lora.base_dtype))  # diffusers' `to` would warn
     shared = {"r": lora.rank, "target_modules": list(targets)}
     match lora.variant:
