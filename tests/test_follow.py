@@ -6,6 +6,7 @@ import shutil
 import signal
 from contextlib import ExitStack
 
+import cells
 import pytest
 import tiny
 import torch
@@ -17,6 +18,7 @@ from zsnr.cli import main
 from zsnr.locks import LOCK, Lock
 from zsnr.training import follow
 from zsnr.training.lightning_cli import ZsnrCLI
+from zsnr.training.module import LatentDiffusion
 from zsnr.training.short_options import take_run
 from zsnr.untrusted import open_archive
 
@@ -257,29 +259,48 @@ def test_an_interrupt_says_what_was_measured(finished, run, monkeypatch, capsys)
             lambda: signal.raise_signal(signal.SIGINT),
             options=["--metrics.captions", "null"],
         )
-    assert code == 130
-    assert "stopped: 1 checkpoint measured (step 1)" in capsys.readouterr().err
+        assert code == 130
+        assert "stopped: 1 checkpoint measured (step 1)" in capsys.readouterr().err
+        copy(finished, run, 2)
+        interrupt = lambda *_: signal.raise_signal(signal.SIGINT)  # noqa: E731
+        monkeypatch.setattr(LatentDiffusion, "validation_step", interrupt)
+        assert followed(run, monkeypatch, options=["--metrics.captions", "null"]) == 130
+    assert "stopped: 0 checkpoints measured" in capsys.readouterr().err
+    assert [row["step"] for row in table(run)] == [1]
     assert not (run / ".validate.lock").exists()
+    assert not (run / "validate").exists()
+
+
+def test_two_ranks_measure_together(finished, run, ranks):
+    copy(finished, run, 1, 2)
+    (run / "checkpoints" / "step-00000003.ckpt").write_bytes(b"no checkpoint")
+    os.utime(run / "checkpoints" / "step-00000003.ckpt", (0, 0))
+    assert ranks[2](cells.follow, str(run)) == [1, 1]
+    trained = scalars(finished / "tensorboard")["val/loss"]
+    losses = [row["metrics"]["val/loss"] for row in table(run)]
+    assert losses == pytest.approx([trained[0], trained[1]], rel=1e-6)
 
 
 def test_a_checkpoint_that_is_written_again_is_measured_again(finished, run, monkeypatch):
-    copy(finished, run, 1, 2, 3)
+    copy(finished, run, 1, 3)
     options = ["--metrics.captions", "null"]
     assert followed(run, monkeypatch, options=options) == 0
     before = scalars(run / "tensorboard" / "validate")["val/loss"]
     third, first = (run / "checkpoints" / f"step-0000000{n}.ckpt" for n in (3, 1))
     shutil.copy(third, first)
     assert followed(run, monkeypatch, options=options) == 0
-    assert [row["step"] for row in table(run)] == [1, 2, 3, 1]
+    assert [row["step"] for row in table(run)] == [1, 3, 1]
     after = scalars(run / "tensorboard" / "validate")["val/loss"]
-    assert after == {**before, 1: before[3]}
-    assert list(after) == [1, 2, 3]  # in this order, as TensorBoard draws them
+    assert after == {1: before[3], 3: before[3]}
+    assert list(after) == [1, 3]  # in this order, as TensorBoard draws them
 
 
 def test_a_second_command_and_other_settings_are_refused(
     finished, run, tmp_path, monkeypatch, capsys
 ):
-    copy(finished, run, 2)
+    checkpoint = open_archive(finished / "checkpoints" / "step-00000002.ckpt")
+    path = run / "checkpoints" / "step-00000002.ckpt"
+    torch.save({**checkpoint, "start_losses": [2.0] * 10}, path)  # as of a pretrained start
     options = ["--metrics.captions", "null"]
     with monkeypatch.context() as patch:
         patch.setattr(ZsnrCLI, "instantiate_classes", None)  # nothing slow before
@@ -287,6 +308,11 @@ def test_a_second_command_and_other_settings_are_refused(
             assert followed(run, monkeypatch, options=options) == 2
     assert "validate.jsonl is in use by another process" in capsys.readouterr().err
     assert followed(run, monkeypatch, options=options) == 0
+    [row] = table(run)
+    losses = {tag.partition("/")[2]: x for tag, x in row["metrics"].items() if "timestep/" in tag}
+    adapted = {tag.partition("/")[2]: x for tag, x in row["metrics"].items() if "adap" in tag}
+    assert {end: 2 * x for end, x in adapted.items()} == losses
+
     options += ["--data.val_samples", "3"]
     capsys.readouterr()
     assert followed(run, monkeypatch, options=options) == 2
@@ -294,7 +320,9 @@ def test_a_second_command_and_other_settings_are_refused(
     assert "other settings (data.val_samples was None, is 3 now)" in said
     assert said.count("\n") == 1
     assert followed(run, monkeypatch, options=[*options, "-o", str(tmp_path / "three")]) == 0
-    assert [row["settings"]["data.val_samples"] for row in table(tmp_path / "three")] == [3]
+    [row] = table(tmp_path / "three")
+    assert row["settings"]["data.val_samples"] == 3
+    assert not [tag for tag in row["metrics"] if "adap" in tag]  # the start has no such losses
     assert (tmp_path / "three" / "tensorboard" / "validate").is_dir()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import zipfile
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -193,7 +194,7 @@ class Follower(L.Callback):
         ended = "stopped"
         try:
             while True:
-                todo = on_first_rank(self._decide)
+                todo = on_first_rank(self._look)
                 if todo.checkpoint is not None:
                     self._measure(Path(todo.checkpoint))
                 elif todo.ended:
@@ -206,7 +207,7 @@ class Follower(L.Callback):
                 Path(self._trainer.default_root_dir).rmdir()
             if self._trainer.is_global_zero:
                 self._results.say(f"{ended}: {self._summary()}")
-        return not self._failed
+        return on_first_rank(lambda: not self._failed)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._files.reading = False
@@ -222,8 +223,15 @@ class Follower(L.Callback):
         else:
             strategy.launcher.launch(strategy.setup_environment)
 
+    def _look(self) -> _Next:
+        """Decide on rank 0 what all ranks do next; storage may fail for a while."""
+        try:
+            return self._decide()
+        except OSError as error:
+            return self._wait(f"waiting for {self._run}: {error}")
+
     def _decide(self) -> _Next:
-        """Find the oldest checkpoint that is complete and not measured, on rank 0."""
+        """Find the oldest checkpoint that is complete and not measured."""
         ended = how_it_ended(self._run)  # before the listing: its last checkpoint is there by then
         listed = _numbered(self._checkpoints)
         self._tell_removed(listed)
@@ -233,23 +241,20 @@ class Follower(L.Callback):
             if self._results.has(step, version) or self._failed.get(step) == version:
                 continue
             self._pending.add(step)
-            try:
-                open_checkpoint(path)
-            except (ValueError, OSError) as error:
-                if _age(path) < SETTLED:
-                    incomplete = path
-                elif path.exists():
-                    self._fail(path, version, error)
-                continue
-            return _Next(str(path))
+            if _is_complete(path):
+                return _Next(str(path))
+            if _age(path) < SETTLED:
+                incomplete = path
+            elif path.exists():
+                self._fail(path, version, ValueError(f"{path} is not complete."))
         if incomplete is None and ended:
             return _Next(ended=True)
-        name = None if incomplete is None else incomplete.name
-        line = (
-            f"waiting for the next checkpoint of {self._run}."
-            if name is None
-            else f"waiting for {name}, which is being written."
-        )
+        if incomplete is None:
+            return self._wait(f"waiting for the next checkpoint of {self._run}.")
+        return self._wait(f"waiting for {incomplete.name}, which is being written.")
+
+    def _wait(self, line: str) -> _Next:
+        """Let all ranks wait, and say for what."""
         if line != self._said:
             self._said = line
             self._results.say(line)
@@ -323,6 +328,14 @@ def _at(steps: Sequence[int]) -> str:
 
 def _numbered(folder: Path) -> list[Path]:
     return [path for path in steps(folder) if step_of(path) >= 0]
+
+
+def _is_complete(path: Path) -> bool:
+    """Whether what is written last is there: the index of an archive, or the end of a folder."""
+    try:
+        return sharded.is_sharded(path) if path.is_dir() else zipfile.is_zipfile(path)
+    except OSError:
+        return False
 
 
 def _version(path: Path) -> str:

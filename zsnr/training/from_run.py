@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from zsnr.checkpoints.opening import open_checkpoint
+from zsnr.checkpoints.run_facts import read_run_facts
 from zsnr.reports.status import read_run_config
 from zsnr.training.from_checkpoint import checkpoint_config
 from zsnr.training.resuming import flat
@@ -103,7 +103,7 @@ def keeps_losses(names: Iterable[str]) -> bool:
 
 def _batch_of_a_rank(checkpoint: Path, data: Mapping[str, Any]) -> dict[str, int]:
     """Return the setting by which one device validates the batches that a rank of the run does."""
-    facts = _mapping(open_checkpoint(checkpoint).get("run"))
+    facts = _mapping(read_run_facts(checkpoint.parent))
     history, size = facts.get("history"), facts.get("batch_size")
     last = _mapping(history[-1]) if isinstance(history, list) and history else {}
     ranks = last.get("ranks")
