@@ -31,13 +31,8 @@ _NOISE = (
     *("`Trainer.fit` stopped:", "`Trainer` was configured", "Restoring states from"),
     *("Restored all states", "Loaded model weights", "Loading `train_dataloader`"),
     *("distributed_backend=", "Initializing distributed:", "All distributed processes"),
-    *(
-        "The following callbacks returned in",
-        "LOCAL_RANK:",
-        "You are using a CUDA device",
-        "Using 16bit",
-        "Using bfloat16",
-    ),
+    *("LOCAL_RANK:", "You are using a CUDA device", "Using 16bit", "Using bfloat16"),
+    "The following callbacks returned in",
 )
 _WARNINGS = (
     ".*in eval mode at the start of training",  # the averaged weights

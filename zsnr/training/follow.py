@@ -28,6 +28,7 @@ from zsnr.training.checkpoint_files import CheckpointFiles
 from zsnr.training.image_metrics import ImageMetrics
 from zsnr.training.measurements import Measurements
 from zsnr.training.module import LatentDiffusion
+from zsnr.training.preemption import stop_launched
 
 POLL = 15.0
 """Seconds between two looks for a new checkpoint."""
@@ -142,10 +143,10 @@ class HeldCheckpoints(CheckpointFiles):
 
 @dataclass(frozen=True)
 class _Next:
-    """What all ranks do next: measure a checkpoint, end, or else wait."""
+    """What all ranks do next: measure a checkpoint, end because the run has ended, or else wait."""
 
     checkpoint: str | None = None
-    ended: bool = False
+    ended: str | None = None
 
 
 class Follower(L.Callback):
@@ -197,11 +198,14 @@ class Follower(L.Callback):
                 todo = on_first_rank(self._look)
                 if todo.checkpoint is not None:
                     self._measure(Path(todo.checkpoint))
-                elif todo.ended:
-                    ended = f"{self._run} {how_it_ended(self._run) or 'trains again'}"
+                elif todo.ended is not None:
+                    ended = f"{self._run} {todo.ended}"
                     break
                 else:
                     sleep(POLL)
+        except SystemExit:
+            stop_launched(self._trainer)  # they wait for this rank
+            raise
         finally:
             with suppress(OSError):  # it is empty unless data or images were written into it
                 Path(self._trainer.default_root_dir).rmdir()
@@ -247,8 +251,8 @@ class Follower(L.Callback):
                 incomplete = path
             elif path.exists():
                 self._fail(path, version, ValueError(f"{path} is not complete."))
-        if incomplete is None and ended:
-            return _Next(ended=True)
+        if incomplete is None and ended is not None:
+            return _Next(ended=ended)
         if incomplete is None:
             return self._wait(f"waiting for the next checkpoint of {self._run}.")
         return self._wait(f"waiting for {incomplete.name}, which is being written.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ _LEFT_OUT = {
     # files of the run that validation would write over
     "metrics": {"save_images", "output", "every_n_validations"},
 }
-_DECISIVE = {
+_SAMPLES = {
     "data": (
         *("val", "val_samples", "image_size", "seed", "filters", "aspect", "pixels", "captions"),
     ),
-    "trainer": ("limit_val_batches", "precision"),
+    "trainer": ("limit_val_batches",),
 }
 _OF_IMAGES = {
     "metrics": (
@@ -87,23 +88,27 @@ def decisive_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         config: All settings of validate, by group.
     """
-    groups = _DECISIVE if config["metrics"]["captions"] is None else {**_DECISIVE, **_OF_IMAGES}
-    return flat({g: {name: config[g][name] for name in names} for g, names in groups.items()})
+    groups = {**_SAMPLES, **({} if config["metrics"]["captions"] is None else _OF_IMAGES)}
+    chosen = {g: {name: config[g][name] for name in names} for g, names in groups.items()}
+    chosen["trainer"]["precision"] = config["trainer"]["precision"]
+    return flat(chosen)
 
 
-def keeps_losses(names: Iterable[str]) -> bool:
-    """Whether validation with other values of these settings has the losses of the run.
+def keeps_samples(names: Iterable[str]) -> bool:
+    """Whether validation with other values of these settings has the samples of the run.
 
     Args:
         names: Names with dots, such as "data.val".
     """
-    decisive = {f"{group}.{name}" for group, named in _DECISIVE.items() for name in named}
+    decisive = {f"{group}.{name}" for group, named in _SAMPLES.items() for name in named}
     return not decisive & {".".join(name.split(".")[:2]) for name in names}
 
 
 def _batch_of_a_rank(checkpoint: Path, data: Mapping[str, Any]) -> dict[str, int]:
     """Return the setting by which one device validates the batches that a rank of the run does."""
-    facts = _mapping(read_run_facts(checkpoint.parent))
+    facts: Mapping[str, Any] = {}
+    with suppress(ValueError):  # a file that the run goes on without, too
+        facts = read_run_facts(checkpoint.parent) or {}
     history, size = facts.get("history"), facts.get("batch_size")
     last = _mapping(history[-1]) if isinstance(history, list) and history else {}
     ranks = last.get("ranks")

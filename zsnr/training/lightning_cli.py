@@ -61,7 +61,7 @@ from zsnr.training.ema import PostHocEMA
 from zsnr.training.facts import public_config
 from zsnr.training.follow import Follower, wait_for_first
 from zsnr.training.from_checkpoint import checkpoint_config
-from zsnr.training.from_run import decisive_settings, keeps_losses, validation_config
+from zsnr.training.from_run import decisive_settings, keeps_samples, validation_config
 from zsnr.training.help import help_text
 from zsnr.training.image_metrics import check_files
 from zsnr.training.loggers import (
@@ -421,7 +421,7 @@ def _follow(source: Path, settings: Sequence[str]) -> None:
     checkpoint, results = wait_for_first(run), Measurements()
     try:
         cli = _parsed(
-            partial(_FollowCLI, run, results, keeps_losses(_named(settings))),
+            partial(_FollowCLI, run, results, keeps_samples(_named(settings))),
             "validate",
             args=["validate", *_with_run(run, checkpoint, settings)],
             save_config_callback=None,
@@ -438,7 +438,7 @@ class _FollowCLI(ZsnrCLI):
     Args:
         run: Folder of the run.
         results: Where measurements are recorded.
-        as_run: Whether the losses are those that the run itself has.
+        as_run: Whether the samples are those that the run itself validates.
         command: As in ZsnrCLI.
         options: Of LightningCLI.
     """
