@@ -77,6 +77,7 @@ def validation_config(run: Path, checkpoint: Path) -> dict[str, Any]:
         "trainer": {
             **{name: trainer[name] for name in _KEPT_OF_TRAINER if name in trainer},
             "devices": 1,
+            "logger": False,  # TensorBoard would read the newest file, and not the run's own
             "default_root_dir": str(run),
         },
     }

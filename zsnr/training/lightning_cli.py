@@ -457,8 +457,6 @@ class _FollowCLI(ZsnrCLI):
         folder = Path(config.trainer.default_root_dir)
         # the run writes files of the same names into its folder, such as faults
         config.trainer.default_root_dir = str(folder / BOARD)
-        if config.trainer.logger is None:
-            config.trainer.logger = False
         if is_sharded(config.trainer):  # validation holds whole weights in any case
             config.trainer.strategy = "auto"
         if is_first_process():
