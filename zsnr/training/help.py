@@ -58,7 +58,8 @@ _FROM_RUN = (
 _FOLLOW = (
     "Measure all checkpoints of the run, the oldest first, and each new one, until the run has "
     "ended; started again, it resumes. Results are written to validate.jsonl, validate.log "
-    "and tensorboard/validate in the folder of the run, or in that of --output."
+    "and tensorboard/validate in the folder of the run, or in that of --output. (default: only one "
+    "checkpoint is measured)"
 )
 GROUP_TEXTS = {
     "model": "The network, the noise schedule, the loss, the optimizer and sampling.",

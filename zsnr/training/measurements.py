@@ -15,9 +15,10 @@ from typing import Any
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from zsnr.files import side_file
-from zsnr.locks import Lock
+from zsnr.locks import SILENCE, Lock
 from zsnr.training.console import append_line
 from zsnr.training.loggers import guard_loggers
+from zsnr.training.preemption import restarted
 from zsnr.untrusted import parse_object, printable, read_text, shown
 
 TABLE, LOG, BOARD = "validate.jsonl", "validate.log", "validate"
@@ -78,7 +79,8 @@ class Measurements:
         """
         folder.mkdir(parents=True, exist_ok=True)
         table = folder / TABLE
-        lock = Lock(folder / f".{BOARD}.lock", table)
+        patience = SILENCE + 30.0 if restarted() else 0.0  # as of a run
+        lock = Lock(folder / f".{BOARD}.lock", table, patience)
         lock.take()
         self._folder, self._lock = folder, lock
         self._settings = json.loads(json.dumps(settings, default=str))
