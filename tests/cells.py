@@ -21,6 +21,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch.distributed.tensor import DTensor, Shard
 
 from zsnr.checkpoints.checkpoint_file import read_checkpoint
+from zsnr.cli import main
 from zsnr.codecs import AutoencoderKLCodec, PixelCodec
 from zsnr.conditioning import SDXLConditioner
 from zsnr.data import storage
@@ -343,6 +344,15 @@ def measure(folder, captions, number, checkpoint, output, kind):
     net = module(network=tiny.UNET, sampling=Sampling(num_steps=2))  # as tiny.MODEL
     trainer = _plain(output, kind, callbacks=[metrics])
     trainer.validate(net, datamodule=data(folder), ckpt_path=checkpoint, verbose=False)
+
+
+def follow(run):
+    """Measure all checkpoints of a run that has ended; return the exit code."""
+    options = ["--trainer.devices", os.environ["WORLD_SIZE"], "--metrics.captions", "null"]
+    try:
+        return main(["validate", run, "--follow", *options])
+    except SystemExit as stop:
+        return stop.code
 
 
 def _plain(root, kind, **options):

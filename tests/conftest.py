@@ -20,7 +20,8 @@ LONGEST = (
     *("test_ranks", "test_stops", "test_plan", "test_cli", "test_data_runs", "test_lora"),
     *("test_sdxl", "test_side_files", "test_validate", "test_single_file", "test_export"),
     *("test_samplers", "test_multistep", "test_board", "test_training", "test_compare"),
-    *("test_docs", "test_timesteps", "test_doctor", "test_resuming", "test_fuzz"),
+    *("test_docs", "test_timesteps", "test_doctor", "test_resuming", "test_follow"),
+    "test_fuzz",
 )
 
 

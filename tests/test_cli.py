@@ -521,6 +521,7 @@ def test_a_network_and_a_dataset_of_ones_own(tmp_path, monkeypatch, capsys):
     described = torch.load("run/checkpoints/last.ckpt", weights_only=True)["zsnr"]["network"]
     assert described["init_args"] == {"channels": 12, "width": 8, "depth": 3}
     assert main(["validate", "-c", "own.yaml", "--ckpt_path", "run"]) == 0
+    assert main(["validate", "run", "--follow"]) == 0  # the saved settings of a run name classes
     assert main(["sample", "run", "2", "-o", "samples", "--network", "tiny.Own"]) == 0
     assert len([*Path("samples").glob("*.png")]) == 1
     predict = ["predict", "--ckpt_path", "run", "--prompts", "prompts.txt", "-o", "predicted"]

@@ -116,6 +116,19 @@ def test_a_validation_says_its_loss_and_a_sanity_check_says_nothing(trainer, clo
     assert capsys.readouterr().err == "step 0 of 4, validation loss nan\n"
 
 
+def test_a_long_validation_has_a_line_now_and_then(trainer, clock, capsys):
+    trainer.num_val_batches = [4]
+    lines = ProgressLines()
+    lines.on_validation_start(trainer, MODULE)
+    for number in range(4):
+        clock.seconds += 6
+        lines.on_validation_batch_end(trainer, MODULE, None, BATCH, number)
+    assert capsys.readouterr().err.splitlines() == [
+        "validating: 2 of 4 batches, 12 s left",
+        "validating: 4 of 4 batches, 0 s left",
+    ]
+
+
 def test_a_folder_that_cannot_be_written_to_does_not_stop_training(trainer, clock, capsys):
     trainer.default_root_dir = "/dev/null/run"
     with pytest.warns(UserWarning, match="the run continues without it"):

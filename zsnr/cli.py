@@ -19,7 +19,7 @@ from zsnr.untrusted import printable
 
 TRAINING = {
     "fit": "Train from YAML, with validation and previews.",
-    "validate": "Compute the validation loss of a checkpoint.",
+    "validate": "Compute the validation loss of a checkpoint, or of each one of a run.",
     "test": "Compute the validation loss of a checkpoint, as validate does.",
     "predict": "Make the images of a prompts file, on one or more devices.",
 }
@@ -65,9 +65,10 @@ def find_function(command: str) -> Callable[..., Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; return its exit code: 0 for success, 1 for a plan that does not fit, 2 for
-    wrong input or a machine that fails, 130 for Ctrl-C, 141 for a closed pipe; the doctor's is its
-    verdict, and 3 for wrong input.
+    """Run one command; return its exit code: 0 for success, 1 for a plan that does not fit or a
+    checkpoint of a followed run that could not be measured, 2 for wrong input or a machine that
+    fails, 130 for Ctrl-C, 141 for a closed pipe; the doctor's is its verdict, and 3 for wrong
+    input.
     """
     with stopping(alone=arguments is None):
         return _run(sys.argv[1:] if arguments is None else arguments)

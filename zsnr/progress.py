@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
+
+T = TypeVar("T")
 
 INTERVAL = 10.0  # seconds between lines
 
@@ -37,6 +40,16 @@ def progress_bar(
         delay=INTERVAL,
         bar_format="{desc}: {n_fmt}/{total_fmt} {unit}s, {elapsed}" + left + "{postfix}",
     )
+
+
+def tracked(
+    items: Iterable[T], total: int, description: str, unit: str, *, show: bool = True
+) -> Iterator[T]:
+    """Iterate over items, and show with `progress_bar` how many have been worked on."""
+    with progress_bar(total, description, unit, show=show) as bar:
+        for item in items:
+            yield item
+            bar.update()
 
 
 def duration(seconds: float) -> str:

@@ -133,9 +133,9 @@ def read_status(run: str | Path) -> Status:
     Raises:
         ValueError: The folder is not one of a run.
     """
-    folder = _folder_of(Path(run).expanduser())
-    config = _config(folder)
-    checkpoints = _checkpoints(folder, config)
+    folder = run_of(Path(run).expanduser())
+    config = read_run_config(folder)
+    checkpoints = checkpoints_of_run(folder, config)
     facts = _facts(checkpoints)
     ranks = tuple(_heartbeats(folder))
     newest = _newest_checkpoint(checkpoints)
@@ -175,7 +175,7 @@ def read_status(run: str | Path) -> Status:
     )
 
 
-def _folder_of(path: Path) -> Path:
+def run_of(path: Path) -> Path:
     """Return the run's folder, also for its folder of checkpoints or a checkpoint in that."""
     for folder in (path, path.parent):
         if folder.name == "checkpoints":
@@ -234,7 +234,7 @@ def _hung(folder: Path) -> list[str]:
     return [f"a process hung and was ended; {path} says where" for path in reports[:3]]
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def read_run_config(folder: Path) -> dict[str, Any]:
     """Read the newest run_config.yaml, in the folder of the run or beside its logs."""
     from zsnr.untrusted import read_yaml
 
@@ -251,7 +251,8 @@ def _config(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def _checkpoints(folder: Path, config: Mapping[str, Any]) -> Path:
+def checkpoints_of_run(folder: Path, config: Mapping[str, Any]) -> Path:
+    """Return the folder of a run's checkpoints, which its configuration may name."""
     dirpath = _plain(config.get("checkpoint"), "dirpath", str)
     return folder / "checkpoints" if dirpath is None else Path(dirpath)
 

@@ -25,13 +25,14 @@ from zsnr.training.checkpointing import Checkpoints
 LOG = "fit.log"
 """Name of the file in a run's folder that holds its lines of progress."""
 
-_SECONDS_BETWEEN_LINES = 10.0  # of predict, which has no logging interval
+_SECONDS_BETWEEN_LINES = 10.0  # of validate and predict, which have no logging interval
 _NOISE = (
     *("Tip:", "GPU available:", "TPU available:", "HPU available:", "Seed set to"),
     *("`Trainer.fit` stopped:", "`Trainer` was configured", "Restoring states from"),
     *("Restored all states", "Loaded model weights", "Loading `train_dataloader`"),
     *("distributed_backend=", "Initializing distributed:", "All distributed processes"),
     *("LOCAL_RANK:", "You are using a CUDA device", "Using 16bit", "Using bfloat16"),
+    "The following callbacks returned in",
 )
 _WARNINGS = (
     ".*in eval mode at the start of training",  # the averaged weights
@@ -198,6 +199,30 @@ class ProgressLines(Paced):
         self.summary = f"{counted(steps, 'step')} in {duration(seconds)}{rate}"
         self._write(trainer, f"trained {self.summary}")
 
+    def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        super().on_validation_start(trainer, pl_module)
+        self._validating = self._shown_batch = time.monotonic()
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: Any,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        now = time.monotonic()
+        if now - self._shown_batch < _SECONDS_BETWEEN_LINES:
+            return
+        self._shown_batch = now
+        if trainer.is_global_zero and self.printing:
+            total, done = _batches(trainer.num_val_batches), batch_idx + 1
+            left = ""
+            if total is not None:
+                left = f", {duration((total - done) * (now - self._validating) / done)} left"
+            _print(f"validating: {done} of {total or 'unknown'} batches{left}")
+
     def on_predict_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._start = self._shown = time.monotonic()
         self._done = 0
@@ -231,8 +256,13 @@ class ProgressLines(Paced):
 
     def _write(self, trainer: L.Trainer, line: str) -> None:
         folder = Path(trainer.default_root_dir)
-        with side_file(folder / LOG), open(folder / LOG, "a", encoding="utf-8") as file:
-            file.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC  {line}\n")
+        append_line(folder / LOG, line)
+
+
+def append_line(log: Path, line: str) -> None:
+    """Append a line with the time to a log; a command goes on where that cannot be written."""
+    with side_file(log), open(log, "a", encoding="utf-8") as file:
+        file.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC  {line}\n")
 
 
 def loss_and_rate(trainer: L.Trainer, rate: float) -> str:
@@ -336,6 +366,12 @@ def progress_callbacks(bar: bool) -> list[Callback]:
     terminal = on_terminal()
     lines: list[Callback] = [ProgressLines(printing=bar and not terminal)]
     return [*lines, StepBar()] if bar and terminal else lines
+
+
+def shows_progress(trainer: L.Trainer) -> bool:
+    """Whether this rank shows progress, by a bar or by lines."""
+    lines = any(isinstance(each, ProgressLines) and each.printing for each in trainer.callbacks)
+    return trainer.is_global_zero and (lines or trainer.progress_bar_callback is not None)
 
 
 def print_summary(trainer: L.Trainer, stopped: bool) -> None:

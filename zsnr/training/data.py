@@ -184,6 +184,7 @@ class DataModule(L.LightningDataModule):
         self._train: Samples | None = None
         self._val: Samples | None = None
         self._indices: dict[str, Index] = {}
+        self._described: dict[str, str] = {}  # what was said of the samples, by setting
         self._passing: list[Fault] = []  # transient errors while indexing
         self._ledger = Ledger(None)
         self._seen = 0
@@ -328,7 +329,10 @@ class DataModule(L.LightningDataModule):
                 check_tags(self.tags, f"{name}={cache.folder}")
             self.caches[name] = cache
         samples = self._selection(sources)
-        rank_zero_info(describe_samples(samples, name))
+        description = describe_samples(samples, name)
+        if self._described.get(name) != description:  # once, where several checkpoints are measured
+            rank_zero_info(description)
+        self._described[name] = description
         self._check_room(samples)
         check_budget(samples.faults, samples.total, len(samples.shards), self.error_budget)
         return samples

@@ -34,19 +34,32 @@ WIDTH, _COLUMN = 100, 38
 
 _PURPOSES = {
     "fit": "Train a latent diffusion model, with validation and previews.",
-    "validate": "Compute the validation loss of a checkpoint, and metrics of its images.",
+    "validate": "Compute the validation loss of a checkpoint, and metrics of its images; with "
+    "--follow, of every checkpoint of a run while training goes on.",
     "test": "Compute the validation loss of a checkpoint, as `zsnr validate` does.",
     "predict": "Generate the images of a prompts file with a checkpoint.",
 }
 _USAGES = {
     "fit": "zsnr fit -c FILE [-c FILE ...] [options]",
-    "validate": "zsnr validate --ckpt_path CHECKPOINT --data.val DATA [options]",
+    "validate": "zsnr validate RUN [--follow] [options], or zsnr validate --ckpt_path CHECKPOINT "
+    "--data.val DATA [options]",
     "test": "zsnr test --ckpt_path CHECKPOINT --data.val DATA [options]",
     "predict": "zsnr predict --ckpt_path CHECKPOINT --prompts FILE --output FOLDER [options]",
 }
 _FROM_CHECKPOINT = (
     "The checkpoint says what the model is, how it is sampled and the image size. Files that "
     "follow -c, and options, only override what it says."
+)
+_FROM_RUN = (
+    "RUN is the folder of a run, whose newest checkpoint is taken, or a checkpoint in it. The "
+    "configuration that the run has saved then gives the validation data, the metrics of images "
+    "and the precision too. One device is used unless --trainer.devices sets another number."
+)
+_FOLLOW = (
+    "Measure all checkpoints of the run, the oldest first, and each new one, until the run has "
+    "ended; started again, it resumes. Results are written to validate.jsonl, validate.log "
+    "and tensorboard/validate in the folder of the run, or in that of --output. (default: only one "
+    "checkpoint is measured)"
 )
 GROUP_TEXTS = {
     "model": "The network, the noise schedule, the loss, the optimizer and sampling.",
@@ -236,9 +249,10 @@ def _overview(command: str) -> str:
             "with the package."
         )
     else:
-        parts.append(_FROM_CHECKPOINT)
+        parts += [_FROM_CHECKPOINT, *([_FROM_RUN] if command == "validate" else [])]
     lines = ["\n\n".join(textwrap.fill(part, WIDTH) for part in parts), "", "Options:"]
-    for name, text in _MAIN_TEXTS.items():
+    follow = {"--follow": _FOLLOW} if command == "validate" else {}
+    for name, text in {**follow, **_MAIN_TEXTS}.items():
         if name.startswith("--ckpt_path") and command != "fit":
             text = _CHECKPOINT
         lines += _entry(name, text)

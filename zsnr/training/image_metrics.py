@@ -17,7 +17,6 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from zsnr.agreement import on_first_rank, raise_on_all
 from zsnr.conditioning import Remembered
@@ -50,6 +49,8 @@ from zsnr.metrics.fidelity import (
 )
 from zsnr.metrics.luma import mean_luma
 from zsnr.pipeline import describe_sampling, save_png
+from zsnr.progress import tracked
+from zsnr.training.console import shows_progress
 from zsnr.training.module import LatentDiffusion
 from zsnr.training.preemption import stops
 from zsnr.training.watchdog import Watchdog
@@ -132,6 +133,7 @@ class ImageMetrics(Callback):
         self.inception, self.features, self.clip = inception, features, clip
         self.inception_splits = inception_splits
         self.save_images, self.output = save_images, output
+        self.each_step = False  # whether each checkpoint has files of its own, as in training
         self._validations = 0  # in this run
         self._loaded_step: int | None = None
         self._requests: list[Captioned] = []
@@ -156,7 +158,7 @@ class ImageMetrics(Callback):
         if self.captions is None or stage == "predict":
             return
         # only there: other ranks may arrive when it has begun to write
-        check = partial(check_files, self, writes_once=stage != "fit")
+        check = partial(check_files, self, writes_once=not (stage == "fit" or self.each_step))
         on_first_rank(check)
         self._requests = read_captions(self.captions, self.num_images, self.seed)
         if self.num_images < trainer.world_size:
@@ -247,11 +249,11 @@ class ImageMetrics(Callback):
         rows = {name: InOrder().to(device) for name in ("features", "logits", "clip")}
         brightness = {name: metric.to(device) for name, metric in brightness.items()}
 
-        bar = trainer.is_global_zero and trainer.progress_bar_callback is not None
         module.warn_of_cuts([request.caption for request in self._requests])
         starts = range(0, len(numbers), self.batch_size)
         problem: Exception | None = None
-        for start in tqdm(starts, "image metrics", unit="batch", disable=not bar):
+        show = shows_progress(trainer)
+        for start in tracked(starts, len(starts), "image metrics", "batch", show=show):
             if stops(trainer):
                 rank_zero_warn("The images are not measured: the run stops.")
                 return None
@@ -402,8 +404,8 @@ class ImageMetrics(Callback):
         )
         luma, features = InOrder().to(device), InOrder().to(device)
         broken = 0
-        bar = trainer.is_global_zero and trainer.progress_bar_callback is not None
-        for i, batch in enumerate(tqdm(loader, "real images", unit="batch", disable=not bar)):
+        show = shows_progress(trainer)
+        for i, batch in enumerate(tracked(loader, len(loader), "real images", "batch", show=show)):
             _note(trainer)
             levels = batch["image"].to(device)
             places = list(mine[i * self.batch_size : (i + 1) * self.batch_size])
@@ -448,7 +450,7 @@ class ImageMetrics(Callback):
     ) -> None:
         """Write images; in training, a run continues where they cannot be written."""
         fits = trainer.state.fn == "fit"
-        folder = folder / f"step-{trainer.global_step:08d}" if fits else folder
+        folder = folder / f"step-{self._step(trainer):08d}" if fits or self.each_step else folder
         with side_file(folder) if fits else nullcontext():
             for image, place in zip(images, places, strict=True):
                 save_png(image, folder / f"{place:05d}.png")
@@ -462,8 +464,8 @@ class ImageMetrics(Callback):
     ) -> None:
         assert self.output is not None
         path = Path(self.output).expanduser()
-        if trainer.state.fn == "fit":
-            path = path.with_name(f"{path.stem}-step-{trainer.global_step:08d}{path.suffix}")
+        if trainer.state.fn == "fit" or self.each_step:
+            path = path.with_name(f"{path.stem}-step-{self._step(trainer):08d}{path.suffix}")
         real = self._real
         content = {
             "global_step": self._step(trainer),

@@ -6,10 +6,11 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml  # type: ignore[import-untyped]
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
@@ -32,6 +33,7 @@ from zsnr.loss import LossWeighting
 from zsnr.networks import UNetConfig
 from zsnr.pipeline import Sampling, check_steps
 from zsnr.public import MARK, left_out
+from zsnr.reports.status import checkpoints_of_run, read_run_config, run_of
 from zsnr.samplers.recommend import resolve_sampling
 from zsnr.schedule import NoiseSchedule, RectifiedFlow
 from zsnr.timestep_law import TimestepLaw
@@ -57,7 +59,9 @@ from zsnr.training.data import DataModule, check_shards, read_requests
 from zsnr.training.deferred import deferred_weights
 from zsnr.training.ema import PostHocEMA
 from zsnr.training.facts import public_config
+from zsnr.training.follow import Follower, wait_for_first
 from zsnr.training.from_checkpoint import checkpoint_config
+from zsnr.training.from_run import decisive_settings, keeps_samples, validation_config
 from zsnr.training.help import help_text
 from zsnr.training.image_metrics import check_files
 from zsnr.training.loggers import (
@@ -66,14 +70,17 @@ from zsnr.training.loggers import (
     continue_loggers,
     default_loggers,
 )
+from zsnr.training.measurements import BOARD, Measurements
 from zsnr.training.messages import short_message
 from zsnr.training.module import LatentDiffusion
 from zsnr.training.preemption import listen, restarted, stopped_early
 from zsnr.training.run_lock import RunLock
 from zsnr.training.settings import DEFAULTS, GROUPS, LINKED
-from zsnr.training.short_options import expand_short_options, option_values
+from zsnr.training.short_options import expand_short_options, option_values, take_run
 from zsnr.training.strategy import FullyShardedStrategy, check_strategy
 from zsnr.untrusted import read_yaml, shown
+
+CLI = TypeVar("CLI", bound="ZsnrCLI")
 
 _LIGHTNING_ADDS = ("model", "data", "trainer")  # groups that LightningCLI adds by itself
 
@@ -122,6 +129,8 @@ class ZsnrCLI(LightningCLI):
         command: Its name; the parsers of the others are not made.
         options: Of LightningCLI.
     """
+
+    follows = False  # whether the command measures several checkpoints
 
     def __init__(self, command: str, **options: Any) -> None:
         self._command = command
@@ -250,7 +259,7 @@ class ZsnrCLI(LightningCLI):
                 },
             )
         if self.subcommand != "predict":
-            check_files(config.metrics, writes_once=self.subcommand != "fit")
+            check_files(config.metrics, writes_once=self.subcommand != "fit" and not self.follows)
         if self.subcommand == "predict":
             config.trainer.logger = False  # it logs nothing, and a CSV logger would overwrite
             if data.prompts is None or config.output.folder is None:
@@ -367,12 +376,21 @@ def run(arguments: Sequence[str]) -> None:
         print(help_text(command, topic))
         raise SystemExit(0)  # as the other commands do
     check_environment()
-    settings = _prepare(arguments)
+    source, follows = None, False
+    words = expand_short_options(arguments)[1:]
+    if command == "validate":
+        words, source, follows = take_run(words)
+    settings = _prepare([command, *words])
     listen(signal.SIGUSR1)
-    if command != "fit":
-        settings = _with_checkpoint(command, settings)
     # Lightning's launcher starts the other ranks with sys.argv.
     sys.argv[1:] = arguments
+    if follows:
+        _follow(Path(str(source)).expanduser(), settings)
+        return
+    if source is not None:
+        settings = _with_source(source, settings)
+    elif command != "fit":
+        settings = _with_checkpoint(command, settings)
     cli = _parsed(
         ZsnrCLI,
         command,
@@ -385,6 +403,74 @@ def run(arguments: Sequence[str]) -> None:
         print_summary(cli.trainer, bool(stopped))
     if stopped:
         raise SystemExit(stopped)
+
+
+def _follow(source: Path, settings: Sequence[str]) -> None:
+    """Measure each checkpoint of a run.
+
+    Raises:
+        ValueError: The folder is not one of a run, or a setting is wrong; one line.
+        SystemExit: A checkpoint could not be measured; the code is 1.
+    """
+    run = run_of(source)
+    if run != source and run / "checkpoints" != source:
+        raise ValueError(f"--follow needs the folder of a run, such as {run}: {source} is not one.")
+    checkpoint, results = wait_for_first(run), Measurements()
+    try:
+        cli = _parsed(
+            partial(_FollowCLI, run, results, keeps_samples(_named(settings))),
+            "validate",
+            args=["validate", *_with_run(run, checkpoint, settings)],
+            save_config_callback=None,
+        )
+    finally:
+        results.close()
+    if not cli.all_measured:
+        raise SystemExit(1)
+
+
+class _FollowCLI(ZsnrCLI):
+    """The command validate, of each checkpoint of a run.
+
+    Args:
+        run: Folder of the run.
+        results: Where measurements are recorded.
+        as_run: Whether the samples are those that the run itself validates.
+        command: As in ZsnrCLI.
+        options: Of LightningCLI.
+    """
+
+    follows = True
+
+    def __init__(
+        self, run: Path, results: Measurements, as_run: bool, command: str, **options: Any
+    ) -> None:
+        self._run_folder, self._results, self._as_run = run, results, as_run
+        super().__init__(command, **options)
+
+    def before_instantiate_classes(self) -> None:
+        super().before_instantiate_classes()
+        config = self.config.validate
+        folder = Path(config.trainer.default_root_dir)
+        # the run writes files of the same names into its folder, such as faults
+        config.trainer.default_root_dir = str(folder / BOARD)
+        if is_sharded(config.trainer):  # validation holds whole weights in any case
+            config.trainer.strategy = "auto"
+        if is_first_process():
+            self._results.open(folder, decisive_settings(config.as_dict()))
+
+    def validate(
+        self,
+        model: LatentDiffusion,
+        datamodule: DataModule,
+        ckpt_path: str,
+        verbose: bool,
+        weights_only: bool | None,
+    ) -> None:
+        """Measure all checkpoints in the place of one; the arguments are those of Lightning."""
+        model.validates_as_run = self._as_run
+        follower = Follower(self.trainer, model, datamodule, self._run_folder, self._results)
+        self.all_measured = follower.follow()
 
 
 def _help_topic(settings: Sequence[str]) -> tuple[bool, str | None]:
@@ -426,6 +512,48 @@ def _with_checkpoint(command: str, settings: list[str]) -> list[str]:
     )
     text = yaml.safe_dump(config, sort_keys=False)
     return [f"--config={text}", *settings, f"--ckpt_path={checkpoint}"]
+
+
+def _with_source(source: str, settings: Sequence[str]) -> list[str]:
+    """Put what the folder of a run, or a checkpoint, says before all other settings.
+
+    Raises:
+        ValueError: There is no checkpoint, or it cannot be read.
+    """
+    checkpoint = Path(resolve_model(source))
+    if checkpoint.parent.name in ("checkpoints", "averages"):
+        return _with_run(checkpoint.parent.parent, checkpoint, settings)
+    folder = run_of(Path(source).expanduser())
+    config = read_run_config(folder)  # the checkpoints may be in another folder
+    last = find_last(checkpoints_of_run(folder, config)) if config else None
+    if last is not None:
+        return _with_run(folder, last, settings)
+    return _with_checkpoint("validate", [*settings, f"--ckpt_path={source}"])
+
+
+def _with_run(run: Path, checkpoint: Path, settings: Sequence[str]) -> list[str]:
+    """Put what a run and its checkpoint say before all other settings, which override it.
+
+    Raises:
+        ValueError: Another checkpoint is given too, or this one cannot be read.
+    """
+    if "ckpt_path" in _named(settings):
+        raise ValueError(f"{run} and --ckpt_path both name what is validated: give one of them.")
+    config = validation_config(run, checkpoint)
+    for part in _replaced_parts(list(config_files(settings)), settings):
+        config["model"].pop(part, None)
+    text = yaml.safe_dump(config, sort_keys=False)
+    return [f"--config={text}", *settings, f"--ckpt_path={checkpoint}"]
+
+
+def _named(settings: Sequence[str]) -> set[str]:
+    """Name the settings that files and options give, those of files by group and first name."""
+    names = {name for name, _ in option_values(settings)}
+    for path in config_files(settings):
+        for group, values in read_yaml(path).items():
+            inside = values if isinstance(values, dict) else {}
+            names |= {f"{group}.{name}" for name in inside} or {group}
+    return names
 
 
 def _replaced_parts(files: Sequence[Path], settings: Sequence[str]) -> set[str]:
@@ -489,7 +617,7 @@ def build(name: str, cls: type[Any], values: Any) -> Any:
         raise ValueError(short_message(str(error))) from error
 
 
-def _parsed(cls: type[ZsnrCLI], command: str, **options: Any) -> ZsnrCLI:
+def _parsed(cls: Callable[..., CLI], command: str, **options: Any) -> CLI:
     try:
         return cls(command, **options)
     except ArgumentError as error:

@@ -260,6 +260,7 @@ class LatentDiffusion(L.LightningModule):
             read_start(network) if isinstance(network, str) and not is_weightless() else None
         )
         self._start_losses: list[float] = []  # of the converted start, by stratum
+        self.validates_as_run = False  # outside of training, on what the start was measured on
         self.watcher: Watcher | None = None
         if watch is not None:
             start_type = None if self.start is None else self.start.prediction_type
@@ -814,7 +815,8 @@ class LatentDiffusion(L.LightningModule):
         if self.validation_cut:
             return
         self._validation.reduce(self.trainer.strategy)
-        start = self._start_losses if self.trainer.state.fn == "fit" else []
+        same = self.trainer.state.fn == "fit" or self.validates_as_run
+        start = self._start_losses if same else []
         metrics = self._validation.metrics(raw=self.ema is not None, start=start)
         for tag, value in metrics.items():
             self.log_agreed(tag, value, prog_bar=tag == "val/loss")

@@ -81,11 +81,8 @@ class Preemption(L.Callback):
         _stop_at_once()
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Stop the processes that Lightning has started."""
-        launcher = trainer.strategy.launcher
-        if isinstance(exception, SystemExit) and isinstance(launcher, _SubprocessScriptLauncher):
-            fits = trainer.state.fn == "fit"  # where SIGTERM would only be noted
-            launcher.kill(signal.SIGKILL if fits else signal.SIGTERM)
+        if isinstance(exception, SystemExit):
+            stop_launched(trainer)
         _received.clear()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
@@ -107,6 +104,14 @@ class Preemption(L.Callback):
     def teardown(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         stop_on_first(signal.SIGINT)
         _received.clear()
+
+
+def stop_launched(trainer: L.Trainer) -> None:
+    """Stop the processes that Lightning has started."""
+    launcher = trainer.strategy.launcher
+    if isinstance(launcher, _SubprocessScriptLauncher):
+        fits = trainer.state.fn == "fit"  # where SIGTERM would only be noted
+        launcher.kill(signal.SIGKILL if fits else signal.SIGTERM)
 
 
 def stops(trainer: L.Trainer) -> bool:

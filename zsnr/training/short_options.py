@@ -94,6 +94,42 @@ def _as_yaml(name: str, text: str) -> str:
     return str(yaml.safe_dump(parts, default_flow_style=True, width=math.inf)).strip()
 
 
+def take_run(arguments: Sequence[str]) -> tuple[list[str], str | None, bool]:
+    """Take the run, and --follow, out of the command line of validate.
+
+    Args:
+        arguments: The command line with short options expanded, and without the command's name.
+
+    Returns:
+        The other words; the run, None if there is none; and whether it is followed.
+
+    Raises:
+        ValueError: Several runs are named, or --follow has a value or no run.
+    """
+    rest: list[str] = []
+    runs: list[str] = []
+    words = iter([word for word in arguments if word != "--follow"])
+    follows = "--follow" in arguments
+    for word in words:
+        if word.startswith("--follow="):
+            raise ValueError(f"{word}: --follow takes no value.")
+        if not word.startswith("-"):
+            runs.append(word)
+            continue
+        rest.append(word)
+        takes = word in ("-c", "--config") or (word.startswith("--") and word not in _FLAGS)
+        if takes and "=" not in word:
+            rest += [value for value in [next(words, None)] if value is not None]
+    if len(runs) > 1:
+        raise ValueError(
+            f"{runs[1]!r} belongs to no option: one run is named, {runs[0]!r}. Settings are given "
+            "by name, as in --data.val FOLDER, and config files follow -c."
+        )
+    if follows and not runs:
+        raise ValueError("--follow needs the folder of a run: zsnr validate RUN --follow.")
+    return rest, runs[0] if runs else None, follows
+
+
 def option_values(arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
     """List the settings of a command line by name, with their values; without configs and flags.
 
