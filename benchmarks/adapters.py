@@ -33,10 +33,6 @@ from zsnr.reports.images import panel_figure, save_figure
 
 STEPS, TUNING_STEPS, TUNING_SEED, SEEDS = 100, 50, 100, (0, 1, 2)
 WIDER = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "conv1", "conv2")
-EVERY = (
-    *(*WIDER, "conv", "conv_in", "conv_out", "conv_shortcut", "proj", "proj_in", "proj_out"),
-    *("time_emb_proj", "linear_1", "linear_2", "q_proj", "k_proj", "v_proj"),
-)
 ARMS: dict[str, dict[str, Any] | None] = {
     "all weights": None,
     "lora, rank 4": {"rank": 4},
@@ -48,25 +44,22 @@ ARMS: dict[str, dict[str, Any] | None] = {
     "lokr, rank 16": {"rank": 16, "variant": "lokr"},
     "lora, rank 16, blocks": {"rank": 16, "target_modules": WIDER},
     "lora, rank 64, blocks": {"rank": 64, "target_modules": WIDER},
-    "lora, rank 4, every layer": {"rank": 4, "target_modules": EVERY},
-    "lora, rank 16, every layer": {"rank": 16, "target_modules": EVERY},
-    "lora, rank 64, every layer": {"rank": 64, "target_modules": EVERY},
-    "rslora, rank 16, every layer": {
-        **{"rank": 16, "variant": "rslora"},
-        "target_modules": EVERY,
-    },
-    "dora, rank 16, every layer": {"rank": 16, "variant": "dora", "target_modules": EVERY},
-    "loha, rank 16, every layer": {"rank": 16, "variant": "loha", "target_modules": EVERY},
-    "lokr, rank 16, every layer": {"rank": 16, "variant": "lokr", "target_modules": EVERY},
+    "lora, rank 4, every layer": {"rank": 4, "target_modules": "all"},
+    "lora, rank 16, every layer": {"rank": 16, "target_modules": "all"},
+    "lora, rank 64, every layer": {"rank": 64, "target_modules": "all"},
+    "rslora, rank 16, every layer": {"rank": 16, "variant": "rslora", "target_modules": "all"},
+    "dora, rank 16, every layer": {"rank": 16, "variant": "dora", "target_modules": "all"},
+    "loha, rank 16, every layer": {"rank": 16, "variant": "loha", "target_modules": "all"},
+    "lokr, rank 16, every layer": {"rank": 16, "variant": "lokr", "target_modules": "all"},
     "lora, rank 16, 400 steps": {"rank": 16},
-    "lora, rank 64, every layer, 400 steps": {"rank": 64, "target_modules": EVERY},
+    "lora, rank 64, every layer, 400 steps": {"rank": 64, "target_modules": "all"},
 }
 LONGER = 400
 TUNED_AS = {
     "lora, rank 16, 400 steps": "lora, rank 16",
     "lora, rank 64, every layer, 400 steps": "lora, rank 64, every layer",
 }
-"""Arms with the learning rate of another one: those that were added last."""
+"""Arms of four times the steps, with the learning rate of the same adapters."""
 RATES = {None: (3e-4, 1e-3, 3e-3), "adapters": (1e-3, 4e-3, 1.6e-2)}
 
 
@@ -326,9 +319,11 @@ def write(text: str, facts: dict[str, Any], S: int) -> None:
         "resample seeds, then images; the W1 of resampled images is biased upward, so that an "
         "interval may lie above its estimate. Adaptation is the validation loss divided by that of "
         "the epsilon model, converted (1 = as good). The layers that are adapted are 32 and 64 "
-        "wide, so that rank 64 is no bound here. The last two arms were added when the "
-        "others had been seen, with the learning rate of the arm that is nearest to them; every "
-        "layer also has the first and the last convolution and the embeddings of the timestep.\n\n"
+        "wide, so that rank 64 is no bound here. `blocks` adds the feed-forward layers and the "
+        "convolutions of residual blocks to the attentions, `every layer` also the first and the "
+        "last convolution, the embeddings of the timestep and all projections "
+        "(`model.lora.target_modules: all`). The arms of every layer and the last two were added "
+        "when the others had been seen.\n\n"
         f"{text}\n\n![Images](adapters.png)\n"
     )
 
