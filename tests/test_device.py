@@ -162,6 +162,7 @@ def test_a_training_step_with_guard_average_and_validation(monkeypatch):
         "key": ["a", "b", "c", "d"],
         "position": torch.arange(4),
         "global_batch_size": 4,
+        "groups": torch.tensor([[0, 2], [1, 2], [0, 2], [1, 2]]),
     }
     batches = [module.preparation(training)(dict(batch)) for training in (True, False)]
     with accelerator(), torch.no_grad():
@@ -172,7 +173,7 @@ def test_a_training_step_with_guard_average_and_validation(monkeypatch):
         ]
         assert module.training_step(batches[0], 0).device == CUDA
         grads = [torch.zeros_like(p) for p in module.trained.parameters()]
-        report = StepReport(0, module._micro_batches, grads, (False,) * 4, 1000)
+        report = StepReport(0, module._micro_batches, grads, (False,) * 4, 1000, ["a", "b", "c"])
         assert (report.skips.device, report.clip_factor(1.0).device) == (CUDA, CUDA)
         with pytest.raises(DataDependentOutputException):
             bool(report.skips)

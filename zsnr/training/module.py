@@ -553,7 +553,10 @@ class LatentDiffusion(L.LightningModule):
         if self.watcher is not None:
             self.watcher.add(noised, output.detach(), losses.detach(), self.global_step)
         cuts = batch[TOKENS].cuts if TOKENS in batch else ()
-        self._micro_batches.append(MicroBatch(batch["key"], losses.detach(), noised[2], cuts))
+        groups = batch.get("groups")
+        self._micro_batches.append(
+            MicroBatch(batch["key"], losses.detach(), noised[2], cuts, groups)
+        )
         return losses.mean()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -582,6 +585,7 @@ class LatentDiffusion(L.LightningModule):
             [p.grad for p in self.trained.parameters() if p.grad is not None],
             (self.stop_requested, self.requeue_requested, self.save_requested, failed),
             self.schedule.num_timesteps,
+            getattr(self.trainer.datamodule, "loss_groups", ()),
         )
         self._micro_batches, self.save_requested = [], False
         if self.trainer.world_size == 1:
@@ -658,7 +662,7 @@ class LatentDiffusion(L.LightningModule):
         progress.cut_captions += numbers.cut_captions
         if numbers.finite and not numbers.failed:
             progress.skipped_in_a_row = 0
-            progress.add(numbers.totals, numbers.counts)
+            progress.add(numbers.totals, numbers.counts, numbers.by_name)
             return
         if not numbers.failed:
             progress.skipped_in_a_row += 1

@@ -28,6 +28,10 @@ TAGS: dict[str, dict[str, str]] = {
         "model.terminal_window sets how many.",
         "train_by_timestep/t<first>_<last>": "Mean training loss of one quarter of the timesteps, "
         "since it was last logged.",
+        "loss_by_source/<name>": "Mean training loss of one source of data.train, since it was "
+        "last logged. It is logged where there are several.",
+        "loss_by_bucket/<size>": "Mean training loss of one aspect-ratio bucket, width x height, "
+        "since it was last logged. It is logged where there are several.",
         "val/loss": "Validation loss at fixed noise, with the averaged weights if there are any.",
         "val/loss_raw": "The same with the weights that are not averaged.",
         "val_by_timestep/t<timestep>": "Validation loss at one timestep, with the averaged weights "
