@@ -24,6 +24,7 @@ from zsnr.data.buckets import AspectBuckets
 from zsnr.data.caption_tags import Tags
 from zsnr.data.order import accumulation
 from zsnr.data.sources import Source
+from zsnr.loss import LossWeighting
 from zsnr.networks import UNet
 from zsnr.training import EMAConfig
 from zsnr.training.guard import sums_by_group
@@ -115,6 +116,25 @@ def test_captions_that_are_cut_are_counted_over_all_ranks(ranks, tmp_path):
     for run in ranks[2](cells.fit, folder, tmp_path, "ddp", 3, model={"caption_dropout": 0.0}):
         assert [row["train/cut_captions"] for row in run["logged"]] == [1, 2, 3]
         assert run["progress"]["cut_captions"] == 3
+
+
+def test_ranks_that_shard_learn_the_same_loss_weight_and_resume_it(ranks, shards, tmp_path):
+    options = {
+        "steps": 3,
+        "model": {"loss": LossWeighting("learned")},
+        "data_options": {"max_batch_size_per_device": 2},
+    }
+    alone = cells.fit(shards, tmp_path, saves=False, **options)
+    straight = ranks[2](cells.fit, shards, tmp_path, "sharded", every=2, **options)
+    options |= {"saves": False, "checkpoint": checkpoint_of(tmp_path, 2)}
+    again = ranks[2](cells.fit, shards, tmp_path, "sharded", **options)
+    wanted = alone["learned_weight"]["coefficients"]
+    for run, resumed in zip(straight, again, strict=True):
+        assert run["learned_weight"]["coefficients"] == pytest.approx(wanted, rel=1e-4, abs=1e-8)
+        for a, b in zip(run["logged"], alone["logged"], strict=True):
+            assert a == pytest.approx(b, rel=1e-5)
+        assert resumed["learned_weight"] == run["learned_weight"] == straight[0]["learned_weight"]
+        assert losses(resumed) == losses(run)[2:]
 
 
 class Losses(Callback):

@@ -271,6 +271,7 @@ def chart_layout(
     there = {
         "train": True,
         "train_by_timestep": True,
+        "loss_weight": module.learned_weight is not None,
         "loss_by_source": True,
         "loss_by_bucket": True,
         "val": validates,
@@ -314,6 +315,7 @@ def chart_layout(
             *by_group("source"),
             *by_group("bucket"),
             *by_timestep("val_by_timestep", "validation"),
+            *by_timestep("loss_weight", "learned weight"),
         ],
         "adaptation": by_timestep("adaptation", "validation loss divided by the start's"),
         "luma": [

@@ -29,6 +29,7 @@ from zsnr.training.strategy import squared_norm
 
 NUM_GROUPS = 5
 """Number of groups of timesteps: the quarters, and the last timestep alone."""
+_HEAD = 6  # numbers before the sums by group: four requests, the gradient's square, cut captions
 _FILE = "skipped_steps.jsonl"
 _MOST_AT_THE_END = 3  # skipped steps in a row with which a run is no success
 _CURE = (
@@ -47,6 +48,7 @@ class MicroBatch:
         t: Their timesteps, (B,).
         cuts: Those of their captions that are cut.
         groups: Numbers of the groups that each sample is in, (B, G). None = there are no groups.
+        learned: Its sums for a learned weight of the losses, (K,). None = none is learned.
     """
 
     keys: list[str]
@@ -54,6 +56,7 @@ class MicroBatch:
     t: Tensor
     cuts: tuple[Cut, ...] = ()
     groups: Tensor | None = None
+    learned: Tensor | None = None
 
 
 class StepReport:
@@ -82,6 +85,8 @@ class StepReport:
     ) -> None:
         self.step, self.batches, self.counted = step, batches, False
         self._names = names
+        learned = [batch.learned for batch in batches if batch.learned is not None]
+        self._num_learned = len(learned[0]) if learned else 0
         losses = torch.cat([batch.losses for batch in batches])
         groups = sums_by_group(losses, torch.cat([batch.t for batch in batches]), num_timesteps)
         parts = [groups.new_full((1,), float(request)) for request in requests]
@@ -91,6 +96,8 @@ class StepReport:
         if names:
             numbers = torch.cat([batch.groups for batch in batches if batch.groups is not None])
             parts.append(sums_by_name(losses, numbers, len(names)).flatten())
+        if learned:
+            parts.append(torch.stack(learned).sum(0).to(groups))
         self._sums = torch.cat(parts)
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(self._sums)
@@ -106,6 +113,14 @@ class StepReport:
         failed, measured = self._sums[3], self._sums[4:].sum()
         return ((failed > 0) | ~measured.isfinite()).float()
 
+    @property
+    def learned(self) -> tuple[Tensor, Tensor]:
+        """The sums for a learned weight, (K,), 0 in a step that is skipped, and the number of
+        samples, (), on the device.
+        """
+        count = self._sums[_HEAD + NUM_GROUPS : _HEAD + 2 * NUM_GROUPS].sum()
+        return torch.where(self.skips > 0, 0.0, self._sums[-self._num_learned :]), count
+
     def clip_factor(self, limit: float) -> Tensor:
         """The factor that brings the norm of the gradient down to `limit`: (), on the device."""
         return (limit / self._sums[4].sqrt()).clamp(max=1.0)
@@ -116,7 +131,8 @@ class StepReport:
         if self._copied is not None:
             self._copied.synchronize()
         stop, requeue, save, failed, squared, cut, *sums = self._host.tolist()
-        by_name, named = sums[2 * NUM_GROUPS :], len(self._names)
+        named = len(self._names)
+        by_name = sums[2 * NUM_GROUPS : 2 * (NUM_GROUPS + named)]
         return Numbers(
             stop=stop > 0,
             requeue=requeue > 0,
