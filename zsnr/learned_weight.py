@@ -37,9 +37,10 @@ class LearnedWeight:
     that ranks can add up: it needs no state of an optimizer, and has no part in the learning rate,
     the weight decay and the clipped gradient of the network.
 
-    **Bound.** The loss of v and of flow at zero SNR is at least the variance of the data, which no
-    training reduces, and mostly the largest of all timesteps: without a bound, the timestep that
-    decides the brightness of images has the least weight. With p_t the probability of t,
+    **Bound.** The loss of v and of flow at zero SNR is at least the variance of the data that
+    prompts do not explain, which no training reduces, and mostly the largest of all timesteps:
+    without a bound, the timestep that decides the brightness of images has the least weight. With
+    p_t the probability of t,
 
     w_t = 1 / exp(u_t),  w_{T-1} >= s  sum_{t < T-1} p_t w_t / sum_{t < T-1} p_t
 

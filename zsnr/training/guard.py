@@ -115,8 +115,9 @@ class StepReport:
 
     @property
     def learned(self) -> tuple[Tensor, Tensor]:
-        """The sums for a learned weight, (K,), 0 in a step that is skipped, and the number of
-        samples, (), on the device.
+        """The sums for a learned weight, (K,), and the number of samples, (), on the device.
+
+        The sums are 0 in a step that is skipped.
         """
         count = self._sums[_HEAD + NUM_GROUPS : _HEAD + 2 * NUM_GROUPS].sum()
         return torch.where(self.skips > 0, 0.0, self._sums[-self._num_learned :]), count
