@@ -76,9 +76,9 @@ class Objective:
         A training loop keeps it, multiplies the losses by it, and lets it learn from them:
 
             weight = objective.learned_weight()
-            losses = objective(network, x_0, conditioning, draws)
-            (weight(draws.t) * losses).mean().backward()
-            weight.update(losses, draws.t)
+            losses, t = objective(network, x_0, conditioning, draws), draws.t.to(x_0.device)
+            (weight(t) * losses).mean().backward()
+            weight.update(losses, t)
         """
         if self.loss.name != "learned":
             return None
