@@ -55,17 +55,17 @@ def zsnr(*arguments: str | Path, log: Path | None = None) -> None:
         subprocess.run(command, check=True, env=environment, stdout=file, stderr=file)
 
 
-def train(folder: Path, arm: str, seed: int) -> Path:
+def train(folder: Path, arm: str, seed: int, steps: int = STEPS) -> Path:
     """Train one model unless it is trained; return its checkpoint."""
     run = folder / f"{arm}-{seed}"
-    if not (run / "checkpoints" / f"step-{STEPS:08d}.ckpt").exists():
+    if not (run / "checkpoints" / f"step-{steps:08d}.ckpt").exists():
         overlay = () if arm == "fixed" else ("-c", CONFIGS / f"{arm}.yaml")
         shards = folder / "data"
         zsnr(
             *("fit", "-c", CONFIGS / "openmoji.yaml", *overlay),
             *("--seed_everything", str(seed), "--data.seed", str(seed)),
             *("--data.train", f"{shards}/train-*.tar", "--data.val", f"{shards}/val-*.tar"),
-            *("--trainer.max_steps", str(STEPS), "--trainer.default_root_dir", run),
+            *("--trainer.max_steps", str(steps), "--trainer.default_root_dir", run),
             *("--trainer.enable_progress_bar", "false", "--ckpt_path", "last"),
             log=folder / f"{arm}-{seed}.log",
         )

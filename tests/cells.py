@@ -198,6 +198,7 @@ def fit(
         "local": {k: tuple(_local(p).shape) for k, p in net.trained.named_parameters()},
         "local_ema": {} if net.ema is None else _shapes(net.ema),
         "progress": net._progress.state(),
+        "learned_weight": None if net.learned_weight is None else net.learned_weight.state(),
         "accumulate": trainer.accumulate_grad_batches,
     }
 

@@ -5,6 +5,7 @@ import io
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -20,7 +21,7 @@ from zsnr import EmpiricalDenoiser, NoiseSchedule, to_v
 from zsnr.cli import main
 from zsnr.metrics.luma import mean_luma
 from zsnr.metrics.terminal import TerminalOptimum
-from zsnr.training.board import COMPARED, LOWER_BOUND, MEAN_LUMA, VARIANCE
+from zsnr.training.board import COMPARED, LOWER_BOUND, MEAN_LUMA, VARIANCE, chart_layout
 from zsnr.training.facts import public_config
 from zsnr.training.guard import sums_by_group
 from zsnr.training.previews import captioned
@@ -352,6 +353,26 @@ def test_charts_find_their_curves(board):
         # no sample has drawn the last timestep, and four are validated
         assert charts[title] == [[tag] if tag in there else [] for tag in tags], title
     assert charts["all timesteps"] == [[tag] for tag in wanted["all timesteps"]]
+
+
+def test_sources_buckets_and_learned_weights_have_charts():
+    names = ["source/a.b", "source/a-b", *(f"bucket/{8 * i}x8" for i in range(1, 7))]
+    data = SimpleNamespace(val=None, loss_groups=names)
+    module = SimpleNamespace(
+        schedule=NoiseSchedule(), converted_start=None, ema_config=None, learned_weight=object()
+    )
+    charts = chart_layout(SimpleNamespace(callbacks=[], datamodule=data), module, {})["loss"]
+    tags = [f"loss_by_{name}" for name in names]
+    assert all(description("Scalars", tag) for tag in (*tags, "loss_weight/t0999"))
+    found = {
+        title: [n for n in tags for p in curves[1] if re.search(p, n)]
+        for title, curves in charts.items()
+    }
+    assert found["training, by source"] == tags[:2]
+    assert found["training, by bucket, part 1"] == tags[2:7]
+    assert found["training, by bucket, part 2"] == tags[7:]
+    weights = [curves[1] for title, curves in charts.items() if title.startswith("learned weight")]
+    assert [len(curves) for curves in weights] == [5, 5]
 
 
 # The loss of the last timestep

@@ -743,7 +743,18 @@ def test_a_cache_of_weighted_sources_and_folders_keeps_their_order(cached):
     mine, theirs = take(module(cache, **facts), 15), take(module(sources, **facts), 15)
     for name in ("key", "caption"):
         assert [b[name] for b in mine] == [b[name] for b in theirs]
+    assert [b["groups"].tolist() for b in mine] == [b["groups"].tolist() for b in theirs]
     assert sum("photo" in key for batch in mine for key in batch["key"]) > 30
+    file = folder / "cache" / "cache.json"
+    text = file.read_text()
+    names = [shard.pop("source_name") for shard in json.loads(text)["shards"]]
+    assert {*names} == {"shards", "plain"}
+    older = json.loads(text)
+    for shard in older["shards"]:
+        del shard["source_name"]
+    file.write_text(json.dumps(older))
+    assert main(["data", "cache", "-c", str(path), "--output", cache]) == 0  # nothing is left to do
+    file.write_text(text)
     moved = folder / "moved"
     (folder / "cache").rename(moved)
     assert [b["key"] for b in take(module(str(moved), **facts), 15)] == [b["key"] for b in mine]

@@ -155,13 +155,16 @@ def placed(module):
 def test_a_training_step_with_guard_average_and_validation(monkeypatch):
     """All but the backward pass, which a PyTorch without CUDA cannot do even with fake tensors."""
     monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: None))
-    module = cells.module(conditioner=tiny.conditioner(trainable=True), offset_noise=0.1)
+    learned = LossWeighting("learned")
+    text = tiny.conditioner(trainable=True)
+    module = cells.module(conditioner=text, offset_noise=0.1, loss=learned)
     batch = {
         "image": torch.zeros(4, 3, 16, 16),
         "caption": ["a", "b", "c", "d"],
         "key": ["a", "b", "c", "d"],
         "position": torch.arange(4),
         "global_batch_size": 4,
+        "groups": torch.tensor([[0, 2], [1, 2], [0, 2], [1, 2]]),
     }
     batches = [module.preparation(training)(dict(batch)) for training in (True, False)]
     with accelerator(), torch.no_grad():
@@ -172,8 +175,10 @@ def test_a_training_step_with_guard_average_and_validation(monkeypatch):
         ]
         assert module.training_step(batches[0], 0).device == CUDA
         grads = [torch.zeros_like(p) for p in module.trained.parameters()]
-        report = StepReport(0, module._micro_batches, grads, (False,) * 4, 1000)
+        report = StepReport(0, module._micro_batches, grads, (False,) * 4, 1000, ["a", "b", "c"])
         assert (report.skips.device, report.clip_factor(1.0).device) == (CUDA, CUDA)
+        module.learned_weight.step(*report.learned)
+        assert module.learned_weight.table().device == CUDA
         with pytest.raises(DataDependentOutputException):
             bool(report.skips)
         update_average(module.ema, module.trained, 0.9)

@@ -432,6 +432,12 @@ def test_runs_tell_the_weight_of_the_last_step(tmp_path):
     assert any("uniform" in text for text in found.changes)
     run_facts.write_run_facts(tmp_path, RUN)
     assert examine(tmp_path).facts["terminal_loss_weight"] == 1
+    for share, fine in ((1.0, True), (0.0, False)):
+        loss = {"name": "learned", "allow_zero_terminal_weight": True, "min_terminal_share": share}
+        run_facts.write_run_facts(tmp_path, {**RUN, "loss": loss})
+        found = examine(tmp_path)
+        assert found.facts["terminal_loss_weight"] == share
+        assert fine != any("last timestep" in warning for warning in found.warnings)
     guidance = {**DEFAULT_SAMPLING, "guidance_rescale": 0}
     run_facts.write_run_facts(tmp_path, {**RUN, "sampling": guidance})
     assert any("over-exposes" in text for text in examine(tmp_path).warnings)

@@ -28,7 +28,7 @@ from zsnr.data.index import index_path, load_index
 from zsnr.data.index_file import read_rows
 from zsnr.data.samples import select
 from zsnr.data.scan import make_index
-from zsnr.data.sources import Shard, Source, find_shards
+from zsnr.data.sources import Shard, Source, find_shards, source_names
 from zsnr.data.storage import Storage
 
 
@@ -59,6 +59,27 @@ def test_shards_by_folder_pattern_and_list(tmp_path):
     assert keys(index(tmp_path)) == [f"{i:05d}" for i in range(6)]
     weighted = [Source(f"{tmp_path}/train-000000.tar", 2), f"{tmp_path}/train-000001.tar"]
     assert [shard.weight for shard in find_shards(weighted)] == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["data/photos", "data/art"], ["photos", "art"]),
+        (["a/train-*.tar", "b/train-*.tar"], ["a", "b"]),
+        (["photos", "laion/{00000..00999}.tar"], ["photos", "laion_00000..00999_.tar"]),
+        (["https://me:secret@x.org/a/0.tar?key=1", "https://x.org/b/0.tar"], ["a", "b"]),
+        (["data", "data/art"], ["source-1", "art"]),
+        (["x/a b/y", "x/a_b/y"], ["a_b", "a_b-2"]),
+        ([["a/1.tar", "a/2.tar"], "a/3.tar"], ["1.tar", "3.tar"]),
+    ],
+)
+def test_sources_are_named_by_what_tells_their_paths_apart(paths, names):
+    assert source_names([Source(path) for path in paths]) == names
+    given = [Source(paths[0], name="mine"), Source(paths[1])]
+    assert source_names(given)[0] == "mine"
+    for bad in ("", "a/b", "a b", "x" * 65, 3):
+        with pytest.raises(ValueError, match="wanted letters, digits"):
+            Source("a", name=bad)
 
 
 def test_ratios_are_for_all_sources_and_part_of_the_digest(tmp_path):

@@ -305,6 +305,7 @@ def test_a_cache_that_an_older_version_wrote_is_read(tmp_path):
         {"shards": [{"file": "0.tar", "weight": 1, "ratio": "1", "source": 0}]},
         {"shards": [{"file": "0.tar", "weight": 1, "ratio": 0, "source": 0}]},
         {"shards": [{"file": "0.tar", "weight": 1, "ratio": 1, "source": None}]},
+        {"shards": [{"file": "0.tar", "weight": 1, "source_name": "a/b"}]},
         {"shards": [{"file": "0.tar", "weight": "1"}]},
         {"shards": [{"file": "0.tar", "weight": float("nan")}]},
         {"shards": [{"file": "0.tar", "weight": -1}]},
@@ -322,12 +323,12 @@ def test_a_cache_of_another_form_is_refused_in_one_line(tmp_path, changed):
 
 
 def test_a_cache_keeps_the_ratios_of_its_sources(tmp_path):
-    shards = [Shard("a.tar", ratio=2.0), Shard("b/c.tar", ratio=0.5, source=1)]
+    shards = [Shard("a.tar", ratio=2.0, source_name="a"), Shard("b/c.tar", 1, "tar", 0.5, 1, "c")]
     cached(tmp_path, shards=shard_files(shards))
     found = find_shards(str(tmp_path))
-    assert [(s.name, s.ratio, s.source, s.weight) for s in found] == [
-        ("000000-a.tar", 2.0, 0, 1.0),
-        ("000001-c.tar", 0.5, 1, 1.0),
+    assert [(s.name, s.ratio, s.source, s.weight, s.source_name) for s in found] == [
+        ("000000-a.tar", 2.0, 0, 1.0, "a"),
+        ("000001-c.tar", 0.5, 1, 1.0, "c"),
     ]
 
 

@@ -8,7 +8,7 @@ from zsnr import LossWeighting, NoiseSchedule, diffusion_loss, prediction_target
 from zsnr.loss import WeightingName
 
 NAMES = get_args(WeightingName)
-SAFE = ("uniform", "snr_plus_one", "truncated_snr")
+SAFE = ("uniform", "snr_plus_one", "truncated_snr", "learned")
 ORIGINAL = NoiseSchedule(zero_terminal_snr=False)
 
 
@@ -30,7 +30,7 @@ def test_zero_terminal_weight_is_refused(name):
     assert (weighting.table(ORIGINAL) > 0).all()
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "uniform"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("uniform", "learned")])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_one_weighting_means_one_loss_whatever_is_predicted(name, prediction_type):
     schedule, t = ORIGINAL, torch.tensor([0, 1, 300, 700, 999])

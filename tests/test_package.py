@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[1]
 # floors 0 and 1 import torch only.
 FLOORS = (
     (
-        *("beta_distribution", "schedule", "prediction", "loss", "timestep_law", "timesteps"),
-        *("guidance_methods", "guidance", "transition", "noise"),
+        *("beta_distribution", "schedule", "prediction", "timestep_law", "loss", "timesteps"),
+        *("learned_weight", "guidance_methods", "guidance", "transition", "noise"),
     ),
     (
         *("denoiser", "conversion", "draws", "objective", "oracle"),

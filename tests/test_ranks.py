@@ -6,6 +6,7 @@ tests/cluster holds the whole matrix.
 import copy
 import json
 import math
+from collections import defaultdict
 from pathlib import Path
 
 import cells
@@ -19,8 +20,11 @@ from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 from zsnr.checkpoints.checkpoint_file import read_checkpoint
 from zsnr.cli import main
 from zsnr.conditioning import NullConditioner
+from zsnr.data.buckets import AspectBuckets
 from zsnr.data.caption_tags import Tags
 from zsnr.data.order import accumulation
+from zsnr.data.sources import Source
+from zsnr.loss import LossWeighting
 from zsnr.networks import UNet
 from zsnr.training import EMAConfig
 from zsnr.training.guard import sums_by_group
@@ -112,6 +116,75 @@ def test_captions_that_are_cut_are_counted_over_all_ranks(ranks, tmp_path):
     for run in ranks[2](cells.fit, folder, tmp_path, "ddp", 3, model={"caption_dropout": 0.0}):
         assert [row["train/cut_captions"] for row in run["logged"]] == [1, 2, 3]
         assert run["progress"]["cut_captions"] == 3
+
+
+def test_ranks_that_shard_learn_the_same_loss_weight_and_resume_it(ranks, shards, tmp_path):
+    options = {
+        "steps": 3,
+        "model": {"loss": LossWeighting("learned")},
+        "data_options": {"max_batch_size_per_device": 2},
+    }
+    alone = cells.fit(shards, tmp_path, saves=False, **options)
+    straight = ranks[2](cells.fit, shards, tmp_path, "sharded", every=2, **options)
+    options |= {"saves": False, "checkpoint": checkpoint_of(tmp_path, 2)}
+    again = ranks[2](cells.fit, shards, tmp_path, "sharded", **options)
+    wanted = alone["learned_weight"]["coefficients"]
+    for run, resumed in zip(straight, again, strict=True):
+        assert run["learned_weight"]["coefficients"] == pytest.approx(wanted, rel=1e-4, abs=1e-8)
+        for a, b in zip(run["logged"], alone["logged"], strict=True):
+            assert a == pytest.approx(b, rel=1e-5)
+        assert resumed["learned_weight"] == run["learned_weight"] == straight[0]["learned_weight"]
+        assert losses(resumed) == losses(run)[2:]
+
+
+class Losses(Callback):
+    """Keeps the loss and the image's shape of each sample by its position in the run."""
+
+    def __init__(self):
+        self.rows, self.shapes = [], []
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.shapes += [tuple(batch["image"].shape[-2:])] * len(batch["key"])
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        for batch in module._micro_batches:
+            self.rows += zip(batch.keys, batch.losses.tolist(), strict=True)
+
+
+def test_losses_by_source_and_bucket_are_means_over_all_ranks(ranks, tmp_path):
+    sizes = {"photos": [(16, 16)] * 4 + [(8, 32)] * 8, "glyphs": [(16, 16)] * 7}
+    for name, images in sizes.items():
+        (tmp_path / name).mkdir()
+        members = {f"{name}{i}.png": tiny.png((20 * i,) * 3, size) for i, size in enumerate(images)}
+        members |= {f"{name}{i}.txt": b"a" for i in range(len(images))}
+        tiny.write_shard(tmp_path / name / "0.tar", members)
+    options = {
+        "steps": 6,
+        "saves": False,
+        "data_options": {
+            "train": [Source(str(tmp_path / "photos")), Source(str(tmp_path / "glyphs"), 2.0)],
+            "val": None,
+            "aspect": AspectBuckets(step=8, max_ratio=4),
+            "max_batch_size_per_device": 2,
+        },
+        "trainer_options": {"log_every_n_steps": 3, "val_check_interval": None},
+    }
+    seen = Losses()
+    run = cells.fit(tmp_path, tmp_path, callbacks=[seen], **options)
+    for step in (3, 6):
+        groups = defaultdict(list)
+        for i in range((step - 3) * cells.BATCH, step * cells.BATCH):
+            (key, loss), (height, width) = seen.rows[i], seen.shapes[i]
+            groups[f"loss_by_source/{key.rstrip('0123456789')}"].append(loss)
+            groups[f"loss_by_bucket/{width}x{height}"].append(loss)
+        wanted = {name: sum(each) / len(each) for name, each in groups.items()}
+        logged = run["logged"][step - 1]
+        assert {n: logged[n] for n in wanted} == pytest.approx(wanted, rel=1e-6)
+    names = ["source/photos", "source/glyphs", "bucket/16x16", "bucket/8x32"]
+    assert {n for n in logged if n.startswith("loss_by_")} == {f"loss_by_{name}" for name in names}
+    for rank in ranks[2](cells.fit, tmp_path, tmp_path, "ddp", **options):
+        for a, b in zip(rank["logged"], run["logged"], strict=True):
+            assert a == pytest.approx(b, rel=1e-5)
 
 
 def test_ranks_train_on_the_same_tags(ranks, tmp_path):

@@ -68,7 +68,14 @@ def test_a_weighting_without_the_last_timestep_is_a_cause(name):
     assert terminal_weight(ORIGINAL, "v_prediction", loss, TimestepLaw()) is None
 
 
-@pytest.mark.parametrize("name", ["uniform", "snr_plus_one", "truncated_snr"])
+def test_a_learned_weighting_without_a_bound_is_a_cause():
+    loss = LossWeighting("learned", allow_zero_terminal_weight=True, min_terminal_share=0.0)
+    found = terminal_weight(ZERO, "v_prediction", loss, TimestepLaw())
+    assert "min_terminal_share to 1" in found.way_out
+    assert terminal_weight(ORIGINAL, "v_prediction", loss, TimestepLaw()) is None
+
+
+@pytest.mark.parametrize("name", ["uniform", "snr_plus_one", "truncated_snr", "learned"])
 def test_a_weighting_with_the_last_timestep_is_none(name):
     loss = LossWeighting(name)
     assert terminal_weight(ZERO, "v_prediction", loss, TimestepLaw()) is None

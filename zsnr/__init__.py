@@ -16,6 +16,7 @@ from zsnr.guidance_methods import (
     zero_star_guidance,
 )
 from zsnr.inpainting import InpaintingDenoiser
+from zsnr.learned_weight import LearnedWeight
 from zsnr.loss import LossWeighting, diffusion_loss
 from zsnr.noise import SampleNoise, derive_seed, offset_noise
 from zsnr.objective import Objective
@@ -88,6 +89,7 @@ __all__ = [
     "Guidance",
     "Heun",
     "InpaintingDenoiser",
+    "LearnedWeight",
     "LossWeighting",
     "Multiscale",
     "NoiseSchedule",

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from zsnr.prediction import PredictionType, check_prediction_type
 from zsnr.schedule import Schedule, per_sample
+from zsnr.timestep_law import MIN_TERMINAL_SHARE
 
 WeightingName = Literal[
-    "uniform", "min_snr", "soft_min_snr", "snr", "snr_plus_one", "truncated_snr", "debiased", "p2"
+    "uniform",
+    "min_snr",
+    "soft_min_snr",
+    "snr",
+    "snr_plus_one",
+    "truncated_snr",
+    "debiased",
+    "p2",
+    "learned",
 ]
 
 
@@ -39,20 +48,28 @@ class LossWeighting:
     | debiased      | sqrt(SNR)               | Yu et al., arXiv:2310.08442 (1/sqrt(SNR) on eps) |
     | p2            | SNR / (1 + SNR)         | Choi et al., arXiv:2204.00227 (k = 1, gamma = 1) |
 
-    At zero terminal SNR, all but uniform, snr_plus_one and truncated_snr give the last timestep the
-    weight 0: the timestep that determines brightness would not be trained.
+    At zero terminal SNR, all but uniform, snr_plus_one, truncated_snr and learned give the last
+    timestep the weight 0: the timestep that determines brightness would not be trained.
+
+    learned has lambda_t = 1, and training multiplies it by the weight that a `LearnedWeight` learns
+    from the losses (Karras et al., arXiv:2312.02696). Losses of validation, and all that are
+    logged, are without it.
 
     Args:
-        name: Weighting of the timesteps: uniform (the paper's), snr_plus_one or truncated_snr; or
-            min_snr, soft_min_snr, snr, debiased or p2, which give the last timestep of a zero-SNR
-            schedule no weight.
+        name: Weighting of the timesteps: uniform (the paper's), snr_plus_one or truncated_snr;
+            learned, the inverse of each timestep's mean loss; or min_snr, soft_min_snr, snr,
+            debiased or p2, which give the last timestep of a zero-SNR schedule no weight.
         gamma: The bound of min_snr and soft_min_snr, positive.
-        allow_zero_terminal_weight: Accept a weighting whose last weight is 0.
+        allow_zero_terminal_weight: Accept a weighting whose last weight is 0, or a learned one
+            whose last weight may become less than a tenth of the mean.
+        min_terminal_share: Lower bound of learned's weight of the last timestep, relative to the
+            mean weight of the others. 1 = it keeps the share that uniform gives it, 0 = no bound.
     """
 
     name: WeightingName = "uniform"
     gamma: float = 5.0
     allow_zero_terminal_weight: bool = False
+    min_terminal_share: float = 1.0
 
     def __post_init__(self) -> None:
         if self.name not in get_args(WeightingName):
@@ -66,6 +83,22 @@ class LossWeighting:
                 f"allow_zero_terminal_weight={self.allow_zero_terminal_weight!r}: wanted True or "
                 "False."
             )
+        share = self.min_terminal_share
+        number = isinstance(share, (int, float)) and not isinstance(share, bool)
+        if not (number and math.isfinite(share) and share >= 0):
+            raise ValueError(f"min_terminal_share={share!r}: wanted a number, 0 or more.")
+        if share != type(self).min_terminal_share and self.name != "learned":
+            raise ValueError(
+                f"min_terminal_share={share:g} with the loss weighting {self.name!r}: it is a "
+                "setting of 'learned'. Omit it, or choose that weighting."
+            )
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings as plain values; only those of learned have its bound."""
+        settings = asdict(self)
+        if self.name != "learned":
+            del settings["min_terminal_share"]
+        return settings
 
     def table(self, schedule: Schedule, prediction_type: PredictionType = "v_prediction") -> Tensor:
         """Compute lambda_t for every timestep.
@@ -74,12 +107,20 @@ class LossWeighting:
             float64 on the CPU, shape (T,).
 
         Raises:
-            ValueError: epsilon is combined with zero SNR, or the last weight is 0 and this is not
-                allowed.
+            ValueError: epsilon is combined with zero SNR, or the last weight is 0 or may become
+                nearly 0, and this is not allowed.
         """
         check_prediction_type(prediction_type, schedule)
         snr = schedule.snr
-        if self.name == "uniform":
+        if self.starves_the_end(schedule) and not self.allow_zero_terminal_weight:
+            raise ValueError(
+                f"min_terminal_share={self.min_terminal_share:g}: the learned weight of the last "
+                f"timestep, t={len(snr) - 1}, whose loss is mostly the largest, could become less "
+                "than a tenth of the mean, and the model would hardly learn to start from pure "
+                f"noise. Wanted at least {MIN_TERMINAL_SHARE}, or set "
+                "allow_zero_terminal_weight=True."
+            )
+        if self.name in ("uniform", "learned"):
             return torch.ones_like(snr)
         w = self._x0_weight(snr)
         alpha, sigma = schedule(torch.arange(schedule.num_timesteps))
@@ -100,6 +141,11 @@ class LossWeighting:
                 "allow_zero_terminal_weight=True."
             )
         return table
+
+    def starves_the_end(self, schedule: Schedule) -> bool:
+        """Whether learned may give the last timestep of a zero-SNR schedule hardly any weight."""
+        rare = self.min_terminal_share < MIN_TERMINAL_SHARE
+        return self.name == "learned" and rare and float(schedule.snr[-1]) == 0
 
     def _x0_weight(self, snr: Tensor) -> Tensor:
         match self.name:

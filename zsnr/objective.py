@@ -9,6 +9,7 @@ from torch import Tensor
 
 from zsnr.denoiser import Conditioning, Network
 from zsnr.draws import Draws, training_draws
+from zsnr.learned_weight import LearnedWeight
 from zsnr.loss import LossWeighting, diffusion_loss
 from zsnr.noise import offset_noise
 from zsnr.prediction import PredictionType, prediction_target
@@ -27,7 +28,7 @@ class Objective:
     Args:
         schedule: The noise schedule.
         prediction_type: What the network predicts.
-        loss: The weight lambda_t.
+        loss: The weight lambda_t. A learned one is `learned_weight`, beside the losses.
         timestep_law: How often `draws` visits each timestep.
         offset_noise: Strength of offset noise (section 5.4), for comparison; 0 = none.
 
@@ -68,6 +69,20 @@ class Objective:
         """
         x_t, target, t = self.noised(x_0, draws)
         return self.losses(network(x_t, self.schedule.time(t), conditioning), target, t)
+
+    def learned_weight(self) -> LearnedWeight | None:
+        """Return a weight of the losses to be learned in training; None unless `loss` is learned.
+
+        A training loop keeps it, multiplies the losses by it, and lets it learn from them:
+
+            weight = objective.learned_weight()
+            losses, t = objective(network, x_0, conditioning, draws), draws.t.to(x_0.device)
+            (weight(t) * losses).mean().backward()
+            weight.update(losses, t)
+        """
+        if self.loss.name != "learned":
+            return None
+        return LearnedWeight(self.schedule, self.timestep_law, self.loss.min_terminal_share)
 
     def draws(
         self,

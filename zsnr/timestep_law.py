@@ -6,6 +6,7 @@ import math
 from bisect import bisect_right
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from statistics import NormalDist
 from typing import Literal, get_args
 
@@ -96,6 +97,10 @@ class TimestepLaw:
                 return x / (self.shift - (self.shift - 1) * x)
             case _:
                 return x
+
+    def probabilities(self, num_timesteps: int) -> list[float]:
+        """Return the probability of each timestep, F((t + 1) / T) - F(t / T)."""
+        return [after - before for before, after in pairwise(_table(self, num_timesteps))]
 
     def terminal_share(self, num_timesteps: int) -> float:
         """Compute how often the last timestep is visited, relative to uniform: T P(t = T - 1)."""

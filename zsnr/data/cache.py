@@ -381,10 +381,15 @@ def write_cache(
 
 
 def shard_files(shards: Sequence[Shard]) -> list[dict[str, Any]]:
-    """List the cache's shards, each with its weight, or with its source and ratio."""
+    """List the cache's shards, each with its weight, or with its source and ratio.
+
+    Where there are several sources, each shard has the name of its source.
+    """
+    several = len({shard.source_name for shard in shards}) > 1
     return [
         {"file": f"{number:06d}-{shard.name.removesuffix('.tar')}.tar", "weight": shard.weight}
         | ({} if shard.ratio is None else {"ratio": shard.ratio, "source": shard.source})
+        | ({"source_name": shard.source_name} if several else {})
         for number, shard in enumerate(shards)
     ]
 
@@ -545,6 +550,9 @@ def _claim(folder: Path, cache: Cache, conditioner: Conditioner | None) -> None:
     if file.is_file():
         existing = read_cache(file)
         settings = json.loads(json.dumps(cache.facts()))
+        for facts in (existing, settings):
+            for shard in facts["shards"]:
+                shard.pop("source_name", None)  # a label, which older caches lack
         changed = [name for name in settings if existing.get(name) != settings[name]]
         if changed:
             raise ValueError(

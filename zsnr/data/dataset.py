@@ -17,6 +17,7 @@ from zsnr.data.caption_tags import Tags
 from zsnr.data.captions import Captions
 from zsnr.data.faults import BudgetError, Fault
 from zsnr.data.formats import MAX_PIXELS
+from zsnr.data.groups import SampleGroups
 from zsnr.data.images import decode_image, size_facts
 from zsnr.data.local_cache import LocalCache
 from zsnr.data.samples import Sample, Samples
@@ -83,7 +84,8 @@ class ShardDataset(Dataset[dict[str, Any]]):
     An item is {"image": uint8 (3, H, W), "caption": str, "sizes": int64 (6,), "key": str,
     "position": int, "faults": list of the Fault met while loading}. Sizes are those of the original
     image, its crop and the result, as in Conditioning. A negative position ~p = -1 - p loads the
-    sample at p to keep ranks in step, and stays negative in the item.
+    sample at p to keep ranks in step, and stays negative in the item. With `groups`, an item has
+    "groups": int64 (G,).
 
     Args:
         samples: The samples.
@@ -95,6 +97,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
         headers: Headers of requests to http servers.
         local_cache: Cache of whole remote shards on local disk. None = samples are read remotely.
         seed: Seed of crops, captions and tags, which are functions of the position.
+        groups: Groups of the samples. None = items do not name theirs.
     """
 
     def __init__(
@@ -109,8 +112,9 @@ class ShardDataset(Dataset[dict[str, Any]]):
         headers: Mapping[str, str] | None = None,
         local_cache: LocalCache | None = None,
         seed: int = 0,
+        groups: SampleGroups | None = None,
     ) -> None:
-        self.samples = samples
+        self.samples, self._groups = samples, groups
         self._order = AsIndexed(samples) if order is None else order
         self._pixels, self._captions, self._tags, self._seed = pixels, captions, tags, seed
         self._storage = Storage(retries, headers=headers, local_cache=local_cache)
@@ -146,6 +150,8 @@ class ShardDataset(Dataset[dict[str, Any]]):
                 reason = " ".join(str(error).split())
                 faults.append(Fault("sample", sample.shard, sample.key, reason, position))
                 continue
+            if self._groups is not None:
+                item["groups"] = self._groups(row)
             return {**item, "key": sample.key, "position": position, "faults": faults}
         last = faults[-1]
         raise BudgetError(

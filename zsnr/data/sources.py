@@ -9,12 +9,13 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
 from zsnr.data.storage import Storage, is_remote, local_path
 from zsnr.public import public_url
-from zsnr.untrusted import near_path, parse_object, read_small
+from zsnr.untrusted import near_path, parse_object, read_small, shown
 
 IMAGE_SUFFIXES = (
     *("jpg", "jpeg", "png", "webp", "gif", "jfif", "jpe", "mpo", "apng", "bmp", "tif", "tiff"),
@@ -34,6 +35,7 @@ CACHE = "cache.json"
 
 _MAX_NAMES = 10_000_000  # shards that one pattern may match
 _MAX_CACHE = 1 << 28  # bytes of cache.json; a million shards
+_MAX_NAME = 64  # characters of a source's name
 
 
 @dataclass(frozen=True)
@@ -49,16 +51,24 @@ class Source:
         ratio: Share of each global batch, relative to the other sources' ratios, whatever the
             number of samples. Each source then has epochs of its own. If one source has a ratio,
             all must, and none may have a weight. None = by the number of samples and the weight.
+        name: Name in the logs, of letters, digits, and ".", "_" and "-"; sources of one name are
+            counted together. None = what its path does not share with those of the other sources.
     """
 
     path: str | list[str]
     weight: float = 1.0
     ratio: float | None = None
+    name: str | None = None
 
     def __post_init__(self) -> None:
         for name, share in (("weight", self.weight), ("ratio", self.ratio)):
             if share is not None and not _is_share(share):
                 raise ValueError(f"{name}={share:g}: wanted a number from 0.001 to 1000.")
+        if self.name is not None and not _is_name(self.name):
+            raise ValueError(
+                f"name={shown(self.name)}: wanted letters, digits, and '.', '_' and '-', at most "
+                f"{_MAX_NAME} characters."
+            )
         object.__setattr__(self, "weight", float(self.weight))  # 3 and 3.0 are one weight
         object.__setattr__(self, "ratio", None if self.ratio is None else float(self.ratio))
 
@@ -73,6 +83,7 @@ class Shard:
         kind: "tar" = a tar file, "folder" = a folder of images, "cache" = a tar file of a cache.
         ratio: Ratio of its source.
         source: Number of its source.
+        source_name: Name of its source in the logs.
     """
 
     url: str
@@ -80,6 +91,7 @@ class Shard:
     kind: Literal["tar", "folder", "cache"] = "tar"
     ratio: float | None = None
     source: int = 0
+    source_name: str = ""
 
     @property
     def name(self) -> str:
@@ -114,6 +126,32 @@ def _is_share(value: float) -> bool:
     return 0.001 <= value <= 1000
 
 
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch(rf"[\w.-]{{1,{_MAX_NAME}}}", value) is not None
+
+
+def _common_start(paths: Sequence[Sequence[str]]) -> int:
+    """Return the number of first parts that all paths have in common."""
+    columns = zip(*paths, strict=False)  # to the end of the shortest
+    return sum(1 for _ in takewhile(lambda parts: len(set(parts)) == 1, columns))
+
+
+def source_names(sources: Sequence[Source]) -> list[str]:
+    """Name each source: as it says, or by the part of its path that other sources do not share."""
+    firsts = [
+        each.path if isinstance(each.path, str) else "".join(each.path[:1]) for each in sources
+    ]
+    paths = [public_url(path).strip("/").split("/") for path in firsts]
+    head, tail = _common_start(paths), _common_start([path[::-1] for path in paths])
+    names: list[str] = []
+    for number, (source, path) in enumerate(zip(sources, paths, strict=True), 1):
+        text = re.sub(r"[^\w.-]+", "_", "/".join(path[head : len(path) - tail])).strip("_")
+        name = text[-_MAX_NAME:] or f"source-{number}"
+        name = f"{name[: _MAX_NAME - 8]}-{number}" if name in names else name
+        names.append(source.name or name)
+    return names
+
+
 def is_cache(path: str) -> bool:
     """Whether a source is a folder that `zsnr data cache` wrote."""
     return not is_remote(path) and (local_path(path) / CACHE).is_file()
@@ -129,7 +167,8 @@ def find_shards(sources: Sources) -> list[Shard]:
         FileNotFoundError: A source has no shards.
     """
     shards: list[Shard] = []
-    for number, source in enumerate(as_sources(sources)):
+    full = as_sources(sources)
+    for number, (source, name) in enumerate(zip(full, source_names(full), strict=True)):
         for path in [source.path] if isinstance(source.path, str) else source.path:
             if is_cache(path):
                 shards += _cached(local_path(path) / CACHE, source.weight)
@@ -137,7 +176,7 @@ def find_shards(sources: Sources) -> list[Shard]:
             for url in _expand(path):
                 folder = not is_remote(url) and Path(url).is_dir()
                 kind: Literal["tar", "folder"] = "folder" if folder else "tar"
-                shards.append(Shard(url, source.weight, kind, source.ratio, number))
+                shards.append(Shard(url, source.weight, kind, source.ratio, number, name))
     if not shards:
         raise FileNotFoundError(f"No shards at {sources!r}: the list is empty.")
     return shards
@@ -202,7 +241,8 @@ def read_cache(file: Path) -> dict[str, Any]:
 
 
 def _is_cached_shard(shard: object) -> bool:
-    if not isinstance(shard, dict) or shard.keys() - {"ratio", "source"} != {"file", "weight"}:
+    optional = {"ratio", "source", "source_name"}
+    if not isinstance(shard, dict) or shard.keys() - optional != {"file", "weight"}:
         return False
     file, weight = shard["file"], shard["weight"]
     ratio, source = shard.get("ratio", 1.0), shard.get("source", 0)
@@ -213,23 +253,21 @@ def _is_cached_shard(shard: object) -> bool:
         and "\0" not in file
         and all(type(x) in (int, float) and _is_share(x) for x in (weight, ratio))
         and type(source) is int
+        and _is_name(shard.get("source_name", "source"))
     )
 
 
 def _cached(cache: Path, weight: float) -> list[Shard]:
     shards = []
     for shard in read_cache(cache)["shards"]:
-        product, ratio, source = (
-            weight * shard["weight"],
-            shard.get("ratio"),
-            shard.get("source", 0),
-        )
+        product = weight * shard["weight"]
         if not _is_share(product):
             raise ValueError(
                 f"{cache.parent} was cached with weight={shard['weight']:g}, so weight={weight:g} "
                 f"results in {product:g}: wanted a number from 0.001 to 1000."
             )
-        shards.append(Shard(str(cache.parent / shard["file"]), product, "cache", ratio, source))
+        of_source = {key: shard[key] for key in ("ratio", "source", "source_name") if key in shard}
+        shards.append(Shard(str(cache.parent / shard["file"]), product, "cache", **of_source))
     return shards
 
 

@@ -217,12 +217,15 @@ def _examine_training(
     if not (zero and prediction_type == "epsilon"):
         table = replace(loss, allow_zero_terminal_weight=True).table(schedule, prediction_type)
         share = float(table[-1] / table.mean())
+        if loss.name == "learned":
+            share = loss.min_terminal_share
         if not (table.isfinite().all() and math.isfinite(share)):
             raise ValueError(f"loss weighting {loss.name!r} has weights that are not finite.")
         facts["terminal_loss_weight"] = share
-        if share < 0.01:
+        if share < 0.01 or loss.starves_the_end(schedule):
+            gives = "may give" if loss.name == "learned" else "gives"
             warnings.append(
-                f"loss weighting {loss.name!r} gives the last timestep {share:.2g} of the mean "
+                f"loss weighting {loss.name!r} {gives} the last timestep {share:.2g} of the mean "
                 "weight: the model barely learns to start from pure noise"
             )
             changes.append(f"{where}loss.name: uniform")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
@@ -304,6 +305,9 @@ def chart_layout(
         "train": True,
         "train_by_timestep": True,
         "output_gradient_by_timestep": module.watcher is not None,
+        "loss_weight": module.learned_weight is not None,
+        "loss_by_source": True,
+        "loss_by_bucket": True,
         "val": validates,
         "val_by_timestep": validates,
         "adaptation": validates and module.converted_start is not None,
@@ -323,6 +327,17 @@ def chart_layout(
             for part in parts
         ]
 
+    def by_group(kind: str) -> list[tuple[str, list[str]]]:
+        names = [n for n in getattr(trainer.datamodule, "loss_groups", ()) if n.startswith(kind)]
+        parts = [names[i : i + _CURVES] for i in range(0, len(names), _CURVES)]
+        return [
+            (
+                f"training, by {kind}" + (f", part {number}" if len(parts) > 1 else ""),
+                [f"loss_by_{name}" for name in part],
+            )
+            for number, part in enumerate(parts, 1)
+        ]
+
     raw = [] if module.ema_config is None else ["val/loss_raw"]
     last = [TERMINAL, f"val_by_timestep/{at_timestep(T - 1)}"]
     by_quarter = [f"train_by_timestep/{quarter}" for quarter in quarters(T)]
@@ -333,7 +348,10 @@ def chart_layout(
             (titled("last timestep", "lower bound without prompts", LOWER_BOUND), last),
             ("training, by quarter of the timesteps", by_quarter),
             ("gradient at the output, by quarter of the timesteps", gradients),
+            *by_group("source"),
+            *by_group("bucket"),
             *by_timestep("val_by_timestep", "validation"),
+            *by_timestep("loss_weight", "learned weight"),
         ],
         "adaptation": by_timestep("adaptation", "validation loss divided by the start's"),
         "luma": [
@@ -348,7 +366,7 @@ def chart_layout(
     charts: dict[str, dict[str, list[Any]]] = {}
     for group, rows in layout.items():
         for title, tags in rows:
-            logged = [f"^{tag}$" for tag in tags if there[tag.partition("/")[0]]]
+            logged = [f"^{re.escape(tag)}$" for tag in tags if there[tag.partition("/")[0]]]
             if logged:
                 charts.setdefault(group, {})[title] = ["Multiline", logged]
     return charts

@@ -34,6 +34,7 @@ from zsnr.data.captions import Captions
 from zsnr.data.dataset import Pixels, ShardDataset, collate
 from zsnr.data.faults import BudgetError, Fault, Ledger, check_budget, summarize
 from zsnr.data.filters import Filter
+from zsnr.data.groups import SampleGroups
 from zsnr.data.images import to_unit_range
 from zsnr.data.index import Index, counted, load_index
 from zsnr.data.local_cache import LocalCache
@@ -58,7 +59,8 @@ class DataModule(L.LightningDataModule):
     A batch holds image (B, 3, H, W) in [-1, 1], or from a cache moments (B, 2 C, h, w) and
     text_embedding (Conditioning or None), or latents (B, C, h, w) as the network takes them;
     caption and key (lists), sizes (B, 6) as Conditioning's, position (B,), the sample's place in
-    the run, and global_batch_size.
+    the run, and global_batch_size. Where training has several sources or buckets, groups (B, G)
+    holds the numbers of a sample's source and bucket in `loss_groups`.
 
     The items of a dataset of your own are dicts: `image`, uint8 (3, H, W), float (3, H, W) in
     [-1, 1] or a PIL image of data.image_size, or `latents`, float (C, h, w); `caption`, text, or
@@ -178,6 +180,7 @@ class DataModule(L.LightningDataModule):
         self.predict_batch_size = predict_batch_size
         self.done: set[str] = set()  # files that an interrupted predict has written already
         self.caches: dict[str, Cache] = {}  # by the setting that names them
+        self.loss_groups: list[str] = []  # of training samples, whose losses are logged apart
         self.failure: OSError | ValueError | None = None  # of this rank; it stops the run
         self.waited = 0.0  # seconds in which training has waited for a batch
         self._last: dict[str, Any] | None = None  # replaces a batch that could not be read
@@ -378,6 +381,8 @@ class DataModule(L.LightningDataModule):
             dataset = MappedDataset(self.train, self._train, order)
         else:
             cls = CacheDataset if "data.train" in self.caches else ShardDataset
+            groups = SampleGroups(self._train)
+            self.loss_groups = groups.names
             dataset = cls(
                 self._train,
                 order,
@@ -385,6 +390,7 @@ class DataModule(L.LightningDataModule):
                 captions=self.captions,
                 tags=self.tags,
                 seed=self.seed,
+                groups=groups if groups.names else None,
                 **self.reading(),
             )
         loader = self._loader(_Guarded(dataset), self._preparation(True), batch_sampler=batches)

@@ -27,6 +27,9 @@ from zsnr.files import side_file
 from zsnr.training.progress import NonFiniteError, Progress, wide
 from zsnr.training.strategy import squared_norm
 
+NUM_GROUPS = 5
+"""Number of groups of timesteps: the quarters, and the last timestep alone."""
+_HEAD = 6  # numbers before the sums by group: four requests, the gradient's square, cut captions
 _FILE = "skipped_steps.jsonl"
 _MOST_AT_THE_END = 3  # skipped steps in a row with which a run is no success
 _CURE = (
@@ -44,12 +47,16 @@ class MicroBatch:
         losses: Their losses, (B,).
         t: Their timesteps, (B,).
         cuts: Those of their captions that are cut.
+        groups: Numbers of the groups that each sample is in, (B, G). None = there are no groups.
+        learned: Its sums for a learned weight of the losses, (K,). None = none is learned.
     """
 
     keys: list[str]
     losses: Tensor
     t: Tensor
     cuts: tuple[Cut, ...] = ()
+    groups: Tensor | None = None
+    learned: Tensor | None = None
 
 
 class StepReport:
@@ -64,6 +71,7 @@ class StepReport:
         requests: Whether this rank asks to stop, to be requeued, and to save a checkpoint, and
             whether it has failed.
         num_timesteps: T.
+        names: Names of the groups of samples whose losses are summed, the same on all ranks.
     """
 
     def __init__(
@@ -73,14 +81,24 @@ class StepReport:
         grads: Sequence[Tensor],
         requests: Sequence[bool],
         num_timesteps: int,
+        names: Sequence[str] = (),
     ) -> None:
         self.step, self.batches, self.counted = step, batches, False
+        self._names = names
+        learned = [batch.learned for batch in batches if batch.learned is not None]
+        self._num_learned = len(learned[0]) if learned else 0
         losses = torch.cat([batch.losses for batch in batches])
         groups = sums_by_group(losses, torch.cat([batch.t for batch in batches]), num_timesteps)
         parts = [groups.new_full((1,), float(request)) for request in requests]
         parts.append(squared_norm(grads).to(groups)[None])
         parts.append(groups.new_full((1,), float(sum(len(batch.cuts) for batch in batches))))
-        self._sums = torch.cat([*parts, groups.flatten()])
+        parts.append(groups.flatten())
+        if names:
+            numbers = torch.cat([batch.groups for batch in batches if batch.groups is not None])
+            parts.append(sums_by_name(losses, numbers, len(names)).flatten())
+        if learned:
+            parts.append(torch.stack(learned).sum(0).to(groups))
+        self._sums = torch.cat(parts)
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(self._sums)
         self._host, self._copied = self._sums, None
@@ -95,6 +113,15 @@ class StepReport:
         failed, measured = self._sums[3], self._sums[4:].sum()
         return ((failed > 0) | ~measured.isfinite()).float()
 
+    @property
+    def learned(self) -> tuple[Tensor, Tensor]:
+        """The sums for a learned weight, (K,), and the number of samples, (), on the device.
+
+        The sums are 0 in a step that is skipped.
+        """
+        count = self._sums[_HEAD + NUM_GROUPS : _HEAD + 2 * NUM_GROUPS].sum()
+        return torch.where(self.skips > 0, 0.0, self._sums[-self._num_learned :]), count
+
     def clip_factor(self, limit: float) -> Tensor:
         """The factor that brings the norm of the gradient down to `limit`: (), on the device."""
         return (limit / self._sums[4].sqrt()).clamp(max=1.0)
@@ -104,8 +131,9 @@ class StepReport:
         """The sums on the host, which waits for the device to have computed them."""
         if self._copied is not None:
             self._copied.synchronize()
-        stop, requeue, save, failed, squared, cut, *by_group = self._host.tolist()
-        half = len(by_group) // 2
+        stop, requeue, save, failed, squared, cut, *sums = self._host.tolist()
+        named = len(self._names)
+        by_name = sums[2 * NUM_GROUPS : 2 * (NUM_GROUPS + named)]
         return Numbers(
             stop=stop > 0,
             requeue=requeue > 0,
@@ -113,8 +141,11 @@ class StepReport:
             failed=failed > 0,
             grad_norm=math.sqrt(squared),
             cut_captions=round(cut),
-            totals=by_group[:half],
-            counts=by_group[half:],
+            totals=sums[:NUM_GROUPS],
+            counts=sums[NUM_GROUPS : 2 * NUM_GROUPS],
+            by_name=dict(
+                zip(self._names, zip(by_name[:named], by_name[named:], strict=True), strict=True)
+            ),
         )
 
 
@@ -131,6 +162,7 @@ class Numbers:
         cut_captions: Number of captions that are cut.
         totals: Sums of the losses by group of timesteps, as Progress has them.
         counts: Numbers of samples in these sums.
+        by_name: Sum of the losses, and number of samples, by name of a group of samples.
     """
 
     stop: bool
@@ -141,6 +173,7 @@ class Numbers:
     cut_captions: int
     totals: list[float]
     counts: list[float]
+    by_name: dict[str, tuple[float, float]]
 
     @property
     def loss(self) -> float:
@@ -155,10 +188,18 @@ class Numbers:
 def sums_by_group(losses: Tensor, t: Tensor, num_timesteps: int) -> Tensor:
     """Sum losses (B,) at timesteps t (B,), and count them, by group of timesteps: (2, 5)."""
     T = num_timesteps
-    group = torch.where(t == T - 1, 4, t * 4 // T)
+    return _sums(losses, torch.where(t == T - 1, NUM_GROUPS - 1, t * 4 // T), NUM_GROUPS)
+
+
+def sums_by_name(losses: Tensor, groups: Tensor, count: int) -> Tensor:
+    """Sum losses (B,) of samples in the groups (B, G), and count them, by group: (2, count)."""
+    return _sums(losses[:, None].expand_as(groups).flatten(), groups.flatten(), count)
+
+
+def _sums(losses: Tensor, group: Tensor, count: int) -> Tensor:
     dtype = wide(losses.device)
     values = torch.stack([losses.to(dtype), torch.ones_like(losses, dtype=dtype)])
-    return losses.new_zeros(2, 5, dtype=dtype).index_add_(1, group, values)
+    return losses.new_zeros(2, count, dtype=dtype).index_add_(1, group, values)
 
 
 def warn_of_cut_captions(report: StepReport) -> None:

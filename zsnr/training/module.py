@@ -209,6 +209,7 @@ class LatentDiffusion(L.LightningModule):
         self.sampling, self.image_size, self.seed = sampling, image_size, seed
         codec.latent_shape(image_size, image_size)  # refuses sizes it cannot encode
         self.objective = Objective(schedule, prediction_type, loss, timestep_law, offset_noise)
+        self.learned_weight = self.objective.learned_weight()
         make = partial(_new_network, network, codec, conditioner, lora)
         source = network if isinstance(network, str) else None
         weighted = isinstance(network, nn.Module) or lora is not None
@@ -365,7 +366,7 @@ class LatentDiffusion(L.LightningModule):
         return {
             "schedule": self.schedule.settings(),
             "prediction_type": self.prediction_type,
-            "loss": asdict(self.loss),
+            "loss": self.loss.settings(),
             "sampling": describe_sampling(self.sampling),
             "image_size": self.image_size,
             "offset_noise": self.offset_strength,
@@ -388,7 +389,7 @@ class LatentDiffusion(L.LightningModule):
             "trainer.precision": str(trainer.precision),
             "trainer.gradient_clip_val": trainer.gradient_clip_val or None,
             "trainer.gradient_clip_algorithm": trainer.gradient_clip_algorithm,
-            "model.loss": asdict(self.loss),
+            "model.loss": self.loss.settings(),
             "model.timestep_law": asdict(self.objective.timestep_law),
             "model.caption_dropout": self.caption_dropout,
             "model.offset_noise": self.offset_strength,
@@ -554,8 +555,16 @@ class LatentDiffusion(L.LightningModule):
         if self.watcher is not None:
             self.watcher.add(noised, output.detach(), losses.detach(), self.global_step)
         cuts = batch[TOKENS].cuts if TOKENS in batch else ()
-        self._micro_batches.append(MicroBatch(batch["key"], losses.detach(), noised[2], cuts))
-        return losses.mean()
+        groups = batch.get("groups")
+        learned = None
+        loss = losses
+        if self.learned_weight is not None:
+            learned = self.learned_weight.sums(losses.detach(), noised[2])
+            loss = self.learned_weight(noised[2]).to(losses) * losses
+        self._micro_batches.append(
+            MicroBatch(batch["key"], losses.detach(), noised[2], cuts, groups, learned)
+        )
+        return loss.mean()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -583,7 +592,10 @@ class LatentDiffusion(L.LightningModule):
             [p.grad for p in self.trained.parameters() if p.grad is not None],
             (self.stop_requested, self.requeue_requested, self.save_requested, failed),
             self.schedule.num_timesteps,
+            getattr(self.trainer.datamodule, "loss_groups", ()),
         )
+        if self.learned_weight is not None:
+            self.learned_weight.step(*self._report.learned)
         self._micro_batches, self.save_requested = [], False
         if self.trainer.world_size == 1:
             self.stop_agreed, self.requeue_agreed = self.stop_requested, self.requeue_requested
@@ -609,6 +621,10 @@ class LatentDiffusion(L.LightningModule):
             self.log_agreed("train/cut_captions", self._progress.cut_captions)
         for tag, mean in self._progress.means().items():
             self.log_agreed(tag, mean)
+        if self.learned_weight is not None:
+            weights = self.learned_weight.table()[self._val_strata].tolist()
+            for t, weight in zip(self._val_strata.tolist(), weights, strict=True):
+                self.log_agreed(f"loss_weight/{at_timestep(t)}", weight)
 
     def _reads_now(self, step: int) -> bool:
         """Whether a step's numbers are needed at once: it is logged, or the last one."""
@@ -659,7 +675,7 @@ class LatentDiffusion(L.LightningModule):
         progress.cut_captions += numbers.cut_captions
         if numbers.finite and not numbers.failed:
             progress.skipped_in_a_row = 0
-            progress.add(numbers.totals, numbers.counts)
+            progress.add(numbers.totals, numbers.counts, numbers.by_name)
             return
         if not numbers.failed:
             progress.skipped_in_a_row += 1
@@ -926,6 +942,8 @@ class LatentDiffusion(L.LightningModule):
             checkpoint[AVERAGES] = {"sigma_rel": lengths, "end": self.post_hoc_end}
         if self.watcher is not None:
             checkpoint["watch"] = self.watcher.state()
+        if self.learned_weight is not None:
+            checkpoint["learned_weight"] = self.learned_weight.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.trainer.state.fn == "fit":
@@ -937,6 +955,8 @@ class LatentDiffusion(L.LightningModule):
         self.post_hoc_end = checkpoint.get(AVERAGES, {}).get("end", 0)
         if self.watcher is not None and "watch" in checkpoint:
             self.watcher.load_state(checkpoint["watch"])
+        if self.learned_weight is not None and "learned_weight" in checkpoint:
+            self.learned_weight.load_state(checkpoint["learned_weight"])
         saved, described = current_names(checkpoint[KEY]), describe_model(self.model())
         check_text_weights("The checkpoint", saved["conditioner"], described["conditioner"])
         decisive = ("schedule", "prediction_type", "network")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -31,6 +31,8 @@ class Progress:
         skipped: Number of steps that were not finite.
         skipped_in_a_row: How many of the most recent steps were not finite.
         cut_captions: Number of captions that were longer than the text encoder reads.
+        by_name: Sum of the losses, and number of samples, of each source and bucket, since they
+            were last logged.
     """
 
     num_timesteps: int
@@ -42,9 +44,18 @@ class Progress:
     skipped: int = 0
     skipped_in_a_row: int = 0
     cut_captions: int = 0
+    by_name: dict[str, list[float]] = field(default_factory=dict)
 
-    def add(self, totals: list[float], counts: list[float]) -> None:
+    def add(
+        self,
+        totals: list[float],
+        counts: list[float],
+        by_name: Mapping[str, Sequence[float]] | None = None,
+    ) -> None:
         """Add the sums of one step, taken over all ranks."""
+        for name, (total, count) in (by_name or {}).items():
+            sums = self.by_name.setdefault(name, [0.0, 0.0])
+            sums[:] = sums[0] + total, sums[1] + count
         self.totals = [a + b for a, b in zip(self.totals, totals, strict=True)]
         self.counts = [a + b for a, b in zip(self.counts, counts, strict=True)]
         if counts[4]:
@@ -55,13 +66,17 @@ class Progress:
             held -= self.exposures.pop(0)[1]
 
     def means(self) -> dict[str, float]:
-        """Return the mean losses by tag, and forget those of the quarters.
+        """Return the mean losses by tag, and forget all but those of the last timestep.
 
-        A quarter is averaged since the last call, the last timestep over `window` exposures.
+        That is averaged over `window` exposures, all others since the last call.
         """
         names = [f"train_by_timestep/{quarter}" for quarter in quarters(self.num_timesteps)]
         sums = zip(names, self.totals, self.counts, strict=False)  # the fifth is in `exposures`
         means = {name: total / count for name, total, count in sums if count}
+        for name, (total, count) in self.by_name.items():
+            if count:
+                means[f"loss_by_{name}"] = total / count
+        self.by_name = {}
         if self.exposures:
             total, count = (sum(column) for column in zip(*self.exposures, strict=True))
             means[TERMINAL] = total / count

@@ -60,6 +60,7 @@ _GROUPS: tuple[tuple[Verdict, Sequence[str]], ...] = (
         Verdict.NEW,
         [
             *_under("model", "loss loss.name loss.gamma loss.allow_zero_terminal_weight"),
+            *_under("model", "loss.min_terminal_share"),
             *_under("model.timestep_law", "name mean std a b shift allow_rare_terminal"),
             *_under("model", "timestep_law caption_dropout offset_noise"),
             *_under("model", "ema.decay ema.warmup ema.every_n_steps post_hoc_ema.every_n_steps"),

@@ -9,7 +9,8 @@ TERMINAL = "train_by_timestep/terminal"
 
 TAGS: dict[str, dict[str, str]] = {
     "Scalars": {
-        "train/loss": "Weighted v loss of the global batch. Near 1 at the start of training.",
+        "train/loss": "v loss of the global batch with the weights of model.loss, but not with "
+        "learned ones. Near 1 at the start of training.",
         "train/grad_norm": "Norm of the gradient before it is clipped.",
         "train/learning_rate": "Learning rate of the optimizer.",
         "train/images_per_second": "Training images per second, summed over all devices, without "
@@ -28,6 +29,11 @@ TAGS: dict[str, dict[str, str]] = {
         "model.terminal_window sets how many.",
         "train_by_timestep/t<first>_<last>": "Mean training loss of one quarter of the timesteps, "
         "since it was last logged.",
+        "loss_by_source/<name>": "Mean training loss of one source of data.train, since it was "
+        "last logged. It is logged where there are several.",
+        "loss_by_bucket/<size>": "Mean training loss of one aspect-ratio bucket, width x height, "
+        "since it was last logged. It is logged where there are several.",
+        "loss_weight/t<timestep>": "Learned weight of the training loss at one timestep.",
         "val/loss": "Validation loss at fixed noise, with the averaged weights if there are any.",
         "val/loss_raw": "The same with the weights that are not averaged.",
         "val_by_timestep/t<timestep>": "Validation loss at one timestep, with the averaged weights "

@@ -139,7 +139,10 @@ def terminal_weight(
     if schedule.snr[-1] != 0:
         return None
     text = way_out = ""
-    if loss.table(schedule, prediction)[-1] == 0:
+    if loss.starves_the_end(schedule):
+        text = f"the learned loss weighting may leave hardly any weight to t={T - 1}, the last one"
+        way_out = "set model.loss.min_terminal_share to 1."
+    elif loss.table(schedule, prediction)[-1] == 0:
         text = f"the loss weighting {loss.name} gives the last timestep, t={T - 1}, the weight 0"
         way_out = "set model.loss.name to uniform (the paper's), snr_plus_one or truncated_snr."
     elif law.terminal_share(T) < MIN_TERMINAL_SHARE:
