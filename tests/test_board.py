@@ -358,9 +358,8 @@ def test_charts_find_their_curves(board):
 def test_sources_buckets_and_learned_weights_have_charts():
     names = ["source/a.b", "source/a-b", *(f"bucket/{8 * i}x8" for i in range(1, 7))]
     data = SimpleNamespace(val=None, loss_groups=names)
-    module = SimpleNamespace(
-        schedule=NoiseSchedule(), converted_start=None, ema_config=None, learned_weight=object()
-    )
+    unset = dict.fromkeys(["converted_start", "ema_config", "watcher"])
+    module = SimpleNamespace(schedule=NoiseSchedule(), learned_weight=object(), **unset)
     charts = chart_layout(SimpleNamespace(callbacks=[], datamodule=data), module, {})["loss"]
     tags = [f"loss_by_{name}" for name in names]
     assert all(description("Scalars", tag) for tag in (*tags, "loss_weight/t0999"))

@@ -430,15 +430,17 @@ def test_previews_that_became_equally_bright_are_found():
     assert scalars["watch/luma_spread"] == pytest.approx(std / 0.4, rel=1e-4)
 
 
-def test_gradients_by_quarter_are_those_of_autograd():
+@pytest.mark.parametrize("learned", [None, torch.linspace(0.3, 3, 8)])
+def test_gradients_by_quarter_are_those_of_autograd(learned):
     watched = watcher(schedule=ORIGINAL, loss=LossWeighting("min_snr"))
     x_0, eps, t = normal(8, 4, 4, 4), normal(8, 4, 4, 4, seed=1), torch.arange(30, 1000, 125)
     draw = Draws(t, torch.ones(8), eps, eps, eps.mean((2, 3)))
     noised = watched.objective.noised(x_0, draw)
     output = normal(8, 4, 4, 4, seed=2).requires_grad_()
     losses = watched.objective.losses(output, *noised[1:])
-    [gradient] = torch.autograd.grad(losses.sum(), output)
-    watched.add(noised, output.detach(), losses.detach(), 0)
+    loss = losses if learned is None else learned * losses
+    [gradient] = torch.autograd.grad(loss.sum(), output)
+    watched.add(noised, output.detach(), losses.detach(), 0, learned)
     _, scalars = watched.judge(1, watched.collect(lambda sums: sums), learning_rate=0.1)
     squares = gradient.square().sum((1, 2, 3)).view(4, 2).mean(1)
     for end, square in zip(quarters(1000), squares.tolist(), strict=True):

@@ -551,20 +551,18 @@ class LatentDiffusion(L.LightningModule):
         batch = self.prepared(batch, training=True)
         noised = self._noised(batch)
         output = self._output(batch, noised, ema=False)
-        losses = self.objective.losses(output, *noised[1:])
-        if self.watcher is not None:
-            self.watcher.add(noised, output.detach(), losses.detach(), self.global_step)
-        cuts = batch[TOKENS].cuts if TOKENS in batch else ()
-        groups = batch.get("groups")
-        learned = None
-        loss = losses
+        t, losses = noised[2], self.objective.losses(output, *noised[1:])
+        weights = sums = None
         if self.learned_weight is not None:
-            learned = self.learned_weight.sums(losses.detach(), noised[2])
-            loss = self.learned_weight(noised[2]).to(losses) * losses
+            weights = self.learned_weight(t).to(losses)
+            sums = self.learned_weight.sums(losses.detach(), t)
+        if self.watcher is not None:
+            self.watcher.add(noised, output.detach(), losses.detach(), self.global_step, weights)
+        cuts = batch[TOKENS].cuts if TOKENS in batch else ()
         self._micro_batches.append(
-            MicroBatch(batch["key"], losses.detach(), noised[2], cuts, groups, learned)
+            MicroBatch(batch["key"], losses.detach(), t, cuts, batch.get("groups"), sums)
         )
-        return loss.mean()
+        return (losses if weights is None else weights * losses).mean()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)

@@ -90,7 +90,12 @@ class Watcher:
 
     @torch.no_grad()
     def add(
-        self, noised: tuple[Tensor, Tensor, Tensor], output: Tensor, losses: Tensor, step: int
+        self,
+        noised: tuple[Tensor, Tensor, Tensor],
+        output: Tensor,
+        losses: Tensor,
+        step: int,
+        learned: Tensor | None = None,
     ) -> None:
         """Add a micro-batch; reads nothing from the device.
 
@@ -99,6 +104,7 @@ class Watcher:
             output: The network's, (B, *).
             losses: Loss of each sample, (B,).
             step: Number of optimizer steps before.
+            learned: What training multiplies these losses by, (B,). None = 1.
         """
         x_t, target, t = noised
         scales = self.objective.schedule(t)
@@ -124,6 +130,8 @@ class Watcher:
         )
         # d loss / d output = 2 lambda_t (output - target) / n
         gradients = 4 * self.objective.weights(t) * losses / x_t[0].numel()
+        if learned is not None:
+            gradients = gradients * learned.square()
         quarter = t * len(_QUARTERS) // self.objective.schedule.num_timesteps
         in_quarter = torch.stack([quarter == each for each in _QUARTERS]).to(dtype)
         now = torch.cat([now, in_quarter.sum(1), in_quarter @ gradients.to(dtype)])
