@@ -41,7 +41,8 @@ from zsnr.weights.ldm_layout import ldm_layers
 from zsnr.weights.pretrained import without_weights
 
 EXACT = {"rtol": 0, "atol": 0}
-SETTINGS = LoRA(rank=4, alpha=6.0)
+ATTENTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+SETTINGS = LoRA(rank=4, alpha=6.0, target_modules=ATTENTIONS)
 
 
 @pytest.fixture(scope="module")
@@ -910,7 +911,7 @@ def test_diffusers_reads_adapters_of_sdxl(tmp_path, layout):
 
     torch.manual_seed(0)
     UNet2DConditionModel(**XL).save_pretrained(tmp_path / "unet")
-    lora = LoRA(4, 6.0, (*LoRA.target_modules, "proj_in", "ff.net.0.proj"))
+    lora = LoRA(4, 6.0, "all")
     unet = stirred(AdaptedUNet(str(tmp_path), lora).eval())
     model = Model(PixelCodec(2), tiny.conditioner(), unet, NoiseSchedule(), "v_prediction", 1024)
     path = write_lora(model, tmp_path / "xl.safetensors", layout=layout)

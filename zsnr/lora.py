@@ -49,8 +49,9 @@ class LoRA:
     Args:
         rank: Rank of the adapters: rows of A and columns of B. Memory and file size grow with it.
         alpha: Strength of the adapters, see above. None = rank.
-        target_modules: Suffixes of the names of the linear layers and convolutions to adapt, or
-            "all". The default is the projections of all attentions.
+        target_modules: Suffixes of the names of the linear layers and convolutions to adapt, such
+            as to_q, or "all". The move from epsilon to v takes all of them
+            (benchmarks/results/adapters.md).
         base_dtype: Data type of the frozen weights W; the adapters are always float32.
         variant: Kind of the adapters: "lora", "rslora", "dora", "loha" or "lokr".
         text_encoder_modules: Suffixes of the names of the text encoders' linear layers to adapt,
@@ -66,7 +67,7 @@ class LoRA:
 
     rank: int = 16
     alpha: float | None = None
-    target_modules: tuple[str, ...] | Literal["all"] = ("to_q", "to_k", "to_v", "to_out.0")
+    target_modules: tuple[str, ...] | Literal["all"] = "all"
     base_dtype: Precision = "float32"
     variant: Variant = "lora"
     text_encoder_modules: tuple[str, ...] | Literal["all"] = ()
