@@ -337,6 +337,44 @@ def test_one_checkpoint_needs_no_config(finished, run, capsys):
     assert "both name what is validated" in capsys.readouterr().err
 
 
+def test_the_run_is_named_in_other_ways(finished, run, tmp_path, monkeypatch, capsys):
+    copy(finished, run, 1)
+    loss = scalars(run / "tensorboard")["val/loss"][0]
+    monkeypatch.chdir(run / "checkpoints")
+    (tmp_path / "link").symlink_to(run)
+    assert followed(".", monkeypatch, options=["--metrics.captions", "null"]) == 0
+    assert [row["metrics"]["val/loss"] for row in table(run)] == [loss]
+    assert followed(tmp_path / "link", monkeypatch, options=["--metrics.captions", "null"]) == 0
+    assert len(table(run)) == 1
+    for source in (".", "step-00000001.ckpt"):
+        capsys.readouterr()
+        assert main(["validate", source]) == 0
+        assert str(loss)[:8] in capsys.readouterr().out
+    for wrong, message in (
+        ("s3://bucket/run", "--follow needs a local folder: s3://bucket/run is an address"),
+        ("step-00000001.ckpt", "is not one"),
+    ):
+        assert followed(wrong, monkeypatch) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_config_files_of_the_run_itself(finished, run, tmp_path, monkeypatch, capsys):
+    copy(finished, run, 1)
+    before = contents(run)
+    (tmp_path / "mine.yaml").write_text("trainer: {limit_val_batches: 0}\n")  # it trains only
+    saved = run / "tensorboard" / "run_config.yaml"
+    options = ["-c", str(saved), "-c", str(tmp_path / "mine.yaml"), "--metrics.captions", "null"]
+    assert main(["validate", str(run), *options, "--metrics.output", "null"]) == 0
+    assert str(scalars(run / "tensorboard")["val/loss"][0])[:8] in capsys.readouterr().out
+    assert contents(run) == before  # nor do its loggers write there
+    assert followed(run, monkeypatch, options=[*options, "-o", str(run)]) == 0
+    new = {path.parts[:2] for path in contents(run).keys() - before.keys()}
+    assert new == {("validate.jsonl",), ("validate.log",), ("tensorboard", "validate")}
+    (tmp_path / "mine.yaml").write_text(f"ckpt_path: {run}\n")
+    assert followed(tmp_path / "later", monkeypatch, options=options) == 2  # before it waits
+    assert "both name what is validated" in capsys.readouterr().err
+
+
 def test_a_run_without_checkpoints_that_has_ended(run, monkeypatch, capsys):
     (run / "heartbeats" / "rank-00000.json").unlink(missing_ok=True)
     assert followed(run, monkeypatch) == 2
