@@ -424,18 +424,35 @@ def _follow(source: str, settings: Sequence[str]) -> None:
     if folder.absolute() not in (run.absolute(), run.absolute() / "checkpoints"):
         raise ValueError(f"--follow needs the folder of a run, such as {run}: {source} is not one.")
     _check_alone(run, settings)
-    checkpoint, results = wait_for_first(run), Measurements()
+    results = Measurements()
     try:
-        cli = _parsed(
-            partial(_FollowCLI, run, results, keeps_samples(_named(settings))),
-            "validate",
-            args=["validate", *_with_run(run, checkpoint, settings)],
-            save_config_callback=None,
-        )
+        if not _follower(run, results, settings).follow():
+            raise SystemExit(1)
     finally:
         results.close()
-    if not cli.all_measured:
-        raise SystemExit(1)
+
+
+def _follower(run: Path, results: Measurements, settings: Sequence[str]) -> Follower:
+    """Build what measures the checkpoints of a run, once there is one.
+
+    Raises:
+        ValueError: The run has ended without a checkpoint, or a setting is wrong; one line.
+    """
+    while True:
+        checkpoint = wait_for_first(run)
+        try:
+            cli = _parsed(
+                partial(_FollowCLI, run, results, keeps_samples(_named(settings))),
+                "validate",
+                args=["validate", *_with_run(run, checkpoint, settings)],
+                save_config_callback=None,
+            )
+        except (ValueError, OSError):
+            if checkpoint.exists():
+                raise
+            results.close()  # the run has removed the checkpoint meanwhile: there is a newer one
+        else:
+            return cli.follower
 
 
 class _FollowCLI(ZsnrCLI):
@@ -476,10 +493,10 @@ class _FollowCLI(ZsnrCLI):
         verbose: bool,
         weights_only: bool | None,
     ) -> None:
-        """Measure all checkpoints in the place of one; the arguments are those of Lightning."""
+        """Prepare to measure all checkpoints, not one; the arguments are those of Lightning."""
         model.validates_as_run = self._as_run
-        follower = Follower(self.trainer, model, datamodule, self._run_folder, self._results)
-        self.all_measured = follower.follow()
+        run, results = self._run_folder, self._results
+        self.follower = Follower(self.trainer, model, datamodule, run, results)
 
 
 def _help_topic(settings: Sequence[str]) -> tuple[bool, str | None]:
