@@ -17,6 +17,7 @@ from zsnr.checkpoints.sharded import write_sharded
 from zsnr.cli import main
 from zsnr.locks import LOCK, Lock
 from zsnr.training import follow, lightning_cli
+from zsnr.training.help import help_text
 from zsnr.training.lightning_cli import ZsnrCLI
 from zsnr.training.module import LatentDiffusion
 from zsnr.training.short_options import take_run
@@ -438,6 +439,11 @@ def test_a_run_whose_process_is_gone_has_ended_after_a_while(run):
     assert follow.how_it_ended(run) is None
     os.utime(lock, (0, 0))
     assert "ended without a word" in follow.how_it_ended(run)
+
+
+def test_the_help_of_validate_asks_for_no_checkpoint_beside_a_run():
+    assert "(required without RUN)" in " ".join(help_text("validate").split())
+    assert "(required)" in " ".join(help_text("predict").split())
 
 
 def test_the_run_on_the_command_line():
