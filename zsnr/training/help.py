@@ -254,8 +254,8 @@ def _overview(command: str) -> str:
     follow = {"--follow": _FOLLOW} if command == "validate" else {}
     for name, text in {**follow, **_MAIN_TEXTS}.items():
         if name.startswith("--ckpt_path") and command != "fit":
-            needed = "required without RUN" if command == "validate" else "required"
-            text = f"{_CHECKPOINT} ({needed})"
+            when = "required without RUN" if command == "validate" else "required"
+            text = f"{_CHECKPOINT} ({when})"
         lines += _entry(name, text)
     for name in _short_names(command):
         target = expand_option(name, command).removeprefix("--")
