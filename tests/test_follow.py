@@ -16,7 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from zsnr.checkpoints.sharded import write_sharded
 from zsnr.cli import main
 from zsnr.locks import LOCK, Lock
-from zsnr.training import follow
+from zsnr.training import follow, lightning_cli
+from zsnr.training.help import help_text
 from zsnr.training.lightning_cli import ZsnrCLI
 from zsnr.training.module import LatentDiffusion
 from zsnr.training.short_options import take_run
@@ -126,7 +127,7 @@ def test_every_checkpoint_gives_the_values_of_training(finished, run, monkeypatc
     assert contents(finished.parent) == numbers
 
     trained, shown = scalars(run / "tensorboard"), scalars(run / "tensorboard" / "validate")
-    wanted = {tag for tag in trained if not tag.startswith(("train", "watch"))}
+    wanted = {tag for tag in trained if not tag.startswith(("train", "watch", "output_gradient"))}
     assert shown.keys() == wanted
     assert "metrics/luma_mean" in wanted
     rows = table(run)
@@ -200,7 +201,8 @@ def test_a_run_that_is_being_written(finished, run, tmp_path, monkeypatch, capsy
     printed = capsys.readouterr()
     said = [line for line in printed.err.splitlines() if "data.val" not in line]
     wanted = [
-        "does not exist yet: waiting for the first checkpoint",
+        "waiting for the first checkpoint: ",  # the run does not exist yet
+        "waiting for the first checkpoint: ",  # it has none
         "waiting for the next checkpoint of",
         f"waiting for {step[2].name}, which is being written",
         "waiting for the next checkpoint of",
@@ -217,7 +219,7 @@ def test_a_run_that_is_being_written(finished, run, tmp_path, monkeypatch, capsy
     trained = scalars(finished / "tensorboard")["val/loss"]
     assert [row["metrics"]["val/loss"] for row in table(run)] == [trained[0], trained[1]]
     log = (run / "validate.log").read_text()
-    assert all(line in log for line in [*said[1:], *printed.out.splitlines()])
+    assert all(line in log for line in [*said[2:], *printed.out.splitlines()])
 
 
 def test_a_checkpoint_that_is_removed_while_it_is_read(finished, run, monkeypatch, capsys):
@@ -337,6 +339,87 @@ def test_one_checkpoint_needs_no_config(finished, run, capsys):
     assert "both name what is validated" in capsys.readouterr().err
 
 
+def test_the_run_is_named_in_other_ways(finished, run, tmp_path, monkeypatch, capsys):
+    copy(finished, run, 1)
+    loss = scalars(run / "tensorboard")["val/loss"][0]
+    monkeypatch.chdir(run / "checkpoints")
+    (tmp_path / "link").symlink_to(run)
+    assert followed(".", monkeypatch, options=["--metrics.captions", "null"]) == 0
+    assert [row["metrics"]["val/loss"] for row in table(run)] == [loss]
+    assert followed(tmp_path / "link", monkeypatch, options=["--metrics.captions", "null"]) == 0
+    assert len(table(run)) == 1
+    for source in (".", "step-00000001.ckpt"):
+        capsys.readouterr()
+        assert main(["validate", source]) == 0
+        assert str(loss)[:8] in capsys.readouterr().out
+    for wrong, message in (
+        ("s3://bucket/run", "--follow needs a local folder: s3://bucket/run is an address"),
+        ("step-00000001.ckpt", "is not one"),
+    ):
+        assert followed(wrong, monkeypatch) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_config_files_of_the_run_itself(finished, run, tmp_path, monkeypatch, capsys):
+    copy(finished, run, 1)
+    before = contents(run)
+    (tmp_path / "mine.yaml").write_text("trainer: {limit_val_batches: 0}\n")  # it trains only
+    saved = run / "tensorboard" / "run_config.yaml"
+    options = ["-c", str(saved), "-c", str(tmp_path / "mine.yaml"), "--metrics.captions", "null"]
+    assert main(["validate", str(run), *options, "--metrics.output", "null"]) == 0
+    assert str(scalars(run / "tensorboard")["val/loss"][0])[:8] in capsys.readouterr().out
+    assert contents(run) == before  # nor do its loggers write there
+    assert followed(run, monkeypatch, options=[*options, "-o", str(run)]) == 0
+    new = {path.parts[:2] for path in contents(run).keys() - before.keys()}
+    assert new == {("validate.jsonl",), ("validate.log",), ("tensorboard", "validate")}
+    (tmp_path / "mine.yaml").write_text(f"ckpt_path: {run}\n")
+    assert followed(tmp_path / "later", monkeypatch, options=options) == 2  # before it waits
+    assert "both name what is validated" in capsys.readouterr().err
+
+
+def test_a_table_that_cannot_be_continued(finished, run, tmp_path, monkeypatch, capsys):
+    copy(finished, run, 1)
+    options = ["--metrics.captions", "null"]
+    for text in ("[]\n", "{}\n", "\0\n"):
+        (run / "validate.jsonl").write_text(text)
+        assert followed(run, monkeypatch, options=options) == 2
+        said = capsys.readouterr().err
+        assert "validate.jsonl, line 1 is" in said
+        assert "Move the file away to measure all checkpoints again" in said
+    (run / "validate.jsonl").unlink()
+    (run / "validate.jsonl").mkdir()
+    (tmp_path / "file").write_text("")
+    with monkeypatch.context() as patch:
+        patch.setattr(ZsnrCLI, "instantiate_classes", None)  # nothing slow before
+        assert followed(run, monkeypatch, options=options) == 2
+        assert "validate.jsonl: Is a directory" in capsys.readouterr().err
+        assert followed(run, monkeypatch, options=[*options, "-o", str(tmp_path / "file")]) == 2
+        assert "validate.jsonl cannot be written: File exists" in capsys.readouterr().err
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "validate.jsonl").symlink_to("/dev/full")
+    assert followed(run, monkeypatch, options=[*options, "-o", str(tmp_path / "full")]) == 2
+    said = capsys.readouterr().err
+    assert "full/validate.jsonl cannot be written: No space left on device." in said
+
+
+def test_the_first_checkpoint_is_removed_while_the_command_starts(
+    finished, run, monkeypatch, capsys
+):
+    copy(finished, run, 1)
+    first = run / "checkpoints" / "step-00000001.ckpt"
+    check = lightning_cli.check_model
+
+    def next_one(model):
+        if first.exists():
+            first.unlink()
+            copy(finished, run, 2)
+        check(model)
+
+    monkeypatch.setattr(lightning_cli, "check_model", next_one)
+    assert followed(run, monkeypatch, options=["--metrics.captions", "null"]) == 0
+    assert [row["step"] for row in table(run)] == [2]
+
+
 def test_a_run_without_checkpoints_that_has_ended(run, monkeypatch, capsys):
     (run / "heartbeats" / "rank-00000.json").unlink(missing_ok=True)
     assert followed(run, monkeypatch) == 2
@@ -356,6 +439,11 @@ def test_a_run_whose_process_is_gone_has_ended_after_a_while(run):
     assert follow.how_it_ended(run) is None
     os.utime(lock, (0, 0))
     assert "ended without a word" in follow.how_it_ended(run)
+
+
+def test_the_help_of_validate_asks_for_no_checkpoint_beside_a_run():
+    assert "(required without RUN)" in " ".join(help_text("validate").split())
+    assert "(required)" in " ".join(help_text("predict").split())
 
 
 def test_the_run_on_the_command_line():

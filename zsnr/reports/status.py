@@ -178,8 +178,8 @@ def read_status(run: str | Path) -> Status:
 def run_of(path: Path) -> Path:
     """Return the run's folder, also for its folder of checkpoints or a checkpoint in that."""
     for folder in (path, path.parent):
-        if folder.name == "checkpoints":
-            return folder.parent
+        if folder.absolute().name == "checkpoints":
+            return folder.parent if folder.name else folder.absolute().parent
     return path
 
 

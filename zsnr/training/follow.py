@@ -29,6 +29,7 @@ from zsnr.training.image_metrics import ImageMetrics
 from zsnr.training.measurements import Measurements
 from zsnr.training.module import LatentDiffusion
 from zsnr.training.preemption import stop_launched
+from zsnr.untrusted import printable
 
 POLL = 15.0
 """Seconds between two looks for a new checkpoint."""
@@ -45,12 +46,12 @@ def wait_for_first(run: Path) -> Path:
     Raises:
         ValueError: The run has ended without a checkpoint that can be read, or is not a folder.
     """
-    waits = False
+    said = ""
     while True:
         if run.exists() and not run.is_dir():
             raise ValueError(f"{run} is a file: --follow needs the folder of a run.")
         ended = how_it_ended(run)
-        problem = "it has no checkpoints"
+        problem = ""
         for path in reversed(_numbered(checkpoints_of_run(run, read_run_config(run)))):
             try:
                 open_checkpoint(path)
@@ -61,12 +62,13 @@ def wait_for_first(run: Path) -> Path:
             else:
                 return path
         if ended:
+            problem = problem or "it has no checkpoints."
             raise ValueError(f"There is nothing to measure: {run} {ended}, and {problem}")
-        if not waits and is_first_process():
-            exists = "has no checkpoint yet" if run.exists() else "does not exist yet"
-            line = f"{run} {exists}: waiting for the first checkpoint."
-            print(line, file=sys.stderr, flush=True)
-        waits = True
+        missing = "has no checkpoint yet" if run.exists() else "does not exist yet"
+        line = f"waiting for the first checkpoint: {problem or f'{run} {missing}.'}"
+        if line != said and is_first_process():
+            print(printable(line, one_line=True), file=sys.stderr, flush=True)
+        said = line
         sleep(POLL)
 
 

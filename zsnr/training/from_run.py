@@ -67,9 +67,7 @@ def validation_config(run: Path, checkpoint: Path) -> dict[str, Any]:
     foreign = {name for name in ("codec", "conditioner") if _is_foreign(model.get(name))}
     named = _mapping(model.get("network")).get("class_path")
     described = checkpoint_config(checkpoint, foreign, named)
-    trainer = {**_mapping(saved.get("trainer"))}
-    if not trainer.get("limit_val_batches"):  # a run may leave validation to this command
-        trainer.pop("limit_val_batches", None)
+    trainer = _mapping(saved.get("trainer"))
     return {
         "model": {**model, **described["model"], "watch": None},
         "data": {**data, **described["data"], **_batch_of_a_rank(checkpoint, data)},
@@ -77,7 +75,6 @@ def validation_config(run: Path, checkpoint: Path) -> dict[str, Any]:
         "trainer": {
             **{name: trainer[name] for name in _KEPT_OF_TRAINER if name in trainer},
             "devices": 1,
-            "logger": False,  # TensorBoard would read the newest file, and not the run's own
             "default_root_dir": str(run),
         },
     }

@@ -122,7 +122,7 @@ _PREDICT_TEXTS = {
 }
 _CHECKPOINT = (
     "Checkpoint of the model: a file, a folder of shards, or the folder of a run, whose newest "
-    "checkpoint is taken. (required)"
+    "checkpoint is taken."
 )
 _TRAINER_TEXTS = {
     "default_root_dir": "Folder of the run, for checkpoints and logs.",
@@ -254,7 +254,8 @@ def _overview(command: str) -> str:
     follow = {"--follow": _FOLLOW} if command == "validate" else {}
     for name, text in {**follow, **_MAIN_TEXTS}.items():
         if name.startswith("--ckpt_path") and command != "fit":
-            text = _CHECKPOINT
+            when = "required without RUN" if command == "validate" else "required"
+            text = f"{_CHECKPOINT} ({when})"
         lines += _entry(name, text)
     for name in _short_names(command):
         target = expand_option(name, command).removeprefix("--")

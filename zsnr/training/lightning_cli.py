@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zsnr.agreement import is_first_process
 from zsnr.checkpoints.checkpoint_file import KEY, open_checkpoint
-from zsnr.checkpoints.remote import Mirror
+from zsnr.checkpoints.remote import Mirror, is_address
 from zsnr.checkpoints.run_folder import find_last, resolve_model
 from zsnr.checkpoints.snapshots import check_can_resume
 from zsnr.data.order import accumulation
@@ -241,6 +241,8 @@ class ZsnrCLI(LightningCLI):
             config.ckpt_path = _resumed(config.ckpt_path, folder)
         elif config.ckpt_path == "last":
             config.ckpt_path = str(find_last(folder) or folder / "last.ckpt")
+        if self.subcommand == "validate" and not config.trainer.limit_val_batches:
+            config.trainer.limit_val_batches = None  # the run leaves validation to this command
         checkpoint = config.ckpt_path
         if checkpoint is None:
             if self.subcommand != "fit" and not isinstance(model.network, str):
@@ -385,7 +387,7 @@ def run(arguments: Sequence[str]) -> None:
     # Lightning's launcher starts the other ranks with sys.argv.
     sys.argv[1:] = arguments
     if follows:
-        _follow(Path(str(source)).expanduser(), settings)
+        _follow(str(source), settings)
         return
     if source is not None:
         settings = _with_source(source, settings)
@@ -405,28 +407,52 @@ def run(arguments: Sequence[str]) -> None:
         raise SystemExit(stopped)
 
 
-def _follow(source: Path, settings: Sequence[str]) -> None:
+def _follow(source: str, settings: Sequence[str]) -> None:
     """Measure each checkpoint of a run.
 
     Raises:
         ValueError: The folder is not one of a run, or a setting is wrong; one line.
         SystemExit: A checkpoint could not be measured; the code is 1.
     """
-    run = run_of(source)
-    if run != source and run / "checkpoints" != source:
-        raise ValueError(f"--follow needs the folder of a run, such as {run}: {source} is not one.")
-    checkpoint, results = wait_for_first(run), Measurements()
-    try:
-        cli = _parsed(
-            partial(_FollowCLI, run, results, keeps_samples(_named(settings))),
-            "validate",
-            args=["validate", *_with_run(run, checkpoint, settings)],
-            save_config_callback=None,
+    if is_address(source):
+        raise ValueError(
+            f"--follow needs a local folder: {source} is an address. `zsnr validate {source} "
+            "--data.val FOLDER` measures the newest checkpoint there."
         )
+    folder = Path(source).expanduser()
+    run = run_of(folder)
+    if folder.absolute() not in (run.absolute(), run.absolute() / "checkpoints"):
+        raise ValueError(f"--follow needs the folder of a run, such as {run}: {source} is not one.")
+    _check_alone(run, settings)
+    results = Measurements()
+    try:
+        if not _follower(run, results, settings).follow():
+            raise SystemExit(1)
     finally:
         results.close()
-    if not cli.all_measured:
-        raise SystemExit(1)
+
+
+def _follower(run: Path, results: Measurements, settings: Sequence[str]) -> Follower:
+    """Build what measures the checkpoints of a run, once there is one.
+
+    Raises:
+        ValueError: The run has ended without a checkpoint, or a setting is wrong; one line.
+    """
+    while True:
+        checkpoint = wait_for_first(run)
+        try:
+            cli = _parsed(
+                partial(_FollowCLI, run, results, keeps_samples(_named(settings))),
+                "validate",
+                args=["validate", *_with_run(run, checkpoint, settings)],
+                save_config_callback=None,
+            )
+        except (ValueError, OSError):
+            if checkpoint.exists():
+                raise
+            results.close()  # the run has removed the checkpoint meanwhile: there is a newer one
+        else:
+            return cli.follower
 
 
 class _FollowCLI(ZsnrCLI):
@@ -467,10 +493,10 @@ class _FollowCLI(ZsnrCLI):
         verbose: bool,
         weights_only: bool | None,
     ) -> None:
-        """Measure all checkpoints in the place of one; the arguments are those of Lightning."""
+        """Prepare to measure all checkpoints, not one; the arguments are those of Lightning."""
         model.validates_as_run = self._as_run
-        follower = Follower(self.trainer, model, datamodule, self._run_folder, self._results)
-        self.all_measured = follower.follow()
+        run, results = self._run_folder, self._results
+        self.follower = Follower(self.trainer, model, datamodule, run, results)
 
 
 def _help_topic(settings: Sequence[str]) -> tuple[bool, str | None]:
@@ -521,8 +547,9 @@ def _with_source(source: str, settings: Sequence[str]) -> list[str]:
         ValueError: There is no checkpoint, or it cannot be read.
     """
     checkpoint = Path(resolve_model(source))
-    if checkpoint.parent.name in ("checkpoints", "averages"):
-        return _with_run(checkpoint.parent.parent, checkpoint, settings)
+    parent = checkpoint.parent if checkpoint.parent.name else checkpoint.absolute().parent
+    if parent.name in ("checkpoints", "averages"):
+        return _with_run(parent.parent, checkpoint, settings)
     folder = run_of(Path(source).expanduser())
     config = read_run_config(folder)  # the checkpoints may be in another folder
     last = find_last(checkpoints_of_run(folder, config)) if config else None
@@ -537,13 +564,25 @@ def _with_run(run: Path, checkpoint: Path, settings: Sequence[str]) -> list[str]
     Raises:
         ValueError: Another checkpoint is given too, or this one cannot be read.
     """
-    if "ckpt_path" in _named(settings):
-        raise ValueError(f"{run} and --ckpt_path both name what is validated: give one of them.")
+    _check_alone(run, settings)
     config = validation_config(run, checkpoint)
     for part in _replaced_parts(list(config_files(settings)), settings):
         config["model"].pop(part, None)
     text = yaml.safe_dump(config, sort_keys=False)
-    return [f"--config={text}", *settings, f"--ckpt_path={checkpoint}"]
+    # TensorBoard would read the newest file of a folder, and not the one of the run that trains
+    logger = [] if "trainer.logger" in dict(option_values(settings)) else ["--trainer.logger=false"]
+    return [f"--config={text}", *settings, *logger, f"--ckpt_path={checkpoint}"]
+
+
+def _check_alone(run: Path, settings: Sequence[str]) -> None:
+    """Refuse another checkpoint beside that of a run.
+
+    Raises:
+        ValueError: There is one.
+    """
+    given = [value for name, value in option_values(settings) if name == "ckpt_path"]
+    if any(given) or any(read_yaml(path).get("ckpt_path") for path in config_files(settings)):
+        raise ValueError(f"{run} and --ckpt_path both name what is validated: give one of them.")
 
 
 def _named(settings: Sequence[str]) -> set[str]:

@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -70,14 +71,14 @@ class Measurements:
         """Lock the folder and read what is measured.
 
         Args:
-            folder: The folder; it is made.
+            folder: The folder; it is created.
             settings: Those of the measurements, which must be those of the table.
 
         Raises:
             LockedError: Another process measures into the folder.
+            OSError: The table cannot be written.
             ValueError: The table is damaged, or was measured with other settings.
         """
-        folder.mkdir(parents=True, exist_ok=True)
         table = folder / TABLE
         patience = SILENCE + 30.0 if restarted() else 0.0  # as of a run
         lock = Lock(folder / f".{BOARD}.lock", table, patience)
@@ -87,6 +88,8 @@ class Measurements:
         self._rows = {row.step: row for row in _read(table)}
         for row in self._rows.values():
             _check_same(table, row.settings, self._settings)
+        with open(table, "a"):  # before anything is measured
+            pass
         self._show(self._rows.values())
 
     def close(self) -> None:
@@ -114,10 +117,14 @@ class Measurements:
         row = Measurement(
             step, checkpoint.name, version, now, round(seconds, 3), finite, self._settings
         )
-        with open(self._folder / TABLE, "a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(row)) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        table = self._folder / TABLE
+        try:
+            with open(table, "a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(row)) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OSError(f"{table} cannot be written: {error.strerror or error}.") from error
         self._rows[step] = row
         self._show([row] if step > self._shown else self._rows.values())
 
@@ -164,7 +171,9 @@ def _read(table: Path) -> list[Measurement]:
     rows = []
     for number, line in enumerate(lines, start=1):
         where = f"{table}, line {number}"
-        values = parse_object(line.encode(), where)
+        values: Mapping[str, Any] = {}
+        with suppress(ValueError):
+            values = parse_object(line.encode(), where)
         if not _is_measurement(values):
             raise ValueError(
                 f"{where} is {shown(line)}: wanted a line that `zsnr validate` wrote. Move the "
