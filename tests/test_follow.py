@@ -352,9 +352,12 @@ def test_the_run_is_named_in_other_ways(finished, run, tmp_path, monkeypatch, ca
         capsys.readouterr()
         assert main(["validate", source]) == 0
         assert str(loss)[:8] in capsys.readouterr().out
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model_index.json").touch()
     for wrong, message in (
         ("s3://bucket/run", "--follow needs a local folder: s3://bucket/run is an address"),
         ("step-00000001.ckpt", "is not one"),
+        (tmp_path / "model", "model is a model: --follow needs the folder of a run"),
     ):
         assert followed(wrong, monkeypatch) == 2
         assert message in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -116,6 +117,16 @@ def test_numbers_that_are_not_finite_do_not_stop_it(run):
     assert (facts.step, facts.seconds_left, facts.checkpoint_age) == (41, None, None)
     assert "loss:             nan" in facts.to_text()
     assert "NaN" not in facts.to_json()
+
+
+def test_a_folder_of_runs_is_no_run(run):
+    (run / "one").mkdir()
+    for name in ("tensorboard", "checkpoints"):
+        (run / name).rename(run / "one" / name)
+    shutil.rmtree(run / "heartbeats")
+    assert status(run / "one").max_steps == 100
+    with pytest.raises(ValueError, match="is not the folder of a run"):
+        status(run)
 
 
 def test_a_folder_of_nothing_is_refused(tmp_path):

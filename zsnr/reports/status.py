@@ -235,12 +235,16 @@ def _hung(folder: Path) -> list[str]:
 
 
 def read_run_config(folder: Path) -> dict[str, Any]:
-    """Read the newest run_config.yaml, in the folder of the run or beside its logs."""
+    """Read the newest run_config.yaml, in the folder of the run or beside its logs.
+
+    Those of runs inside the folder are left out.
+    """
     from zsnr.untrusted import read_yaml
 
-    files = [
+    found = (
         path for depth in ("", "*/", "*/*/") for path in folder.glob(f"{depth}run_config.yaml")
-    ]
+    )
+    files = [path for path in found if not _is_of_an_inner_run(folder, path)]
     for path in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True):
         try:
             values = read_yaml(path)
@@ -249,6 +253,11 @@ def read_run_config(folder: Path) -> dict[str, Any]:
         if isinstance(values, dict):
             return values
     return {}
+
+
+def _is_of_an_inner_run(folder: Path, path: Path) -> bool:
+    inside = [parent for parent in path.parents if folder in parent.parents]
+    return any((parent / "checkpoints").exists() for parent in inside)
 
 
 def checkpoints_of_run(folder: Path, config: Mapping[str, Any]) -> Path:

@@ -50,6 +50,8 @@ def wait_for_first(run: Path) -> Path:
     while True:
         if run.exists() and not run.is_dir():
             raise ValueError(f"{run} is a file: --follow needs the folder of a run.")
+        if (run / "model_index.json").exists():
+            raise ValueError(f"{run} is a model: --follow needs the folder of a run.")
         ended = how_it_ended(run)
         problem = ""
         for path in reversed(_numbered(checkpoints_of_run(run, read_run_config(run)))):
