@@ -24,11 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flawed_against_fixed import CONFIGS, compared, interval, zsnr
+from flawed_against_fixed import CONFIGS, interval, side_by_side, zsnr
 from tqdm import tqdm
 
 from zsnr.reports.arms import Arm
-from zsnr.reports.compare import compare_models, read_data
 from zsnr.reports.images import panel_figure, save_figure
 
 STEPS, TUNING_STEPS, TUNING_SEED, SEEDS = 100, 50, 100, (0, 1, 2)
@@ -200,7 +199,6 @@ def main() -> None:
     jobs = [(arm, chosen[arm], seed) for seed in SEEDS for arm in ARMS]
     run_all(folder, jobs, options.jobs, "arms")
     runs = {arm: [folder / name_of(arm, chosen[arm], seed) for seed in SEEDS] for arm in ARMS}
-    images, _ = read_data(shards, 64, 1000)
     plain = Arm(num_steps=S, guidance_scale=1.0, spacing="trailing")
     arms = [
         replace(plain, name=arm, models=tuple(str(run / "checkpoints/last.ckpt") for run in runs_))
@@ -210,17 +208,12 @@ def main() -> None:
     facts = {}
     for name, prompts, count in (("prompted", "data", 1), ("unprompted", "empty", 108)):
         groups = [
-            compared(
+            side_by_side(
                 folder / f"{name}{end}-{S}",
-                partial(
-                    compare_models,
-                    [arm for arm in arms if (arm.name in TUNED_AS) == bool(end)],
-                    prompts=prompts,
-                    num_prompts=len(images),
-                    count=count,
-                    data=shards,
-                    batch_size=27,
-                ),
+                [arm for arm in arms if (arm.name in TUNED_AS) == bool(end)],
+                shards,
+                prompts,
+                count,
             )
             for end in ("", "-longer")
         ]

@@ -16,18 +16,16 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import date
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from flawed_against_fixed import CONFIGS, STEPS, compared, interval, zsnr
+from flawed_against_fixed import CONFIGS, STEPS, interval, side_by_side, zsnr
 from tqdm import tqdm
 
 from zsnr.reports.arms import Arm
-from zsnr.reports.compare import compare_models, read_data
 
 THIRD = STEPS // 3
 ARMS = {"v": STEPS, "flow": STEPS, "converted": THIRD}
@@ -141,7 +139,6 @@ def main() -> None:
     by_step = {arm: [losses(folder / f"{arm}-{seed}") for seed in seeds] for arm in ARMS}
     final = {arm: [final_loss(folder, arm, seed) for seed in seeds] for arm in ARMS}
     models = {arm: tuple(str(train(folder, arm, seed)) for seed in seeds) for arm in ARMS}
-    images, _ = read_data(shards, 64, 1000)
     plain = Arm(num_steps=S, guidance_scale=1.0)
     arms = [replace(plain, name=arm, models=models[arm], spacing="trailing") for arm in ARMS]
     sections = []
@@ -149,18 +146,7 @@ def main() -> None:
         ("Captions of the data as prompts", "prompted", "data", 2),
         ("Without a prompt", "unprompted", "empty", 108),
     ):
-        facts = compared(
-            folder / f"{name}-{S}",
-            partial(
-                compare_models,
-                arms,
-                prompts=prompts,
-                num_prompts=len(images),
-                count=count,
-                data=shards,
-                batch_size=27,
-            ),
-        )
+        facts = side_by_side(folder / f"{name}-{S}", arms, shards, prompts, count)
         sections.append(f"## {title}\n\n{table(facts, final)}")
     reached = []
     for seed in seeds:

@@ -16,7 +16,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import date
@@ -103,6 +103,15 @@ def compared(output: Path, make: Callable[[Path], dict[str, Any]]) -> dict[str, 
         make(output)
     facts: dict[str, Any] = json.loads((output / "compare.json").read_text())
     return facts
+
+
+def side_by_side(
+    output: Path, arms: Sequence[Arm], shards: str, prompts: str, count: int
+) -> dict[str, Any]:
+    """Compare the images of trained arms, with as many prompts as the data have, with the data."""
+    images, _ = read_data(shards, 64, 1000)
+    make = partial(compare_models, arms, prompts=prompts, num_prompts=len(images), count=count)
+    return compared(output, partial(make, data=shards, batch_size=27))
 
 
 def table(facts: dict[str, Any], exact: dict[str, Any]) -> str:
@@ -195,18 +204,7 @@ def main() -> None:
         ("Captions of the data as prompts", "prompted", "data", 6),
         ("Without a prompt", "unprompted", "empty", 216),
     ):
-        facts = compared(
-            folder / f"{name}-{S}",
-            partial(
-                compare_models,
-                arms_of(models, S),
-                prompts=prompts,
-                num_prompts=len(images),
-                count=count,
-                data=shards,
-                batch_size=27,
-            ),
-        )
+        facts = side_by_side(folder / f"{name}-{S}", arms_of(models, S), shards, prompts, count)
         sections.append(f"## {title}\n\n{table(facts, exact)}")
         if options.write and name == "unprompted":
             draw(facts, folder / f"{name}-{S}", ROOT / "docs" / "flawed_against_fixed.png")

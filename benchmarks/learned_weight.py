@@ -15,7 +15,6 @@ import platform
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import date
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
@@ -23,12 +22,11 @@ from typing import Any
 
 import torch
 from adapters import scalars
-from flawed_against_fixed import STEPS, compared, draw, interval, train, zsnr
+from flawed_against_fixed import STEPS, draw, interval, side_by_side, train, zsnr
 from tqdm import tqdm
 
 from zsnr.draws import validation_timesteps
 from zsnr.reports.arms import Arm
-from zsnr.reports.compare import compare_models, read_data
 from zsnr.training.tags import at_timestep
 
 ARMS = {"uniform": "fixed", "learned": "learned_weight", "learned, no bound": "unbounded_weight"}
@@ -65,24 +63,12 @@ def main() -> None:
         for arm, name in ARMS.items()
     ]
     torch.set_num_threads(1)
-    images, _ = read_data(shards, 64, 1000)
     sections = []
     for title, name, prompts, count in (
         ("Captions of the data as prompts", "prompted", "data", max(1, options.count // 54)),
         ("Without a prompt", "unprompted", "empty", options.count),
     ):
-        facts = compared(
-            folder / f"{name}-{S}",
-            partial(
-                compare_models,
-                arms,
-                prompts=prompts,
-                num_prompts=len(images),
-                count=count,
-                data=shards,
-                batch_size=27,
-            ),
-        )
+        facts = side_by_side(folder / f"{name}-{S}", arms, shards, prompts, count)
         sections.append(f"## {title}\n\n{brightness_table(facts)}")
         if options.write and name == "unprompted":
             draw(facts, folder / f"{name}-{S}", RESULTS / "learned_weight.png")

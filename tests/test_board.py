@@ -134,7 +134,8 @@ def folder(tmp_path_factory):
     tiny.write_shards(folder / "shards", [VAL], "val")
     fit(folder, max_steps=3)
     checkpoints = folder / "run" / "checkpoints"
-    fit(folder, "--ckpt_path", str(checkpoints / "step-00000002.ckpt"))
+    with pytest.warns(UserWarning, match="The run resumes from step 2; step-00000003"):
+        fit(folder, "--ckpt_path", str(checkpoints / "step-00000002.ckpt"))
     return folder
 
 
@@ -147,7 +148,6 @@ def steps(board, name):
     return [event.step for event in board.Scalars(name)]
 
 
-@pytest.mark.filterwarnings("ignore:The run resumes from step")
 def test_scalars_are_there_once_a_step(board):
     always = ("loss", "grad_norm", "learning_rate", "images_per_second", "terminal_exposures")
     for name in always:
