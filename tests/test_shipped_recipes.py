@@ -61,7 +61,6 @@ def test_a_recipe_is_planned(models, shards, tmp_path, capsys, recipe):
 @pytest.mark.parametrize(
     ("recipe", "more"),
     [
-        ("sd15_24gb", ()),
         ("sdxl_8gpu", ()),
         ("sdxl_lora_12gb", ()),
         ("sd15_24gb", ("--model.optimizer", "torch.optim.Adafactor")),
