@@ -146,8 +146,9 @@ def write(text: str, seeds: int, steps: int, S: int) -> None:
     (RESULTS / "learned_weight.md").write_text(
         f"# Learned loss weights\n\n{date.today()}, {versions}, Python "
         f"{platform.python_version()}, {platform.machine()}. Made by `python benchmarks/"
-        f"learned_weight.py --num-steps {S} --write`.\n\nconfigs/ablation/openmoji.yaml with uniform weights, with "
-        "the learned weight of EDM2 (ablation/learned_weight.yaml), and with that weight without "
+        f"learned_weight.py --num-steps {S} --write`.\n\nconfigs/ablation/openmoji.yaml with "
+        "uniform weights, with the learned weight of EDM2 (ablation/learned_weight.yaml), and with "
+        "that weight without "
         f"a bound (ablation/unbounded_weight.yaml), {seeds} seeds each: the same 108 images, "
         f"{steps} steps with batch size 32, clipped gradients, and the learning rate of the "
         "config, which is not tuned for any arm; all models are included. DDIM, "
