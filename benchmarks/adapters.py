@@ -277,7 +277,7 @@ def settings_table(folder: Path, losses: dict[str, Any], chosen: dict[str, float
     return "\n".join(lines)
 
 
-def draw(facts: dict[str, Any], folder: Path, S: int, count: int = 10) -> None:
+def draw(facts: dict[str, Any], folder: Path, S: int, count: int = 6) -> None:
     """Draw the first images of each arm's first model, without selection."""
     from PIL import Image
 

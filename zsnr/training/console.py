@@ -260,7 +260,7 @@ class ProgressLines(Paced):
 
 
 def append_line(log: Path, line: str) -> None:
-    """Append a line with the time to a log; a command goes on where that cannot be written."""
+    """Append a line with the time to a log; a command continues if it cannot be written."""
     with side_file(log), open(log, "a", encoding="utf-8") as file:
         file.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC  {line}\n")
 
