@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flawed_against_fixed import CONFIGS, interval, side_by_side, zsnr
+from flawed_against_fixed import CONFIGS, by_seed, interval, side_by_side, zsnr
 from tqdm import tqdm
 
 from zsnr.reports.arms import Arm
@@ -238,13 +238,12 @@ def measures(facts: dict[str, dict[str, Any]], runs: dict[str, list[Path]]) -> s
     ]
     for prompted, unprompted in zip(*(facts[n]["arms"] for n in facts), strict=True):
         found = [scalars(run) for run in runs[prompted["name"]]]
-        by_seed = ", ".join(f"{model['w1']['estimate']:.3f}" for model in prompted["by_model"])
         means = [
             sum(each.get(tag, float("nan")) for each in found) / len(found)
             for tag in ("val_by_timestep/t0999", *(f"adaptation/{end}" for end in ends))
         ]
         lines.append(
-            f"| {prompted['name']} | {interval(prompted['w1'])} | {by_seed} "
+            f"| {prompted['name']} | {interval(prompted['w1'])} | {by_seed(prompted)} "
             f"| {prompted['w1']['estimate'] / first[0]:.2f} | {interval(unprompted['w1'])} "
             f"| {unprompted['w1']['estimate'] / first[1]:.2f} | "
             + " | ".join(f"{mean:.2f}" for mean in means)

@@ -22,7 +22,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from flawed_against_fixed import CONFIGS, STEPS, interval, side_by_side, zsnr
+from flawed_against_fixed import CONFIGS, STEPS, by_seed, interval, side_by_side, zsnr
 from tqdm import tqdm
 
 from zsnr.reports.arms import Arm
@@ -109,10 +109,10 @@ def table(facts: dict[str, Any], final: dict[str, list[float]]) -> str:
         "|---|---|---|---|---|",
     ]
     for arm in facts["arms"]:
-        by_seed = ", ".join(f"{model['w1']['estimate']:.3f}" for model in arm["by_model"])
         last = ", ".join(f"{loss:.3f}" for loss in final[arm["name"]])
         lines.append(
-            f"| {arm['name']} | {ARMS[arm['name']]} | {last} | {interval(arm['w1'])} | {by_seed} |"
+            f"| {arm['name']} | {ARMS[arm['name']]} | {last} | {interval(arm['w1'])} "
+            f"| {by_seed(arm)} |"
         )
     return "\n".join(lines)
 

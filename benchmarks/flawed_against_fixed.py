@@ -124,13 +124,10 @@ def table(facts: dict[str, Any], exact: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for arm in facts["arms"]:
-        by_seed = ", ".join(f"{model['w1']['estimate']:.3f}" for model in arm["by_model"])
-        difference = "" if arm["w1_minus_first"] is None else interval(arm["w1_minus_first"])
         exactly = f"{ceiling[arm['name']]:.3f}" if arm["name"] in ceiling else ""
         lines.append(
-            f"| {arm['name']} | {arm['mean_luma']:.3f} | {arm['mean_luma_std']:.3f} "
-            f"| {interval(arm['w1'])} | {difference} | {arm['w1']['estimate'] / fixed:.1f} "
-            f"| {by_seed} | {exactly} |"
+            f"| {brightness(arm)} | {arm['w1']['estimate'] / fixed:.1f} | {by_seed(arm)} "
+            f"| {exactly} |"
         )
     data = facts["data"]
     floor = data["noise_floor"]
@@ -144,6 +141,20 @@ def table(facts: dict[str, Any], exact: dict[str, Any]) -> str:
             "seed it is higher.",
         ]
     )
+
+
+def brightness(arm: dict[str, Any]) -> str:
+    """Return the cells of an arm's name, luma, W1, and its difference from the first arm's."""
+    difference = "" if arm["w1_minus_first"] is None else interval(arm["w1_minus_first"])
+    return (
+        f"{arm['name']} | {arm['mean_luma']:.3f} | {arm['mean_luma_std']:.3f} "
+        f"| {interval(arm['w1'])} | {difference}"
+    )
+
+
+def by_seed(arm: dict[str, Any]) -> str:
+    """List the W1 of each of an arm's models."""
+    return ", ".join(f"{model['w1']['estimate']:.3f}" for model in arm["by_model"])
 
 
 def interval(values: dict[str, float]) -> str:

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from adapters import scalars
-from flawed_against_fixed import STEPS, draw, interval, side_by_side, train, zsnr
+from flawed_against_fixed import STEPS, brightness, by_seed, draw, side_by_side, train, zsnr
 from tqdm import tqdm
 
 from zsnr.draws import validation_timesteps
@@ -88,12 +88,7 @@ def brightness_table(facts: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for arm in facts["arms"]:
-        by_seed = ", ".join(f"{model['w1']['estimate']:.3f}" for model in arm["by_model"])
-        difference = "" if arm["w1_minus_first"] is None else interval(arm["w1_minus_first"])
-        lines.append(
-            f"| {arm['name']} | {arm['mean_luma']:.3f} | {arm['mean_luma_std']:.3f} "
-            f"| {interval(arm['w1'])} | {difference} | {by_seed} |"
-        )
+        lines.append(f"| {brightness(arm)} | {by_seed(arm)} |")
     data = facts["data"]
     lines.append(f"| data | {data['mean_luma']:.3f} | {data['mean_luma_std']:.3f} | | | |")
     floor = data["noise_floor"]

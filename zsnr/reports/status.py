@@ -260,8 +260,14 @@ def _is_of_an_inner_run(folder: Path, path: Path) -> bool:
     return any((parent / "checkpoints").exists() for parent in inside)
 
 
-def checkpoints_of_run(folder: Path, config: Mapping[str, Any]) -> Path:
-    """Return the folder of a run's checkpoints, which its configuration may name."""
+def checkpoints_of_run(folder: Path, config: Mapping[str, Any] | None = None) -> Path:
+    """Return the folder of a run's checkpoints, which its configuration may name.
+
+    Args:
+        folder: Folder of the run.
+        config: Its configuration. None = it is read.
+    """
+    config = read_run_config(folder) if config is None else config
     dirpath = _plain(config.get("checkpoint"), "dirpath", str)
     return folder / "checkpoints" if dirpath is None else Path(dirpath)
 

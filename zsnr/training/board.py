@@ -231,7 +231,8 @@ class TrainingBoard(Paced):
             self._measured["luma"] = float(torch.cat(means).mean())
             weights = prompt_weights(captions, prompts)
             self._same_prompts = weights is not None
-            weights = torch.full((count,), 1 / count) if weights is None else weights
+            if weights is None:
+                weights = torch.full((len(captions),), 1 / len(captions))
             self._appearance = {
                 name: (float(torch.cat(each) @ weights), float(torch.cat(each).std(correction=0)))
                 for name, each in looks.items()

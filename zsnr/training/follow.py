@@ -23,7 +23,7 @@ from zsnr.checkpoints.opening import open_checkpoint
 from zsnr.checkpoints.run_folder import step_of, steps
 from zsnr.locks import LOCK, SILENCE, remove_leftovers, unfinished
 from zsnr.progress import counted, duration
-from zsnr.reports.status import checkpoints_of_run, read_run_config, read_status
+from zsnr.reports.status import checkpoints_of_run, read_status
 from zsnr.training.checkpoint_files import CheckpointFiles
 from zsnr.training.image_metrics import ImageMetrics
 from zsnr.training.measurements import Measurements
@@ -54,7 +54,7 @@ def wait_for_first(run: Path) -> Path:
             raise ValueError(f"{run} is a model: --follow needs the folder of a run.")
         ended = how_it_ended(run)
         problem = ""
-        for path in reversed(_numbered(checkpoints_of_run(run, read_run_config(run)))):
+        for path in reversed(_numbered(checkpoints_of_run(run))):
             try:
                 open_checkpoint(path)
             except (ValueError, OSError) as error:
@@ -86,7 +86,7 @@ def how_it_ended(run: Path) -> str | None:
         return None
     of = "" if status.max_steps is None else f" of {status.max_steps}"
     if status.state == "silent":
-        lock = checkpoints_of_run(run, read_run_config(run)) / LOCK
+        lock = checkpoints_of_run(run) / LOCK
         with suppress(OSError):
             if time.time() - lock.stat().st_mtime < SILENCE:
                 return None
@@ -174,7 +174,7 @@ class Follower(L.Callback):
     ) -> None:
         self._trainer, self._module, self._data = trainer, module, data
         self._run, self._results = run, results
-        self._checkpoints = checkpoints_of_run(run, read_run_config(run))
+        self._checkpoints = checkpoints_of_run(run)
         self._files = HeldCheckpoints(Path(trainer.default_root_dir))
         trainer.strategy.checkpoint_io = self._files
         for callback in trainer.callbacks:

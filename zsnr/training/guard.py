@@ -24,7 +24,8 @@ from torch import Tensor
 
 from zsnr.conditioning.cuts import Cut, describe_cuts, longest_cut
 from zsnr.files import side_file
-from zsnr.training.progress import NonFiniteError, Progress, wide
+from zsnr.schedule import widest
+from zsnr.training.progress import NonFiniteError, Progress
 from zsnr.training.strategy import squared_norm
 
 NUM_GROUPS = 5
@@ -197,7 +198,7 @@ def sums_by_name(losses: Tensor, groups: Tensor, count: int) -> Tensor:
 
 
 def _sums(losses: Tensor, group: Tensor, count: int) -> Tensor:
-    dtype = wide(losses.device)
+    dtype = widest(losses.device)
     values = torch.stack([losses.to(dtype), torch.ones_like(losses, dtype=dtype)])
     return losses.new_zeros(2, count, dtype=dtype).index_add_(1, group, values)
 

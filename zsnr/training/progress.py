@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zsnr.schedule import widest
 from zsnr.training.tags import TERMINAL, quarters
 
 
@@ -87,11 +86,6 @@ class Progress:
         """Return what a checkpoint keeps."""
         settings = ("num_timesteps", "window")
         return {k: v for k, v in asdict(self).items() if k not in settings}
-
-
-def wide(device: torch.device) -> torch.dtype:
-    """Return the dtype to sum in: float64, where a device has it."""
-    return widest(device)
 
 
 class NonFiniteError(ValueError):

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from zsnr.checkpoints import sharded
 from zsnr.checkpoints.run_folder import resolve_model
 from zsnr.checkpoints.snapshots import PREFIX
+from zsnr.schedule import widest
 from zsnr.training.checkpoint_files import CheckpointFiles
 from zsnr.training.deferred import deferred_weights
-from zsnr.training.progress import wide
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 HalfOrFull = Literal["bfloat16", "float16", "float32"]
@@ -304,5 +304,5 @@ def squared_norm(tensors: Iterable[Tensor]) -> Tensor:
     shares = []
     for copies, group in by_copies.items():
         norms = torch.stack(torch._foreach_norm(group))
-        shares.append(norms.to(wide(norms.device)).square().sum() / copies)
+        shares.append(norms.to(widest(norms.device)).square().sum() / copies)
     return torch.stack(shares).sum() if shares else torch.zeros(())

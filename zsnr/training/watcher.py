@@ -13,6 +13,7 @@ from zsnr.objective import Objective
 from zsnr.prediction import PredictionType, prediction_target, to_eps, to_x0
 from zsnr.sampling import Sampling
 from zsnr.schedule import widest
+from zsnr.training.guard import sums_by_group
 from zsnr.training.tags import quarters
 from zsnr.training.watch import (
     BLOWN_UP,
@@ -132,9 +133,10 @@ class Watcher:
         gradients = 4 * self.objective.weights(t) * losses / x_t[0].numel()
         if learned is not None:
             gradients = gradients * learned.square()
-        quarter = t * len(_QUARTERS) // self.objective.schedule.num_timesteps
-        in_quarter = torch.stack([quarter == each for each in _QUARTERS]).to(dtype)
-        now = torch.cat([now, in_quarter.sum(1), in_quarter @ gradients.to(dtype)])
+        totals, counts = sums_by_group(gradients, t, self.objective.schedule.num_timesteps)
+        for by_group in (counts, totals):
+            by_group[3] += by_group[4]  # the last timestep alone, which is of the last quarter
+        now = torch.cat([now, counts[:4], totals[:4]])
         now = torch.where(counted, now, 0.0)
         self._sums = now if self._sums is None else self._sums.to(now) + now
         if step >= _START_STEPS:
